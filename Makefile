@@ -1,0 +1,41 @@
+# Two commands on a fresh machine, each doing all its set-up in .venv:
+#   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and an HTML report
+#   make test         the tests, with a small end-to-end run included
+# Another study: make reproduce STUDY=my-study.yaml. More jobs side by side: make reproduce JOBS=4.
+
+PYTHON ?= python3
+STUDY ?= demo/demo.yaml
+JOBS ?= 1
+BIN := .venv/bin
+
+.PHONY: help reproduce plan test lint clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# Rebuilt when a file that decides its content changes. The stamp is written last, so an interrupted set-up starts again.
+.venv/installed: requirements.txt constraints.txt pyproject.toml
+	@echo "== setting up .venv (once; a few minutes) =="
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[reproduce,test]'
+	@touch $@
+
+reproduce: .venv/installed
+	@echo "== $(STUDY): plan and run the missing steps; logs in the results folder =="
+	$(BIN)/snakemake --snakefile workflow/Snakefile --cores $(JOBS) --config study=$(STUDY) --rerun-incomplete
+	$(BIN)/snakemake --snakefile workflow/Snakefile --cores 1 --config study=$(STUDY) --report results/$(basename $(notdir $(STUDY)))/report.html
+
+plan: .venv/installed
+	$(BIN)/snakemake --snakefile workflow/Snakefile --config study=$(STUDY) --dry-run
+
+test: .venv/installed
+	@echo "== lint =="
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== tests =="
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build results artifacts .snakemake .pytest_cache .ruff_cache

@@ -1,0 +1,170 @@
+"""What the command lines of all scripts share: flags, one-line errors, progress bars, and calling a sibling script.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def run(main) -> None:
+    """Call `main()` and end the process: input errors as one line with exit code 2, Ctrl-C as 130."""
+    try:
+        code = main()
+    except InputError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # `... | head` closed our output: no fault of ours, and nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print("interrupted: finished files are kept, the same command goes on from them", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(code or 0)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=110)
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the script's docstring as description and the flags that every script takes."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=_Help)
+    p.add_argument(
+        "--study",
+        metavar="FILE",
+        help="study file (YAML) for every value not given here; default: ./study.yaml, if any",
+    )
+    p.add_argument("--seed", type=int, metavar="N", help="seed of all random draws; default: the study's, else 42")
+    p.add_argument("--overwrite", action="store_true", help="redo and replace finished results")
+    return p
+
+
+def add_run_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--steps", metavar="S,S,..", type=_steps, help="only these checkpoints of a run; default: all")
+
+
+def add_forward_flags(p: argparse.ArgumentParser, batch_size: int = 32) -> None:
+    p.add_argument(
+        "--device", default="auto", help="auto (CUDA when it is there, else CPU), cpu, cuda, cuda:1; default auto"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the model's arithmetic; default: the study's, else bfloat16 on CUDA and float32 on CPU",
+    )
+    p.add_argument(
+        "--batch-size", type=positive, default=batch_size, metavar="N", help=f"sequences a batch; default {batch_size}"
+    )
+    p.add_argument(
+        "--limit", type=positive, metavar="N", help="use only the first N items (for a try; marked in the result)"
+    )
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of step numbers like 100,500") from None
+
+
+def device(text: str = "auto") -> torch.device:
+    """The torch device for a `--device` value."""
+    import torch
+
+    if text in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        raise InputError(f"--device {text}: no such device; use auto, cpu, cuda or cuda:<number>") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {text}: no CUDA GPU is visible here; use --device cpu or auto")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA GPU(s), numbered from 0")
+    return chosen
+
+
+def dtype(text: str | None, on: torch.device) -> torch.dtype:
+    """The torch dtype for a `--dtype` value; `auto` is bfloat16 on CUDA and float32 on the CPU."""
+    import torch
+
+    if text in (None, "auto"):
+        return torch.bfloat16 if on.type == "cuda" else torch.float32
+    if text not in DTYPES:
+        raise InputError(f"dtype {text!r} is not one of {', '.join(DTYPES)}")
+    return getattr(torch, text)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {_one_line(Exception(text))}", file=sys.stderr, flush=True)
+
+
+def progress(iterable=None, desc: str = "", total: int | None = None, unit: str = "it"):
+    """A progress bar on stderr; nothing for loops under a second, and a line every 30 s where stderr is no terminal."""
+    from tqdm import tqdm
+
+    quiet = not sys.stderr.isatty()
+    return tqdm(
+        iterable,
+        desc=desc,
+        total=total,
+        unit=unit,
+        file=sys.stderr,
+        delay=1,
+        mininterval=30 if quiet else 0.2,
+        dynamic_ncols=not quiet,
+    )
+
+
+def sibling(path: str):
+    """Import another script of this repository by its path from the root, e.g. `sentence-retrieval/sr_experiment.py`.
+
+    The method of a step stays in its script; a later step that repeats the measurement (layer-swap's controls measure
+    retrieval) calls the very same functions instead of a second copy.
+    """
+    name = "cpt_script_" + path.replace("/", "_").replace("-", "_").removesuffix(".py")
+    if name in sys.modules:
+        return sys.modules[name]
+    file = REPOSITORY / path
+    if not file.is_file():
+        raise InputError(f"{file} is missing; the scripts need the whole repository, installed with `pip install -e .`")
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

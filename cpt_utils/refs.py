@@ -1,0 +1,330 @@
+"""Model references: a local folder, `org/name`, `org/name@revision`, or a run of `checkpoint-<step>` folders."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cpt_utils import cli
+from cpt_utils.errors import InputError
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_STEP = re.compile(r"(?:^|[-_])step-?(\d+)(?=$|[-_])")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+)
+# Any one of these makes a folder a tokenizer folder.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+_SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def step_of(name: str) -> int | None:
+    """The training step that a checkpoint folder or a hub revision is named after, or None.
+
+    `checkpoint-15` -> 15; `stage2-ingredient1-step1000-tokens5B` -> 1000; `step1000` -> 1000. Always an integer: as
+    text, `step1000` would come before `step512`.
+    """
+    match = CHECKPOINT.fullmatch(name) or _STEP.search(name)
+    return int(match[1]) if match else None
+
+
+def local_id(path: str | os.PathLike) -> str:
+    """The file name that stands for the model folder at `path`: its last two parts, joined by `__`."""
+    return "__".join(part for part in Path(os.path.abspath(path)).parts[-2:] if part != os.sep)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One model: `spec` as the user typed it, and its training `step` where the name gives one."""
+
+    spec: str
+    step: int | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return os.path.isdir(self.spec)
+
+    @property
+    def repository(self) -> str:
+        return self.spec.partition("@")[0]
+
+    @property
+    def revision(self) -> str | None:
+        """The revision asked for (`org/name@revision`); None for a local folder and for the hub's default branch."""
+        return None if self.is_local else (self.spec.partition("@")[2] or None)
+
+    @property
+    def model_id(self) -> str:
+        """A file name for this model: `org__name@revision`, or the last two parts of a local path, joined by `__`."""
+        return local_id(self.spec) if self.is_local else self.spec.replace("/", "__")
+
+    @cached_property
+    def _snapshots(self) -> dict:
+        return {}
+
+    def folder(self, patterns: Iterable[str] | None = None) -> Path:
+        """The local folder with this model's files; for a hub model the files matching `patterns` are fetched first.
+
+        Raises:
+            InputError: no such folder or repository, no access (gated), or the hub cannot be reached.
+        """
+        if self.is_local:
+            return Path(self.spec)
+        _refuse_missing_folder(self.spec)
+        key = tuple(sorted(patterns)) if patterns is not None else None
+        if key not in self._snapshots:
+            self._snapshots[key] = _snapshot(self.repository, self.revision, key)
+        return self._snapshots[key]
+
+    @cached_property
+    def _config(self) -> dict:
+        return read_config(self.folder(["config.json"]), self.spec)
+
+    def config(self) -> dict:
+        """The model's `config.json` as a dict."""
+        return dict(self._config)
+
+    def resolved_revision(self) -> str | None:
+        """The commit that the hub's revision stands for; None for a local folder."""
+        if self.is_local:
+            return None
+        folder = self.folder(["config.json"])
+        return folder.name if folder.parent.name == "snapshots" else None
+
+    def side_files(self) -> Path:
+        """The folder with configuration and tokenizer files, without fetching weights."""
+        return self.folder(_SIDE_PATTERNS)
+
+    def describe(self) -> dict:
+        """What a result's header says of this model. `weights_sample` tells two trainings at one path apart."""
+        facts = {"spec": self.spec, "model_id": self.model_id, "step": self.step, "revision": self.resolved_revision()}
+        if self.is_local:
+            facts["weights_sample"] = self._weights_sample
+        return facts
+
+    @cached_property
+    def _weights_sample(self) -> str | None:
+        return weights_sample(Path(self.spec))
+
+
+def weights_sample(folder: Path, blocks: int = 64, block: int = 1 << 14) -> str | None:
+    """A short hash of a model folder's weights: names, sizes, heads, and `blocks` evenly spaced blocks of each file.
+
+    Reads about a megabyte a file, so it costs nothing beside loading; two trainings differ in every block. None where
+    the folder holds no weights.
+    """
+    names = sorted(name for name in os.listdir(folder) if any(fnmatch.fnmatch(name, p) for p in WEIGHT_PATTERNS))
+    if not names:
+        return None
+    digest = hashlib.sha256()
+    for name in names:
+        path = folder / name
+        size = path.stat().st_size
+        digest.update(f"{name}:{size}".encode())
+        with open(path, "rb") as file:
+            for position in sorted({size * i // blocks for i in range(blocks)} | {max(0, size - block)}):
+                file.seek(position)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:16]
+
+
+def read_config(folder: Path, name: str) -> dict:
+    """The `config.json` of a model folder."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        run = [p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name)]
+        hint = "it is a run of checkpoints; name one of them" if run else "it is no model folder"
+        raise InputError(f"{name} has no config.json: {hint}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON ({error}); copy the model again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds no configuration; copy the model again")
+    return config
+
+
+def _refuse_missing_folder(spec: str) -> None:
+    if not _REPOSITORY.fullmatch(spec.partition("@")[0]) or spec.startswith((".", "~", "/")):
+        raise InputError(f"{spec}: no such folder, and it is not a hub name like org/name or org/name@revision")
+    parent = Path(spec.partition("@")[0]).parent
+    if parent.is_dir():  # build/demo where build/ is there: a mistyped path, not a repository of the user "build"
+        raise InputError(f"{spec}: no such folder (the folder {parent} is there, {Path(spec).name} is not in it)")
+
+
+def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = repository + (f"@{revision}" if revision else "")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(patterns) if patterns else None)
+        )
+    except GatedRepoError:
+        raise InputError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{repository}, then run `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(
+            f"{repository} has no revision {revision}; its branches and tags are listed on its page"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{repository}: neither a folder here nor a repository on the hub (for a private one run `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: no such folder here, not in the hub cache, and the hub cannot be reached ({first})"
+        ) from None
+
+
+def model(text: str | os.PathLike) -> ModelRef:
+    """The reference to one model. Its files are not touched yet, but a missing local folder is refused here."""
+    spec = os.fspath(text).rstrip("/") or "/"
+    if not os.path.isdir(spec):
+        _refuse_missing_folder(spec)
+        return ModelRef(spec, step_of(spec.partition("@")[2]))
+    return ModelRef(spec, step_of(os.path.basename(os.path.abspath(spec))))
+
+
+def is_run(text: str | os.PathLike) -> bool:
+    """Whether `text` is a local folder that holds `checkpoint-<step>` folders."""
+    return os.path.isdir(text) and any(CHECKPOINT.fullmatch(name) for name in os.listdir(text))
+
+
+def checkpoints(folder: str | os.PathLike) -> list[ModelRef]:
+    """The `checkpoint-<step>` folders below `folder`, ordered by step."""
+    names = [name for name in os.listdir(folder) if CHECKPOINT.fullmatch(name)]
+    found = [ModelRef(os.path.join(os.fspath(folder), name), step_of(name)) for name in names]
+    return sorted((ref for ref in found if os.path.isdir(ref.spec)), key=lambda ref: ref.step)
+
+
+def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = None) -> list[ModelRef]:
+    """References to all models that `texts` names, in the order given, runs expanded in step order.
+
+    A folder with a `config.json` of its own is that one model, even where a trainer left checkpoints below it.
+
+    Args:
+        texts: one reference or several; a folder that holds `checkpoint-<step>` folders stands for all of them.
+        steps: keep only these steps of runs; a step that no run has is refused. Models without a step stay.
+
+    Raises:
+        InputError: a missing folder, or an unknown step.
+    """
+    if isinstance(texts, str | os.PathLike):
+        texts = [texts]
+    found: list[ModelRef] = []
+    for text in texts:
+        text = os.fspath(text).rstrip("/") or "/"
+        if is_run(text) and not os.path.isfile(os.path.join(text, "config.json")):
+            found += checkpoints(text)
+        else:
+            found.append(model(text))
+    return _only_steps(found, steps)
+
+
+def run(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = None) -> list[ModelRef]:
+    """The checkpoints of one run in step order: every model has a step, and no step comes twice.
+
+    `texts` is a folder that holds `checkpoint-<step>` folders, or a list of models named after their steps (checkpoint
+    folders, `org/name@revision`). A single model without a step in its name is a run of one, of step 0.
+    """
+    if isinstance(texts, str | os.PathLike):
+        texts = [texts]
+    found: list[ModelRef] = []
+    for text in texts:
+        found += checkpoints(text) if is_run(text) else [model(text)]
+    if len(found) == 1 and found[0].step is None:
+        return [ModelRef(found[0].spec, 0)]
+    for ref in found:
+        if ref.step is None:
+            hint = (
+                "a run is a folder of checkpoint-<step> folders, or a list of models named checkpoint-<step> or step<N>"
+            )
+            raise InputError(f"{ref.spec}: no step in its name; {hint}")
+    numbers = [ref.step for ref in found]
+    for n in numbers:
+        if numbers.count(n) > 1:
+            raise InputError(f"step {n} comes twice in the run: {', '.join(r.spec for r in found if r.step == n)}")
+    return sorted(_only_steps(found, steps), key=lambda ref: ref.step)
+
+
+def _only_steps(found: list[ModelRef], steps: Iterable[int] | None) -> list[ModelRef]:
+    if steps is None:
+        return found
+    missing = sorted(set(steps) - {ref.step for ref in found})
+    if missing:
+        have = ", ".join(str(ref.step) for ref in found if ref.step is not None) or "none"
+        raise InputError(f"no checkpoint of step {', '.join(map(str, missing))}; the run has {have}")
+    return [ref for ref in found if ref.step is None or ref.step in set(steps)]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> Path:
+    """The folder whose tokenizer belongs to `ref`: its own, else the run folder's, else the base's, and says so.
+
+    The base's is taken only when both configurations state the same vocabulary size.
+
+    Raises:
+        InputError: none of them has tokenizer files, or the base's does not fit.
+    """
+    own = ref.side_files()
+    if has_tokenizer(own):
+        return own
+    parent = Path(run) if run and os.path.isdir(run) else (Path(ref.spec).resolve().parent if ref.is_local else None)
+    if parent is not None and has_tokenizer(parent):
+        cli.say(f"{ref.spec} has no tokenizer files; using those of {parent.name}/")
+        return parent
+    if base is not None and has_tokenizer(base.side_files()):
+        have, want = vocabulary_size(base.config()), vocabulary_size(ref.config())
+        if have == want:
+            cli.say(f"{ref.spec} has no tokenizer files; using those of the base {base.spec} (both have {want} tokens)")
+            return base.side_files()
+        raise InputError(
+            f"{ref.spec} has no tokenizer files, and the base's do not fit ({have} tokens, {want} needed); add them"
+        )
+    raise InputError(
+        f"{ref.spec} has no tokenizer files (tokenizer.json or tokenizer.model); copy them into the folder"
+    )
+
+
+def vocabulary_size(config: dict) -> int | None:
+    """The vocabulary size that a `config.json` states, also below `text_config`."""
+    return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))

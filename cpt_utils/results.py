@@ -1,0 +1,200 @@
+"""Result files: JSON with a header that identifies them, plain tensors, whole files only.
+
+A file is written under a temporary name in its own folder and renamed, so a file that exists is finished. The header
+stands under the one key `_header`; a reader refuses a file whose header contradicts what it expects, and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER = "_header"
+LIBRARIES = ("torch", "transformers", "datasets", "lm_eval", "numpy", "scipy")
+
+
+def now() -> str:
+    """This moment in UTC, to the second, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def header(schema: str, version: int = 1, **facts) -> dict:
+    """The header of a result: `schema`, everything in `facts`, and what every result records.
+
+    Usual facts: `models` ({role: ModelRef.describe()}), `n_layers`, `base_lang`, `target_lang`, `data` (describe() of a
+    source), `n_used`, `n_available`, `limit`, `seed`, `dtype`, `device`.
+    """
+    return {
+        "schema": schema,
+        "version": version,
+        **{key: plain(value) for key, value in facts.items()},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": git_commit(),
+        "libraries": libraries(),
+        "time": now(),
+    }
+
+
+@lru_cache(maxsize=1)
+def git_commit() -> str | None:
+    """The commit of this repository, with `+changes` where the working tree differs; None outside git."""
+    git = ["git", "-C", str(cli.REPOSITORY)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+@lru_cache(maxsize=1)
+def libraries() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """A temporary path beside `path`; renamed to it when the block ends well, removed when it does not.
+
+    Raises:
+        InputError: the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    # The suffix stays last, so that writers that look at it (matplotlib) see the right one.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {_os_reason(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def _os_reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "the disk is full; free some space and run the same command again"
+    return error.strerror or str(error)
+
+
+def write_json(path: str | os.PathLike, payload: dict, header: dict) -> None:
+    """Write `{"_header": header, **payload}`; numbers that are not finite become null (JSON has no NaN)."""
+    if HEADER in payload:
+        raise ValueError(f"{HEADER} belongs to the header")
+    text = json.dumps(plain({HEADER: header, **payload}), ensure_ascii=False, indent=1, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str | int | float]) -> None:
+    """Save a dict of plain tensors, numbers and strings that `torch.load(weights_only=True)` reads."""
+    import torch
+
+    with replacing(path) as temporary:
+        torch.save(tensors, temporary)
+
+
+def read_tensors(path: str | os.PathLike) -> dict:
+    """Read what `write_tensors` wrote, on the CPU, running no code from the file."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise InputError(f"{path} cannot be read as tensors ({type(error).__name__}); write it again") from None
+
+
+def read_json(
+    path: str | os.PathLike, schema: str | None = None, allow_limited: bool = False, **expect
+) -> tuple[dict, dict]:
+    """Read a result file: its payload (without the header) and its header (`{}` where there is none).
+
+    `expect` names header facts that must agree where the file states them, e.g. `n_layers=32, base_lang="eng_Latn"`.
+    Language facts (`*_lang`) agree when they mean the same language.
+
+    Raises:
+        InputError: no such file, no JSON, another schema, a fact that disagrees, or a run made with `--limit`.
+    """
+    path = Path(path)
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; a JSON file is needed") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(payload, dict):
+        cli.warn(f"{path} has no header: its model and settings are taken on trust")
+        return payload, {}
+    head = payload.pop(HEADER, None)
+    if head is None:
+        cli.warn(f"{path} has no header: its model and settings are taken on trust")
+        return payload, {}
+    if schema is not None and head.get("schema") != schema:
+        raise InputError(f"{path} holds {head.get('schema')!r}, but {schema!r} is needed; give the file of that step")
+    if head.get("limit") is not None and not allow_limited:
+        raise InputError(f"{path} was made with --limit {head['limit']}; run that step again without --limit")
+    for fact, wanted in expect.items():
+        found = head.get(fact)
+        if found is None or wanted is None or _agree(fact, found, wanted):
+            continue
+        raise InputError(
+            f"{path} was made for {fact} {found}, but {wanted} is needed; give the file of the right model and data"
+        )
+    return payload, head
+
+
+def _agree(fact: str, found, wanted) -> bool:
+    if found == plain(wanted):
+        return True
+    if fact.endswith("_lang"):
+        from cpt_utils import languages
+
+        return languages.same(found, wanted)
+    return False
+
+
+def plain(value):
+    """`value` as JSON can hold it: paths as text, array scalars as numbers, NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(below) for below in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return plain(value.tolist())
+    return str(value)

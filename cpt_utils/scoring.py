@@ -1,0 +1,117 @@
+"""What a language model makes of text: negative log-likelihood, and choices by log-likelihood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpt_utils.batching import batches, padded, positions
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """The summed NLL of a text in nats, and the units it can be divided by."""
+
+    nll: float
+    tokens: int
+    words: int
+    bytes: int
+
+    @property
+    def per_token(self) -> float:
+        return self.nll / self.tokens
+
+    @property
+    def per_word(self) -> float:
+        return self.nll / self.words
+
+    @property
+    def per_byte(self) -> float:
+        """The unit to compare languages in: tokens and words are longer in one language than in another."""
+        return self.nll / self.bytes
+
+
+def text_nlls(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 32
+) -> list[TextScore]:
+    """The NLL of each text, with special tokens as the tokenizer adds them; the first token is not predicted.
+
+    A text longer than the model's positions is cut there.
+
+    Raises:
+        InputError: no texts, or an empty one.
+    """
+    import torch
+
+    if not texts:
+        raise InputError("no text to score")
+    sequences = [ids[: positions(model)] for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]]
+    for text, ids in zip(texts, sequences, strict=True):
+        if len(ids) < 2:
+            raise InputError(f"a text of fewer than two tokens cannot be scored: {text!r}")
+    scores: list[TextScore | None] = [None] * len(texts)
+    for rows in batches([len(s) for s in sequences], batch_size):
+        ids, mask = (t.to(model.device) for t in padded([sequences[i] for i in rows], tokenizer.pad_token_id))
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        losses = _token_losses(logits[:, :-1], ids[:, 1:])
+        totals = (losses * mask[:, 1:]).sum(1, dtype=torch.float64).tolist()
+        for i, total in zip(rows, totals, strict=True):
+            scores[i] = TextScore(total, len(sequences[i]) - 1, len(texts[i].split()), len(texts[i].encode()))
+    return scores
+
+
+def mean_nll(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 32
+) -> TextScore:
+    """The sum of `text_nlls` over all texts."""
+    scores = text_nlls(model, tokenizer, texts, batch_size)
+    return TextScore(*(sum(getattr(s, unit) for s in scores) for unit in ("nll", "tokens", "words", "bytes")))
+
+
+def choice_logliks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    choices: list[str],
+    batch_size: int = 32,
+) -> list[list[float]]:
+    """Log-likelihood of each choice after each prompt, [prompts][choices], joined by a space as lm_eval joins them.
+
+    Prompt and choice are tokenized together and cut where the prompt's own tokens end, which is lm_eval's rule.
+    """
+    import torch
+
+    sequences, starts = [], []
+    for prompt in prompts:
+        context = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+        for choice in choices:
+            whole = tokenizer(f"{prompt} {choice}", add_special_tokens=True)["input_ids"]
+            sequences.append(whole)
+            starts.append(len(context))
+    limit = positions(model) or max(map(len, sequences))
+    result = [0.0] * len(sequences)
+    for rows in batches([len(s) for s in sequences], batch_size):
+        cut = [sequences[i][-limit:] for i in rows]
+        ids, mask = (t.to(model.device) for t in padded(cut, tokenizer.pad_token_id))
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        losses = _token_losses(logits[:, :-1], ids[:, 1:])
+        for row, i in enumerate(rows):
+            tokens = len(sequences[i]) - starts[i]
+            end = len(cut[row]) - 1
+            result[i] = -float(losses[row, end - tokens : end].sum(dtype=torch.float64))
+    n = len(choices)
+    return [result[i : i + n] for i in range(0, len(result), n)]
+
+
+def _token_losses(logits, targets):
+    """NLL of each target token in nats, [batch, tokens], computed in float32 or better."""
+    import torch
+
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, reduction="none")

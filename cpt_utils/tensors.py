@@ -1,0 +1,398 @@
+"""Tensors of a model folder, read by name, one memory-mapped shard at a time; never a whole model in memory.
+
+    with TensorFolder("build/model") as stored:
+        weight = stored.get("model.layers.0.mlp.up_proj.weight")     # pages come from the file when they are touched
+
+Every file is checked before its first tensor is used: a header that lies about sizes, a shard that is not there and an
+index that points outside its folder are errors in one line. Nothing but plain tensors is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpt_utils.refs import ModelRef
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# safetensors dtype -> (torch dtype, bytes per element)
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: its dtype as the format spells it, its shape, and its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says it holds, checked against its size: entries in the order of their bytes."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file.
+
+    Raises:
+        InputError: no such file, or one that is cut short, damaged, or whose header does not describe its bytes.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise InputError(f"{path} is cut short or damaged ({size} bytes, less than its header); copy it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} has a damaged safetensors header; copy the file again") from None
+    try:
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {name: _entry(fields, 8 + length) for name, fields in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has a safetensors header that does not describe tensors ({error})") from None
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+    position = 8 + length
+    for name, entry in entries.items():
+        if entry.start != position:
+            raise InputError(
+                f"{path}: the header places {name} at byte {entry.start}, where {position} is next; damaged"
+            )
+        position = entry.stop
+    if position != size:
+        what = "cut short" if size < position else "longer than its header says"
+        raise InputError(f"{path} is {what}: {size} bytes, {position} expected; copy or download the file again")
+    return Header(entries, metadata)
+
+
+def _entry(fields: dict, data_start: int) -> Entry:
+    shape = tuple(fields["shape"])
+    start, stop = fields["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError("negative or broken sizes")
+    if fields["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {fields['dtype']}, which is not one of {', '.join(DTYPES)}")
+    size = DTYPES[fields["dtype"]][1] * numel(shape)
+    if stop - start != size:
+        raise ValueError(f"{stop - start} bytes for a tensor of {size}")
+    return Entry(fields["dtype"], shape, data_start + start, data_start + stop)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    return getattr(torch, DTYPES[name][0])
+
+
+@lru_cache(maxsize=1)
+def _names_of_dtypes() -> dict:
+    return {torch_dtype(name): name for name in DTYPES}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How safetensors spells a torch dtype."""
+    try:
+        return _names_of_dtypes()[dtype]
+    except KeyError:
+        raise InputError(f"tensors of {dtype} cannot be stored as safetensors; convert the model first") from None
+
+
+class TensorFolder:
+    """The tensors of one model folder, by their names on disk.
+
+    At most one shard is open (memory-mapped) at a time; tensors got from it keep their own hold on it. A tensor is a
+    view of the file: do not write into it.
+
+    Raises:
+        InputError: on opening, when there is no such folder or no complete set of weights in it.
+    """
+
+    def __init__(self, where: ModelRef | str | os.PathLike):
+        if hasattr(where, "folder"):
+            from cpt_utils.refs import WEIGHT_PATTERNS
+
+            self.spec = where.spec
+            self.path = Path(where.folder((*WEIGHT_PATTERNS, "*.json")))
+        else:
+            self.spec = os.fspath(where)
+            self.path = Path(where)
+        if not self.path.is_dir():
+            raise InputError(f"{self.spec}: no such folder")
+        self.kind, self.files, self._shard_of = _inventory(self.path)
+        self._headers: dict[str, Header] = {}
+        self._open: tuple[str, object] | None = None
+        for file in self.files:
+            if not (self.path / file).is_file():
+                raise InputError(
+                    f"{self.path}: the index names the shard {file}, which is not there; copy or download it again"
+                )
+        if self._shard_of is None:
+            self._shard_of = dict.fromkeys(self._names_in(self.files[0]), self.files[0])
+
+    def __enter__(self) -> TensorFolder:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._open = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
+    def names(self) -> list[str]:
+        """Every tensor on disk, shard by shard, in the order of the bytes."""
+        return [name for file in self.files for name in self._names_in(file)]
+
+    def shard_of(self, name: str) -> str:
+        """The file that holds tensor `name`."""
+        if name not in self._shard_of:
+            raise InputError(f"{self.path} has no tensor {name}")
+        return self._shard_of[name]
+
+    def header(self, file: str) -> Header:
+        """The checked header of a safetensors shard."""
+        if file not in self._headers:
+            header = read_header(self.path / file)
+            lost = [
+                name for name, shard in (self._shard_of or {}).items() if shard == file and name not in header.entries
+            ]
+            if lost:
+                raise InputError(
+                    f"{self.path}: the index places {lost[0]} in {file}, which does not hold it; copy the model again"
+                )
+            self._headers[file] = header
+        return self._headers[file]
+
+    def entry(self, name: str) -> Entry:
+        """Where the bytes of a tensor are; for safetensors folders only."""
+        return self.header(self.shard_of(name)).entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape if self.kind == "safetensors" else tuple(self.get(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch_dtype(self.entry(name).dtype) if self.kind == "safetensors" else self.get(name).dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor, mapped from the file: its pages are read when they are touched."""
+        import torch
+
+        file = self.shard_of(name)
+        if self._open is None or self._open[0] != file:
+            self._open = None  # the old shard goes before the new one comes
+            self._open = (file, self._map(file))
+        if self.kind == "bin":
+            return self._open[1][name]
+        entry = self.header(file).entries[name]
+        data = self._open[1][entry.start : entry.stop]
+        dtype = torch_dtype(entry.dtype)
+        if data.storage_offset() % dtype.itemsize:  # the format asks for no alignment
+            data = data.clone()
+        return data.view(dtype).view(entry.shape) if data.numel() else torch.empty(entry.shape, dtype=dtype)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` (first dimension) of a tensor, without touching the others."""
+        return self.get(name)[start:stop]
+
+    def _names_in(self, file: str) -> list[str]:
+        """The tensors of one file; of a shard only those that the index places there."""
+        if self._shard_of is not None:
+            held = self.header(file).entries if self.kind == "safetensors" else self._shard_of
+            return [name for name in held if self._shard_of.get(name) == file]
+        if self.kind == "safetensors":
+            return list(self.header(file).entries)
+        self._open = (file, self._map(file))
+        return list(self._open[1])
+
+    def _map(self, file: str):
+        import torch
+
+        path = self.path / file
+        if self.kind == "safetensors":
+            self.header(file)
+            # Private: a stray write would stay in this process's memory and never reach the model's file.
+            size = path.stat().st_size
+            return torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
+        loaded = _load_bin(path)
+        self._refuse_lost(file, loaded)
+        return loaded
+
+    def _refuse_lost(self, file: str, held: Container[str]) -> None:
+        for name, shard in (self._shard_of or {}).items():
+            if shard == file and name not in held:
+                raise InputError(
+                    f"{self.path}: the index places {name} in {file}, which does not hold it; copy the model again"
+                )
+
+
+def _load_bin(path: Path) -> dict:
+    import torch
+
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 are no zip archives and cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types, for damage and for code in the pickle
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path} cannot be read as plain tensors ({reason}); copy it again or use safetensors"
+        ) from None
+    if isinstance(loaded, dict) and "state_dict" in loaded:
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise InputError(f"{path} holds more than plain tensors; save the model with save_pretrained")
+    return loaded
+
+
+def _inventory(folder: Path) -> tuple[str, list[str], dict[str, str] | None]:
+    """(kind, files in order, tensor -> file; None when there is a single file, which says it itself)."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        _refuse_two_sets(folder)
+    if single.is_file():
+        return "safetensors", [SINGLE], None
+    if index.is_file():
+        return "safetensors", *_read_index(index, ".safetensors")
+    if (folder / BIN_SINGLE).is_file():
+        return "bin", [BIN_SINGLE], None
+    if (folder / BIN_INDEX).is_file():
+        return "bin", *_read_index(folder / BIN_INDEX, ".bin")
+    raise InputError(_no_weights(folder))
+
+
+def _read_index(index: Path, suffix: str) -> tuple[list[str], dict[str, str]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{index} is no index of shards (damaged JSON, or no weight_map); copy the model again"
+        ) from None
+    for file in files:
+        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(suffix):
+            raise InputError(f"{index} names {file!r}, which is not a {suffix} file of its own folder; refused")
+    if not files:
+        raise InputError(f"{index} names no shards; copy the model again")
+    return files, weight_map
+
+
+def _refuse_two_sets(folder: Path) -> None:
+    """Two sets of weights in one folder: fine when they are the same, else nobody knows which one is meant.
+
+    Loaders take `model.safetensors`, and shards saved into its folder later are silently shadowed.
+    """
+    files, weight_map = _read_index(folder / INDEX, ".safetensors")
+    if files == [SINGLE]:
+        return
+    shards = [file for file in files if (folder / file).is_file()]
+    if not shards:
+        cli.warn(f"{folder}: {INDEX} names shards that are not there; {SINGLE} is used, as loaders do")
+        return
+    hint = f"remove {SINGLE}, or {INDEX} and its shards"
+    whole = read_header(folder / SINGLE).entries
+    if len(shards) < len(files) or set(whole) != set(weight_map):
+        raise InputError(f"{folder} holds {SINGLE} and also an index of other shards; loaders take the first: {hint}")
+    for file in files:
+        for name, entry in read_header(folder / file).entries.items():
+            if name not in whole or not _same_sample(folder / SINGLE, whole[name], folder / file, entry):
+                raise InputError(f"{folder}: {SINGLE} and the shards of {INDEX} differ ({name}): {hint}")
+
+
+def _same_sample(a: Path, at: Entry, b: Path, bt: Entry, block: int = 4096) -> bool:
+    if (at.dtype, at.shape) != (bt.dtype, bt.shape):
+        return False
+    size = at.stop - at.start
+    with open(a, "rb") as first, open(b, "rb") as second:
+        for position in {0, size // 2, max(0, size - block)}:
+            first.seek(at.start + position)
+            second.seek(bt.start + position)
+            length = min(block, size - position)
+            if first.read(length) != second.read(length):
+                return False
+    return True
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(os.listdir(folder))
+    steps = [n for n in names if n.startswith("global_step") and (folder / n).is_dir()]
+    if steps or any(n.endswith("_model_states.pt") or n == "zero_to_fp32.py" for n in names):
+        return (
+            f"{folder} holds only DeepSpeed shards; convert them: "
+            f"python {folder}/zero_to_fp32.py {folder} {folder} --safe_serialization"
+        )
+    fsdp = next((n for n in names if n.startswith("pytorch_model_fsdp") and (folder / n).is_dir()), None)
+    if fsdp or any(n.endswith(".distcp") for n in names):
+        return (
+            f"{folder} holds only FSDP shards; convert them: accelerate merge-weights {folder / (fsdp or '')} {folder}"
+        )
+    if any(n.startswith("checkpoint-") for n in names):
+        return f"{folder} holds no weights itself, only checkpoints; name one of them"
+    if "adapter_model.safetensors" in names or "adapter_config.json" in names:
+        return f"{folder} holds only a PEFT adapter; merge it into its base first (merge_and_unload, save_pretrained)"
+    return f"{folder} holds no weights ({SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}); is it a model folder?"
+
+
+def chunks(rows: int, row_bytes: int, limit: int = 32 << 20) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most `limit` bytes (one row at least)."""
+    step = max(1, limit // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def numel(shape: Iterable[int]) -> int:
+    """Entries of a tensor of this shape."""
+    return math.prod(shape)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, without a temporary of its size."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:  # float8 has no reductions
+        return all(bool(torch.isfinite(part.float()).all()) for part in tensor.flatten().split(1 << 20))
+    low, high = torch.aminmax(tensor)  # both are NaN when any entry is
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,403 @@
+"""Cross-lingual sentence retrieval at every layer of a model, or of every checkpoint of a run (step 1).
+
+A sentence's vector at a hidden state is the mean over its tokens. Each base-language sentence looks for its translation
+among all target-language sentences by margin-scored cosine similarity; the accuracy at a hidden state is the share of
+sentences that find it. Low accuracy in outer layers and high accuracy in middle ones shows where languages meet.
+
+In:   one or more models or runs; parallel sentences (FLORES+ dev by default, or SIB-200, two text files, a TSV).
+Out:  <artifact-out>/<base>-<target>/<model id>.json with `layer_accuracy` [[0, acc], ..., [L, acc]] and more,
+      beside it <model id>.pt with `hits` [L+1, sentences], and a figure with a line per model in step order.
+
+Full: python sentence-retrieval/sr_experiment.py --model_path meta-llama/Llama-2-7b-hf runs/eus \
+          --base eng_Latn --target eus_Latn
+Tiny: python sentence-retrieval/sr_experiment.py --study demo/tiny.yaml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, data, figures, refs, results, stats
+from cpt_utils.errors import InputError
+from cpt_utils.languages import canonical
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cpt_utils.archs import Arch
+    from cpt_utils.batching import Encoded
+
+SCHEMA = "sentence-retrieval"
+MARGINS = ("ratio", "distance", "absolute")
+SHUFFLES = 100
+
+
+# ---------------------------------------------------------------- the method
+
+
+def sentence_vectors(
+    model: PreTrainedModel, arch: Arch, sentences: Encoded, pad: int, batch_size: int = 32,
+    special_tokens: bool = True, padding_side: str = "right", desc: str = "",
+) -> torch.Tensor:  # fmt: skip
+    """Mean over the non-padding tokens of each hidden state: [L+1, sentences, hidden] on the CPU, in float32 (float64
+    for a float64 model).
+
+    Entry 0 is the embedding output; the last entry is taken after the final norm. With `special_tokens` False the
+    tokens that the tokenizer adds (BOS, EOS) are read by the model but left out of the mean.
+    """
+    import torch
+
+    from cpt_utils.batching import batches, padded
+    from cpt_utils.hooks import pooled_states
+
+    vectors = None
+    plan = batches([len(ids) for ids in sentences.ids], batch_size)
+    with cli.progress(desc=desc, total=len(sentences.ids), unit="sentence") as bar:
+        for rows in plan:
+            ids, mask = padded([sentences.ids[i] for i in rows], pad, padding_side)
+            keep = mask
+            if not special_tokens:
+                special, _ = padded([sentences.special[i] for i in rows], 1, padding_side)
+                keep = mask * (1 - special)
+                if not keep.any(1).all():
+                    raise InputError("a sentence consists of special tokens only; keep them in the mean, or remove it")
+            ids, mask, keep = (t.to(model.device) for t in (ids, mask, keep))
+            pooled = pooled_states(model, arch, ids, mask, keep).cpu()
+            if vectors is None:
+                vectors = torch.empty(len(pooled), len(sentences.ids), pooled.shape[-1], dtype=pooled.dtype)
+            vectors[:, rows] = pooled
+            bar.update(len(rows))
+    if not torch.isfinite(vectors).all():
+        raise InputError("the hidden states are not finite: NaN weights, or an overflow (try --dtype float32)")
+    return vectors
+
+
+def cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of every row of `x` [n, hidden] with every row of `y` [m, hidden]: [n, m]."""
+    import torch
+
+    return torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(y, dim=1).T
+
+
+def margin_scores(a: torch.Tensor, variant: str = "ratio", k: int = 4) -> torch.Tensor:
+    """Score of every pair from the cosines `a` [n, m] (Artetxe and Schwenk, 2019).
+
+    With m_i the mean of the k largest entries of row i, m_j of column j, and b_ij = (m_i + m_j) / 2 + 1e-6:
+    `ratio` a / b, `distance` a - b, `absolute` a. With fewer than k sentences, all of them are neighbours.
+    """
+    if variant == "absolute":
+        return a
+    rows = a.topk(min(k, a.shape[1]), dim=1).values.mean(1, keepdim=True)
+    columns = a.topk(min(k, a.shape[0]), dim=0).values.mean(0, keepdim=True)
+    b = (rows + columns) / 2 + 1e-6
+    return a / b if variant == "ratio" else a - b
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Hits at each hidden state, boolean [L+1, sentences]; `chance` [L+1] is the accuracy of shuffled pairings."""
+
+    hits: torch.Tensor
+    hits_reverse: torch.Tensor
+    hits_centred: torch.Tensor
+    chance: torch.Tensor
+
+    @property
+    def accuracy(self) -> list[float]:
+        """Base -> target accuracy at every hidden state: the paper's measure."""
+        return _mean(self.hits)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The hits as uint8, for the `.pt` beside the JSON: step 2 resamples their sentences."""
+        return {name: getattr(self, name).byte() for name in ("hits", "hits_reverse", "hits_centred")}
+
+    @property
+    def mean_accuracy(self) -> list[float]:
+        """The mean of both directions at every hidden state."""
+        return [(f + b) / 2 for f, b in zip(_mean(self.hits), _mean(self.hits_reverse), strict=True)]
+
+
+def retrieve(base: torch.Tensor, target: torch.Tensor, variant: str = "ratio", k: int = 4, seed: int = 42) -> Retrieval:
+    """Retrieve at every hidden state, from sentence vectors [L+1, sentences, hidden] of two languages, paired by row.
+
+    The first of equal scores counts as the largest. `hits_centred` is base -> target after each language's mean vector
+    is taken off: what is left of a fall in accuracy that a mere offset between languages causes.
+    """
+    import torch
+
+    n = base.shape[1]
+    own = torch.arange(n)
+    generator = torch.Generator().manual_seed(seed)
+    shuffles = torch.stack([torch.randperm(n, generator=generator) for _ in range(SHUFFLES)])
+    forward, backward, centred, chance = [], [], [], []
+    for x, y in zip(base, target, strict=True):
+        scores = margin_scores(cosine(x, y), variant, k)
+        found = scores.argmax(1)
+        forward.append(found == own)
+        backward.append(scores.argmax(0) == own)
+        chance.append((found == shuffles).double().mean())
+        centred.append(margin_scores(cosine(x - x.mean(0), y - y.mean(0)), variant, k).argmax(1) == own)
+    return Retrieval(torch.stack(forward), torch.stack(backward), torch.stack(centred), torch.stack(chance))
+
+
+def measure(
+    model: PreTrainedModel, arch: Arch, tokenizer: PreTrainedTokenizerBase, base: Encoded, target: Encoded,
+    variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int = 32, special_tokens: bool = True,
+    desc: str = "",
+) -> Retrieval:  # fmt: skip
+    """Vectors of both languages, then `retrieve`. Also what the swap controls run on a model swapped in memory."""
+    pad = tokenizer.pad_token_id
+    sides = [
+        sentence_vectors(model, arch, side, pad, batch_size, special_tokens, desc=f"{desc}{name}")
+        for side, name in ((base, "base language"), (target, "target language"))
+    ]
+    return retrieve(*sides, variant, k, seed)
+
+
+def _mean(hits: torch.Tensor) -> list[float]:
+    return hits.double().mean(1).tolist()
+
+
+# ---------------------------------------------------------------- files
+
+
+def payload(found: Retrieval, model_path: str, base: str, target: str, seed: int) -> dict:
+    """The JSON of one model, without its header. Accuracies are shares in [0, 1], one entry per hidden state 0..L."""
+
+    def by_layer(values) -> list:
+        return [[layer, value] for layer, value in enumerate(values)]
+
+    low, high = stats.bootstrap_means(found.hits.numpy(), seed)
+    both = (found.hits.double() + found.hits_reverse.double()) / 2
+    low_both, high_both = stats.bootstrap_means(both.numpy(), seed)
+    return {
+        "model_path": model_path,
+        "base_lang": base,
+        "target_lang": target,
+        "timestamp": results.now(),
+        "layer_accuracy": by_layer(found.accuracy),
+        "layer_accuracy_ci": by_layer(zip(low.tolist(), high.tolist(), strict=True)),
+        "reverse_accuracy": by_layer(_mean(found.hits_reverse)),
+        "mean_accuracy": by_layer(found.mean_accuracy),
+        "mean_accuracy_ci": by_layer(zip(low_both.tolist(), high_both.tolist(), strict=True)),
+        "centred_accuracy": by_layer(_mean(found.hits_centred)),
+        "shuffled_accuracy": by_layer(found.chance.tolist()),
+    }
+
+
+def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
+    """The payload of a finished result at `path` that was made as `wanted` says; None where it is to be made.
+
+    Raises:
+        InputError: the file was made from another model, other data or other settings.
+    """
+    if overwrite or not (path.is_file() and path.with_suffix(".pt").is_file()):
+        return None
+    found, header = results.read_json(path, SCHEMA, allow_limited=True)
+    for key, value in wanted.items():
+        if header.get(key) != results.plain(value):
+            raise InputError(
+                f"{path} is of another {key} than asked for; give --overwrite to redo it, or another --artifact-out"
+            )
+    return found
+
+
+def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | None, n: int, title: str) -> None:
+    """Accuracy over hidden states, a line per model: the base black, checkpoints light to dark in step order."""
+    steps = [ref for ref, _ in lines if ref.step is not None]
+    shades = iter(figures.colours(len(steps), ordered=True))
+    others = iter(figures.colours(len(lines)))
+    with figures.style() as plt:
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.5))
+        for number, (ref, result) in enumerate(lines):
+            x, y = zip(*result["layer_accuracy"], strict=True)
+            name = f"step {ref.step}" if ref.step is not None else Path(ref.spec).name
+            shade = next(shades) if ref.step is not None else figures.colour("base") if number == 0 else next(others)
+            style = "-" if ref.step is not None or number == 0 else "--"
+            axis.plot(x, y, style, color=shade, marker="o", label=name)
+            if number in (0, len(lines) - 1):
+                low, high = zip(*(ci for _, ci in result["layer_accuracy_ci"]), strict=True)
+                axis.fill_between(x, low, high, color=shade, alpha=0.15, linewidth=0)
+        if untrained:
+            x, y = zip(*untrained["layer_accuracy"], strict=True)
+            axis.plot(x, y, ":", color=figures.colour("random"), label="untrained")
+        axis.axhline(1 / n, color=figures.colour("chance"), linewidth=0.8, linestyle=(0, (1, 3)), label=f"chance 1/{n}")
+        figures.layer_axis(axis, len(lines[0][1]["layer_accuracy"]) - 1, hidden_states=True)
+        axis.set_ylabel("retrieval accuracy")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{title}, n = {n} sentences")
+        figure.legend(loc="outside right upper")
+        figures.save(figure, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Everything a measurement depends on but the model."""
+
+    pairs: data.ParallelText
+    device: torch.device
+    dtype: torch.dtype
+    margin: str
+    k: int
+    special_tokens: bool
+    batch_size: int
+    seed: int
+    homes: tuple[str | None, refs.ModelRef | None]
+    overwrite: bool
+    languages: tuple[str, str]
+    limit: int | None
+
+    def result(self, ref: refs.ModelRef, path: Path, untrained: bool = False) -> dict:
+        """The payload at `path`: the finished one, or a new measurement of `ref` (or its untrained twin), written."""
+        facts = self.facts(ref, untrained)
+        found = finished(path, facts, self.overwrite)
+        if found is not None:
+            cli.say(f"{path} is finished")
+            return found
+        measured = self.retrieval(ref, untrained)
+        found = payload(measured, "untrained" if untrained else ref.spec, *self.languages, self.seed)
+        results.write_tensors(path.with_suffix(".pt"), measured.tensors())
+        results.write_json(path, found, results.header(SCHEMA, **facts))
+        return found
+
+    def facts(self, ref: refs.ModelRef, untrained: bool) -> dict:
+        """What the header says, and what a finished file must agree with."""
+        from cpt_utils.archs import for_config
+
+        base, target = (canonical(code, any_tag=True) for code in self.languages)
+        return {
+            "models": {"untrained_like": ref.config()} if untrained else {"model": ref.describe()},
+            "n_layers": for_config(ref.config()).n_layers(ref.config()),
+            "base_lang": base,
+            "target_lang": target,
+            "data": self.pairs.describe(),
+            "n_used": len(self.pairs),
+            "n_available": self.pairs.n_available,
+            "limit": self.limit,
+            "seed": self.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "margin_variant": self.margin,
+            "k": self.k,
+            "special_tokens": self.special_tokens,
+        }
+
+    def retrieval(self, ref: refs.ModelRef, untrained: bool) -> Retrieval:
+        """Load the model, measure, and let go of it."""
+        from cpt_utils import models
+        from cpt_utils.archs import for_config
+
+        tokenizer = models.load_tokenizer(ref, *self.homes)
+        if untrained:
+            model = models.load_untrained(ref, self.dtype, self.device, self.seed)
+        else:
+            model = models.load_model(ref, self.dtype, self.device)
+            models.announce(model, ref)
+        sides = encode_pairs(model, tokenizer, self.pairs, ref.spec)
+        name = "untrained" if untrained else ref.model_id
+        return measure(
+            model, for_config(ref.config()), tokenizer, *sides, self.margin, self.k, self.seed, self.batch_size,
+            self.special_tokens, desc=f"{name}, ",
+        )  # fmt: skip
+
+
+def encode_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: data.ParallelText, name: str
+) -> tuple[Encoded, Encoded]:
+    """Both languages tokenized for `model`: (base, target).
+
+    Raises:
+        InputError: a token id that the model has no embedding for.
+    """
+    from cpt_utils.batching import encode, positions
+
+    sides = tuple(encode(tokenizer, texts, positions(model)) for texts in (pairs.base, pairs.target))
+    largest = max(max(ids) for side in sides for ids in side.ids)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise InputError(
+            f"{name}: token id {largest} is beyond its {rows} embeddings; the tokenizer is another model's"
+        )
+    return sides
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add(
+        "--model_path", "--model-path", nargs="+", metavar="M", help="models or runs; default: the study's base and run"
+    )
+    add("--base", metavar="LANG", help="language that asks, e.g. eng_Latn; default: the study's languages.base")
+    add("--target", metavar="LANG", help="language that is searched; default: the study's languages.target")
+    add("--artifact-out", metavar="DIR", help="default: artifacts; inside a study <results>/sentence-retrieval")
+    add("--margin-variant", choices=MARGINS, default="ratio", help="score of a pair; default ratio")
+    add("--k", type=cli.positive, default=4, metavar="N", help="nearest neighbours of the margin; default 4")
+    add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: in")
+    add("--no-untrained", action="store_true", help="skip the untrained model of the same configuration")
+    data.add_flags(p)
+    cli.add_run_flags(p)
+    cli.add_forward_flags(p)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    models = targets(args, study)
+    base = study.value(args.base, "--base", "languages.base")
+    target = study.value(args.target, "--target", "languages.target")
+    pairs = data.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
+    cli.say(pairs.summary())
+
+    device = cli.device(args.device)
+    folder = Path(args.artifact_out or study.result("retrieval") or "artifacts") / f"{base}-{target}"
+    bench = Bench(
+        pairs=pairs,
+        device=device,
+        dtype=cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device),
+        margin=args.margin_variant,
+        k=args.k,
+        special_tokens=not args.no_special_tokens,
+        batch_size=args.batch_size,
+        seed=study.seed,
+        homes=study_homes(study),
+        overwrite=args.overwrite,
+        languages=(base, target),
+        limit=args.limit,
+    )
+    lines = []
+    for ref in models:
+        found = bench.result(ref, folder / f"{ref.model_id}.json")
+        lines.append((ref, found))
+        best, at = max((accuracy, -layer) for layer, accuracy in found["layer_accuracy"])
+        profile = " ".join(f"{accuracy:.2f}" for _, accuracy in found["layer_accuracy"])
+        cli.say(f"{ref.spec}: best {best:.3f} at hidden state {-at}; by hidden state {profile}")
+    untrained = None if args.no_untrained else bench.result(models[0], folder / "untrained.json", untrained=True)
+    name = models[0].model_id if len(models) == 1 else "accuracy"
+    draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
+    cli.say(f"wrote {len(lines)} results and the figure {folder / name}.pdf")
+
+
+def targets(args, study: Study) -> list[refs.ModelRef]:
+    """The models to measure: those given, else the study's base (step 0) and the checkpoints of its run."""
+    if args.model_path:
+        return refs.models(args.model_path, args.steps)
+    base = refs.model(study.value(None, "--model_path", "base"))
+    return [base, *refs.run(study.value(None, "--model_path", "run"), args.steps)]
+
+
+def study_homes(study: Study) -> tuple[str | None, refs.ModelRef | None]:
+    """Where a checkpoint without tokenizer files gets them: the study's run folder, then its base."""
+    run, base = study.get("run"), study.get("base")
+    return run if isinstance(run, str) else None, refs.model(base) if base else None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,17 @@
+"""Settings every test shares: no network, one thread, no window, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, transformers or matplotlib is imported: all of them read these once.
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(name, value)

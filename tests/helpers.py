@@ -1,0 +1,176 @@
+"""Tiny models of every architecture, made from configs, and the scripts as modules. Nothing here needs a network.
+
+from helpers import load_script, save_tiny
+folder = save_tiny("qwen2", tmp_path / "base", seed=0, dtype="bfloat16", shards=3)
+load_script("layer-swap/layer-swap.py").main([str(folder), ...])
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The ten architectures of the table in cpt_utils/archs.py that are tried everywhere.
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+)
+
+# 256 bytes and three special tokens; a model may have more rows than its tokenizer has tokens.
+TOKENS = 259
+VOCAB = 272
+
+
+def load_script(path: str) -> ModuleType:
+    """The script at `path` (relative to the repository) as a fresh module; its `main([...])` runs it."""
+    file = ROOT / path
+    name = "script_" + file.stem.replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it is being executed
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, **overrides):
+    """A config of `model_type`: width 32, FFN width 48, 4 heads (2 KV heads where the type has them), 512 positions."""
+    from transformers import AutoConfig
+
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if model_type == "gpt2":
+        fields = {"n_embd": 32, "n_inner": 48, "n_layer": layers, "n_head": 4, "n_positions": 512}
+    else:
+        fields = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+        }
+        if model_type != "gpt_neox":
+            fields["num_key_value_heads"] = 2
+        if model_type in ("qwen3", "gemma2", "gemma3_text", "gemma3"):
+            fields["head_dim"] = 8
+        if model_type == "gemma2":
+            fields["query_pre_attn_scalar"] = 8
+    fields |= {"vocab_size": vocab_size, **special}
+    if model_type == "gemma3":
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        fields = {"text_config": fields, "vision_config": vision, "mm_tokens_per_image": 4}
+    return AutoConfig.for_model(model_type, **(fields | overrides))
+
+
+def tiny_model(model_type: str, seed: int = 0, dtype="float32", **config):
+    """A random model in eval mode. Norms and biases are random too, so that a swap that forgets one shows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **config), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(dtype).eval()
+
+
+def tiny_tokenizer():
+    """A byte-level tokenizer: any text in any script, one token per byte, `<s>` in front; 259 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+def save_tiny(
+    model_type: str,
+    folder: str | Path,
+    seed: int = 0,
+    dtype="float32",
+    tokenizer: bool = True,
+    vocab_size: int = VOCAB,
+    shards: int = 1,
+    format: str = "safetensors",
+    model=None,
+    **config,
+) -> Path:
+    """Write a tiny model (or `model`) as a complete folder.
+
+    `shards` > 1 writes exactly so many files and an index, with the tensors of a layer spread over them.
+    `format="bin"` writes `pytorch_model*.bin` instead of safetensors.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder)
+    if model is None:
+        model = tiny_model(model_type, seed, dtype, vocab_size=vocab_size, **config)
+    model.save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    if shards == 1 and format == "safetensors":
+        return folder
+    whole = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(whole).items()}
+    whole.unlink()
+    stem, end = ("model", "safetensors") if format == "safetensors" else ("pytorch_model", "bin")
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        name = f"{stem}.{end}" if shards == 1 else f"{stem}-{number + 1:05d}-of-{shards:05d}.{end}"
+        part = {key: tensors[key] for key in sorted(tensors)[number::shards]}
+        weight_map |= dict.fromkeys(part, name)
+        if format == "safetensors":
+            save_file(part, folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / name)
+    if shards > 1:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def read_tensors(folder: str | Path) -> dict:
+    """Every tensor of a safetensors folder by its name on disk."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def bits(tensor):
+    """The bytes of a tensor, for comparisons that tell -0.0 from 0.0 and hold for NaN."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8)

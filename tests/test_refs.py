@@ -1,0 +1,148 @@
+"""Model references: steps are numbers, runs are ordered by them, and every miss says what to do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import save_tiny
+
+from cpt_utils import refs
+from cpt_utils.errors import InputError
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    for step in (100, 15, 9):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 10}))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("checkpoint-15", 15),
+        ("step1000", 1000),
+        ("stage2-ingredient1-step1000-tokens5B", 1000),
+        ("stage1-step337000", 337000),
+        ("step1200000-tokens5033B", 1200000),
+        ("main", None),
+        ("checkpoint-15.partial", None),
+        ("footstep12", None),
+    ],
+)
+def test_steps_are_read_from_names(name, step):
+    assert refs.step_of(name) == step
+
+
+def test_a_run_is_ordered_by_number_not_by_text(a_run):
+    (a_run / "checkpoint-7.partial").mkdir()
+    (a_run / "checkpoint-8").write_text("a file, no folder")
+    assert [ref.step for ref in refs.run(str(a_run))] == [9, 15, 100]
+    assert [ref.step for ref in refs.run(str(a_run), steps=[100, 9])] == [9, 100]
+    with pytest.raises(InputError, match=r"no checkpoint of step 16; the run has 9, 15, 100"):
+        refs.run(str(a_run), steps=[16])
+
+
+def test_revisions_of_one_repository_are_a_run():
+    names = [f"org/olmo@stage2-ingredient1-step{n}-tokens5B" for n in (3000, 512, 10000)]
+    found = refs.run(names)
+    assert [ref.step for ref in found] == [512, 3000, 10000]
+    assert found[0].repository == "org/olmo" and found[0].revision == "stage2-ingredient1-step512-tokens5B"
+    assert found[0].model_id == "org__olmo@stage2-ingredient1-step512-tokens5B"
+    with pytest.raises(InputError, match="step 512 comes twice"):
+        refs.run([*names, "org/olmo@step512"])
+    with pytest.raises(InputError, match="no step in its name"):
+        refs.run([*names, "org/olmo@main"])
+
+
+def test_a_single_model_is_a_run_of_one(tmp_path):
+    folder = tmp_path / "final"
+    folder.mkdir()
+    assert [ref.step for ref in refs.run(str(folder))] == [0]
+
+
+def test_model_ids_tell_folders_apart(a_run):
+    assert refs.model(a_run / "checkpoint-15").model_id == "run__checkpoint-15"
+    assert refs.model(str(a_run / "checkpoint-15") + "/").model_id == "run__checkpoint-15"
+
+
+@pytest.mark.parametrize("text", ["./none", "/none/at/all", "a/b/c", "none", "~/x"])
+def test_a_missing_folder_is_refused_at_once(text):
+    with pytest.raises(InputError, match="no such folder"):
+        refs.model(text)
+
+
+def test_a_mistyped_path_is_not_taken_for_a_repository(a_run, monkeypatch):
+    monkeypatch.chdir(a_run.parent)
+    with pytest.raises(InputError, match="the folder run is there, checkpoint-16 is not in it"):
+        refs.model("run/checkpoint-16")
+
+
+def test_the_sample_of_weights_tells_two_trainings_apart(tmp_path):
+    one = save_tiny("llama", tmp_path / "a", seed=0, tokenizer=False)
+    same = save_tiny("llama", tmp_path / "b", seed=0, tokenizer=False)
+    other = save_tiny("llama", tmp_path / "c", seed=1, tokenizer=False)
+    assert refs.weights_sample(one) == refs.weights_sample(same) != refs.weights_sample(other)
+    assert refs.model(one).describe()["weights_sample"] == refs.weights_sample(one)
+    assert refs.weights_sample(tmp_path) is None
+
+
+def test_a_checkpoint_without_tokenizer_uses_the_runs_then_the_bases(tmp_path, capsys):
+    base = save_tiny("llama", tmp_path / "base")
+    bare = save_tiny("llama", tmp_path / "run" / "checkpoint-1", tokenizer=False)
+    ref = refs.model(bare)
+    assert refs.tokenizer_folder(ref, None, refs.model(base)) == base
+    assert "using those of the base" in capsys.readouterr().out
+    wider = save_tiny("llama", tmp_path / "other" / "checkpoint-1", tokenizer=False, vocab_size=300)
+    with pytest.raises(InputError, match=r"do not fit \(272 tokens, 300 needed\)"):
+        refs.tokenizer_folder(refs.model(wider), None, refs.model(base))
+    with pytest.raises(InputError, match="has no tokenizer files"):
+        refs.tokenizer_folder(ref)
+    (tmp_path / "run" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    assert refs.tokenizer_folder(ref, None, refs.model(base)) == tmp_path / "run"
+
+
+def fabricated_cache(folder, repository, revision, files):
+    """A hub cache as the hub client leaves it, with one snapshot; returns the commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    root = folder / f"models--{repository.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name, data in files.items():
+        (snapshot / name).write_bytes(data)
+    (root / "refs").mkdir()
+    (root / "refs" / revision).write_text(commit)
+    return commit
+
+
+def in_offline_process(cache, code):
+    """Run `code` with the hub switched off: the client reads these variables when it is imported."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_a_hub_revision_is_read_from_the_cache_and_its_commit_recorded(tmp_path):
+    model = save_tiny("llama", tmp_path / "m")
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    commit = fabricated_cache(tmp_path / "cache", "org/tiny", "step1000", files)
+    code = (
+        "from cpt_utils import refs, models, cli; import torch\n"
+        "ref = refs.model('org/tiny@step1000')\n"
+        "print(ref.step, ref.describe()['revision'], ref.config()['model_type'])\n"
+        "print(models.load_model(ref, torch.float32, torch.device('cpu')).num_parameters() > 0)\n"
+        "print(len(models.load_tokenizer(ref)))\n"
+    )
+    done = in_offline_process(tmp_path / "cache", code)
+    assert done.stdout.split() == ["1000", commit, "llama", "True", "259"], done.stderr
+
+
+def test_a_repository_that_is_not_cached_says_so_offline(tmp_path):
+    code = "from cpt_utils import cli, refs\ncli.run(lambda: refs.model('org/none').folder())"
+    done = in_offline_process(tmp_path, code)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: org/none: no such folder here, not in the hub cache")
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,88 @@
+"""Result files: whole or absent, identified by their header, strangers refused by name and reason."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cpt_utils import results
+from cpt_utils.errors import InputError
+
+
+def test_round_trip_and_header(tmp_path):
+    path = tmp_path / "deep" / "r.json"
+    head = results.header("retrieval", n_layers=4, base_lang="eng_Latn", limit=None, mean=np.float32(0.5))
+    results.write_json(path, {"a": [1, float("nan"), torch.tensor([2.0])], "b": np.int64(3)}, head)
+    payload, found = results.read_json(path, "retrieval", n_layers=4)
+    assert payload == {"a": [1, None, [2.0]], "b": 3}
+    assert found["mean"] == 0.5
+    assert {"schema", "version", "command", "git_commit", "libraries", "time"} <= set(found)
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "expect", "message"),
+    [
+        ({"n_layers": 4}, {"n_layers": 5}, "n_layers 4, but 5 is needed"),
+        ({"base_lang": "eng_Latn"}, {"base_lang": "gle_Latn"}, "base_lang eng_Latn"),
+        ({"limit": 10}, {}, "--limit 10"),
+    ],
+)
+def test_a_stranger_is_refused(tmp_path, facts, expect, message):
+    path = tmp_path / "r.json"
+    results.write_json(path, {}, results.header("s", **facts))
+    with pytest.raises(InputError, match=message):
+        results.read_json(path, "s", **expect)
+
+
+def test_equivalent_language_codes_agree(tmp_path):
+    path = tmp_path / "r.json"
+    results.write_json(path, {}, results.header("s", target_lang="gle_Latn"))
+    results.read_json(path, "s", target_lang="ga")
+
+
+def test_another_schema_is_refused(tmp_path):
+    results.write_json(tmp_path / "r.json", {}, results.header("weight-diff"))
+    with pytest.raises(InputError, match="holds 'weight-diff', but 'retrieval' is needed"):
+        results.read_json(tmp_path / "r.json", "retrieval")
+
+
+def test_a_file_without_header_is_taken_with_one_warning(tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps({"layers": [1]}))
+    assert results.read_json(tmp_path / "r.json", "s", n_layers=4) == ({"layers": [1]}, {})
+    assert capsys.readouterr().err.count("has no header") == 1
+    (tmp_path / "l.json").write_text("[1, 2]")
+    assert results.read_json(tmp_path / "l.json") == ([1, 2], {})
+
+
+@pytest.mark.parametrize("text", ["{", "\xff"])
+def test_damaged_json(tmp_path, text):
+    (tmp_path / "r.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(InputError, match="not valid JSON"):
+        results.read_json(tmp_path / "r.json")
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    with pytest.raises(InputError, match=r"the disk is full"), results.replacing(path) as temporary:
+        temporary.write_text("new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot write"):
+        results.write_json(tmp_path / "file" / "r.json", {}, results.header("s"))
+
+
+def test_tensors_round_trip_and_damage(tmp_path):
+    results.write_tensors(tmp_path / "t.pt", {"hits": torch.tensor([[1, 0]], dtype=torch.uint8)})
+    assert results.read_tensors(tmp_path / "t.pt")["hits"].tolist() == [[1, 0]]
+    (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04 no zip")
+    with pytest.raises(InputError, match="cannot be read as tensors"):
+        results.read_tensors(tmp_path / "bad.pt")

@@ -1,0 +1,300 @@
+"""Sentence retrieval against a float64 loop written from the definition, and its invariants."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import load_script, save_tiny, tiny_model, tiny_tokenizer
+
+from cpt_utils import results
+from cpt_utils.archs import for_config
+from cpt_utils.batching import encode
+from cpt_utils.errors import InputError
+
+WORDS_A = "the cat dog sees a red house runs fast seven birds sing loud today rivers".split()  # noqa: SIM905
+WORDS_B = "an cait madra feic dearg teach rith mear seacht ean can ard inniu aibhneacha".split()  # noqa: SIM905
+
+
+def sentences(words, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 9, (n,), generator=generator).tolist()
+    return [
+        f"{i} " + " ".join(words[j] for j in torch.randint(len(words), (length,), generator=generator).tolist())
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="module")
+def sr():
+    return load_script("sentence-retrieval/sr_experiment.py")
+
+
+def slow_accuracy(model, tokenizer, base, target, variant, k=4):
+    """The definition, sentence by sentence, pair by pair: no padding, no matrices. [L+1] accuracies, base -> target."""
+
+    def vectors(texts):
+        found = []
+        for text in texts:
+            with torch.inference_mode():
+                states = model(torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True).hidden_states
+            found.append([state[0].mean(0).tolist() for state in states])
+        return found
+
+    def cosine(u, v):
+        dot = sum(a * b for a, b in zip(u, v, strict=True))
+        return dot / (math.sqrt(sum(a * a for a in u)) * math.sqrt(sum(b * b for b in v)))
+
+    xs, ys = vectors(base), vectors(target)
+    n, accuracies = len(base), []
+    for layer in range(len(xs[0])):
+        a = [[cosine(xs[i][layer], ys[j][layer]) for j in range(n)] for i in range(n)]
+        right = 0
+        for i in range(n):
+            m_i = sum(sorted(a[i], reverse=True)[:k]) / k
+            scores = []
+            for j in range(n):
+                m_j = sum(sorted((a[r][j] for r in range(n)), reverse=True)[:k]) / k
+                b = (m_i + m_j) / 2 + 1e-6
+                scores.append({"ratio": a[i][j] / b, "distance": a[i][j] - b, "absolute": a[i][j]}[variant])
+            right += scores.index(max(scores)) == i
+        accuracies.append(right / n)
+    return accuracies
+
+
+@pytest.mark.parametrize("variant", ["ratio", "distance", "absolute"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_accuracy_equals_the_definition(sr, model_type, variant):
+    model, tokenizer = tiny_model(model_type, dtype="float64"), tiny_tokenizer()
+    base, target = sentences(WORDS_A, 14, 1), sentences(WORDS_B, 14, 2)
+    slow = slow_accuracy(model, tokenizer, base, target, variant)
+    arch = for_config(model.config)
+    sides = [encode(tokenizer, texts) for texts in (base, target)]
+    for batch_size in (1, 64):
+        found = sr.measure(model, arch, tokenizer, *sides, variant, batch_size=batch_size)
+        assert found.accuracy == slow
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_batch_size_and_padding_side_move_nothing_but_ties(sr, dtype):
+    model, tokenizer = tiny_model("qwen2", dtype=dtype), tiny_tokenizer()
+    arch = for_config(model.config)
+    sides = [encode(tokenizer, sentences(w, 30, s)) for w, s in ((WORDS_A, 3), (WORDS_B, 4))]
+
+    def vectors(batch_size, padding):
+        return [
+            sr.sentence_vectors(model, arch, side, tokenizer.pad_token_id, batch_size, padding_side=padding)
+            for side in sides
+        ]
+
+    reference = vectors(1, "right")
+    for batch_size, padding in ((64, "right"), (64, "left"), (7, "left")):
+        other = vectors(batch_size, padding)
+        for layer in range(len(reference[0])):
+            scores = sr.margin_scores(sr.cosine(reference[0][layer], reference[1][layer]))
+            again = sr.margin_scores(sr.cosine(other[0][layer], other[1][layer]))
+            changed = (scores.argmax(1) != again.argmax(1)).nonzero().flatten().tolist()
+            top = scores.topk(2, dim=1).values
+            margins = {i: float(top[i, 0] - top[i, 1]) for i in changed}
+            # Where an argmax moves, the two best scores are a tie to 1e-6; in float64 none moves at all.
+            assert all(margin <= 1e-6 for margin in margins.values()), margins
+            assert dtype == "float32" or not changed
+
+
+def test_a_language_against_itself_is_found_at_every_layer(sr):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    side = encode(tokenizer, sentences(WORDS_A, 40, 5))
+    for variant in sr.MARGINS:
+        found = sr.measure(model, for_config(model.config), tokenizer, side, side, variant)
+        assert found.accuracy == found.mean_accuracy == [1.0] * 4
+
+
+def test_shuffled_pairs_give_chance(sr):
+    torch.manual_seed(0)
+    vectors = torch.randn(3, 200, 16)
+    found = sr.retrieve(vectors, vectors)
+    assert found.accuracy == [1.0] * 3
+    # 100 shuffles of 200 sentences: the mean share of fixed points is 1/200, standard error 1/200/10.
+    assert all(abs(c - 1 / 200) < 4 / 200 / 10 for c in found.chance.tolist())
+    permuted = vectors[:, torch.randperm(200)]
+    assert max(sr.retrieve(vectors, permuted).accuracy) < 0.05
+
+
+def test_centring_undoes_an_offset_between_languages(sr):
+    torch.manual_seed(0)
+    x = torch.randn(1, 100, 8)
+    x[..., 0] += 30  # each language keeps to a place of its own, far from the origin
+    y = x + 0.1 * torch.randn(1, 100, 8) + 30 * torch.eye(8)[1]
+    found = sr.retrieve(x, y, "absolute")
+    assert found.hits_centred.double().mean() > found.accuracy[0] + 0.2
+
+
+def test_the_reverse_direction_is_the_transpose(sr):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 50, 4), torch.randn(2, 50, 4)
+    there, back = sr.retrieve(x, y, "distance"), sr.retrieve(y, x, "distance")
+    assert torch.equal(there.hits_reverse, back.hits) and torch.equal(there.hits, back.hits_reverse)
+
+
+def test_special_tokens_can_be_left_out_of_the_mean(sr):
+    model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
+    side = encode(tokenizer, ["one two"])
+    arch = for_config(model.config)
+    without = sr.sentence_vectors(model, arch, side, 0, special_tokens=False)
+    with torch.inference_mode():
+        states = model(torch.tensor(side.ids), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(without[:, 0], torch.stack([state[0, 1:].mean(0) for state in states]))
+
+
+def test_margins_with_fewer_sentences_than_neighbours(sr):
+    a = torch.tensor([[1.0, 0.2], [0.1, 0.9]])
+    assert sr.margin_scores(a, "ratio", k=4).argmax(1).tolist() == [0, 1]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A base, a run of two checkpoints, and parallel text."""
+    save_tiny("llama", tmp_path / "base", seed=0)
+    for step in (5, 10):
+        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step)
+    for name, words, seed in (("a", WORDS_A, 1), ("b", WORDS_B, 2)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(sentences(words, 12, seed)) + "\n")
+    return tmp_path
+
+
+def command(project, *extra):
+    return [
+        "--model_path", str(project / "base"), str(project / "run"), "--base", "eng_Latn", "--target", "gle_Latn",
+        "--source", "text", "--base-file", str(project / "a.txt"), "--target-file", str(project / "b.txt"),
+        "--artifact-out", str(project / "out"), *extra,
+    ]  # fmt: skip
+
+
+def test_files_of_a_run(sr, project):
+    sr.main(command(project))
+    folder = project / "out" / "eng_Latn-gle_Latn"
+    names = {path.name for path in folder.iterdir()}
+    ids = [f"{project.name}__base", "run__checkpoint-5", "run__checkpoint-10", "untrained"]
+    assert names == {f"{i}.{end}" for i in ids for end in ("json", "pt")} | {"accuracy.pdf", "accuracy.png"}
+    payload, header = results.read_json(folder / "run__checkpoint-10.json", sr.SCHEMA, n_layers=3, base_lang="en")
+    assert list(payload)[:5] == ["model_path", "base_lang", "target_lang", "timestamp", "layer_accuracy"]
+    assert [layer for layer, _ in payload["layer_accuracy"]] == [0, 1, 2, 3]
+    hits = results.read_tensors(folder / "run__checkpoint-10.pt")["hits"]
+    assert hits.shape == (4, 12) and hits.dtype == torch.uint8
+    assert hits.double().mean(1).tolist() == [accuracy for _, accuracy in payload["layer_accuracy"]]
+    low_high = payload["layer_accuracy_ci"][3][1]
+    assert low_high[0] <= payload["layer_accuracy"][3][1] <= low_high[1]
+    assert (header["n_used"], header["n_available"], header["dtype"], header["margin_variant"]) == (
+        12,
+        12,
+        "float32",
+        "ratio",
+    )
+
+
+def strip(path):
+    content = json.loads(path.read_text())
+    content.pop("timestamp")
+    for key in ("time", "command"):
+        content["_header"].pop(key)
+    return content
+
+
+def test_a_rerun_keeps_finished_files_and_overwrite_gives_the_same(sr, project, capsys):
+    sr.main(command(project))
+    folder = project / "out" / "eng_Latn-gle_Latn"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    stripped = {path.name: strip(path) for path in folder.glob("*.json")}
+    capsys.readouterr()
+    sr.main(command(project))
+    assert capsys.readouterr().out.count("is finished") == 4
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    sr.main(command(project, "--overwrite"))
+    assert {path.name: strip(path) for path in folder.glob("*.json")} == stripped
+    for name in before:
+        if not name.endswith(".json"):
+            assert (folder / name).read_bytes() == before[name], name
+
+
+def test_a_result_of_other_settings_is_not_taken_for_finished(sr, project):
+    sr.main(command(project))
+    with pytest.raises(InputError, match="is of another margin_variant than asked for"):
+        sr.main(command(project, "--margin-variant", "distance"))
+    save_tiny("llama", project / "base", seed=77)
+    with pytest.raises(InputError, match="is of another models than asked for"):
+        sr.main(command(project))
+
+
+def test_a_limited_run_is_marked(sr, project):
+    sr.main(command(project, "--limit", "6", "--no-untrained"))
+    path = project / "out" / "eng_Latn-gle_Latn" / "run__checkpoint-5.json"
+    with pytest.raises(InputError, match="--limit 6"):
+        results.read_json(path, sr.SCHEMA)
+    assert not path.with_name("untrained.json").exists()
+
+
+def test_inside_a_study_no_argument_is_needed(sr, project, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / "study.yaml").write_text(
+        "name: s\nbase: base\nrun: run\nlanguages: {base: eng_Latn, target: qaa_Latn}\n"
+        "data: {source: text, base_file: a.txt, target_file: b.txt}\nresults: results/s\n"
+    )
+    sr.main(["--no-untrained"])
+    folder = project / "results/s/sentence-retrieval/eng_Latn-qaa_Latn"
+    assert (folder / "run__checkpoint-5.json").is_file() and (folder / "accuracy.pdf").is_file()
+
+
+def nan_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (nan_weights, "not finite"),
+        (truncated, "model.safetensors"),
+        (without("config.json"), "no config.json"),
+        (without("model.safetensors"), "run__checkpoint-10|no weights|safetensors"),
+    ],
+)
+def test_a_damaged_model_is_one_line_and_leaves_no_result(sr, project, damage, message):
+    damage(project / "run" / "checkpoint-10")
+    with pytest.raises(InputError, match=message):
+        sr.main(command(project, "--no-untrained"))
+    folder = project / "out" / "eng_Latn-gle_Latn"
+    assert not list(folder.glob("run__checkpoint-10*")) and not list(folder.glob(".*"))
+
+
+def test_a_tensor_missing_on_disk_is_not_filled_with_random_numbers(sr, project):
+    from safetensors.torch import load_file, save_file
+
+    path = project / "run" / "checkpoint-10" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"the checkpoint lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        sr.main(command(project, "--no-untrained"))
+
+
+def test_another_models_tokenizer_is_refused(sr, project):
+    save_tiny("llama", project / "small", vocab_size=100)
+    args = command(project, "--no-untrained")
+    args[1:3] = [str(project / "small")]
+    with pytest.raises(InputError, match="beyond its 100 embeddings"):
+        sr.main(args)

@@ -1,0 +1,65 @@
+"""Which value wins, what a missing one says, and how strings are filled in."""
+
+import pytest
+
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+
+def write(folder, text):
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_command_line_wins_over_study_wins_over_default(tmp_path):
+    study = Study.find(write(tmp_path, "base: from-study\n"))
+    assert study.value("given", "--base-model", "base", "default") == "given"
+    assert study.value(None, "--base-model", "base", "default") == "from-study"
+    assert study.value(None, "--run", "run", "default") == "default"
+
+
+def test_a_missing_value_names_flag_and_key(tmp_path):
+    with pytest.raises(InputError, match=r"give --base, or the key languages\.base in a study file"):
+        Study().value(None, "--base", "languages.base")
+
+
+def test_study_yaml_in_the_current_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not Study.find()
+    write(tmp_path, "name: here\n")
+    assert Study.find().name == "here"
+
+
+def test_places_and_environment_are_filled_in(tmp_path, monkeypatch):
+    path = write(
+        tmp_path, "name: m\nseed: 3\nrun: build/{name}/seed-{seed}/cpt\nresults: r/{seed}\ndata: {dir: '${TEXTS}/x'}\n"
+    )
+    study = Study.find(path, seed=7)
+    assert study.get("run") == "build/m/seed-7/cpt"
+    assert study.result("layers").as_posix() == "r/7/layer-specialize/layers.json"
+    monkeypatch.delenv("TEXTS", raising=False)
+    with pytest.raises(InputError, match="environment variable TEXTS is not set"):
+        study.get("data.dir")
+    monkeypatch.setenv("TEXTS", "/t")
+    assert study.get("data.dir") == "/t/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("languges: {base: x}\n", "did you mean languages"),
+        ("languages: {bse: x}\n", r"did you mean languages\.base"),
+        ("languages: eng\n", "must hold the keys base, target, lsn"),
+        ("- a\n", "holds no keys"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_study_file_is_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        Study.find(write(tmp_path, text))
+
+
+def test_a_study_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        Study.find(tmp_path / "none.yaml")
