@@ -1,12 +1,15 @@
 # Two commands on a fresh machine, each doing all its set-up in .venv:
 #   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and an HTML report
 #   make test         the tests, with a small end-to-end run included
-# Another study: make reproduce STUDY=my-study.yaml. More jobs side by side: make reproduce JOBS=4.
+# Another study: make reproduce STUDY=my-study.yaml. Another seed: SEED=1. Fewer cores: CORES=1.
 
 PYTHON ?= python3
 STUDY ?= demo/demo.yaml
-JOBS ?= 1
+CORES ?= all
+SEED ?=
+REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED)).html
 BIN := .venv/bin
+SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED))
 
 .PHONY: help reproduce plan test lint clean
 
@@ -23,12 +26,13 @@ help:
 	@touch $@
 
 reproduce: .venv/installed
-	@echo "== $(STUDY): plan and run the missing steps; logs in the results folder =="
-	$(BIN)/snakemake --snakefile workflow/Snakefile --cores $(JOBS) --config study=$(STUDY) --rerun-incomplete
-	$(BIN)/snakemake --snakefile workflow/Snakefile --cores 1 --config study=$(STUDY) --report results/$(basename $(notdir $(STUDY)))/report.html
+	@echo "== $(STUDY): the missing steps run now; each writes its log into the results folder =="
+	@mkdir -p $(dir $(REPORT))
+	$(SNAKEMAKE) --cores $(CORES) --rerun-incomplete --report-after-run --report $(REPORT)
+	@echo "== done; every figure with its caption: $(REPORT) =="
 
 plan: .venv/installed
-	$(BIN)/snakemake --snakefile workflow/Snakefile --config study=$(STUDY) --dry-run
+	$(SNAKEMAKE) --dry-run
 
 test: .venv/installed
 	@echo "== lint =="

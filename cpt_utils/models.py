@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from typing import TYPE_CHECKING
 
 from cpt_utils import archs, cli, refs, tensors
@@ -37,19 +37,15 @@ def load_model(ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> 
     folder = ref.folder((*refs.WEIGHT_PATTERNS, "*.json"))
     with tensors.TensorFolder(folder) as stored:  # damaged or missing shards: one line instead of a loader's traceback
         stored.names()
-    quiet = logging.getLogger("transformers.modeling_utils")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # the load report is read below, and said in our own words
     try:
         config = AutoConfig.from_pretrained(folder)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True
-        )
+        with _quiet_loader():  # the load report is read below, and said in our own words
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True
+            )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{ref.spec} cannot be loaded: {reason}") from error
-    finally:
-        quiet.setLevel(level)
     _check(report, ref)
     model = model.to(device).eval()
     for parameter in model.parameters():
@@ -58,6 +54,22 @@ def load_model(ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> 
         # TF32 would round float32 products to 10 bits; a float32 run is asked for to have float32 numbers.
         torch.backends.cuda.matmul.allow_tf32 = False
     return model
+
+
+@contextlib.contextmanager
+def _quiet_loader():
+    """Silence the loader's log lines and its progress bar, one per model, for the length of a block."""
+    from transformers.utils import contextlib
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _check(report: dict, ref: refs.ModelRef) -> None:

@@ -96,11 +96,12 @@ def choice_logliks(
     limit = positions(model) or max(map(len, sequences))
     result = [0.0] * len(sequences)
     for rows in batches([len(s) for s in sequences], batch_size):
-        cut = [sequences[i][-limit:] for i in rows]
+        # The last token is only predicted, never read: it needs no position of its own.
+        cut = [sequences[i][-(limit + 1) :] for i in rows]
         ids, mask = (t.to(model.device) for t in padded(cut, tokenizer.pad_token_id))
         with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        losses = _token_losses(logits[:, :-1], ids[:, 1:])
+            logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
+        losses = _token_losses(logits, ids[:, 1:])
         for row, i in enumerate(rows):
             tokens = len(sequences[i]) - starts[i]
             end = len(cut[row]) - 1

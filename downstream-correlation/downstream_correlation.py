@@ -1,0 +1,259 @@
+"""Does a downstream task follow the weight change of the interface layers, or that of the semantic hub?
+
+In:   BENCHMARK, the metric at each checkpoint: {"<step>": {"<task>": {"acc": x}}}, or a folder of lm_eval result files
+      WEIGHT_DIFF, the file of weight-diff/int_and_sem.py: {"checkpoints": {"<step>": {"interface_avg", ..}}}
+Out:  OUT (JSON): per layer type the correlation over checkpoints, with intervals, Spearman's, and both on first
+      differences; OUT with .pdf and .png: the metric over steps, and against the change of both layer types
+
+    python downstream-correlation/downstream_correlation.py results/lm_eval int_and_sem.json -o results/correlation.json
+    python downstream-correlation/downstream_correlation.py bench.json diff.json -o build/try.json --checkpoint-stride 2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import benchmark, cli, figures, results, stats
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cpt_utils.benchmark import Point
+
+SCHEMA = "downstream_correlation"
+LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}
+DRAWS = 4000  # of the accuracies, for the error of measurement
+
+
+def read_changes(path: Path) -> tuple[dict, dict, dict[int, dict[str, float]]]:
+    """(payload, header, {step: {layer type: change}}) of a weight-difference file.
+
+    Raises:
+        InputError: no `checkpoints`, or one without both averages.
+    """
+    payload, header = results.read_json(path, schema="int_and_sem")
+    if not isinstance(payload, dict) or not isinstance(payload.get("checkpoints"), dict) or not payload["checkpoints"]:
+        raise InputError(f"{path} has no `checkpoints`; give the file of weight-diff/int_and_sem.py")
+    changes = {}
+    for name, row in payload["checkpoints"].items():
+        step = benchmark.step_key(name)
+        row = {kind: row.get(key) for kind, key in LAYER_TYPES.items()} if isinstance(row, dict) else {}
+        if step is None or not row or not all(isinstance(v, int | float) for v in row.values()):
+            raise InputError(f"{path}: checkpoint {name!r} lacks a step, interface_avg or semantic_hub_avg")
+        changes[step] = {kind: float(value) for kind, value in row.items()}
+    return payload, header, dict(sorted(changes.items()))
+
+
+def common_steps(points: dict[int, Point], changes: dict, stride: int) -> tuple[list[int], dict[str, list[int]]]:
+    """Every `stride`-th of the steps that both have, without the base, and the steps that only one of them has."""
+    alone = {
+        "benchmark_only": sorted(set(points) - set(changes) - {0}),
+        "weight_diff_only": sorted(set(changes) - set(points) - {0}),
+    }
+    common = sorted((set(points) & set(changes)) - {0})
+    if not common:
+        raise InputError(
+            f"no step in common: the benchmark has {_list(points)}, the weight differences have {_list(changes)} "
+            f"(the base, step 0, does not count)"
+        )
+    for what, steps in alone.items():
+        if steps:
+            cli.warn(f"steps only in the {what.removesuffix('_only').replace('_', ' ')}, left out: {_list(steps)}")
+    return common[::stride], alone
+
+
+def _list(steps) -> str:
+    return ", ".join(map(str, sorted(steps))) or "none"
+
+
+def relate(metric: list[float], change: list[float], redrawn: np.ndarray | None, seed: int) -> dict:
+    """Everything reported of one layer type: Pearson and Spearman on levels and on first differences.
+
+    Args:
+        metric, change: one value a checkpoint, in step order.
+        redrawn: what `metric` might have been on other test rows [draws, checkpoints], or None where that is unknown.
+    """
+    import numpy as np
+
+    steps = None if redrawn is None else np.diff(redrawn, axis=1)
+    differences = stats.first_differences(metric), stats.first_differences(change)
+    return _relate(metric, change, redrawn, seed) | {"first_differences": _relate(*differences, steps, seed)}
+
+
+def _relate(metric, change, redrawn, seed: int) -> dict:
+    pearson = stats.correlation(change, metric)
+    rank = stats.correlation(change, metric, method="spearman")
+    return pearson | {"spearman": rank} | measurement_error(pearson["correlation"], change, redrawn, seed)
+
+
+def redraw(points: list[Point], seed: int) -> np.ndarray | None:
+    """Accuracies as other test rows might have given them, Binomial(n, accuracy) / n: float64 [draws, checkpoints].
+
+    Checkpoints are redrawn independently, although they share their test rows. Rows that are hard for every checkpoint
+    move all accuracies together and leave r alone, so the spread found from these draws is, if anything, too wide.
+    """
+    import numpy as np
+
+    if not all(point.n for point in points):
+        return None
+    rows = np.array([point.n for point in points])
+    values = np.array([point.value for point in points])
+    return np.random.default_rng(seed).binomial(rows, values, size=(DRAWS, len(points))) / rows
+
+
+def measurement_error(r: float | None, change, redrawn: np.ndarray | None, seed: int) -> dict:
+    """How much of the uncertainty of Pearson's r comes from the metric being measured on a few hundred rows.
+
+    `ci_measurement_only`: the middle 95 % of r over the redrawn metrics. `ci_with_measurement_error`: the same after
+    adding to each, on Fisher's scale z = artanh r, the error 1/sqrt(n - 3) of a correlation over n checkpoints.
+    `measurement_share`: the first variance of z over the sum of both. None where not defined.
+    """
+    import numpy as np
+
+    found = {"ci_measurement_only": None, "ci_with_measurement_error": None, "measurement_share": None}
+    if r is None or redrawn is None:
+        return found
+    x = np.asarray(change) - np.mean(change)
+    y = redrawn - redrawn.mean(axis=1, keepdims=True)
+    spread = np.sqrt((x**2).sum() * (y**2).sum(axis=1))
+    drawn = (y[spread > 0] @ x) / spread[spread > 0]  # where all checkpoints draw the same accuracy there is no r
+    if len(drawn) < DRAWS / 2:
+        return found | {"measurement_note": "most redrawn metrics do not vary over checkpoints"}
+    found["ci_measurement_only"] = _middle(drawn)
+    if len(x) > 3:
+        z, variance = np.arctanh(np.clip(drawn, -1 + 1e-9, 1 - 1e-9)), 1 / (len(x) - 3)
+        error = np.random.default_rng(seed + 1).normal(0, variance**0.5, len(z))
+        found["ci_with_measurement_error"] = _middle(np.tanh(z + error))
+        found["measurement_share"] = float(z.var() / (z.var() + variance))
+    return found
+
+
+def _middle(values: np.ndarray) -> list[float]:
+    import numpy as np
+
+    return [float(bound) for bound in np.quantile(values, [0.025, 0.975])]
+
+
+def reliability(points: list[Point]) -> float | None:
+    """The share of the metric's variance over checkpoints that is not sampling noise: 1 - mean(stderr^2) / variance.
+
+    0 where the noise alone would explain the variance; None where the rows are unknown or nothing varies.
+    """
+    import numpy as np
+
+    values, errors = [p.value for p in points], [p.stderr for p in points]
+    if len(points) < 2 or None in errors or np.ptp(values) == 0:
+        return None
+    return max(0.0, 1 - float(np.mean(np.square(errors)) / np.var(values, ddof=1)))
+
+
+def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], changes: dict, found: dict) -> None:
+    """Three panels: the metric over steps, and against the change of the interface layers and of the hub."""
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, 3, figsize=(figures.PAGE, 2.2), sharey=True)
+        values = [points[step].value for step in steps]
+        errors = [points[step].stderr or 0 for step in steps]
+        axes[0].errorbar(steps, values, yerr=errors, color=figures.colour("target"), marker="o", capsize=2)
+        if 0 in points:
+            axes[0].axhline(points[0].value, color=figures.colour("base"), linestyle="--", linewidth=0.8, label="base")
+            axes[0].legend()
+        if steps[-1] > 50 * steps[0]:
+            axes[0].set_xscale("log")
+        axes[0].set(xlabel="training step", ylabel=f"{label}\n({points[steps[0]].n or '?'} rows, ± standard error)")
+        for axis, kind, name in zip(axes[1:], LAYER_TYPES, ("interface", "hub"), strict=True):
+            x = [changes[step][kind] for step in steps]
+            axis.errorbar(x, values, yerr=errors, fmt="none", ecolor=figures.colour("random"), elinewidth=0.6, zorder=1)
+            colours = figures.colours(len(steps), ordered=True)
+            axis.scatter(x, values, c=colours, marker="o" if name == "interface" else "s", s=14, zorder=2)
+            for step, *place in zip(steps, x, values, strict=True):
+                axis.annotate(str(step), place, xytext=(3, 3), textcoords="offset points", fontsize=6)
+            r = found[kind]["correlation"]
+            title = f"{kind.replace('_', ' ')}: {'no r' if r is None else f'r = {r:.2f}'} (n = {len(steps)})"
+            axis.set_title(title, color=figures.colour(name))
+            axis.locator_params(axis="x", nbins=4)
+            axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+            axis.set_xlabel("change, mean |ΔW|")
+            axis.margins(0.15)
+        figures.save(fig, path.with_suffix(""))
+
+
+def summary(kind: str, row: dict) -> str:
+    """The lines of one layer type for the terminal."""
+    lines = [kind.replace("_", " ")]
+    for name, part in (("levels", row), ("first differences", row["first_differences"])):
+        if part["correlation"] is None:
+            lines.append(f"  {name}: no correlation, {part['note']}")
+            continue
+        text = f"  {name}: r {part['correlation']:+.3f}, p {part['p_value']:.3f}, {part['n_points']} points"
+        if part["ci_low"] is not None:
+            text += f", 95 % [{part['ci_low']:+.2f}, {part['ci_high']:+.2f}]"
+        if part["ci_with_measurement_error"]:
+            low, high = part["ci_with_measurement_error"]
+            text += f", with the error of the metric [{low:+.2f}, {high:+.2f}]"
+        lines.append(text + f"; Spearman {part['spearman']['correlation']:+.3f}")
+    return "\n".join(lines)
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("benchmark", nargs="?", metavar="BENCHMARK", help="default: the study's lm_eval folder")
+    p.add_argument("weight_diff", nargs="?", metavar="WEIGHT_DIFF", help="default: the study's weight difference")
+    p.add_argument("-o", "--output", metavar="OUT", help="JSON to write; default: the study's place for it")
+    p.add_argument(
+        "--checkpoint-stride", type=cli.positive, default=1, metavar="N", help="every N-th common step; default 1, all"
+    )
+    p.add_argument("--task", help="default: the study's data.task.name (its first), else the only task there is")
+    p.add_argument("--metric", choices=("acc", "acc_norm"), default="acc", help="default acc")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    source = study.input(args.benchmark, "BENCHMARK", "lm_eval", "lm_eval_sib200/evaluate.py")
+    weight_diff = study.input(args.weight_diff, "WEIGHT_DIFF", "int_and_sem", "weight-diff/int_and_sem.py")
+    output = study.output(args.output, "--output", "downstream")
+    task = args.task or study.get("data.task.name")
+    task = task[0] if isinstance(task, list) else task.split(",")[0] if task else None
+
+    payload, header, changes = read_changes(weight_diff)
+    run, base = payload.get("target_model"), payload.get("base_model")
+    task, points, notes = benchmark.read(source, task, args.metric, run, base, header.get("models"))
+    for note in notes:
+        cli.say(f"left out: {note}")
+    steps, alone = common_steps(points, changes, args.checkpoint_stride)
+    if len(steps) < 3:
+        cli.warn(f"{len(steps)} checkpoints are too few: two points always lie on a line, so no correlation is given")
+
+    chosen = [points[step] for step in steps]
+    redrawn = redraw(chosen, study.seed)
+    found = {}
+    for kind in LAYER_TYPES:
+        found[kind] = relate([p.value for p in chosen], [changes[s][kind] for s in steps], redrawn, study.seed)
+    values = {}
+    for step in ([0] if 0 in points else []) + steps:
+        values[str(step)] = {args.metric: points[step].value, "stderr": points[step].stderr, "n": points[step].n}
+        values[str(step)] |= {LAYER_TYPES[kind]: change for kind, change in changes.get(step, {}).items()}
+    described = {"task": task, "metric": args.metric, **found, "reliability": reliability(chosen), "values": values}
+    described |= {"unmatched_steps": alone, "left_out": notes}
+    head = results.header(
+        SCHEMA,
+        models=header.get("models"),
+        data={"benchmark": source, "weight_diff": weight_diff},
+        n_used=len(steps),
+        n_available=len((set(points) & set(changes)) - {0}),
+        checkpoint_stride=args.checkpoint_stride,
+        seed=study.seed,
+    )
+    results.write_json(output, described, head)
+    draw(output, f"{args.metric}, {task}", steps, points, changes, found)
+    cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
+    cli.say("\n".join(summary(kind, row) for kind, row in found.items()))
+    cli.say(f"written: {output}, and beside it .pdf and .png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

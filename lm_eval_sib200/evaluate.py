@@ -1,0 +1,276 @@
+"""Evaluates many models on lm_eval tasks in one process and writes the files that the lm_eval command line writes.
+
+In:   models and runs (in a study: its base and run); tasks of this folder (data from the hub), of --include-path, or
+      made for the local TSV files of --tsv-dir
+Out:  <output>/<model, each / as __>/results_<time>.json, with one more key, `_header`. A model that has a result there
+      for the same weights, prompts and settings is left alone: an interrupted evaluation goes on where it stopped.
+`lm_eval --model hf --include_path lm_eval_sib200 ...` gives the same numbers, but takes some 17 seconds more a model.
+
+    python lm_eval_sib200/evaluate.py MODEL RUN --tasks sib200_gle_Latn -o results/lm_eval
+    python lm_eval_sib200/evaluate.py RUN --steps 15 --tasks sib200_qaa_Latn --tsv-dir DIR --limit 20 -o build/try
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import torch
+
+HERE = Path(__file__).resolve().parent
+SCHEMA = "lm_eval"
+
+
+def task_folder(args, study: Study, scratch: Path) -> Path:
+    """The folder with the tasks: as given, else made in `scratch` for local TSV files, else this one (hub data)."""
+    if args.include_path and args.tsv_dir:
+        raise InputError("--include-path and --tsv-dir exclude each other: give one of them")
+    if args.include_path:
+        if not Path(args.include_path).is_dir():
+            raise InputError(f"{args.include_path} is no folder; --include-path needs a folder of task files")
+        return Path(args.include_path)
+    data = args.tsv_dir or study.get("data.task.dir")
+    if data is None:
+        return HERE
+    if args.tsv_dir is None and any(Path(data).glob("*.yaml")):
+        return Path(data)
+    generate = cli.sibling("lm_eval_sib200/generate.py")
+    folder = scratch / "tasks"
+    generate.write_folder(generate.tsv_files(data), folder)
+    return folder
+
+
+def is_local(folder: Path) -> bool:
+    """Whether the tasks in `folder` read local files only."""
+    template = folder / "_default_yaml"
+    return template.is_file() and 'dataset_path: "csv"' in template.read_text(encoding="utf-8")
+
+
+def load_tasks(folder: Path, names: list[str]):
+    """(task manager, {task: Task}) for `names`: the tasks of `folder`, and lm_eval's own where one of them is meant.
+
+    Raises:
+        InputError: an unknown task, or data that cannot be loaded.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # reading lm_eval's own 14,000 task files takes some ten seconds
+        known = manager.all_tasks
+        manager = TaskManager(include_path=str(folder))
+        if unknown := sorted(set(names) - set(manager.all_tasks)):
+            have = ", ".join(known[:8]) + (" ..." if len(known) > 8 else "")
+            raise InputError(f"no task {unknown[0]!r}, neither in {folder} ({have or 'none'}) nor in lm_eval itself")
+    try:
+        return manager, manager.load(names)["tasks"]
+    except Exception as error:  # datasets raises its own, the hub's and pandas' errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the data of {', '.join(names)} cannot be loaded: {reason} (without the hub, give --tsv-dir local files)"
+        ) from error
+
+
+def fingerprint(task, num_fewshot: int | None) -> str:
+    """A hash of what the model is asked: prompt, choices and target of every row, and the few-shot pool if any."""
+    digest = hashlib.sha256()
+    shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
+    pools = [task.eval_docs] + ([task.fewshot_docs()] if shots else [])
+    for docs in pools:
+        for doc in docs:
+            choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else None
+            digest.update(json.dumps([task.doc_to_text(doc), choices, task.doc_to_target(doc)]).encode())
+    return digest.hexdigest()[:16]
+
+
+def identity(ref: refs.ModelRef, prompts: dict[str, str], args, dtype: torch.dtype) -> dict:
+    """The header facts in which two evaluations must agree to be the same evaluation."""
+    return {
+        "models": {"model": ref.describe()},
+        "data": {"prompts": prompts},
+        "num_fewshot": args.num_fewshot,
+        "dtype": str(dtype).removeprefix("torch."),
+        "limit": args.limit,
+    }
+
+
+def finished(folder: Path, wanted: dict) -> Path | None:
+    """A result file in `folder` whose header agrees with `wanted`, the newest first; None where there is none.
+
+    A limited run never stands for a full one. Batch size and device may differ: they move nothing but the last digits.
+    """
+    for path in sorted(folder.glob("results_*.json"), reverse=True):
+        try:
+            head = json.loads(path.read_text(encoding="utf-8")).get(results.HEADER) or {}
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            cli.warn(f"{path} is not valid JSON and is ignored")
+            continue
+        done = head.get("data", {}).get("prompts", {})
+        same = all(done.get(task) == prompt for task, prompt in wanted["data"]["prompts"].items())
+        if same and all(head.get(fact) == wanted[fact] for fact in wanted if fact != "data"):
+            return path
+    return None
+
+
+def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtype, device) -> tuple:
+    """(results, tracker) of `lm_eval.simple_evaluate` for one model, loaded strictly, in the form of the CLI."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+
+    from cpt_utils import models
+
+    model = models.load_model(ref, dtype, device)
+    tokenizer = models.load_tokenizer(ref, base=base)
+    with _quiet("lm_eval"):  # it warns that a loaded model ignores the arguments of the loader
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
+    model_args = {"pretrained": ref.spec if ref.is_local else ref.repository}
+    model_args |= {"revision": ref.revision} if ref.revision else {}
+    model_args["dtype"] = str(dtype).removeprefix("torch.")
+    tracker = EvaluationTracker()
+    found = simple_evaluate(
+        model=lm,
+        model_args=model_args,
+        tasks=args.tasks,
+        num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size,
+        device=str(device),
+        limit=args.limit,
+        log_samples=False,
+        evaluation_tracker=tracker,
+        task_manager=manager,
+    )
+    # What lm_eval records of a model that it did not load itself, put as it records one that it did.
+    found["config"] |= {"model": "hf", "model_sha": ref.resolved_revision() or ""}
+    found["config"]["model_revision"] = ref.revision or "main"
+    tracker.general_config_tracker.model_source = "hf"
+    return found, tracker
+
+
+def save(found: dict, tracker, output: Path, header: dict) -> Path:
+    """Write the result where and as lm_eval writes it, whole or not at all; its own writer only logs a failure."""
+    found[results.HEADER] = header
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".evaluate-", dir=output) as scratch:
+        tracker.output_path = scratch
+        tracker.save_results_aggregated(results=found)
+        written = list(Path(scratch).glob("*/results_*.json"))
+        if not written:
+            raise InputError(f"lm_eval could not write its result below {output}; is the disk full?")
+        json.loads(written[0].read_text(encoding="utf-8"))
+        place = output / written[0].parent.name / written[0].name
+        place.parent.mkdir(exist_ok=True)
+        os.replace(written[0], place)
+    return place
+
+
+def scores(found: dict) -> list[str]:
+    """One line a task or group: accuracy with its binomial standard error, and the rows."""
+    lines = []
+    for name, row in (found["results"] | found.get("groups", {})).items():
+        parts = []
+        for metric in ("acc", "acc_norm"):
+            if f"{metric},none" in row:
+                error = row.get(f"{metric}_stderr,none")
+                parts.append(f"{metric} {row[f'{metric},none']:.3f}" + (f" ±{error:.3f}" if _number(error) else ""))
+        n = found["n-samples"].get(name, {}).get("effective")
+        lines.append(f"  {name}: {', '.join(parts)}" + (f" ({n} rows)" if n else " (macro mean)"))
+    return lines
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float)
+
+
+@contextlib.contextmanager
+def _quiet(logger: str):
+    import logging
+
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("models", nargs="*", metavar="MODEL", help="models and runs; default: the study's base and run")
+    p.add_argument(
+        "--tasks",
+        metavar="T,T,..",
+        type=lambda text: text.split(","),
+        help="task or group names, e.g. sib200_gle_Latn; default: the study's data.task.name",
+    )
+    p.add_argument("--include-path", metavar="FOLDER", help="folder of task files; default: this one (hub data)")
+    p.add_argument(
+        "--tsv-dir",
+        metavar="DIR",
+        help="local data, <language>/{train,dev,test}.tsv; default: the study's data.task.dir",
+    )
+    p.add_argument("-o", "--output", metavar="FOLDER", help="default: the study's lm_eval folder")
+    p.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each prompt; default: none here")
+    cli.add_run_flags(p)
+    cli.add_forward_flags(p)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    if args.models:
+        chosen = refs.models(args.models, args.steps)
+    else:
+        chosen = [refs.model(study.value(None, "MODEL", "base"))]
+        chosen += refs.run(study.get("run"), args.steps) if study.get("run") else []
+    chosen = [refs.model(ref.spec) for ref in chosen]  # one model is the same model, named alone or as part of a run
+    tasks = study.value(args.tasks, "--tasks", "data.task.name")
+    args.tasks = tasks if isinstance(tasks, list) else str(tasks).split(",")
+    output = study.output(args.output, "--output", "lm_eval")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # read when tqdm is imported: lm_eval's bars in a log file
+    device = cli.device(args.device)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", "auto"), device)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = task_folder(args, study, Path(scratch))
+        if is_local(folder) and all(ref.is_local for ref in chosen):
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # even for local CSV files `datasets` reports a use to the hub
+        with _quiet("lm_eval"):
+            manager, loaded = load_tasks(folder, args.tasks)
+        prompts = {name: fingerprint(task, args.num_fewshot) for name, task in loaded.items()}
+        for number, ref in enumerate(chosen, start=1):
+            cli.say(f"[{number}/{len(chosen)}] {ref.spec}")
+            evaluate_once(ref, study, manager, prompts, output, args, dtype, device)
+
+
+def evaluate_once(ref, study: Study, manager, prompts: dict[str, str], output: Path, args, dtype, device) -> None:
+    """Evaluate one model and save its result, unless the same evaluation is finished."""
+    from lm_eval.utils import sanitize_model_name
+
+    wanted = identity(ref, prompts, args, dtype)
+    name = sanitize_model_name(ref.spec if ref.is_local else ref.repository)
+    done = None if args.overwrite else finished(output / name, wanted)
+    if done:
+        cli.say(f"  finished before: {done}")
+        return
+    base = refs.model(study.get("base")) if study.get("base") else None
+    found, tracker = evaluate(ref, base, manager, args, dtype, device)
+    place = save(found, tracker, output, results.header(SCHEMA, **wanted, device=str(device)))
+    cli.say("\n".join([*scores(found), f"  {place}"]))
+
+
+if __name__ == "__main__":
+    cli.run(main)
