@@ -59,7 +59,7 @@ def load_model(ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> 
 @contextlib.contextmanager
 def _quiet_loader():
     """Silence the loader's log lines and its progress bar, one per model, for the length of a block."""
-    from transformers.utils import contextlib
+    from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
