@@ -37,7 +37,7 @@ KEYS = {
     "seed": None,
     "dtype": None,
     "controls": None,
-    "train": {"world": None, "documents": None, "base": None, "cpt": None},
+    "train": {"world": None, "documents": None, "base": None, "cpt": None, "task": None},
 }
 
 # Where each step leaves its result below `results`, and where the next one looks for it.

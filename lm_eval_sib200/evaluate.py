@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -53,8 +54,9 @@ def task_folder(args, study: Study, scratch: Path) -> Path:
 
 def is_local(folder: Path) -> bool:
     """Whether the tasks in `folder` read local files only."""
-    template = folder / "_default_yaml"
-    return template.is_file() and 'dataset_path: "csv"' in template.read_text(encoding="utf-8")
+    texts = [path.read_text(encoding="utf-8") for path in (*folder.glob("_default_yaml"), *folder.glob("*.yaml"))]
+    paths = set(re.findall(r'^dataset_path: *"?([^"\n]+)"?', "\n".join(texts), re.M))
+    return bool(paths) and paths <= {"csv", "json"}
 
 
 def load_tasks(folder: Path, names: list[str]):

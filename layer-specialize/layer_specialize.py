@@ -1,0 +1,330 @@
+"""Which layers are interface layers and which are the semantic hub, from retrieval accuracy by layer (step 2).
+
+The accuracies of the L layers are split in two groups with the smallest sum of squares within them (two-means, solved
+exactly). The group with the lower mean is the interface, the higher one the semantic hub.
+
+In:   one retrieval result, sentence-retrieval's <model id>.json, and beside it <model id>.pt with the hits of every
+      sentence (without it there is no label stability). Inside a study: that of the run's last checkpoint.
+Out:  OUT with `interface_layers`, `semantic_layers`, centres, threshold, silhouette, blocks of the hub and label
+      stability; beside it a figure (PDF, PNG).
+
+Full: python layer-specialize/layer_specialize.py artifacts/eng_Latn-eus_Latn/cpt__checkpoint-5000.json -o layers.json
+Tiny: python layer-specialize/layer_specialize.py --study demo/tiny.yaml
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, figures, languages, refs, results, stats
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA = "layer-specialize"
+RETRIEVAL = "sentence-retrieval"
+# Accuracies are counts of sentences over n; differences below a millionth of a sentence share are float rounding.
+EQUAL = 1e-6
+# Splits whose sums of squares agree to this share of the total are tied; the counts behind them tie exactly.
+TIED = 1e-12
+
+
+# ---------------------------------------------------------------- the method
+
+
+def two_means(profiles: np.ndarray) -> np.ndarray:
+    """The best split of each profile [.., L] in two groups: True [.., L] where an entry is in the higher group.
+
+    In one dimension the optimum is a cut of the sorted values, so all L-1 cuts are tried. The smallest sum of squares
+    within groups is the largest one between them, n_low n_high / L (mean_high - mean_low)^2. Equal values stay
+    together, and of tied cuts the one with the fewest entries in the lower group is taken: the order of entries does
+    not matter.
+
+    A profile that does not vary has no split: all its entries are False.
+    """
+    import numpy as np
+
+    profiles = np.asarray(profiles, dtype=np.float64)
+    size = profiles.shape[-1]
+    ordered = np.sort(profiles, axis=-1)
+    centred = ordered - ordered.mean(-1, keepdims=True)
+    n_low = np.arange(1, size)
+    low = np.cumsum(centred, axis=-1)[..., :-1]
+    high = centred.sum(-1, keepdims=True) - low
+    between = n_low * (size - n_low) / size * (high / (size - n_low) - low / n_low) ** 2
+    between[np.diff(ordered, axis=-1) <= EQUAL / size] = -1
+    total = (centred**2).sum(-1, keepdims=True)
+    cut = (between >= between.max(-1, keepdims=True) - TIED * total).argmax(-1)[..., None]
+    lowest = np.take_along_axis(ordered, cut + 1, axis=-1)
+    return (profiles >= lowest) & (ordered[..., -1:] - ordered[..., :1] > EQUAL)
+
+
+def silhouette(values: np.ndarray, high: np.ndarray) -> float:
+    """The mean silhouette of two groups of values [L] (Rousseeuw 1987); an entry alone in its group counts 0."""
+    import numpy as np
+
+    distance = np.abs(values[:, None] - values[None, :])
+    same = high[:, None] == high[None, :]
+    own = (distance * same).sum(1) / np.maximum(same.sum(1) - 1, 1)
+    other = (distance * ~same).sum(1) / (~same).sum(1)
+    widths = np.where(same.sum(1) > 1, (other - own) / np.maximum(np.maximum(own, other), 1e-300), 0.0)
+    return float(widths.mean())
+
+
+def label_stability(hits: np.ndarray, high: np.ndarray, seed: int, draws: int) -> tuple[list[float], int]:
+    """How often each layer keeps its label when sentences are drawn anew with replacement.
+
+    Args:
+        hits: 0/1 [L, n], whether each sentence was retrieved at each layer.
+        high: the labels [L] on all sentences, True for the hub.
+
+    Returns:
+        the share [L] of resamples that keep the label, and how many resamples there were: one in which all layers are
+        equally good has no split and does not count.
+    """
+    import numpy as np
+
+    n = hits.shape[1]
+    columns = hits.T.astype(np.float64)
+    kept, counted = np.zeros(len(high)), 0
+    block = max(1, min(draws, (1 << 22) // n))  # 32 MB of weights at a time
+    for start in range(0, draws, block):
+        weights = stats.resample_weights(n, seed + start, min(block, draws - start))
+        labels = two_means(weights @ columns / n)
+        labels = labels[labels.any(1)]
+        kept += (labels == high).sum(0)
+        counted += len(labels)
+    if counted == 0:
+        raise InputError("in no resample of the sentences do the layers differ; there are too few sentences")
+    return (kept / counted).tolist(), counted
+
+
+def blocks(layers: list[int]) -> list[list[int]]:
+    """The contiguous blocks of sorted `layers` as [first, last]: [3, 4, 5, 8] -> [[3, 5], [8, 8]]."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][1] + 1:
+            found[-1][1] = layer
+        else:
+            found.append([layer, layer])
+    return found
+
+
+def specialize(accuracy: np.ndarray) -> dict:
+    """Interface and hub of the accuracies [L] of the layers' outputs h_1 .. h_L, with what describes the split.
+
+    Raises:
+        InputError: fewer than two layers, an accuracy that is no number, or accuracies that are all equal.
+    """
+    import numpy as np
+
+    accuracy = np.asarray(accuracy, dtype=np.float64)
+    if len(accuracy) < 2:
+        raise InputError(f"{len(accuracy)} layer cannot be split in two; at least two layers are needed")
+    if not np.isfinite(accuracy).all():
+        layer = int(np.argmin(np.isfinite(accuracy)))
+        raise InputError(f"the accuracy of layer {layer} is no number; run retrieval again")
+    if np.ptp(accuracy) <= EQUAL:
+        raise InputError(
+            f"all {len(accuracy)} layers have the accuracy {accuracy[0]:.6g}: there is nothing to split; "
+            "look at the retrieval figure (too easy a set, or a model that knows none of the two languages)"
+        )
+    high = two_means(accuracy)
+    hub = np.flatnonzero(high).tolist()
+    centres = accuracy[~high].mean(), accuracy[high].mean()
+    return {
+        "interface_layers": np.flatnonzero(~high).tolist(),
+        "semantic_layers": hub,
+        "centres": {"interface": float(centres[0]), "semantic": float(centres[1])},
+        "threshold": float(sum(centres) / 2),
+        "silhouette": silhouette(accuracy, high),
+        "hub_contiguous": len(blocks(hub)) == 1,
+        "hub_blocks": blocks(hub),
+    }
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_accuracy(path: Path, **expect) -> tuple[np.ndarray, dict]:
+    """The accuracies [L+1] of a retrieval result, by hidden state whatever their order in the file, and its header.
+
+    Raises:
+        InputError: not a retrieval result, one that was limited or disagrees with `expect`, or states missing or twice.
+    """
+    import numpy as np
+
+    payload, header = results.read_json(path, RETRIEVAL, **expect)
+    try:
+        pairs = {int(state): math.nan if value is None else float(value) for state, value in payload["layer_accuracy"]}
+        twice = len(pairs) != len(payload["layer_accuracy"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} has no layer_accuracy [[state, accuracy], ..]; give a retrieval result") from None
+    if twice or sorted(pairs) != list(range(len(pairs))):
+        raise InputError(f"{path}: layer_accuracy must hold each hidden state from 0 to L once; it has {sorted(pairs)}")
+    if header.get("n_layers", len(pairs) - 1) != len(pairs) - 1:
+        raise InputError(f"{path}: {len(pairs)} hidden states do not fit a model of {header['n_layers']} layers")
+    return np.array([pairs[state] for state in sorted(pairs)]), header
+
+
+def read_hits(path: Path, accuracy: np.ndarray) -> np.ndarray | None:
+    """The hits [L+1, n] beside the retrieval result `path`; None where the file is not there.
+
+    Raises:
+        InputError: the file belongs to another result.
+    """
+    import numpy as np
+
+    file = path.with_suffix(".pt")
+    if not file.is_file():
+        return None
+    hits = results.read_tensors(file).get("hits")
+    if hits is None or hits.ndim != 2 or len(hits) != len(accuracy) or not hits.shape[1]:
+        raise InputError(f"{file} does not hold the hits [{len(accuracy)}, n] of {path.name}; run retrieval again")
+    hits = hits.numpy().astype(np.uint8)
+    if not np.allclose(hits.mean(1), accuracy, atol=EQUAL):
+        raise InputError(f"the hits in {file} do not give the accuracies in {path.name}; run retrieval again")
+    return hits
+
+
+def draw(path: Path, accuracy: np.ndarray, split: dict, n: int | None, title: str) -> None:
+    """Accuracy by layer, coloured by label, with the threshold; below it how often each label is kept."""
+    stability = split["label_stability"]
+    with figures.style() as plt:
+        heights, size = ([3, 1], 2.8) if stability else ([1], 2.2)
+        figure, axes = plt.subplots(
+            len(heights), sharex=True, squeeze=False, height_ratios=heights, figsize=(figures.COLUMN, size)
+        )
+        axis = axes[0, 0]
+        axis.plot(range(len(accuracy)), accuracy, color="0.7", linewidth=0.8, zorder=1)
+        groups = (("interface_layers", "interface", "s"), ("semantic_layers", "hub", "o"))
+        for key, meaning, marker in groups:
+            layers = split[key]
+            label = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(layers)} layers)"
+            axis.plot(layers, accuracy[layers], marker, color=figures.colour(meaning), label=label, zorder=2)
+        axis.axhline(split["threshold"], color="0.4", linewidth=0.8, linestyle="--", label="threshold")
+        axis.set_ylabel("retrieval accuracy")
+        axis.set_ylim(bottom=0)
+        axis.set_title(title + (f", n = {n} sentences" if n else ""))
+        axis.legend(loc="best")
+        if stability:
+            for key, meaning, _ in groups:
+                shares = [stability[layer] for layer in split[key]]
+                axes[1, 0].bar(split[key], shares, color=figures.colour(meaning), width=0.6)
+            axes[1, 0].set_ylim(0, 1)
+            axes[1, 0].set_ylabel("label kept")
+        figures.layer_axis(axes[-1, 0], len(accuracy))
+        figures.save(figure, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("retrieval", nargs="?", metavar="SR.json", help="retrieval result; default: the study's last step")
+    p.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="JSON to write; default: the study's layer-specialize/layers.json",
+    )
+    p.add_argument(
+        "--draws", type=cli.positive, default=1000, metavar="N", help="resamples for label stability; default 1000"
+    )
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    output = study.output(args.output, "-o", "layers")
+    # What goes to the study's own place must be about the study's languages.
+    sides = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target") if args.output is None}
+    path = Path(args.retrieval) if args.retrieval else last_result(study)
+    refuse_stranger(output, args.overwrite)
+    accuracy, header = read_accuracy(path, **sides)
+    hits = read_hits(path, accuracy)
+    split = specialize(accuracy[1:])
+    split |= {"label_stability": None, "stability_draws": 0, "n_sentences": None if hits is None else hits.shape[1]}
+    if hits is None:
+        cli.say(f"no {path.with_suffix('.pt').name} beside {path}: label stability is left out")
+    else:
+        import numpy as np
+
+        high = np.isin(np.arange(len(accuracy) - 1), split["semantic_layers"])
+        split["label_stability"], split["stability_draws"] = label_stability(hits[1:], high, study.seed, args.draws)
+    say_split(path, split)
+    base = base_split(study, path) if study else None
+    if base:
+        changed = sorted(set(base["semantic_layers"]) ^ set(split["semantic_layers"]))
+        split["base_split"] = base
+        cli.say(
+            f"the base's own split {'is the same' if not changed else f'differs in layers {changed}'}: "
+            f"interface {base['interface_layers']}, hub {base['semantic_layers']}"
+        )
+    split["layer_accuracy"] = [[layer, value] for layer, value in enumerate(accuracy[1:].tolist())]
+
+    kept = ("models", "base_lang", "target_lang", "data", "n_used", "n_available", "margin_variant", "k", "dtype")
+    facts = {key: header[key] for key in kept if key in header}
+    facts |= {"n_layers": len(accuracy) - 1, "retrieval": path, "seed": study.seed, "draws": args.draws}
+    n = split["n_sentences"] or header.get("n_used")
+    draw(output.with_suffix(""), accuracy[1:], split, n, path.stem.replace("__", "/"))
+    results.write_json(output, split, results.header(SCHEMA, **facts))
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+def last_result(study: Study) -> Path:
+    """The retrieval result of the study's last checkpoint."""
+    if not study:
+        raise InputError("no retrieval result: name SR.json, or run inside a study (--study FILE, or ./study.yaml)")
+    last = refs.run(study.value(None, "SR.json", "run"))[-1]
+    folder = study.input(None, "SR.json", "retrieval", "sentence-retrieval/sr_experiment.py")
+    pair = study.value(None, "SR.json", "languages.base"), study.value(None, "SR.json", "languages.target")
+    place = folder / languages.find_pair([p.name for p in folder.iterdir() if p.is_dir()], *pair, what=str(folder))
+    path = place / f"{last.model_id}.json"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; run sentence-retrieval/sr_experiment.py on {last.spec} first")
+    return path
+
+
+def base_split(study: Study, beside: Path) -> dict | None:
+    """The split of the study's base, where its retrieval result is beside that of the checkpoint; None otherwise."""
+    base = study.get("base")
+    path = beside.with_name(f"{refs.model(base).model_id}.json") if base else None
+    if path is None or path == beside or not path.is_file():
+        return None
+    try:
+        split = specialize(read_accuracy(path)[0][1:])
+    except InputError as error:
+        cli.say(f"the base has no split of its own: {error}")
+        return None
+    return {key: split[key] for key in ("interface_layers", "semantic_layers", "silhouette")}
+
+
+def refuse_stranger(output: Path, overwrite: bool) -> None:
+    """An older result of this step is made anew, which takes a second; any other file is replaced on request only."""
+    if output.exists() and not overwrite and not results.read_json(output, SCHEMA, allow_limited=True)[1]:
+        raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another -o")
+
+
+def say_split(path: Path, split: dict) -> None:
+    cli.say(f"{path.stem}: interface {split['interface_layers']}, semantic hub {split['semantic_layers']}")
+    centres = split["centres"]
+    shape = "one block" if split["hub_contiguous"] else f"{len(split['hub_blocks'])} blocks {split['hub_blocks']}"
+    cli.say(
+        f"centres {centres['interface']:.3f} and {centres['semantic']:.3f}, threshold {split['threshold']:.3f}, "
+        f"silhouette {split['silhouette']:.2f}; the hub is {shape}"
+    )
+    if split["label_stability"]:
+        shaky = [layer for layer, share in enumerate(split["label_stability"]) if share < 0.95]
+        which = f"layers {shaky} keep their label in fewer than" if shaky else "every layer keeps its label in at least"
+        cli.say(f"{which} 95 % of {split['stability_draws']} resamples of the {split['n_sentences']} sentences")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,363 @@
+"""Parallel sources on made-up files, on a stand-in for the hub, and on SIB-200 where a local copy is named."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cpt_utils import data
+from cpt_utils.errors import InputError
+
+PAIRS = {"3": ("three", "trí"), "1": ("one", "aon"), "10": ("ten", "deich"), "2": ("two", "dó")}
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_bytes(text.encode())
+    return path
+
+
+def jsonl(path: Path, rows) -> Path:
+    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def flores(folder: Path, split: str = "dev") -> Path:
+    """A FLORES+-like folder: ids as numbers in one language and as text in the other, in another order."""
+    jsonl(folder / split / "eng_Latn.jsonl", [{"id": int(i), "text": a} for i, (a, _) in PAIRS.items()])
+    jsonl(folder / split / "gle_Latn.jsonl", [{"id": i, "text": b} for i, (_, b) in sorted(PAIRS.items())])
+    return folder
+
+
+def sib(folder: Path, code: str, texts: dict[str, list[tuple]]) -> None:
+    for split in ("train", "dev", "test"):
+        rows = [f"{i}\t{category}\t{text}\n" for i, category, text in texts.get(split, [(f"9{split}", "travel", "x")])]
+        write(folder / code / f"{split}.tsv", "index_id\tcategory\ttext\n" + "".join(rows))
+
+
+# --- flores ---
+
+
+def test_flores_folder_is_aligned_by_id_in_natural_order(tmp_path):
+    pairs = data.parallel("flores", "en", "gle_Latn", dir=flores(tmp_path))
+    assert pairs.ids == ["1", "2", "3", "10"]
+    assert pairs.base == ["one", "two", "three", "ten"]
+    assert pairs.target == ["aon", "dó", "trí", "deich"]
+    facts = pairs.describe()
+    assert facts["source"] == "flores" and facts["split"] == "dev" and facts["aligned_by"] == "id"
+    assert facts["base"]["lang"] == "en" and facts["base"]["canonical"] == "eng_Latn"
+    file = tmp_path / "dev" / "gle_Latn.jsonl"
+    assert facts["target"]["files"] == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert (facts["n_used"], facts["n_available"], facts["limit"]) == (4, 4, None)
+    assert json.loads(json.dumps(facts)) == facts
+    assert "4 sentence pairs en-gle_Latn from flores dev, aligned by id" in pairs.summary()
+
+
+def test_limit_takes_the_first_ids_and_is_recorded(tmp_path):
+    pairs = data.parallel("flores", "eng_Latn", "gle_Latn", dir=flores(tmp_path), limit=2)
+    assert pairs.ids == ["1", "2"] and len(pairs) == 2
+    facts = pairs.describe()
+    assert (facts["n_used"], facts["n_available"], facts["limit"]) == (2, 4, 2)
+    assert "2 of 4" in pairs.summary()
+    whole = data.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path).describe()
+    assert facts["pairs_sha256"] != whole["pairs_sha256"]
+
+
+def test_both_directions_and_one_language_with_itself(tmp_path):
+    flores(tmp_path)
+    there = data.parallel("flores", "en", "ga", dir=tmp_path)
+    back = data.parallel("flores", "ga", "en", dir=tmp_path)
+    assert (there.ids, there.base, there.target) == (back.ids, back.target, back.base)
+    itself = data.parallel("flores", "ga", "ga", dir=tmp_path)
+    assert itself.base == itself.target
+
+
+def test_ids_of_one_side_only_are_left_out_and_counted(tmp_path):
+    flores(tmp_path)
+    jsonl(tmp_path / "dev" / "gle_Latn.jsonl", [{"id": 10, "text": "deich"}, {"id": 77, "text": "x"}])
+    pairs = data.parallel("flores", "en", "ga", dir=tmp_path)
+    assert (pairs.ids, pairs.n_available) == (["10"], 1)
+    assert pairs.facts["only_in_base"] == 3 and pairs.facts["only_in_target"] == 1
+    assert "3 only in en, 1 only in ga: left out" in pairs.summary()
+
+
+def test_parquet_and_tsv_and_other_spellings(tmp_path):
+    import pandas
+
+    pandas.DataFrame({"id": [1, 2], "text": ["one", "two"], "url": ["", ""]}).to_parquet(tmp_path / "eng_Latn.parquet")
+    write(tmp_path / "zho_Hans.tsv", 'id\ttext\n2\t"二" says "x"\n1\t一\n')
+    pairs = data.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path)
+    assert pairs.base == ["one", "two"] and pairs.target == ["一", '"二" says "x"']
+    assert pairs.facts["target"]["spelling"] == "zho_Hans"
+    write(tmp_path / "cmn_Hans.jsonl", '{"id": 1, "text": "一"}\n')
+    assert data.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path).ids == ["1"]
+    with pytest.raises(InputError, match="cmn_Hans and zho_Hans both mean zh"):
+        data.parallel("flores", "eng_Latn", "zh", dir=tmp_path)
+    write(tmp_path / "cmn_Hans.tsv", "id\ttext\n1\t一\n")
+    with pytest.raises(InputError, match=r"cmn_Hans.jsonl and cmn_Hans.tsv are both cmn_Hans"):
+        data.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path)
+
+
+def test_rows_that_name_their_split_are_held_to_it(tmp_path):
+    for code in ("eng_Latn", "gle_Latn"):
+        jsonl(tmp_path / f"{code}.jsonl", [{"id": 1, "text": "x", "split": "devtest"}])
+    assert data.parallel("flores", "en", "ga", dir=tmp_path, split="devtest").ids == ["1"]
+    with pytest.raises(InputError, match="holds the split devtest, not dev; give --split devtest"):
+        data.parallel("flores", "en", "ga", dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], "id 1 comes twice"),
+        ([{"id": 1, "text": "  "}], "gle_Latn sentence of id 1 is empty"),
+        ([{"id": 1, "text": None}], "gle_Latn sentence of id 1 is empty"),
+        ([{"id": 901, "text": "a"}], "no sentence in common: eng_Latn has 1 .. 10 and gle_Latn has 901 .. 901"),
+        ([{"id": None, "text": "a"}], "a row has no id"),
+        ([{"id": 1, "sentence": "a"}], "no column text; it has id, sentence"),
+        ([], "holds no rows"),
+        ([[1]], "line 1 is not a JSON object"),
+    ],
+)
+def test_bad_rows(tmp_path, rows, message):
+    flores(tmp_path)
+    jsonl(tmp_path / "dev" / "gle_Latn.jsonl", rows)
+    with pytest.raises(InputError, match=message) as error:
+        data.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_damaged_local_files(tmp_path):
+    with pytest.raises(InputError, match="is not a folder"):
+        data.parallel("flores", "en", "ga", dir=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no language files"):
+        data.parallel("flores", "en", "ga", dir=tmp_path / "empty")
+    flores(tmp_path)
+    with pytest.raises(InputError, match=r"nothing for fr \(fra_Latn\); there is eng_Latn, gle_Latn"):
+        data.parallel("flores", "en", "fr", dir=tmp_path)
+    write(tmp_path / "dev" / "fra_Latn.parquet", "no parquet")
+    with pytest.raises(InputError, match="not a readable parquet file"):
+        data.parallel("flores", "en", "fr", dir=tmp_path)
+    with pytest.raises(InputError, match="unknown language 'eng_Latin'; the nearest are eng_Latn"):
+        data.parallel("flores", "eng_Latin", "gle_Latn", dir=tmp_path)
+    with pytest.raises(InputError, match="unknown data source 'flors'"):
+        data.parallel("flors", "en", "ga", dir=tmp_path)
+    with pytest.raises(InputError, match="--split train: FLORES"):
+        data.parallel("flores", "en", "ga", dir=tmp_path, split="train")
+
+
+# --- sib200 ---
+
+
+def test_sib200_folder(tmp_path):
+    sib(
+        tmp_path,
+        "eng_Latn",
+        {"train": [("7", "travel", 'a "quoted'), ("2", "sports", "b")], "test": [("5", "health", "c")]},
+    )
+    sib(tmp_path, "zho_Hans", {"train": [("2", "sports", "B"), ("7", "travel", "A")], "test": [("5", "health", "C")]})
+    pairs = data.parallel("sib200", "eng_Latn", "cmn_Hans", dir=tmp_path)
+    assert pairs.ids == ["2", "5", "7", "9dev"]
+    assert pairs.base == ["b", "c", 'a "quoted', "x"] and pairs.target == ["B", "C", "A", "x"]
+    assert pairs.facts["target"]["spelling"] == "zho_Hans" and len(pairs.facts["base"]["files"]) == 3
+    assert data.parallel("sib200", "en", "zh", dir=tmp_path, split="test").ids == ["5"]
+    assert data.parallel("sib200", "en", "zh", dir=tmp_path, split="validation").ids == ["9dev"]
+    assert data.sib200_rows(tmp_path / "eng_Latn", "test") == [{"index_id": "5", "category": "health", "text": "c"}]
+    with pytest.raises(InputError, match="--split devtest: SIB-200 has"):
+        data.parallel("sib200", "en", "zh", dir=tmp_path, split="devtest")
+    (tmp_path / "zho_Hans" / "dev.tsv").unlink()
+    with pytest.raises(InputError, match=r"dev.tsv does not exist"):
+        data.parallel("sib200", "en", "zh", dir=tmp_path)
+
+
+def test_sib200_line_with_another_number_of_columns(tmp_path):
+    sib(tmp_path, "eng_Latn", {})
+    write(tmp_path / "eng_Latn" / "test.tsv", "index_id\tcategory\ttext\n1\ttravel\ta\n2\tb\n")
+    with pytest.raises(InputError, match=r"line 3 has 2 columns, line 1 has 3"):
+        data.parallel("sib200", "en", "en", dir=tmp_path)
+
+
+def test_real_sib200():
+    shared = os.environ.get("SHARED_DIR")
+    if not shared:
+        pytest.skip("SHARED_DIR does not name the folder with the SIB-200 files")
+    folder = Path(shared) / "sib200"
+    for target in ("ga", "zho_Hans", "arb_Arab"):
+        pairs = data.parallel("sib200", "eng_Latn", target, dir=folder)
+        assert len(pairs) == pairs.n_available == 1004
+        assert pairs.facts["only_in_base"] == pairs.facts["only_in_target"] == 0
+        assert pairs.ids == sorted(pairs.ids, key=int)
+    assert [len(data.parallel("sib200", "en", "eu", dir=folder, split=s)) for s in ("train", "dev", "test")] == [
+        701,
+        99,
+        204,
+    ]
+
+
+# --- text and tsv ---
+
+
+def test_text_files_plain_and_gzipped(tmp_path):
+    # U+2028 and a carriage return inside a sentence do not end a line; a byte order mark is no part of it.
+    base = write(tmp_path / "a.en", "\ufeffone\u2028still one\r\ntwo\n")
+    target = write(tmp_path / "a.de.gz", "eins\nzw\rei")
+    pairs = data.parallel("text", "en", "some-dialect", base_file=base, target_file=target)
+    assert pairs.base == ["one\u2028still one", "two"] and pairs.target == ["eins", "zw\rei"]
+    assert pairs.ids == ["1", "2"]
+    assert pairs.facts["target"]["canonical"] == "some-dialect"
+    assert pairs.facts["target"]["files"] == {str(target): hashlib.sha256(target.read_bytes()).hexdigest()}
+    inside = data.parallel("text", "qaa_Latn", "qab_Latn", dir=tmp_path, base_file="a.en", target_file="a.de.gz")
+    assert inside.base == pairs.base
+
+
+def test_text_errors(tmp_path):
+    base, target = write(tmp_path / "a", "1\n2\n3\n"), write(tmp_path / "b", "1\n2\n")
+    with pytest.raises(InputError, match=r"a has 3 lines and .*b has 2"):
+        data.parallel("text", "en", "de", base_file=base, target_file=target)
+    write(target, "1\n\n3\n")
+    with pytest.raises(InputError, match="de sentence of line 2 is empty"):
+        data.parallel("text", "en", "de", base_file=base, target_file=target)
+    with pytest.raises(InputError, match=r"no file for de: give --target-file, or the study key data\.target_file"):
+        data.parallel("text", "en", "de", base_file=base)
+    with pytest.raises(InputError, match="does not exist"):
+        data.parallel("text", "en", "de", base_file=base, target_file=tmp_path / "c")
+    with pytest.raises(InputError, match="has no splits"):
+        data.parallel("text", "en", "de", base_file=base, target_file=base, split="dev")
+    with pytest.raises(InputError, match="takes --data-dir, not files"):
+        data.parallel("sib200", "en", "de", base_file=base, target_file=target)
+    target.write_bytes(b"\xff\xfe1\n")
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        data.parallel("text", "en", "de", base_file=base, target_file=target)
+    broken = tmp_path / "c.gz"
+    broken.write_bytes(gzip.compress(b"1\n2\n3\n" * 99)[:-12])
+    with pytest.raises(InputError, match=r"c\.gz cannot be read"):
+        data.parallel("text", "en", "de", base_file=base, target_file=broken)
+    with pytest.raises(InputError, match="no sentence in common"):
+        data.parallel("text", "en", "de", base_file=write(tmp_path / "e", ""), target_file=write(tmp_path / "f", ""))
+
+
+def test_tsv_columns_by_name_number_and_default(tmp_path):
+    named = write(tmp_path / "n.tsv", 'id\teng_Latn\tgle_Latn\n1\t"one\taon\n2\ttwo\tdó\n')
+    for base, target in ((named, None), (f"{named}:eng_Latn", f"{named}:gle_Latn")):
+        pairs = data.parallel("tsv", "en", "ga", base_file=base, target_file=target)
+        assert pairs.base == ['"one', "two"] and pairs.target == ["aon", "dó"]
+        assert pairs.ids == ["2", "3"] and pairs.facts["base"]["column"] == "eng_Latn"
+    plain = write(tmp_path / "p.tsv.gz", "one\taon\ntwo\tdó\n")
+    assert data.parallel("tsv", "en", "ga", base_file=plain).target == ["aon", "dó"]
+    swapped = data.parallel("tsv", "ga", "en", base_file=f"{plain}:2", target_file=f"{plain}:1")
+    assert swapped.base == ["aon", "dó"] and swapped.ids == ["1", "2"]
+    assert data.parallel("tsv", "xx", "yy", base_file="p.tsv.gz", dir=tmp_path).base == ["one", "two"]
+
+
+def test_tsv_errors(tmp_path):
+    file = write(tmp_path / "p.tsv", "a\tb\tc\nd\te\tf\n")
+    with pytest.raises(InputError, match="has 3 columns, and line 1 does not name en and ga"):
+        data.parallel("tsv", "en", "ga", base_file=file)
+    with pytest.raises(InputError, match="columns 1 to 3, no column 4"):
+        data.parallel("tsv", "en", "ga", base_file=f"{file}:1", target_file=f"{file}:4")
+    with pytest.raises(InputError, match="no single column is named 'x'"):
+        data.parallel("tsv", "en", "ga", base_file=f"{file}:a", target_file=f"{file}:x")
+    with pytest.raises(InputError, match="for one language only"):
+        data.parallel("tsv", "en", "ga", base_file=f"{file}:a", target_file=file)
+    with pytest.raises(InputError, match="both columns from one file"):
+        data.parallel("tsv", "en", "ga", base_file=f"{file}:1", target_file=f"{file}2:2")
+    with pytest.raises(InputError, match="no file for en"):
+        data.parallel("tsv", "en", "ga")
+    write(file, "a\tb\nc\n")
+    with pytest.raises(InputError, match="line 2 has 1 columns, line 1 has 2"):
+        data.parallel("tsv", "en", "ga", base_file=file)
+
+
+# --- the hub, as a stand-in: these tests have no network ---
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Rows by (repository, config, split) that `load_dataset` serves as real data sets, and a log of the calls."""
+    import datasets
+    import huggingface_hub
+
+    served, calls = {}, []
+
+    def load_dataset(repository, name, split, revision):
+        calls.append((repository, name, split, revision))
+        if (repository, name, split) not in served:
+            raise ValueError(f"BuilderConfig '{name}' not found.\nAvailable: lots")
+        return datasets.Dataset.from_list(served[repository, name, split])
+
+    class Api:
+        error = None
+
+        def auth_check(self, repository, repo_type):
+            assert repo_type == "dataset"
+            if self.error:
+                raise self.error
+
+        def dataset_info(self, repository, revision, timeout):
+            return type("Info", (), {"sha": "c" * 40})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return type("Hub", (), {"served": served, "calls": calls, "api": Api})
+
+
+def test_flores_from_the_hub(hub):
+    for name, texts in (("eng_Latn", {2: "two", 1: "one"}), ("cmn_Hans", {1: "一", 2: "二"})):
+        hub.served[data.FLORES, name, "dev"] = [{"id": i, "text": text, "url": ""} for i, text in texts.items()]
+    pairs = data.parallel("flores", "en", "zho_Hans")
+    assert pairs.base == ["one", "two"] and pairs.target == ["一", "二"]
+    # Asked for in FLORES+'s own spelling, both languages at the same pinned commit.
+    assert hub.calls == [(data.FLORES, name, "dev", "c" * 40) for name in ("eng_Latn", "cmn_Hans")]
+    facts = pairs.describe()
+    assert facts["dataset"] == data.FLORES and facts["revision"] == "c" * 40
+    assert facts["target"] == {"lang": "zho_Hans", "canonical": "cmn_Hans", "spelling": "cmn_Hans"}
+
+
+def test_sib200_from_the_hub_joins_its_splits(hub):
+    for name in ("eng_Latn", "zho_Hans"):
+        for i, split in enumerate(("train", "validation", "test")):
+            row = {"index_id": i, "category": "travel", "text": f"{name} {split}"}
+            hub.served[data.SIB200, name, split] = [row]
+    pairs = data.parallel("sib200", "eng_Latn", "cmn_Hans")
+    assert pairs.target == ["zho_Hans train", "zho_Hans validation", "zho_Hans test"]
+    with pytest.raises(InputError, match="SIB-200 has no chv_Cyrl"):
+        data.parallel("sib200", "eng_Latn", "chv_Cyrl")
+
+
+def test_gated_data_say_what_to_do_and_load_nothing(hub):
+    from huggingface_hub.errors import GatedRepoError
+
+    hub.api.error = GatedRepoError.__new__(GatedRepoError)
+    with pytest.raises(InputError, match=r"flores_plus is gated: accept its terms at https.*hf auth login.*--data-dir"):
+        data.parallel("flores", "eng_Latn", "gle_Latn")
+    assert hub.calls == []
+
+
+def test_hub_that_cannot_be_reached(hub, monkeypatch):
+    hub.api.error = ConnectionError("no route")
+    with pytest.raises(InputError, match=r"config eng_Latn, split dev cannot be loaded \(BuilderConfig"):
+        data.parallel("flores", "eng_Latn", "gle_Latn")
+    # Served from the cache: the commit is read from where the cached files came from.
+    import datasets
+
+    cached = datasets.Dataset.from_list([{"id": 1, "text": "x"}])
+    cached.info.download_checksums = {f"hf://datasets/{data.FLORES}@{'d' * 40}/dev/eng_Latn.jsonl": {}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: cached)
+    assert data.parallel("flores", "eng_Latn", "gle_Latn").describe()["revision"] == "d" * 40
+
+
+def test_without_a_network_the_message_is_one_line(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(InputError, match="flores_plus, config eng_Latn, split dev cannot be loaded") as error:
+        data.parallel("flores", "eng_Latn", "gle_Latn")
+    assert "\n" not in str(error.value) and "--data-dir" in str(error.value)

@@ -1,0 +1,231 @@
+"""How much the weights of interface layers and of the semantic hub change over continued pre-training (step 3).
+
+For each checkpoint and layer: the mean over its projections (q, k, v, o, gate, up, down; six without a gate) of the mean
+|W_C - W_B| over a weight matrix; then the mean of that over the interface layers, and over the layers of the hub.
+
+In:   a base model B, a run of checkpoints C (or a single one), and the layers of step 2.
+Out:  OUT with `checkpoints`: {step: {interface_avg, semantic_hub_avg}} and `layers`: {step: {layer: mean |dW|}};
+      beside it a figure over steps (PDF, PNG), the base as step 0.
+
+Full: python weight-diff/int_and_sem.py --base-model meta-llama/Llama-2-7b-hf --target-dir cpt-eus --interface-json layers.json --hub-json layers.json --output int_and_sem.json
+Tiny: python weight-diff/int_and_sem.py --study demo/tiny.yaml
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, figures, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    from cpt_utils.compare import Change
+
+SCHEMA = "int_and_sem"
+# Group of layers -> its key in step 2's file; the published scripts write a file for each group, with the key `layers`.
+GROUPS = {"interface": "interface_layers", "semantic_hub": "semantic_layers"}
+
+
+# ---------------------------------------------------------------- the method
+
+
+def layer_changes(layers: dict[int, dict[str, Change]]) -> list[float]:
+    """The change of each layer [L]: the mean over its projections of the mean |dW|, each projection counting alike."""
+    return [sum(change.mean_abs for change in layers[i].values()) / len(layers[i]) for i in sorted(layers)]
+
+
+def group_mean(change: list[float], layers: list[int]) -> float:
+    """The mean change of a group of layers."""
+    return sum(change[layer] for layer in layers) / len(layers)
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_layers(path: Path, group: str, n_layers: int, models: list[dict]) -> list[int]:
+    """The layers of `group` (a key of GROUPS), sorted, from step 2's file or from one with the key `layers`.
+
+    Args:
+        models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
+
+    Raises:
+        InputError: no such list, a layer the model does not have, or a file made for another model or layer count.
+    """
+    payload, header = results.read_json(path, n_layers=n_layers)
+    made_for = (header.get("models") or {}).get("model")
+    if made_for and not belongs(made_for, models):
+        raise InputError(
+            f"{path} was made for {made_for.get('spec')}, which is neither the base nor a checkpoint of this run, or "
+            "was trained again since; run layer-specialize/layer_specialize.py again, or give this run's file"
+        )
+    layers = payload
+    if isinstance(payload, dict):
+        layers = payload.get("layers", payload.get(GROUPS[group]))
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        raise InputError(f"{path} has no list of layers under {GROUPS[group]} or layers; give the file of step 2")
+    if not layers:
+        raise InputError(f"{path}: the list of {group} layers is empty; there is nothing to average")
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+    if wrong or len(set(layers)) != len(layers):
+        what = f"layer {wrong[0]}, but the model has layers 0 to {n_layers - 1}" if wrong else "a layer twice"
+        raise InputError(f"{path} names {what}; give the layers of this model")
+    return sorted(layers)
+
+
+def same_model(a: dict, b: dict) -> bool:
+    """Whether two descriptions mean one model: by its weights where both are local, else by name and revision."""
+    if a.get("weights_sample") and b.get("weights_sample"):
+        return a["weights_sample"] == b["weights_sample"]
+    return a.get("model_id") == b.get("model_id") and a.get("revision") == b.get("revision")
+
+
+def belongs(measured: dict, models: list[dict]) -> bool:
+    """Whether `measured` is one of `models`, or a checkpoint of the same run that is not among them."""
+    if any(same_model(measured, model) for model in models):
+        return True
+    if measured.get("revision"):
+        return measured["spec"].partition("@")[0] in {model["spec"].partition("@")[0] for model in models}
+    place = Path(measured["spec"]).resolve()
+    known = {Path(model["spec"]).resolve(): model.get("step") for model in models}
+    # A path that is among the models holds other weights now: it was trained again.
+    return (
+        place not in known
+        and measured.get("step") is not None
+        and place.parent in {path.parent for path, step in known.items() if step is not None}
+    )
+
+
+def draw(path: Path, steps: list[int], averages: dict[str, list[float]], counts: dict[str, int]) -> None:
+    """Both groups over training steps; the base stands at step 0, where nothing has changed yet."""
+    start = [] if 0 in steps else [0]
+    with figures.style() as plt:
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.2))
+        looks = {"interface": ("interface", "s", "-"), "semantic_hub": ("hub", "o", "--")}
+        for group, (meaning, marker, line) in looks.items():
+            label = f"{group.replace('_', ' ')} (n = {counts[group]} layers)"
+            values = [0.0] * len(start) + averages[group]
+            axis.plot(start + steps, values, line, marker=marker, color=figures.colour(meaning), label=label)
+        axis.set_xlabel("training step (0 = base)" if start else "training step")
+        axis.set_ylabel("mean |ΔW| from the base")
+        axis.set_ylim(bottom=0)
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        axis.legend(loc="best")
+        figures.save(figure, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--base-model", metavar="B", help="base model; default: the study's base")
+    p.add_argument(
+        "--target-dir", nargs="+", metavar="RUN", help="run of checkpoints, one, or a list; default: the study's run"
+    )
+    for flag, what in (("--interface-json", "interface"), ("--hub-json", "semantic hub")):
+        p.add_argument(flag, metavar="F", help=f"JSON with the {what} layers; default: step 2's file of the study")
+    p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's weight-diff/int_and_sem.json")
+    cli.add_run_flags(p)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    base = refs.model(study.value(args.base_model, "--base-model", "base"))
+    target = study.value(args.target_dir, "--target-dir", "run")
+    run = refs.run(target)
+    chosen = refs.run(target, args.steps)
+    output = study.output(args.output, "--output", "int_and_sem")
+
+    from cpt_utils import archs, compare
+
+    n_layers = archs.for_config(base.config()).n_layers(base.config())
+    described = {ref.step: ref.describe() for ref in run}
+    files = {
+        group: study.input(given, flag, "layers", "layer-specialize/layer_specialize.py")
+        for group, given, flag in (
+            ("interface", args.interface_json, "--interface-json"),
+            ("semantic_hub", args.hub_json, "--hub-json"),
+        )
+    }
+    models = {"base": base.describe(), "checkpoints": {str(ref.step): described[ref.step] for ref in chosen}}
+    known = [models["base"], *described.values()]
+    groups = {group: read_layers(path, group, n_layers, known) for group, path in files.items()}
+    both = sorted(set(groups["interface"]) & set(groups["semantic_hub"]))
+    if both:
+        raise InputError(f"layers {both} are in both groups; give the interface and the hub of one split")
+    neither = sorted(set(range(n_layers)) - set(groups["interface"]) - set(groups["semantic_hub"]))
+    if neither:
+        cli.say(f"layers {neither} are in neither group and enter no mean")
+
+    facts = {
+        "models": models,
+        "n_layers": n_layers,
+        "layers": {group: {"layers": groups[group], "file": str(path)} for group, path in files.items()},
+        "n_used": len(chosen),
+        "n_available": len(run),
+    }
+    finished = made_already(output, facts, args.overwrite)
+    if finished:
+        cli.say(f"{output} is finished (--overwrite redoes it)")
+        return
+    say_left_out(base, chosen)
+    found = compare.changes(base, chosen)
+    by_layer = {ref.step: layer_changes(found[ref.step]) for ref in chosen}
+    averages = {group: [group_mean(by_layer[ref.step], groups[group]) for ref in chosen] for group in GROUPS}
+    payload = {
+        "base_model": base.spec,
+        "target_model": target[0] if isinstance(target, list) and len(target) == 1 else target,
+        "checkpoints": {
+            str(ref.step): {f"{group}_avg": averages[group][i] for group in GROUPS} for i, ref in enumerate(chosen)
+        },
+        "layers": {str(step): {str(layer): value for layer, value in enumerate(by_layer[step])} for step in by_layer},
+    }
+    draw(output.with_suffix(""), list(by_layer), averages, {group: len(groups[group]) for group in GROUPS})
+    # The sums go through float32 differences and float64 sums, whatever the models' dtypes.
+    results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device="cpu"))
+    for i, ref in enumerate(chosen):
+        cli.say(f"step {ref.step}: " + ", ".join(f"{group} {averages[group][i]:.3e}" for group in GROUPS))
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+def made_already(output: Path, facts: dict, overwrite: bool) -> bool:
+    """Whether `output` is a finished result of the same models and layers.
+
+    Raises:
+        InputError: it is a result of something else, or no result of this script.
+    """
+    if overwrite or not output.exists():
+        return False
+    _, header = results.read_json(output, SCHEMA)
+    before = header.get("models", {}).get("checkpoints", {})
+    now = facts["models"]["checkpoints"]
+    same = before.keys() == now.keys() and all(same_model(before[step], now[step]) for step in now)
+    same = same and same_model(header["models"].get("base", {}), facts["models"]["base"])
+    groups = {group: chosen["layers"] for group, chosen in facts["layers"].items()}
+    if not same or {group: chosen.get("layers") for group, chosen in header.get("layers", {}).items()} != groups:
+        what = "layers" if same else "models or steps"
+        raise InputError(
+            f"{output} is of other {what} than asked for; give --overwrite to redo it, or another --output"
+        )
+    return True
+
+
+def say_left_out(base: refs.ModelRef, run: list[refs.ModelRef]) -> None:
+    """Name the tensors outside the layers that cannot be compared, such as an extended vocabulary's embeddings."""
+    from cpt_utils import compare
+
+    said: dict[str, list[str]] = {}
+    for ref in run:
+        for name, why in compare.unlike(base, ref).items():
+            said.setdefault(f"{name} ({why})", []).append(str(ref.step))
+    for what, steps in said.items():
+        at = "" if len(steps) == len(run) else f" at step {', '.join(steps)}"
+        cli.say(f"outside the layers, and not compared: {what}{at}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
