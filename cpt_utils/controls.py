@@ -1,0 +1,324 @@
+"""The place of one swap among random swaps of the same size, measured in one process on in-memory swaps.
+
+`measure` runs base, target and every set, goes on after a kill, and writes the result; `compare` and `place` are the
+statistics. The scripts that swap layers or components choose the sets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils import cli, figures, refs, results, stats, surgery
+from cpt_utils.errors import InputError
+from cpt_utils.evaluation import MEASURES, Test
+
+SCHEMA = "swap-controls"
+SMALL = 300  # so many sets or fewer are all evaluated
+DISTINCT = 20  # fewer other sets than this tell little: said in words
+
+
+# --- which sets ---
+
+
+def layer_sets(n_layers: int, hub: Iterable[int], wanted: str | int, seed: int) -> tuple[list[list[int]], int]:
+    """The sets of layers to compare `hub` with, and how many sets of its size there are (the hub among them).
+
+    All others of that size where that is asked for and they are few, else distinct seeded draws. The hub itself is
+    never among them.
+
+    Args:
+        wanted: "all", or the number of sets; "all" stops at SMALL sets.
+
+    Raises:
+        InputError: the hub is empty or all layers, so that there is nothing to compare it with.
+    """
+    from itertools import combinations
+
+    hub = sorted(set(hub))
+    possible = math.comb(n_layers, len(hub))
+    if possible < 2:
+        raise InputError(f"{len(hub)} of {n_layers} layers are in the hub: there is no other set of that size")
+    if possible - 1 < DISTINCT:
+        cli.warn(f"only {possible - 1} other sets of {len(hub)} layers exist: p cannot be below {1 / possible:.2f}")
+    limit = SMALL if wanted == "all" else int(wanted)
+    if possible - 1 <= limit:
+        return [list(s) for s in combinations(range(n_layers), len(hub)) if list(s) != hub], possible
+    draw, found = random.Random(seed), []
+    while len(found) < limit:
+        drawn = sorted(draw.sample(range(n_layers), len(hub)))
+        if drawn != hub and drawn not in found:
+            found.append(drawn)
+    return found, possible
+
+
+# --- measuring ---
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One thing to measure: a name ("semantic_hub", "random"), the layers it concerns, and its recipe."""
+
+    name: str
+    layers: list[int]
+    recipe: surgery.Recipe | None
+
+
+def measure(
+    pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, device, dtype, run: str | None = None,
+    overwrite: bool = False, hub: str | None = None, facts: dict | None = None, seed: int = 42,
+) -> None:  # fmt: skip
+    """Measure base, target and all `swaps`, and write `path`; one that holds the same request is kept.
+
+    Args:
+        run: folder of the target's run, for tokenizer files.
+        hub: name of the swap to compare with those named "random"; None for no comparison. With it, a figure and the
+            per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside `path`.
+        facts: payload of the result beside comparison and sets.
+
+    Raises:
+        InputError: `path` is the result of another request, or a model cannot be measured.
+    """
+    spelled = str(dtype).removeprefix("torch.")
+    request = {
+        "base": surgery.identity(pair.base_ref),
+        "target": surgery.identity(pair.target_ref),
+        "sets": [[swap.name, swap.layers, swap.recipe.facts] for swap in swaps],
+        "measures": test.measures(),
+        "test": test.facts,
+        "dtype": spelled,
+        "device": device.type,
+    }
+    if path.is_file() and not overwrite:
+        payload, _ = results.read_json(path, schema=SCHEMA, allow_limited=True)
+        if payload.get("request") == results.plain(request):
+            cli.say(f"{path} is there already, from the same models, data and sets: kept")
+            return
+        raise InputError(f"{path} is the result of another request; give --overwrite to replace it, or another -o")
+
+    def load(ref: refs.ModelRef):
+        from cpt_utils import models
+
+        tokenizer = models.load_tokenizer(ref, run, pair.base_ref)
+        model = models.load_model(ref, dtype, device)
+        models.announce(model, ref)
+        return model, tokenizer
+
+    surgery.say_conversions(pair, swaps[0].recipe)
+    partial = path.with_name(path.stem + ".partial.jsonl")
+    records = run_sets(pair, swaps, test, partial, request, load)
+    compared = compare(records, hub, seed) if hub else None
+    if hub:
+        import torch
+
+        units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
+        results.write_tensors(path.with_suffix(".pt"), units)
+        draw(path.with_suffix(""), records, compared, pair.n_layers)
+    payload = {**(facts or {}), "comparison": compared, "sets": summary(records), "request": request}
+    models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
+    head = {"models": models, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "device": str(device)}
+    results.write_json(path, payload, results.header(SCHEMA, **head))
+    partial.unlink()
+    say(records, compared)
+
+
+def run_sets(
+    pair: surgery.Pair, swaps: list[Swap], test: Test, partial: Path, request: dict, load: Callable
+) -> list[dict]:
+    """Measure base, target and every swap; the records in that order, each with `name` and `layers`.
+
+    After every set a line is added to `partial`; a killed run goes on from there when `request` is the same.
+
+    Args:
+        load: ModelRef -> (model, tokenizer).
+    """
+    swaps = [Swap("base", [], None), Swap("target", [], None), *swaps]
+    done = _resume(partial, request)
+    if done:
+        cli.say(f"{len(done)} of {len(swaps)} sets were measured before; going on with the next")
+    model = tokenizer = swapper = None
+    with open(partial, "a", encoding="utf-8") as file:
+        for swap in cli.progress(swaps, desc="swapped sets", unit="set"):
+            key = _key(swap.name, swap.layers)
+            if key in done:
+                continue
+            if swap.name == "base":
+                record = test.on(*_with_arch(pair, load(pair.base_ref)), pair.base_ref.spec)
+            else:
+                if model is None:
+                    model, tokenizer = load(pair.target_ref)
+                    swapper = surgery.Swapper(model, pair)
+                if swap.recipe is None:
+                    record = test.on(model, pair.arch, tokenizer, pair.target_ref.spec)
+                else:
+                    with swapper.applied(swap.recipe):
+                        record = test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
+            done[key] = {"name": swap.name, "layers": swap.layers, **record}
+            file.write(json.dumps(done[key]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    return [done[_key(swap.name, swap.layers)] for swap in swaps]
+
+
+def _with_arch(pair: surgery.Pair, loaded: tuple) -> tuple:
+    model, tokenizer = loaded
+    return model, pair.arch, tokenizer
+
+
+def _key(name: str, layers: list[int]) -> str:
+    return f"{name} {layers}"
+
+
+def _resume(partial: Path, request: dict) -> dict[str, dict]:
+    """What an interrupted run of the same request measured; a file of another request is begun anew."""
+    request = results.plain(request)
+    lines: list[dict] = []
+    if partial.is_file():
+        for text in partial.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # the line that was being written at the kill
+                break
+    if not lines or lines[0] != {"request": request}:
+        lines = [{"request": request}]
+    with results.replacing(partial) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return {_key(line["name"], line["layers"]): line for line in lines[1:]}
+
+
+# --- what it says ---
+
+
+def gain_lost(value: float, base: float, target: float, higher_is_better: bool) -> float | None:
+    """The share of what CPT gained that a swap takes back: 0 = as good as the target, 1 = as bad as the base.
+
+    None where CPT gained nothing, so that there is no gain to lose.
+    """
+    gain = target - base if higher_is_better else base - target
+    return (target - value if higher_is_better else value - target) / gain if gain > 0 else None
+
+
+def place(hub: float, others: list[float], higher_is_better: bool) -> dict:
+    """Where `hub` stands among the random sets.
+
+    `rank` 1 is the best; `quantile` is the share of random sets that are better (ties count half), 0 where none is;
+    `p_value` is one-sided, (1 + random sets at least as good) / (1 + random sets).
+    """
+    sign = 1 if higher_is_better else -1
+    better = sum(sign * other > sign * hub for other in others)
+    equal = sum(other == hub for other in others)
+    n, mean = len(others), math.fsum(others) / len(others)
+    deviation = math.sqrt(math.fsum((other - mean) ** 2 for other in others) / (n - 1)) if n > 1 else None
+    return {
+        "hub": hub,
+        "random_mean": mean,
+        "random_sd": deviation,
+        "random_min": min(others),
+        "random_max": max(others),
+        "hub_minus_random": hub - mean,
+        "rank": 1 + better,
+        "n_random": n,
+        "quantile": (better + equal / 2) / n,
+        "share_at_least_as_good": (better + equal) / n,
+        "p_value": (1 + better + equal) / (1 + n),
+    }
+
+
+def compare(records: list[dict], hub: str, seed: int) -> dict[str, dict]:
+    """For each measure: gain lost by `hub` and by the random sets, the hub's place, and an interval of the difference.
+
+    The interval is a bootstrap over sentences (documents, rows) of hub minus the mean of the random sets, which are
+    held fixed.
+    """
+    import numpy as np
+
+    base, target, own = (next(r for r in records if r["name"] == name) for name in ("base", "target", hub))
+    others = [r for r in records if r["name"] == "random"]
+    found = {}
+    for name, value in own["values"].items():
+        measure = MEASURES[name]
+        ends = base["values"][name], target["values"][name], measure.higher_is_better
+        row = {"base": ends[0], "target": ends[1], "higher_is_better": measure.higher_is_better}
+        row |= place(value, [r["values"][name] for r in others], measure.higher_is_better)
+        row["hub_gain_lost"] = gain_lost(value, *ends)
+        row["random_gain_lost"] = gain_lost(row["random_mean"], *ends)
+        if name in own["units"]:
+            units = np.asarray(own["units"][name]) - np.mean([r["units"][name] for r in others], axis=0)
+            row["ci_low"], row["ci_high"] = stats.bootstrap_mean(units, seed)
+            row["n_units"] = len(units)
+        found[name] = row
+    return found
+
+
+def summary(records: list[dict]) -> list[dict]:
+    """The records as they go into a result: values, accuracies by hidden state, gain lost."""
+    base, target = (next(r for r in records if r["name"] == name)["values"] for name in ("base", "target"))
+    shown = []
+    for record in records:
+        row = {key: value for key, value in record.items() if key != "units"}
+        row["gain_lost"] = {
+            name: gain_lost(value, base[name], target[name], MEASURES[name].higher_is_better)
+            for name, value in record["values"].items()
+        }
+        shown.append(row)
+    return shown
+
+
+def say(records: list[dict], compared: dict[str, dict] | None = None) -> None:
+    """Print the outcome, a line a measure."""
+    for row in summary([r for r in records if r["name"] != "random" or compared is None]):
+        lost = {name: share for name, share in row["gain_lost"].items() if share is not None}
+        parts = [
+            f"{name} {value:.4f}" + (f" ({lost[name]:.0%} of the gain lost)" if name in lost and row["layers"] else "")
+            for name, value in row["values"].items()
+        ]
+        cli.say(f"{row['name']} {row['layers'] or ''}: {', '.join(parts)}")
+    for name, row in (compared or {}).items():
+        interval = f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" if "ci_low" in row else ""
+        cli.say(
+            f"{MEASURES[name].label}: hub {row['hub']:.4f}, {row['n_random']} random sets {row['random_mean']:.4f}, "
+            f"difference {row['hub_minus_random']:+.4f}{interval}; rank {row['rank']} of {row['n_random'] + 1}, "
+            f"p = {row['p_value']:.3f}"
+        )
+
+
+def draw(path: Path, records: list[dict], compared: dict[str, dict], n_layers: int) -> None:
+    """Each measure as a strip of random sets, with the hub set and lines at the base and the target.
+
+    Open circles are sets that hold the first or the last layer, which often decides what a swap costs.
+    """
+    others = [r for r in records if r["name"] == "random"]
+    hub = next(r for r in records if r["name"] not in ("base", "target", "random"))
+    scatter = random.Random(0)
+    height = [scatter.uniform(-0.35, 0.35) for _ in others]
+    outer = [0 in r["layers"] or n_layers - 1 in r["layers"] for r in others]
+    with figures.style() as plt:
+        fig, axes = plt.subplots(len(compared), figsize=(figures.COLUMN, 0.45 + 0.85 * len(compared)), squeeze=False)
+        for axis, name in zip(axes[:, 0], compared, strict=True):
+            for is_outer, face, label in (
+                (False, figures.colour("random"), "random set"),
+                (True, "none", f"random set with layer 0 or {n_layers - 1}"),
+            ):
+                chosen = [i for i, found in enumerate(outer) if found == is_outer]
+                axis.scatter(
+                    [others[i]["values"][name] for i in chosen],
+                    [height[i] for i in chosen],
+                    s=8, facecolors=face, edgecolors=figures.colour("random"), linewidths=0.5, label=label,
+                )  # fmt: skip
+            for end, line in (("base", ":"), ("target", "--")):
+                axis.axvline(compared[name][end], color=figures.colour(end), linestyle=line, label=end)
+            axis.plot(hub["values"][name], 0, "D", color=figures.colour("hub"), markersize=5, label="semantic hub")
+            axis.set_xlabel(MEASURES[name].label)
+            axis.set_ylim(-0.6, 0.6)
+            axis.set_yticks([])
+            axis.spines["left"].set_visible(False)
+        title = f"{len(hub['layers'])} of {n_layers} layers from the base, {len(others)} random sets"
+        axes[0, 0].set_title(title)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=2)
+        figures.save(fig, path)

@@ -1,0 +1,223 @@
+"""Puts whole layers of the base model back into a checkpoint of continued pre-training; measures the cost (step 4).
+
+`semantic_hub` takes every layer that is not an interface layer from the base; `random` as many layers, drawn with
+`random.Random(seed).sample(range(L), n)`. If the hub keeps its meaning over CPT, the first should cost little.
+
+In:   BASE and TARGET (model folders or hub names; default: the study's base and the last checkpoint of its run), and
+      LAYERS.json with `interface_layers` (default: the study's, from layer-specialize).
+Out:  OUT/semantic_hub/ and OUT/random/, complete model folders with a swap.json each, and OUT/metadata.json.
+      With --controls, instead: OUT/controls.json, .pt and figure: retrieval, loss and task accuracy of base, target,
+      the hub set and many random sets of its size, each swapped in memory. With --in-memory alone: OUT/in_memory.json,
+      the same for the sets of --methods.
+
+Full: python layer-swap/layer-swap.py meta-llama/Llama-2-7b-hf runs/eus/checkpoint-5000 layers.json -o swapped
+Tiny: python layer-swap/layer-swap.py --study demo/tiny.yaml --controls 10
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+
+from cpt_utils import cli, controls, data, evaluation, refs, results, surgery
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+SCHEMA = "layer-swap"
+METHODS = ("semantic_hub", "random")
+# What this script leaves in OUT, finished or not.
+OURS = re.compile(r"(semantic_hub|random)(\.partial|\.replaced)?|metadata\.json|(controls|in_memory)\..+|\..+")
+
+
+# ---------------------------------------------------------------- the method
+
+
+def semantic_hub(interface: list[int], n_layers: int) -> list[int]:
+    """Every layer that is not an interface layer, in order."""
+    return [layer for layer in range(n_layers) if layer not in set(interface)]
+
+
+def random_layers(n: int, n_layers: int, seed: int) -> list[int]:
+    """`n` of the layers, in order; which ones is drawn with the seed."""
+    return sorted(random.Random(seed).sample(range(n_layers), n))
+
+
+def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
+    """The interface layers of step 2's file (or one made by hand), and its header.
+
+    Raises:
+        InputError: no interface_layers, layers the model does not have, or a file made from a model of another run.
+    """
+    payload, head = results.read_json(path, schema="layer-specialize", n_layers=pair.n_layers)
+    layers = payload.get("interface_layers")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise InputError(f"{path} has no list interface_layers; give the file of layer-specialize/layer_specialize.py")
+    wrong = [layer for layer in layers if not 0 <= layer < pair.n_layers]
+    if wrong:
+        raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {pair.n_layers - 1}")
+    hub = payload.get("semantic_layers")
+    if hub is not None and sorted(hub) != semantic_hub(layers, pair.n_layers):
+        cli.warn(f"{path}: semantic_layers are not all the others; every layer that is not interface is swapped")
+    measured = (head.get("models") or {}).get("model")
+    if measured and not any(_same_run(measured, ref) for ref in (pair.base_ref, pair.target_ref)):
+        raise InputError(
+            f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
+            "file of this pair"
+        )
+    return sorted(set(layers)), head
+
+
+def _same_run(measured: dict, ref: refs.ModelRef) -> bool:
+    """Whether a header's model is `ref`, or another checkpoint of the same run."""
+    facts = ref.describe()
+    if measured.get("weights_sample") and measured["weights_sample"] == facts.get("weights_sample"):
+        return True
+    if ref.is_local:
+        run = Path(ref.spec).resolve().parent
+        return measured.get("step") is not None and Path(measured["spec"]).resolve().parent == run
+    return measured["spec"].partition("@")[0] == ref.repository
+
+
+# ---------------------------------------------------------------- folders
+
+
+def write_folders(
+    pair: surgery.Pair, chosen: dict[str, list[int]], out: Path, run: str | None, overwrite: bool
+) -> None:
+    """One complete model folder for each method."""
+    for method, layers in chosen.items():
+        cli.say(f"{method}: layers {layers} of the base ({len(layers)} of {pair.n_layers})")
+        record = surgery.write_model(pair, surgery.layers_from_base(pair, layers), out / method, run, overwrite)
+        share = record["parameters_from_base"] / record["parameters"]
+        cli.say(f"{out / method}: {share:.0%} of the parameters are the base's; read back and equal to the sources")
+
+
+def metadata(pair: surgery.Pair, interface: list[int], chosen: dict[str, list[int]], seed: int) -> dict:
+    """What OUT/metadata.json says, with the keys of the published script."""
+    return {
+        "base_model": pair.base_ref.spec,
+        "target_model": pair.target_ref.spec,
+        "interface_layers": interface,
+        "semantic_hub_layers": chosen["semantic_hub"],
+        "random_layers": chosen["random"],
+        "seed": seed,
+    }
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse an OUT that holds anything this script does not write: a mistyped model folder, somebody's results."""
+    foreign = [name for name in sorted(os.listdir(out)) if not OURS.fullmatch(name)] if out.is_dir() else []
+    if foreign or (out.exists() and not out.is_dir()):
+        what = f"holds {foreign[0]}, which is not of a layer swap" if foreign else "is a file"
+        raise InputError(f"{out} {what}; give another -o")
+
+
+def refuse_other(path: Path, wanted: dict) -> None:
+    """Refuse an OUT whose metadata.json describes other swaps: its folders would no longer be what it says."""
+    if path.is_file():
+        found, _ = results.read_json(path, schema=SCHEMA)
+        other = [key for key in wanted if found.get(key) != wanted[key]]
+        if other:
+            raise InputError(
+                f"{path} describes other swaps ({other[0]} {found.get(other[0])}, now {wanted[other[0]]}); give "
+                "another -o, or --overwrite"
+            )
+
+
+# ---------------------------------------------------------------- the command
+
+
+def _controls(text: str) -> str:
+    if text not in ("all", "study") and not (text.isdigit() and int(text) > 0):
+        raise ValueError
+    return text
+
+
+_controls.__name__ = "all, or a positive number"  # what argparse calls it in its error
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("base", nargs="?", metavar="BASE", help="base model; default: the study's base")
+    add("target", nargs="?", metavar="TARGET", help="checkpoint of CPT; default: the last of the study's run")
+    add("layers", nargs="?", metavar="LAYERS.json", help="file of step 2; default: the study's")
+    add("-o", "--output", metavar="OUT", help="folder for all results; default: the study's layer-swap folder")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: semantic_hub random")
+    add(
+        "--controls",
+        nargs="?",
+        const="study",
+        type=_controls,
+        metavar="all|N",
+        help="compare the hub with random sets of its size: all of them where they are 300 or fewer (else 300), or N "
+        "seeded draws; without a value the study's `controls`, else all",
+    )
+    add("--in-memory", action="store_true", help="measure the sets of --methods without writing model folders")
+    evaluation.add_flags(p)
+    data.add_flags(p)
+    cli.add_forward_flags(p)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    base = refs.model(study.value(args.base, "BASE", "base"))
+    target = refs.model(args.target) if args.target else refs.run(study.value(None, "TARGET", "run"))[-1]
+    out = study.output(args.output, "-o", "layer_swap")
+    refuse_foreign(out)
+    path = study.input(args.layers, "LAYERS.json", "layers", "layer-specialize/layer_specialize.py")
+    with surgery.Pair(base, target) as pair:
+        interface, head = read_layers(path, pair)
+        hub = semantic_hub(interface, pair.n_layers)
+        if not hub:
+            raise InputError(f"{path}: every layer is an interface layer, so that no layer is left to swap")
+        chosen = {"semantic_hub": hub, "random": random_layers(len(hub), pair.n_layers, study.seed)}
+        wanted = {method: chosen[method] for method in METHODS if method in args.methods}
+        if args.controls or args.in_memory:
+            measure(pair, interface, wanted, head, out, args, study)
+            return
+        payload = metadata(pair, interface, chosen, study.seed)
+        if not args.overwrite:
+            refuse_other(out / "metadata.json", payload)
+        write_folders(pair, wanted, out, run_folder(study), args.overwrite)
+        models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
+        header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, seed=study.seed)
+        results.write_json(out / "metadata.json", payload, header)
+
+
+def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, out: Path, args, study: Study) -> None:
+    """OUT/controls.json with --controls, else OUT/in_memory.json for the sets of --methods."""
+    test = evaluation.test_from_arguments(args, study, head)
+    hub = semantic_hub(interface, pair.n_layers)
+    facts = {"interface_layers": interface, "semantic_hub_layers": hub}
+    sets, path = list(wanted.items()), out / "in_memory.json"
+    if args.controls:
+        number = (study.get("controls") or "all") if args.controls == "study" else args.controls
+        others, possible = controls.layer_sets(pair.n_layers, hub, number, study.seed)
+        cli.say(
+            f"the hub is {len(hub)} of {pair.n_layers} layers; of the {possible - 1} other sets of that size "
+            f"{len(others)} are measured"
+        )
+        facts |= {"n_possible_sets": possible, "enumerated": len(others) == possible - 1}
+        sets, path = [("semantic_hub", hub), *(("random", layers) for layers in others)], out / "controls.json"
+    swaps = [controls.Swap(name, layers, surgery.layers_from_base(pair, layers)) for name, layers in sets]
+    device = cli.device(args.device)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
+    compared = "semantic_hub" if args.controls else None
+    controls.measure(
+        pair, swaps, test, path, device, dtype, run_folder(study), args.overwrite, compared, facts, study.seed
+    )  # fmt: skip
+
+
+def run_folder(study: Study) -> str | None:
+    """The study's run where it is a folder: it may hold the tokenizer files that a checkpoint lacks."""
+    run = study.get("run")
+    return run if isinstance(run, str) else None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,236 @@
+"""The results of one study over several seeds, side by side: tables in Markdown and small figures.
+
+In:   the results of Part I of a study whose paths hold {seed}, for every seed.
+Out:  OUT/tables.md, and OUT/retrieval.png, weight_change.png, swaps.png (with PDF).
+
+Full: python studies/across_seeds.py --study studies/multi30k.yaml --seeds 0,1,2 --out docs/multi30k
+Tiny: python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt_utils import cli, figures, languages, refs, results
+from cpt_utils.study import Study
+
+
+def read_seed(study: Study) -> dict:
+    """Every Part I result of one seed: {"retrieval": {step: payload}, "layers", "change", "downstream", ..}."""
+    base, target = study.get("languages.base"), study.get("languages.target")
+    folder = study.result("retrieval")
+    pair = folder / languages.find_pair([p.name for p in folder.iterdir()], base, target, str(folder))
+    models = [refs.model(study.get("base")), *refs.run(study.get("run"))]
+    retrieval = {ref.step or 0: results.read_json(pair / f"{ref.model_id}.json")[0] for ref in models}
+    untrained = pair / "untrained.json"
+    swap = study.result("layer_swap")
+    downstream = study.result("downstream")
+    return {
+        "retrieval": retrieval,
+        "untrained": results.read_json(untrained)[0] if untrained.is_file() else None,
+        "layers": results.read_json(study.result("layers"))[0],
+        "change": results.read_json(study.result("int_and_sem"))[0],
+        "downstream": results.read_json(downstream)[0] if downstream.is_file() else None,
+        "controls": results.read_json(swap / "controls.json")[0],
+    }
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """A Markdown table; numbers are formatted by the caller."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def retrieval_table(seeds: dict[int, dict]) -> str:
+    """Accuracy (base to target) by hidden state: untrained, base, first and last checkpoint of each seed."""
+    rows = []
+    for seed, found in seeds.items():
+        steps = sorted(found["retrieval"])
+        shown = [("untrained", found["untrained"])] if found["untrained"] else []
+        shown += [("base" if s == 0 else f"step {s}", found["retrieval"][s]) for s in (steps[0], steps[1], steps[-1])]
+        shown.append((f"step {steps[-1]}, centred", found["retrieval"][steps[-1]] | {
+            "layer_accuracy": found["retrieval"][steps[-1]]["centred_accuracy"]
+        }))  # fmt: skip
+        rows += [[seed, name, *(f"{a:.3f}" for _, a in payload["layer_accuracy"])] for name, payload in shown]
+    width = len(rows[0]) - 2
+    return table(["seed", "model", *(f"h{i}" for i in range(width))], rows)
+
+
+def layers_table(seeds: dict[int, dict]) -> str:
+    rows = []
+    for seed, found in seeds.items():
+        split = found["layers"]
+        stable = split.get("label_stability") or []
+        rows.append([
+            seed, _list(split["interface_layers"]), _list(split["semantic_layers"]),
+            " / ".join(f"{c:.3f}" for c in _centres(split)), f"{split['silhouette']:.2f}",
+            "yes" if split.get("hub_contiguous") else "no", f"{min(stable):.2f}" if stable else "-",
+        ])  # fmt: skip
+    return table(["seed", "interface", "hub", "centres", "silhouette", "hub in one block", "least stable label"], rows)
+
+
+def _centres(split: dict) -> list[float]:
+    centres = split["centres"]
+    return list(centres.values()) if isinstance(centres, dict) else list(centres)
+
+
+def _list(layers: list[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def change_table(seeds: dict[int, dict]) -> str:
+    rows = [
+        [seed, step, f"{row['interface_avg']:.2e}", f"{row['semantic_hub_avg']:.2e}",
+         f"{row['interface_avg'] / row['semantic_hub_avg']:.2f}" if row["semantic_hub_avg"] else "-"]
+        for seed, found in seeds.items()
+        for step, row in sorted(found["change"]["checkpoints"].items(), key=lambda item: int(item[0]))
+        if int(step)
+    ]  # fmt: skip
+    return table(["seed", "step", "interface", "hub", "interface / hub"], rows)
+
+
+def downstream_table(seeds: dict[int, dict]) -> str:
+    rows = []
+    for seed, found in seeds.items():
+        for kind in ("interface", "semantic_hub"):
+            whole = (found["downstream"] or {}).get(kind)
+            if whole is None:
+                continue
+            first = whole.get("first_differences") or {}
+            rows.append([seed, kind, _r(whole), _r(first), whole["n_points"], first.get("n_points", "-")])
+    return table(["seed", "layers", "r", "r of first differences", "n", "n of differences"], rows) if rows else ""
+
+
+def _r(found: dict) -> str:
+    if found.get("correlation") is None:
+        return "-"
+    interval = f" [{found['ci_low']:.2f}, {found['ci_high']:.2f}]" if found.get("ci_low") is not None else ""
+    return f"{found['correlation']:.2f}{interval}, p {found['p_value']:.3f}"
+
+
+def swap_table(seeds: dict[int, dict]) -> str:
+    rows = []
+    for seed, found in seeds.items():
+        for name, row in found["controls"]["comparison"].items():
+            interval = f" [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" if row.get("ci_low") is not None else ""
+            lost = [f"{row[k]:.0%}" if row[k] is not None else "-" for k in ("hub_gain_lost", "random_gain_lost")]
+            rows.append([
+                seed, name, f"{row['base']:.3f}", f"{row['target']:.3f}", f"{row['hub']:.3f}",
+                f"{row['random_mean']:.3f} ± {row['random_sd'] or 0:.3f}", f"{row['hub_minus_random']:+.3f}{interval}",
+                *lost, f"{row['rank']} of {row['n_random'] + 1}", f"{row['p_value']:.3f}",
+            ])  # fmt: skip
+    head = ["seed", "measure", "base", "checkpoint", "hub swap", "random swaps (mean ± sd)", "hub minus random"]
+    return table([*head, "gain lost, hub", "gain lost, random", "rank of the hub", "p"], rows)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
+    """Retrieval over hidden states, a panel for each seed, the hub shaded."""
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, len(seeds), figsize=(figures.PAGE, 2.1), sharey=True, squeeze=False)
+        for axis, (seed, found) in zip(axes[0], seeds.items(), strict=True):
+            steps = sorted(found["retrieval"])
+            shades = [figures.colour("base"), *figures.colours(len(steps) - 1, ordered=True)]
+            for layer in found["layers"]["semantic_layers"]:
+                axis.axvspan(layer + 0.5, layer + 1.5, color=figures.colour("hub"), alpha=0.08, linewidth=0)
+            for step, shade in zip(steps, shades, strict=True):
+                x, y = zip(*found["retrieval"][step]["layer_accuracy"], strict=True)
+                axis.plot(x, y, color=shade, marker="o", label=f"step {step}" if step else "base")
+            if found["untrained"]:
+                x, y = zip(*found["untrained"]["layer_accuracy"], strict=True)
+                axis.plot(x, y, ":", color=figures.colour("random"), label="untrained")
+            axis.set_title(f"seed {seed}")
+            figures.layer_axis(axis, len(x) - 1, hidden_states=True)
+            axis.set_xlabel("hidden state")
+            axis.set_ylim(bottom=0)
+        axes[0, 0].set_ylabel("retrieval accuracy")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside right center")
+        figures.save(fig, path)
+
+
+def draw_change(seeds: dict[int, dict], path: Path) -> None:
+    """Mean absolute weight change of interface and hub layers over steps; a line for each seed."""
+    with figures.style() as plt:
+        fig, axis = plt.subplots(figsize=(figures.COLUMN, 2.1))
+        for number, found in enumerate(seeds.values()):
+            rows = sorted((int(step), row) for step, row in found["change"]["checkpoints"].items())
+            rows = [(0, {"interface_avg": 0.0, "semantic_hub_avg": 0.0}), *[row for row in rows if row[0]]]
+            for key, meaning, label in (
+                ("interface_avg", "interface", "interface layers"), ("semantic_hub_avg", "hub", "hub layers"),
+            ):  # fmt: skip
+                y = [row[key] for _, row in rows]
+                marker = figures.MARKERS[number]
+                label = label if number == 0 else None
+                axis.plot([s for s, _ in rows], y, color=figures.colour(meaning), marker=marker, label=label)
+        axis.set_xlabel("step")
+        axis.set_ylabel("mean |dW|")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{len(seeds)} seeds, one marker each")
+        axis.legend()
+        figures.save(fig, path)
+
+
+def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
+    """Every swap set of the hub's size as a dot, for each measure and seed; the hub as a diamond."""
+    measures = list(next(iter(seeds.values()))["controls"]["comparison"])
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, len(measures), figsize=(figures.PAGE, 2.0), sharey=True, squeeze=False)
+        for axis, name in zip(axes[0], measures, strict=True):
+            for place, found in enumerate(seeds.values()):
+                row = found["controls"]["comparison"][name]
+                others = [s["values"][name] for s in found["controls"]["sets"] if s["name"] == "random"]
+                grey = figures.colour("random")
+                axis.scatter(others, [place] * len(others), s=7, facecolors="none", edgecolors=grey, linewidths=0.5)
+                axis.plot(row["hub"], place, "D", color=figures.colour("hub"), markersize=4)
+                axis.plot(row["base"], place, "|", color=figures.colour("base"), markersize=9)
+                axis.plot(row["target"], place, "|", color=figures.colour("target"), markersize=9)
+            axis.set_xlabel(name.replace("_", " "))
+            axis.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
+            axis.margins(y=0.3)
+        grey, hub = figures.colour("random"), figures.colour("hub")
+        handles = [
+            plt.Line2D([], [], linestyle="", marker=marker, color=shade, markerfacecolor=face, label=label)
+            for marker, shade, face, label in (
+                ("o", grey, "none", "another set of as many layers"),
+                ("D", hub, hub, "semantic hub"),
+                ("|", figures.colour("base"), None, "base"),
+                ("|", figures.colour("target"), None, "checkpoint"),
+            )
+        ]
+        fig.legend(handles=handles, loc="outside lower center", ncols=4)
+        figures.save(fig, path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    p.add_argument("--seeds", required=True, metavar="S,S,..", help="seeds whose results are there; no default")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="where tables and figures go; no default")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    seeds = {int(s): read_seed(Study.find(args.study, int(s))) for s in args.seeds.split(",")}
+    out = Path(args.out)
+    parts = {
+        "Retrieval by hidden state": retrieval_table(seeds),
+        "Layers": layers_table(seeds),
+        "Weight change, mean |dW|": change_table(seeds),
+        "Downstream accuracy against weight change": downstream_table(seeds),
+        "Layer swaps": swap_table(seeds),
+    }
+    with results.replacing(out / "tables.md") as temporary:
+        text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items() if body)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    draw_retrieval(seeds, out / "retrieval")
+    draw_change(seeds, out / "weight_change")
+    draw_swaps(seeds, out / "swaps")
+    cli.say(f"wrote {out}/tables.md and three figures for the seeds {', '.join(map(str, seeds))}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,79 @@
+"""The continuation task: the own half is the label, wrong halves are of like length, lm_eval runs it."""
+
+import json
+
+import pytest
+from helpers import load_script, save_tiny
+
+from cpt_utils.errors import InputError
+
+WORDS = "sun moon river stone tree bird cloud road house lamp door bread".split()  # noqa: SIM905
+
+
+def lines(n):
+    return [" ".join(WORDS[(i * 5 + j * (1 + i % 3)) % 12] + str(i) for j in range(4 + i % 9)) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("cpt/continuations.py")
+
+
+def test_items_hold_the_own_half_once_at_the_label(script):
+    sentences = [*lines(60), lines(60)[10], ""]
+    made = script.items(sentences, 4, seed=0)
+    whole = {s for s in sentences if len(s.split()) >= script.SHORTEST}
+    assert len(made) == len(whole)
+    for item in made:
+        assert len(set(item["choices"])) == 4
+        fits = [f"{item['context']} {choice}" in whole for choice in item["choices"]]
+        assert fits.count(True) == 1 and fits[item["label"]]
+    labels = [item["label"] for item in made]
+    assert all(labels.count(k) >= 3 for k in range(4))
+    assert made == script.items(sentences, 4, seed=0) != script.items(sentences, 4, seed=1)
+
+
+def test_wrong_halves_are_of_like_length(script):
+    made = script.items(lines(300), 4, seed=0)
+    own = [len(item["choices"][item["label"]]) for item in made]
+    others = [sum(map(len, item["choices"])) / 4 for item in made]
+    assert all(abs(a - b) <= 12 for a, b in zip(own, others, strict=True))
+
+
+def test_too_few_sentences(script):
+    with pytest.raises(InputError, match="too few for 4 choices"):
+        script.items(lines(4), 4, seed=0)
+
+
+def test_lm_eval_runs_the_task(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = tmp_path / "heldout.txt"
+    text.write_text("\n".join(lines(30)) + "\n")
+    script.main(["--text", str(text), "--language", "qaa_Latn", "--out", str(tmp_path / "task"), "--seed", "3"])
+    rows = [json.loads(line) for line in (tmp_path / "task/continuation_qaa_Latn.jsonl").read_text().splitlines()]
+    model = save_tiny("llama", tmp_path / "m")
+    load_script("lm_eval_sib200/evaluate.py").main(
+        [
+            str(model),
+            "--tasks",
+            "continuation_qaa_Latn",
+            "--include-path",
+            str(tmp_path / "task"),
+            "-o",
+            str(tmp_path / "o"),
+        ]
+    )
+    found = json.loads(next((tmp_path / "o").rglob("results_*.json")).read_text())
+    assert found["n-samples"]["continuation_qaa_Latn"] == {"original": len(rows), "effective": len(rows)}
+
+    import torch
+
+    from cpt_utils import models, refs, scoring
+
+    loaded = models.load_model(refs.model(model), torch.float32, torch.device("cpu"))
+    tokenizer = models.load_tokenizer(refs.model(model))
+    right = 0
+    for row in rows:
+        (values,) = scoring.choice_logliks(loaded, tokenizer, [row["context"]], row["choices"])
+        right += values.index(max(values)) == row["label"]
+    assert found["results"]["continuation_qaa_Latn"]["acc,none"] == right / len(rows)

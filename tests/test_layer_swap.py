@@ -1,0 +1,302 @@
+"""layer-swap.py from the command line: folders, metadata, controls in memory, refusals, and a kill in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from helpers import load_script, read_tensors, save_tiny
+
+from cpt_utils import cli, controls, data, evaluation, models, refs, results, surgery
+from cpt_utils.errors import InputError
+
+SWAP = load_script("layer-swap/layer-swap.py")
+LAYERS = {"interface_layers": [0, 3], "semantic_layers": [1, 2]}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A base and a run of 4 layers, 12 sentence pairs, 6 documents, 9 task rows."""
+    root = tmp_path_factory.mktemp("study")
+    save_tiny("llama", root / "base", seed=0, layers=4)
+    for step, seed in ((5, 1), (20, 2)):
+        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=seed, layers=4, shards=2)
+    (root / "layers.json").write_text(json.dumps(LAYERS))
+    draw = random.Random(0)
+    words = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri"]
+
+    def line(n):
+        return " ".join(draw.choice(words) for _ in range(n))
+
+    for name, n, length in (("eng", 12, 4), ("qaa", 12, 4), ("heldout", 6, 9)):
+        (root / f"{name}.txt").write_text("".join(line(length) + "\n" for _ in range(n)))
+    choices = cli.sibling("lm_eval_sib200/generate.py").CHOICES
+    rows = [f"{i}\t{choices[i % 7]}\t{line(3)}" for i in range(9)]
+    (root / "task" / "qaa_Latn").mkdir(parents=True)
+    (root / "task" / "qaa_Latn" / "test.tsv").write_text("\n".join(["index_id\tcategory\ttext", *rows]) + "\n")
+    (root / "study.yaml").write_text(
+        f"""
+name: tiny
+base: {root}/base
+run: {root}/run
+languages: {{base: eng_Latn, target: qaa_Latn}}
+data:
+  source: text
+  base_file: {root}/eng.txt
+  target_file: {root}/qaa.txt
+  heldout: {{qaa_Latn: {root}/heldout.txt}}
+  task: {{name: sib200_qaa_Latn, dir: {root}/task}}
+results: RESULTS
+"""
+    )
+    return root
+
+
+@pytest.fixture
+def study(shared, tmp_path, monkeypatch):
+    """A study.yaml in the current folder with step 2's result in its place: commands need no argument."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text((shared / "study.yaml").read_text().replace("RESULTS", "results"))
+    place = tmp_path / "results" / "layer-specialize"
+    place.mkdir(parents=True)
+    (place / "layers.json").write_text(json.dumps(LAYERS))
+    return tmp_path
+
+
+def arguments(shared, out, *more):
+    return [str(shared / p) for p in ("base", "run/checkpoint-20", "layers.json")] + ["-o", str(out), *more]
+
+
+def test_folders_and_metadata(shared, tmp_path, capsys):
+    SWAP.main(arguments(shared, tmp_path / "out"))
+    drawn = sorted(random.Random(42).sample(range(4), 2))
+    payload, head = results.read_json(tmp_path / "out" / "metadata.json", schema="layer-swap", n_layers=4, seed=42)
+    assert payload == {
+        "base_model": str(shared / "base"),
+        "target_model": str(shared / "run/checkpoint-20"),
+        "interface_layers": [0, 3],
+        "semantic_hub_layers": [1, 2],
+        "random_layers": drawn,
+        "seed": 42,
+    }
+    assert head["models"]["target"]["step"] == 20
+    base, target = read_tensors(shared / "base"), read_tensors(shared / "run/checkpoint-20")
+    for method, layers in (("semantic_hub", [1, 2]), ("random", drawn)):
+        made = read_tensors(tmp_path / "out" / method)
+        assert made.keys() == target.keys()
+        for name in made:
+            source = base if any(f"layers.{layer}." in name for layer in layers) else target
+            assert torch.equal(made[name], source[name])
+        ref = refs.model(tmp_path / "out" / method)
+        models.load_model(ref, torch.float32, torch.device("cpu"))
+        models.load_tokenizer(ref)
+    capsys.readouterr()
+    SWAP.main(arguments(shared, tmp_path / "out"))
+    assert capsys.readouterr().out.count(": kept") == 2
+    with pytest.raises(InputError, match=r"metadata\.json describes other swaps \(random_layers"):
+        SWAP.main(arguments(shared, tmp_path / "out", "--seed", "7"))
+    SWAP.main(arguments(shared, tmp_path / "out", "--seed", "7", "--overwrite", "--methods", "random"))
+    assert results.read_json(tmp_path / "out" / "metadata.json")[0]["seed"] == 7
+
+
+def test_the_published_file_without_header(shared, tmp_path):
+    (tmp_path / "layers.json").write_text('{"interface_layers": [2]}')
+    SWAP.main([*arguments(shared, tmp_path / "out")[:2], str(tmp_path / "layers.json"), "-o", str(tmp_path / "out")])
+    assert results.read_json(tmp_path / "out" / "metadata.json")[0]["semantic_hub_layers"] == [0, 1, 3]
+
+
+def test_argument_free_in_a_study(study):
+    """The last checkpoint of the run, step 2's layers, the study's place for the result."""
+    SWAP.main([])
+    payload = results.read_json(study / "results" / "layer-swap" / "metadata.json")[0]
+    assert payload["target_model"].endswith("run/checkpoint-20") and payload["semantic_hub_layers"] == [1, 2]
+    assert (study / "results" / "layer-swap" / "semantic_hub" / "config.json").is_file()
+
+
+def test_controls_against_written_folders(shared, study):
+    """Every set's numbers are those of the folder it would write, and of the folder's own retrieval run."""
+    SWAP.main(["--controls", "all"])
+    out = study / "results" / "layer-swap"
+    payload, head = results.read_json(out / "controls.json", schema="swap-controls", n_layers=4, base_lang="eng_Latn")
+    assert head["n_used"] == 12 and head["heldout"]["documents"] == 6 and head["task"]["rows"] == 9
+    assert payload["n_possible_sets"] == 6 and payload["enumerated"]
+    sets = payload["sets"]
+    assert [row["name"] for row in sets] == ["base", "target", "semantic_hub", *["random"] * 5]
+    others = [row["layers"] for row in sets[3:]]
+    assert sorted([*others, [1, 2]]) == [list(s) for s in combinations(range(4), 2)]
+    assert sorted(p.name for p in out.iterdir()) == ["controls.json", "controls.pdf", "controls.png", "controls.pt"]
+
+    test = evaluation.Test(
+        pairs=data.parallel(
+            "text", "eng_Latn", "qaa_Latn", base_file=shared / "eng.txt", target_file=shared / "qaa.txt"
+        ),
+        heldout=(shared / "heldout.txt").read_text().splitlines(),
+        task=evaluation._task_rows(shared / "task" / "qaa_Latn" / "test.tsv"),
+    )
+    with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:
+        for row in (sets[0], sets[1], sets[2], sets[5]):
+            folder = shared / "base" if row["name"] == "base" else shared / "run/checkpoint-20"
+            if row["layers"]:
+                folder = study / f"written{row['layers']}"
+                surgery.write_model(pair, surgery.layers_from_base(pair, row["layers"]), folder)
+            ref = refs.model(folder)
+            model = models.load_model(ref, torch.float32, torch.device("cpu"))
+            found = test.on(model, pair.arch, models.load_tokenizer(ref), "x")
+            assert found["values"] == row["values"]
+            assert found["layer_accuracy"] == row["layer_accuracy"]
+    retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
+    retrieval.main(["--model_path", str(study / "written[1, 2]"), "--artifact-out", "sr", "--no-untrained"])
+    result = json.loads(next((study / "sr" / "eng_Latn-qaa_Latn").glob("*.json")).read_text())
+    assert [accuracy for _, accuracy in result["layer_accuracy"]] == sets[2]["layer_accuracy"]
+    assert sets[2]["values"]["retrieval_mean"] == pytest.approx(np.mean(sets[2]["layer_accuracy"][1:]), abs=1e-12)
+
+    units = results.read_tensors(out / "controls.pt")
+    assert units["retrieval_mean"].shape == (8, 12) and units["task_accuracy"].shape == (8, 9)
+    for name, row in payload["comparison"].items():
+        values = [s["values"][name] for s in sets[3:]]
+        sign = 1 if row["higher_is_better"] else -1
+        as_good = sum(sign * v >= sign * sets[2]["values"][name] for v in values)
+        assert row["share_at_least_as_good"] == as_good / 5 and row["p_value"] == (1 + as_good) / 6
+        assert row["hub_minus_random"] == pytest.approx(sets[2]["values"][name] - np.mean(values))
+        if name in units:
+            assert row["ci_low"] <= row["hub_minus_random"] <= row["ci_high"]
+            assert units[name].double().mean(1).tolist() == pytest.approx([s["values"][name] for s in sets], rel=1e-6)
+        base, target, hub = (s["values"][name] for s in sets[:3])
+        if sign * (target - base) > 0:
+            assert row["hub_gain_lost"] == pytest.approx((target - hub) / (target - base))
+        else:
+            assert row["hub_gain_lost"] is None
+
+
+def test_controls_go_on_after_a_kill(study, capsys):
+    """Killed after the second set, then run again: the same bytes as an unbroken run, measured sets not repeated."""
+    flags = ["--controls", "3", "--measures", "retrieval", "nll"]
+    SWAP.main([*flags, "-o", "unbroken"])
+    child = os.fork()
+    if child == 0:
+        own, count = evaluation.Test.on, iter(range(9))
+
+        def deadly(*args, **kwargs):
+            if next(count) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args, **kwargs)
+
+        evaluation.Test.on = deadly
+        SWAP.main([*flags, "-o", "out"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    partial = study / "out" / "controls.partial.jsonl"
+    lines = partial.read_text().splitlines()
+    assert len(lines) == 4 and not (study / "out" / "controls.json").exists()
+    partial.write_text("\n".join(lines[:3]) + "\n" + lines[3][: len(lines[3]) // 2])  # cut inside the last line
+    capsys.readouterr()
+    SWAP.main([*flags, "-o", "out"])
+    assert "2 of 6 sets were measured before" in capsys.readouterr().out
+    assert not partial.exists()
+    one, other = (json.loads((study / name / "controls.json").read_text()) for name in ("unbroken", "out"))
+    for result in (one, other):
+        del result["_header"]["time"], result["_header"]["command"]
+    assert one == other
+    assert (study / "unbroken" / "controls.png").read_bytes() == (study / "out" / "controls.png").read_bytes()
+    SWAP.main([*flags, "-o", "out"])
+    assert "kept" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another request"):
+        SWAP.main(["--controls", "2", "--measures", "nll", "-o", "out"])
+    SWAP.main(["--controls", "2", "--measures", "nll", "-o", "out", "--overwrite"])
+    assert len(json.loads((study / "out" / "controls.json").read_text())["sets"]) == 5
+
+
+def test_in_memory_writes_no_folder(study):
+    SWAP.main(["--in-memory", "--methods", "random", "--measures", "nll", "--limit", "3"])
+    out = study / "results" / "layer-swap"
+    assert [p.name for p in out.iterdir()] == ["in_memory.json"]
+    payload, head = results.read_json(out / "in_memory.json", allow_limited=True)
+    assert [row["name"] for row in payload["sets"]] == ["base", "target", "random"] and head["limit"] == 3
+    with pytest.raises(InputError, match="--limit 3"):
+        results.read_json(out / "in_memory.json")
+
+
+def test_which_sets(capsys):
+    others, possible = controls.layer_sets(6, [1, 2], "all", 0)
+    assert possible == 15 and len(others) == 14 and [1, 2] not in others
+    assert controls.layer_sets(6, [2, 1], 14, 0)[0] == others
+    drawn, possible = controls.layer_sets(12, range(3, 9), 40, 7)
+    assert possible == 924 and len(drawn) == 40 == len({tuple(s) for s in drawn})
+    assert drawn == controls.layer_sets(12, range(3, 9), 40, 7)[0] != controls.layer_sets(12, range(3, 9), 40, 8)[0]
+    assert all(len(s) == 6 and s != [3, 4, 5, 6, 7, 8] for s in drawn)
+    assert len(controls.layer_sets(12, range(3, 9), "all", 7)[0]) == controls.SMALL
+    capsys.readouterr()
+    controls.layer_sets(4, [0, 1, 2], "all", 0)
+    assert "p cannot be below 0.25" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no other set"):
+        controls.layer_sets(4, range(4), "all", 0)
+
+
+def test_places_and_gains():
+    row = controls.place(0.3, [0.1, 0.3, 0.5, 0.2], True)
+    assert (row["rank"], row["quantile"], row["share_at_least_as_good"], row["p_value"]) == (2, 0.375, 0.5, 0.6)
+    row = controls.place(0.3, [0.1, 0.3, 0.5, 0.2], False)
+    assert (row["rank"], row["share_at_least_as_good"]) == (3, 0.75)
+    assert row["random_sd"] == pytest.approx(np.std([0.1, 0.3, 0.5, 0.2], ddof=1))
+    assert controls.place(1.0, [0.5], True)["random_sd"] is None
+    assert controls.gain_lost(5.6, 6.2, 5.0, False) == pytest.approx(0.5)
+    assert controls.gain_lost(0.30, 0.20, 0.40, True) == pytest.approx(0.5)
+    assert controls.gain_lost(0.45, 0.20, 0.40, True) == pytest.approx(-0.25)
+    assert controls.gain_lost(0.3, 0.4, 0.2, True) is None
+
+
+def refused(match, *argv):
+    with pytest.raises(InputError, match=match) as caught:
+        SWAP.main([str(a) for a in argv])
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, target, layers = (shared / p for p in ("base", "run/checkpoint-20", "layers.json"))
+    out = ("-o", tmp_path / "out")
+    refused("nothing says base: give BASE")
+    refused("no such folder", base, tmp_path / "none", layers, *out)
+    refused("where the result goes", base, target, layers)
+    refused("does not exist", base, target, tmp_path / "none.json", *out)
+    refused(r"base holds config\.json, which is not of a layer swap", base, target, layers, "-o", base)
+    refused("is a file", base, target, layers, "-o", layers)
+    for text, match in (
+        ('{"interface_layers": [0, 9]}', "names layer 9; the model has layers 0 to 3"),
+        ('{"interface_layers": "0"}', "no list interface_layers"),
+        ('{"layers": [0]}', "no list interface_layers"),
+        ('{"interface_layers": [0, 1, 2, 3]}', "no layer is left"),
+        ("{", "not valid JSON"),
+        ('{"_header": {"schema": "layer-specialize", "n_layers": 8}, "interface_layers": [0]}', "n_layers 8"),
+        ('{"_header": {"schema": "sentence-retrieval"}, "interface_layers": [0]}', "sentence-retrieval"),
+        ('{"_header": {"schema": "layer-specialize", "limit": 5}, "interface_layers": [0]}', "--limit 5"),
+        (
+            '{"_header": {"schema": "layer-specialize", "models": {"model": {"spec": "org/other", "step": null}}}, '
+            '"interface_layers": [0]}',
+            "was made from org/other, neither the base nor",
+        ),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        refused(match, base, target, tmp_path / "bad.json", *out)
+    ours = {"schema": "layer-specialize", "models": {"model": refs.model(str(shared / "run/checkpoint-5")).describe()}}
+    (tmp_path / "run.json").write_text(json.dumps({"_header": ours, **LAYERS}))  # another checkpoint of the same run
+    SWAP.main([str(a) for a in (base, target, tmp_path / "run.json", "-o", tmp_path / "fine", "--methods", "random")])
+    deep = save_tiny("llama", tmp_path / "deep", layers=5)
+    refused("5 layers .*target must have the same|deep has 5 layers", deep, target, layers, *out)
+    refused("which languages", base, target, layers, *out, "--controls", "2")
+    refused("no held-out text", base, target, layers, *out, "--controls", "2", "--measures", "nll")
+    refused("no rows", base, target, layers, *out, "--in-memory", "--measures", "task")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for name, match in (("none.txt", "does not exist"), ("empty.txt", "holds no text")):
+        refused(match, base, target, layers, *out, "--controls", "2", "--measures", "nll", "--heldout", tmp_path / name)
+    for wrong in ("some", "0", "-3"):
+        with pytest.raises(SystemExit) as caught:
+            SWAP.main([*map(str, (base, target, layers, *out)), f"--controls={wrong}"])
+        assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
