@@ -47,7 +47,7 @@ def positions(model: PreTrainedModel) -> int | None:
 def batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of at most `batch_size`, sequences of like length together, the longest first.
 
-    Ties keep their order, so that one input gives the same batches. The longest batch comes first: where memory does not
+    Ties keep their order, so that one input gives one plan. The longest batch comes first: where memory does not
     suffice, that shows at once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -258,7 +258,7 @@ def _text(codes: dict, folder, files: dict) -> tuple[dict, dict]:
     sides, facts = {}, {"aligned_by": "line"}
     for side, code in codes.items():
         file = _given(files[side], folder, f"--{side}-file", code)
-        sides[side] = {str(number): line for number, line in enumerate(_lines(file), 1)}
+        sides[side] = {str(number): line for number, line in enumerate(lines(file), 1)}
         facts[side] = {"files": {str(file): file_sha256(file)}}
     base, target = (len(sides[side]) for side in codes)
     if base != target:
@@ -349,17 +349,22 @@ def _folder(folder) -> Path:
     return folder
 
 
-def _lines(file: Path) -> Iterator[str]:
+def lines(file: Path) -> Iterator[str]:
     """The lines of a UTF-8 text file, gzipped or not, without their ends.
 
     Only line feeds end a line: U+2028 or a lone carriage return inside a sentence must not shift the alignment.
+
+    Raises:
+        InputError: no such file, or no UTF-8 text.
     """
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="\n") as stream:
             for line in stream:
                 yield line.removesuffix("\n").removesuffix("\r")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist; a text file with one sentence or document a line is needed") from None
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text ({error}); save it again") from None
 
 
@@ -384,7 +389,7 @@ def _table(file: Path, columns: tuple[str, ...]) -> Iterable[dict]:
 
 def _cells(file: Path) -> list[list[str]]:
     """The cells of a TSV, all lines equally long. Quotes are ordinary characters, as in SIB-200."""
-    cells = [line.split("\t") for line in _lines(file)]
+    cells = [line.split("\t") for line in lines(file)]
     if not cells:
         raise InputError(f"{file} is empty")
     for number, line in enumerate(cells, 1):
@@ -395,7 +400,7 @@ def _cells(file: Path) -> list[list[str]]:
 
 def _jsonl(file: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in enumerate(lines(file), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

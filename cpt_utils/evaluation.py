@@ -5,9 +5,7 @@ The scripts that change models (layer and component swaps, deactivation) measure
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,11 +43,12 @@ KINDS = ("retrieval", "nll", "task")
 class Test:
     """What is measured on every model: parallel sentences, held-out text, rows of a classification task (any of them).
 
-    `task` holds (text, category) pairs; `facts` go into the header and identify the request.
+    `heldout` holds (context, text) pairs, of which the text is scored, `task` (text, category) pairs; `facts` go into
+    the header and identify the request.
     """
 
     pairs: data.ParallelText | None = None
-    heldout: list[str] | None = None
+    heldout: list[tuple[str, str]] | None = None
     task: list[tuple[str, str]] | None = None
     batch_size: int = 32
     seed: int = 42
@@ -67,7 +66,8 @@ class Test:
         if self.heldout is not None:
             from cpt_utils import scoring
 
-            scores = scoring.text_nlls(model, tokenizer, self.heldout, self.batch_size)
+            contexts, texts = zip(*self.heldout, strict=True)
+            scores = scoring.text_nlls(model, tokenizer, list(texts), self.batch_size, list(contexts))
             mean_bytes = sum(score.bytes for score in scores) / len(scores)
             found["units"]["nll_per_byte"] = [score.nll / mean_bytes for score in scores]
         if self.task is not None:
@@ -143,8 +143,11 @@ def test_from_arguments(args, study, known: dict) -> Test:
         if file is None and args.measures:
             raise InputError("--measures nll: no held-out text; give --heldout FILE, or data.heldout in the study")
         if file is not None:
-            heldout = _documents(Path(file))[: args.limit]
-            facts["heldout"] = {"file": file, "sha256": data.file_sha256(file), "documents": len(heldout)}
+            together = int(study.get("data.heldout_lines") or 1)
+            heldout = _documents(Path(file), together)[: args.limit]
+            facts["heldout"] = {
+                "file": file, "sha256": data.file_sha256(file), "documents": len(heldout), "lines": together,
+            }  # fmt: skip
     if "task" in wanted:
         file = args.task or _task_file(study)
         if file is None and args.measures:
@@ -155,19 +158,21 @@ def test_from_arguments(args, study, known: dict) -> Test:
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts)
 
 
-def _documents(file: Path) -> list[str]:
-    """The lines of a text file (.gz allowed) that are not empty."""
-    opened = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opened(file, "rt", encoding="utf-8") as lines:
-            found = [line.strip() for line in lines if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; --heldout needs a text file with a document a line") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from None
+def _documents(file: Path, together: int) -> list[tuple[str, str]]:
+    """Held-out documents as (context, text), from the lines of a file (.gz allowed) that are not empty.
+
+    With `together` 1 every line is a text without context. With more, so many lines make a document, and its first line
+    is context that is not scored: finding out which language a text is in is no part of knowing that language.
+    """
+    found = [line.strip() for line in data.lines(file) if line.strip()]
     if not found:
         raise InputError(f"{file} holds no text")
-    return found
+    if together == 1:
+        return [("", line) for line in found]
+    groups = [found[i : i + together] for i in range(0, len(found) - together + 1, together)]
+    if not groups:
+        raise InputError(f"{file} has {len(found)} lines, fewer than data.heldout_lines ({together})")
+    return [(group[0], " ".join(group[1:])) for group in groups]
 
 
 def _task_file(study) -> Path | None:

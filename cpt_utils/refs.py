@@ -328,3 +328,26 @@ def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | Non
 def vocabulary_size(config: dict) -> int | None:
     """The vocabulary size that a `config.json` states, also below `text_config`."""
     return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+
+
+def same_model(a: dict, b: dict) -> bool:
+    """Whether two descriptions mean one model: by its weights where both are local, else by name and revision."""
+    if a.get("weights_sample") and b.get("weights_sample"):
+        return a["weights_sample"] == b["weights_sample"]
+    return a.get("model_id") == b.get("model_id") and a.get("revision") == b.get("revision")
+
+
+def belongs(measured: dict, models: list[dict]) -> bool:
+    """Whether `measured` is one of `models`, or a checkpoint of the same run that is not among them."""
+    if any(same_model(measured, model) for model in models):
+        return True
+    if measured.get("revision"):
+        return measured["spec"].partition("@")[0] in {model["spec"].partition("@")[0] for model in models}
+    place = Path(measured["spec"]).resolve()
+    known = {Path(model["spec"]).resolve(): model.get("step") for model in models}
+    # A path that is among the models holds other weights now: it was trained again.
+    return (
+        place not in known
+        and measured.get("step") is not None
+        and place.parent in {path.parent for path, step in known.items() if step is not None}
+    )

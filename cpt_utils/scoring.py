@@ -36,33 +36,49 @@ class TextScore:
 
 
 def text_nlls(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_size: int = 32,
+    contexts: list[str] | None = None,
 ) -> list[TextScore]:
     """The NLL of each text, with special tokens as the tokenizer adds them; the first token is not predicted.
 
-    A text longer than the model's positions is cut there.
+    A text is read after its context and a space, where `contexts` has one that is not empty; the context's tokens are
+    not scored. An input longer than the model's positions is cut there.
 
     Raises:
-        InputError: no texts, or an empty one.
+        InputError: no texts, or one without a token to score.
     """
     import torch
 
     if not texts:
         raise InputError("no text to score")
-    sequences = [ids[: positions(model)] for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]]
-    for text, ids in zip(texts, sequences, strict=True):
-        if len(ids) < 2:
-            raise InputError(f"a text of fewer than two tokens cannot be scored: {text!r}")
+    whole = [f"{c} {t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
+    sequences = [ids[: positions(model)] for ids in tokenizer(whole, add_special_tokens=True)["input_ids"]]
+    # The first scored token of each: as lm_eval does, where the context's own tokens end.
+    starts = [max(1, _own_tokens(tokenizer, context)) if context else 1 for context in contexts or [""] * len(texts)]
+    for text, ids, start in zip(texts, sequences, starts, strict=True):
+        if len(ids) <= start:
+            raise InputError(f"a text of fewer than two tokens, or cut off, cannot be scored: {text[:60]!r}")
     scores: list[TextScore | None] = [None] * len(texts)
     for rows in batches([len(s) for s in sequences], batch_size):
         ids, mask = (t.to(model.device) for t in padded([sequences[i] for i in rows], tokenizer.pad_token_id))
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        losses = _token_losses(logits[:, :-1], ids[:, 1:])
-        totals = (losses * mask[:, 1:]).sum(1, dtype=torch.float64).tolist()
-        for i, total in zip(rows, totals, strict=True):
-            scores[i] = TextScore(total, len(sequences[i]) - 1, len(texts[i].split()), len(texts[i].encode()))
+        losses = _token_losses(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]
+        for row, i in enumerate(rows):
+            total = float(losses[row, starts[i] - 1 :].sum(dtype=torch.float64))
+            scores[i] = TextScore(total, len(sequences[i]) - starts[i], len(texts[i].split()), len(texts[i].encode()))
     return scores
+
+
+def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of `text` with what the tokenizer puts in front of it, without what it puts behind."""
+    made = tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True)
+    special = made["special_tokens_mask"]
+    behind = next((n for n, flag in enumerate(reversed(special)) if not flag), len(special))
+    return len(special) - behind
 
 
 def mean_nll(

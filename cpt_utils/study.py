@@ -29,6 +29,7 @@ KEYS = {
         "target_file": None,
         "split": None,
         "heldout": "any",
+        "heldout_lines": None,
         "task": {"name": None, "dir": None},
         "lsn_text": "any",
     },

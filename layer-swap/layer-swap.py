@@ -61,23 +61,12 @@ def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
     if hub is not None and sorted(hub) != semantic_hub(layers, pair.n_layers):
         cli.warn(f"{path}: semantic_layers are not all the others; every layer that is not interface is swapped")
     measured = (head.get("models") or {}).get("model")
-    if measured and not any(_same_run(measured, ref) for ref in (pair.base_ref, pair.target_ref)):
+    if measured and not refs.belongs(measured, [pair.base_ref.describe(), pair.target_ref.describe()]):
         raise InputError(
             f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
             "file of this pair"
         )
     return sorted(set(layers)), head
-
-
-def _same_run(measured: dict, ref: refs.ModelRef) -> bool:
-    """Whether a header's model is `ref`, or another checkpoint of the same run."""
-    facts = ref.describe()
-    if measured.get("weights_sample") and measured["weights_sample"] == facts.get("weights_sample"):
-        return True
-    if ref.is_local:
-        run = Path(ref.spec).resolve().parent
-        return measured.get("step") is not None and Path(measured["spec"]).resolve().parent == run
-    return measured["spec"].partition("@")[0] == ref.repository
 
 
 # ---------------------------------------------------------------- folders

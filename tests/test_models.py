@@ -73,6 +73,20 @@ def test_nll_equals_the_loop_over_tokens(model_type):
     assert total.per_byte == pytest.approx(sum(expected) / sum(map(len, TEXTS)))
 
 
+def test_a_context_is_read_and_not_scored():
+    model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
+    contexts = ["an cat", "", "x"]
+    scores = scoring.text_nlls(model, tokenizer, TEXTS[:3], 2, contexts)
+    for score, context, text in zip(scores, contexts, TEXTS, strict=False):
+        start = len(tokenizer(context)["input_ids"]) if context else 1
+        ids = tokenizer(f"{context} {text}" if context else text)["input_ids"]
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0]
+        slow = -sum(float(logits[i - 1].log_softmax(-1)[ids[i]]) for i in range(start, len(ids)))
+        assert math.isclose(score.nll, slow, rel_tol=1e-12) and score.tokens == len(ids) - start
+        assert score.bytes == len(text)
+
+
 def test_choices_equal_the_loop_over_tokens():
     model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
     prompts, choices = ["The category is:", "x"], ["sports", "science/technology"]

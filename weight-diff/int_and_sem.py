@@ -55,7 +55,7 @@ def read_layers(path: Path, group: str, n_layers: int, models: list[dict]) -> li
     """
     payload, header = results.read_json(path, n_layers=n_layers)
     made_for = (header.get("models") or {}).get("model")
-    if made_for and not belongs(made_for, models):
+    if made_for and not refs.belongs(made_for, models):
         raise InputError(
             f"{path} was made for {made_for.get('spec')}, which is neither the base nor a checkpoint of this run, or "
             "was trained again since; run layer-specialize/layer_specialize.py again, or give this run's file"
@@ -72,29 +72,6 @@ def read_layers(path: Path, group: str, n_layers: int, models: list[dict]) -> li
         what = f"layer {wrong[0]}, but the model has layers 0 to {n_layers - 1}" if wrong else "a layer twice"
         raise InputError(f"{path} names {what}; give the layers of this model")
     return sorted(layers)
-
-
-def same_model(a: dict, b: dict) -> bool:
-    """Whether two descriptions mean one model: by its weights where both are local, else by name and revision."""
-    if a.get("weights_sample") and b.get("weights_sample"):
-        return a["weights_sample"] == b["weights_sample"]
-    return a.get("model_id") == b.get("model_id") and a.get("revision") == b.get("revision")
-
-
-def belongs(measured: dict, models: list[dict]) -> bool:
-    """Whether `measured` is one of `models`, or a checkpoint of the same run that is not among them."""
-    if any(same_model(measured, model) for model in models):
-        return True
-    if measured.get("revision"):
-        return measured["spec"].partition("@")[0] in {model["spec"].partition("@")[0] for model in models}
-    place = Path(measured["spec"]).resolve()
-    known = {Path(model["spec"]).resolve(): model.get("step") for model in models}
-    # A path that is among the models holds other weights now: it was trained again.
-    return (
-        place not in known
-        and measured.get("step") is not None
-        and place.parent in {path.parent for path, step in known.items() if step is not None}
-    )
 
 
 def draw(path: Path, steps: list[int], averages: dict[str, list[float]], counts: dict[str, int]) -> None:
@@ -203,8 +180,8 @@ def made_already(output: Path, facts: dict, overwrite: bool) -> bool:
     _, header = results.read_json(output, SCHEMA)
     before = header.get("models", {}).get("checkpoints", {})
     now = facts["models"]["checkpoints"]
-    same = before.keys() == now.keys() and all(same_model(before[step], now[step]) for step in now)
-    same = same and same_model(header["models"].get("base", {}), facts["models"]["base"])
+    same = before.keys() == now.keys() and all(refs.same_model(before[step], now[step]) for step in now)
+    same = same and refs.same_model(header["models"].get("base", {}), facts["models"]["base"])
     groups = {group: chosen["layers"] for group, chosen in facts["layers"].items()}
     if not same or {group: chosen.get("layers") for group, chosen in header.get("layers", {}).items()} != groups:
         what = "layers" if same else "models or steps"

@@ -1,0 +1,372 @@
+"""From texts to blocks of token ids: sources, a tokenizer trained on them, and a mixture by shares of tokens.
+
+Used by cpt/train.py. Documents are tokenized once into int32 arrays, put in a seeded order in which every stretch of
+the training has the wanted token shares, joined with an end-of-text token behind each, and cut into blocks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, refs
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+runs = cli.sibling("cpt/runs.py")
+
+ID = "<i4"  # token ids on disk: little-endian int32
+BATCH = 1000  # documents tokenized at a time
+WHOLE_FILE = 64 << 20  # bytes up to which a file is fingerprinted in full
+
+
+@dataclass
+class Source:
+    """One kind of text in the mixture. Exactly one of `files` and `hub` is set; `weight` is a share of tokens."""
+
+    name: str
+    weight: float
+    files: list[Path] = field(default_factory=list)
+    hub: dict | None = None
+    column: str = "text"
+    limit: int | None = None
+
+    @classmethod
+    def parse(cls, values: dict, where: str) -> Source:
+        """A source from its mapping in the training file; InputError on unknown, missing or contradicting keys."""
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: a source is a mapping with name, weight and files or hub, not {values!r}")
+        unknown = set(values) - {"name", "weight", "files", "hub", "column", "limit"}
+        if unknown:
+            raise InputError(f"{where}: unknown key {sorted(unknown)[0]} in a source; the keys are {_KEYS}")
+        name = str(values.get("name", ""))
+        if not name:
+            raise InputError(f"{where}: every source needs a name")
+        weight = values.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+            raise InputError(f"{where}: the weight of source {name} is {weight!r}; it must be a number above 0")
+        if ("files" in values) == ("hub" in values):
+            raise InputError(f"{where}: source {name} needs either files or hub")
+        files = values.get("files", [])
+        hub = values.get("hub")
+        if hub is not None:
+            hub = {"id": hub} if isinstance(hub, str) else dict(hub)
+            if "id" not in hub or set(hub) - set(HUB_KEYS):
+                raise InputError(f"{where}: hub of source {name} takes {', '.join(HUB_KEYS)}; id is needed")
+        paths = [Path(file) for file in ([files] if isinstance(files, str) else files)]
+        limit = values.get("limit")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise InputError(f"{where}: the limit of source {name} is {limit!r}; it is a number of documents above 0")
+        return cls(name, float(weight), paths, hub, str(values.get("column", "text")), limit)
+
+    def check(self) -> None:
+        """Refuse files that are not there, before anything is loaded."""
+        for file in self.files:
+            if not file.is_file():
+                raise InputError(
+                    f"source {self.name}: {file} does not exist; make it first or correct the training file"
+                )
+
+    def describe(self) -> dict:
+        """What identifies the texts of this source, wherever they lie."""
+        facts = {"name": self.name, "weight": self.weight, "column": self.column, "limit": self.limit}
+        return facts | ({"hub": self.hub} if self.hub else {"files": [fingerprint(file) for file in self.files]})
+
+    def documents(self) -> Iterator[str]:
+        """The documents in stored order, without empty ones."""
+        texts = self.from_hub() if self.hub else (text for file in self.files for text in read_texts(file, self.column))
+        for number, text in enumerate(text for text in texts if text.strip()):
+            if self.limit is not None and number >= self.limit:
+                return
+            yield text.strip()
+
+    def from_hub(self) -> Iterator[str]:
+        """Every row's text in stored order; rows may be empty.
+
+        Raises:
+            InputError: no such data set, no access, no connection, or no such column.
+        """
+        from datasets import load_dataset
+
+        hub = {"split": "train", "streaming": True} | self.hub
+        name, config = hub.pop("id"), hub.pop("config", None)
+        try:
+            for row in load_dataset(name, config, **hub):
+                yield _plain_text(row, self.column, name)
+        except InputError:
+            raise
+        except Exception as error:  # the hub client raises a dozen types: offline, gated, no such config, ...
+            raise InputError(
+                f"source {self.name}: hub data {name} cannot be read ({runs.first_line(error)}); "
+                "check the name, your connection and, for gated data, `hf auth login`"
+            ) from None
+
+
+# What load_dataset takes; data_files with the id `text` or `json` reads files from any address.
+HUB_KEYS = ("id", "config", "split", "revision", "data_files", "streaming")
+_KEYS = "name, weight, files, hub, column, limit"
+
+
+def fingerprint(file: Path) -> dict:
+    """Name, size and a short hash of a file: of all its bytes up to 64 MiB, else of its first and last MiB."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        if size <= WHOLE_FILE:
+            digest.update(stream.read())
+        else:
+            digest.update(stream.read(1 << 20))
+            stream.seek(-(1 << 20), os.SEEK_END)
+            digest.update(stream.read())
+    return {"name": file.name, "size": size, "sha256": digest.hexdigest()[:16]}
+
+
+def read_texts(file: Path, column: str = "text") -> Iterator[str]:
+    """The texts of a .txt, .jsonl or .json-lines file, gzipped or not: one a line, for jsonl the field `column`.
+
+    Raises:
+        InputError: no such file, damaged gzip, no UTF-8, or a line that is not a JSON object with `column`.
+    """
+    kind = [suffix for suffix in file.suffixes if suffix != ".gz"]
+    as_json = bool(kind) and kind[-1] in (".jsonl", ".ndjson")
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if not as_json:
+                    yield line.rstrip("\r\n")
+                elif line.strip():
+                    yield _plain_text(json.loads(line), column, f"{file} line {number}")
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} line {number} is not JSON ({error}); one object a line is needed") from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8 text ({error}); copy it again") from None
+
+
+def _plain_text(row: dict, column: str, where: str) -> str:
+    """The text of a row; a list of pieces (mOSCAR stores them so) is joined by newlines."""
+    if not isinstance(row, dict) or column not in row:
+        have = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"{where} has no column {column!r} (it has: {have}); set the key column of the source")
+    value = row[column]
+    if isinstance(value, list):
+        return "\n".join(piece["text"] if isinstance(piece, dict) else str(piece) for piece in value)
+    return str(value)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, special: dict[str, str], whole: list[str]):
+    """A byte-level BPE of at most `vocab_size` tokens in all, as a transformers tokenizer that adds no token by itself.
+
+    Args:
+        special: roles (eos, pad, bos, unk) and their tokens; eos is needed, bos is eos unless given.
+        whole: strings that become one token wherever they stand, written as in the text (" travel" with its space).
+
+    Raises:
+        InputError: `vocab_size` has no room for the 256 bytes, the special and the whole tokens; or there is no text.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    names = list(dict.fromkeys(special.values()))
+    least = 256 + len(names) + len(whole)
+    if vocab_size < least:
+        raise InputError(
+            f"tokenizer: vocab_size {vocab_size} is too small; 256 bytes, {len(names)} special and {len(whole)} whole "
+            f"tokens need at least {least}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(whole),
+        special_tokens=names,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in whole])
+    roles = {"bos": special["eos"]} | special
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        **{f"{role}_token": token for role, token in roles.items()},
+    )
+
+
+def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], state: Path, where: Path):
+    """The tokenizer of a run and the folder with its files.
+
+    Args:
+        wanted: the key tokenizer of the training file: `from`, or `vocab_size`, `special`, `whole`.
+        start: the model that is trained further, if any; its tokenizer is the default.
+        state: a newly trained tokenizer is kept here, so that a continued run trains none.
+    """
+    from transformers import AutoTokenizer
+
+    for key, kind in (("vocab_size", int), ("special", dict), ("whole", list)):
+        if wanted.get(key) is not None and not isinstance(wanted[key], kind):
+            raise InputError(f"{where}: tokenizer.{key} is {wanted[key]!r}; see cpt/README.md for what it holds")
+    runs.refuse_unknown(wanted.get("special") or {}, ("eos", "pad", "bos", "unk"), where, "tokenizer.special.")
+    source = wanted.get("from") or start
+    if source:
+        folder = refs.tokenizer_folder(refs.model(source))
+    else:
+        folder = state / "tokenizer"
+        if not folder.is_dir():
+            special = {"eos": "<|endoftext|>", "pad": "<|pad|>"} | (wanted.get("special") or {})
+            cli.say(f"training a byte-level BPE of {wanted['vocab_size']} tokens on {len(sources)} sources")
+            texts = (text for source in sources for text in source.documents())
+            tokenizer = train_tokenizer(texts, wanted["vocab_size"], special, wanted.get("whole") or [])
+            if len(tokenizer) < wanted["vocab_size"]:
+                cli.warn(f"tokenizer: the texts give {len(tokenizer)} of the {wanted['vocab_size']} tokens asked for")
+            shutil.rmtree(state / "tokenizer.tmp", ignore_errors=True)
+            tokenizer.save_pretrained(state / "tokenizer.tmp")
+            os.replace(state / "tokenizer.tmp", folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {runs.first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{where}: the tokenizer in {folder} has no eos token; documents could not be told apart")
+    return tokenizer, folder
+
+
+def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a source's documents, each followed by eos, written to `path` and mapped back.
+
+    Files are read to their end, so that shuffling draws from all of them; hub data until `wanted` tokens are there.
+
+    Returns:
+        ids [tokens] int32, and bounds [documents + 1] int64: document d is `ids[bounds[d]:bounds[d + 1]]`.
+
+    Raises:
+        InputError: the source holds no text.
+    """
+    import numpy as np
+
+    eos = tokenizer.eos_token_id
+    lengths: list[int] = []
+    total = 0
+    with open(path, "wb") as out:
+        for batch in _batches(source.documents(), BATCH):
+            pieces = [[*ids, eos] for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+            np.concatenate([np.asarray(ids, dtype=ID) for ids in pieces]).tofile(out)
+            lengths += map(len, pieces)
+            total += sum(map(len, pieces))
+            if source.hub and total >= wanted:
+                break
+    if not total:
+        raise InputError(f"source {source.name} holds no text; give it documents or leave it out of the training file")
+    return np.memmap(path, dtype=ID, mode="r"), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def plan(lengths: list[np.ndarray], weights: list[float], total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which documents are used: `source` [n] and `document` [n], enough for `total` tokens.
+
+    Each source passes over its documents in a new random order as often as its share of `total` needs. A document is
+    placed at the point of the training where its source has used that part of its share, moved at random within the
+    document's own length. So every stretch of the training holds the sources in the wanted shares of tokens.
+
+    Args:
+        lengths: per source, tokens of each document [documents].
+        weights: per source, share of tokens (any positive scale).
+    """
+    import numpy as np
+
+    sources, documents, places = [], [], []
+    for number, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+        share = math.ceil(total * weight / sum(weights))
+        orders: list[np.ndarray] = []
+        have = 0
+        while have < share:
+            rng = np.random.default_rng([seed, number, len(orders)])
+            orders.append(rng.permutation(len(length)))
+            have += int(length.sum())
+        order = np.concatenate(orders)
+        ends = np.cumsum(length[order])
+        order = order[: int(np.searchsorted(ends, share)) + 1]
+        size = length[order]
+        start = ends[: len(order)] - size
+        jitter = np.random.default_rng([seed, number]).random(len(order))
+        sources.append(np.full(len(order), number))
+        documents.append(order)
+        places.append((start + jitter * size) / share)
+    by_place = np.argsort(np.concatenate(places), kind="stable")
+    return np.concatenate(sources)[by_place], np.concatenate(documents)[by_place]
+
+
+def pack(
+    sources: list[Source], tokenizer, block_size: int, n_blocks: int, seed: int, folder: Path
+) -> tuple[np.ndarray, dict]:
+    """Blocks [n_blocks, block_size] int32 of the whole training, kept in `folder` and mapped from there.
+
+    A second call finds the finished file and reads nothing else.
+
+    Returns:
+        The blocks, and per source: share, documents, passes over them, and tokens used (eos included).
+    """
+    import numpy as np
+
+    data, facts_file = folder / "blocks.i32", folder / "blocks.json"
+    if not facts_file.is_file():
+        total = block_size * n_blocks
+        weight = sum(source.weight for source in sources)
+        ids, bounds = [], []
+        for number, source in enumerate(cli.progress(sources, "tokenizing", unit="source")):
+            wanted = math.ceil(total * source.weight / weight)
+            found = tokenize(source, tokenizer, wanted, folder / f"tokens-{number}.i32")
+            ids.append(found[0])
+            bounds.append(found[1])
+        lengths = [np.diff(b) for b in bounds]
+        which, document = plan(lengths, [source.weight for source in sources], total, seed)
+        used = np.zeros(len(sources), dtype=np.int64)
+        left = total
+        with open(data, "wb") as out:
+            for s, d in zip(which.tolist(), document.tolist(), strict=True):
+                piece = ids[s][bounds[s][d] : bounds[s][d + 1]][:left]
+                piece.tofile(out)
+                used[s] += len(piece)
+                left -= len(piece)
+                if not left:
+                    break
+        facts = {
+            source.name: {
+                "share": source.weight / weight,
+                "documents": len(lengths[s]),
+                "tokens_available": int(bounds[s][-1]),
+                "tokens_used": int(used[s]),
+                "passes": round(int(used[s]) / int(bounds[s][-1]), 3),
+            }
+            for s, source in enumerate(sources)
+        }
+        del ids
+        for number in range(len(sources)):
+            (folder / f"tokens-{number}.i32").unlink()
+        partial = facts_file.with_suffix(".tmp")
+        partial.write_text(json.dumps(facts))
+        os.replace(partial, facts_file)
+    blocks = np.memmap(data, dtype=ID, mode="r", shape=(n_blocks, block_size))
+    return blocks, json.loads(facts_file.read_text())

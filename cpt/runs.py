@@ -1,0 +1,238 @@
+"""What cpt/train.py and cpt/documents.py share beside their method: YAML files, run folders, model folders.
+
+A run folder belongs to one set of settings, to one process at a time, and never shows half a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, refs, results, study
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = "cpt-training"
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, else its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; InputError where there is none."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give --config the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no keys; see cpt/README.md")
+    return values
+
+
+def refuse_unknown(values: dict, allowed, path: Path, prefix: str = "") -> None:
+    """InputError for the first key of `values` that is not in `allowed`, naming the nearest one."""
+    for key in values:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), list(allowed), n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(allowed)}"
+            raise InputError(f"{path}: unknown key {prefix}{key}; {hint}")
+
+
+def expand(value, seed: int, path: Path):
+    """`value` with `{seed}` and `${VARIABLE}` replaced in every string in it."""
+    if isinstance(value, dict):
+        return {key: expand(below, seed, path) for key, below in value.items()}
+    if isinstance(value, list):
+        return [expand(below, seed, path) for below in value]
+    return study.expand_environment(value.replace("{seed}", str(seed)), path) if isinstance(value, str) else value
+
+
+def claim(run: Path, settings: dict, defaults: dict, overwrite: bool) -> bool:
+    """Make `run` the folder of these settings; False when it holds their finished run already.
+
+    A key that an older record lacks is taken at its value in `defaults`.
+
+    Raises:
+        InputError: the folder holds a run with other settings, or files that no training wrote.
+    """
+    state = run / ".state"
+    finished = (run / "train.json").is_file()
+    recorded = None
+    if finished:
+        payload, _ = results.read_json(run / "train.json", SCHEMA)
+        recorded = payload.get("settings") or {}
+    elif (state / "settings.json").is_file():
+        recorded = json.loads((state / "settings.json").read_text(encoding="utf-8"))
+    elif any(path != state for path in run.iterdir()) or (
+        state.exists() and any(path.name != "settings.json.tmp" for path in state.iterdir())
+    ):
+        raise InputError(f"{run} holds files that no training wrote; give --output-dir a new or empty folder")
+    if recorded is not None and overwrite:
+        cli.say(f"{run}: removing the run recorded there (--overwrite)")
+        remove_run(run)
+    elif recorded is not None and (differing := _differing(recorded, settings, defaults)):
+        if finished or not untouched(run):
+            was, now = (_short(values.get(differing)) for values in (recorded, settings))
+            raise InputError(
+                f"{run} holds a run with another {differing} ({was}, now {now}); "
+                "give another --output-dir, or --overwrite to start afresh"
+            )
+        remove_run(run)  # other settings, but nothing was trained with them yet
+    elif finished:
+        shutil.rmtree(state, ignore_errors=True)  # killed between the last file and its removal
+        return False
+    state.mkdir(parents=True, exist_ok=True)
+    write_text(state / "settings.json", json.dumps(settings, indent=1))
+    for leftover in [*run.glob(".*.partial"), *run.glob(".*.old"), *state.glob(".*.old"), state / "partial"]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    return True
+
+
+def _differing(recorded: dict, settings: dict, defaults: dict) -> str | None:
+    """The first key in which two records of settings differ."""
+    for key in sorted({*recorded, *settings}):
+        if recorded.get(key, defaults.get(key)) != settings.get(key, defaults.get(key)):
+            return key
+    return None
+
+
+def untouched(run: Path) -> bool:
+    """Whether nothing was trained in `run` yet: no state and no checkpoint of any step."""
+    trained = [path for path in run.glob("checkpoint-*") if refs.CHECKPOINT.fullmatch(path.name)]
+    return not trained and not states(run / ".state") and not (run / "config.json").is_file()
+
+
+def withdraw(run: Path) -> None:
+    """After an error: leave no trace of a run that has not trained a step to be kept."""
+    if untouched(run) and not (run / "train.json").is_file():
+        shutil.rmtree(run / ".state", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run.rmdir()  # only an empty folder goes
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file at once."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def remove_run(run: Path) -> None:
+    """Remove what a training wrote in `run`, the record of it last; other files stay."""
+    for path in run.glob("checkpoint-*"):
+        if refs.CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path)
+    for pattern in (*MODEL_FILES, *refs.TOKENIZER_FILES, "train.json", "timing.json"):
+        for path in run.glob(pattern):
+            path.unlink()
+    shutil.rmtree(run / ".state", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_one(run: Path):
+    """Hold the run folder: a second training of it at the same time is refused."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{run} cannot be made or read: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise InputError(f"{run} is being trained by another process; wait for it or stop it") from None
+        descriptor = None  # a file system without locks
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def disk_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A state dict with its floating tensors in `dtype`; tensors that share storage (tied heads) share it afterwards.
+
+    Raises:
+        InputError: a value that is not finite in `dtype`.
+    """
+    import torch
+
+    seen: dict[tuple, torch.Tensor] = {}
+    out = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in seen:
+            new = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+            if new.is_floating_point() and not bool(torch.isfinite(new).all()):
+                raise InputError(
+                    f"{name} holds values that are not finite in {dtype}; lower learning_rate and start again"
+                )
+            seen[key] = new
+        out[name] = seen[key]
+    return out
+
+
+def write_model(folder: Path, model, state: dict, tokenizer_files: Path, dtype_name: str) -> None:
+    """Write a whole model folder (weights in `dtype_name`, configurations, tokenizer) into a new folder `folder`."""
+    import torch
+
+    folder.mkdir(parents=True)
+    cache, model.config.use_cache = getattr(model.config, "use_cache", True), True
+    try:
+        model.save_pretrained(folder, state_dict=disk_state(state, getattr(torch, dtype_name)))
+    finally:
+        model.config.use_cache = cache
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)]:
+        part["dtype"] = dtype_name
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name in refs.TOKENIZER_FILES:
+        if (tokenizer_files / name).is_file():
+            shutil.copyfile(tokenizer_files / name, folder / name)
+
+
+def put_folder(partial: Path, final: Path) -> None:
+    """Make the finished folder `partial` appear as `final` at once, in the place of an earlier one if need be."""
+    if final.exists():  # left by a run that was killed before it could record the step
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, final)
+
+
+def put_files(partial: Path, run: Path) -> None:
+    """Move a finished model folder's files into `run`, config.json last: without it a folder is no model."""
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        os.replace(path, run / path.name)
+    partial.rmdir()
+
+
+def states(folder: Path) -> list[Path]:
+    """The whole training states below `.state`, oldest first."""
+    return sorted(folder.glob("state-*"), key=lambda path: int(path.name.removeprefix("state-")))

@@ -1,0 +1,392 @@
+"""Train a causal LM from a configuration (base), or go on training one from a checkpoint (continued pre-training).
+
+In:  a training file (YAML): model or from, tokenizer, sources with shares of tokens, steps, learning rate, ...
+     (every key: cpt/README.md).
+Out: RUN/checkpoint-<step>/ at the steps of save_steps, or, without save_steps, the final model in RUN itself; each is a
+     whole Hugging Face model folder. RUN/train.json (losses, tokens per source) is written last: where it is, the run
+     is finished. RUN/.state/ holds what a killed run needs to go on to the same bits; it is removed at the end.
+
+Full:  MULTI30K_DIR=path/to/captions python cpt/train.py --config studies/multi30k/base.yaml --seed 0
+Tiny:  python cpt/train.py --config studies/multi30k/base.yaml --seed 0 --steps 20 --output-dir build/try
+GPUs:  accelerate launch cpt/train.py --config my.yaml
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+from cpt_utils import cli, refs, results, study
+from cpt_utils.errors import InputError
+
+runs = cli.sibling("cpt/runs.py")
+packing = cli.sibling("cpt/packing.py")
+
+
+# Every key of a training file and its default; None: needed, or explained in cpt/README.md.
+DEFAULTS = {
+    "output": None,
+    "from": None,
+    "model": None,
+    "tokenizer": None,
+    "sources": None,
+    "block_size": None,
+    "batch_size": 8,
+    "gradient_accumulation": 1,
+    "steps": None,
+    "learning_rate": None,
+    "schedule": "cosine",
+    "warmup_steps": 0,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "optimizer": "adamw_torch",
+    "save_steps": [],
+    "state_every": 200,
+    "dtype_on_disk": "bfloat16",
+    "precision": "auto",
+    "gradient_checkpointing": False,
+    "seed": None,
+}
+KINDS = {dict: "mapping", list: "list", str: "text"}
+TOKENIZER_KEYS = ("from", "vocab_size", "special", "whole", "resize")
+# Keys of a model configuration that transformers still takes though its own configurations no longer list them.
+OLD_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "head_dim",
+)
+# These change how a run is carried out, not what it computes; a run may be continued with other values of them.
+FREE = ("output", "state_every")
+
+
+def read_config(path: Path, given: dict, seed: int | None) -> dict:
+    """The training file with defaults, command-line values (`given`, those not None) and expanded strings.
+
+    Raises:
+        InputError: no such file, no YAML, an unknown key (naming the nearest), a missing or impossible value.
+    """
+    values = runs.read_yaml(path)
+    if given.get("steps") and given.get("save_steps") is None and values.get("save_steps"):
+        # A short try of a long run: the steps of the file that it does not reach are left out, in one line.
+        kept = [step for step in values["save_steps"] if step <= given["steps"]] or [given["steps"]]
+        cli.say(f"--steps {given['steps']}: checkpoints at {', '.join(map(str, kept))}")
+        values["save_steps"] = kept
+    values |= {key: value for key, value in given.items() if value is not None}
+    runs.refuse_unknown(values, DEFAULTS, path)
+    if seed is None:
+        seed = 42 if values.get("seed") is None else values["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"{path}: seed is {seed!r}; it must be a whole number, 0 or more")
+    config = DEFAULTS | runs.expand(values, seed, path) | {"seed": seed}
+    for key in ("output", "sources", "block_size", "steps", "learning_rate"):
+        if not config[key]:
+            raise InputError(f"{path}: {key} is missing; see cpt/README.md for the keys of a training file")
+    for key, kind in (("model", dict), ("tokenizer", dict), ("sources", list), ("save_steps", list), ("from", str)):
+        if config[key] is not None and not isinstance(config[key], kind):
+            raise InputError(f"{path}: {key} must be a {KINDS[kind]}, not {config[key]!r}")
+    if (config["model"] is None) == (config["from"] is None):
+        raise InputError(f"{path}: give either model (a configuration) or from (a model to train further)")
+    for key in ("block_size", "batch_size", "gradient_accumulation", "steps", "state_every"):
+        if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
+            raise InputError(f"{path}: {key} is {config[key]!r}; it must be a whole number above 0")
+    for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+        try:
+            config[key] = type(DEFAULTS[key] or 0.0)(float(config[key]))  # YAML reads 2e-3 as text
+        except (TypeError, ValueError):
+            raise InputError(f"{path}: {key} is {config[key]!r}; it must be a number, e.g. 2.0e-3") from None
+        if not 0 <= config[key] < math.inf:
+            raise InputError(f"{path}: {key} is {config[key]!r}; it must be 0 or more")
+    if config["block_size"] < 2:
+        raise InputError(f"{path}: block_size 1 leaves nothing to predict; give 2 or more")
+    for step in config["save_steps"] or []:
+        if not isinstance(step, int) or isinstance(step, bool) or not 1 <= step <= config["steps"]:
+            raise InputError(f"{path}: save_steps holds {step!r}, but the run has steps 1 to {config['steps']}")
+    config["save_steps"] = sorted(set(config["save_steps"] or []))
+    for key, allowed in (("dtype_on_disk", cli.DTYPES[1:]), ("precision", ("auto", "float32", "bfloat16"))):
+        if config[key] not in allowed:
+            raise InputError(f"{path}: {key} is {config[key]!r}; it is one of {', '.join(allowed)}")
+    tokenizer = config["tokenizer"] or {}
+    runs.refuse_unknown(tokenizer, TOKENIZER_KEYS, path, "tokenizer.")
+    if config["from"] and tokenizer.get("vocab_size"):
+        raise InputError(f"{path}: a model that is trained further keeps its tokens; leave out tokenizer.vocab_size")
+    if not config["from"] and bool(tokenizer.get("from")) == bool(tokenizer.get("vocab_size")):
+        raise InputError(f"{path}: give tokenizer: {{vocab_size: N}} to train one, or tokenizer: {{from: MODEL}}")
+    return config
+
+
+def settings_of(config: dict, sources: list) -> dict:
+    """What decides the numbers of a run, wherever its files lie: two runs with equal settings are one run."""
+    settings = {key: value for key, value in config.items() if key not in FREE}
+    settings["sources"] = [source.describe() for source in sources]
+    if config["from"]:
+        settings["from"] = _identity(config["from"])
+    tokenizer = config["tokenizer"] or {}
+    if tokenizer.get("from"):
+        settings["tokenizer"] = {**tokenizer, "from": _tokenizer_hash(refs.model(tokenizer["from"]))}
+    return json.loads(json.dumps(settings))
+
+
+def _identity(spec: str) -> dict:
+    """A model by its weights (local) or its commit (hub), so that a moved folder is still the same model."""
+    facts = refs.model(spec).describe()
+    if facts.get("weights_sample"):
+        return {"weights_sample": facts["weights_sample"]}
+    return {"spec": spec, "revision": facts["revision"]}
+
+
+def _tokenizer_hash(ref: refs.ModelRef) -> str:
+    folder = ref.side_files()
+    digest = hashlib.sha256()
+    for name in refs.TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def model_config(config: dict, tokenizer, path: Path):
+    """The configuration of a new model; vocabulary size and special ids are the tokenizer's where not given."""
+    from transformers import AutoConfig
+
+    values = dict(config["model"])
+    kind = values.pop("model_type", None)
+    if kind is None:
+        raise InputError(f"{path}: model needs model_type, e.g. llama")
+    values.setdefault("vocab_size", len(tokenizer))
+    for role in ("bos", "eos", "pad"):
+        values.setdefault(f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    try:
+        plain = AutoConfig.for_model(kind)
+        # transformers keeps a misspelt key without a word, and the model gets the default.
+        known = {*plain.to_dict(), *plain.attribute_map, *OLD_KEYS}
+        runs.refuse_unknown(values, known, path, "model.")
+        return AutoConfig.for_model(kind, **values)
+    except InputError:
+        raise
+    except Exception as error:  # transformers' own checks raise several types
+        raise InputError(f"{path}: model cannot be configured: {runs.first_line(error)}") from error
+
+
+def prepare_model(config: dict, tokenizer, path: Path):
+    """The float32 model to train: new with seeded weights, or loaded strictly from `from`."""
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(config["seed"])
+    if config["from"]:
+        from cpt_utils import models
+
+        model = models.load_model(refs.model(config["from"]), torch.float32, torch.device("cpu"))
+        model.requires_grad_(True)
+    else:
+        settings = model_config(config, tokenizer, path)
+        try:
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise InputError(f"{path}: model cannot be built: {runs.first_line(error)}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        if not (config["from"] and (config["tokenizer"] or {}).get("resize")):
+            raise InputError(
+                f"{path}: the model has {rows} embeddings, but the tokenizer has {len(tokenizer)} tokens; raise "
+                "model.vocab_size, or, to train a model further with a longer tokenizer, set tokenizer.resize: true"
+            )
+        cli.say(f"embeddings: {rows} -> {len(tokenizer)} rows for the longer tokenizer")
+        model.resize_token_embeddings(len(tokenizer))
+    check_block(config, model.config, path)
+    return model
+
+
+def check_block(config: dict, settings, path: Path) -> None:
+    """Refuse blocks that the model has no positions for."""
+    limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if limit and config["block_size"] > limit:
+        raise InputError(f"{path}: block_size {config['block_size']} is longer than the model's {limit} positions")
+
+
+def check_space(run: Path, model, config: dict) -> None:
+    """Refuse to begin where the checkpoints and two states (float32 weights and two moments each) would not fit."""
+    size = sum(p.numel() for p in model.parameters())
+    width = {"float32": 4, "float64": 8}.get(config["dtype_on_disk"], 2)
+    need = size * (width * (len(config["save_steps"]) or 1) + 2 * 12)
+    free = shutil.disk_usage(run).free
+    if free < need:
+        raise InputError(f"{run}: the run needs about {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free")
+
+
+def train(config: dict, path: Path, device: str, overwrite: bool) -> None:
+    """Carry the run of `config` to its end, from the beginning or from its last state."""
+    run = Path(config["output"])
+    sources = [packing.Source.parse(values, str(path)) for values in config["sources"]]
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: two sources have one name; names must differ")
+    for source in sources:
+        source.check()
+    settings = settings_of(config, sources)
+
+    from accelerate import PartialState
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    processes = PartialState(cpu=device == "cpu")
+    main_process = processes.is_main_process
+    with runs.only_one(run) if main_process else contextlib.nullcontext():
+        with processes.main_process_first():
+            if main_process:
+                unfinished = runs.claim(run, settings, {**DEFAULTS, "seed": config["seed"]}, overwrite)
+            else:
+                unfinished = not (run / "train.json").is_file()
+            if not unfinished:
+                if main_process:
+                    cli.say(f"{run} is finished ({config['steps']} steps): nothing to do; --overwrite trains it again")
+                return
+            try:
+                model, files, blocks, tokens = prepare(config, sources, run, path)
+            except (InputError, OSError):
+                runs.withdraw(run)
+                raise
+        try:
+            trainer = cli.sibling("cpt/trainer.py").make(config, run, model, files, blocks, device, path)
+            found = runs.states(run / ".state")
+            if found:
+                record = json.loads((found[-1] / "losses.json").read_text(encoding="utf-8"))
+                trainer.losses, trainer.seconds_before = record["losses"], record["seconds"]
+            if main_process:
+                announce(config, trainer, tokens, len(trainer.losses))
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        except InputError:
+            if main_process:
+                runs.withdraw(run)
+            raise
+        if main_process:
+            finish(run, config, settings, trainer, tokens)
+
+
+def prepare(config: dict, sources: list, run: Path, path: Path) -> tuple:
+    """Model, folder of tokenizer files, blocks, and tokens per source; what can be refused is refused here."""
+    tokenizer, files = packing.prepare_tokenizer(
+        config["tokenizer"] or {}, config["from"], sources, run / ".state", path
+    )
+    model = prepare_model(config, tokenizer, path)
+    check_space(run, model, config)
+    n_blocks = config["steps"] * config["batch_size"]
+    blocks, tokens = packing.pack(sources, tokenizer, config["block_size"], n_blocks, config["seed"], run / ".state")
+    return model, files, blocks, tokens
+
+
+def announce(config: dict, trainer, tokens: dict, done: int) -> None:
+    """Print what is about to be trained, derived values with their reasons."""
+    size = sum(p.numel() for p in trainer.model.parameters())
+    text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"
+    arithmetic = "bfloat16 autocast" if trainer.args.bf16 else "float32"
+    why = f" (precision: {config['precision']})"
+    cli.say(
+        f"{text} parameters; {config['steps']} steps of {config['batch_size']} x {config['block_size']} tokens on "
+        f"{trainer.args.world_size} x {trainer.args.device.type}; {arithmetic}{why}"
+    )
+    for name, facts in tokens.items():
+        cli.say(
+            f"  {name}: {facts['share']:.3f} of the tokens, {facts['tokens_used']:,} used, {facts['passes']} passes"
+        )
+    if done:
+        cli.say(f"going on from step {done}")
+
+
+def finish(run: Path, config: dict, settings: dict, trainer, tokens: dict) -> None:
+    """Write the record of the run and remove what only a killed one needs."""
+    seconds = trainer.seconds()
+    # Apart from the record, which is the same in every rerun.
+    results.write_json(run / "timing.json", {"seconds": round(seconds, 1)}, results.header("cpt-training-time"))
+    payload = {
+        "steps": config["steps"],
+        "checkpoints": config["save_steps"],
+        "tokens": tokens,
+        "losses": trainer.losses,
+        "settings": settings,
+    }
+    header = results.header(
+        runs.SCHEMA, seed=config["seed"], dtype=config["dtype_on_disk"], device=trainer.args.device.type
+    )
+    results.write_json(run / "train.json", payload, header)
+    shutil.rmtree(run / ".state", ignore_errors=True)
+    last = trainer.losses[-50:]
+    mean = f"loss {sum(last) / len(last):.3f} (mean of the last {len(last)})"
+    cli.say(f"{run}: {config['steps']} steps in {seconds:.0f} s, {mean}")
+
+
+def step_list(text: str) -> list[int]:
+    """`"30,100"` as numbers, for argparse."""
+    return [int(part) for part in text.split(",") if part.strip()]
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--config", metavar="FILE", help="training file (YAML); default: the study's train.<stage>")
+    p.add_argument(
+        "--stage", choices=("base", "cpt"), help="take config and folders from the study: its base or its run"
+    )
+    p.add_argument("--output-dir", metavar="RUN", help="folder of the run; default: output of the training file")
+    p.add_argument("--from", dest="start", metavar="MODEL", help="model to go on training; default: from of the file")
+    p.add_argument(
+        "--steps", "--max-steps", type=cli.positive, metavar="N", help="optimizer steps; save_steps beyond are dropped"
+    )
+    p.add_argument("--save-steps", type=step_list, metavar="S,S,..", help="steps of the checkpoint folders")
+    p.add_argument("--learning-rate", type=float, metavar="X", help="peak learning rate")
+    p.add_argument("--batch-size", type=cli.positive, metavar="N", help="blocks per step, over all processes")
+    p.add_argument("--block-size", type=cli.positive, metavar="N", help="tokens per block")
+    p.add_argument(
+        "--state-every", type=cli.positive, metavar="N", help="steps between states to go on from; default 200"
+    )
+    p.add_argument(
+        "--device", default="auto", choices=("auto", "cpu"), help="auto: a GPU when there is one; default auto"
+    )
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    config_path, output, start = args.config, args.output_dir, args.start
+    if args.stage:
+        found = study.Study.find(args.study, args.seed)
+        config_path = found.value(config_path, "--config", f"train.{args.stage}")
+        output = found.value(output, "--output-dir", "base" if args.stage == "base" else "run")
+        start = found.value(start, "--from", "base") if args.stage == "cpt" else start
+        args.seed = args.seed if args.seed is not None else found.get("seed")
+    if config_path is None:
+        raise InputError("nothing says what to train: give --config FILE, or --stage base|cpt inside a study")
+    path = Path(config_path)
+    given = {
+        "output": output,
+        "from": start,
+        "steps": args.steps,
+        "save_steps": args.save_steps,
+        "learning_rate": args.learning_rate,
+        "batch_size": args.batch_size,
+        "block_size": args.block_size,
+        "state_every": args.state_every,
+    }
+    config = read_config(path, given, args.seed)
+    try:
+        train(config, path, args.device, args.overwrite)
+    except InputError:
+        raise
+    except Exception as error:
+        # safetensors and torch report a full disk in their own exceptions.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise InputError("the disk is full; free some space and run the same command again") from error
+        if isinstance(error, OSError):
+            raise InputError(f"{error.filename or config['output']}: {error.strerror or error}") from error
+        raise
+
+
+if __name__ == "__main__":
+    cli.run(main)

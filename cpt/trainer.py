@@ -1,0 +1,223 @@
+"""The Hugging Face Trainer with our checkpoints: model folders at given steps, and states that bring back every bit.
+
+Imported by cpt/train.py once the arguments are known to be good: this module loads torch and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from cpt_utils import cli
+from cpt_utils.errors import InputError
+
+runs = cli.sibling("cpt/runs.py")
+
+READ_EVERY = 20  # steps between readings of the losses from a GPU
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Training blocks [n_blocks, block_size] in their final order."""
+
+    def __init__(self, blocks: np.ndarray):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.blocks[index]
+
+
+def collate(rows: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Blocks as inputs and labels [batch, block_size]; the model shifts the labels itself."""
+    ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return {"input_ids": ids, "labels": ids}
+
+
+class Training(Trainer):
+    """A Trainer that records the loss of every step, stops at NaN, and writes only whole folders.
+
+    Args:
+        config: the settings of cpt/train.py.
+        run: the run folder.
+        tokenizer_files: folder whose tokenizer files go into every checkpoint.
+    """
+
+    def __init__(self, config: dict, run: Path, tokenizer_files: Path, **kwargs):
+        super().__init__(**kwargs)
+        self.config, self.run_folder, self.tokenizer_files = config, run, tokenizer_files
+        self.losses: list[float] = []  # of finished steps
+        self.unread: list[torch.Tensor] = []  # losses of micro-batches, still on the device
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, of killed processes up to their last state."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.unread.append(loss)
+        # Reading a loss makes the host wait for a GPU; on the CPU it is free and shows NaN at the step that makes it.
+        steps = 1 if loss.device.type == "cpu" else READ_EVERY
+        if len(self.unread) >= steps * self.config["gradient_accumulation"]:
+            self.read_losses()
+        return loss
+
+    def read_losses(self) -> None:
+        """Move the unread losses to `losses`: summed over micro-batches, averaged over processes.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        if not self.unread:
+            return
+        steps = torch.stack(self.unread).float().view(-1, self.config["gradient_accumulation"]).sum(1)
+        self.unread = []
+        for value in self.accelerator.reduce(steps, "mean").tolist():
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the loss is {value} at step {len(self.losses) + 1}; lower learning_rate or raise warmup_steps, "
+                    "and start again with --overwrite"
+                )
+            self.losses.append(round(value, 6))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """What the Trainer calls when a callback asks for saving.
+
+        First the model folder, then the state: a run that is killed between them makes the model folder again.
+        """
+        step = self.state.global_step
+        self.read_losses()
+        if step in self.config["save_steps"]:
+            self.put_model(self.run_folder / f"checkpoint-{step}", runs.put_folder)
+        if step == self.config["steps"]:
+            if not self.config["save_steps"]:
+                self.put_model(self.run_folder, runs.put_files)
+            return  # train.json ends the run; killed before it, the steps since the last state are done again
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = self.run_folder / ".state"
+            partial = folder / "partial" / f"checkpoint-{step}"
+            record = {"losses": self.losses, "seconds": self.seconds()}
+            (partial / "losses.json").write_text(json.dumps(record), encoding="utf-8")
+            runs.put_folder(partial, folder / f"state-{step}")
+            for older in runs.states(folder)[:-1]:
+                shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
+
+    def put_model(self, place: Path, put) -> None:
+        """Write the model into a partial folder and let `put` move it to `place`."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        weights = self.accelerator.get_state_dict(self.model_wrapped if sharded else self.model)
+        if self.is_world_process_zero():
+            partial = self.run_folder / f".{place.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            model = self.accelerator.unwrap_model(self.model)
+            runs.write_model(partial, model, weights, self.tokenizer_files, self.config["dtype_on_disk"])
+            put(partial, place)
+        self.accelerator.wait_for_everyone()
+
+
+class Steps(TrainerCallback):
+    """Asks for saving at the right steps, and draws the progress bar."""
+
+    def __init__(self, config: dict, trainer: Training):
+        self.config, self.trainer, self.bar = config, trainer, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index == 0:
+            name = f"training {self.trainer.run_folder.name}"
+            self.bar = cli.progress(desc=name, total=self.config["steps"], unit="step")
+            self.bar.update(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step, config = state.global_step, self.config
+        control.should_save = step in {config["steps"], *config["save_steps"]} or step % config["state_every"] == 0
+        if self.bar is not None:
+            recent = self.trainer.losses[-50:]
+            if step % 10 == 0 and recent:
+                self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
+            self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def per_device(config: dict, path: Path) -> int:
+    """Blocks of one micro-batch of one process; InputError when the batch cannot be split evenly."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = world * config["gradient_accumulation"]
+    size, rest = divmod(config["batch_size"], parts)
+    if rest or not size:
+        raise InputError(
+            f"{path}: batch_size {config['batch_size']} cannot be split over {world} processes and "
+            f"{config['gradient_accumulation']} accumulation steps; make it a multiple of {parts}"
+        )
+    return size
+
+
+def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: str, path: Path) -> Training:
+    """The trainer of a run, ready for `train()`."""
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    half = config["precision"] == "bfloat16"
+    if config["precision"] == "auto":
+        half = not on_cpu and torch.cuda.is_bf16_supported()
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(run / ".state" / "partial"),
+            per_device_train_batch_size=per_device(config, path),
+            gradient_accumulation_steps=config["gradient_accumulation"],
+            max_steps=config["steps"],
+            learning_rate=config["learning_rate"],
+            lr_scheduler_type=config["schedule"],
+            warmup_steps=config["warmup_steps"],
+            weight_decay=config["weight_decay"],
+            max_grad_norm=config["max_grad_norm"],
+            optim=config["optimizer"],
+            seed=config["seed"],
+            bf16=half,
+            activation_checkpointing=config["gradient_checkpointing"],
+            use_cpu=device == "cpu",
+            train_sampling_strategy="sequential",  # the blocks are in their final order already
+            save_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,  # it would hide NaN, and wait for the GPU at every step
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=not on_cpu,
+            ddp_find_unused_parameters=False,
+            remove_unused_columns=False,
+        )
+        if arguments.n_gpu > 1:
+            # One process, several GPUs: DataParallel would multiply the batch. `accelerate launch` uses them all.
+            cli.say(f"{arguments.n_gpu} GPUs are visible, one is used; `accelerate launch cpt/train.py ...` uses all")
+            arguments._n_gpu = 1
+        model.config.use_cache = False  # a cache of keys and values serves nothing in training
+        trainer = Training(
+            config,
+            run,
+            tokenizer_files,
+            model=model,
+            args=arguments,
+            train_dataset=Blocks(blocks),
+            data_collator=collate,
+        )
+    except (ValueError, ImportError, TypeError) as error:
+        raise InputError(f"{path}: the training settings are refused: {runs.first_line(error)}") from error
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Steps(config, trainer))
+    return trainer
