@@ -212,7 +212,7 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
     shades = iter(figures.colours(len(steps), ordered=True))
     others = iter(figures.colours(len(lines)))
     with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.5))
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.9))
         for number, (ref, result) in enumerate(lines):
             x, y = zip(*result["layer_accuracy"], strict=True)
             name = f"step {ref.step}" if ref.step is not None else Path(ref.spec).name
@@ -230,7 +230,7 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
         axis.set_ylabel("retrieval accuracy")
         axis.set_ylim(bottom=0)
         axis.set_title(f"{title}, n = {n} sentences")
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside lower center", ncols=3)
         figures.save(figure, path)
 
 
