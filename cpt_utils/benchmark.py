@@ -61,6 +61,8 @@ def read_file(path: Path, task: str | None, metric: str):
         step = step_key(name)
         if step is None or not isinstance(tasks, dict):
             raise InputError(f'{path}: {name!r} is no step; the form is {{"<step>": {{"<task>": {{"acc": x}}}}}}')
+        if step in rows:
+            raise InputError(f"{path}: step {step} comes twice; keep one of its entries")
         rows[step] = tasks
     task = _the_task(task, {name for tasks in rows.values() for name in tasks}, path)
     points = {}
@@ -178,10 +180,11 @@ def _of_run(found: list[dict], run, base: str | None) -> list[tuple[int, dict]]:
     chosen = []
     for result in found:
         step = _step(result["_model"])
-        if step is not None and any(_belongs(result["_model"], one) for one in runs):
-            chosen.append((step, result))
-        elif base is not None and _place(result["_model"]) == _place(base):
+        # The base first: it may be a revision of the run's own repository, and is step 0 whatever its name says.
+        if base is not None and _place(result["_model"]) == _place(base):
             chosen.append((0, result))
+        elif step is not None and any(_belongs(result["_model"], one) for one in runs):
+            chosen.append((step, result))
     return chosen if any(step for step, _ in chosen) else []
 
 

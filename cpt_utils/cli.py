@@ -89,7 +89,10 @@ def positive(text: str) -> int:
 
 def _steps(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        steps = [int(part) for part in text.split(",") if part.strip()]
+        if not steps:
+            raise ValueError
+        return steps
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of step numbers like 100,500") from None
 

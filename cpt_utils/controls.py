@@ -159,9 +159,12 @@ def run_sets(
                     with swapper.applied(swap.recipe):
                         record = test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
             done[key] = {"name": swap.name, "layers": swap.layers, **record}
-            file.write(json.dumps(done[key]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                file.write(json.dumps(done[key]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise InputError(f"cannot write {partial}: {error.strerror}; free some space and go on") from error
     return [done[_key(swap.name, swap.layers)] for swap in swaps]
 
 

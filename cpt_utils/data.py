@@ -525,7 +525,7 @@ def from_arguments(args, study, base: str, target: str) -> ParallelText:
 
     A source given on the command line takes no file, folder or split from the study: they belong to the study's source.
     """
-    own = args.source is None
+    own = args.source in (None, study.get("data.source"))
     source = study.value(args.source, "--source", "data.source", "flores")
 
     def place(given, flag: str, key: str):

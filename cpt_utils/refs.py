@@ -40,7 +40,8 @@ _VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHT_PATTERNS = (*SAFETENSORS, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -99,8 +100,17 @@ class ModelRef:
         _refuse_missing_folder(self.spec)
         key = tuple(sorted(patterns)) if patterns is not None else None
         if key not in self._snapshots:
-            self._snapshots[key] = _snapshot(self.repository, self.revision, key)
+            self._snapshots[key] = self._fetch(key)
         return self._snapshots[key]
+
+    def _fetch(self, patterns: tuple[str, ...] | None) -> Path:
+        """The snapshot with the files of `patterns`; of a repository with both formats, safetensors only."""
+        if patterns is not None and any(pattern.endswith(".bin") for pattern in patterns):
+            first = tuple(pattern for pattern in patterns if ".bin" not in pattern)
+            folder = _snapshot(self.repository, self.revision, first)
+            if any(folder.glob(SAFETENSORS[0])):
+                return folder
+        return _snapshot(self.repository, self.revision, patterns)
 
     @cached_property
     def _config(self) -> dict:
@@ -125,19 +135,34 @@ class ModelRef:
         """What a result's header says of this model. `weights_sample` tells two trainings at one path apart."""
         facts = {"spec": self.spec, "model_id": self.model_id, "step": self.step, "revision": self.resolved_revision()}
         if self.is_local:
-            facts["weights_sample"] = self._weights_sample
+            facts |= {"weights_sample": self._weights_sample, "config_sha256": self._config_hash}
         return facts
+
+    @cached_property
+    def _config_hash(self) -> str | None:
+        """A short hash of what decides the arithmetic in config.json; None where there is none."""
+        if not os.path.isfile(os.path.join(self.spec, "config.json")):
+            return None
+        text = json.dumps(shape_of(self.config()), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
     def _weights_sample(self) -> str | None:
         return weights_sample(Path(self.spec))
 
 
-def weights_sample(folder: Path, blocks: int = 64, block: int = 1 << 14) -> str | None:
-    """A short hash of a model folder's weights: names, sizes, heads, and `blocks` evenly spaced blocks of each file.
+def shape_of(config: dict) -> dict:
+    """A configuration without what saving adds to it: a model saved by another release stays the same model."""
+    passing = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
+    return {key: value for key, value in config.items() if key not in passing}
 
-    Reads about a megabyte a file, so it costs nothing beside loading; two trainings differ in every block. None where
-    the folder holds no weights.
+
+def weights_sample(folder: Path, blocks: int = 64, block: int = 1 << 14) -> str | None:
+    """A short hash of a model folder's weights: of every safetensors tensor its first, middle and last bytes, of every
+    file its size and `blocks` evenly spaced blocks.
+
+    Reads a megabyte or two a file, so it costs nothing beside loading. Two trainings differ in every block, and a
+    change to one tensor shows in that tensor. None where the folder holds no weights.
     """
     names = sorted(name for name in os.listdir(folder) if any(fnmatch.fnmatch(name, p) for p in WEIGHT_PATTERNS))
     if not names:
@@ -151,7 +176,28 @@ def weights_sample(folder: Path, blocks: int = 64, block: int = 1 << 14) -> str 
             for position in sorted({size * i // blocks for i in range(blocks)} | {max(0, size - block)}):
                 file.seek(position)
                 digest.update(file.read(block))
+            for position in _tensor_places(file, size) if name.endswith(".safetensors") else ():
+                file.seek(position)
+                digest.update(file.read(_PIECE))
     return digest.hexdigest()[:16]
+
+
+_PIECE = 1 << 12  # bytes read at each place of a tensor
+
+
+def _tensor_places(file, size: int) -> list[int]:
+    """Where the first, middle and last bytes of the tensors of a safetensors file are; [] for a damaged header."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        return []
+    try:
+        header = json.loads(file.read(length))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        places = {8 + length + p for a, b in spans for p in (a, (a + b) // 2, max(a, b - _PIECE))}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return sorted(place for place in places if 0 <= place < size)
 
 
 def read_config(folder: Path, name: str) -> dict:
@@ -253,6 +299,8 @@ def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None
         if is_run(text) and not os.path.isfile(os.path.join(text, "config.json")):
             found += checkpoints(text)
         else:
+            if is_run(text):
+                cli.say(f"{text} is taken as one model: it has a config.json; for its checkpoints name them one by one")
             found.append(model(text))
     return _only_steps(found, steps)
 
@@ -308,7 +356,8 @@ def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | Non
     own = ref.side_files()
     if has_tokenizer(own):
         return own
-    parent = Path(run) if run and os.path.isdir(run) else (Path(ref.spec).resolve().parent if ref.is_local else None)
+    # Its own run comes first: the study's run may be another one, with other tokens.
+    parent = Path(ref.spec).resolve().parent if ref.is_local else (Path(run) if run and os.path.isdir(run) else None)
     if parent is not None and has_tokenizer(parent):
         cli.say(f"{ref.spec} has no tokenizer files; using those of {parent.name}/")
         return parent

@@ -114,10 +114,16 @@ def write_json(path: str | os.PathLike, payload: dict, header: dict) -> None:
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str | int | float]) -> None:
     """Save a dict of plain tensors, numbers and strings that `torch.load(weights_only=True)` reads."""
+    import io
+
     import torch
 
+    # Through memory: torch.save names the archive after the file, here a temporary one, and a rerun must give the same
+    # bytes; and a full disk is an OSError only when Python writes.
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
     with replacing(path) as temporary:
-        torch.save(tensors, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_tensors(path: str | os.PathLike) -> dict:
@@ -125,11 +131,14 @@ def read_tensors(path: str | os.PathLike) -> dict:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise InputError(f"{path} cannot be read as tensors ({type(error).__name__}); write it again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no named tensors; give a file that these scripts wrote")
+    return found
 
 
 def read_json(

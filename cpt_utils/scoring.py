@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpt_utils.batching import batches, padded, positions
+from cpt_utils.batching import batches, encode, padded, positions
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def text_nlls(
     """The NLL of each text, with special tokens as the tokenizer adds them; the first token is not predicted.
 
     A text is read after its context and a space, where `contexts` has one that is not empty; the context's tokens are
-    not scored. An input longer than the model's positions is cut there.
+    not scored. An input longer than the model's positions is cut there, with a warning, and what is cut off counts
+    nowhere.
 
     Raises:
         InputError: no texts, or one without a token to score.
@@ -55,7 +56,7 @@ def text_nlls(
     if not texts:
         raise InputError("no text to score")
     whole = [f"{c} {t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
-    sequences = [ids[: positions(model)] for ids in tokenizer(whole, add_special_tokens=True)["input_ids"]]
+    sequences = encode(tokenizer, whole, positions(model)).ids
     # The first scored token of each: as lm_eval does, where the context's own tokens end.
     starts = [max(1, _own_tokens(tokenizer, context)) if context else 1 for context in contexts or [""] * len(texts)]
     for text, ids, start in zip(texts, sequences, starts, strict=True):
@@ -69,7 +70,11 @@ def text_nlls(
         losses = _token_losses(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]
         for row, i in enumerate(rows):
             total = float(losses[row, starts[i] - 1 :].sum(dtype=torch.float64))
-            scores[i] = TextScore(total, len(sequences[i]) - starts[i], len(texts[i].split()), len(texts[i].encode()))
+            kept = texts[i]
+            if len(sequences[i]) == positions(model):  # perhaps cut: count what was read
+                read = tokenizer.decode(sequences[i][starts[i] :], skip_special_tokens=True)
+                kept = read if len(read) < len(kept) else kept
+            scores[i] = TextScore(total, len(sequences[i]) - starts[i], len(kept.split()), len(kept.encode()))
     return scores
 
 
@@ -130,5 +135,9 @@ def _token_losses(logits, targets):
     """NLL of each target token in nats, [batch, tokens], computed in float32 or better."""
     import torch
 
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, reduction="none")
+    # A sequence at a time: a float32 copy of all logits of a batch is gigabytes for a large vocabulary.
+    rows = [
+        torch.nn.functional.cross_entropy(row if row.dtype == torch.float64 else row.float(), target, reduction="none")
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(rows)

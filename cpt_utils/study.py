@@ -62,6 +62,7 @@ class Study:
         if seed is not None:
             self.values["seed"] = seed
         _check_keys(self.values, KEYS, "", path)
+        _check_types(self.values, path)
         places = {"seed": self.values.get("seed", 42), "name": self.values.get("name", path.stem if path else "study")}
         self.values = _expand(self.values, lambda text: _in_place(text, places))
 
@@ -167,6 +168,22 @@ def _check_keys(values: dict, allowed: dict, prefix: str, path: Path | None) -> 
             _check_keys(value, below, f"{prefix}{key}.", path)
         elif below == "any" and value is not None and not isinstance(value, dict):
             raise InputError(f"{path}: {prefix}{key} must map language codes to files")
+
+
+def _check_types(values: dict, path: Path | None) -> None:
+    """Refuse values that YAML read as something else: `no` is a boolean, and a seed in quotes is a text."""
+    if type(values.get("seed", 0)) is not int:
+        raise InputError(f"{path}: seed is {values['seed']!r}; it must be a whole number")
+    controls = values.get("controls", "all")
+    if controls != "all" and not (type(controls) is int and controls > 0):
+        raise InputError(f"{path}: controls is {controls!r}; it is all, or the number of random sets")
+    for key in ("base", "target"):
+        code = (values.get("languages") or {}).get(key, "")
+        if code is not None and not isinstance(code, str):
+            raise InputError(f"{path}: languages.{key} is {code!r}; put the code in quotes (no is false in YAML)")
+    for key in ("name", "base", "results", "dtype"):
+        if not isinstance(values.get(key, ""), str):
+            raise InputError(f"{path}: {key} is {values[key]!r}; it must be a text")
 
 
 def _expand(value, change):

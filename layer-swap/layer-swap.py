@@ -51,13 +51,13 @@ def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
         InputError: no interface_layers, layers the model does not have, or a file made from a model of another run.
     """
     payload, head = results.read_json(path, schema="layer-specialize", n_layers=pair.n_layers)
-    layers = payload.get("interface_layers")
+    layers = payload.get("interface_layers") if isinstance(payload, dict) else payload
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise InputError(f"{path} has no list interface_layers; give the file of layer-specialize/layer_specialize.py")
     wrong = [layer for layer in layers if not 0 <= layer < pair.n_layers]
     if wrong:
         raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {pair.n_layers - 1}")
-    hub = payload.get("semantic_layers")
+    hub = payload.get("semantic_layers") if isinstance(payload, dict) else None
     if hub is not None and sorted(hub) != semantic_hub(layers, pair.n_layers):
         cli.warn(f"{path}: semantic_layers are not all the others; every layer that is not interface is swapped")
     measured = (head.get("models") or {}).get("model")
@@ -172,6 +172,8 @@ def main(argv=None) -> None:
         payload = metadata(pair, interface, chosen, study.seed)
         if not args.overwrite:
             refuse_other(out / "metadata.json", payload)
+        elif left := [method for method in METHODS if method not in wanted and (out / method).exists()]:
+            raise InputError(f"{out / left[0]} would stay from before; redo both methods, or remove that folder first")
         write_folders(pair, wanted, out, run_folder(study), args.overwrite)
         models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
         header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, seed=study.seed)

@@ -270,7 +270,7 @@ class Bench:
 
         base, target = (canonical(code, any_tag=True) for code in self.languages)
         return {
-            "models": {"untrained_like": ref.config()} if untrained else {"model": ref.describe()},
+            "models": {"untrained_like": refs.shape_of(ref.config())} if untrained else {"model": ref.describe()},
             "n_layers": for_config(ref.config()).n_layers(ref.config()),
             "base_lang": base,
             "target_lang": target,
@@ -291,12 +291,12 @@ class Bench:
         from cpt_utils import models
         from cpt_utils.archs import for_config
 
-        tokenizer = models.load_tokenizer(ref, *self.homes)
         if untrained:
             model = models.load_untrained(ref, self.dtype, self.device, self.seed)
         else:
             model = models.load_model(ref, self.dtype, self.device)
             models.announce(model, ref)
+        tokenizer = models.load_tokenizer(ref, *self.homes)
         sides = encode_pairs(model, tokenizer, self.pairs, ref.spec)
         name = "untrained" if untrained else ref.model_id
         return measure(
@@ -372,6 +372,12 @@ def main(argv=None) -> None:
         languages=(base, target),
         limit=args.limit,
     )
+    double = [ref for ref in models if sum(other.model_id == ref.model_id for other in models) > 1]
+    if double:
+        raise InputError(
+            f"{double[0].spec} and {double[1].spec} would write the same file {double[0].model_id}.json; "
+            "measure them into different --artifact-out folders"
+        )
     lines = []
     for ref in models:
         found = bench.result(ref, folder / f"{ref.model_id}.json")
@@ -379,17 +385,31 @@ def main(argv=None) -> None:
         best, at = max((accuracy, -layer) for layer, accuracy in found["layer_accuracy"])
         profile = " ".join(f"{accuracy:.2f}" for _, accuracy in found["layer_accuracy"])
         cli.say(f"{ref.spec}: best {best:.3f} at hidden state {-at}; by hidden state {profile}")
-    untrained = None if args.no_untrained else bench.result(models[0], folder / "untrained.json", untrained=True)
-    name = models[0].model_id if len(models) == 1 else "accuracy"
+    untrained = None if args.no_untrained else untrained_twin(bench, models[0], folder)
+    # Measuring a part, or swapped models, leaves the study's own figure as it is.
+    whole = len(models) > 1 and not (study and (args.model_path or args.steps))
+    name = "accuracy" if whole else "+".join(ref.model_id for ref in models)[:150]
     draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
     cli.say(f"wrote {len(lines)} results and the figure {folder / name}.pdf")
+
+
+def untrained_twin(bench: Bench, ref: refs.ModelRef, folder: Path) -> dict:
+    """The result of an untrained model of `ref`'s configuration; one of another shape gets a file of its own."""
+    path = folder / "untrained.json"
+    wanted = bench.facts(ref, untrained=True)
+    if path.is_file() and not bench.overwrite:
+        _, header = results.read_json(path, SCHEMA, allow_limited=True)
+        if header.get("models") != results.plain(wanted["models"]):
+            path = path.with_name(f"untrained.{ref.model_id}.json")
+    return bench.result(ref, path, untrained=True)
 
 
 def targets(args, study: Study) -> list[refs.ModelRef]:
     """The models to measure: those given, else the study's base (step 0) and the checkpoints of its run."""
     if args.model_path:
         return refs.models(args.model_path, args.steps)
-    base = refs.model(study.value(None, "--model_path", "base"))
+    # The base is step 0, whatever its name says: it may itself be a checkpoint of a longer training.
+    base = dataclasses.replace(refs.model(study.value(None, "--model_path", "base")), step=None)
     return [base, *refs.run(study.value(None, "--model_path", "run"), args.steps)]
 
 

@@ -87,6 +87,14 @@ def test_a_context_is_read_and_not_scored():
         assert score.bytes == len(text)
 
 
+def test_what_is_cut_off_counts_nowhere(capsys):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    short, long = scoring.text_nlls(model, tokenizer, ["ab " * 170, "ab " * 1000])
+    assert long.tokens == 511 and long.bytes == 511 and long.words == 171
+    assert abs(long.per_byte - short.per_byte) < 0.1
+    assert "longer than the model's 512 positions" in capsys.readouterr().err
+
+
 def test_choices_equal_the_loop_over_tokens():
     model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
     prompts, choices = ["The category is:", "x"], ["sports", "science/technology"]

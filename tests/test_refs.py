@@ -91,6 +91,28 @@ def test_the_sample_of_weights_tells_two_trainings_apart(tmp_path):
     assert refs.weights_sample(tmp_path) is None
 
 
+def test_a_change_to_one_tensor_changes_the_sample(tmp_path):
+    from helpers import read_tensors
+    from safetensors.torch import save_file
+
+    folder = save_tiny("llama", tmp_path / "a", tokenizer=False, hidden_size=256, intermediate_size=768)
+    before = refs.weights_sample(folder)
+    tensors = read_tensors(folder)
+    assert sum(t.nbytes for t in tensors.values()) > 4 * 64 * 16384  # far more than the evenly spaced blocks cover
+    for name in tensors:
+        changed = tensors | {name: tensors[name] + 1}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        assert refs.weights_sample(folder) != before, name
+
+
+def test_a_model_of_another_run_gets_the_tokenizer_of_its_own(tmp_path):
+    save_tiny("llama", tmp_path / "study-run" / "checkpoint-1")
+    save_tiny("llama", tmp_path / "study-run")
+    save_tiny("llama", tmp_path / "other")
+    bare = save_tiny("llama", tmp_path / "other" / "checkpoint-1", tokenizer=False)
+    assert refs.tokenizer_folder(refs.model(bare), str(tmp_path / "study-run")) == tmp_path / "other"
+
+
 def test_a_checkpoint_without_tokenizer_uses_the_runs_then_the_bases(tmp_path, capsys):
     base = save_tiny("llama", tmp_path / "base")
     bare = save_tiny("llama", tmp_path / "run" / "checkpoint-1", tokenizer=False)

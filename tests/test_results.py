@@ -80,6 +80,13 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         results.write_json(tmp_path / "file" / "r.json", {}, results.header("s"))
 
 
+def test_tensors_are_the_same_bytes_whatever_the_process(tmp_path, monkeypatch):
+    results.write_tensors(tmp_path / "a.pt", {"x": torch.ones(3)})
+    monkeypatch.setattr(results.os, "getpid", lambda: 12345)
+    results.write_tensors(tmp_path / "b.pt", {"x": torch.ones(3)})
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
 def test_tensors_round_trip_and_damage(tmp_path):
     results.write_tensors(tmp_path / "t.pt", {"hits": torch.tensor([[1, 0]], dtype=torch.uint8)})
     assert results.read_tensors(tmp_path / "t.pt")["hits"].tolist() == [[1, 0]]

@@ -228,6 +228,36 @@ def test_a_result_of_other_settings_is_not_taken_for_finished(sr, project):
         sr.main(command(project))
 
 
+def test_measuring_swapped_models_leaves_the_studys_figure(sr, project, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / "study.yaml").write_text(
+        "name: s\nbase: base\nrun: run\nlanguages: {base: eng_Latn, target: qaa_Latn}\n"
+        "data: {source: text, base_file: a.txt, target_file: b.txt}\nresults: r\n"
+    )
+    sr.main([])
+    folder = project / "r/sentence-retrieval/eng_Latn-qaa_Latn"
+    before = (folder / "accuracy.png").read_bytes()
+    config = project / "run/checkpoint-10/config.json"
+    save_tiny("llama", project / "swapped/one", seed=9)
+    (project / "swapped/one/config.json").write_text(
+        config.read_text().replace('"transformers_version": "', '"transformers_version": "0.')
+    )
+    sr.main(["--model_path", "swapped/one", "--source", "text"])
+    assert (folder / "accuracy.png").read_bytes() == before
+    assert (folder / "swapped__one.png").is_file()
+    save_tiny("llama", project / "swapped/deep", seed=9, layers=4)
+    sr.main(["--model_path", "swapped/deep"])
+    assert (folder / "untrained.swapped__deep.json").is_file()
+
+
+def test_two_models_of_one_name_are_refused(sr, project):
+    save_tiny("llama", project / "other/run/checkpoint-5", seed=1)
+    args = command(project)
+    args[1:3] = [str(project / "run"), str(project / "other/run")]
+    with pytest.raises(InputError, match=r"would write the same file run__checkpoint-5\.json"):
+        sr.main(args)
+
+
 def test_a_limited_run_is_marked(sr, project):
     sr.main(command(project, "--limit", "6", "--no-untrained"))
     path = project / "out" / "eng_Latn-gle_Latn" / "run__checkpoint-5.json"

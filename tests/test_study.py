@@ -52,6 +52,10 @@ def test_places_and_environment_are_filled_in(tmp_path, monkeypatch):
         ("languages: {bse: x}\n", r"did you mean languages\.base"),
         ("languages: eng\n", "must hold the keys base, target, lsn"),
         ("- a\n", "holds no keys"),
+        ("seed: abc\n", "seed is 'abc'; it must be a whole number"),
+        ("controls: many\n", "controls is 'many'"),
+        ("controls: -5\n", "controls is -5"),
+        ("languages: {base: no}\n", r"languages\.base is False"),
         ("a: [\n", "not valid YAML"),
     ],
 )
