@@ -103,30 +103,35 @@ def choice_logliks(
 ) -> list[list[float]]:
     """Log-likelihood of each choice after each prompt, [prompts][choices], joined by a space as lm_eval joins them.
 
-    Prompt and choice are tokenized together and cut where the prompt's own tokens end, which is lm_eval's rule.
+    Prompt and choice are tokenized together and cut where the prompt's own tokens end, which is lm_eval's rule; too
+    long an input loses its beginning. The last token is only predicted, so choices of one token share one input.
     """
     import torch
 
-    sequences, starts = [], []
+    limit = positions(model)
+    place: dict[tuple[int, ...], int] = {}  # input -> its number
+    wanted: list[tuple[int, list[int]]] = []  # (number of the input, tokens to predict at its end)
     for prompt in prompts:
-        context = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+        context = len(tokenizer(prompt, add_special_tokens=True)["input_ids"])
         for choice in choices:
             whole = tokenizer(f"{prompt} {choice}", add_special_tokens=True)["input_ids"]
-            sequences.append(whole)
-            starts.append(len(context))
-    limit = positions(model) or max(map(len, sequences))
-    result = [0.0] * len(sequences)
-    for rows in batches([len(s) for s in sequences], batch_size):
-        # The last token is only predicted, never read: it needs no position of its own.
-        cut = [sequences[i][-(limit + 1) :] for i in rows]
-        ids, mask = (t.to(model.device) for t in padded(cut, tokenizer.pad_token_id))
+            read = tuple(whole[:-1][-limit:] if limit else whole[:-1])
+            wanted.append((place.setdefault(read, len(place)), whole[context:]))
+    inputs = [list(read) for read in place]
+    asked: list[list[int]] = [[] for _ in inputs]
+    for request, (number, _) in enumerate(wanted):
+        asked[number].append(request)
+    result = [0.0] * len(wanted)
+    for rows in batches([len(s) for s in inputs], batch_size):
+        ids, mask = (t.to(model.device) for t in padded([inputs[i] for i in rows], tokenizer.pad_token_id))
         with torch.inference_mode():
-            logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
-        losses = _token_losses(logits, ids[:, 1:])
-        for row, i in enumerate(rows):
-            tokens = len(sequences[i]) - starts[i]
-            end = len(cut[row]) - 1
-            result[i] = -float(losses[row, end - tokens : end].sum(dtype=torch.float64))
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, number in enumerate(rows):
+            end = len(inputs[number])
+            for request in asked[number]:
+                targets = torch.tensor(wanted[request][1], dtype=torch.long, device=ids.device)
+                losses = _token_losses(logits[row, None, end - len(targets) : end], targets[None])
+                result[request] = -float(losses.sum(dtype=torch.float64))
     n = len(choices)
     return [result[i : i + n] for i in range(0, len(result), n)]
 

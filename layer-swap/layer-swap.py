@@ -115,6 +115,17 @@ def refuse_other(path: Path, wanted: dict) -> None:
             )
 
 
+def refuse_leftover(out: Path, payload: dict, wanted: dict) -> None:
+    """Refuse to redo one method where the other's folder would stay, and metadata.json would not describe it."""
+    for method in METHODS:
+        if method in wanted or not (out / method).exists():
+            continue
+        found = results.read_json(out / "metadata.json", schema=SCHEMA)[0] if (out / "metadata.json").is_file() else {}
+        keys = ("base_model", "target_model", f"{method.removesuffix('_layers')}_layers")
+        if any(found.get(key) != payload[key] for key in keys):
+            raise InputError(f"{out / method} would stay from other swaps; redo both methods, or remove it first")
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -172,8 +183,8 @@ def main(argv=None) -> None:
         payload = metadata(pair, interface, chosen, study.seed)
         if not args.overwrite:
             refuse_other(out / "metadata.json", payload)
-        elif left := [method for method in METHODS if method not in wanted and (out / method).exists()]:
-            raise InputError(f"{out / left[0]} would stay from before; redo both methods, or remove that folder first")
+        else:
+            refuse_leftover(out, payload, wanted)
         write_folders(pair, wanted, out, run_folder(study), args.overwrite)
         models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
         header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, seed=study.seed)

@@ -24,7 +24,7 @@ READMES = sorted(
 )
 # Paths in documents that a command of the same document makes, or that stand for the reader's own files.
 MADE = re.compile(r"^(build|results|artifacts|runs|study\.yaml|my-?\w*|path|RUN|OUT)\b|<|\*|\$|\{")
-PATHS = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|yml|md|smk|rst|tsv|toml|txt)\b")
+PATHS = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|yml|md|smk|rst|tsv|toml)\b")
 
 
 def commands(name):

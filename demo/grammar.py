@@ -1,0 +1,179 @@
+"""The languages of the demo world: English, and invented ones whose words come from a seed and whose grammar is set.
+
+Used by demo/world.py. Every language says a clause as a list of words; `borrow` may give a word of another language for
+a concept, which then takes the endings of the language that is spoken: that makes code-mixed text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from cpt_utils import cli
+
+meanings = cli.sibling("demo/meanings.py")
+
+Borrow = Callable[[str], "str | None"]
+
+ORDERS = ("SVO", "SOV", "VSO", "VOS", "OVS", "OSV")
+DEFAULTS = {"order": "SVO", "adjective": "before", "mutation": False, "time": "last", "shared": 0.0, "contact": 1.0}
+# Syllables: onsets, nuclei, codas. Languages take turns, so that neighbours sound different.
+SOUNDS = (
+    ("b c d f g l m n r s t bh ch sc", "a i o u ao ea io ui", "n l r s ch m"),
+    ("k p v z h j y kr pl zv", "a e i o u ai ei", "k t sh p v"),
+    ("w x q tl nd mb ph sk y", "e a o oo ie ay", "x g d th b"),
+)
+NAME_SOUNDS = ("b d f g k l m n p r s t v z", "a e i o u", "n r s l k m")
+# Initial mutation of the noun after a verb, in the manner of Irish eclipsis; other consonants stay as they are.
+MUTATION = {"b": "mb", "c": "gc", "d": "nd", "f": "bhf", "g": "ng", "k": "gk", "p": "bp", "t": "dt", "v": "fv"}
+
+
+def coin(
+    draw: random.Random, sounds: tuple[str, str, str], syllables: int, taken: set[str], closed: bool = True
+) -> str:
+    """A new word that is not in `taken`, and is afterwards. Closed words end in a consonant."""
+    onsets, nuclei, codas = (s.split() for s in sounds)
+    while True:
+        word = "".join(draw.choice(onsets) + draw.choice(nuclei) for _ in range(syllables))
+        word += draw.choice(codas) if closed else ""
+        if word not in taken:
+            taken.add(word)
+            return word
+
+
+def mutate(noun: str) -> str:
+    """The mutated form of a noun: bal -> mbal."""
+    return MUTATION.get(noun[0], noun[0]) + noun[1:]
+
+
+def with_s(word: str) -> str:
+    """English -s: the plural of a noun, the third person of a verb."""
+    if word.endswith("y") and word[-2] not in "aeiou":
+        return word[:-1] + "ies"
+    return word + ("es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s")
+
+
+class Language:
+    """What English and the invented languages share; each adds `clause` (words) and `question` (text) of its own."""
+
+    order: str
+    lexicon: dict[str, str]  # concept -> word
+
+    def word(self, concept: str, borrow: Borrow | None = None) -> str:
+        return (borrow(concept) if borrow else None) or self.lexicon.get(concept, concept)
+
+    def words(self, concept: str | None, borrow: Borrow | None) -> list[str]:
+        return [self.word(concept, borrow)] if concept else []
+
+    def say(self, sentence: meanings.Sentence, borrow: Borrow | None = None) -> str:
+        """The sentence; in lower case but for names, so that a small vocabulary holds each word once."""
+        said = self.clause(sentence.clauses[0], borrow)
+        if sentence.conjunction:
+            said += [self.word(sentence.conjunction, borrow), *self.clause(sentence.clauses[1], borrow)]
+        return " ".join(said) + "."
+
+    def say_all(self, sentences: list[meanings.Sentence], borrow: Borrow | None = None) -> str:
+        return " ".join(self.say(sentence, borrow) for sentence in sentences)
+
+    def tell(self, fact: meanings.Fact) -> str:
+        """The fact as a sentence. The answer is its last word, in every language: the question is what comes before."""
+        return f"{self.question(fact)} {self.word(fact.answer)}."
+
+
+class English(Language):
+    """Readable English with regular inflection only."""
+
+    order = "SVO"
+
+    def __init__(self, concepts: list[str]):
+        self.lexicon = {concept: concept for concept in concepts}
+        self.contact = set(concepts)
+
+    def clause(self, c: meanings.Clause, borrow: Borrow | None = None) -> list[str]:
+        verb, thing = self.word(c.action, borrow), self.word(c.thing, borrow)
+        plain, negated = {
+            "past": ([verb + ("d" if verb.endswith("e") else "ed")], ["did", "not", verb]),
+            "present": ([with_s(verb)], ["does", "not", verb]),
+            "future": (["will", verb], ["will", "not", verb]),
+        }[c.tense]
+        said = [] if c.named else ["the", *self.words(c.person_quality, borrow)]
+        said += [self.word(c.person, borrow), *(negated if c.negated else plain)]
+        said += self.words(c.number, borrow) or ["the"]
+        said += [*self.words(c.thing_quality, borrow), with_s(thing) if c.number else thing]
+        said += ["in", "the", self.word(c.place, borrow)] if c.place else []
+        return said + self.words(c.time, borrow)
+
+    def question(self, fact: meanings.Fact) -> str:
+        return f"the {fact.relation} of {fact.person} is"
+
+
+class Invented(Language):
+    """An invented language.
+
+    Args:
+        code: its language code.
+        grammar: the keys of DEFAULTS, all of them.
+        sounds: an entry of SOUNDS.
+        taken: words of this world's other languages, extended by the new ones: no word means two things.
+    """
+
+    def __init__(self, code: str, grammar: dict, concepts: list[str], sounds: tuple, seed: int, taken: set[str]):
+        self.code, self.order = code, grammar["order"]
+        self.adjective, self.mutation, self.time = grammar["adjective"], grammar["mutation"], grammar["time"]
+        draw = random.Random(f"{seed}/{code}/lexicon")
+        self.particles = {name: coin(draw, sounds, 1, taken, closed=False) for name in ("the", "not", "in", "of")}
+        endings = draw.sample([n + c for n in sounds[1].split() for c in sounds[2].split()], 4)
+        self.endings = dict(zip(("past", "present", "future", "plural"), endings, strict=True))
+        self.lexicon = {concept: coin(draw, sounds, 1 if draw.random() < 0.4 else 2, taken) for concept in concepts}
+        # A share is the front of one fixed random order: a larger share keeps every word of a smaller one.
+        self.loans = _front(concepts, grammar["shared"], f"{seed}/{code}/loans")
+        self.lexicon |= {concept: concept for concept in concepts if concept in self.loans}
+        self.contact = _front(concepts, grammar["contact"], f"{seed}/{code}/contact")
+
+    def clause(self, c: meanings.Clause, borrow: Borrow | None = None) -> list[str]:
+        the = self.particles["the"]
+        subject = [c.person] if c.named else [the, *self._noun(self.word(c.person, borrow), c.person_quality, borrow)]
+        thing = self.word(c.thing, borrow)
+        if self.mutation and thing == self.lexicon[c.thing] and c.thing not in self.loans:  # foreign words resist it
+            thing = mutate(thing)
+        thing += self.endings["plural"] if c.number else ""
+        parts = {
+            "S": subject,
+            "V": [self.particles["not"]] * c.negated + [self.word(c.action, borrow) + self.endings[c.tense]],
+            "O": [*(self.words(c.number, borrow) or [the]), *self._noun(thing, c.thing_quality, borrow)],
+        }
+        place = [self.particles["in"], self.word(c.place, borrow)] if c.place else []
+        if self.order.endswith("V"):  # as verb-final languages do: the adposition follows, the place precedes the verb
+            parts["V"] = place[::-1] + parts["V"]
+            place = []
+        said = [word for role in self.order for word in parts[role]] + place
+        time = self.words(c.time, borrow)
+        return time + said if self.time == "first" else said + time
+
+    def _noun(self, noun: str, quality: str | None, borrow: Borrow | None) -> list[str]:
+        qualities = self.words(quality, borrow)
+        return [noun, *qualities] if self.adjective == "after" else [*qualities, noun]
+
+    def question(self, fact: meanings.Fact) -> str:
+        return " ".join((self.particles["the"], self.word(fact.relation), self.particles["of"], fact.person))
+
+
+def _front(concepts: list[str], share: float, seed: str) -> set[str]:
+    order = random.Random(seed).sample(concepts, len(concepts))
+    return set(order[: round(share * len(concepts))])
+
+
+def make_languages(grammars: dict[str, dict], concepts: list[str], seed: int) -> dict[str, Language]:
+    """English under the first code, an invented language under each other one."""
+    taken = {*concepts, "the", "in", "of", "is", "did", "does", "not", "will"}
+    languages: dict[str, Language] = {}
+    for number, (code, grammar) in enumerate(grammars.items()):
+        sounds = SOUNDS[(len(grammars) - 1 - number) % len(SOUNDS)]  # the new language, the last, has the first sounds
+        languages[code] = Invented(code, grammar, concepts, sounds, seed, taken) if number else English(concepts)
+    return languages
+
+
+def coin_names(languages: dict[str, Language]) -> Callable[[random.Random], str]:
+    """A function that coins names, spelled alike in all languages."""
+    taken = {word for language in languages.values() for word in language.lexicon.values()}
+    return lambda draw: coin(draw, NAME_SOUNDS, 2, taken).capitalize()
