@@ -6,7 +6,7 @@ Out:  _default_yaml, sib200_<language>.yaml, _sib200.yaml in --out, for `lm_eval
       The prompt, the choices and the metrics come from one template, so hub and local runs score the same requests.
 
     python lm_eval_sib200/generate.py
-    python lm_eval_sib200/generate.py --tsv-dir build/demo/sib200 --out build/demo/tasks
+    python lm_eval_sib200/generate.py --tsv-dir build/demo/world/sib200 --out build/demo/tasks
 """
 
 from __future__ import annotations

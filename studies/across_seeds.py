@@ -159,13 +159,14 @@ def draw_change(seeds: dict[int, dict], path: Path) -> None:
         for number, found in enumerate(seeds.values()):
             rows = sorted((int(step), row) for step, row in found["change"]["checkpoints"].items())
             rows = [(0, {"interface_avg": 0.0, "semantic_hub_avg": 0.0}), *[row for row in rows if row[0]]]
-            for key, meaning, label in (
-                ("interface_avg", "interface", "interface layers"), ("semantic_hub_avg", "hub", "hub layers"),
-            ):  # fmt: skip
+            for key, meaning, line, label in (
+                ("interface_avg", "interface", "-", "interface layers"),
+                ("semantic_hub_avg", "hub", "--", "hub layers"),
+            ):
                 y = [row[key] for _, row in rows]
                 marker = figures.MARKERS[number]
                 label = label if number == 0 else None
-                axis.plot([s for s, _ in rows], y, color=figures.colour(meaning), marker=marker, label=label)
+                axis.plot([s for s, _ in rows], y, line, color=figures.colour(meaning), marker=marker, label=label)
         axis.set_xlabel("step")
         axis.set_ylabel("mean |dW|")
         axis.set_ylim(bottom=0)
