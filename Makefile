@@ -1,17 +1,19 @@
 # Two commands on a fresh machine, each doing all its set-up in .venv:
 #   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and an HTML report
 #   make test         the tests, with a small end-to-end run included
-# Another study: make reproduce STUDY=my-study.yaml. Another seed: SEED=1. Fewer cores: CORES=1.
+# Another study: make reproduce STUDY=my-study.yaml. Another seed, where its paths hold {seed}: SEED=1. Fewer cores: CORES=1.
 
 PYTHON ?= python3
 STUDY ?= demo/demo.yaml
 CORES ?= all
 SEED ?=
+# Forward-pass jobs that may run at once on this machine's GPUs; without a GPU only the cores count.
+GPUS ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED)).html
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED))
 
-.PHONY: help reproduce plan test lint clean
+.PHONY: help reproduce plan unlock test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -28,11 +30,15 @@ help:
 reproduce: .venv/installed
 	@echo "== $(STUDY): the missing steps run now; each writes its log into the results folder =="
 	@mkdir -p $(dir $(REPORT))
-	$(SNAKEMAKE) --cores $(CORES) --rerun-incomplete --report-after-run --report $(REPORT)
-	@echo "== done; every figure with its caption: $(REPORT) =="
+	$(SNAKEMAKE) --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --rerun-incomplete --show-failed-logs --report-after-run --report $(REPORT)
+	@echo "== done; the figures with their captions: $(REPORT) =="
 
 plan: .venv/installed
 	$(SNAKEMAKE) --dry-run
+
+# After a power cut, or kill -9, Snakemake's lock is still there.
+unlock: .venv/installed
+	$(SNAKEMAKE) --unlock
 
 test: .venv/installed
 	@echo "== lint =="

@@ -216,8 +216,9 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
         for number, (ref, result) in enumerate(lines):
             x, y = zip(*result["layer_accuracy"], strict=True)
             name = f"step {ref.step}" if ref.step is not None else Path(ref.spec).name
-            shade = next(shades) if ref.step is not None else figures.colour("base") if number == 0 else next(others)
-            style = "-" if ref.step is not None or number == 0 else "--"
+            is_base = number == 0 and ref.step is None and bool(steps)
+            shade = next(shades) if ref.step is not None else figures.colour("base") if is_base else next(others)
+            style = "-" if ref.step is not None or is_base else "--"
             axis.plot(x, y, style, color=shade, marker="o", label=name)
             if number in (0, len(lines) - 1):
                 low, high = zip(*(ci for _, ci in result["layer_accuracy_ci"]), strict=True)

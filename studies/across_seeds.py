@@ -4,7 +4,7 @@ In:   the results of Part I of a study whose paths hold {seed}, for every seed.
 Out:  OUT/tables.md, and OUT/retrieval.png, weight_change.png, swaps.png (with PDF).
 
 Full: python studies/across_seeds.py --study studies/multi30k.yaml --seeds 0,1,2 --out docs/multi30k
-Tiny: python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try
+Tiny: python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds
 """
 
 from __future__ import annotations

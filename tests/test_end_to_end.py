@@ -21,10 +21,7 @@ PAIR = "eng_Latn-qaa_Latn"
 def clone(tmp_path_factory):
     """A copy of the tracked files, as a clone has them, in which nothing was run yet."""
     place = tmp_path_factory.mktemp("clone") / "project"
-    tracked = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
         if (ROOT / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
