@@ -252,7 +252,8 @@ def train(config: dict, path: Path, device: str, overwrite: bool) -> None:
             try:
                 model, files, blocks, tokens = prepare(config, sources, run, path)
             except (InputError, OSError):
-                runs.withdraw(run)
+                if main_process:
+                    runs.withdraw(run)
                 raise
         try:
             trainer = cli.sibling("cpt/trainer.py").make(config, run, model, files, blocks, device, path)
