@@ -47,8 +47,10 @@ def read_changes(path: Path) -> tuple[dict, dict, dict[int, dict[str, float]]]:
     return payload, header, dict(sorted(changes.items()))
 
 
-def common_steps(points: dict[int, Point], changes: dict, stride: int) -> tuple[list[int], dict[str, list[int]]]:
-    """Every `stride`-th of the steps that both have, without the base, and the steps that only one of them has."""
+def common_steps(
+    points: dict[int, Point], changes: dict, stride: int, wanted: list[int] | None = None
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Every `stride`-th of the steps (of those `wanted`) that both have, without the base, and what only one has."""
     alone = {
         "benchmark_only": sorted(set(points) - set(changes) - {0}),
         "weight_diff_only": sorted(set(changes) - set(points) - {0}),
@@ -62,6 +64,10 @@ def common_steps(points: dict[int, Point], changes: dict, stride: int) -> tuple[
     for what, steps in alone.items():
         if steps:
             cli.warn(f"steps only in the {what.removesuffix('_only').replace('_', ' ')}, left out: {_list(steps)}")
+    if wanted is not None:
+        if missing := sorted(set(wanted) - set(common)):
+            raise InputError(f"--steps: no common step {_list(missing)}; there are {_list(common)}")
+        common = [step for step in common if step in wanted]
     return common[::stride], alone
 
 
@@ -205,6 +211,7 @@ def build_parser():
     p.add_argument(
         "--checkpoint-stride", type=cli.positive, default=1, metavar="N", help="every N-th common step; default 1, all"
     )
+    cli.add_run_flags(p)
     p.add_argument("--task", help="default: the study's data.task.name (its first), else the only task there is")
     p.add_argument("--metric", choices=("acc", "acc_norm"), default="acc", help="default acc")
     return p
@@ -224,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     task, points, notes = benchmark.read(source, task, args.metric, run, base, header.get("models"))
     for note in notes:
         cli.say(f"left out: {note}")
-    steps, alone = common_steps(points, changes, args.checkpoint_stride)
+    steps, alone = common_steps(points, changes, args.checkpoint_stride, args.steps)
     if len(steps) < 3:
         cli.warn(f"{len(steps)} checkpoints are too few: two points always lie on a line, so no correlation is given")
 

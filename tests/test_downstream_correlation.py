@@ -118,6 +118,14 @@ def test_the_base_never_enters(tmp_path):
     assert found["values"]["0"]["acc"] == 0.99
 
 
+def test_steps_takes_a_part_of_the_run(tmp_path):
+    source = bench(tmp_path / "b.json", dict(zip(STEPS, ACC, strict=True)))
+    found = correlate(tmp_path, source, weight_diff(tmp_path / "d.json"), "--steps", "15,80,300")
+    assert list(found["values"]) == ["15", "80", "300"]
+    with pytest.raises(InputError, match="no common step 16"):
+        correlate(tmp_path, source, weight_diff(tmp_path / "d.json"), "--steps", "15,16", "--overwrite")
+
+
 def test_stride_takes_every_nth_common_step(tmp_path, capsys):
     values = dict(zip(STEPS, ACC, strict=True)) | {999: 0.1}
     del values[40]
