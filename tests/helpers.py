@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,15 @@ ARCHITECTURES = (
 # 256 bytes and three special tokens; a model may have more rows than its tokenizer has tokens.
 TOKENS = 259
 VOCAB = 272
+
+
+def shared_dir() -> str | None:
+    """The folder with real data (`sib200/`): SHARED_DIR, else `shared` beside the repository; None where neither is.
+
+    The data are not ours to ship, so tests on them skip where they are absent.
+    """
+    beside = ROOT.parent / "shared"
+    return os.environ.get("SHARED_DIR") or (str(beside) if beside.is_dir() else None)
 
 
 def load_script(path: str) -> ModuleType:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
+from helpers import shared_dir
 
 from cpt_utils import data
 from cpt_utils.errors import InputError
@@ -186,9 +186,9 @@ def test_sib200_line_with_another_number_of_columns(tmp_path):
 
 
 def test_real_sib200():
-    shared = os.environ.get("SHARED_DIR")
+    shared = shared_dir()
     if not shared:
-        pytest.skip("SHARED_DIR does not name the folder with the SIB-200 files")
+        pytest.skip("no SIB-200 files: SHARED_DIR is not set, and there is no folder shared beside the repository")
     folder = Path(shared) / "sib200"
     for target in ("ga", "zho_Hans", "arb_Arab"):
         pairs = data.parallel("sib200", "eng_Latn", target, dir=folder)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+from helpers import shared_dir
 
 from cpt_utils import languages
 from cpt_utils.errors import InputError
@@ -51,9 +51,9 @@ def test_codes_that_flores_plus_renamed(older, code):
 
 
 def test_all_sib200_languages_map_to_flores_plus():
-    folder = os.environ.get("SHARED_DIR")
+    folder = shared_dir()
     if not folder:
-        pytest.skip("SHARED_DIR does not name the folder with the SIB-200 files")
+        pytest.skip("no SIB-200 files: SHARED_DIR is not set, and there is no folder shared beside the repository")
     codes = (Path(folder) / "sib200" / "LANGUAGES.txt").read_text().split()
     assert len(codes) == 205
     assert [languages.spelling(languages.canonical(code), "sib200") for code in codes] == codes

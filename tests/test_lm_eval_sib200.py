@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, load_script, save_tiny
+from helpers import ROOT, load_script, save_tiny, shared_dir
 
 from cpt_utils.errors import InputError
 
@@ -225,9 +225,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
 
 @pytest.fixture()
 def real_data():
-    folder = os.environ.get("SHARED_DIR")
+    folder = shared_dir()
     if not folder:
-        pytest.skip("SHARED_DIR does not name the folder with the SIB-200 files")
+        pytest.skip("no SIB-200 files: SHARED_DIR is not set, and there is no folder shared beside the repository")
     return Path(folder) / "sib200"
 
 
