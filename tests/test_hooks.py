@@ -36,37 +36,23 @@ def test_pooled_states_equal_the_loop_over_sentences(model_type, side):
     torch.testing.assert_close(pooled, slow, rtol=tolerance, atol=tolerance)
 
 
-def test_a_tuple_output_is_pooled_like_a_tensor():
-    model = tiny_model("llama", dtype="float64")
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_layers_that_return_tuples_are_pooled_like_those_that_return_tensors(model_type):
+    """Layers of earlier transformers releases, and of Bloom, return tuples; here every layer of a model is made to."""
+    model = tiny_model(model_type, dtype="float64")
     arch = for_config(model.config)
     ids, mask = padded(SEQUENCES, pad=0)
     plain = pooled_states(model, arch, ids, mask)
 
-    class TupleLayer(torch.nn.Module):
-        """What layers of earlier transformers releases and of Bloom return."""
+    def unpack(_module, args, kwargs):
+        return tuple(untuple(a) for a in args[:1]) + args[1:], kwargs
 
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, *args, **kwargs):
-            return (self.layer(*args, **kwargs), None)
-
-    layers = arch.layers(model)
-    wrapped = [TupleLayer(layer) for layer in layers]
-
-    def run(hook_target):
-        seen = []
-        with hooked((hook_target, "output", lambda hidden: seen.append(hidden.clone()))), torch.inference_mode():
-            hook_target(torch.zeros(2, 3, 32, dtype=torch.float64), position_embeddings=rotary)
-        return seen[0]
-
-    rotary = model.model.rotary_emb(torch.zeros(2, 3, 32, dtype=torch.float64), torch.arange(3)[None])
-    for layer, tuple_layer in zip(layers, wrapped, strict=True):
-        seen = run(tuple_layer)
-        assert seen.shape == (2, 3, 32)
-        assert torch.equal(seen, run(layer))
-    assert plain.shape[0] == len(layers) + 1
+    modules = [*arch.layers(model), arch.final_norm(model)]
+    for module in modules[1:]:
+        module.register_forward_pre_hook(unpack, with_kwargs=True)
+    for module in modules[:-1]:
+        module.register_forward_hook(lambda _module, _args, output: (output, None))
+    assert torch.equal(pooled_states(model, arch, ids, mask), plain)
     assert untuple((1, 2)) == 1 and untuple([3]) == 3
 
 
