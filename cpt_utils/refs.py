@@ -136,6 +136,7 @@ class ModelRef:
         facts = {"spec": self.spec, "model_id": self.model_id, "step": self.step, "revision": self.resolved_revision()}
         if self.is_local:
             facts |= {"weights_sample": self._weights_sample, "config_sha256": self._config_hash}
+            facts["tokenizer_sha256"] = tokenizer_hash(Path(self.spec))
         return facts
 
     @cached_property
@@ -343,6 +344,16 @@ def _only_steps(found: list[ModelRef], steps: Iterable[int] | None) -> list[Mode
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """A short hash of a folder's tokenizer files; None where it has none."""
+    digest, found = hashlib.sha256(), False
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            found = True
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16] if found else None
 
 
 def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> Path:

@@ -236,6 +236,7 @@ def build_parser():
     p.add_argument(
         "--draws", type=cli.positive, default=1000, metavar="N", help="resamples for label stability; default 1000"
     )
+    cli.add_run_flags(p)
     return p
 
 
@@ -245,7 +246,7 @@ def main(argv=None) -> None:
     output = study.output(args.output, "-o", "layers")
     # What goes to the study's own place must be about the study's languages.
     sides = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target") if args.output is None}
-    path = Path(args.retrieval) if args.retrieval else last_result(study)
+    path = Path(args.retrieval) if args.retrieval else last_result(study, args.steps)
     refuse_stranger(output, args.overwrite)
     accuracy, header = read_accuracy(path, **sides)
     hits = read_hits(path, accuracy)
@@ -278,11 +279,11 @@ def main(argv=None) -> None:
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
-def last_result(study: Study) -> Path:
-    """The retrieval result of the study's last checkpoint."""
+def last_result(study: Study, steps: list[int] | None) -> Path:
+    """The retrieval result of the study's last checkpoint, of `steps` where they are given."""
     if not study:
         raise InputError("no retrieval result: name SR.json, or run inside a study (--study FILE, or ./study.yaml)")
-    last = refs.run(study.value(None, "SR.json", "run"))[-1]
+    last = refs.run(study.value(None, "SR.json", "run"), steps)[-1]
     folder = study.input(None, "SR.json", "retrieval", "sentence-retrieval/sr_experiment.py")
     pair = study.value(None, "SR.json", "languages.base"), study.value(None, "SR.json", "languages.target")
     place = folder / languages.find_pair([p.name for p in folder.iterdir() if p.is_dir()], *pair, what=str(folder))

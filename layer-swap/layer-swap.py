@@ -142,7 +142,12 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("base", nargs="?", metavar="BASE", help="base model; default: the study's base")
-    add("target", nargs="?", metavar="TARGET", help="checkpoint of CPT; default: the last of the study's run")
+    add(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="checkpoint of CPT; default: the last of the study's run, or of --steps",
+    )
     add("layers", nargs="?", metavar="LAYERS.json", help="file of step 2; default: the study's")
     add("-o", "--output", metavar="OUT", help="folder for all results; default: the study's layer-swap folder")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: semantic_hub random")
@@ -156,6 +161,7 @@ def build_parser():
         "seeded draws; without a value the study's `controls`, else all",
     )
     add("--in-memory", action="store_true", help="measure the sets of --methods without writing model folders")
+    cli.add_run_flags(p)
     evaluation.add_flags(p)
     data.add_flags(p)
     cli.add_forward_flags(p)
@@ -166,7 +172,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
     base = refs.model(study.value(args.base, "BASE", "base"))
-    target = refs.model(args.target) if args.target else refs.run(study.value(None, "TARGET", "run"))[-1]
+    target = refs.model(args.target) if args.target else refs.run(study.value(None, "TARGET", "run"), args.steps)[-1]
     out = study.output(args.output, "-o", "layer_swap")
     refuse_foreign(out)
     path = study.input(args.layers, "LAYERS.json", "layers", "layer-specialize/layer_specialize.py")

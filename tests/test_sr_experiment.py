@@ -223,6 +223,13 @@ def test_a_result_of_other_settings_is_not_taken_for_finished(sr, project):
     sr.main(command(project))
     with pytest.raises(InputError, match="is of another margin_variant than asked for"):
         sr.main(command(project, "--margin-variant", "distance"))
+    tokenizer = project / "run/checkpoint-5/tokenizer.json"
+    whole = tokenizer.read_text()
+    tokenizer.write_text(whole + " ")
+    with pytest.raises(InputError, match="is of another models than asked for"):
+        sr.main(command(project))
+    tokenizer.write_text(whole)
+    sr.main(command(project))
     save_tiny("llama", project / "base", seed=77)
     with pytest.raises(InputError, match="is of another models than asked for"):
         sr.main(command(project))
