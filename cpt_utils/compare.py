@@ -63,12 +63,14 @@ def changes(
     checkpoints: list[refs.ModelRef],
     projections: Collection[str] | None = None,
     rows: Collection[str] = (),
+    device: torch.device | str = "cpu",
 ) -> Changes:
     """`{step: {layer: {projection: Change}}}` of every checkpoint of a run against `base`. Weight matrices only.
 
     Args:
         projections: only these; default: all that the architecture has.
         rows: projections whose sums are also kept by output feature.
+        device: where the differences are taken; tensors go there block by block.
 
     Raises:
         InputError: another architecture, layer count or shape of what is compared, missing or damaged weights, NaN.
@@ -97,12 +99,12 @@ def changes(
                     found[other.step][layer][name].rows = one.features(layer, name)
         for layer, tensor, parts in cli.progress(plan, "weights", unit="tensor"):
             for start, stop in _ranges(one, tensor, parts):
-                ours = _float32(one, tensor, start, stop)
+                ours = _float32(one, tensor, start, stop, device)
                 blocks = {projection: _Block(part, start, stop) for projection, part in parts.items()}
                 squares = {projection: block.sum_of_squares(ours) for projection, block in blocks.items()}
                 for other in others:
                     name = other.part(layer, next(iter(parts))).tensor
-                    difference = _float32(other, name, start, stop) - ours
+                    difference = _float32(other, name, start, stop, device) - ours
                     here = found[other.step][layer]
                     for projection, block in blocks.items():
                         here[projection].base_sq += squares[projection]
@@ -211,10 +213,10 @@ def _ranges(side: _Side, tensor: str, parts: dict[str, archs.Part]) -> Iterator[
         yield first + start, first + stop
 
 
-def _float32(side: _Side, tensor: str, start: int, stop: int) -> torch.Tensor:
+def _float32(side: _Side, tensor: str, start: int, stop: int, device) -> torch.Tensor:
     import torch
 
-    return side.stored.rows(tensor, start, stop).to(torch.float32)
+    return side.stored.rows(tensor, start, stop).to(device, torch.float32)
 
 
 class _Block:
@@ -249,7 +251,7 @@ class _Block:
         moved = archs.take(difference, self.dim, self.index).to(torch.float64).abs_()
         if not moved.numel():
             return
-        by_feature = moved.sum(1 - self.dim)
+        by_feature = moved.sum(1 - self.dim).cpu()
         flat = moved.flatten()
         change.n += len(flat)
         change.sum_abs += float(by_feature.sum())

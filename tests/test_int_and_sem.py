@@ -118,6 +118,17 @@ def test_steps_lists_and_finished_results(tmp_path, capsys, no_figure):
         command(base, tmp_path / "run", layers, tmp_path / "x.json", "--steps", "5")
 
 
+def test_a_limited_run_is_marked(tmp_path, no_figure):
+    base = save_tiny("llama", tmp_path / "base", tokenizer=False)
+    for step in (1, 2):
+        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step, tokenizer=False)
+    layers = layers_file(tmp_path / "layers.json")
+    command(base, tmp_path / "run", layers, tmp_path / "out.json", "--limit", "1", "--device", "auto")
+    with pytest.raises(InputError, match="--limit 1"):
+        results.read_json(tmp_path / "out.json", "int_and_sem")
+    assert list(results.read_json(tmp_path / "out.json", allow_limited=True)[0]["checkpoints"]) == ["1"]
+
+
 def test_layer_files_that_are_refused(tmp_path, no_figure):
     base = save_tiny("llama", tmp_path / "base")
     other = save_tiny("llama", tmp_path / "run" / "checkpoint-1", seed=1)

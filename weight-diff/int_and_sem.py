@@ -104,6 +104,8 @@ def build_parser():
     for flag, what in (("--interface-json", "interface"), ("--hub-json", "semantic hub")):
         p.add_argument(flag, metavar="F", help=f"JSON with the {what} layers; default: step 2's file of the study")
     p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's weight-diff/int_and_sem.json")
+    p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
+    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
     cli.add_run_flags(p)
     return p
 
@@ -114,7 +116,8 @@ def main(argv=None) -> None:
     base = refs.model(study.value(args.base_model, "--base-model", "base"))
     target = study.value(args.target_dir, "--target-dir", "run")
     run = refs.run(target)
-    chosen = refs.run(target, args.steps)
+    chosen = refs.run(target, args.steps)[: args.limit]
+    device = cli.device(args.device)
     output = study.output(args.output, "--output", "int_and_sem")
 
     from cpt_utils import archs, compare
@@ -144,13 +147,15 @@ def main(argv=None) -> None:
         "layers": {group: {"layers": groups[group], "file": str(path)} for group, path in files.items()},
         "n_used": len(chosen),
         "n_available": len(run),
+        "limit": args.limit,
+        "seed": study.seed,
     }
     finished = made_already(output, facts, args.overwrite)
     if finished:
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
     say_left_out(base, chosen)
-    found = compare.changes(base, chosen)
+    found = compare.changes(base, chosen, device=device)
     by_layer = {ref.step: layer_changes(found[ref.step]) for ref in chosen}
     averages = {group: [group_mean(by_layer[ref.step], groups[group]) for ref in chosen] for group in GROUPS}
     payload = {
@@ -163,7 +168,7 @@ def main(argv=None) -> None:
     }
     draw(output.with_suffix(""), list(by_layer), averages, {group: len(groups[group]) for group in GROUPS})
     # The sums go through float32 differences and float64 sums, whatever the models' dtypes.
-    results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device="cpu"))
+    results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device=device.type))
     for i, ref in enumerate(chosen):
         cli.say(f"step {ref.step}: " + ", ".join(f"{group} {averages[group][i]:.3e}" for group in GROUPS))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
@@ -177,7 +182,7 @@ def made_already(output: Path, facts: dict, overwrite: bool) -> bool:
     """
     if overwrite or not output.exists():
         return False
-    _, header = results.read_json(output, SCHEMA)
+    _, header = results.read_json(output, SCHEMA, allow_limited=True)
     before = header.get("models", {}).get("checkpoints", {})
     now = facts["models"]["checkpoints"]
     same = before.keys() == now.keys() and all(refs.same_model(before[step], now[step]) for step in now)
