@@ -30,18 +30,22 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; InputError where there is none."""
+def read_yaml(
+    path: Path,
+    missing: str = "give --config the path of a YAML file",
+    empty: str = "see cpt/README.md",
+) -> dict:
+    """The mapping in a YAML file; InputError where there is none, with what to do about a file `missing` or `empty`."""
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give --config the path of a YAML file") from None
+        raise InputError(f"{path} does not exist; {missing}") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds no keys; see cpt/README.md")
+        raise InputError(f"{path} holds no keys; {empty}")
     return values
 
 

@@ -24,6 +24,7 @@ from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
 meanings, grammar = cli.sibling("demo/meanings.py"), cli.sibling("demo/grammar.py")
+runs = cli.sibling("cpt/runs.py")
 
 SCHEMA = "demo-world"
 PARTS = ("base", "cpt", "test", "heldout", "sib200", "facts.tsv", "lexicon.tsv", "world.json")
@@ -256,17 +257,8 @@ def refuse_unknown(values: dict, allowed: dict, where: str) -> None:
 
 
 def read_yaml(path: Path) -> dict:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give --config a world file such as demo/world.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no keys; demo/world.yaml shows what a world file may hold")
-    return values
+    missing = "give --config a world file such as demo/world.yaml"
+    return runs.read_yaml(path, missing, "demo/world.yaml shows what a world file may hold")
 
 
 def settings(config: dict, args, seed: int | None) -> dict:
