@@ -26,33 +26,33 @@ DISTINCT = 20  # fewer other sets than this tell little: said in words
 # --- which sets ---
 
 
-def layer_sets(n_layers: int, hub: Iterable[int], wanted: str | int, seed: int) -> tuple[list[list[int]], int]:
-    """The sets of layers to compare `hub` with, and how many sets of its size there are (the hub among them).
+def layer_sets(n_layers: int, own: Iterable[int], wanted: str | int, seed: int) -> tuple[list[list[int]], int]:
+    """The sets of layers to compare `own` with, and how many sets of its size there are (itself among them).
 
-    All others of that size where that is asked for and they are few, else distinct seeded draws. The hub itself is
-    never among them.
+    All others of that size where that is asked for and they are few, else distinct seeded draws. `own` itself is never
+    among them.
 
     Args:
         wanted: "all", or the number of sets; "all" stops at SMALL sets.
 
     Raises:
-        InputError: the hub is empty or all layers, so that there is nothing to compare it with.
+        InputError: `own` is empty or all layers, so that there is nothing to compare it with.
     """
     from itertools import combinations
 
-    hub = sorted(set(hub))
-    possible = math.comb(n_layers, len(hub))
+    own = sorted(set(own))
+    possible = math.comb(n_layers, len(own))
     if possible < 2:
-        raise InputError(f"{len(hub)} of {n_layers} layers are in the hub: there is no other set of that size")
+        raise InputError(f"{len(own)} of {n_layers} layers are swapped: there is no other set of that size")
     if possible - 1 < DISTINCT:
-        cli.warn(f"only {possible - 1} other sets of {len(hub)} layers exist: p cannot be below {1 / possible:.2f}")
+        cli.warn(f"only {possible - 1} other sets of {len(own)} layers exist: p cannot be below {1 / possible:.2f}")
     limit = SMALL if wanted == "all" else int(wanted)
     if possible - 1 <= limit:
-        return [list(s) for s in combinations(range(n_layers), len(hub)) if list(s) != hub], possible
+        return [list(s) for s in combinations(range(n_layers), len(own)) if list(s) != own], possible
     draw, found = random.Random(seed), []
     while len(found) < limit:
-        drawn = sorted(draw.sample(range(n_layers), len(hub)))
-        if drawn != hub and drawn not in found:
+        drawn = sorted(draw.sample(range(n_layers), len(own)))
+        if drawn != own and drawn not in found:
             found.append(drawn)
     return found, possible
 
@@ -71,13 +71,13 @@ class Swap:
 
 def measure(
     pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, device, dtype, run: str | None = None,
-    overwrite: bool = False, hub: str | None = None, facts: dict | None = None, seed: int = 42,
+    overwrite: bool = False, own: str | None = None, facts: dict | None = None, seed: int = 42,
 ) -> None:  # fmt: skip
     """Measure base, target and all `swaps`, and write `path`; one that holds the same request is kept.
 
     Args:
         run: folder of the target's run, for tokenizer files.
-        hub: name of the swap to compare with those named "random"; None for no comparison. With it, a figure and the
+        own: name of the swap to compare with those named "random"; None for no comparison. With it, a figure and the
             per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside `path`.
         facts: payload of the result beside comparison and sets.
 
@@ -112,13 +112,13 @@ def measure(
     surgery.say_conversions(pair, swaps[0].recipe)
     partial = path.with_name(path.stem + ".partial.jsonl")
     records = run_sets(pair, swaps, test, partial, request, load)
-    compared = compare(records, hub, seed) if hub else None
-    if hub:
+    compared = compare(records, own, seed) if own else None
+    if own:
         import torch
 
         units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
         results.write_tensors(path.with_suffix(".pt"), units)
-        draw(path.with_suffix(""), records, compared, pair.n_layers)
+        draw(path.with_suffix(""), records, compared, pair.n_layers, own)
     payload = {**(facts or {}), "comparison": compared, "sets": summary(records), "request": request}
     models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
     head = {"models": models, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "device": str(device)}
@@ -206,52 +206,54 @@ def gain_lost(value: float, base: float, target: float, higher_is_better: bool) 
     return (target - value if higher_is_better else value - target) / gain if gain > 0 else None
 
 
-def place(hub: float, others: list[float], higher_is_better: bool) -> dict:
-    """Where `hub` stands among the random sets.
+def place(own: float, others: list[float], higher_is_better: bool) -> dict:
+    """Where `own` stands among the random sets.
 
-    `rank` 1 is the best; `quantile` is the share of random sets that are better (ties count half), 0 where none is;
-    `p_value` is one-sided, (1 + random sets at least as good) / (1 + random sets).
+    `rank` 1 is the best; `quantile` is the share of random sets that are better (ties count half), 0 where none is.
+    The p values are one-sided: `p_value` for costing less than random sets, (1 + random sets at least as good) /
+    (1 + random sets); `p_worse` for costing more, the same with at least as bad.
     """
     sign = 1 if higher_is_better else -1
-    better = sum(sign * other > sign * hub for other in others)
-    equal = sum(other == hub for other in others)
+    better = sum(sign * other > sign * own for other in others)
+    equal = sum(other == own for other in others)
     n, mean = len(others), math.fsum(others) / len(others)
     deviation = math.sqrt(math.fsum((other - mean) ** 2 for other in others) / (n - 1)) if n > 1 else None
     return {
-        "hub": hub,
+        "own": own,
         "random_mean": mean,
         "random_sd": deviation,
         "random_min": min(others),
         "random_max": max(others),
-        "hub_minus_random": hub - mean,
+        "own_minus_random": own - mean,
         "rank": 1 + better,
         "n_random": n,
         "quantile": (better + equal / 2) / n,
         "share_at_least_as_good": (better + equal) / n,
         "p_value": (1 + better + equal) / (1 + n),
+        "p_worse": (1 + n - better) / (1 + n),
     }
 
 
-def compare(records: list[dict], hub: str, seed: int) -> dict[str, dict]:
-    """For each measure: gain lost by `hub` and by the random sets, the hub's place, and an interval of the difference.
+def compare(records: list[dict], own: str, seed: int) -> dict[str, dict]:
+    """For each measure: gain lost by `own` and by the random sets, its place, and an interval of the difference.
 
-    The interval is a bootstrap over sentences (documents, rows) of hub minus the mean of the random sets, which are
+    The interval is a bootstrap over sentences (documents, rows) of `own` minus the mean of the random sets, which are
     held fixed.
     """
     import numpy as np
 
-    base, target, own = (next(r for r in records if r["name"] == name) for name in ("base", "target", hub))
+    base, target, mine = (next(r for r in records if r["name"] == name) for name in ("base", "target", own))
     others = [r for r in records if r["name"] == "random"]
     found = {}
-    for name, value in own["values"].items():
+    for name, value in mine["values"].items():
         measure = MEASURES[name]
         ends = base["values"][name], target["values"][name], measure.higher_is_better
         row = {"base": ends[0], "target": ends[1], "higher_is_better": measure.higher_is_better}
         row |= place(value, [r["values"][name] for r in others], measure.higher_is_better)
-        row["hub_gain_lost"] = gain_lost(value, *ends)
+        row["own_gain_lost"] = gain_lost(value, *ends)
         row["random_gain_lost"] = gain_lost(row["random_mean"], *ends)
-        if name in own["units"]:
-            units = np.asarray(own["units"][name]) - np.mean([r["units"][name] for r in others], axis=0)
+        if name in mine["units"]:
+            units = np.asarray(mine["units"][name]) - np.mean([r["units"][name] for r in others], axis=0)
             row["ci_low"], row["ci_high"] = stats.bootstrap_mean(units, seed)
             row["n_units"] = len(units)
         found[name] = row
@@ -284,19 +286,20 @@ def say(records: list[dict], compared: dict[str, dict] | None = None) -> None:
     for name, row in (compared or {}).items():
         interval = f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" if "ci_low" in row else ""
         cli.say(
-            f"{MEASURES[name].label}: hub {row['hub']:.4f}, {row['n_random']} random sets {row['random_mean']:.4f}, "
-            f"difference {row['hub_minus_random']:+.4f}{interval}; rank {row['rank']} of {row['n_random'] + 1}, "
+            f"{MEASURES[name].label}: own {row['own']:.4f}, {row['n_random']} random sets {row['random_mean']:.4f}, "
+            f"difference {row['own_minus_random']:+.4f}{interval}; rank {row['rank']} of {row['n_random'] + 1}, "
             f"p = {row['p_value']:.3f}"
         )
 
 
-def draw(path: Path, records: list[dict], compared: dict[str, dict], n_layers: int) -> None:
-    """Each measure as a strip of random sets, with the hub set and lines at the base and the target.
+def draw(path: Path, records: list[dict], compared: dict[str, dict], n_layers: int, own: str) -> None:
+    """Each measure as a strip of random sets, with the set `own` and lines at the base and the target.
 
     Open circles are sets that hold the first or the last layer, which often decides what a swap costs.
     """
     others = [r for r in records if r["name"] == "random"]
-    hub = next(r for r in records if r["name"] not in ("base", "target", "random"))
+    mine = next(r for r in records if r["name"] == own)
+    meaning = "hub" if own == "semantic_hub" else own.partition("_")[0]
     scatter = random.Random(0)
     height = [scatter.uniform(-0.35, 0.35) for _ in others]
     outer = [0 in r["layers"] or n_layers - 1 in r["layers"] for r in others]
@@ -315,12 +318,13 @@ def draw(path: Path, records: list[dict], compared: dict[str, dict], n_layers: i
                 )  # fmt: skip
             for end, line in (("base", ":"), ("target", "--")):
                 axis.axvline(compared[name][end], color=figures.colour(end), linestyle=line, label=end)
-            axis.plot(hub["values"][name], 0, "D", color=figures.colour("hub"), markersize=5, label="semantic hub")
+            label = own.replace("_", " ")
+            axis.plot(mine["values"][name], 0, "D", color=figures.colour(meaning), markersize=5, label=label)
             axis.set_xlabel(MEASURES[name].label)
             axis.set_ylim(-0.6, 0.6)
             axis.set_yticks([])
             axis.spines["left"].set_visible(False)
-        title = f"{len(hub['layers'])} of {n_layers} layers from the base, {len(others)} random sets"
+        title = f"{len(mine['layers'])} of {n_layers} layers from the base, {len(others)} random sets"
         axes[0, 0].set_title(title)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=2)

@@ -34,6 +34,7 @@ KEYS = {
         "lsn_text": "any",
     },
     "tokens": None,
+    "lsn": {"rate": None, "layers": None, "tokens": None, "block_size": None},
     "results": None,
     "seed": None,
     "dtype": None,
@@ -50,6 +51,18 @@ RESULTS = {
     "lm_eval": "lm_eval",
     "downstream": "downstream-correlation/correlation.json",
     "layer_swap": "layer-swap",
+    "gate_lsn": "weight-diff/gate_lsn.json",
+    "lsn_counts": "lsn/activation_count",
+    "lsn_mask": "lsn/result/{name}.json",
+    "lsn_control": "lsn/result/{name}.control.json",
+    "lsn_layers": "lsn/result/{name}.layers.json",
+    "lsn_activation": "lsn/lsn_activation",
+    "deactivation": "lsn/deactivate.json",
+    "activation_correlation": "activation-correlation",
+    "attn_int_swap": "component-swap/attn_int_swap",
+    "ffn_lsn_swap": "component-swap/ffn_lsn_swap",
+    "claims": "report/claims.json",
+    "figures": "report/figures",
 }
 
 
@@ -127,7 +140,7 @@ class Study:
         if not self:
             return None
         folder = self.get("results") or f"results/{self.name}"
-        return Path(folder) / RESULTS[step]
+        return Path(folder) / RESULTS[step].replace("{name}", self.name)
 
     def output(self, given, flag: str, step: str) -> Path:
         """The path to write to: `given`, else the study's place for `step`."""

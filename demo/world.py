@@ -27,7 +27,7 @@ meanings, grammar = cli.sibling("demo/meanings.py"), cli.sibling("demo/grammar.p
 runs = cli.sibling("cpt/runs.py")
 
 SCHEMA = "demo-world"
-PARTS = ("base", "cpt", "test", "heldout", "sib200", "facts.tsv", "lexicon.tsv", "world.json")
+PARTS = ("base", "cpt", "test", "heldout", "lsn", "sib200", "facts.tsv", "lexicon.tsv", "world.json")
 HERE = Path(__file__).resolve().parent
 # The prompt of lm_eval_sib200, so that a base model of this size knows the form.
 PROMPT = 'The category of "{text}" is: {label}'
@@ -217,6 +217,9 @@ def write_world(config: dict, vocabulary: dict, out: Path) -> dict:
             if code in maker.languages:
                 count = max(1, round(n * config["scale"]))
                 put(f"base/{kind}.{code}.txt", list(islice(maker.documents("base", kind, code), count)))
+    for code in maker.languages:
+        count = max(1, round(config["lsn_documents"] * config["scale"]))
+        put(f"lsn/{code}.txt", list(islice(maker.documents("lsn", "text", code), count)))
     cpt = config["cpt"]
     put(
         "cpt/mixture.txt",
@@ -289,7 +292,7 @@ def settings(config: dict, args, seed: int | None) -> dict:
     for name, share in shares.items():
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             raise InputError(f"{name} is {share}; it must be between 0 and 1")
-    for key in ("scale", "test_sentences", "heldout_documents", "persons"):
+    for key in ("scale", "test_sentences", "heldout_documents", "lsn_documents", "persons"):
         if not config[key] > 0:
             raise InputError(f"{key} is {config[key]}; it must be above 0")
     return config

@@ -114,10 +114,10 @@ def swap_table(seeds: dict[int, dict]) -> str:
     for seed, found in seeds.items():
         for name, row in found["controls"]["comparison"].items():
             interval = f" [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" if row.get("ci_low") is not None else ""
-            lost = [f"{row[k]:.0%}" if row[k] is not None else "-" for k in ("hub_gain_lost", "random_gain_lost")]
+            lost = [f"{row[k]:.0%}" if row[k] is not None else "-" for k in ("own_gain_lost", "random_gain_lost")]
             rows.append([
-                seed, name, f"{row['base']:.3f}", f"{row['target']:.3f}", f"{row['hub']:.3f}",
-                f"{row['random_mean']:.3f} ± {row['random_sd'] or 0:.3f}", f"{row['hub_minus_random']:+.3f}{interval}",
+                seed, name, f"{row['base']:.3f}", f"{row['target']:.3f}", f"{row['own']:.3f}",
+                f"{row['random_mean']:.3f} ± {row['random_sd'] or 0:.3f}", f"{row['own_minus_random']:+.3f}{interval}",
                 *lost, f"{row['rank']} of {row['n_random'] + 1}", f"{row['p_value']:.3f}",
             ])  # fmt: skip
     head = ["seed", "measure", "base", "checkpoint", "hub swap", "random swaps (mean ± sd)", "hub minus random"]
@@ -186,7 +186,7 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
                 others = [s["values"][name] for s in found["controls"]["sets"] if s["name"] == "random"]
                 grey = figures.colour("random")
                 axis.scatter(others, [place] * len(others), s=7, facecolors="none", edgecolors=grey, linewidths=0.5)
-                axis.plot(row["hub"], place, "D", color=figures.colour("hub"), markersize=4)
+                axis.plot(row["own"], place, "D", color=figures.colour("hub"), markersize=4)
                 axis.plot(row["base"], place, "|", color=figures.colour("base"), markersize=9)
                 axis.plot(row["target"], place, "|", color=figures.colour("target"), markersize=9)
             axis.set_xlabel(name.replace("_", " "))

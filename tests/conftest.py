@@ -12,6 +12,7 @@ for name, value in {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
-    "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(name, value)
+# Whatever the caller's setting: tests fork, and a forked child of a process with several OpenMP threads hangs.
+os.environ["OMP_NUM_THREADS"] = "1"

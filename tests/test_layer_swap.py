@@ -163,15 +163,15 @@ def test_controls_against_written_folders(shared, study):
         sign = 1 if row["higher_is_better"] else -1
         as_good = sum(sign * v >= sign * sets[2]["values"][name] for v in values)
         assert row["share_at_least_as_good"] == as_good / 5 and row["p_value"] == (1 + as_good) / 6
-        assert row["hub_minus_random"] == pytest.approx(sets[2]["values"][name] - np.mean(values))
+        assert row["own_minus_random"] == pytest.approx(sets[2]["values"][name] - np.mean(values))
         if name in units:
-            assert row["ci_low"] <= row["hub_minus_random"] <= row["ci_high"]
+            assert row["ci_low"] <= row["own_minus_random"] <= row["ci_high"]
             assert units[name].double().mean(1).tolist() == pytest.approx([s["values"][name] for s in sets], rel=1e-6)
         base, target, hub = (s["values"][name] for s in sets[:3])
         if sign * (target - base) > 0:
-            assert row["hub_gain_lost"] == pytest.approx((target - hub) / (target - base))
+            assert row["own_gain_lost"] == pytest.approx((target - hub) / (target - base))
         else:
-            assert row["hub_gain_lost"] is None
+            assert row["own_gain_lost"] is None
 
 
 def test_controls_go_on_after_a_kill(study, capsys):
