@@ -63,7 +63,8 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", metavar="S,S,..", type=_steps, help="only these checkpoints of a run; default: all")
 
 
-def add_forward_flags(p: argparse.ArgumentParser, batch_size: int = 32) -> None:
+def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
+    """`batch_size` None: the script works it out."""
     p.add_argument(
         "--device", default="auto", help="auto (CUDA when it is there, else CPU), cpu, cuda, cuda:1; default auto"
     )
@@ -73,7 +74,11 @@ def add_forward_flags(p: argparse.ArgumentParser, batch_size: int = 32) -> None:
         help="of the model's arithmetic; default: the study's, else bfloat16 on CUDA and float32 on CPU",
     )
     p.add_argument(
-        "--batch-size", type=positive, default=batch_size, metavar="N", help=f"sequences a batch; default {batch_size}"
+        "--batch-size",
+        type=positive,
+        default=batch_size,
+        metavar="N",
+        help=f"sequences a batch; default {batch_size or 'by the length of a sequence'}",
     )
     p.add_argument(
         "--limit", type=positive, metavar="N", help="use only the first N items (for a try; marked in the result)"

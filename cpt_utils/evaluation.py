@@ -144,7 +144,7 @@ def test_from_arguments(args, study, known: dict) -> Test:
             raise InputError("--measures nll: no held-out text; give --heldout FILE, or data.heldout in the study")
         if file is not None:
             together = int(study.get("data.heldout_lines") or 1)
-            heldout = _documents(Path(file), together)[: args.limit]
+            heldout = documents(Path(file), together)[: args.limit]
             facts["heldout"] = {
                 "file": file, "sha256": data.file_sha256(file), "documents": len(heldout), "lines": together,
             }  # fmt: skip
@@ -158,7 +158,7 @@ def test_from_arguments(args, study, known: dict) -> Test:
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts)
 
 
-def _documents(file: Path, together: int) -> list[tuple[str, str]]:
+def documents(file: Path, together: int) -> list[tuple[str, str]]:
     """Held-out documents as (context, text), from the lines of a file (.gz allowed) that are not empty.
 
     With `together` 1 every line is a text without context. With more, so many lines make a document, and its first line

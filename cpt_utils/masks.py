@@ -1,0 +1,139 @@
+"""Masks of language-specific neurons: `{language: {layer: [neurons]}}` in a JSON file, and random controls for them.
+
+`lsn/identify.py` writes them; every language and every layer is present, even when it has no neuron. A neuron is an
+index into the FFN width: a row of gate and up, a column of down. In memory layers are integers: `{lang: {0: [4, 17]}}`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import lru_cache
+from pathlib import Path
+
+from cpt_utils import languages, refs, results
+from cpt_utils.errors import InputError
+
+SCHEMA = "lsn-mask"
+
+Layers = dict[int, list[int]]
+
+
+def languages_in(path: str | os.PathLike) -> list[str]:
+    """The languages of a mask file, spelled and ordered as they are there."""
+    return list(_load(path)[0])
+
+
+def read(
+    path: str | os.PathLike,
+    lang: str,
+    n_layers: int,
+    ffn_width: int,
+    models: list[dict] | None = None,
+    control: bool | None = None,
+) -> Layers:
+    """The neurons of one language: every layer from 0 to n_layers - 1, in order, with its sorted neurons (or none).
+
+    Args:
+        lang: in any spelling that means a language of the file.
+        models: `ModelRef.describe()` of the models the mask is used on; it must be about one of them or their run.
+        control: True for a random control mask, False for a mask of language-specific neurons, None for either. A file
+            without a header (of the published scripts) is taken on trust, with one warning.
+
+    Raises:
+        InputError: no mask file, one of another model or of another layer count or width, a mask where a control is
+            needed or the other way round, a language that is missing (those there are named), or a neuron that the
+            model does not have.
+    """
+    payload, header = _load(path)
+    for fact, wanted in (("n_layers", n_layers), ("ffn_width", ffn_width)):
+        if header.get(fact, wanted) != wanted:
+            raise InputError(
+                f"{path} was made for {fact} {header[fact]}, but {wanted} is needed; give the mask of this model"
+            )
+    made_for = (header.get("models") or {}).get("model")
+    if made_for and models is not None and not refs.belongs(made_for, models):
+        raise InputError(
+            f"{path} was made for {made_for.get('spec')}, which is none of the models asked for ("
+            f"{', '.join(model['spec'] for model in models[:3])}{', ..' if len(models) > 3 else ''}), or was trained "
+            "again since; run lsn/activation.py and lsn/identify.py on this model, or give its mask"
+        )
+    if header and control is not None and bool(header.get("control")) != control:
+        kinds = {True: "a random control mask", False: "a mask of language-specific neurons"}
+        raise InputError(f"{path} is {kinds[not control]}, but {kinds[control]} is needed; lsn/identify.py writes both")
+    return _checked(path, lang, payload[languages.find(payload, lang, what=str(path))], n_layers, ffn_width)
+
+
+def random_control(mask: dict[str, Layers], n_layers: int, ffn_width: int, seed: int | str = 42) -> dict[str, Layers]:
+    """For each language as many neurons in each layer as its mask has, drawn at random outside every language's mask.
+
+    Each language and layer has a draw of its own, whatever the order of languages. Controls of two languages may share
+    neurons.
+
+    Raises:
+        InputError: a layer has fewer neurons outside the mask than a language has inside.
+    """
+    outside = {
+        layer: sorted(set(range(ffn_width)).difference(*(mask[lang].get(layer, ()) for lang in mask)))
+        for layer in range(n_layers)
+    }
+    control: dict[str, Layers] = {}
+    for lang, layers in mask.items():
+        control[lang] = {}
+        for layer in range(n_layers):
+            n = len(layers.get(layer, ()))
+            if n > len(outside[layer]):
+                raise InputError(
+                    f"layer {layer} has {len(outside[layer])} of {ffn_width} neurons outside the mask, but the control "
+                    f"of {lang} needs {n}; identify fewer neurons with a lower --rate"
+                )
+            # Seeded by a text: Python hashes it the same way everywhere, and sets of other layers stay independent.
+            control[lang][layer] = sorted(random.Random(f"{seed}/{lang}/{layer}").sample(outside[layer], n))
+    return control
+
+
+def write(path: str | os.PathLike, mask: dict[str, Layers], control: bool = False, **facts) -> None:
+    """Write a mask file; `facts` go into its header: `models` ({"model": describe()}), `n_layers`, `ffn_width`, .."""
+    payload = {
+        lang: {str(layer): [int(neuron) for neuron in layers[layer]] for layer in sorted(layers)}
+        for lang, layers in mask.items()
+    }
+    results.write_json(path, payload, results.header(SCHEMA, **facts, control=control))
+
+
+def _load(path: str | os.PathLike) -> tuple[dict, dict]:
+    """Payload and header of a mask file. Read once as long as it stays the same, so a file without a header is
+    warned about once."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return results.read_json(path, SCHEMA)  # its error line
+    return _load_state(Path(path), state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)
+def _load_state(path: Path, _time: int, _size: int) -> tuple[dict, dict]:
+    payload, header = results.read_json(path, SCHEMA)
+    if not isinstance(payload, dict) or not payload or not all(isinstance(v, dict) for v in payload.values()):
+        raise InputError(f"{path} holds no masks {{language: {{layer: [neurons]}}}}; give a file of lsn/identify.py")
+    return payload, header
+
+
+def _checked(path: str | os.PathLike, lang: str, layers: dict, n_layers: int, ffn_width: int) -> Layers:
+    """One language's entry with integer layers, refused where it does not fit the model."""
+    if set(layers) != {str(layer) for layer in range(n_layers)}:
+        raise InputError(
+            f"{path} has {len(layers)} layers for {lang}, but the model has {n_layers}, 0 to {n_layers - 1}; "
+            "give the mask of this model (every layer is listed, an empty one too)"
+        )
+    found: Layers = {}
+    for layer in range(n_layers):
+        neurons = layers[str(layer)]
+        if not isinstance(neurons, list) or any(type(neuron) is not int for neuron in neurons):
+            raise InputError(f"{path}: layer {layer} of {lang} is no list of neuron numbers; make the mask again")
+        wrong = [neuron for neuron in neurons if not 0 <= neuron < ffn_width]
+        if wrong or len(set(neurons)) != len(neurons):
+            what = f"neuron {wrong[0]}, but the model has 0 to {ffn_width - 1}" if wrong else "a neuron twice"
+            raise InputError(f"{path}: layer {layer} of {lang} names {what}; give the mask of this model")
+        found[layer] = sorted(neurons)
+    return found

@@ -1,0 +1,143 @@
+"""Token-id files: the text of one language as a 1-D integer tensor, with a JSON beside it that says whose ids they are.
+
+`oscar.<language>.train.<model id>` is a bare tensor (int32, or int64 for other readers) as `torch.save` writes it, and
+`<the same name>.json` its description: payload `n_tokens`, `n_documents`, `complete`, ..; header `language`
+(canonical), `tokenizer`, `tokenizer_sha256` (`refs.tokenizer_hash`), `text` (what was read), `limit`. A tensor without
+the JSON, as the published scripts write it, is read with one warning.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, results
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = "token-ids"
+_CHUNK = 1 << 22  # ids checked at a time
+
+
+def file_name(lang: str, model_id: str) -> str:
+    """The name of the file of language `lang`; a `/` in the model's name becomes `_`."""
+    return f"oscar.{lang}.train.{model_id.replace('/', '_')}"
+
+
+def sidecar(path: str | os.PathLike) -> Path:
+    """The JSON that describes the id file at `path`."""
+    path = Path(path)
+    return path.with_name(path.name + ".json")
+
+
+def write(path: str | os.PathLike, ids: torch.Tensor, payload: dict, header: dict) -> None:
+    """Write a 1-D tensor of ids and its description; `ids` may be a memory-mapped file and is not copied.
+
+    An id file that exists has its own description beside it whenever the process dies: the old ids go before the new
+    description is written, and the new ids come last.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full.
+    """
+    import torch
+
+    path = Path(path)
+    with results.replacing(path) as temporary:
+        # A file object: torch.save names the archive inside after a path, and this one is temporary.
+        with open(temporary, "wb") as file:
+            torch.save(ids, file)
+        path.unlink(missing_ok=True)
+        results.write_json(sidecar(path), {"n_tokens": len(ids), **payload}, header)
+
+
+def describe(path: str | os.PathLike, allow_limited: bool = False) -> dict:
+    """The facts beside the id file, payload and header in one dict; `{}` where there is no JSON.
+
+    Raises:
+        InputError: no token-id description, or one made with --limit.
+    """
+    if not sidecar(path).is_file():
+        return {}
+    payload, header = results.read_json(sidecar(path), SCHEMA, allow_limited)
+    return {**payload, **header}
+
+
+def read(
+    path: str | os.PathLike,
+    vocab_size: int | None = None,
+    tokenizer_sha256: str | None = None,
+    allow_limited: bool = False,
+) -> tuple[torch.Tensor, dict]:
+    """The ids of a file as a memory-mapped 1-D tensor in the file's dtype, and the facts of `describe`.
+
+    Args:
+        vocab_size: of the model; every id must be below it.
+        tokenizer_sha256: `refs.tokenizer_hash` of the model's tokenizer; the file must not be of another one.
+        allow_limited: accept a file made with --limit.
+
+    Raises:
+        InputError: no such file, no 1-D integer tensor, no ids, an id outside the vocabulary, another tokenizer, or a
+            description that belongs to another file.
+    """
+    path = Path(path)
+    ids = _load(path)
+    if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex or str(ids.dtype) == "torch.bool":
+        raise InputError(
+            f"{path} holds a {str(ids.dtype).removeprefix('torch.')} tensor of shape {list(ids.shape)}, "
+            "but a 1-D tensor of token ids is needed; make it with lsn/load_oscar.py"
+        )
+    if not len(ids):
+        raise InputError(f"{path} holds no token ids; make it again with lsn/load_oscar.py --overwrite")
+    facts = describe(path, allow_limited)
+    if not facts:
+        cli.warn(f"{path} has no {sidecar(path).name} beside it: its language and tokenizer are taken on trust")
+    if facts.get("n_tokens", len(ids)) != len(ids):
+        raise InputError(
+            f"{path} holds {len(ids):,} ids, but {sidecar(path).name} speaks of {facts['n_tokens']:,}; "
+            "they are not of one run: make both again with lsn/load_oscar.py --overwrite"
+        )
+    made_with = facts.get("tokenizer_sha256")
+    if tokenizer_sha256 and made_with and made_with != tokenizer_sha256:
+        raise InputError(
+            f"{path} was made with a tokenizer that is not the model's ({facts.get('tokenizer')}: {made_with}, "
+            f"the model's: {tokenizer_sha256}); run lsn/load_oscar.py with --tokenizer of this model"
+        )
+    _check_range(path, ids, vocab_size)
+    return ids, facts
+
+
+def _load(path: Path) -> torch.Tensor:
+    import torch
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}; a file of token ids is needed (lsn/load_oscar.py makes it)")
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch's format from before 1.6 cannot be mapped
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise InputError(
+            f"{path} cannot be read as a tensor ({type(error).__name__}); make it again with lsn/load_oscar.py"
+        ) from None
+    if not isinstance(found, torch.Tensor):
+        raise InputError(f"{path} holds a {type(found).__name__}, but one bare tensor of token ids is needed")
+    return found
+
+
+def _check_range(path: Path, ids: torch.Tensor, vocab_size: int | None) -> None:
+    import torch
+
+    for start in range(0, len(ids), _CHUNK):
+        low, high = (int(value) for value in torch.aminmax(ids[start : start + _CHUNK].to(torch.int64)))
+        if low < 0:
+            raise InputError(f"{path} holds the negative id {low}; it is no file of token ids")
+        if vocab_size is not None and high >= vocab_size:
+            raise InputError(
+                f"{path} holds the id {high}, but the model's vocabulary has {vocab_size:,} tokens; "
+                "run lsn/load_oscar.py with --tokenizer of this model"
+            )

@@ -1,0 +1,351 @@
+"""Counts, for every FFN neuron of a model, the tokens of a language on which it is active (step 7).
+
+Active: the gate activation act(W_gate x) is above zero; without a gate act(W_up x). Token ids are cut into blocks.
+
+In:   -m a model (default: the last checkpoint of the study's run), -i one or more files of token ids from
+      lsn/load_oscar.py (default: those of the study's languages).
+Out:  <folder>/<name>.<language>.pt for each: `n` tokens, `over_zero` int64 [layers, neurons], and `snapshots_n`,
+      `snapshots`: the same counts after about an eighth, a quarter and a half of the tokens, from which lsn/identify.py
+      tells whether fewer tokens would do. The language is the second dot-separated part of the id file's name.
+
+A killed run goes on from its last save. On several GPUs: accelerate launch lsn/activation.py ...; the counts are the same.
+
+Full: python lsn/activation.py -m runs/eus/checkpoint-5000 -i oscar_ids/oscar.eu.train.llama -t llama -s activation_count -n llama
+Tiny: python lsn/activation.py --study demo/tiny.yaml --tokens 2000
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = "activation-counts"
+TOKENS = 99_999_744  # of a language, as in the published scripts: whole blocks of 4096 and of 2048
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the blocks: where counts are kept apart
+TOKENS_A_BATCH = 4096
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def batches(n_blocks: int, batch_size: int) -> list[tuple[int, range]]:
+    """(segment, blocks) of every forward pass: batches never cross the ends of the segments that SHARES makes.
+
+    The plan depends on nothing but the two numbers: every process, and a run that goes on, does the same passes.
+    """
+    ends = sorted({max(1, round(n_blocks * share)) for share in SHARES})
+    plan, start = [], 0
+    for segment, end in enumerate(ends):
+        plan += [(segment, range(at, min(at + batch_size, end))) for at in range(start, end, batch_size)]
+        start = end
+    return plan
+
+
+class Partial:
+    """Counts so far, of this process and of earlier ones: `done` marks blocks, `counts` is int64 [segments, L, I].
+
+    Every process keeps a file of its own; the sum over the files is the state. So a run may go on with another number
+    of processes, and no block is counted twice.
+    """
+
+    def __init__(self, stem: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int]):
+        import torch
+
+        self.stem, self.path, self.request = stem, stem.with_name(f"{stem.name}.{rank}.pt"), json.dumps(request)
+        self.done = torch.zeros(n_blocks, dtype=torch.bool)
+        self.counts = torch.zeros(shape, dtype=torch.long)
+        self.others = torch.zeros(n_blocks, dtype=torch.bool)
+        for path in self.files():
+            found = self._read(path)
+            if found is None:
+                continue
+            if path == self.path:
+                self.done, self.counts = found["done"], found["counts"]
+            else:
+                self.others |= found["done"]
+
+    def files(self) -> list[Path]:
+        return sorted(self.stem.parent.glob(f"{self.stem.name}.*.pt")) if self.stem.parent.is_dir() else []
+
+    def _read(self, path: Path) -> dict | None:
+        """A file's content; None for one of another request, which is begun anew."""
+        found = results.read_tensors(path)
+        return found if found.get("request") == self.request else None
+
+    def save(self) -> None:
+        results.write_tensors(self.path, {"request": self.request, "done": self.done, "counts": self.counts})
+
+    def total(self) -> torch.Tensor:
+        """The sum over all processes' files: int64 [segments, L, I].
+
+        Raises:
+            InputError: a block is missing or was counted twice, as when a process was lost.
+        """
+        found = [content for content in map(self._read, self.files()) if content is not None]
+        times = sum(content["done"].long() for content in found)
+        if not bool((times == 1).all()):
+            raise InputError(
+                f"{int((times != 1).sum())} blocks were not counted exactly once; run the same command again"
+            )
+        return sum(content["counts"] for content in found)
+
+    def remove(self) -> None:
+        for path in self.files():
+            path.unlink()
+
+
+# ---------------------------------------------------------------- counting
+
+
+def count(model, arch, blocks: torch.Tensor, plan, partial: Partial, rank: int, world: int, save_every: float) -> None:
+    """Run this process's share of the plan over `blocks` [blocks, size], saving every `save_every` seconds."""
+    from cpt_utils import neurons
+
+    counted = partial.done | partial.others
+    left = [(segment, rows) for segment, rows in plan if not bool(counted[rows.start : rows.stop].all())][rank::world]
+    if bool(counted.any()):
+        cli.say(f"{int(counted.sum())} of {len(blocks)} blocks were counted before; going on with the rest")
+    saved = time.monotonic()
+    bar = cli.progress(desc=f"{partial.stem.name.strip('.').removesuffix('.partial')}", total=len(left), unit="batch")
+    with bar:
+        for segment, rows in left:
+            wanted = [row for row in rows if not bool(counted[row])]
+            counter = neurons.Counter(model, arch)
+            counter.add(blocks[wanted])
+            partial.counts[segment] += counter.counts
+            partial.done[wanted] = True
+            bar.update()
+            if time.monotonic() - saved >= save_every:
+                partial.save()
+                saved = time.monotonic()
+    partial.save()
+
+
+def content(counts: torch.Tensor, plan, size: int, header: dict) -> dict:
+    """What the result file holds, from counts by segment, int64 [segments, L, I]."""
+    import torch
+
+    blocks = torch.tensor([sum(len(rows) for at, rows in plan if at == s) for s in range(len(counts))])
+    tokens, sums = blocks.cumsum(0) * size, counts.cumsum(0)
+    return {
+        "n": int(tokens[-1]),
+        "over_zero": sums[-1].clone(),
+        "snapshots_n": tokens[:-1].clone(),
+        "snapshots": sums[:-1].clone(),
+        "header": json.dumps(results.plain(header), ensure_ascii=False),
+    }
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("-m", "--model", metavar="M", help="model; default: the last checkpoint of the study's run")
+    p.add_argument(
+        "-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages"
+    )
+    p.add_argument(
+        "-t", "--type", choices=("llama", "qwen"), help="blocks of 4096 (llama) or 2048 tokens; default: from the model"
+    )
+    p.add_argument(
+        "-s", "--save_folder", metavar="FOLDER", help="where counts go; default: the study's lsn/activation_count"
+    )
+    p.add_argument("-n", "--name", metavar="NAME", help="first part of the files' names; default: the study's name")
+    p.add_argument(
+        "--block-size",
+        type=cli.positive,
+        metavar="N",
+        help="tokens a block; default: that of -t, at most the model's positions",
+    )
+    p.add_argument(
+        "--tokens",
+        type=cli.positive,
+        metavar="N",
+        help=f"use at most N tokens a language; default: the study's lsn.tokens, else {TOKENS:,}",
+    )
+    p.add_argument(
+        "--save-every",
+        type=float,
+        default=180,
+        metavar="S",
+        help="seconds between saves of partial counts; default 180",
+    )
+    cli.add_run_flags(p)
+    cli.add_forward_flags(p, batch_size=None)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    ref = refs.model(args.model) if args.model else refs.run(study.value(None, "-m", "run"), args.steps)[-1]
+    files = id_files(args.id_path, study)
+    for path in files:
+        language_of(path)
+    folder = study.output(args.save_folder, "-s", "lsn_counts")
+    name = args.name or (study.name if study else None)
+    if name is None:
+        raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
+    process = Process(args.device)
+    config = ref.config()
+
+    from cpt_utils import archs, neurons
+
+    arch = archs.for_config(config)
+    size = neurons.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
+    batch_size = args.batch_size or max(1, TOKENS_A_BATCH // size)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    run = study.get("run")
+    wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
+    todo = []
+    for path in files:  # every file is checked before the model is loaded
+        blocks, facts = read(path, ref, run if isinstance(run, str) else None, size, wanted, args.limit)
+        request = {
+            "model": ref.describe(), "ids": facts, "block_size": size, "batch_size": batch_size,
+            "dtype": str(dtype), "device": process.device.type,
+        }  # fmt: skip
+        out = folder / f"{name}.{language_of(path)}.pt"
+        if not finished(out, request, args.overwrite):
+            todo.append((path, blocks, results.plain(request), out))
+    process.wait()  # no process may see files that another is about to write
+    if not todo:
+        return
+
+    from cpt_utils import models
+
+    model = models.load_model(ref, dtype, process.device)
+    if process.is_main:
+        models.announce(model, ref)
+    shape = (arch.n_layers(config), arch.ffn_width(config))
+    for path, blocks, request, out in todo:
+        plan = batches(len(blocks), batch_size)
+        segments = plan[-1][0] + 1
+        partial = Partial(out.with_name(f".{out.stem}.partial"), process.rank, request, len(blocks), (segments, *shape))
+        process.wait()  # all have read the earlier state
+        start = time.monotonic()
+        count(model, arch, blocks, plan, partial, process.rank, process.world, args.save_every)
+        process.wait()  # all have saved
+        if process.is_main:
+            head = header_of(request, ref, path, shape, blocks.numel(), args.limit)
+            results.write_tensors(out, content(partial.total(), plan, size, head))
+            partial.remove()
+            seconds = time.monotonic() - start
+            cli.say(f"{out}: {blocks.numel():,} tokens in {len(blocks)} blocks of {size}, {seconds:.0f} s")
+        process.wait()
+
+
+class Process:
+    """This process among those of `accelerate launch`; alone without it."""
+
+    def __init__(self, device: str):
+        self.rank, self.world, self.state = 0, int(os.environ.get("WORLD_SIZE", "1")), None
+        if self.world > 1:
+            from accelerate import PartialState
+
+            self.state = PartialState(cpu=cli.device(device).type == "cpu")
+            self.rank, self.device = self.state.process_index, self.state.device
+        else:
+            self.device = cli.device(device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+
+def id_files(given: list[str] | None, study: Study) -> list[Path]:
+    """The files to count: those given, else one for each of the study's languages."""
+    if given:
+        return [Path(path) for path in given]
+    folder = study.value(None, "-i", "tokens")
+    codes = study.value(None, "-i", "languages.lsn")
+
+    from cpt_utils import tokenids
+
+    return [Path(folder) / tokenids.file_name(str(code), study.name) for code in codes]
+
+
+def language_of(path: Path) -> str:
+    """The second dot-separated part of an id file's name."""
+    parts = path.name.split(".")
+    if len(parts) < 3 or not parts[1]:
+        raise InputError(f"{path}: no language in its name; id files are called oscar.<language>.train.<model id>")
+    return parts[1]
+
+
+def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int, limit: int | None):
+    """The blocks of an id file, int32 [blocks, size], and what the counts' header says of them.
+
+    Raises:
+        InputError: no such file, ids beyond the vocabulary, another tokenizer than the model's, not one whole block.
+    """
+    from cpt_utils import neurons, tokenids
+
+    vocabulary = refs.vocabulary_size(ref.config())
+    own = refs.tokenizer_hash(refs.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
+    ids, head = tokenids.read(path, vocab_size=vocabulary, tokenizer_sha256=own)
+    blocks = neurons.blocks(ids, size, tokens, str(path))[:limit]
+    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()[:16]
+    keys = ("language", "text", "tokenizer", "tokenizer_sha256")
+    return blocks, {"used": blocks.numel(), "sha256": digest, **{key: head[key] for key in keys if key in head}}
+
+
+def has_tokenizer(ref: refs.ModelRef, run: str | None) -> bool:
+    """Whether the model, or its run, has tokenizer files; without them the id file is taken on trust."""
+    try:
+        refs.tokenizer_folder(ref, run)
+    except InputError:
+        cli.warn(f"{ref.spec} has no tokenizer files: that the token ids are of its tokenizer is taken on trust")
+        return False
+    return True
+
+
+def finished(out: Path, request: dict, overwrite: bool) -> bool:
+    """Whether `out` holds the counts of this very request.
+
+    Raises:
+        InputError: it holds other counts.
+    """
+    if overwrite or not out.exists():
+        return False
+    found = results.read_tensors(out)
+    if json.loads(found.get("header", "{}")).get("request") == results.plain(request):
+        cli.say(f"{out} is finished (--overwrite redoes it)")
+        return True
+    raise InputError(f"{out} holds counts of another request; give --overwrite to redo it, or another -s or -n")
+
+
+def header_of(request: dict, ref: refs.ModelRef, path: Path, shape: tuple[int, int], used: int, limit) -> dict:
+    return results.header(
+        SCHEMA,
+        models={"model": ref.describe()},
+        n_layers=shape[0],
+        ffn_width=shape[1],
+        language=request["ids"].get("language", language_of(path)),
+        tokens={"file": str(path), **request["ids"]},
+        block_size=request["block_size"],
+        n_used=used,
+        limit=limit,
+        dtype=request["dtype"].removeprefix("torch."),
+        device=request["device"],
+        request=request,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

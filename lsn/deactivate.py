@@ -1,0 +1,441 @@
+"""The causal check of a set of neurons: silence those of one language, and see which language loses by it.
+
+The neurons of language d are set to zero and the mean NLL per token is measured on held-out text of every language e. The
+matrix of changes has d in its rows and e in its columns. Selective neurons hurt their own language (the diagonal) more
+than the others; random sets of as many neurons per layer, drawn outside all masks, say what chance gives.
+
+In:   MODEL (default: the last checkpoint of the study's run), --mask_file of lsn/identify.py, held-out text by language
+      (--heldout LANG=FILE; default data.heldout of the study), and the token ids the neurons were found on (--id_path;
+      default the study's): text that stands in both is left out, so that the two are disjoint.
+Out:  OUT (default: the study's lsn/deactivate.json): `unmasked`, `matrix`, `selectivity` with interval and p, `random`;
+      a heat map beside it.
+
+Full: python lsn/deactivate.py runs/eus/checkpoint-5000 --mask_file result/llama.json --heldout en=heldout/en.txt eu=heldout/eu.txt --id_path oscar_ids/oscar.en.train.llama oscar_ids/oscar.eu.train.llama -o deactivate.json
+Tiny: python lsn/deactivate.py --study demo/tiny.yaml --random 5
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, data, evaluation, figures, journal, languages, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SCHEMA = "deactivation"
+RANDOM = 19  # random sets a language: with them p can be .05
+WINDOW = 16  # tokens: text that shares half of its runs of so many with the text of the neurons is the same text
+MOST_SEEN = 0.1  # of the held-out documents
+
+
+# ---------------------------------------------------------------- text to find, text to test
+
+
+def run_hashes(ids: np.ndarray, length: int) -> np.ndarray:
+    """A 64-bit hash of every run of `length` tokens in `ids` [n]: uint64 [n - length + 1]."""
+    import numpy as np
+
+    found = np.zeros(max(0, len(ids) - length + 1), dtype=np.uint64)
+    factor = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        for offset in range(length):
+            found *= factor
+            found += ids[offset : offset + len(found)].astype(np.uint64) + np.uint64(1)
+    return found
+
+
+def seen(documents: list[list[int]], ids: np.ndarray, chunk: int = 1 << 20) -> list[bool]:
+    """Which documents (lists of token ids) are in `ids` [n]: half or more of their runs of WINDOW tokens are.
+
+    A shorter document counts as one run.
+    """
+    import numpy as np
+
+    by_length: dict[int, list[int]] = {}
+    for number, document in enumerate(documents):
+        by_length.setdefault(min(WINDOW, len(document)), []).append(number)
+    found = [False] * len(documents)
+    for length, numbers in by_length.items():
+        if not length:
+            continue
+        runs = [run_hashes(np.asarray(documents[number]), length) for number in numbers]
+        wanted = np.unique(np.concatenate(runs))
+        there = np.zeros(len(wanted), dtype=bool)
+        for start in range(0, len(ids), chunk):
+            part = run_hashes(np.asarray(ids[start : start + chunk + length - 1]), length)
+            there |= np.isin(wanted, part)
+        present = wanted[there]
+        for number, own in zip(numbers, runs, strict=True):
+            found[number] = bool(np.isin(own, present).mean() >= 0.5)
+    return found
+
+
+def disjoint(
+    texts: dict[str, list[tuple[str, str]]], ids: list[tuple[Path, torch.Tensor]], tokenizer
+) -> tuple[dict[str, list[tuple[str, str]]], dict[str, int]]:
+    """The held-out documents, (context, text) by language, that no id file holds, and how many were left out.
+
+    Raises:
+        InputError: more than a tenth of a language's documents are in the text of the neurons.
+    """
+    kept, left_out = {}, {}
+    for lang, documents in texts.items():
+        encoded = tokenizer([text for _, text in documents], add_special_tokens=False)["input_ids"]
+        known = [False] * len(documents)
+        for _, tokens in ids:
+            known = [a or b for a, b in zip(known, seen(encoded, tokens.numpy()), strict=True)]
+        left_out[lang] = sum(known)
+        if left_out[lang] > MOST_SEEN * len(documents):
+            raise InputError(
+                f"{left_out[lang]} of {len(documents)} held-out documents of {lang} are in the text the neurons were "
+                f"found on ({', '.join(str(path) for path, _ in ids)}); give other held-out text"
+            )
+        kept[lang] = [document for document, is_known in zip(documents, known, strict=True) if not is_known]
+    return kept, left_out
+
+
+# ---------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True)
+class Loss:
+    """NLL in nats and scored tokens of every document of a language."""
+
+    nll: list[float]
+    tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Mean NLL per token."""
+        return math.fsum(self.nll) / sum(self.tokens)
+
+
+def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int) -> dict[str, list[float]]:
+    """The NLL of every document, by language."""
+    from cpt_utils import scoring
+
+    found = {}
+    for lang, documents in texts.items():
+        contexts, own = zip(*documents, strict=True)
+        found[lang] = scoring.text_nlls(model, tokenizer, list(own), batch_size, list(contexts))
+    return found
+
+
+def selectivity(changes: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Row by row the diagonal minus the mean of the rest, from `changes`: deactivated -> evaluated -> change."""
+    return {d: row[d] - math.fsum(v for e, v in row.items() if e != d) / (len(row) - 1) for d, row in changes.items()}
+
+
+def resampled(changes: dict, tokens: dict, seed: int, draws: int = 2000) -> dict[str, dict[str, np.ndarray]]:
+    """The matrix of changes in `draws` bootstrap samples of documents: deactivated -> evaluated -> float64 [draws].
+
+    One sample of a language's documents serves the whole column, which keeps the pairing between rows.
+
+    Args:
+        changes: deactivated -> evaluated -> change of each document's NLL; tokens: evaluated -> tokens of each.
+    """
+    import numpy as np
+
+    from cpt_utils import stats
+
+    found: dict[str, dict] = {d: {} for d in changes}
+    for number, (e, counts) in enumerate(tokens.items()):
+        weights = stats.resample_weights(len(counts), seed + number, draws)
+        total = weights @ np.asarray(counts, dtype=np.float64)
+        for d, row in changes.items():
+            found[d][e] = weights @ np.asarray(row[e], dtype=np.float64) / total
+    return found
+
+
+def summarize(records: dict[str, dict], languages_: list[str], n_random: int, seed: int) -> dict:
+    """Everything the result says, from the losses of each set.
+
+    Args:
+        records: "none", "<lang>", "<lang> random <i>" -> evaluated -> {"nll": [documents], "tokens": [documents]}.
+    """
+    import numpy as np
+
+    plain = {e: Loss(**records["none"][e]) for e in languages_}
+
+    def per_document(key: str) -> dict[str, list[float]]:
+        return {e: [a - b for a, b in zip(records[key][e]["nll"], plain[e].nll, strict=True)] for e in languages_}
+
+    def means(changes: dict[str, list[float]]) -> dict[str, float]:
+        return {e: math.fsum(changes[e]) / sum(plain[e].tokens) for e in languages_}
+
+    changes = {d: per_document(d) for d in languages_ if d in records}
+    matrix = {d: means(row) for d, row in changes.items()}
+    own = selectivity(matrix)
+    draws = resampled(changes, {e: plain[e].tokens for e in languages_}, seed)
+    drawn = selectivity_draws(draws)
+    random = {d: [means(per_document(f"{d} random {i}")) for i in range(n_random)] for d in matrix}
+    chance = {d: [selectivity({d: row})[d] for row in rows] for d, rows in random.items()}
+    rows = {}
+    for d in matrix:
+        low, high = np.quantile(drawn[d], (0.025, 0.975))
+        rows[d] = place(own[d], chance[d]) | {"ci_low": float(low), "ci_high": float(high)}
+    together = sum(drawn.values()) / len(drawn)
+    low, high = np.quantile(together, (0.025, 0.975))
+    chance_together = [math.fsum(values) / len(values) for values in zip(*chance.values(), strict=True)]
+    overall = place(math.fsum(own.values()) / len(own), chance_together)
+    intervals = {
+        d: {e: [float(q) for q in np.quantile(draws[d][e], (0.025, 0.975))] for e in languages_} for d in matrix
+    }
+    return {
+        "languages": languages_,
+        "unmasked": {e: plain[e].mean for e in languages_},
+        "tokens": {e: sum(plain[e].tokens) for e in languages_},
+        "documents": {e: len(plain[e].tokens) for e in languages_},
+        "matrix": matrix,
+        "intervals": intervals,
+        "selectivity": rows,
+        "overall": overall | {"ci_low": float(low), "ci_high": float(high)},
+        "random": random,
+    }
+
+
+def selectivity_draws(draws: dict) -> dict:
+    """`selectivity` of every bootstrap sample: deactivated -> float64 [draws]."""
+    return {d: row[d] - sum(v for e, v in row.items() if e != d) / (len(row) - 1) for d, row in draws.items()}
+
+
+def place(own: float, others: list[float]) -> dict:
+    """A selectivity among those of random sets: `p_value` = (1 + sets at least as selective) / (1 + sets)."""
+    at_least = sum(other >= own for other in others)
+    return {
+        "selectivity": own,
+        "random_mean": math.fsum(others) / len(others),
+        "random_max": max(others),
+        "n_random": len(others),
+        "p_value": (1 + at_least) / (1 + len(others)),
+    }
+
+
+def draw(path: Path, payload: dict) -> None:
+    """Heat maps of the changes in NLL per token: the languages' neurons, and the mean over random sets of as many."""
+    import numpy as np
+
+    names, rows = payload["languages"], list(payload["matrix"])
+    own = np.array([[payload["matrix"][d][e] for e in names] for d in rows])
+    chance = np.array([[np.mean([r[e] for r in payload["random"][d]]) for e in names] for d in rows])
+    bound = max(np.abs(own).max(), np.abs(chance).max()) or 1.0
+    side = 0.45 * len(names) + 0.5
+    with figures.style() as plt:
+        width = min(figures.PAGE, 2 * side + 1.6)
+        fig, axes = plt.subplots(1, 2, figsize=(width, 0.36 * len(rows) + 1.1), sharey=True)
+        for axis, values, title in (
+            (axes[0], own, "language's neurons"),
+            (axes[1], chance, f"random, mean of {len(next(iter(payload['random'].values())))}"),
+        ):
+            image = axis.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+            for i, row in enumerate(values):
+                for j, value in enumerate(row):
+                    shade = "white" if abs(value) > 0.6 * bound else "black"
+                    weight = "bold" if rows[i] == names[j] else "normal"
+                    text = f"{value:+.3f}".replace("0.", ".", 1)
+                    axis.text(j, i, text, ha="center", va="center", color=shade, fontsize=6.5, fontweight=weight)
+            axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+            axis.set_yticks(range(len(rows)), rows)
+            axis.set_title(title)
+            axis.set_xlabel("evaluated on")
+            axis.tick_params(length=0)
+        axes[0].set_ylabel("deactivated")
+        fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.9)
+        figures.save(fig, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("model", nargs="?", metavar="MODEL", help="model; default: the last checkpoint of the study's run")
+    add("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's")
+    add("--lang", metavar="L,L,..", help="languages; default: the study's languages.lsn, else all of the mask")
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
+    add("--id_path", nargs="+", metavar="IDS", help="token ids the neurons were found on; default: the study's")
+    add("--random", type=int, default=RANDOM, metavar="N", help=f"random sets a language, 5 or more; default {RANDOM}")
+    add("-o", "--output", metavar="OUT", help="JSON to write; default: the study's lsn/deactivate.json")
+    cli.add_run_flags(p)
+    cli.add_forward_flags(p)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    if args.random < 5:
+        raise InputError(f"--random {args.random}: fewer than 5 random sets say nothing; give 5 or more")
+    ref = refs.model(args.model) if args.model else refs.run(study.value(None, "MODEL", "run"), args.steps)[-1]
+    mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
+    output = study.output(args.output, "-o", "deactivation")
+
+    from cpt_utils import archs, masks
+
+    config = ref.config()
+    arch = archs.for_config(config)
+    shape = (arch.n_layers(config), arch.ffn_width(config))
+    chosen = args.lang.split(",") if args.lang else study.get("languages.lsn") or masks.languages_in(mask_file)
+    chosen = [str(lang) for lang in chosen]
+    if len(chosen) < 2:
+        raise InputError("one language has no other to be compared with; give two or more with --lang")
+    described = [ref.describe()]
+    everyone = {
+        lang: masks.read(mask_file, lang, *shape, described, control=False) for lang in masks.languages_in(mask_file)
+    }
+    own = {lang: masks.read(mask_file, lang, *shape, described, control=False) for lang in chosen}
+    empty = [lang for lang in chosen if not any(own[lang].values())]
+    if empty:
+        cli.warn(f"{mask_file} has no neuron of {', '.join(empty)}: nothing to deactivate there, a column only")
+    if len(empty) == len(chosen):
+        raise InputError(f"{mask_file} has no neuron of any of these languages")
+    texts, facts = heldout_texts(args, study, chosen)
+    id_files = id_paths(args, study)
+
+    device = cli.device(args.device)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
+    tokenizer, texts, left_out = prepare(ref, study, texts, id_files)
+    request = {
+        "model": ref.describe(), "masks": own, "texts": facts, "left_out": left_out, "limit": args.limit,
+        "random": args.random, "seed": study.seed, "dtype": str(dtype), "device": device.type,
+        "batch_size": args.batch_size,
+    }  # fmt: skip
+    if finished(output, request, args.overwrite):
+        return
+    records = measure(args, ref, arch, own, everyone, shape, texts, tokenizer, device, dtype, output, request)
+    payload = summarize(records, chosen, args.random, study.seed)
+    payload |= {"n_neurons": {lang: sum(map(len, own[lang].values())) for lang in chosen}, "left_out": left_out}
+    head = results.header(
+        SCHEMA, models={"model": ref.describe()}, n_layers=shape[0], ffn_width=shape[1], mask=mask_file,
+        languages={lang: languages.canonical(lang, any_tag=True) for lang in chosen}, heldout=facts,
+        token_ids=[str(path) for path in id_files], limit=args.limit, seed=study.seed,
+        dtype=str(dtype).removeprefix("torch."), device=str(device), request=request,
+    )  # fmt: skip
+    draw(output.with_suffix(""), payload)
+    results.write_json(output, payload, head)
+    partial_of(output).unlink(missing_ok=True)
+    say(payload)
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(output.stem + ".partial.jsonl")
+
+
+def heldout_texts(args, study: Study, chosen: list[str]) -> tuple[dict, dict]:
+    """Held-out documents (context, text) of every language, and what the header says of them."""
+    mapping = study.get("data.heldout") or {}
+    if args.heldout:
+        wrong = [item for item in args.heldout if "=" not in item]
+        if wrong:
+            raise InputError(f"--heldout {wrong[0]}: give LANG=FILE for every language")
+        mapping = dict(item.split("=", 1) for item in args.heldout)
+    together = int(study.get("data.heldout_lines") or 1) if not args.heldout else 1
+    texts, facts = {}, {}
+    for lang in chosen:
+        key = languages.find(mapping, lang, default=None)
+        if key is None:
+            raise InputError(f"no held-out text of {lang}: give --heldout {lang}=FILE, or data.heldout in the study")
+        path = Path(mapping[key])
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: the held-out text of {lang}")
+        texts[lang] = evaluation.documents(path, together)[: args.limit]
+        facts[lang] = {"file": str(path), "sha256": data.file_sha256(path), "documents": len(texts[lang])}
+    return texts, facts
+
+
+def id_paths(args, study: Study) -> list[Path]:
+    if args.id_path:
+        return [Path(path) for path in args.id_path]
+    if not study.get("tokens"):
+        raise InputError("nothing says which text the neurons were found on: give --id_path IDS ..")
+    return cli.sibling("lsn/activation.py").id_files(None, study)
+
+
+def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
+    """The tokenizer, the held-out texts that the id files do not hold, and how many were left out."""
+    from cpt_utils import models, tokenids
+
+    run = study.get("run") if isinstance(study.get("run"), str) else None
+    base = refs.model(study.get("base")) if study.get("base") else None
+    tokenizer = models.load_tokenizer(ref, run, base)
+    hash_ = refs.tokenizer_hash(refs.tokenizer_folder(ref, run, base))
+    ids = [
+        (path, tokenids.read(path, vocab_size=refs.vocabulary_size(ref.config()), tokenizer_sha256=hash_)[0])
+        for path in id_files
+    ]
+    texts, left_out = disjoint(texts, ids, tokenizer)
+    for lang, n in left_out.items():
+        if n:
+            cli.say(f"{n} held-out documents of {lang} are in the text the neurons were found on, and are left out")
+    return tokenizer, texts, left_out
+
+
+def finished(output: Path, request: dict, overwrite: bool) -> bool:
+    if overwrite or not output.exists():
+        return False
+    _, head = results.read_json(output, SCHEMA, allow_limited=True)
+    if head.get("request") == results.plain(request):
+        cli.say(f"{output} is finished (--overwrite redoes it)")
+        return True
+    raise InputError(f"{output} is of another model, mask or text; give --overwrite to redo it, or another -o")
+
+
+def measure(args, ref, arch, own, everyone, shape, texts, tokenizer, device, dtype, output, request) -> dict:
+    """The losses without any, with each language's, and with random neurons silenced; a killed run goes on."""
+    from cpt_utils import masks, models, neurons
+
+    todo = {"none": {}} | {lang: mask for lang, mask in own.items() if any(mask.values())}
+    for number in range(args.random):
+        control = masks.random_control(everyone, *shape, seed=f"{request['seed']}/{number}")
+        for lang in own:
+            if lang in todo:
+                todo[f"{lang} random {number}"] = control[languages.find(control, lang)]
+    notes = journal.Journal(partial_of(output), request)
+    if notes.done:
+        cli.say(f"{len(notes.done)} of {len(todo)} sets were measured before; going on with the next")
+    model = None
+    for key, mask in cli.progress(todo.items(), "deactivated sets", total=len(todo), unit="set"):
+        if key in notes.done:
+            continue
+        if model is None:
+            model = models.load_model(ref, dtype, device)
+            models.announce(model, ref)
+        with neurons.silenced(model, arch, mask):
+            scores = losses(model, tokenizer, texts, args.batch_size)
+        record = {e: {"nll": [s.nll for s in row], "tokens": [s.tokens for s in row]} for e, row in scores.items()}
+        if not all(math.isfinite(value) for row in record.values() for value in row["nll"]):
+            raise InputError(f"{ref.spec}: the loss with {key} deactivated is not finite; try --dtype float32")
+        notes.add(key, record)
+    return notes.done
+
+
+def say(payload: dict) -> None:
+    """Print the matrix and what it says."""
+    names = payload["languages"]
+    cli.say("NLL per token: " + ", ".join(f"{e} {payload['unmasked'][e]:.4f}" for e in names))
+    for d, row in payload["matrix"].items():
+        found = payload["selectivity"][d]
+        cli.say(
+            f"without the {payload['n_neurons'][d]} neurons of {d}: "
+            + ", ".join(f"{e} {row[e]:+.4f}" for e in names)
+            + f"; selectivity {found['selectivity']:+.4f} [{found['ci_low']:+.4f}, {found['ci_high']:+.4f}], "
+            f"{found['n_random']} random sets {found['random_mean']:+.4f}, p = {found['p_value']:.3f}"
+        )
+    found = payload["overall"]
+    cli.say(
+        f"overall selectivity {found['selectivity']:+.4f} [{found['ci_low']:+.4f}, {found['ci_high']:+.4f}], random "
+        f"{found['random_mean']:+.4f}, p = {found['p_value']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

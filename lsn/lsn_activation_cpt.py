@@ -1,0 +1,244 @@
+"""How strongly the neurons of a language fire over continued pre-training: mean activation, against a random control (step 9).
+
+The mean over tokens and masked neurons of act(W_gate x), on the first 100,000 tokens of the language cut to whole blocks.
+Language mask and control mask are read in the same forward passes.
+
+In:   --model a model or a run (default: the study's run, and its base), --id_path token ids of lsn/load_oscar.py,
+      --mask_file and --control-mask of lsn/identify.py, --lang (all default to the study's).
+Out:  in --save_folder: for a run <name>/checkpoint-<step>.<lang>.<tokens>.json and with the control mask
+      <name>/r.checkpoint-<step>.<lang>.<tokens>.json; for the base <base-tag>/<lang>.<tokens>.json and r.<lang>..;
+      for a single model <name>.<lang>.<tokens>.json. Each holds `all_layers` and `layers`. A figure over steps.
+
+Full: python lsn/lsn_activation_cpt.py --model runs/eus --id_path oscar_ids/oscar.eu.train.llama --type llama --save_folder lsn_activation --name llama-eus --mask_file result/llama.json --lang eu
+Tiny: python lsn/lsn_activation_cpt.py --study demo/tiny.yaml --tokens 2000
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils import cli, figures, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+SCHEMA = "lsn-activation"
+TOKENS = 100_000
+TOKENS_A_BATCH = 4096
+PREFIX = {"language": "", "control": "r."}
+
+
+# ---------------------------------------------------------------- the method
+
+
+def measure(model, arch, blocks, masks: dict[str, dict], batch_size: int):
+    """Mean activations of every mask on `blocks` [blocks, size]: a `neurons.Activations`."""
+    from cpt_utils import neurons
+
+    found = neurons.Activations(model, arch, masks)
+    for part in blocks.split(batch_size):
+        found.add(part)
+    return found
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the results of one model go."""
+
+    folder: Path
+    stem: str  # what stands in front of <tokens>.json
+
+    def file(self, mask: str, tokens: int) -> Path:
+        return self.folder / f"{PREFIX[mask]}{self.stem}.{tokens}.json"
+
+
+def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Place:
+    if base_tag is not None:
+        return Place(folder / base_tag, lang)
+    if is_run:
+        return Place(folder / name, f"checkpoint-{ref.step}.{lang}")
+    return Place(folder, f"{name}.{lang}")
+
+
+def payload(found, mask: str) -> dict:
+    """What a result file holds, beside its header."""
+    return {
+        "all_layers": found.mean(mask),
+        "layers": {str(layer): mean for layer, mean in sorted(found.layer_means(mask).items())},
+        "n_neurons": sum(len(sums) for sums in found.sums[mask].values()),
+        "n_tokens": found.tokens,
+    }
+
+
+def finished(path: Path, request: dict, overwrite: bool) -> bool:
+    """Whether `path` is the result of this request.
+
+    Raises:
+        InputError: it is the result of another one.
+    """
+    if overwrite or not path.exists():
+        return False
+    _, head = results.read_json(path, SCHEMA, allow_limited=True)
+    if head.get("request") == results.plain(request):
+        return True
+    raise InputError(f"{path} is of another model, mask or text; give --overwrite to redo it, or another --name")
+
+
+def draw(path: Path, means: dict[str, dict[int, float]], lang: str, n_neurons: int, n_tokens: int) -> None:
+    """Mean activation over training steps, the base as step 0: the language's neurons, the control, their difference.
+
+    Args:
+        means: "language" and, where there is one, "control" -> step -> mean activation.
+    """
+    steps = sorted(means["language"])
+    looks = {
+        "language": (figures.colour("target"), "o", "-", f"neurons of {lang} (n = {n_neurons})"),
+        "control": (figures.colour("random"), "s", "--", "random control, as many per layer"),
+    }
+    with figures.style() as plt:
+        fig, axis = plt.subplots(figsize=(figures.COLUMN, 2.2))
+        for mask, (shade, marker, line, label) in looks.items():
+            if mask in means:
+                axis.plot(steps, [means[mask][s] for s in steps], line, color=shade, marker=marker, label=label)
+        axis.axhline(0, color="#bbbbbb", linewidth=0.6)
+        axis.set_xlabel("training step (0 = base)" if 0 in steps else "training step")
+        axis.set_ylabel("mean activation")
+        axis.set_title(f"{n_tokens:,} tokens of {lang}")
+        axis.legend(loc="best")
+        figures.save(fig, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--model", metavar="M", help="model, or run of checkpoints; default: the study's run, and its base")
+    p.add_argument(
+        "--base-model", metavar="B", help="base, measured too; default: the study's where --model is left out"
+    )
+    p.add_argument("--base-tag", default="base", metavar="TAG", help="folder of the base's results; default base")
+    p.add_argument("--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
+    p.add_argument(
+        "--type", choices=("llama", "qwen"), help="blocks of 4096 (llama) or 2048 tokens; default: from the model"
+    )
+    p.add_argument("--save_folder", metavar="F", help="where results go; default: the study's lsn/lsn_activation")
+    p.add_argument("--name", metavar="NAME", help="of the model or run in the files' names; default: the study's name")
+    p.add_argument("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's")
+    p.add_argument("--control-mask", metavar="MASK", help="random control; default: the study's where the mask is too")
+    p.add_argument("--lang", metavar="LANG", help="language; default: the study's languages.target")
+    p.add_argument("--tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens; default {TOKENS:,}")
+    p.add_argument("--block-size", type=cli.positive, metavar="N", help="tokens a block; default: that of --type")
+    cli.add_run_flags(p)
+    cli.add_forward_flags(p, batch_size=None)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    target = study.value(args.model, "--model", "run")
+    is_run = refs.is_run(target) if isinstance(target, str) else True
+    models = refs.run(target, args.steps) if is_run else [refs.model(target)]
+    base = args.base_model or (study.get("base") if args.model is None else None)
+    lang = str(study.value(args.lang, "--lang", "languages.target"))
+    folder = study.output(args.save_folder, "--save_folder", "lsn_activation")
+    name = args.name or (study.name if study else None)
+    if name is None:
+        raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
+    ids = args.id_path or id_file(study, lang)
+    mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
+    control_file = Path(args.control_mask) if args.control_mask else None
+    if control_file is None and args.mask_file is None and (study.result("lsn_control") or Path()).is_file():
+        control_file = study.result("lsn_control")
+
+    todo = [(ref, place_of(ref, folder, name, lang, None, is_run)) for ref in models]
+    if base is not None:
+        todo.insert(0, (refs.model(base), place_of(refs.model(base), folder, name, lang, args.base_tag, is_run)))
+    run_all(args, study, todo, Path(ids), mask_file, control_file, lang, folder / name)
+
+
+def id_file(study: Study, lang: str) -> Path:
+    """The study's token ids of a language."""
+    from cpt_utils import tokenids
+
+    return Path(study.value(None, "--id_path", "tokens")) / tokenids.file_name(lang, study.name)
+
+
+def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_file, lang: str, figure: Path) -> None:
+    """Measure every model that is not finished, one after the other, and draw the run."""
+    from cpt_utils import archs, masks, models, neurons
+
+    counting = cli.sibling("lsn/activation.py")
+    device = cli.device(args.device)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
+    run = study.get("run") if isinstance(study.get("run"), str) else None
+    described = [ref.describe() for ref, _ in todo]
+    config = todo[0][0].config()
+    arch = archs.for_config(config)
+    shape = (arch.n_layers(config), arch.ffn_width(config))
+    chosen = {"language": masks.read(mask_file, lang, *shape, described, control=False)}
+    if control_file is not None:
+        chosen["control"] = masks.read(control_file, lang, *shape, described, control=True)
+    counts = {mask: sum(map(len, layers.values())) for mask, layers in chosen.items()}
+    if not counts["language"]:
+        raise InputError(f"{mask_file} has no neuron of {lang}: there is nothing to measure")
+    size = neurons.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
+    batch_size = args.batch_size or max(1, TOKENS_A_BATCH // size)
+    means: dict[str, dict[int, float]] = {mask: {} for mask in chosen}
+    for ref, place in todo:
+        blocks, facts = counting.read(ids, ref, run, size, args.tokens, args.limit)
+        own = archs.for_config(ref.config())
+        if (own.n_layers(ref.config()), own.ffn_width(ref.config())) != shape:
+            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
+        requests = {
+            mask: {
+                "model": ref.describe(), "ids": facts, "mask": layers, "block_size": size, "batch_size": batch_size,
+                "dtype": str(dtype), "device": device.type,
+            }
+            for mask, layers in chosen.items()
+        }  # fmt: skip
+        paths = {mask: place.file(mask, blocks.numel()) for mask in chosen}
+        left = [mask for mask in chosen if not finished(paths[mask], requests[mask], args.overwrite)]
+        if left:
+            model = models.load_model(ref, dtype, device)
+            found = measure(model, own, blocks, {mask: chosen[mask] for mask in left}, batch_size)
+            del model
+            for mask in left:
+                head = header(requests[mask], ref, shape, lang, mask, ids, mask_file, control_file, args.limit)
+                results.write_json(paths[mask], payload(found, mask), head)
+        for mask in chosen:
+            means[mask][ref.step or 0] = results.read_json(paths[mask], SCHEMA, allow_limited=True)[0]["all_layers"]
+        shown = ", ".join(f"{mask} {values[ref.step or 0]:.4f}" for mask, values in means.items())
+        cli.say(f"{ref.spec}: mean activation {shown}{'' if left else ' (finished before)'}")
+    if len(todo) > 1:
+        draw(figure, means, lang, counts["language"], blocks.numel())
+        cli.say(f"wrote {figure}.pdf and .png")
+
+
+def header(request: dict, ref, shape, lang: str, mask: str, ids: Path, mask_file, control_file, limit) -> dict:
+    from cpt_utils import languages
+
+    return results.header(
+        SCHEMA,
+        models={"model": ref.describe()},
+        step=ref.step,
+        n_layers=shape[0],
+        ffn_width=shape[1],
+        language=languages.canonical(lang, any_tag=True),
+        control=mask == "control",
+        mask=mask_file if mask == "language" else control_file,
+        tokens={"file": ids, **request["ids"]},
+        block_size=request["block_size"],
+        limit=limit,
+        dtype=request["dtype"].removeprefix("torch."),
+        device=request["device"],
+        request=request,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,168 @@
+"""lsn/activation.py: exact counts, snapshots, going on after a kill, several processes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, load_script, save_tiny, tiny_tokenizer
+
+from cpt_utils import archs, models, neurons, refs, results, tokenids
+from cpt_utils.errors import InputError
+
+ACTIVATION = load_script("lsn/activation.py")
+
+
+def write_ids(folder, lang="ga", n=700, seed=0, vocabulary=259, **facts):
+    """An id file with its description, as lsn/load_oscar.py writes them."""
+    path = folder / tokenids.file_name(lang, "tiny")
+    ids = torch.randint(3, vocabulary, (n,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    tokenids.write(path, ids, {"n_documents": 1, "complete": True}, results.header("token-ids", language=lang, **facts))
+    return path, ids
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", "model", seed=1)
+    return tmp_path
+
+
+def count(*more) -> dict:
+    ACTIVATION.main(["-m", "model", "-n", "tiny", "-s", "counts", "--block-size", "32", "--dtype", "float64", *more])
+    return results.read_tensors("counts/tiny.ga.pt")
+
+
+def test_counts_snapshots_and_header(place):
+    path, ids = write_ids(place)
+    found = count("-i", str(path))
+    model = models.load_model(refs.model("model"), torch.float64, torch.device("cpu"))
+    arch = archs.for_config(model.config)
+    blocks = ids[: 700 // 32 * 32].view(-1, 32)
+
+    def slow(rows) -> torch.Tensor:
+        counter = neurons.Counter(model, arch)
+        for row in rows:
+            counter.add(row[None])
+        return counter.counts
+
+    assert found["n"] == 672 and torch.equal(found["over_zero"], slow(blocks))
+    assert found["snapshots_n"].tolist() == [32 * n for n in (3, 5, 10)]  # of 21: about 1/8, 1/4, 1/2
+    for n, counts in zip((3, 5, 10), found["snapshots"], strict=True):
+        assert torch.equal(counts, slow(blocks[:n]))
+    head = json.loads(found["header"])
+    assert (head["n_layers"], head["ffn_width"], head["language"]) == (3, 48, "ga")
+    assert head["tokens"]["used"] == 672 and head["models"]["model"]["spec"] == "model"
+    assert not list((place / "counts").glob(".*"))
+    # Any batch size gives the same, and fewer tokens are the first ones.
+    os.remove("counts/tiny.ga.pt")
+    assert torch.equal(count("-i", str(path), "--batch-size", "1")["over_zero"], found["over_zero"])
+    os.remove("counts/tiny.ga.pt")
+    assert torch.equal(count("-i", str(path), "--tokens", "170")["over_zero"], slow(blocks[:5]))
+
+
+def test_finished_files_are_kept_and_others_refused(place, capsys):
+    path, _ = write_ids(place)
+    count("-i", str(path))
+    before = (place / "counts/tiny.ga.pt").read_bytes()
+    count("-i", str(path))
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another request"):
+        count("-i", str(path), "--tokens", "320")
+    count("-i", str(path), "--overwrite")
+    one, other = torch.load("counts/tiny.ga.pt"), results.read_tensors("counts/tiny.ga.pt")
+    assert torch.equal(one["over_zero"], other["over_zero"]) and len(before) > 0
+
+
+def killed(argv: list[str], after: int) -> None:
+    """Run the command in a child that is killed in the forward pass number `after`, each pass having been saved."""
+    child = os.fork()
+    if child == 0:
+        own, calls = neurons.Counter.add, iter(range(1000))
+
+        def deadly(self, ids):
+            if next(calls) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            own(self, ids)
+
+        neurons.Counter.add = deadly
+        ACTIVATION.main([*argv, "--save-every", "0"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_killed_twice_gives_the_same_counts(place, capsys, dtype):
+    path, _ = write_ids(place, n=1500)
+    flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--dtype", dtype, "--batch-size", "2", "-i", str(path)]
+    ACTIVATION.main([*flags, "-s", "unbroken"])
+    killed([*flags, "-s", "broken"], after=5)
+    assert not os.path.exists("broken/tiny.ga.pt")
+    killed([*flags, "-s", "broken"], after=7)
+    capsys.readouterr()
+    ACTIVATION.main([*flags, "-s", "broken"])
+    assert "blocks were counted before" in capsys.readouterr().out
+    one, other = (results.read_tensors(f"{folder}/tiny.ga.pt") for folder in ("unbroken", "broken"))
+    for key in ("over_zero", "snapshots", "snapshots_n"):
+        assert torch.equal(one[key], other[key])
+    assert os.listdir("broken") == ["tiny.ga.pt"]
+
+
+@pytest.mark.slow
+def test_two_processes_count_what_one_does(place):
+    path, _ = write_ids(place, n=1500)
+    flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--batch-size", "2", "--device", "cpu", "-i", str(path)]
+    ACTIVATION.main([*flags, "-s", "one"])
+    # A run that one process began goes on with two.
+    killed([*flags, "-s", "two"], after=4)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "lsn/activation.py"), *flags, "-s", "two"],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (results.read_tensors(f"{folder}/tiny.ga.pt") for folder in ("one", "two"))
+    for key in ("over_zero", "snapshots", "snapshots_n"):
+        assert torch.equal(one[key], two[key])
+    assert os.listdir("two") == ["tiny.ga.pt"]
+
+
+def test_bad_input_is_one_line(place):
+    save_tiny("llama", "small", seed=2, vocab_size=260)
+    path, _ = write_ids(place, vocabulary=272)
+    with pytest.raises(InputError, match="vocabulary has 260 tokens"):
+        ACTIVATION.main(["-m", "small", "-n", "tiny", "-s", "counts", "-i", str(path), "--block-size", "32"])
+    path, _ = write_ids(place, n=20)
+    with pytest.raises(InputError, match="fewer than one block of 32"):
+        count("-i", str(path))
+    path, _ = write_ids(place, tokenizer_sha256="of another", tokenizer="other")
+    with pytest.raises(InputError, match="not the model's"):
+        count("-i", str(path))
+    with pytest.raises(InputError, match="no language in its name"):
+        count("-i", "ids.pt")
+    with pytest.raises(InputError, match="does not exist"):
+        count("-i", "oscar.ga.train.none")
+    with pytest.raises(InputError, match="more than the model's 512"):
+        ACTIVATION.main(["-m", "model", "-n", "tiny", "-s", "counts", "-i", str(path), "--block-size", "4096"])
+    assert not (place / "counts").exists() or not os.listdir("counts")
+
+
+def test_a_tokenizer_of_the_model_is_accepted(place):
+    tiny_tokenizer().save_pretrained("model")
+    path, _ = write_ids(place, tokenizer_sha256=refs.tokenizer_hash(place / "model"))
+    assert count("-i", str(path))["n"] == 672

@@ -1,0 +1,107 @@
+"""lsn/lsn_activation_cpt.py: means of a run and its base against a slow loop, files, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import load_script, save_tiny
+
+from cpt_utils import archs, masks, models, neurons, refs, results, tokenids
+from cpt_utils.errors import InputError
+
+SCRIPT = load_script("lsn/lsn_activation_cpt.py")
+OWN = {"en": {0: [], 1: [], 2: []}, "ga": {0: [1, 7], 1: [], 2: [5]}}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A base, a run of two checkpoints, masks and token ids, and a study that names them."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny("qwen2", "base", seed=0)
+    for number, step in enumerate((30, 5)):
+        save_tiny("qwen2", f"run/checkpoint-{step}", seed=number + 1)
+    (tmp_path / "study.yaml").write_text(
+        "name: demo\nbase: base\nrun: run\ntokens: tokens\nresults: results\nlanguages: {base: en, target: ga}\n"
+        "lsn: {block_size: 16}\n"
+    )
+    facts = {"models": {"model": refs.model("run/checkpoint-30").describe()}, "n_layers": 3, "ffn_width": 48}
+    masks.write("results/lsn/result/demo.json", OWN, **facts)
+    masks.write("results/lsn/result/demo.control.json", masks.random_control(OWN, 3, 48, 1), control=True, **facts)
+    ids = torch.randint(3, 250, (300,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    tokenids.write(f"tokens/{tokenids.file_name('ga', 'demo')}", ids, {}, results.header("token-ids", language="ga"))
+    return tmp_path, ids
+
+
+def slow_mean(folder, ids, mask) -> float:
+    model = models.load_model(refs.model(folder), torch.float64, torch.device("cpu"))
+    arch, values = archs.for_config(model.config), []
+    for layer, chosen in mask.items():
+        handle = arch.activation_module(model, layer).register_forward_hook(
+            lambda _m, _a, out, chosen=chosen: values.extend(out[..., chosen].flatten().tolist())
+        )
+        with torch.no_grad():
+            for block in ids[:288].view(-1, 16):
+                model(input_ids=block[None].long())
+        handle.remove()
+    return sum(values) / len(values)
+
+
+def test_a_run_and_its_base(study, monkeypatch):
+    folder, ids = study
+    passes = []
+    own = neurons.Activations.add
+    monkeypatch.setattr(neurons.Activations, "add", lambda self, part: (passes.append(1), own(self, part))[1])
+    SCRIPT.main(["--dtype", "float64", "--batch-size", "9"])
+    assert len(passes) == 3 * 2  # three models, 18 blocks in batches of 9: both masks in the same passes
+    place = folder / "results/lsn/lsn_activation"
+    assert sorted(p.name for p in (place / "base").iterdir()) == ["ga.288.json", "r.ga.288.json"]
+    assert sorted(p.name for p in (place / "demo").iterdir()) == [
+        "checkpoint-30.ga.288.json", "checkpoint-5.ga.288.json",
+        "r.checkpoint-30.ga.288.json", "r.checkpoint-5.ga.288.json",
+    ]  # fmt: skip
+    control = masks.read("results/lsn/result/demo.control.json", "ga", 3, 48)
+    for file, model, mask in (
+        ("base/ga.288.json", "base", OWN["ga"]),
+        ("demo/checkpoint-30.ga.288.json", "run/checkpoint-30", OWN["ga"]),
+        ("demo/r.checkpoint-5.ga.288.json", "run/checkpoint-5", control),
+    ):
+        found, head = results.read_json(place / file, "lsn-activation")
+        assert found["all_layers"] == pytest.approx(slow_mean(model, ids, mask), rel=1e-10)
+        assert (found["n_neurons"], found["n_tokens"]) == (3, 288)
+        assert sorted(found["layers"]) == ["0", "2"]
+        assert head["control"] is ("r." in file) and head["models"]["model"]["spec"] == model
+    assert (place / "demo.png").is_file() and (place / "demo.pdf").is_file()
+
+
+def test_rerun_keeps_and_single_models(study, capsys):
+    folder, _ = study
+    SCRIPT.main([])
+    before = {p: p.read_bytes() for p in folder.rglob("lsn_activation/**/*.json")}
+    assert len(before) == 6
+    SCRIPT.main([])
+    assert "finished before" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in before}
+    SCRIPT.main(["--model", "run/checkpoint-30", "--name", "one", "--save_folder", "out"])
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["one.ga.288.json", "r.one.ga.288.json"]
+    with pytest.raises(InputError, match="another model, mask or text"):
+        SCRIPT.main(["--dtype", "float64"])
+
+
+def test_bad_input_is_one_line(study):
+    folder, _ = study
+    with pytest.raises(InputError, match="no neuron of en"):
+        tokenids.write(
+            f"tokens/{tokenids.file_name('en', 'demo')}", torch.arange(3, 100), {}, results.header("token-ids")
+        )
+        SCRIPT.main(["--lang", "en"])
+    with pytest.raises(InputError, match="random control mask"):
+        SCRIPT.main(["--mask_file", "results/lsn/result/demo.control.json"])
+    other = json.loads((folder / "results/lsn/result/demo.json").read_text())
+    other["_header"]["n_layers"] = 4
+    (folder / "other.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="n_layers 4"):
+        SCRIPT.main(["--mask_file", "other.json"])
+    with pytest.raises(InputError, match="sw"):
+        SCRIPT.main(["--lang", "sw"])

@@ -1,0 +1,132 @@
+"""Mask files of language-specific neurons, what is refused, and random controls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import save_tiny
+
+from cpt_utils import masks, refs
+from cpt_utils.errors import InputError
+
+MASK = {"en": {0: [3, 1], 1: [], 2: [7]}, "ga": {0: [0], 1: [2, 4, 5], 2: []}, "eu": {0: [], 1: [], 2: []}}
+FACTS = {"n_layers": 3, "ffn_width": 8}
+
+
+def written(path: Path, mask=MASK, **facts) -> Path:
+    masks.write(path, mask, **(FACTS | facts))
+    return path
+
+
+def test_written_and_read_in_any_spelling(tmp_path):
+    path = written(tmp_path / "tag.json")
+    raw = json.loads(path.read_text())
+    assert raw.pop("_header")["schema"] == "lsn-mask"
+    assert raw["eu"] == {"0": [], "1": [], "2": []} and raw["ga"]["1"] == [2, 4, 5]
+    assert masks.languages_in(path) == ["en", "ga", "eu"]
+    assert masks.read(path, "eng_Latn", 3, 8) == {0: [1, 3], 1: [], 2: [7]}
+    assert list(masks.read(path, "ga", 3, 8)) == [0, 1, 2]
+    assert masks.read(path, "eus_Latn", 3, 8) == {0: [], 1: [], 2: []}
+    # What is read is the caller's own: changing it changes no later reading.
+    masks.read(path, "en", 3, 8)[0].append(5)
+    assert masks.read(path, "en", 3, 8)[0] == [1, 3]
+
+
+def test_a_file_of_the_published_scripts_is_taken_with_one_warning(tmp_path, capsys):
+    path = tmp_path / "bare.json"
+    path.write_text(json.dumps({"en": {"0": [1], "1": []}, "ga": {"1": [], "0": []}}))
+    models = [{"spec": "org/name", "model_id": "org__name", "revision": None}]
+    assert masks.languages_in(path) == ["en", "ga"]
+    assert masks.read(path, "en", 2, 8, models, control=False) == {0: [1], 1: []}
+    assert masks.read(path, "ga", 2, 8, models, control=True) == {0: [], 1: []}
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+def test_masks_that_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "mask.json"
+
+    def fails(message, lang="en", n_layers=3, width=8, payload=None, models=None, control=None):
+        if payload is not None:
+            path.write_text(json.dumps(payload))
+        with pytest.raises(InputError, match=message) as error:
+            masks.read(path, lang, n_layers, width, models, control)
+        assert "\n" not in str(error.value)
+
+    fails("mask.json does not exist")
+    written(path)
+    fails("nothing for de .deu_Latn.; there is en, eu, ga", lang="de")
+    fails("made for n_layers 3, but 4 is needed", n_layers=4)
+    fails("made for ffn_width 8, but 9 is needed", width=9)
+    fails("is a mask of language-specific neurons, but a random control mask is needed", control=True)
+    written(path, control=True)
+    fails("is a random control mask, but a mask of language-specific neurons is needed", control=False)
+    masks.read(path, "en", 3, 8, control=True)
+    fails("has 1 layers for en, but the model has 3", payload={"en": {"0": [1]}})
+    fails("has 3 layers for en, but the model has 3", payload={"en": {"1": [], "2": [], "3": []}})
+    fails("layer 1 of en names neuron 8, but the model has 0 to 7", payload={"en": {"0": [], "1": [8], "2": []}})
+    fails("layer 0 of en names neuron -1", payload={"en": {"0": [-1], "1": [], "2": []}})
+    fails("layer 2 of en names a neuron twice", payload={"en": {"0": [], "1": [], "2": [4, 4]}})
+    fails("layer 2 of en is no list of neuron numbers", payload={"en": {"0": [], "1": [], "2": [0.5]}})
+    fails("layer 2 of en is no list of neuron numbers", payload={"en": {"0": [], "1": [], "2": {"4": 1}}})
+    fails("en and eng_Latn both mean eng", lang="eng", payload={"en": {}, "eng_Latn": {}})
+    for payload in ([1], {}, {"layers": [1, 2]}):
+        fails("holds no masks", payload=payload)
+    fails("holds 'lsn-layers', but 'lsn-mask' is needed", payload={"_header": {"schema": "lsn-layers"}, "layers": [1]})
+    path.write_text("{")
+    fails("is not valid JSON")
+
+
+def test_a_mask_of_another_model_is_refused(tmp_path):
+    base, run = save_tiny("llama", tmp_path / "base", tokenizer=False), tmp_path / "run"
+    steps = [save_tiny("llama", run / f"checkpoint-{s}", seed=s, tokenizer=False) for s in (1, 2)]
+    stranger = refs.model(save_tiny("llama", tmp_path / "stranger", seed=9, tokenizer=False)).describe()
+    models = [refs.model(folder).describe() for folder in (base, *steps)]
+    path = written(tmp_path / "mask.json", models={"model": models[2]})
+    assert masks.read(path, "en", 3, 8, models)[0] == [1, 3]
+    assert masks.read(path, "en", 3, 8, [models[1]])[0] == [1, 3]  # another checkpoint of the same run
+    with pytest.raises(InputError, match="made for .*checkpoint-2, which is none of the models asked for .*stranger"):
+        masks.read(path, "en", 3, 8, [stranger])
+    trained_again = models[2] | {"weights_sample": "0" * 16}
+    with pytest.raises(InputError, match="or was trained again since"):
+        masks.read(path, "en", 3, 8, [trained_again])
+    # A file that was rewritten is read again.
+    masks.write(path, {"en": {0: [5], 1: [], 2: []}}, **FACTS)
+    assert masks.read(path, "en", 3, 8)[0] == [5]
+
+
+def test_random_control_has_as_many_neurons_outside_every_mask():
+    n_layers, width = 4, 200
+    mask = {
+        "a": {0: list(range(0, 90)), 1: [5], 2: [], 3: [199]},
+        "b": {0: list(range(60, 100)), 1: list(range(100)), 2: [0, 1], 3: [198, 199]},
+        "none": {layer: [] for layer in range(n_layers)},
+    }
+    control = masks.random_control(mask, n_layers, width, seed=7)
+    assert list(control) == list(mask)
+    for lang, layers in control.items():
+        assert list(layers) == list(range(n_layers))
+        for layer, neurons in layers.items():
+            assert neurons == sorted(set(neurons)) and len(neurons) == len(mask[lang][layer])
+            assert all(0 <= neuron < width for neuron in neurons)
+            assert not any(set(neurons) & set(mask[other][layer]) for other in mask)
+    assert masks.random_control(mask, n_layers, width, seed=7) == control
+    again = masks.random_control(mask, n_layers, width, seed=8)
+    assert again != control and again["b"][1] != control["b"][1]
+    # The order of languages does not matter.
+    assert masks.random_control(dict(reversed(mask.items())), n_layers, width, seed=7)["b"] == control["b"]
+    # Over many seeds every neuron outside has its turn, and about equally often.
+    times = [0] * width
+    for seed in range(2000):
+        for neuron in masks.random_control(mask, n_layers, width, seed)["b"][2]:
+            times[neuron] += 1
+    assert times[0] == times[1] == 0 and min(times[2:]) > 5 and max(times) < 50
+
+
+def test_a_layer_without_room_for_a_control_is_named():
+    mask = {"a": {0: [], 1: [0, 1, 2, 3, 4]}, "b": {0: [], 1: []}}
+    with pytest.raises(InputError, match=r"layer 1 has 3 of 8 neurons outside the mask, but the control of a needs 5"):
+        masks.random_control(mask, 2, 8, 0)
+    exactly = masks.random_control({"a": {0: [0, 1, 2, 3]}}, 1, 8, 0)
+    assert exactly == {"a": {0: [4, 5, 6, 7]}}
