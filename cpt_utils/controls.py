@@ -1,20 +1,18 @@
 """The place of one swap among random swaps of the same size, measured in one process on in-memory swaps.
 
-`measure` runs base, target and every set, goes on after a kill, and writes the result; `compare` and `place` are the
-statistics. The scripts that swap layers or components choose the sets.
+`measure` runs base, target and every set, goes on after a kill, and writes the result; `compare`, `place`, `intervals`
+and `places` are the statistics. The scripts that swap layers or components choose the sets.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils import cli, figures, refs, results, stats, surgery
+from cpt_utils import cli, figures, journal, refs, results, stats, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.evaluation import MEASURES, Test
 
@@ -24,6 +22,33 @@ DISTINCT = 20  # fewer other sets than this tell little: said in words
 
 
 # --- which sets ---
+
+
+def add_flag(p, own: str) -> None:
+    """The flag --controls; `wanted` reads it. `own` says in its help what is compared with the random sets."""
+    p.add_argument(
+        "--controls",
+        nargs="?",
+        const="study",
+        type=_number_of_sets,
+        metavar="all|N",
+        help=f"compare {own} with random sets of its size: all of them where they are 300 or fewer (else 300), or N "
+        "seeded draws; without a value the study's `controls`, else all",
+    )
+
+
+def _number_of_sets(text: str) -> str:
+    if text not in ("all", "study") and not (text.isdigit() and int(text) > 0):
+        raise ValueError
+    return text
+
+
+_number_of_sets.__name__ = "all, or a positive number"  # what argparse calls it in its error
+
+
+def wanted(given: str, study) -> str | int:
+    """How many random sets: what --controls says, without a value the study's `controls`, else "all"."""
+    return (study.get("controls") or "all") if given == "study" else given
 
 
 def layer_sets(n_layers: int, own: Iterable[int], wanted: str | int, seed: int) -> tuple[list[list[int]], int]:
@@ -62,16 +87,21 @@ def layer_sets(n_layers: int, own: Iterable[int], wanted: str | int, seed: int) 
 
 @dataclass(frozen=True)
 class Swap:
-    """One thing to measure: a name ("semantic_hub", "random"), the layers it concerns, and its recipe."""
+    """One thing to measure: a name ("semantic_hub", "random"), the layers it concerns, and its recipe.
+
+    `facts` stand in its row of the result. Sets are compared within one `component`, where the facts name one.
+    """
 
     name: str
     layers: list[int]
     recipe: surgery.Recipe | None
+    facts: dict = field(default_factory=dict)
 
 
 def measure(
     pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, device, dtype, run: str | None = None,
     overwrite: bool = False, own: str | None = None, facts: dict | None = None, seed: int = 42,
+    figure: Callable[[Path, dict], None] | None = None,
 ) -> None:  # fmt: skip
     """Measure base, target and all `swaps`, and write `path`; one that holds the same request is kept.
 
@@ -80,6 +110,7 @@ def measure(
         own: name of the swap to compare with those named "random"; None for no comparison. With it, a figure and the
             per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside `path`.
         facts: payload of the result beside comparison and sets.
+        figure: draws the payload in the place of `draw`: (path without suffix, payload) -> None.
 
     Raises:
         InputError: `path` is the result of another request, or a model cannot be measured.
@@ -113,13 +144,18 @@ def measure(
     partial = path.with_name(path.stem + ".partial.jsonl")
     records = run_sets(pair, swaps, test, partial, request, load)
     compared = compare(records, own, seed) if own else None
+    payload = {**(facts or {}), "comparison": compared, "sets": summary(records), "request": request}
     if own:
         import torch
 
+        intervals(payload["sets"], records, seed)
+        places(payload["sets"], own)
         units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
         results.write_tensors(path.with_suffix(".pt"), units)
-        draw(path.with_suffix(""), records, compared, pair.n_layers, own)
-    payload = {**(facts or {}), "comparison": compared, "sets": summary(records), "request": request}
+        if figure is not None:
+            figure(path.with_suffix(""), payload)
+        else:
+            draw(path.with_suffix(""), payload["sets"], compared, pair.n_layers, own)
     models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
     head = {"models": models, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "device": str(device)}
     results.write_json(path, payload, results.header(SCHEMA, **head))
@@ -138,34 +174,27 @@ def run_sets(
         load: ModelRef -> (model, tokenizer).
     """
     swaps = [Swap("base", [], None), Swap("target", [], None), *swaps]
-    done = _resume(partial, request)
-    if done:
-        cli.say(f"{len(done)} of {len(swaps)} sets were measured before; going on with the next")
+    notes = journal.Journal(partial, request)
+    if notes.done:
+        cli.say(f"{len(notes.done)} of {len(swaps)} sets were measured before; going on with the next")
     model = tokenizer = swapper = None
-    with open(partial, "a", encoding="utf-8") as file:
-        for swap in cli.progress(swaps, desc="swapped sets", unit="set"):
-            key = _key(swap.name, swap.layers)
-            if key in done:
-                continue
-            if swap.name == "base":
-                record = test.on(*_with_arch(pair, load(pair.base_ref)), pair.base_ref.spec)
+    for swap in cli.progress(swaps, desc="swapped sets", unit="set"):
+        key = _key(swap.name, swap.layers)
+        if key in notes.done:
+            continue
+        if swap.name == "base":
+            record = test.on(*_with_arch(pair, load(pair.base_ref)), pair.base_ref.spec)
+        else:
+            if model is None:
+                model, tokenizer = load(pair.target_ref)
+                swapper = surgery.Swapper(model, pair)
+            if swap.recipe is None:
+                record = test.on(model, pair.arch, tokenizer, pair.target_ref.spec)
             else:
-                if model is None:
-                    model, tokenizer = load(pair.target_ref)
-                    swapper = surgery.Swapper(model, pair)
-                if swap.recipe is None:
-                    record = test.on(model, pair.arch, tokenizer, pair.target_ref.spec)
-                else:
-                    with swapper.applied(swap.recipe):
-                        record = test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
-            done[key] = {"name": swap.name, "layers": swap.layers, **record}
-            try:
-                file.write(json.dumps(done[key]) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as error:
-                raise InputError(f"cannot write {partial}: {error.strerror}; free some space and go on") from error
-    return [done[_key(swap.name, swap.layers)] for swap in swaps]
+                with swapper.applied(swap.recipe):
+                    record = test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
+        notes.add(key, {"name": swap.name, "layers": swap.layers, **swap.facts, **record})
+    return [notes.done[_key(swap.name, swap.layers)] for swap in swaps]
 
 
 def _with_arch(pair: surgery.Pair, loaded: tuple) -> tuple:
@@ -175,23 +204,6 @@ def _with_arch(pair: surgery.Pair, loaded: tuple) -> tuple:
 
 def _key(name: str, layers: list[int]) -> str:
     return f"{name} {layers}"
-
-
-def _resume(partial: Path, request: dict) -> dict[str, dict]:
-    """What an interrupted run of the same request measured; a file of another request is begun anew."""
-    request = results.plain(request)
-    lines: list[dict] = []
-    if partial.is_file():
-        for text in partial.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the line that was being written at the kill
-                break
-    if not lines or lines[0] != {"request": request}:
-        lines = [{"request": request}]
-    with results.replacing(partial) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return {_key(line["name"], line["layers"]): line for line in lines[1:]}
 
 
 # --- what it says ---
@@ -274,12 +286,56 @@ def summary(records: list[dict]) -> list[dict]:
     return shown
 
 
+def intervals(rows: list[dict], records: list[dict], seed: int) -> None:
+    """Add bootstrap intervals over units to the rows of all sets that are not random, per measure that has units.
+
+    `ci_low` and `ci_high` are those of the value; `change` is the value minus the target's, with an interval that
+    keeps the pairing: the same sentences (documents, rows) are drawn for both.
+    """
+    import numpy as np
+
+    target = next(record for record in records if record["name"] == "target")
+    named = [(row, record) for row, record in zip(rows, records, strict=True) if row["name"] != "random"]
+    for row, _ in named:
+        row |= {"ci_low": {}, "ci_high": {}, "change": {}}
+    for name in target["units"]:
+        units = np.asarray([record["units"][name] for _, record in named])
+        change = units - np.asarray(target["units"][name])
+        low, high = stats.bootstrap_means(np.stack([units, change]), seed)
+        for i, (row, _) in enumerate(named):
+            row["ci_low"][name], row["ci_high"][name] = float(low[0, i]), float(high[0, i])
+            mean = float(change[i].mean())
+            row["change"][name] = {"mean": mean, "ci_low": float(low[1, i]), "ci_high": float(high[1, i])}
+
+
+def places(rows: list[dict], own: str) -> None:
+    """Add `place` to the rows of all named sets that have the component of `own` and as many layers: see `place`.
+
+    Another set than `own` is compared with the random ones and `own`, never with itself.
+    """
+    mine = next(row for row in rows if row["name"] == own)
+
+    def alike(row: dict) -> bool:
+        return row.get("component") == mine.get("component") and len(row["layers"]) == len(mine["layers"])
+
+    drawn = [row for row in rows if row["name"] == "random"]
+    for row in rows:
+        if row["name"] in ("base", "target", "random") or not alike(row):
+            continue
+        others = [other for other in [*drawn, mine] if other["layers"] != row["layers"]]
+        row["place"] = {
+            name: place(value, [other["values"][name] for other in others], MEASURES[name].higher_is_better)
+            for name, value in row["values"].items()
+        }
+
+
 def say(records: list[dict], compared: dict[str, dict] | None = None) -> None:
     """Print the outcome, a line a measure."""
     for row in summary([r for r in records if r["name"] != "random" or compared is None]):
         lost = {name: share for name, share in row["gain_lost"].items() if share is not None}
+        swapped = row["name"] not in ("base", "target")
         parts = [
-            f"{name} {value:.4f}" + (f" ({lost[name]:.0%} of the gain lost)" if name in lost and row["layers"] else "")
+            f"{name} {value:.4f}" + (f" ({lost[name]:.0%} of the gain lost)" if name in lost and swapped else "")
             for name, value in row["values"].items()
         ]
         cli.say(f"{row['name']} {row['layers'] or ''}: {', '.join(parts)}")
@@ -288,17 +344,17 @@ def say(records: list[dict], compared: dict[str, dict] | None = None) -> None:
         cli.say(
             f"{MEASURES[name].label}: own {row['own']:.4f}, {row['n_random']} random sets {row['random_mean']:.4f}, "
             f"difference {row['own_minus_random']:+.4f}{interval}; rank {row['rank']} of {row['n_random'] + 1}, "
-            f"p = {row['p_value']:.3f}"
+            f"p = {row['p_value']:.3f} for costing less, {row['p_worse']:.3f} for costing more"
         )
 
 
-def draw(path: Path, records: list[dict], compared: dict[str, dict], n_layers: int, own: str) -> None:
+def draw(path: Path, sets: list[dict], compared: dict[str, dict], n_layers: int, own: str) -> None:
     """Each measure as a strip of random sets, with the set `own` and lines at the base and the target.
 
     Open circles are sets that hold the first or the last layer, which often decides what a swap costs.
     """
-    others = [r for r in records if r["name"] == "random"]
-    mine = next(r for r in records if r["name"] == own)
+    others = [r for r in sets if r["name"] == "random"]
+    mine = next(r for r in sets if r["name"] == own)
     meaning = "hub" if own == "semantic_hub" else own.partition("_")[0]
     scatter = random.Random(0)
     height = [scatter.uniform(-0.35, 0.35) for _ in others]

@@ -21,7 +21,7 @@ import random
 import re
 from pathlib import Path
 
-from cpt_utils import cli, controls, data, evaluation, refs, results, surgery
+from cpt_utils import cli, components, controls, data, evaluation, refs, results, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -50,23 +50,12 @@ def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
     Raises:
         InputError: no interface_layers, layers the model does not have, or a file made from a model of another run.
     """
-    payload, head = results.read_json(path, schema="layer-specialize", n_layers=pair.n_layers)
-    layers = payload.get("interface_layers") if isinstance(payload, dict) else payload
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise InputError(f"{path} has no list interface_layers; give the file of layer-specialize/layer_specialize.py")
-    wrong = [layer for layer in layers if not 0 <= layer < pair.n_layers]
-    if wrong:
-        raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {pair.n_layers - 1}")
-    hub = payload.get("semantic_layers") if isinstance(payload, dict) else None
+    models = [pair.base_ref.describe(), pair.target_ref.describe()]
+    layers, payload, head = components.read_layers(path, "interface", pair.n_layers, models)
+    hub = payload.get("semantic_layers")
     if hub is not None and sorted(hub) != semantic_hub(layers, pair.n_layers):
         cli.warn(f"{path}: semantic_layers are not all the others; every layer that is not interface is swapped")
-    measured = (head.get("models") or {}).get("model")
-    if measured and not refs.belongs(measured, [pair.base_ref.describe(), pair.target_ref.describe()]):
-        raise InputError(
-            f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
-            "file of this pair"
-        )
-    return sorted(set(layers)), head
+    return layers, head
 
 
 # ---------------------------------------------------------------- folders
@@ -129,15 +118,6 @@ def refuse_leftover(out: Path, payload: dict, wanted: dict) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def _controls(text: str) -> str:
-    if text not in ("all", "study") and not (text.isdigit() and int(text) > 0):
-        raise ValueError
-    return text
-
-
-_controls.__name__ = "all, or a positive number"  # what argparse calls it in its error
-
-
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
@@ -151,15 +131,7 @@ def build_parser():
     add("layers", nargs="?", metavar="LAYERS.json", help="file of step 2; default: the study's")
     add("-o", "--output", metavar="OUT", help="folder for all results; default: the study's layer-swap folder")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: semantic_hub random")
-    add(
-        "--controls",
-        nargs="?",
-        const="study",
-        type=_controls,
-        metavar="all|N",
-        help="compare the hub with random sets of its size: all of them where they are 300 or fewer (else 300), or N "
-        "seeded draws; without a value the study's `controls`, else all",
-    )
+    controls.add_flag(p, "the hub")
     add("--in-memory", action="store_true", help="measure the sets of --methods without writing model folders")
     cli.add_run_flags(p)
     evaluation.add_flags(p)
@@ -204,8 +176,7 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
     facts = {"interface_layers": interface, "semantic_hub_layers": hub}
     sets, path = list(wanted.items()), out / "in_memory.json"
     if args.controls:
-        number = (study.get("controls") or "all") if args.controls == "study" else args.controls
-        others, possible = controls.layer_sets(pair.n_layers, hub, number, study.seed)
+        others, possible = controls.layer_sets(pair.n_layers, hub, controls.wanted(args.controls, study), study.seed)
         cli.say(
             f"the hub is {len(hub)} of {pair.n_layers} layers; of the {possible - 1} other sets of that size "
             f"{len(others)} are measured"

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, load_script
 
-FOLDERS = "cpt demo downstream-correlation layer-specialize layer-swap lm_eval_sib200 sentence-retrieval weight-diff"
+FOLDERS = (
+    "activation-correlation component-swap cpt demo downstream-correlation layer-specialize layer-swap lm_eval_sib200 "
+    "lsn report sentence-retrieval weight-diff"
+)
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
     for folder in FOLDERS.split()
