@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEVEL = 0.95
+EXACT = "a correlation of exactly 1 or -1 has no interval"
 
 
 def bootstrap_mean(values: np.ndarray, seed: int = 42, draws: int = 2000, level: float = LEVEL) -> tuple[float, float]:
@@ -74,3 +75,33 @@ def correlation(x, y, method: str = "pearson", level: float = LEVEL) -> dict:
 def first_differences(values) -> list[float]:
     """The steps from each value to the next: n values give n - 1."""
     return [float(b) - float(a) for a, b in itertools.pairwise(values)]
+
+
+def correlation_difference(first, second, y, level: float = LEVEL) -> dict:
+    """How much more closely `first` goes with `y` than `second` does: r(first, y) - r(second, y), Pearson's.
+
+    Both correlations share `y` and the same points, so they are not independent. The interval is that of Zou (2007,
+    Psychological Methods 12:399-413) for overlapping correlations: it joins Fisher's intervals of both, allowing for
+    the correlation between the two coefficients.
+
+    Returns:
+        `difference, r_first, r_second, r_between, n_points, ci_low, ci_high`, None where not defined (fewer than 4
+        points give no interval, fewer than 3 no difference), and then `note` with the reason.
+    """
+    one, two = correlation(first, y, level=level), correlation(second, y, level=level)
+    between = correlation(first, second, level=level)
+    a, b, ab = one["correlation"], two["correlation"], between["correlation"]
+    found = {"difference": None, "r_first": a, "r_second": b, "r_between": ab, "n_points": one["n_points"]}
+    found |= {"ci_low": None, "ci_high": None}
+    if None in (a, b, ab):
+        return found | {"note": next(part["note"] for part in (one, two, between) if "note" in part)}
+    found["difference"] = a - b
+    if one["ci_low"] is None or two["ci_low"] is None:
+        few = found["n_points"] < 4
+        return found | {"note": f"{found['n_points']} points are too few for an interval (4 or more)" if few else EXACT}
+    shared = ((ab - a * b / 2) * (1 - a**2 - b**2 - ab**2) + ab**3) / ((1 - a**2) * (1 - b**2))
+    below, above = a - one["ci_low"], two["ci_high"] - b
+    found["ci_low"] = a - b - max(0.0, below**2 + above**2 - 2 * shared * below * above) ** 0.5
+    above, below = one["ci_high"] - a, b - two["ci_low"]
+    found["ci_high"] = a - b + max(0.0, above**2 + below**2 - 2 * shared * above * below) ** 0.5
+    return found

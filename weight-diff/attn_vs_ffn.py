@@ -1,0 +1,219 @@
+"""Does continued pre-training move attention or the FFN more, layer by layer (step 5)?
+
+For each checkpoint, layer and projection: the mean |W_C - W_B| over a weight matrix. Attention's change is the largest
+of q, k, v, o, the FFN's the largest of gate, up, down; beside them the means over the projections, and both again for
+the relative change ||dW|| / ||W_B||, which does not depend on the scale of a matrix.
+
+In:   a base model B, and a run of checkpoints C or a single one.
+Out:  OUT with `checkpoints`: {step: {layers: {layer_<l>: {attention_max, ffn_max, delta_attn_ffn, q_proj, ..}},
+      summary: {attn, ffn}, ..}}; beside it a figure of the last checkpoint (PDF, PNG).
+
+Full: python weight-diff/attn_vs_ffn.py --base-model meta-llama/Llama-2-7b-hf --ckpt-model cpt-eus --output attn_vs_ffn.json
+Tiny: python weight-diff/attn_vs_ffn.py --study demo/tiny.yaml
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import archs, cli, figures, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    from cpt_utils.compare import Change
+
+SCHEMA = "attn_vs_ffn"
+SIDES = {"attention": archs.ATTENTION, "ffn": archs.FFN}
+# Summary -> (whether of the relative change, how a layer's projections become one number).
+SUMMARIES = {
+    "summary": (False, "max"),
+    "summary_mean": (False, "mean"),
+    "summary_relative": (True, "max"),
+    "summary_relative_mean": (True, "mean"),
+}
+
+
+# ---------------------------------------------------------------- the method
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean; None where a value is missing (a base matrix of zeros has no relative change)."""
+    return None if None in values else sum(values) / len(values)
+
+
+def sides(values: dict[str, float | None]) -> dict[str, float | None]:
+    """`attention_max, ffn_max, attention_mean, ffn_mean` of one layer's values by projection."""
+    found = {}
+    for side, projections in SIDES.items():
+        own = [values[name] for name in projections if name in values]
+        found |= {f"{side}_max": None if None in own else max(own), f"{side}_mean": mean(own)}
+    return found
+
+
+def layer_row(changes: dict[str, Change]) -> dict:
+    """All that is written of one layer: mean |dW| and, under `relative`, ||dW||_F / ||W_B||_F."""
+    absolute = {name: change.mean_abs for name, change in changes.items()}
+    relative = {name: change.relative for name, change in changes.items()}
+    row = sides(absolute)
+    row["delta_attn_ffn"] = row["attention_max"] - row["ffn_max"]
+    return row | absolute | {"relative": sides(relative) | relative}
+
+
+def pairs(rows: list[dict], summary: str) -> list[tuple[float | None, float | None]]:
+    """(attention, FFN) of each layer, read as `summary` (a key of SUMMARIES) reads them."""
+    relative, how = SUMMARIES[summary]
+    rows = [row["relative"] if relative else row for row in rows]
+    return [(row[f"attention_{how}"], row[f"ffn_{how}"]) for row in rows]
+
+
+def checkpoint_row(layers: dict[int, dict[str, Change]]) -> dict:
+    """All that is written of one checkpoint: its layers, the four summaries, and the layers where attention is ahead.
+
+    A summary is the mean over layers, `{"attn", "ffn"}`; `attention_above_ffn` counts layers by summary.
+    """
+    rows = {f"layer_{layer}": layer_row(layers[layer]) for layer in sorted(layers)}
+    found: dict = {"layers": rows}
+    ahead = {}
+    for summary in SUMMARIES:
+        attention, ffn = (list(side) for side in zip(*pairs(list(rows.values()), summary), strict=True))
+        found[summary] = {"attn": mean(attention), "ffn": mean(ffn)}
+        both = None in attention or None in ffn
+        ahead[summary] = None if both else sum(a > b for a, b in zip(attention, ffn, strict=True))
+    return found | {"attention_above_ffn": ahead}
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def draw(path: Path, payload: dict) -> None:
+    """Attention and FFN by layer at the last checkpoint: the largest projection, and the mean over projections."""
+    step = max(payload["checkpoints"], key=int)
+    rows = list(payload["checkpoints"][step]["layers"].values())
+    titles = {
+        "summary": "largest projection (of 4 against {n})",
+        "summary_mean": "mean of the projections",
+    }
+    count = sum(name in rows[0] for name in archs.FFN)
+    looks = (("attention", "attention", "s", "-"), ("FFN", "ffn", "o", "--"))
+    with figures.style() as plt:
+        figure, axes = plt.subplots(1, 2, figsize=(figures.PAGE, 2.5), sharey=True)
+        for axis, (summary, title) in zip(axes, titles.items(), strict=True):
+            values = zip(*pairs(rows, summary), strict=True)
+            for own, (label, meaning, marker, line) in zip(values, looks, strict=True):
+                axis.plot(range(len(rows)), own, line, marker=marker, color=figures.colour(meaning), label=label)
+            above = payload["checkpoints"][step]["attention_above_ffn"][summary]
+            axis.set_title(f"{title.format(n=count)}\nattention above FFN in {above} of {len(rows)} layers")
+            figures.layer_axis(axis, len(rows))
+            axis.set_ylim(bottom=0)
+        axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        axes[0].set_ylabel(f"mean |ΔW| from base, step {step}")
+        axes[0].legend(loc="best")
+        figures.save(figure, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--base-model", metavar="B", help="base model; default: the study's base")
+    p.add_argument(
+        "--ckpt-model", nargs="+", metavar="C", help="run of checkpoints, one, or a list; default: the study's run"
+    )
+    p.add_argument(
+        "--output",
+        metavar="OUT",
+        help="JSON to write; default: the study's weight-diff/attn_vs_ffn.json, else weight_diff/<checkpoint>.json",
+    )
+    p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
+    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
+    cli.add_run_flags(p)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    base = refs.model(study.value(args.base_model, "--base-model", "base"))
+    target = study.value(args.ckpt_model, "--ckpt-model", "run")
+    target = target[0] if isinstance(target, list) and len(target) == 1 else target
+    available = len(refs.run(target))
+    run = refs.run(target, args.steps)[: args.limit]
+    device = cli.device(args.device)
+    output = study.output(args.output or (None if study else default_output(target)), "--output", "attn_vs_ffn")
+
+    facts = run_facts(base, run, available, args.limit) | {"seed": study.seed}
+    if made_already(output, SCHEMA, facts, args.overwrite):
+        cli.say(f"{output} is finished (--overwrite redoes it)")
+        return
+    cli.sibling("weight-diff/int_and_sem.py").say_left_out(base, run)
+
+    from cpt_utils import compare
+
+    found = compare.changes(base, run, device=device)
+    payload = {
+        "base_model": base.spec,
+        "target_model": target,
+        "checkpoints": {str(ref.step): checkpoint_row(found[ref.step]) for ref in run},
+    }
+    draw(output.with_suffix(""), payload)
+    results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device=device.type))
+    for step, row in payload["checkpoints"].items():
+        cli.say(f"step {step}: " + describe(row))
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+def describe(row: dict) -> str:
+    """One line on a checkpoint: the summary, and in how many layers attention changes more under each reading."""
+    names = {"summary": "max", "summary_mean": "mean"}
+    names |= {"summary_relative": "relative max", "summary_relative_mean": "relative mean"}
+    above = ", ".join(f"{row['attention_above_ffn'][key]} ({name})" for key, name in names.items())
+    attention, ffn = row["summary"]["attn"], row["summary"]["ffn"]
+    return f"attention {attention:.3e}, FFN {ffn:.3e}; attention above FFN in {above} of {len(row['layers'])} layers"
+
+
+def default_output(target: str | list[str]) -> Path:
+    """`weight_diff/<name>.json`, after the folder of the checkpoint or run, or the hub's name for it."""
+    first = target if isinstance(target, str) else target[0]
+    name = Path(os.path.abspath(first)).name if os.path.isdir(first) else refs.model(first).model_id
+    return Path("weight_diff") / f"{name}.json"
+
+
+def run_facts(base: refs.ModelRef, run: list[refs.ModelRef], available: int, limit: int | None) -> dict:
+    """What the header of a weight comparison says of its models."""
+    return {
+        "models": {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in run}},
+        "n_layers": archs.for_config(base.config()).n_layers(base.config()),
+        "n_used": len(run),
+        "n_available": available,
+        "limit": limit,
+    }
+
+
+def made_already(output: Path, schema: str, facts: dict, overwrite: bool, alike: tuple[str, ...] = ()) -> bool:
+    """Whether `output` is a finished result of the same models, steps and header facts `alike`.
+
+    Raises:
+        InputError: it is a result of something else, or no result of this script.
+    """
+    if overwrite or not output.exists():
+        return False
+    _, header = results.read_json(output, schema, allow_limited=True)
+    before, now = (part.get("models", {}) for part in (header, facts))
+    checkpoints = before.get("checkpoints", {})
+    same = checkpoints.keys() == now["checkpoints"].keys()
+    same = same and all(refs.same_model(checkpoints[step], ref) for step, ref in now["checkpoints"].items())
+    same = same and refs.same_model(before.get("base", {}), now["base"])
+    same = same and (header.get("limit") is None) == (facts["limit"] is None)
+    other = [fact for fact in alike if header.get(fact) != results.plain(facts[fact])]
+    if same and not other:
+        return True
+    what = f"another {other[0]}" if same else "other models or steps"
+    raise InputError(f"{output} is of {what} than asked for; give --overwrite to redo it, or another --output")
+
+
+if __name__ == "__main__":
+    cli.run(main)

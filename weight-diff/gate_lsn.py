@@ -1,0 +1,208 @@
+"""How far the gates of a language's own neurons move over continued pre-training (step 9).
+
+For each checkpoint and layer: the mean |W_C - W_B| over the rows of the gate projection that belong to the neurons of
+the mask (rows of the up projection in models without a gate). With a control mask, the same of its random neurons.
+
+In:   a base model B, a run of checkpoints C or a single one, a mask of lsn/identify.py and one of its languages.
+Out:  OUT with `checkpoints`: {step: {layers: {layer_<l>: {gate_proj}}, control: {layer_<l>: {gate_proj}}}}, layers
+      without neurons being absent; beside it a figure over steps (PDF, PNG), the base as step 0.
+
+Full: python weight-diff/gate_lsn.py --base-model meta-llama/Llama-2-7b-hf --target-model cpt-eus --mask-file cpt.json --lang eus_Latn --output gate_lsn.json
+Tiny: python weight-diff/gate_lsn.py --study demo/tiny.yaml
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import archs, cli, figures, languages, masks, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    from cpt_utils.compare import Change
+
+SCHEMA = "gate_lsn"
+# The key in the file, also where there is no gate and the rows are those of the up projection: step 10 reads this one.
+KEY = "gate_proj"
+
+
+# ---------------------------------------------------------------- the method
+
+
+def rows_change(change: Change, neurons: list[int]) -> float:
+    """The mean |dW| over the rows `neurons` of a projection."""
+    return float(change.row_means[neurons].mean())
+
+
+def mask_change(layers: dict[int, Change], mask: masks.Layers) -> dict[str, dict[str, float]]:
+    """`{"layer_<l>": {"gate_proj": mean |dW|}}` over the layers in which the mask has neurons."""
+    return {f"layer_{i}": {KEY: rows_change(layers[i], neurons)} for i, neurons in mask.items() if neurons}
+
+
+def mean_over_layers(layers: dict[str, dict[str, float]]) -> float:
+    """The mean over the layers present; each counts alike, however many neurons it has."""
+    return sum(row[KEY] for row in layers.values()) / len(layers)
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_masks(
+    path: Path, control: Path | None, lang: str, n_layers: int, ffn_width: int, models: list[dict]
+) -> dict[str, masks.Layers]:
+    """The language's neurons under `layers` and, where there is a control mask, those under `control`.
+
+    Raises:
+        InputError: the language has no neuron, or the control is not one of this mask.
+    """
+    found = {"layers": masks.read(path, lang, n_layers, ffn_width, models, control=False)}
+    if not any(found["layers"].values()):
+        raise InputError(
+            f"{path} has no neuron for {lang}, so there is no gate to follow; identify more neurons "
+            "(lsn/identify.py --rate), or choose another --lang"
+        )
+    if control is None:
+        return found
+    found["control"] = masks.read(control, lang, n_layers, ffn_width, models, control=True)
+    for layer, neurons in found["layers"].items():
+        others = found["control"][layer]
+        if len(others) != len(neurons) or set(others) & set(neurons):
+            what = f"{len(others)} neurons" if len(others) != len(neurons) else "neurons of the mask"
+            raise InputError(
+                f"{control} has {what} in layer {layer}, where {path} has {len(neurons)}: it is the control of another "
+                "mask; run lsn/identify.py again for both"
+            )
+    return found
+
+
+def fingerprint(mask: masks.Layers) -> str:
+    """A short hash of a language's neurons: it tells masks apart, and stays when a file is written again."""
+    return hashlib.sha256(json.dumps(list(mask.items())).encode()).hexdigest()[:16]
+
+
+def draw(path: Path, payload: dict) -> None:
+    """The language's neurons and the control over training steps; the base stands at step 0."""
+    steps = [int(step) for step in payload["checkpoints"]]
+    start = [] if 0 in steps else [0]
+    n = sum(payload["neurons"].values())
+    lines = {"lsn": (f"neurons of {payload['language']}", figures.colour("target"), "o", "-")}
+    if payload["has_control"]:
+        lines["control"] = ("random control", figures.colour("random"), "s", "--")
+    with figures.style() as plt:
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.2))
+        for key, (label, colour, marker, line) in lines.items():
+            values = [0.0] * len(start) + [row["summary"][key] for row in payload["checkpoints"].values()]
+            label = f"{label} (n = {n} in {len(payload['neurons'])} layers)" if key == "lsn" else f"{label} (as many)"
+            axis.plot(start + steps, values, line, marker=marker, color=colour, label=label)
+        axis.set_xlabel("training step (0 = base)" if start else "training step")
+        axis.set_ylabel(f"mean |ΔW| of {payload['projection'].removesuffix('_proj')} rows")
+        axis.set_ylim(bottom=0)
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        axis.legend(loc="best")
+        figures.save(figure, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--base-model", metavar="B", help="base model; default: the study's base")
+    p.add_argument(
+        "--target-model", nargs="+", metavar="RUN", help="run of checkpoints, one, or a list; default: the study's run"
+    )
+    p.add_argument("--mask-file", metavar="MASK", help="mask of lsn/identify.py; default: the study's")
+    p.add_argument(
+        "--control-mask", metavar="MASK", help="its random control; default: the study's, where --mask-file is, too"
+    )
+    p.add_argument("--lang", metavar="g", help="language of the mask; default: the study's languages.target")
+    p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's weight-diff/gate_lsn.json")
+    p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
+    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
+    cli.add_run_flags(p)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    base = refs.model(study.value(args.base_model, "--base-model", "base"))
+    target = study.value(args.target_model, "--target-model", "run")
+    target = target[0] if isinstance(target, list) and len(target) == 1 else target
+    everything = refs.run(target)
+    run = refs.run(target, args.steps)[: args.limit]
+    lang = study.value(args.lang, "--lang", "languages.target")
+    device = cli.device(args.device)
+    mask_file = study.input(args.mask_file, "--mask-file", "lsn_mask", "lsn/identify.py")
+    control_file = control_of(study, args.mask_file, args.control_mask)
+    output = study.output(args.output, "--output", "gate_lsn")
+
+    config = base.config()
+    arch = archs.for_config(config)
+    projection = arch.unit(config).projection
+    weights = cli.sibling("weight-diff/attn_vs_ffn.py")
+    facts = weights.run_facts(base, run, len(everything), args.limit)
+    known = [base.describe(), *(ref.describe() for ref in everything)]
+    size = facts["n_layers"], arch.ffn_width(config)
+    chosen = read_masks(mask_file, control_file, lang, *size, known)
+    facts |= {
+        "ffn_width": size[1],
+        "language": languages.canonical(lang, any_tag=True),
+        "projection": projection,
+        "mask": fingerprint(chosen["layers"]),
+        "control": fingerprint(chosen["control"]) if control_file else None,
+        "mask_file": mask_file,
+        "control_file": control_file,
+        "seed": study.seed,
+    }
+    if weights.made_already(output, SCHEMA, facts, args.overwrite, alike=("language", "mask", "control")):
+        cli.say(f"{output} is finished (--overwrite redoes it)")
+        return
+
+    from cpt_utils import compare
+
+    changes = compare.changes(base, run, projections=[projection], rows=[projection], device=device)
+    checkpoints = {}
+    for ref in run:
+        here = {layer: found[projection] for layer, found in changes[ref.step].items()}
+        row: dict = {group: mask_change(here, mask) for group, mask in chosen.items()}
+        row["summary"] = {"lsn": mean_over_layers(row["layers"])}
+        if control_file:
+            row["summary"]["control"] = mean_over_layers(row["control"])
+        checkpoints[str(ref.step)] = row
+    payload = {
+        "base_model": base.spec,
+        "target_model": target,
+        "language": lang,
+        "projection": projection,
+        "has_control": control_file is not None,
+        "neurons": {str(layer): len(neurons) for layer, neurons in chosen["layers"].items() if neurons},
+        "checkpoints": checkpoints,
+    }
+    draw(output.with_suffix(""), payload)
+    results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device=device.type))
+    n, layers = sum(payload["neurons"].values()), len(payload["neurons"])
+    cli.say(f"{n} neurons of {lang} in {layers} of {facts['n_layers']} layers, rows of {projection}")
+    for step, row in checkpoints.items():
+        control = f", random control {row['summary']['control']:.3e}" if control_file else ""
+        cli.say(f"step {step}: mean |dW| {row['summary']['lsn']:.3e}{control}")
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+def control_of(study: Study, mask: str | None, control: str | None) -> Path | None:
+    """The control mask: the one given, else the study's where it is there and the mask is the study's, too."""
+    if control is not None:
+        return study.input(control, "--control-mask", "lsn_control", "lsn/identify.py --control-mask-out")
+    place = study.result("lsn_control") if mask is None else None
+    if place is None or not place.exists():
+        cli.say("no control mask: the language's neurons are compared with nothing")
+        return None
+    return place
+
+
+if __name__ == "__main__":
+    cli.run(main)
