@@ -108,11 +108,11 @@ def _load(path: str | os.PathLike) -> tuple[dict, dict]:
         state = os.stat(path)
     except OSError:
         return results.read_json(path, SCHEMA)  # its error line
-    return _load_state(Path(path), state.st_mtime_ns, state.st_size)
+    return _load_state(Path(path), (state.st_mtime_ns, state.st_ino, state.st_size))
 
 
 @lru_cache(maxsize=4)
-def _load_state(path: Path, _time: int, _size: int) -> tuple[dict, dict]:
+def _load_state(path: Path, _state: tuple[int, ...]) -> tuple[dict, dict]:
     payload, header = results.read_json(path, SCHEMA)
     if not isinstance(payload, dict) or not payload or not all(isinstance(v, dict) for v in payload.values()):
         raise InputError(f"{path} holds no masks {{language: {{layer: [neurons]}}}}; give a file of lsn/identify.py")

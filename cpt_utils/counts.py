@@ -1,0 +1,136 @@
+"""Counts of active tokens per FFN neuron and language, `<tag>.<lang>.pt`: read, checked, refused where they do not mix.
+
+`lsn/activation.py` writes them with snapshots and a header; the published scripts' files hold `n` and `over_zero` only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, languages, refs, results
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA = "activation-counts"
+
+
+@dataclass
+class Counts:
+    """The counts of one language: `over_zero` [L, I], `snapshots` [K, L, I] cumulative, and where they come from."""
+
+    path: Path
+    lang: str
+    n: int
+    over_zero: np.ndarray
+    snapshots_n: list[int] = field(default_factory=list)
+    snapshots: list[np.ndarray] = field(default_factory=list)
+    header: dict = field(default_factory=dict)
+
+    def hash(self) -> str:
+        """A short hash of the counts themselves, the same for the same counts of another day."""
+        digest = hashlib.sha256(f"{self.n} {self.snapshots_n}".encode())
+        for array in (self.over_zero, *self.snapshots):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def files(folder: Path, tag: str) -> dict[str, Path]:
+    """The files `<tag>.<lang>.pt` of a folder by language."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of counts; give -a the folder that lsn/activation.py wrote")
+    names = {path.name.removesuffix(".pt").rpartition("."): path for path in sorted(folder.glob("*.pt"))}
+    found = {lang: path for (name, _, lang), path in names.items() if name == tag and lang}
+    if not found:
+        tags = sorted({name for name, _, _ in names if name and not name.startswith(".")})
+        raise InputError(
+            f"{folder} has no counts {tag}.<lang>.pt; "
+            + (f"its tags are {', '.join(tags[:8])}: give one with -t" if tags else "run lsn/activation.py first")
+        )
+    return found
+
+
+def read(path: Path, lang: str) -> Counts:
+    """One language's counts.
+
+    Raises:
+        InputError: not such a file, a limited or foreign one, or counts that cannot be.
+    """
+    import numpy as np
+
+    tensors = results.read_tensors(path)
+    try:
+        n, over_zero = int(tensors["n"]), tensors["over_zero"].numpy().astype(np.int64)
+        header = json.loads(tensors.get("header") or "{}")
+        snapshots_n = [int(tokens) for tokens in tensors.get("snapshots_n", ())]
+        snapshots = [one.numpy().astype(np.int64) for one in tensors.get("snapshots", ())]
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{path} has no counts (n, over_zero [layers, neurons]); write it with lsn/activation.py"
+        ) from None
+    if header and header.get("schema") != SCHEMA:
+        raise InputError(f"{path} holds {header.get('schema')!r}, not {SCHEMA!r}; give a file of lsn/activation.py")
+    if header.get("limit") is not None:
+        raise InputError(f"{path} was made with --limit {header['limit']}; run lsn/activation.py again without --limit")
+    if header.get("language") and not languages.same(header["language"], lang):
+        raise InputError(f"{path} counts {header['language']}, not {lang}; give each language its own file")
+    if over_zero.ndim != 2 or not over_zero.size:
+        raise InputError(f"{path}: over_zero is {list(over_zero.shape)}, not [layers, neurons]; write it again")
+    if n < 1:
+        raise InputError(f"{path} counts {n} tokens; run lsn/activation.py on more text")
+    if over_zero.min() < 0 or over_zero.max() > n:
+        raise InputError(f"{path}: a neuron is active on {over_zero.max()} of {n} tokens; write the counts again")
+    whole = [np.zeros_like(over_zero), *snapshots, over_zero]
+    rising = all(a.shape == b.shape and (a <= b).all() for a, b in itertools.pairwise(whole))
+    marks = [0, *snapshots_n, n]
+    if len(snapshots) != len(snapshots_n) or not rising or any(a >= b for a, b in itertools.pairwise(marks)):
+        raise InputError(f"{path}: its snapshots are no parts of its counts; run lsn/activation.py again")
+    return Counts(path, lang, n, over_zero, snapshots_n, snapshots, header)
+
+
+def refuse_mixed(counts: list[Counts]) -> None:
+    """Refuse counts that are not of one model read by one tokenizer; files without a header are taken on trust.
+
+    Raises:
+        InputError: shapes, models or tokenizers differ.
+    """
+    first = counts[0]
+    for one in counts[1:]:
+        if one.over_zero.shape != first.over_zero.shape:
+            (a, b), (c, d) = first.over_zero.shape, one.over_zero.shape
+            raise InputError(
+                f"counts of different models: {first.path.name} has {a} layers of {b} neurons, {one.path.name} has {c} "
+                f"of {d}; count every language with the same model"
+            )
+    bare = [one.path.name for one in counts if not one.header]
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        cli.warn(f"no header in {bare[0]}{more}: model, tokenizer and text are taken on trust")
+    stated = [one for one in counts if one.header]
+    for one in stated[1:]:
+        ours, theirs = (x.header.get("models", {}).get("model", {}) for x in (stated[0], one))
+        if not refs.same_model(ours, theirs):
+            raise InputError(
+                f"counts of different models: {stated[0].path.name} is of {ours.get('spec')}, {one.path.name} of "
+                f"{theirs.get('spec')}{' (trained again)' if ours.get('spec') == theirs.get('spec') else ''}; "
+                "count every language with the same model"
+            )
+        hashes = [tokenizer_of(x.header) for x in (stated[0], one)]
+        if all(hashes) and hashes[0] != hashes[1]:
+            raise InputError(
+                f"{stated[0].path.name} and {one.path.name} come from tokens of different tokenizers; "
+                "run lsn/load_oscar.py with one tokenizer for all languages, then lsn/activation.py"
+            )
+        if stated[0].header.get("dtype") != one.header.get("dtype"):
+            cli.warn(f"{stated[0].path.name} and {one.path.name} were counted in different dtypes")
+
+
+def tokenizer_of(header: dict) -> str | None:
+    """The hash of the tokenizer that made the tokens, where a counts header states it."""
+    return (header.get("tokens") or {}).get("tokenizer_sha256") or header.get("tokenizer_sha256")

@@ -1,0 +1,436 @@
+"""LAPE against its definition, written as plain loops; the mask's companions; and counts that are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, load_script, save_tiny, shared_dir
+
+from cpt_utils import counts as activations
+from cpt_utils import figures, masks, refs, results
+from cpt_utils.errors import InputError
+from cpt_utils.study import RESULTS
+
+script = load_script("lsn/identify.py")
+REAL = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "th", "zh")
+
+
+def by_definition(over_zero: dict, n: dict, rate: float = 0.01, quantile: float = 0.95) -> dict:
+    """The mask from the definition, one neuron after the other. Sums are exact, so equal entropies are equal."""
+    langs = list(over_zero)
+    counts = {lang: over_zero[lang].tolist() for lang in langs}
+    n_layers, width = over_zero[langs[0]].shape
+    every = sorted(count / n[lang] for lang in langs for row in counts[lang] for count in row)
+    bar = every[math.floor(quantile * len(every)) - 1]
+    candidates = []
+    for layer in range(n_layers):
+        for neuron in range(width):
+            p = [counts[lang][layer][neuron] / n[lang] for lang in langs]
+            if max(p) > bar:
+                total = math.fsum(p)
+                entropy = -math.fsum(x / total * math.log(x / total) for x in p if x > 0)
+                candidates.append((round(entropy, 12), layer, neuron))
+    mask = {lang: {layer: [] for layer in range(n_layers)} for lang in langs}
+    for _, layer, neuron in sorted(candidates)[: math.floor(rate * n_layers * width)]:
+        for lang in langs:
+            if counts[lang][layer][neuron] / n[lang] > bar:
+                mask[lang][layer].append(neuron)
+    return {lang: {layer: sorted(found) for layer, found in layers.items()} for lang, layers in mask.items()}
+
+
+def lape(over_zero: dict, n: dict, **rates):
+    return script.lape([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
+
+
+def some_counts(seed: int, n_layers=3, width=40, langs=("en", "ga", "eu"), high=60) -> tuple[dict, dict]:
+    """Random counts with many zeros and ties, of a different number of tokens for each language."""
+    draw = np.random.default_rng(seed)
+    n = {lang: int(draw.integers(high, 3 * high)) for lang in langs}
+    skew = {lang: draw.beta(0.3, 1.5, (n_layers, width)) for lang in langs}
+    return {lang: draw.binomial(n[lang], skew[lang]) for lang in langs}, n
+
+
+def write_counts(folder: Path, over_zero: dict, n: dict, tag="tag", snapshots=(), header=None) -> Path:
+    """Files as lsn/activation.py writes them; without `header` those of the published scripts (int32, no header)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for lang, counts in over_zero.items():
+        tensors = {"n": n[lang], "over_zero": torch.tensor(np.asarray(counts), dtype=torch.int32)}
+        if header is not None:
+            facts = {"language": lang} | (header(lang) if callable(header) else header)
+            tensors["over_zero"] = tensors["over_zero"].long()
+            tensors["header"] = json.dumps(results.plain(results.header(activations.SCHEMA, **facts)))
+            parts = [np.asarray(counts) * k // 8 for k in snapshots]
+            tensors["snapshots_n"] = torch.tensor([n[lang] * k // 8 + 1 for k in snapshots], dtype=torch.long)
+            tensors["snapshots"] = torch.tensor(np.array(parts), dtype=torch.long)
+        results.write_tensors(folder / f"{tag}.{lang}.pt", tensors)
+    return folder
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    monkeypatch.setattr(script, "draw", lambda *_: None)
+
+
+def command(folder: Path, *more, langs="en,ga,eu") -> None:
+    script.main([*["-t", "tag", "-l"], langs, "-a", str(folder), "--rate", "0.1", *map(str, more)])
+
+
+def without_header(path: Path) -> dict:
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "_header"}
+
+
+# ---------------------------------------------------------------- the method
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_the_definition_on_random_counts(seed):
+    over_zero, n = some_counts(seed, high=(4, 60, 4000)[seed % 3])
+    for rate, quantile in ((0.1, 0.95), (0.01, 0.95), (0.3, 0.8), (1.0, 0.5)):
+        found = lape(over_zero, n, rate=rate, filter_rate=quantile)
+        assert found.mask == by_definition(over_zero, n, rate, quantile)
+        assert len(found.selected) <= found.n_wanted == math.floor(rate * 120)
+
+
+def test_ties_go_to_the_lower_layer_and_neuron():
+    # Every neuron is permuted from the same three rates, so all entropies are equal but for rounding.
+    draw = np.random.default_rng(0)
+    rates = np.array([draw.permutation([70, 20, 10]) for _ in range(40)]).reshape(2, 20, 3)
+    over_zero = {lang: rates[..., g] for g, lang in enumerate(("en", "ga", "eu"))}
+    found = lape(over_zero, dict.fromkeys(over_zero, 100), rate=0.3, filter_rate=0.6)
+    assert found.selected.tolist() == [[0, neuron] for neuron in range(12)]
+    # The same shares at another scale tie as well.
+    rates[0, 3] = [35, 10, 5]
+    over_zero = {lang: rates[..., g] for g, lang in enumerate(("en", "ga", "eu"))}
+    found = lape(over_zero, dict.fromkeys(over_zero, 100), rate=0.3, filter_rate=0.6)
+    assert found.selected.tolist() == [[0, neuron] for neuron in range(12)]
+    # Languages in another order: the same mask.
+    turned = lape(dict(reversed(over_zero.items())), dict.fromkeys(over_zero, 100), rate=0.3, filter_rate=0.6)
+    assert {lang: turned.mask[lang] for lang in found.mask} == found.mask
+
+
+def test_a_language_without_neurons_and_neurons_that_never_fire():
+    over_zero, n = some_counts(1)
+    over_zero["eu"][:] = over_zero["eu"].min()
+    over_zero["eu"][0, :5] = 0
+    for lang in over_zero:
+        over_zero[lang][1, :30] = 0
+    found = lape(over_zero, n, rate=0.2, filter_rate=0.9)
+    assert found.mask == by_definition(over_zero, n, 0.2, 0.9)
+    assert found.mask["eu"] == {0: [], 1: [], 2: []}
+    # Where almost nothing fires the bar is zero, and a rate of zero is not above it.
+    sparse = {lang: np.zeros((2, 50), int) for lang in ("en", "ga")}
+    sparse["en"][1, 7] = 3
+    found = lape(sparse, {"en": 10, "ga": 20}, rate=0.5)
+    assert found.bar == 0 and found.n_candidates == 1 and found.n_wanted == 50
+    assert found.mask == {"en": {0: [], 1: [7]}, "ga": {0: [], 1: []}}
+
+
+def test_rates_are_decimals_and_ranks_are_floored():
+    shares = ((0.29, 100, 29), (0.95, 20, 19), (0.01, 199, 1), (1.0, 7, 7), (1e-5, 200_000, 2))
+    assert all(script.share(rate, size) == found for rate, size, found in shares)
+    values = np.arange(1.0, 11.0)
+    assert script.kth_smallest(values, 0.95, "--filter-rate") == 9 and script.kth_smallest(values, 1, "") == 10
+    with pytest.raises(InputError, match=r"--filter-rate 0.05 of 10 rates is rank 0"):
+        script.kth_smallest(values, 0.05, "--filter-rate")
+    over_zero, n = some_counts(3)
+    with pytest.raises(InputError, match=r"--rate 0.001 of 120 neurons is less than one"):
+        lape(over_zero, n, rate=0.001)
+    # A bar of its own for belonging to a language: the same neurons, in fewer languages.
+    one = lape(over_zero, n, rate=0.3, filter_rate=0.7)
+    two = lape(over_zero, n, rate=0.3, filter_rate=0.7, bar_rate=0.95)
+    assert (one.selected == two.selected).all() and two.bar > one.bar
+    assert all(set(two.mask[lang][i]) <= set(one.mask[lang][i]) for lang in n for i in range(3))
+
+
+def test_all_ten_languages_of_a_7b_model_equal_the_definition(tmp_path, no_figure, capsys):
+    folder = Path(shared_dir() or "nowhere") / "activation-counts"
+    if not folder.is_dir():
+        pytest.skip("no activation-counts/ in the shared folder beside the repository")
+    more = ("--control-mask-out", str(tmp_path / "c.json"), "-o", str(tmp_path), "-a", str(folder))
+    script.main(["-t", "mistral-7b-mgsm", "-l", ",".join(REAL), *more])
+    files = {lang: torch.load(folder / f"mistral-7b-mgsm.{lang}.pt", weights_only=True) for lang in REAL}
+    slow = by_definition({x: f["over_zero"] for x, f in files.items()}, {x: int(f["n"]) for x, f in files.items()})
+    path = tmp_path / "mistral-7b-mgsm.json"
+    for lang in REAL:
+        assert masks.read(path, lang, 32, 14336) == slow[lang]
+        control = masks.read(tmp_path / "c.json", lang, 32, 14336, control=True)
+        assert [len(control[layer]) for layer in control] == [len(slow[lang][layer]) for layer in slow[lang]]
+        assert not any(set(control[i]) & set(slow[other][i]) for other in REAL for i in range(32))
+    report = without_header(tmp_path / "mistral-7b-mgsm.report.json")
+    assert report["n_selected"] == 4587 and report["convergence"] is None
+    assert sum(report["selected_by_n_languages"].values()) == 4587 and report["selected_by_n_languages"]["0"] == 0
+    assert capsys.readouterr().err.count("warning") == 1  # no header: once for all files
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    over_zero, n = some_counts(5, n_layers=4)
+    model = {"spec": "org/name", "model_id": "org__name", "step": None, "revision": "a" * 40}
+    header = {"models": {"model": model}, "tokens": {"text": {"file": "x.txt"}, "tokenizer_sha256": "t"}}
+    write_counts(tmp_path / "activation_count", over_zero, n, snapshots=(1, 2, 4), header=header)
+    more = ["--control-mask-out", "c.json", "--layers-out", "l.json", "--layers-lang", "gle_Latn", "--n-layers", "2"]
+    arguments = ["-t", "tag", "-l", "en,ga,eu", "--rate", "0.1", "--seed", "3", *more]
+    script.main(arguments)
+    out = capsys.readouterr()
+    slow = by_definition(over_zero, n, 0.1)
+    raw = json.loads(Path("result/tag.json").read_text())
+    head = raw.pop("_header")
+    assert raw == {lang: {str(layer): found for layer, found in layers.items()} for lang, layers in slow.items()}
+    assert head["languages"] == {"en": "eng_Latn", "ga": "gle_Latn", "eu": "eus_Latn"}
+    assert (head["schema"], head["n_layers"], head["ffn_width"], head["control"]) == ("lsn-mask", 4, 40, False)
+    assert head["models"]["model"] == model and head["tokens"]["ga"]["n_tokens"] == n["ga"]
+    assert head["tokens"]["ga"]["tokens"]["tokenizer_sha256"] == "t"
+    assert head["rates"] == {"rate": 0.1, "filter_rate": 0.95, "bar_rate": 0.95}
+    assert without_header(Path("c.json")) == {
+        lang: {str(layer): found for layer, found in layers.items()}
+        for lang, layers in masks.random_control(slow, 4, 40, 3).items()
+    }
+
+    layers = without_header(Path("l.json"))
+    sizes = [len(slow["ga"][layer]) for layer in range(4)]
+    assert layers["counts"] == sizes and layers["language"] == "ga"
+    assert layers["layers"] == sorted(sorted(range(4), key=lambda layer: -sizes[layer])[:2])
+    report = without_header(Path("result/tag.report.json"))
+    assert report["languages"]["ga"]["counts"] == sizes and report["languages"]["en"]["n_tokens"] == n["en"]
+    ours = [{(i, x) for i in range(4) for x in slow[lang][i]} for lang in slow]
+    assert report["overlap"]["shared"][0][2] == len(ours[0] & ours[2])
+    alone = ours[1] - ours[0] - ours[2]
+    assert sum(report["languages"]["ga"]["own"]) == len(alone)
+    assert out.err.count("so chance decides part of the mask") == 3 and "standard error of up to 0.0" in out.err
+    figs = sorted(path.name for path in Path("result").glob("*.p*"))
+    assert figs == [f"tag.report-{x}.{end}" for x in ("convergence", "counts", "overlap") for end in ("pdf", "png")]
+
+    written = {path: path.read_bytes() for path in [*Path("result").iterdir(), Path("c.json"), Path("l.json")]}
+    script.main(arguments)
+    assert "finished (--overwrite redoes them)" in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in written.items())
+    Path("c.json").unlink()  # one is missing: all are made again, to the same bytes but for the command and the time
+    script.main(arguments)
+    for path, content in written.items():
+        now = path.read_bytes()
+        if path.suffix == ".json":
+            now, content = (json.loads(x) for x in (now, content))
+            assert now["_header"].pop("time") and content["_header"].pop("time")
+        assert now == content, path
+    with pytest.raises(InputError, match=r"tag.json is of another request \(it differs in rates\); give --overwrite"):
+        script.main([*arguments, "--rate", "0.2"])
+    script.main([*arguments, "--rate", "0.2", "--overwrite"])
+    Path("l.json").write_text("{}")
+    with pytest.raises(InputError, match=r"l.json was not made by this script"):
+        script.main([*arguments, "--rate", "0.2"])
+    # The figures come from the report alone.
+    assert [path.name for path in script.draw(Path("again"), json.loads(json.dumps(report)))][-1] == "again-convergence"
+    assert Path("again-counts.png").stat().st_size > 1000
+    assert figures.colours(3)[0] == figures.colours(10)[0]
+
+
+def test_convergence_is_that_of_masks_from_the_snapshots(tmp_path, no_figure, capsys):
+    over_zero, n = some_counts(9, n_layers=4, width=60, high=4000)
+    header = {"models": {"model": {"spec": "org/n", "model_id": "org__n", "revision": "b"}}}
+    folder = write_counts(tmp_path, over_zero, n, snapshots=(1, 4), header=header)
+    command(folder, "-o", tmp_path)
+    found = without_header(tmp_path / "tag.report.json")["convergence"]
+
+    def pairs(mask):
+        return {lang: {(i, x) for i in mask[lang] for x in mask[lang][i]} for lang in mask}
+
+    full = pairs(by_definition(over_zero, n, 0.1))
+    part = {lang: counts * 4 // 8 for lang, counts in over_zero.items()}
+    part_n = {lang: n[lang] * 4 // 8 + 1 for lang in n}
+    half = pairs(by_definition(part, part_n, 0.1))
+    rest = pairs(by_definition({x: over_zero[x] - part[x] for x in n}, {x: n[x] - part_n[x] for x in n}, 0.1))
+    for ours, other, told in ((half, full, found["against_full"][1]), (half, rest, found["halves"])):
+        for lang in n:
+            assert told["languages"][lang] == len(ours[lang] & other[lang]) / len(ours[lang] | other[lang])
+        shared = sum(len(ours[lang] & other[lang]) for lang in n)
+        assert told["jaccard"] == shared / sum(len(ours[lang] | other[lang]) for lang in n)
+    assert found["against_full"][1]["tokens"] == part_n and len(found["against_full"]) == 2
+    assert found["halves"]["tokens_second"] == {lang: n[lang] - part_n[lang] for lang in n}
+    # Here counts grow in proportion: an eighth of the tokens says it all.
+    assert found["enough"]["tokens"] == found["against_full"][0]["tokens"]
+    assert "fewer tokens would have been enough: 1/8 of them" in capsys.readouterr().out
+    found["enough"] = None
+    script.say_convergence(found)
+    assert "no part of the tokens gives this mask to a Jaccard of 0.9" in capsys.readouterr().out
+
+
+def test_published_files_and_a_language_that_gets_none(tmp_path, no_figure, capsys):
+    over_zero, n = some_counts(1)
+    over_zero["eu"][:] = 1
+    n["en"] = max(n.values()) * 9
+    command(write_counts(tmp_path, over_zero, n), "-o", tmp_path / "out", "--layers-out", tmp_path / "l.json",
+            "--layers-lang", "eu", "--n-layers", 2)  # fmt: skip
+    path = tmp_path / "out" / "tag.json"
+    assert without_header(path)["eu"] == {"0": [], "1": [], "2": []}
+    assert masks.read(path, "en", 3, 40) == by_definition(over_zero, n, 0.1)["en"]
+    assert without_header(tmp_path / "l.json")["layers"] == [0, 1]
+    err = capsys.readouterr().err
+    assert "no header in tag.en.pt and 2 more: model, tokenizer and text are taken on trust" in err
+    assert "eu gets no neuron: it is listed in the mask, empty" in err
+    assert "eu has no neurons in layers [0, 1]: only 0 layers have any" in err
+    assert re.search(r"en has [\d.]+ times the tokens of (ga|eu) \([\d,]+ and \d+\), whose rates are noisier", err)
+    assert not list(tmp_path.rglob("*control*"))  # outside a study on request only
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    over_zero, n = some_counts(2)
+    model = {"spec": "org/n", "model_id": "org__n", "revision": "b"}
+    folder = tmp_path / "counts"
+
+    def fails(message, *more, langs="en,ga,eu"):
+        with pytest.raises(InputError, match=message) as error:
+            command(folder, "-o", tmp_path / "out", *more, langs=langs)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "c.json").exists()
+
+    def files(**changes):
+        for path in folder.glob("*.pt"):
+            path.unlink()
+        write_counts(folder, over_zero, n, header=lambda lang: {"models": {"model": model}} | changes.get(lang, {}))
+
+    def change(lang, **tensors):
+        path = folder / f"tag.{lang}.pt"
+        results.write_tensors(path, results.read_tensors(path) | tensors)
+
+    fails("counts does not exist; run lsn/activation.py first, or give -a")
+    folder.mkdir()
+    fails(r"counts has no counts tag.<lang>.pt; run lsn/activation.py first")
+    files()
+    fails(r"nothing for fr \(fra_Latn\); there is en, eu, ga", langs="en,fr")
+    fails("1 language given; name two or more", langs="en,")
+    fails("ga and gle_Latn are one language", langs="ga,gle_Latn")
+    fails("no counts other.<lang>.pt; its tags are tag: give one with -t", "-t", "other")
+    fails("--rate .study key lsn.rate. is 1.5; give a share above 0 and at most 1", "--rate", "1.5")
+    fails("--filter-rate is 0.0; give a share", "--filter-rate", "0")
+    fails("--bar-rate is 2.0; give a share", "--bar-rate", "2")
+    fails("nothing says languages target: give --layers-lang", "--layers-out", "c.json")
+    fails("nothing for fr", "--layers-out", "c.json", "--layers-lang", "fr", "--n-layers", "1")
+    wanted = ["--layers-out", "c.json", "--layers-lang", "en"]
+    fails("4 layers asked for, but the model has 3", *wanted, "--n-layers", "4")
+    fails("nothing says where the result of layer-specialize/layer_specialize.py is: give --n-layers", *wanted)
+    fails("two results would go to one file", "--control-mask-out", tmp_path / "out" / "tag.json")
+    files(ga={"models": {"model": model | {"spec": "org/other", "model_id": "org__other"}}})
+    fails(r"counts of different models: tag.en.pt is of org/n, tag.ga.pt of org/other; count every language with")
+    files(ga={"models": {"model": model | {"revision": "c"}}})
+    fails(r"counts of different models: tag.en.pt is of org/n, tag.ga.pt of org/n \(trained again\)")
+    files(en={"tokens": {"tokenizer_sha256": "x"}}, eu={"tokens": {"tokenizer_sha256": "y"}})
+    fails(r"tag.en.pt and tag.eu.pt come from tokens of different tokenizers; run lsn/load_oscar.py")
+    files(ga={"language": "eus_Latn"})
+    fails(r"tag.ga.pt counts eus_Latn, not ga")
+    files(ga={"limit": 3})
+    fails(r"tag.ga.pt was made with --limit 3")
+    files()
+    change("ga", header=json.dumps({"schema": "token-ids"}))
+    fails(r"tag.ga.pt holds 'token-ids', not 'activation-counts'")
+    files()
+    change("ga", over_zero=torch.zeros(2, 40, dtype=torch.long), snapshots=torch.zeros(0, 2, 40))
+    fails(r"counts of different models: tag.en.pt has 3 layers of 40 neurons, tag.ga.pt has 2 of 40")
+    for tensors, message in (
+        ({"n": 0}, "counts 0 tokens"),
+        ({"n": 1}, r"a neuron is active on \d+ of 1 tokens"),
+        ({"over_zero": torch.zeros(5)}, r"over_zero is \[5\], not \[layers, neurons\]"),
+        ({"over_zero": "x"}, "has no counts"),
+        ({"snapshots_n": torch.tensor([1])}, "its snapshots are no parts of its counts"),
+    ):
+        files()
+        change("eu", **tensors)
+        fails(rf"tag.eu.pt:? {message}")
+    (folder / "tag.eu.pt").write_bytes(b"x")
+    fails(r"tag.eu.pt cannot be read as tensors")
+    files()
+    # Nowhere to draw a control from: every neuron of layer 0 belongs to someone.
+    crowded = {lang: np.zeros((3, 40), int) for lang in n}
+    crowded["en"][0, :20] = crowded["ga"][0, 20:] = 50
+    write_counts(folder, crowded, n)
+    fails("layer 0 has 0 of 40 neurons outside the mask, but the control of en needs 20",
+          "--rate", "0.5", "--filter-rate", "0.5", "--control-mask-out", "c.json")  # fmt: skip
+
+
+def study(tmp_path, monkeypatch) -> dict:
+    """A study in the current folder with a base, a run of two checkpoints, counts of the last one, and its layers."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "base", tokenizer=False)
+    for step in (1, 2):
+        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step, tokenizer=False)
+    last = refs.model("run/checkpoint-2").describe()
+    over_zero, n = some_counts(4, width=48)
+    write_counts(
+        tmp_path / "results" / RESULTS["lsn_counts"], over_zero, n, "small", header={"models": {"model": last}}
+    )
+    values = {
+        "name": "small", "base": "base", "run": "run", "results": "results", "seed": 5,
+        "languages": {"base": "eng_Latn", "target": "gle_Latn", "lsn": ["en", "ga", "eu"]},
+        "lsn": {"rate": 0.1},
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(values))
+    return by_definition(over_zero, n, 0.1)
+
+
+def layers_file(interface, **facts) -> None:
+    payload = {"interface_layers": interface, "semantic_layers": [1]}
+    path = Path("results") / RESULTS["layers"]
+    results.write_json(path, payload, results.header("layer-specialize", **({"n_layers": 3} | facts)))
+
+
+def test_without_arguments_in_a_study(tmp_path, monkeypatch, no_figure):
+    mask = study(tmp_path, monkeypatch)
+    with pytest.raises(InputError, match=r"layers.json does not exist; run layer-specialize/layer_specialize.py first"):
+        script.main([])
+    layers_file([0, 2], models={"model": refs.model("run/checkpoint-2").describe()})
+    script.main([])
+    made = {
+        step: Path("results") / RESULTS[f"lsn_{step}"].format(name="small") for step in ("mask", "control", "layers")
+    }
+    models = [refs.model("base").describe(), refs.model("run/checkpoint-1").describe()]
+    assert masks.read(made["mask"], "ga", 3, 48, models, control=False) == mask["ga"]
+    assert masks.read(made["control"], "ga", 3, 48, models, True) == masks.random_control(mask, 3, 48, 5)["ga"]
+    layers, header = results.read_json(made["layers"], "lsn-layers", n_layers=3)
+    assert len(layers["layers"]) == 2 and layers["language"] == "ga"
+    assert header["models"]["model"]["spec"] == "run/checkpoint-2"
+    # Another number of layers, and another folder for all of it.
+    script.main(["-o", "elsewhere", "--n-layers", "1"])
+    names = ["small.control.json", "small.json", "small.layers.json", "small.report.json"]
+    assert sorted(path.name for path in Path("elsewhere").iterdir()) == names
+    assert len(without_header(Path("elsewhere/small.layers.json"))["layers"]) == 1
+
+
+def test_a_study_whose_models_changed(tmp_path, monkeypatch, no_figure):
+    study(tmp_path, monkeypatch)
+    layers_file([0], models={"model": refs.model(save_tiny("llama", tmp_path / "other", seed=9)).describe()})
+    with pytest.raises(InputError, match=r"layers.json was made for .*other, but the counts are of run/checkpoint-2"):
+        script.main([])
+    layers_file([0], n_layers=7)
+    with pytest.raises(InputError, match="made for n_layers 7, but 3 is needed"):
+        script.main([])
+    layers_file([])
+    with pytest.raises(InputError, match="has no interface layers; give --n-layers"):
+        script.main([])
+    save_tiny("llama", tmp_path / "run" / "checkpoint-2", seed=8, tokenizer=False)
+    with pytest.raises(InputError, match=r"counts of run/checkpoint-2, .* or was trained again since"):
+        script.main([])
+    assert not (tmp_path / "results" / "lsn" / "result").exists()
+
+
+def test_help_answers_without_heavy_imports_and_commands_parse():
+    code = (
+        "import runpy, sys; sys.argv = ['identify.py', '--help']\n"
+        "try: runpy.run_path('lsn/identify.py', run_name='__main__')\n"
+        "except SystemExit: print({'torch', 'numpy', 'matplotlib', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    for line in script.__doc__.splitlines():
+        if line.startswith(("Full: ", "Tiny: ")):
+            script.build_parser().parse_args(line.partition("lsn/identify.py ")[2].split())
