@@ -117,9 +117,7 @@ def draw(path: Path, means: dict[str, dict[int, float]], lang: str, n_neurons: i
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--model", metavar="M", help="model, or run of checkpoints; default: the study's run, and its base")
-    p.add_argument(
-        "--base-model", metavar="B", help="base, measured too; default: the study's where --model is left out"
-    )
+    p.add_argument("--base-model", metavar="B", help="base, measured with a run; default: the study's")
     p.add_argument("--base-tag", default="base", metavar="TAG", help="folder of the base's results; default base")
     p.add_argument("--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
     p.add_argument(
@@ -128,7 +126,9 @@ def build_parser():
     p.add_argument("--save_folder", metavar="F", help="where results go; default: the study's lsn/lsn_activation")
     p.add_argument("--name", metavar="NAME", help="of the model or run in the files' names; default: the study's name")
     p.add_argument("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's")
-    p.add_argument("--control-mask", metavar="MASK", help="random control; default: the study's where the mask is too")
+    p.add_argument(
+        "--control-mask", metavar="MASK", help="random control; default: MASK with .control.json, if it is there"
+    )
     p.add_argument("--lang", metavar="LANG", help="language; default: the study's languages.target")
     p.add_argument("--tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens; default {TOKENS:,}")
     p.add_argument("--block-size", type=cli.positive, metavar="N", help="tokens a block; default: that of --type")
@@ -143,7 +143,7 @@ def main(argv=None) -> None:
     target = study.value(args.model, "--model", "run")
     is_run = refs.is_run(target) if isinstance(target, str) else True
     models = refs.run(target, args.steps) if is_run else [refs.model(target)]
-    base = args.base_model or (study.get("base") if args.model is None else None)
+    base = args.base_model or (study.get("base") if is_run else None)
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.output(args.save_folder, "--save_folder", "lsn_activation")
     name = args.name or (study.name if study else None)
@@ -151,9 +151,12 @@ def main(argv=None) -> None:
         raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
     ids = args.id_path or id_file(study, lang)
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-    control_file = Path(args.control_mask) if args.control_mask else None
-    if control_file is None and args.mask_file is None and (study.result("lsn_control") or Path()).is_file():
-        control_file = study.result("lsn_control")
+    control_file = Path(args.control_mask) if args.control_mask else mask_file.with_suffix(".control.json")
+    if args.control_mask is None and not control_file.is_file():
+        cli.warn(f"no random control: {control_file} does not exist, and --control-mask is not given")
+        control_file = None
+    if is_run and base is None:
+        cli.warn("the base is not measured: give --base-model (activation-correlation.py needs it)")
 
     todo = [(ref, place_of(ref, folder, name, lang, None, is_run)) for ref in models]
     if base is not None:
@@ -183,6 +186,10 @@ def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_
     chosen = {"language": masks.read(mask_file, lang, *shape, described, control=False)}
     if control_file is not None:
         chosen["control"] = masks.read(control_file, lang, *shape, described, control=True)
+        if [len(chosen["control"][layer]) for layer in chosen["control"]] != [
+            len(chosen["language"][layer]) for layer in chosen["language"]
+        ]:
+            raise InputError(f"{control_file} is no control of {mask_file}: it has other numbers of neurons per layer")
     counts = {mask: sum(map(len, layers.values())) for mask, layers in chosen.items()}
     if not counts["language"]:
         raise InputError(f"{mask_file} has no neuron of {lang}: there is nothing to measure")

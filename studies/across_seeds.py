@@ -1,7 +1,7 @@
 """The results of one study over several seeds, side by side: tables in Markdown and small figures.
 
-In:   the results of Part I of a study whose paths hold {seed}, for every seed.
-Out:  OUT/tables.md, and OUT/retrieval.png, weight_change.png, swaps.png (with PDF).
+In:   the results of a study whose paths hold {seed}, for every seed; Part II where it was run for all of them.
+Out:  OUT/tables.md, and OUT/retrieval.png, weight_change.png, swaps.png, component_swaps.png (with PDF).
 
 Full: python studies/across_seeds.py --study studies/multi30k.yaml --seeds 0,1,2 --out docs/multi30k
 Tiny: python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds
@@ -215,7 +215,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    seeds = {int(s): read_seed(Study.find(args.study, int(s))) for s in args.seeds.split(",")}
+    studies = {int(seed): Study.find(args.study, int(seed)) for seed in args.seeds.split(",")}
+    seeds = {seed: read_seed(study) for seed, study in studies.items()}
+    part_two = cli.sibling("studies/part_two.py")
+    second = {seed: part_two.read_seed(study) for seed, study in studies.items()}
+    missing = [seed for seed, found in second.items() if found is None]
+    if missing:
+        cli.say(f"Part II is left out: it was not run for seed {', '.join(map(str, missing))}")
+        second = {}
     out = Path(args.out)
     parts = {
         "Retrieval by hidden state": retrieval_table(seeds),
@@ -224,13 +231,17 @@ def main(argv: list[str] | None = None) -> None:
         "Downstream accuracy against weight change": downstream_table(seeds),
         "Layer swaps": swap_table(seeds),
     }
+    if second:
+        parts |= {title: table(*rows(second)) for title, rows in part_two.TABLES.items()}
     with results.replacing(out / "tables.md") as temporary:
         text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items() if body)
         temporary.write_text(text + "\n", encoding="utf-8")
     draw_retrieval(seeds, out / "retrieval")
     draw_change(seeds, out / "weight_change")
     draw_swaps(seeds, out / "swaps")
-    cli.say(f"wrote {out}/tables.md and three figures for the seeds {', '.join(map(str, seeds))}")
+    if second:
+        part_two.draw_swaps(second, out / "component_swaps")
+    cli.say(f"wrote {out}/tables.md and the figures for the seeds {', '.join(map(str, seeds))}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,517 @@
+"""Token ids of each language's text, which the counts of language-specific neurons are taken on (step 6).
+
+Each piece of a document is tokenized by itself, without special tokens; ids stand in the order of pieces and documents
+and are cut at the target. mOSCAR is streamed from the hub, or text comes from local files.
+
+In:   mOSCAR (a document's `text` is a list of pieces), parquet files of that schema, or text files with one document a
+      line (one piece each).
+Out:  <output-dir>/oscar.<language>.train.<model id>: a 1-D int32 tensor; beside it <the same name>.json, which says of
+      what text and tokenizer, how many tokens, and the share of text in another script or language.
+
+Full: python lsn/load_oscar.py --languages en,zh,ga --model-id llama2 --tokenizer meta-llama/Llama-2-7b-hf --output-dir oscar_ids/
+Tiny: python lsn/load_oscar.py --study demo/tiny.yaml --tokens 2000
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils import cli, languages, refs, results, tokenids
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import numpy as np
+
+foreign = cli.sibling("lsn/foreign_text.py")
+corpus = cli.sibling("lsn/oscar_text.py")
+
+TOKENS = 100_000_000
+BATCH_DOCUMENTS = 1000
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def encoder(folder: Path) -> Callable[[list[str]], list]:
+    """The tokenizer in `folder` as a function from pieces to encodings (lists of ids, or objects with `ids`)."""
+    from cpt_utils import models
+
+    tokenizer = models.load_tokenizer(refs.model(folder))
+    if not tokenizer.is_fast:
+        return lambda pieces: tokenizer(pieces, add_special_tokens=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    # Without offsets, and without the lists that transformers makes of every encoding.
+    return lambda pieces: backend.encode_batch_fast(pieces, add_special_tokens=False)
+
+
+def ahead(function: Callable, items: Iterable[tuple]) -> Iterator[tuple]:
+    """`(*item, function(item[0]))`, computed one item ahead in a thread: the backend encodes while Python writes."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = (*item, pool.submit(function, item[0]))
+            if waiting:
+                yield (*waiting[:-1], waiting[-1].result())
+            waiting = following
+        if waiting:
+            yield (*waiting[:-1], waiting[-1].result())
+
+
+def flat(encodings: list, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all encodings in a row, and how many each has [pieces].
+
+    Raises:
+        InputError: an id that `dtype` cannot hold.
+    """
+    import numpy as np
+
+    rows = [getattr(encoding, "ids", encoding) for encoding in encodings]
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    try:
+        return np.fromiter(itertools.chain.from_iterable(rows), dtype, int(lengths.sum())), lengths
+    except OverflowError:
+        raise InputError("the tokenizer has ids beyond int32; give --int64") from None
+
+
+def tokenize(
+    read: Iterable[tuple[list[str], list[int]]],
+    encode: Callable[[list[str]], list],
+    judge: Callable[[list[str]], list[str]] | None,
+    drop: bool,
+    target: int,
+    sink,
+    dtype: str = "<i4",
+    report: Callable[[int], None] = lambda tokens: None,
+) -> dict:
+    """Write ids to the binary file `sink` until there are `target`; what was read does not depend on the batches.
+
+    Returns:
+        tokens (written), documents, pieces (read up to the cut), seen_tokens (with those of dropped pieces),
+        other_pieces, other_tokens, and labels: pieces by what they were judged to be.
+    """
+    import numpy as np
+
+    done = Counter({"tokens": 0, "documents": 0, "pieces": 0, "seen_tokens": 0, "other_pieces": 0, "other_tokens": 0})
+    labels: Counter = Counter()
+    for pieces, numbers, encodings in ahead(encode, read):
+        ids, lengths = flat(encodings, dtype)
+        named = judge(pieces) if judge else [""] * len(pieces)
+        other = np.array([bool(label) for label in named])
+        kept = ~other if drop else np.ones(len(pieces), bool)
+        ends = np.cumsum(lengths * kept)
+        room = target - done["tokens"]
+        last = int(np.searchsorted(ends, room))  # the piece with which the target is reached
+        if last < len(pieces):
+            lengths[last] -= ends[last] - room
+            pieces, lengths, other, kept = pieces[: last + 1], lengths[: last + 1], other[: last + 1], kept[: last + 1]
+            ids = ids[: lengths.sum()]
+        chosen = ids if kept.all() else ids[np.repeat(kept, lengths)]
+        chosen.tofile(sink)
+        labels.update(label for label in named[: len(pieces)] if label)
+        done["documents"] = numbers[len(pieces) - 1]
+        for key, number in (
+            ("tokens", len(chosen)),
+            ("pieces", len(pieces)),
+            ("seen_tokens", len(ids)),
+            ("other_pieces", other.sum()),
+            ("other_tokens", lengths[other].sum()),
+        ):
+            done[key] += int(number)
+        report(done["tokens"])
+        if done["tokens"] == target:
+            break
+    return {**done, "labels": labels}
+
+
+def contamination(found: dict, by: str | None, dropped: bool) -> dict | None:
+    """The share of pieces and of tokens that were of another script or language, `most_frequent` first."""
+    if by is None:
+        return None
+    frequent = sorted(found["labels"].items(), key=lambda entry: (-entry[1], entry[0]))[:5]
+    return {
+        "by": by,
+        "dropped": dropped,
+        "share_pieces": found["other_pieces"] / found["pieces"],
+        "share_tokens": found["other_tokens"] / found["seen_tokens"],
+        "other_pieces": found["other_pieces"],
+        "pieces": found["pieces"],
+        "other_tokens": found["other_tokens"],
+        "tokens": found["seen_tokens"],
+        "most_frequent": dict(frequent) if by == "language" else {},
+    }
+
+
+def make(task: dict, report: Callable[[int], None] = lambda tokens: None) -> dict:
+    """One language's file from its task (`tasks`); returns the payload beside it.
+
+    Raises:
+        InputError: text that cannot be read, no text, no tokens, or a folder that cannot be written.
+    """
+    import tempfile
+
+    import numpy as np
+    import torch
+
+    request, path = task["request"], Path(task["path"])
+    by, judge = foreign.judge_of(request["language"], request["filter"])
+    drop = request["filter"] != "none" and not request["report_only"]
+    encode = encoder(Path(task["tokenizer_folder"]))
+    documents = corpus.documents_of(task["text"])
+    if request["limit"] is not None:
+        documents = itertools.islice(documents, request["limit"])
+    dtype = "<i8" if request["dtype"] == "int64" else "<i4"
+    target = request["tokens"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without a name: a process that is killed leaves nothing. On disk: 100 million ids are 400 MB.
+        with tempfile.TemporaryFile(dir=path.parent) as buffer:
+            found = tokenize(
+                corpus.batches(documents, task["batch"]), encode, judge, drop, target, buffer, dtype, report
+            )
+            refuse_nothing(task["language"], found)
+            buffer.flush()
+            payload = {
+                "n_documents": found["documents"],
+                "n_pieces": found["pieces"],
+                "target": target,
+                "complete": found["tokens"] == target,
+                "contamination": contamination(found, by, drop),
+            }
+            ids = torch.from_numpy(np.memmap(buffer, dtype, "r+", shape=(found["tokens"],)))
+            tokenids.write(path, ids, payload, results.header(tokenids.SCHEMA, **task["facts"]))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    return {"n_tokens": found["tokens"], **payload}
+
+
+def refuse_nothing(lang: str, found: dict) -> None:
+    if found["tokens"]:
+        return
+    if not found["pieces"]:
+        raise InputError(f"the text of {lang} is empty")
+    if found["seen_tokens"]:
+        raise InputError(f"the filter drops every piece of {lang} ({found['pieces']:,} read); is it another language?")
+    raise InputError(f"the tokenizer yields no tokens for the {found['pieces']:,} pieces of {lang}; is it whole?")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def outcome(task: dict, report: Callable[[int], None]) -> dict:
+    """`make` with errors as a value, so that a language that fails does not stop the others."""
+    try:
+        return {"payload": make(task, report)}
+    except InputError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+
+
+def child() -> None:
+    """One language in a process of its own: the task on stdin, progress and the outcome as JSON lines on stdout."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is not for the reader of the channel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the one that started this one ends it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way out
+    task = json.load(sys.stdin)
+    sys.argv = task["argv"]
+
+    def tell(message: dict) -> None:
+        try:
+            print(json.dumps(message), file=channel, flush=True)
+        except BrokenPipeError:  # the script that started this process is gone
+            os._exit(1)
+
+    tell(outcome(task, lambda tokens: tell({"tokens": tokens})))
+    os._exit(0)  # the threads of a stopped stream may abort an ordinary exit
+
+
+def in_process(task: dict, report: Callable[[int], None], threads: int, running: list) -> dict:
+    """`outcome` in a new process with its own share of threads."""
+    code = "from cpt_utils import cli; cli.sibling('lsn/load_oscar.py').child()"
+    defaults = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
+    # -P: modules are not looked up in the current folder, which may hold one called `datasets`.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        env=defaults | os.environ,
+    )
+    running.append(process)
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        json.dump(task, process.stdin)
+    found = {}
+    with process.stdout:
+        for line in process.stdout:
+            message = json.loads(line)
+            if "tokens" in message:
+                report(message["tokens"])
+            else:
+                found = message
+    code = process.wait()
+    return found or {"error": f"its process ended with {f'signal {-code} (out of memory?)' if code < 0 else code}"}
+
+
+def run_all(tasks: list[dict], max_concurrent: int) -> Iterator[tuple[dict, dict]]:
+    """Every task with its outcome, as they finish; in this process where only one would run at a time."""
+    jobs = min(max_concurrent, len(tasks))
+    total = sum(task["request"]["tokens"] for task in tasks)
+    lock, done = threading.Lock(), Counter()
+    with cli.progress(total=total, desc="tokens", unit="token") as bar:
+
+        def report(task: dict, tokens: int) -> None:
+            with lock:
+                bar.update(tokens - done[task["path"]])
+                done[task["path"]] = tokens
+
+        def telling(task: dict) -> Callable[[int], None]:
+            return lambda tokens: report(task, tokens)
+
+        if jobs == 1:
+            for task in tasks:
+                yield task, outcome(task, telling(task))
+            return
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        running: list[subprocess.Popen] = []
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            futures = {pool.submit(in_process, task, telling(task), threads, running): task for task in tasks}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # also after Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                if process.poll() is None:
+                    process.terminate()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--languages", metavar="L,L,..", help="language codes; default: the study's languages.lsn")
+    p.add_argument("--model-id", metavar="NAME", help="last part of the files' names; default: the study's name")
+    p.add_argument("--tokenizer", metavar="T", help="model whose tokenizer is used; default: the study's base")
+    p.add_argument("--output-dir", metavar="DIR", help="folder of the files; default: the study's tokens")
+    p.add_argument(
+        "--text",
+        action="append",
+        metavar="LANG=FILE",
+        help="text file (.gz allowed), a document a line; repeatable; default: the study's data.lsn_text, else mOSCAR",
+    )
+    p.add_argument(
+        "--parquet",
+        action="append",
+        metavar="LANG=FILES",
+        help="parquet in mOSCAR's schema: a file, a folder or a quoted pattern; repeatable",
+    )
+    p.add_argument("--revision", metavar="R", help="revision of mOSCAR on the hub; default: its newest")
+    p.add_argument(
+        "--tokens",
+        type=cli.positive,
+        metavar="N",
+        help=f"tokens a language; default: the study's lsn.tokens, else {TOKENS:,}",
+    )
+    p.add_argument(
+        "--max-concurrent", type=cli.positive, default=6, metavar="N", help="languages at a time; default %(default)s"
+    )
+    p.add_argument(
+        "--batch-documents",
+        type=cli.positive,
+        default=BATCH_DOCUMENTS,
+        metavar="N",
+        help="documents tokenized at a time, which changes no result; default %(default)s",
+    )
+    p.add_argument(
+        "--filter",
+        choices=("none", "script", "language"),
+        default="none",
+        help="drop pieces of another script, or identified as another language (py3langid); default %(default)s",
+    )
+    p.add_argument("--filter-report", action="store_true", help="only tell what --filter would drop, and keep it")
+    p.add_argument("--int64", action="store_true", help="64-bit ids, for readers that need them; default: 32 bits")
+    p.add_argument("--limit", type=cli.positive, metavar="N", help="use only the first N documents (for a try; marked)")
+    return p
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    todo = [task for task in tasks(args, study) if not finished(task, args.overwrite)]
+    failed = {}
+    for task, found in run_all(todo, args.max_concurrent) if todo else ():
+        lang = task["language"]
+        if "error" in found:
+            failed[lang] = found["error"]
+            cli.warn(f"{lang} failed: {found['error']}")
+        else:
+            tell(lang, task["path"], found["payload"])
+    if failed:
+        reasons = "; ".join(f"{lang} ({' '.join(reason.split())})" for lang, reason in failed.items())
+        print(f"error: failed: {reasons}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def tell(lang: str, path: str, payload: dict) -> None:
+    """What one file holds, with a warning where it falls short."""
+    pieces, documents = payload["n_pieces"], payload["n_documents"]
+    cli.say(f"{lang}: {path}: {payload['n_tokens']:,} tokens of {documents:,} documents ({pieces:,} pieces)")
+    found = payload["contamination"]
+    if found:
+        frequent = ", ".join(f"{label} {number:,}" for label, number in found["most_frequent"].items())
+        cli.say(
+            f"{lang}: {found['share_pieces']:.2%} of the pieces and {found['share_tokens']:.2%} of the tokens are of "
+            f"another {found['by']} ({'dropped' if found['dropped'] else 'kept'}){f': {frequent}' if frequent else ''}"
+        )
+    else:
+        cli.say(f"{lang}: no share of other scripts, since its code names no script")
+    if not payload["complete"]:
+        share = payload["n_tokens"] / payload["target"]
+        cli.warn(
+            f"{lang}: the text ends at {payload['n_tokens']:,} of {payload['target']:,} tokens ({share:.1%}); "
+            "they are saved, and marked as not complete"
+        )
+
+
+def tasks(args, study: Study) -> list[dict]:
+    """What to make, a language each, with everything a person can get wrong checked as far as that is quick."""
+    chosen = chosen_languages(study.value(args.languages, "--languages", "languages.lsn"))
+    name = study.name if study and args.model_id is None else study.value(args.model_id, "--model-id", "name")
+    ref = refs.model(study.value(args.tokenizer, "--tokenizer", "base"))
+    folder = Path(study.value(args.output_dir, "--output-dir", "tokens"))
+    target = study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS)
+    if type(target) is not int or target < 1:
+        raise InputError(f"lsn.tokens is {target!r}; it must be a number of tokens above 0")
+    if args.filter_report and args.filter == "none":
+        raise InputError("--filter-report tells what a filter would drop; give --filter script or --filter language")
+    texts = sources(args, study, chosen)
+    for code in chosen:
+        canonical = languages.canonical(code, any_tag=True)
+        if args.filter == "language":
+            foreign.langid_labels(canonical)
+        elif args.filter == "script":
+            foreign.judge_of(canonical, "script")
+    tokenizer_folder = refs.tokenizer_folder(ref)
+    tokenizer = {
+        "tokenizer": ref.spec,
+        "tokenizer_revision": ref.resolved_revision(),
+        "tokenizer_sha256": refs.tokenizer_hash(tokenizer_folder),
+    }
+    made = []
+    for code in chosen:
+        text, identity = texts[code]
+        request = {
+            "language": languages.canonical(code, any_tag=True),
+            "tokenizer_sha256": tokenizer["tokenizer_sha256"],
+            "text": identity,
+            "tokens": target,
+            "dtype": "int64" if args.int64 else "int32",
+            "filter": args.filter,
+            "report_only": args.filter_report,
+            "limit": args.limit,
+        }
+        facts = {"language": request["language"], **tokenizer, "text": text, "limit": args.limit, "request": request}
+        made.append(
+            {
+                "language": code,
+                "path": str(folder / tokenids.file_name(code, str(name))),
+                "request": request,
+                "text": text,
+                "facts": facts,
+                "tokenizer_folder": str(tokenizer_folder),
+                "batch": args.batch_documents,
+                "argv": sys.argv,
+            }
+        )
+    return made
+
+
+def chosen_languages(given) -> list[str]:
+    """The codes of a comma-separated text or of a study's list, each language once."""
+    codes = [code.strip() for code in given.split(",") if code.strip()] if isinstance(given, str) else list(given)
+    if not codes:
+        raise InputError("no language is asked for; give --languages en,ga or the study key languages.lsn")
+    for code in codes:
+        if not isinstance(code, str):
+            raise InputError(f"languages.lsn holds {code!r}; put the code in quotes (no is false in YAML)")
+        if not re.fullmatch(r"[\w-]+", code):
+            raise InputError(f"language {code!r} cannot stand in a file name; letters, digits, _ and - can")
+        twice = [other for other in codes if languages.same(other, code)]
+        if len(twice) > 1:
+            raise InputError(f"{' and '.join(twice)} are one language; ask for it once")
+    return codes
+
+
+def sources(args, study: Study, chosen: list[str]) -> dict[str, tuple[dict, dict]]:
+    """For each language where its text comes from, and what identifies the text wherever it lies.
+
+    Raises:
+        InputError: an unknown language, a file of a language that is not asked for, no such file, gated data.
+    """
+    language_files = cli.sibling("cpt/documents.py").language_files
+    local: dict[str, tuple[str, str, str]] = {}
+    for flag, kind, items in (("--text", "text", args.text), ("--parquet", "parquet", args.parquet)):
+        for item in items or []:
+            ((lang, place),) = language_files([item], flag).items()
+            code = languages.find(chosen, lang, f"{flag} {item}: languages asked for")
+            if code in local:
+                raise InputError(f"{flag} {item}: the text of {code} is given twice; give one source for a language")
+            local[code] = (kind, place, f"{flag} {item}")
+    in_study = study.get("data.lsn_text", {})
+    found = {}
+    for code in chosen:
+        if code not in local:
+            lang = languages.find(in_study, code, "data.lsn_text", default=None)
+            if lang is not None:
+                local[code] = ("text", str(in_study[lang]), f"data.lsn_text {lang}: {in_study[lang]}")
+        if code in local:
+            found[code] = corpus.local_source(*local[code])
+    hub = [code for code in chosen if code not in found]
+    if args.revision and not hub:
+        raise InputError("--revision is of mOSCAR, but the text of every language comes from local files")
+    return found | corpus.hub_sources(hub, args.revision)
+
+
+def finished(task: dict, overwrite: bool) -> bool:
+    """Whether the file of `task` is there, made by the same request.
+
+    Raises:
+        InputError: it is there, and of another request or of unknown origin.
+    """
+    path = Path(task["path"])
+    if overwrite or not path.exists():
+        return False
+    facts = tokenids.describe(path, allow_limited=True)
+    request = results.plain(task["request"])
+    if facts.get("request") != request:
+        before = facts.get("request") or {}
+        unlike = [key for key in request if before.get(key) != request[key]] if before else ["origin"]
+        raise InputError(
+            f"{path} is there and of another {' and '.join(unlike).replace('_', ' ')}; "
+            "give --overwrite to replace it, or another --model-id or --output-dir"
+        )
+    short = "" if facts["complete"] else f", of {facts['target']:,} asked for"
+    cli.say(f"{task['language']}: {path} is finished: {facts['n_tokens']:,} tokens{short} (--overwrite redoes it)")
+    return True
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,302 @@
+"""The figures of the paper, each drawn anew from the result files of a study alone.
+
+A result that is missing leaves its figure out, and one line says which script makes it. Files of other models than the
+study's are refused, as in report/claims.py.
+
+In:   the results of a study, as many as there are.
+Out:  fig1_retrieval .. fig9_deactivation as PDF and PNG in the folder --output (default: the study's report/figures).
+
+Full: python report/figures.py --study studies/multi30k.yaml --seed 0
+Tiny: python report/figures.py --study demo/tiny.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt_utils import cli, components, evaluation, figures
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+claims = cli.sibling("report/claims.py")
+Results, Missing = claims.Results, claims.Missing
+
+
+# ---------------------------------------------------------------- drawn here
+
+
+def draw_retrieval(
+    path: Path, steps: dict[int, dict], split: dict, untrained: dict | None, lang: tuple[str, str]
+) -> None:
+    """Left: accuracy over hidden states, a line a step, the hub shaded. Right: over steps, hub and interface layers.
+
+    Args:
+        steps: step (0 = base) -> payload of sentence retrieval.
+        split: payload of step 2, whose layer l stands at hidden state l + 1.
+    """
+    accuracy = {step: [value for _, value in sorted(steps[step]["layer_accuracy"])] for step in sorted(steps)}
+    n_layers = len(next(iter(accuracy.values()))) - 1
+    trained = [step for step in accuracy if step]
+    named = {0, *evenly(trained, 10)}
+    shades = {0: figures.colour("base")} | dict(zip(trained, figures.colours(len(trained), ordered=True), strict=True))
+    with figures.style() as plt:
+        fig, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.7), width_ratios=[1.6, 1], sharey=True)
+        for at in split["semantic_layers"]:
+            label = "semantic hub" if at == split["semantic_layers"][0] else None
+            left.axvspan(at + 0.5, at + 1.5, color=figures.colour("hub"), alpha=0.12, linewidth=0, label=label)
+        for step, values in accuracy.items():
+            label = _step(step) if step in named else None
+            left.plot(values, "-" if step else "--", color=shades[step], marker="o", label=label)
+        if untrained:
+            values = [value for _, value in sorted(untrained["layer_accuracy"])]
+            left.plot(values, ":", color=figures.colour("random"), marker="x", label="untrained")
+        figures.layer_axis(left, n_layers, hidden_states=True)
+        left.set_ylabel(f"retrieval accuracy\n({lang[0]} to {lang[1]})")
+        left.set_ylim(bottom=0)
+        for group, meaning, marker, line in (
+            ("semantic_layers", "hub", "o", "-"),
+            ("interface_layers", "interface", "s", "--"),
+        ):
+            means = [sum(values[at + 1] for at in split[group]) / len(split[group]) for values in accuracy.values()]
+            words = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(split[group])} layers)"
+            right.plot(list(accuracy), means, line, marker=marker, color=figures.colour(meaning), label=words)
+        right.set_xlabel(_steps_label(accuracy))
+        right.locator_params(axis="x", nbins=5)
+        right.set_ylabel("mean over the layers")
+        right.legend(loc="best")
+        fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        figures.save(fig, path)
+
+
+def draw_change(path: Path, changes: dict[int, dict], accuracy: dict[int, dict], label: str) -> None:
+    """Left: mean |dW| of interface and hub layers over steps, the base as step 0. Right: accuracy of the task.
+
+    Args:
+        changes: step -> {"interface_avg", "semantic_hub_avg"}.
+        accuracy: step -> {"value", "stderr", "n"}.
+    """
+    steps = sorted(set(changes) - {0})
+    with figures.style() as plt:
+        fig, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.2))
+        for key, meaning, words, marker, line in (
+            ("interface_avg", "interface", "interface layers", "s", "-"),
+            ("semantic_hub_avg", "hub", "semantic hub", "o", "--"),
+        ):
+            values = [0.0, *(changes[step][key] for step in steps)]
+            left.plot([0, *steps], values, line, marker=marker, color=figures.colour(meaning), label=words)
+        left.set_ylabel("mean |ΔW| from the base")
+        left.set_ylim(bottom=0)
+        left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        left.legend(loc="best")
+        at = sorted(accuracy)
+        errors = [accuracy[step]["stderr"] or 0 for step in at]
+        values = [accuracy[step]["value"] for step in at]
+        n = accuracy[at[-1]]["n"]
+        right.errorbar(at, values, yerr=errors, color=figures.colour("target"), marker="D", capsize=2)
+        right.set_ylabel(f"{label}\n({f'{n} rows, ' if n else ''}± standard error)")
+        for axis in (left, right):
+            axis.set_xlabel(_steps_label([0, *steps]))
+            axis.locator_params(axis="x", nbins=6)
+        figures.save(fig, path)
+
+
+def draw_layer_swap(path: Path, payload: dict, n_layers: int) -> None:
+    """A panel for each measure: bars from the checkpoint's value to that of base, hub swap and random swaps.
+
+    Whiskers of base and hub are bootstrap intervals of the difference from the checkpoint, over the same sentences
+    (documents, rows); the random bar is a mean over sets, its whisker their standard deviation, the circles the sets.
+    """
+    named = {row["name"]: row for row in payload["sets"] if row["name"] != "random"}
+    drawn = [row for row in payload["sets"] if row["name"] == "random"]
+    measures = list(payload["comparison"])
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, len(measures), figsize=(figures.PAGE, 2.5), squeeze=False)
+        for axis, name in zip(axes[0], measures, strict=True):
+            found = payload["comparison"][name]
+            axis.axhline(found["target"], color=figures.colour("target"), linestyle="--", zorder=3, label="checkpoint")
+            for at, (row, meaning) in enumerate(((named["base"], "base"), (named["semantic_hub"], "hub"))):
+                _bar(axis, at, row["values"][name], found["target"], meaning, (row.get("change") or {}).get(name))
+            _random_bar(axis, 2, found, [row["values"][name] for row in drawn])
+            axis.set_xticks(range(3), ["base", "hub\nswap", "random\nswaps"])
+            axis.set_ylabel(evaluation.MEASURES[name].label.replace(" (", "\n(").replace(", ", ",\n"), fontsize=7)
+            axis.use_sticky_edges = False  # bars stand on the checkpoint's value, and the axis goes on beyond it
+            axis.margins(y=0.1)
+            axis.locator_params(axis="y", nbins=5)
+        swapped = len(named["semantic_hub"]["layers"])
+        title = f"{swapped} of {n_layers} layers from the base; {len(drawn)} random sets of as many"
+        fig.suptitle(title, fontsize=8)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figures.save(fig, path)
+
+
+def _bar(axis, at: int, value: float, foot: float, meaning: str, change: dict | None = None) -> None:
+    axis.bar(at, value - foot, 0.7, foot, color=figures.colour(meaning), alpha=0.85, zorder=1)
+    if change:
+        ends = change["mean"] - change["ci_low"], change["ci_high"] - change["mean"]
+        _whisker(axis, at, value, *(max(0.0, end) for end in ends), colour="#777777" if meaning == "base" else "black")
+
+
+def _random_bar(axis, at: int, found: dict, others: list[float]) -> None:
+    _bar(axis, at, found["random_mean"], found["target"], "random")
+    places = [at + 0.5 * ((i + 1) * 0.618034 % 1 - 0.5) for i in range(len(others))]
+    look = {"facecolors": "white", "edgecolors": "black", "linewidths": 0.4, "zorder": 2}
+    axis.scatter(places, others, s=5, label="random set", **look)
+    spread = found["random_sd"] or 0
+    _whisker(axis, at, found["random_mean"], spread, spread)
+
+
+def _whisker(axis, at: float, value: float, below: float, above: float, colour: str = "black") -> None:
+    axis.errorbar(at, value, yerr=[[below], [above]], color=colour, capsize=2.5, linewidth=0.9, zorder=4)
+
+
+def evenly(values: list, most: int) -> list:
+    """At most `most` of the values, evenly chosen, first and last among them."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def _step(step: int) -> str:
+    return f"step {step}" if step else "base"
+
+
+def _steps_label(steps) -> str:
+    return "training step (0 = base)" if 0 in steps else "training step"
+
+
+# ---------------------------------------------------------------- figure by figure, from the files
+
+
+def retrieval(found: Results, path: Path) -> None:
+    split, steps, missing = found.layers(), {}, []
+    for ref in [{**found.base, "step": 0}, *found.run]:
+        try:
+            steps[ref["step"]] = found.retrieval(ref)[0]
+        except Missing as reason:
+            missing.append(str(reason))
+    if not any(steps):
+        raise Missing(missing[-1])
+    for reason in missing:
+        cli.say(f"{path.name}: {reason}")
+    try:
+        untrained = found.untrained()[0]
+    except Missing:
+        untrained = None
+    draw_retrieval(path, steps, split, untrained, tuple(found.sides().values()))
+
+
+def change(found: Results, path: Path) -> None:
+    payload, _ = found.json(found.path("int_and_sem"), "int_and_sem")
+    task, _ = found.json(found.path("downstream"), "downstream_correlation")
+    metric = task["metric"]
+    accuracy = {int(step): {"value": row[metric], **row} for step, row in task["values"].items()}
+    changes = {int(step): row for step, row in payload["checkpoints"].items()}
+    draw_change(path, changes, accuracy, f"{metric}, {task['task']}")
+
+
+def layer_swap(found: Results, path: Path) -> None:
+    swap, header = found.swap("layer_swap", "semantic_hub")
+    draw_layer_swap(path, swap["payload"], header.get("n_layers") or len(swap["sets"][0]["layer_accuracy"]) - 1)
+
+
+def attention_ffn(found: Results, path: Path) -> None:
+    payload, _ = found.json(found.path("attn_vs_ffn"), "attn_vs_ffn")
+    cli.sibling("weight-diff/attn_vs_ffn.py").draw(path, payload)
+
+
+def lsn_counts(found: Results, path: Path) -> None:
+    script = cli.sibling("lsn/identify.py")
+    file = found.there(found.study.result("lsn_mask").with_suffix(".report.json"), "lsn_mask")
+    payload, _ = found.json(file, script.REPORT)
+    script.draw_counts(path, payload["languages"], payload["n_layers"])
+
+
+def lsn_activation(found: Results, path: Path) -> None:
+    """Means over steps from the files that step 10 reads: run and base, neurons and control."""
+    step_10, script = (
+        cli.sibling(name) for name in ("activation-correlation/activation-correlation.py", claims.ACTIVATIONS)
+    )
+    folder, lang = found.path("lsn_activation"), str(found.study.get("languages.target"))
+    try:
+        run, base = (
+            step_10.activation_files(folder / name, lang, of_run)
+            for name, of_run in ((found.study.name, True), ("base", False))
+        )
+        tokens = step_10.choose_tokens(run, base, folder)
+    except InputError as reason:
+        raise Missing(str(reason)) from None
+    mine = {ref["step"]: ref for ref in found.run}
+    means: dict[str, dict[int, float]] = {"language": {}, "control": {}}
+    for (control, step), file in sorted((base[tokens] | run[tokens]).items()):
+        if step and step not in mine:
+            raise InputError(f"{file} is of step {step}, which the run does not have; remove it, or measure again")
+        payload, _ = found.json(file, script.SCHEMA, mine.get(step, found.base), control=control)
+        means["control" if control else "language"][step] = payload["all_layers"]
+        if not control:
+            n = payload["n_neurons"]
+    script.draw(path, means, lang, n, int(tokens))
+
+
+def strengths(found: Results, path: Path) -> None:
+    file = found.path("activation_correlation", f"{found.study.name}_correlation_strength.json")
+    payload, _ = found.json(file, "activation_correlation")
+    cli.sibling("activation-correlation/activation-correlation.py").draw(path, payload)
+
+
+def attention_swap(found: Results, path: Path) -> None:
+    components.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
+
+
+def ffn_swap(found: Results, path: Path) -> None:
+    components.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
+
+
+def deactivation(found: Results, path: Path) -> None:
+    script = cli.sibling("lsn/deactivate.py")
+    payload, _ = found.json(found.path("deactivation"), script.SCHEMA)
+    script.draw(path, payload)
+
+
+FIGURES = {
+    "fig1_retrieval": retrieval,
+    "fig2_change": change,
+    "fig3_layer_swap": layer_swap,
+    "fig4_attention_ffn": attention_ffn,
+    "fig5_lsn_counts": lsn_counts,
+    "fig6_lsn_activation": lsn_activation,
+    "fig7_strengths": strengths,
+    "fig8a_attention_swap": attention_swap,
+    "fig8b_ffn_swap": ffn_swap,
+    "fig9_deactivation": deactivation,
+}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--output", metavar="FOLDER", help="where the figures go; default: the study's report/figures")
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    if not study:
+        raise InputError("the figures are those of a study: give --study FILE, or run where study.yaml is")
+    output = study.output(args.output, "--output", "figures")
+    found, drawn = Results(study), []
+    for name, function in FIGURES.items():
+        try:
+            function(found, output / name)
+            drawn.append(name)
+        except Missing as reason:
+            cli.say(f"{name} is left out: {reason}")
+    if not drawn:
+        raise InputError(f"there is no result to draw in {found.folder}; run the steps first")
+    cli.say(f"wrote {', '.join(drawn)} to {output}, each as PDF and PNG")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,174 @@
+"""Part II of one study over several seeds: what studies/across_seeds.py adds to the tables and figures of Part I."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt_utils import components, figures, results
+from cpt_utils.study import Study
+
+CONDITIONS = ("attention_interface", "attention_lsn_rich", "ffn_interface", "ffn_lsn_rich")
+
+
+def read_seed(study: Study) -> dict | None:
+    """The results of Part II of one seed; None where it has not been run."""
+    files = {
+        "change": study.result("attn_vs_ffn"),
+        "neurons": study.result("lsn_mask").with_name(f"{study.name}.report.json"),
+        "rich": study.result("lsn_layers"),
+        "deactivation": study.result("deactivation"),
+        "correlation": study.result("activation_correlation") / f"{study.name}_correlation_strength.json",
+        "attention": study.result("attn_int_swap") / "controls.json",
+        "ffn": study.result("ffn_lsn_swap") / "controls.json",
+    }
+    if not all(path.is_file() for path in files.values()):
+        return None
+    return {key: results.read_json(path)[0] for key, path in files.items()}
+
+
+def change_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+    """Attention against FFN at the last checkpoint."""
+    rows = []
+    for seed, found in seeds.items():
+        last = found["change"]["checkpoints"][max(found["change"]["checkpoints"], key=int)]
+        above = last["attention_above_ffn"]
+        n = len(last["layers"])
+        rows.append([
+            seed, f"{last['summary']['attn']:.2e}", f"{last['summary']['ffn']:.2e}",
+            f"{last['summary_mean']['attn']:.2e}", f"{last['summary_mean']['ffn']:.2e}",
+            *(f"{above[key]} of {n}" for key in above),
+        ])  # fmt: skip
+    layers = [f"layers with attention ahead, {kind}" for kind in ("max", "mean", "relative max", "relative mean")]
+    return ["seed", "attention, max", "FFN, max", "attention, mean", "FFN, mean", *layers], rows
+
+
+def neuron_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+    """Neurons of each language, by layer."""
+    rows = []
+    for seed, found in seeds.items():
+        halves = (found["neurons"].get("convergence") or {}).get("halves") or {}
+        for lang, row in found["neurons"]["languages"].items():
+            stable = halves.get("languages", {}).get(lang)
+            rows.append([
+                seed, lang, f"{row['n_tokens']:,}", row["n_neurons"], row["own"],
+                " ".join(map(str, row["counts"])), "-" if stable is None else f"{stable:.2f}",
+            ])  # fmt: skip
+    return ["seed", "language", "tokens", "neurons", "only its own", "by layer", "Jaccard of two halves"], rows
+
+
+def deactivation_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+    """Changes of NLL per token (thousandths), the selectivity and its place among random sets."""
+    rows, languages = [], []
+    for seed, found in seeds.items():
+        languages = found["deactivation"]["languages"]
+        for lang, changes in found["deactivation"]["matrix"].items():
+            row = found["deactivation"]["selectivity"][lang]
+            rows.append([seed, lang, *(f"{1000 * changes[e]:+.1f}" for e in languages), *_selectivity(row)])
+        rows.append([seed, "all", *("" for _ in languages), *_selectivity(found["deactivation"]["overall"])])
+    head = ["seed", "deactivated", *(f"on {e}" for e in languages), "selectivity", "random sets, mean (most)", "p"]
+    return head, rows
+
+
+def _selectivity(row: dict) -> list[str]:
+    low, high = 1000 * row["ci_low"], 1000 * row["ci_high"]
+    return [
+        f"{1000 * row['selectivity']:+.1f} [{low:+.1f}, {high:+.1f}]",
+        f"{1000 * row['random_mean']:+.1f} ({1000 * row['random_max']:+.1f})",
+        f"{row['p_value']:.2f}",
+    ]
+
+
+def correlation_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+    """What tracks the change of LSN activation: attention in interface layers, or the neurons' own weights."""
+    rows = []
+    for seed, found in seeds.items():
+        result = found["correlation"]
+        for kind, label in (("raw", "raw"), ("first_differences", "first differences")):
+            row = [seed, label]
+            for key in ("interface_attention", "lsn_ffn"):
+                side = result[key] if kind == "raw" else result[key]["first_differences"]
+                row.append(_interval(side["pearson"], "correlation"))
+            rows.append([*row, _interval(result["comparison"][kind], "difference")])
+    return ["seed", "curves", "r with interface attention", "r with LSN weights", "difference"], rows
+
+
+def _interval(found: dict, key: str) -> str:
+    if found.get(key) is None:
+        return "-"
+    interval = f" [{found['ci_low']:.2f}, {found['ci_high']:.2f}]" if found.get("ci_low") is not None else ""
+    return f"{found[key]:.2f}{interval}"
+
+
+def swap_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+    """Component swaps of the last checkpoint: what each moves, what it costs, its place among random layers."""
+    rows = []
+    for seed, found in seeds.items():
+        for name in (*CONDITIONS, *(f"{name}_embeddings" for name in CONDITIONS), "embeddings"):
+            side = "ffn" if name.startswith("ffn") else "attention"
+            sets = found[side]["sets"]
+            at = components.find(sets, name)
+            if at is None:
+                continue
+            row = sets[at]
+            places = row.get("place") or {}
+            cells = []
+            for measure in ("retrieval_mean", "nll_per_byte"):
+                lost = row["gain_lost"].get(measure)
+                cells.append(f"{row['values'][measure]:.3f}" + (f" ({lost:.0%})" if lost is not None else ""))
+                place = places.get(measure)
+                cells.append(f"{place['rank']} of {place['n_random'] + 1}" if place else "-")
+            layers = ", ".join(map(str, row["layers"])) or "-"
+            rows.append([seed, name, layers, f"{row['share']:.1%}", *cells])
+    head = [
+        "seed",
+        "from the base",
+        "layers",
+        "parameters",
+        "retrieval (gain lost)",
+        "rank",
+        "NLL per byte (gain lost)",
+    ]
+    return [*head, "rank"], rows
+
+
+def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
+    """For each seed the two swaps among random layers of their own component: retrieval and loss."""
+    measures = {"retrieval_mean": "retrieval accuracy, mean over layers", "nll_per_byte": "NLL per byte"}
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, len(measures), figsize=(figures.PAGE, 0.5 + 0.62 * len(seeds)), sharey=True)
+        for axis, (measure, label) in zip(axes, measures.items(), strict=True):
+            for place, found in enumerate(seeds.values()):
+                for side, own, shift in (("attention", "attention_interface", 0.17), ("ffn", "ffn_lsn_rich", -0.17)):
+                    sets, shade, y = found[side]["sets"], figures.colour(side), place + shift
+                    others = [row["values"][measure] for row in sets if row["name"] == "random"]
+                    axis.scatter(others, [y] * len(others), s=7, facecolors="none", edgecolors=shade, linewidths=0.4)
+                    mine = sets[components.find(sets, own)]["values"][measure]
+                    axis.plot(mine, y, "D", color=shade, markersize=4, markeredgecolor="black", markeredgewidth=0.5)
+                    for end in ("base", "target"):
+                        value = sets[components.find(sets, end)]["values"][measure]
+                        axis.plot([value] * 2, [place - 0.35, place + 0.35], color=figures.colour(end), linewidth=1)
+            axis.set_xlabel(label)
+            axis.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
+            axis.set_ylim(-0.6, len(seeds) - 0.4)
+        handles = [
+            plt.Line2D(
+                [], [], linestyle="", marker="D", color=figures.colour("attention"), label="attention, interface"
+            ),
+            plt.Line2D([], [], linestyle="", marker="D", color=figures.colour("ffn"), label="FFN, LSN-rich layers"),
+            plt.Line2D(
+                [], [], linestyle="", marker="o", color="#777777", markerfacecolor="none", label="random layers"
+            ),
+            plt.Line2D([], [], color=figures.colour("base"), label="base"),
+            plt.Line2D([], [], color=figures.colour("target"), label="checkpoint"),
+        ]
+        fig.legend(handles=handles, loc="outside lower center", ncols=5)
+        figures.save(fig, path)
+
+
+TABLES = {
+    "Attention against FFN, mean |dW| at the last checkpoint": change_rows,
+    "Language-specific neurons": neuron_rows,
+    "Deactivation: change of NLL, thousandths of a nat per token": deactivation_rows,
+    "LSN activation against weight change": correlation_rows,
+    "Component swaps": swap_rows,
+}
