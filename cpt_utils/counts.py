@@ -133,4 +133,4 @@ def refuse_mixed(counts: list[Counts]) -> None:
 
 def tokenizer_of(header: dict) -> str | None:
     """The hash of the tokenizer that made the tokens, where a counts header states it."""
-    return (header.get("tokens") or {}).get("tokenizer_sha256") or header.get("tokenizer_sha256")
+    return (header.get("tokens") or {}).get("vocabulary_sha256") or header.get("vocabulary_sha256")

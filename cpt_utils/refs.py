@@ -356,6 +356,30 @@ def tokenizer_hash(folder: Path) -> str | None:
     return digest.hexdigest()[:16] if found else None
 
 
+def vocabulary_hash(folder: Path) -> str | None:
+    """A short hash of what turns text into ids, special tokens apart; None where the folder has no tokenizer.
+
+    Saving a tokenizer again with another release changes its files, padding and chat template, but not this: of
+    `tokenizer.json` only vocabulary, merges, normalizer, pre-tokenizer and added tokens count. It starts with `json:`
+    there and with `files:` where only other vocabulary files are; the two kinds cannot be compared.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        present = [name for name in _VOCABULARIES if (folder / name).is_file()]
+        digest = hashlib.sha256(b"".join(name.encode() + (folder / name).read_bytes() for name in present))
+        return f"files:{digest.hexdigest()[:16]}" if present else None
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        model = saved["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
+        vocabulary = sorted(model["vocab"].items()) if isinstance(model["vocab"], dict) else model["vocab"]
+        added = sorted((token["id"], token["content"]) for token in saved.get("added_tokens") or ())
+        facts = [vocabulary, merges, added, saved.get("normalizer"), saved.get("pre_tokenizer")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is no tokenizer file ({type(error).__name__}); copy it again") from None
+    return f"json:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
 def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> Path:
     """The folder whose tokenizer belongs to `ref`: its own, else the run folder's, else the base's, and says so.
 

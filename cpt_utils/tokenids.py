@@ -2,8 +2,8 @@
 
 `oscar.<language>.train.<model id>` is a bare tensor (int32, or int64 for other readers) as `torch.save` writes it, and
 `<the same name>.json` its description: payload `n_tokens`, `n_documents`, `complete`, ..; header `language`
-(canonical), `tokenizer`, `tokenizer_sha256` (`refs.tokenizer_hash`), `text` (what was read), `limit`. A tensor without
-the JSON, as the published scripts write it, is read with one warning.
+(canonical), `tokenizer`, `vocabulary_sha256` (`refs.vocabulary_hash`), `text` (what was read), `limit`. A tensor
+without the JSON, as the published scripts write it, is read with one warning.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def describe(path: str | os.PathLike, allow_limited: bool = False) -> dict:
 def read(
     path: str | os.PathLike,
     vocab_size: int | None = None,
-    tokenizer_sha256: str | None = None,
+    vocabulary_sha256: str | None = None,
     allow_limited: bool = False,
 ) -> tuple[torch.Tensor, dict]:
     """The ids of a file as a memory-mapped 1-D tensor in the file's dtype, and the facts of `describe`.
 
     Args:
         vocab_size: of the model; every id must be below it.
-        tokenizer_sha256: `refs.tokenizer_hash` of the model's tokenizer; the file must not be of another one.
+        vocabulary_sha256: `refs.vocabulary_hash` of the model's tokenizer; the file must not be of another one.
         allow_limited: accept a file made with --limit.
 
     Raises:
@@ -99,14 +99,24 @@ def read(
             f"{path} holds {len(ids):,} ids, but {sidecar(path).name} speaks of {facts['n_tokens']:,}; "
             "they are not of one run: make both again with lsn/load_oscar.py --overwrite"
         )
-    made_with = facts.get("tokenizer_sha256")
-    if tokenizer_sha256 and made_with and made_with != tokenizer_sha256:
-        raise InputError(
-            f"{path} was made with a tokenizer that is not the model's ({facts.get('tokenizer')}: {made_with}, "
-            f"the model's: {tokenizer_sha256}); run lsn/load_oscar.py with --tokenizer of this model"
-        )
+    _check_tokenizer(path, facts, vocabulary_sha256)
     _check_range(path, ids, vocab_size)
     return ids, facts
+
+
+def _check_tokenizer(path: Path, facts: dict, own: str | None) -> None:
+    made_with = facts.get("vocabulary_sha256")
+    if not own or not made_with or made_with == own:
+        return
+    if made_with.partition(":")[0] != own.partition(":")[0]:
+        cli.warn(
+            f"{path} was made from other kinds of tokenizer files than the model has: taken on trust to be its own"
+        )
+        return
+    raise InputError(
+        f"{path} was made with a tokenizer that is not the model's ({facts.get('tokenizer')}: {made_with}, the "
+        f"model's: {own}); run lsn/load_oscar.py with --tokenizer of this model"
+    )
 
 
 def _load(path: Path) -> torch.Tensor:

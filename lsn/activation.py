@@ -297,11 +297,11 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     from cpt_utils import neurons, tokenids
 
     vocabulary = refs.vocabulary_size(ref.config())
-    own = refs.tokenizer_hash(refs.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
-    ids, head = tokenids.read(path, vocab_size=vocabulary, tokenizer_sha256=own)
+    own = refs.vocabulary_hash(refs.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
+    ids, head = tokenids.read(path, vocab_size=vocabulary, vocabulary_sha256=own)
     blocks = neurons.blocks(ids, size, tokens, str(path))[:limit]
     digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()[:16]
-    keys = ("language", "text", "tokenizer", "tokenizer_sha256")
+    keys = ("language", "text", "tokenizer", "vocabulary_sha256")
     return blocks, {"used": blocks.numel(), "sha256": digest, **{key: head[key] for key in keys if key in head}}
 
 

@@ -367,9 +367,9 @@ def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
     run = study.get("run") if isinstance(study.get("run"), str) else None
     base = refs.model(study.get("base")) if study.get("base") else None
     tokenizer = models.load_tokenizer(ref, run, base)
-    hash_ = refs.tokenizer_hash(refs.tokenizer_folder(ref, run, base))
+    own = refs.vocabulary_hash(refs.tokenizer_folder(ref, run, base))
     ids = [
-        (path, tokenids.read(path, vocab_size=refs.vocabulary_size(ref.config()), tokenizer_sha256=hash_)[0])
+        (path, tokenids.read(path, vocab_size=refs.vocabulary_size(ref.config()), vocabulary_sha256=own)[0])
         for path in id_files
     ]
     texts, left_out = disjoint(texts, ids, tokenizer)

@@ -413,14 +413,14 @@ def tasks(args, study: Study) -> list[dict]:
     tokenizer = {
         "tokenizer": ref.spec,
         "tokenizer_revision": ref.resolved_revision(),
-        "tokenizer_sha256": refs.tokenizer_hash(tokenizer_folder),
+        "vocabulary_sha256": refs.vocabulary_hash(tokenizer_folder),
     }
     made = []
     for code in chosen:
         text, identity = texts[code]
         request = {
             "language": languages.canonical(code, any_tag=True),
-            "tokenizer_sha256": tokenizer["tokenizer_sha256"],
+            "vocabulary_sha256": tokenizer["vocabulary_sha256"],
             "text": identity,
             "tokens": target,
             "dtype": "int64" if args.int64 else "int32",

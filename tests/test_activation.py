@@ -150,7 +150,7 @@ def test_bad_input_is_one_line(place):
     path, _ = write_ids(place, n=20)
     with pytest.raises(InputError, match="fewer than one block of 32"):
         count("-i", str(path))
-    path, _ = write_ids(place, tokenizer_sha256="of another", tokenizer="other")
+    path, _ = write_ids(place, vocabulary_sha256="json:of another", tokenizer="other")
     with pytest.raises(InputError, match="not the model's"):
         count("-i", str(path))
     with pytest.raises(InputError, match="no language in its name"):
@@ -164,5 +164,5 @@ def test_bad_input_is_one_line(place):
 
 def test_a_tokenizer_of_the_model_is_accepted(place):
     tiny_tokenizer().save_pretrained("model")
-    path, _ = write_ids(place, tokenizer_sha256=refs.tokenizer_hash(place / "model"))
+    path, _ = write_ids(place, vocabulary_sha256=refs.vocabulary_hash(place / "model"))
     assert count("-i", str(path))["n"] == 672

@@ -168,3 +168,26 @@ def test_a_repository_that_is_not_cached_says_so_offline(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: org/none: no such folder here, not in the hub cache")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_vocabulary_hash_is_of_what_makes_ids(tmp_path):
+    from helpers import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(tmp_path / "a")
+    again = tiny_tokenizer()
+    again.padding_side, again.model_max_length, again.chat_template = "left", 99, "{{ messages }}"
+    again.save_pretrained(tmp_path / "b")
+    one = refs.vocabulary_hash(tmp_path / "a")
+    assert one.startswith("json:") and refs.vocabulary_hash(tmp_path / "b") == one
+    assert refs.tokenizer_hash(tmp_path / "a") != refs.tokenizer_hash(tmp_path / "b")
+    saved = json.loads((tmp_path / "b/tokenizer.json").read_text())
+    saved["model"]["merges"] = ["a b"]
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(saved))
+    changed = refs.vocabulary_hash(tmp_path / "b")
+    saved["model"]["merges"] = [["a", "b"]]  # as newer releases write them
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(saved))
+    assert refs.vocabulary_hash(tmp_path / "b") == changed != one
+    (tmp_path / "b/tokenizer.json").unlink()
+    assert refs.vocabulary_hash(tmp_path / "b") is None
+    (tmp_path / "b/tokenizer.model").write_bytes(b"pieces")
+    assert refs.vocabulary_hash(tmp_path / "b").startswith("files:")
