@@ -262,7 +262,12 @@ def build_parser():
     add("--lang", metavar="L,L,..", help="languages; default: the study's languages.lsn, else all of the mask")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
     add("--id_path", nargs="+", metavar="IDS", help="token ids the neurons were found on; default: the study's")
-    add("--random", type=int, default=RANDOM, metavar="N", help=f"random sets a language, 5 or more; default {RANDOM}")
+    add(
+        "--random",
+        type=int,
+        metavar="N",
+        help=f"random sets a language, 5 or more; default {RANDOM}, or the study's `controls` where it is a smaller number",
+    )
     add("-o", "--output", metavar="OUT", help="JSON to write; default: the study's lsn/deactivate.json")
     cli.add_run_flags(p)
     cli.add_forward_flags(p)
@@ -272,6 +277,9 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
+    if args.random is None:
+        limit = study.get("controls")
+        args.random = min(RANDOM, max(5, limit)) if isinstance(limit, int) else RANDOM
     if args.random < 5:
         raise InputError(f"--random {args.random}: fewer than 5 random sets say nothing; give 5 or more")
     ref = refs.model(args.model) if args.model else refs.run(study.value(None, "MODEL", "run"), args.steps)[-1]

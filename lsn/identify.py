@@ -17,228 +17,23 @@ Tiny: python lsn/identify.py --study demo/tiny.yaml
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, figures, languages, masks, refs, results
+from cpt_utils import cli, languages, lape, masks, refs, results
 from cpt_utils import counts as activations
 from cpt_utils.errors import InputError
-from cpt_utils.masks import Layers
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cpt_utils.counts import Counts
+
+drawn = cli.sibling("lsn/identify_figures.py")
+draw = drawn.draw
 
 LAYERS, REPORT = "lsn-layers", "lsn-report"
 FEW_TOKENS = 10_000
 UNEVEN = 3  # times more tokens in one language than in another
-ENOUGH = 0.9  # Jaccard with the mask of all tokens from which a person would have got the same neurons
-# Entropies closer than this are ties: the same rates in another order or at another scale differ in the last bits.
-TIE = 12  # decimals
-
-
-# ---------------------------------------------------------------- the method
-
-
-@dataclass
-class Lape:
-    """What LAPE found: the mask, and the numbers that decided."""
-
-    mask: dict[str, Layers]
-    filter_bar: float
-    bar: float
-    n_candidates: int
-    n_wanted: int
-    selected: np.ndarray  # [selected, 2] of (layer, neuron)
-    entropy_cut: float | None
-
-
-def share(rate: float, size: int) -> int:
-    """floor(rate * size) of the decimal number that was written: 0.29 of 100 is 29, though 0.29 * 100 is 28.99.."""
-    return math.floor(Fraction(str(rate)) * size)
-
-
-def entropy(rates: np.ndarray) -> np.ndarray:
-    """The entropy [L, I] (nats) of each neuron's rates [L, I, G] normalised over languages; NaN where all are zero.
-
-    Rates are added up in order of size, so that the order of languages does not matter to the last bit.
-    """
-    import numpy as np
-
-    ordered = np.sort(rates, axis=-1)
-    total = np.zeros(rates.shape[:-1])
-    for g in range(rates.shape[-1]):
-        total += ordered[..., g]
-    found = np.zeros_like(total)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for g in range(rates.shape[-1]):
-            part = ordered[..., g] / total
-            found -= np.where(part == 0, 0.0, part * np.log(part))  # 0 ln 0 = 0; the NaN of 0 / 0 stays
-    return found
-
-
-def kth_smallest(values: np.ndarray, rate: float, flag: str) -> float:
-    """The value of rank floor(rate * size), ascending and counted from 1, of all `values`."""
-    import numpy as np
-
-    rank = share(rate, values.size)
-    if not 1 <= rank <= values.size:
-        raise InputError(f"{flag} {rate} of {values.size} rates is rank {rank}; give a rate above 0, at most 1")
-    return float(np.partition(values.ravel(), rank - 1)[rank - 1])
-
-
-def lape(
-    over_zero: list[np.ndarray],
-    n: list[int],
-    langs: list[str],
-    rate: float = 0.01,
-    filter_rate: float = 0.95,
-    bar_rate: float | None = None,
-) -> Lape:
-    """Language activation probability entropy (Tang et al. 2024, as step 8 of the paper uses it), in float64.
-
-    Args:
-        over_zero: for each language the tokens [L, I] that each neuron is active on.
-        n: for each language its tokens; they may differ.
-        rate: the share of all neurons that is selected.
-        filter_rate: a neuron must be above this quantile of all rates in some language to be a candidate.
-        bar_rate: a selected neuron belongs to the languages above this quantile; None: the same.
-    """
-    import numpy as np
-
-    p = np.stack([counts.astype(np.float64) / tokens for counts, tokens in zip(over_zero, n, strict=True)], axis=-1)
-    filter_bar = kth_smallest(p, filter_rate, "--filter-rate")
-    bar = filter_bar if bar_rate is None else kth_smallest(p, bar_rate, "--bar-rate")
-    highest = p.max(-1)
-    # A neuron that never fires has no distribution; it is out even where the bar is below zero's rank.
-    candidates = np.flatnonzero((highest > filter_bar) & (highest > 0))
-    wanted = share(rate, highest.size)
-    if not wanted:
-        raise InputError(f"--rate {rate} of {highest.size} neurons is less than one; give a higher --rate")
-    entropies = entropy(p).ravel()
-    # A stable sort of positions in order of (layer, neuron): ties go to the lower.
-    order = np.argsort(np.round(entropies[candidates], TIE), kind="stable")[:wanted]
-    chosen = np.sort(candidates[order])
-    selected = np.stack(np.unravel_index(chosen, highest.shape), axis=-1)
-    above = p.reshape(-1, len(langs))[chosen] > bar
-    return Lape(
-        mask={lang: by_layer(selected[above[:, g]], len(highest)) for g, lang in enumerate(langs)},
-        filter_bar=filter_bar,
-        bar=bar,
-        n_candidates=len(candidates),
-        n_wanted=wanted,
-        selected=selected,
-        entropy_cut=float(entropies[candidates[order[-1]]]) if len(order) else None,
-    )
-
-
-def by_layer(places: np.ndarray, n_layers: int) -> Layers:
-    """Sorted (layer, neuron) pairs [n, 2] as {layer: [neurons]} with every layer."""
-    return {layer: places[places[:, 0] == layer, 1].tolist() for layer in range(n_layers)}
-
-
-def richest(layers: Layers, n: int) -> list[int]:
-    """The `n` layers with most neurons, in layer order; of equals the lower layers."""
-    return sorted(sorted(layers, key=lambda layer: (-len(layers[layer]), layer))[:n])
-
-
-def pairs(layers: Layers) -> set[tuple[int, int]]:
-    return {(layer, neuron) for layer, neurons in layers.items() for neuron in neurons}
-
-
-def jaccard(a: set, b: set) -> float | None:
-    """Shared over all members; None where both are empty."""
-    return len(a & b) / len(a | b) if a or b else None
-
-
-# ---------------------------------------------------------------- what the report says
-
-
-def agreement(a: dict[str, Layers], b: dict[str, Layers]) -> dict:
-    """Jaccard of two masks: of all (language, layer, neuron) triples, and for each language."""
-    ours, theirs = ({lang: pairs(layers) for lang, layers in mask.items()} for mask in (a, b))
-    together = ({(lang, *pair) for lang in mask for pair in mask[lang]} for mask in (ours, theirs))
-    return {"jaccard": jaccard(*together), "languages": {lang: jaccard(ours[lang], theirs[lang]) for lang in a}}
-
-
-def convergence(counts: list[Counts], full: Lape, **rates) -> dict | None:
-    """How stable the mask is over tokens; None where the counts hold no snapshots, or not the same in every language.
-
-    A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves are
-    disjoint, and tell how well the mask of half the tokens repeats.
-    """
-    n_snapshots = {len(one.snapshots_n) for one in counts}
-    if len(n_snapshots) != 1 or n_snapshots == {0}:
-        return None
-    langs, points = [one.lang for one in counts], []
-    for k in range(n_snapshots.pop()):
-        tokens = [one.snapshots_n[k] for one in counts]
-        first = lape([one.snapshots[k] for one in counts], tokens, langs, **rates)
-        parts = {one.lang: one.snapshots_n[k] / one.n for one in counts}
-        points.append(
-            {
-                "share": sum(parts.values()) / len(parts),
-                "tokens": dict(zip(langs, tokens, strict=True)),
-                **agreement(first.mask, full.mask),
-            }
-        )
-    rest = [one.n - one.snapshots_n[-1] for one in counts]
-    second = lape([one.over_zero - one.snapshots[-1] for one in counts], rest, langs, **rates)
-    halves = {"tokens_first": points[-1]["tokens"], "tokens_second": dict(zip(langs, rest, strict=True))}
-    enough = next((point for point in points if (point["jaccard"] or 0) >= ENOUGH), None)
-    return {
-        "against_full": points,
-        "halves": halves | agreement(first.mask, second.mask),
-        "enough_at": ENOUGH,
-        "enough": enough and {"share": enough["share"], "tokens": enough["tokens"]},
-    }
-
-
-def overlap(mask: dict[str, Layers]) -> dict:
-    """Between every two languages, in the mask's order: neurons shared, and Jaccard."""
-    sets = [pairs(layers) for layers in mask.values()]
-    return {
-        "languages": list(mask),
-        "shared": [[len(a & b) for b in sets] for a in sets],
-        "jaccard": [[jaccard(a, b) for b in sets] for a in sets],
-    }
-
-
-def describe(found: Lape, counts: list[Counts]) -> dict:
-    """The report without convergence: counts per language and layer, overlap, and the numbers that decided."""
-    sets = {lang: pairs(layers) for lang, layers in found.mask.items()}
-    owners = Counter(pair for members in sets.values() for pair in members)
-    n_owners = Counter(owners.values())
-    n_owners[0] = len(found.selected) - len(owners)
-    report = {
-        "n_layers": len(counts[0].over_zero),
-        "n_neurons": counts[0].over_zero.size,
-        "n_candidates": found.n_candidates,
-        "n_wanted": found.n_wanted,
-        "n_selected": len(found.selected),
-        "selected_by_n_languages": {str(k): n_owners[k] for k in range(len(sets) + 1)},
-        "filter_bar": found.filter_bar,
-        "bar": found.bar,
-        "entropy_cut": found.entropy_cut,
-        "entropy_max": math.log(len(sets)),
-        "languages": {},
-        "overlap": overlap(found.mask),
-    }
-    for one in counts:
-        layers = found.mask[one.lang]
-        report["languages"][one.lang] = {
-            "n_tokens": one.n,
-            "n_neurons": len(sets[one.lang]),
-            "counts": [len(layers[layer]) for layer in layers],
-            "own": [sum(owners[layer, neuron] == 1 for neuron in layers[layer]) for layer in layers],
-            "richest_layers": richest(layers, max(1, len(layers) // 4)) if sets[one.lang] else [],
-        }
-    return report
 
 
 # ---------------------------------------------------------------- files
@@ -295,112 +90,6 @@ def finished(path: Path, schema: str, facts: dict, overwrite: bool) -> bool:
         why = f"is of another request (it differs in {', '.join(other)})" if header else "was not made by this script"
         raise InputError(f"{path} {why}; give --overwrite to replace it, or another -o")
     return True
-
-
-# ---------------------------------------------------------------- figures, from the report alone
-
-
-def draw(path: Path, report: dict) -> list[Path]:
-    """Every figure that the report has numbers for; returns the paths without suffix.
-
-    `<path>-counts` always, `<path>-overlap` for three languages or more, `<path>-convergence` with snapshots.
-    """
-    drawn = [path.with_name(f"{path.name}-counts")]
-    draw_counts(drawn[0], report["languages"], report["n_layers"])
-    if len(report["languages"]) > 2:
-        drawn.append(path.with_name(f"{path.name}-overlap"))
-        draw_overlap(drawn[-1], report["overlap"])
-    if report.get("convergence"):
-        drawn.append(path.with_name(f"{path.name}-convergence"))
-        draw_convergence(drawn[-1], report["convergence"])
-    return drawn
-
-
-def draw_counts(path: Path, by_language: dict[str, dict], n_layers: int) -> None:
-    """Neurons per layer, a panel for each language: dark where the neuron is this language's alone."""
-    n = len(by_language)
-    columns = 1 if n <= 4 else min(5, -(-n // 2))
-    rows = -(-n // columns)
-    width = figures.COLUMN if columns == 1 else figures.PAGE
-    with figures.style() as plt:
-        from matplotlib.patches import Patch
-
-        figure, axes = plt.subplots(
-            rows, columns, sharex=True, sharey=True, squeeze=False, figsize=(width, 0.45 + 0.95 * rows)
-        )
-        for (lang, facts), colour, axis in zip(by_language.items(), figures.colours(n), axes.ravel(), strict=False):
-            shared = [a - b for a, b in zip(facts["counts"], facts["own"], strict=True)]
-            axis.bar(range(n_layers), facts["own"], color=colour, width=0.9)
-            axis.bar(range(n_layers), shared, bottom=facts["own"], color=colour, alpha=0.4, width=0.9)
-            axis.set_title(f"{lang} (n = {facts['n_neurons']:,})", pad=2)
-            axis.set_xticks(range(0, n_layers, -(-n_layers // (12 if columns == 1 else 5))))
-        for axis in axes.ravel()[n:]:
-            axis.set_visible(False)
-        looks = [Patch(color="0.3", label="this language only"), Patch(color="0.75", label="shared with others")]
-        figure.legend(handles=looks, loc="outside upper center", ncols=2)
-        figure.supxlabel("layer", fontsize=8)
-        figure.supylabel("language-specific neurons" if rows > 1 else "neurons", fontsize=8)
-        figures.save(figure, path)
-
-
-def draw_overlap(path: Path, shared: dict) -> None:
-    """Jaccard of the neurons of every two languages; the diagonal holds the number of neurons."""
-    import numpy as np
-
-    names, n = shared["languages"], len(shared["languages"])
-    values = np.array([[np.nan if value is None else value for value in row] for row in shared["jaccard"]], float)
-    np.fill_diagonal(values, np.nan)
-    size = figures.COLUMN if n <= 8 else figures.PAGE * 0.65
-    # Not below 0.1, or next to no overlap would look like much.
-    top = max(0.1, *values[np.isfinite(values)])
-    with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(size, size * 0.85))
-        axis.set_facecolor("0.92")
-        image = axis.imshow(values, cmap="Blues", vmin=0, vmax=top)
-        for i in range(n):
-            for j in range(n):
-                value = values[i, j]
-                text = f"{shared['shared'][i][i]:,}" if i == j else "–" if np.isnan(value) else f"{value:.2f}"
-                colour = "w" if value > 0.6 * top else "k"
-                axis.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
-        axis.set_xticks(range(n), names, rotation=45 if n > 4 and max(map(len, names)) > 3 else 0)
-        axis.set_yticks(range(n), names)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-        figure.colorbar(image, label="Jaccard (diagonal: number of neurons)", shrink=0.8)
-        figures.save(figure, path)
-
-
-def draw_convergence(path: Path, found: dict) -> None:
-    """Jaccard of the mask from part of the tokens with the full one, over the share of tokens; the halves beside."""
-    points, halves = found["against_full"], found["halves"]
-    langs = list(halves["languages"])
-    full = [halves["tokens_first"][lang] + halves["tokens_second"][lang] for lang in langs]
-    shares = [point["share"] for point in points] + [1.0]
-    lines = {lang: [point["languages"][lang] for point in points] for lang in langs}
-    lines["all"] = [point["jaccard"] for point in points]
-    known = [value for line in lines.values() for value in line if value is not None]
-    with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.4 + 0.13 * (len(langs) // 4)))
-        for i, (lang, colour) in enumerate(zip(lines, [*figures.colours(len(langs)), "0.2"], strict=True)):
-            values = [float("nan") if value is None else value for value in lines[lang]] + [1.0]
-            # The palette repeats after eight: another dash tells the ninth from the first.
-            dash, marker = ("-", "--", ":")[i // len(figures.PALETTE) % 3], figures.MARKERS[i % len(figures.MARKERS)]
-            look = {"linewidth": 2, "zorder": 3} if lang == "all" else {"marker": marker, "linestyle": dash}
-            axis.plot(shares, values, **({"linewidth": 0.8} | look), color=colour, label=lang)
-        if halves["jaccard"] is not None:
-            known.append(halves["jaccard"])
-            look = {"color": "0.2", "marker": "X", "markersize": 7, "linestyle": "", "zorder": 4}
-            axis.plot(points[-1]["share"], halves["jaccard"], **look, label="all, halves")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(shares, [*map(_share, shares[:-1]), "1"])
-        axis.minorticks_off()
-        amount = f"{min(full):,}" if min(full) == max(full) else f"{min(full):,}–{max(full):,}"
-        axis.set_xlabel(f"share of the tokens ({amount} a language)")
-        axis.set_ylabel("Jaccard with the full mask")
-        axis.set_ylim(max(0, math.floor(10 * min(known, default=0) - 0.5) / 10), 1.01)
-        figure.legend(loc="outside upper center", ncols=4 if len(langs) > 4 else 3, columnspacing=1.2, handlelength=1.8)
-        figures.save(figure, path)
 
 
 # ---------------------------------------------------------------- the command
@@ -494,14 +183,14 @@ def main(argv=None) -> None:
         return
 
     warn_about_tokens(counts)
-    found = lape([one.over_zero for one in counts], [one.n for one in counts], langs, **rates)
+    found = lape.select([one.over_zero for one in counts], [one.n for one in counts], langs, **rates)
     control = masks.random_control(found.mask, n_layers, ffn_width, study.seed) if control_path else None
-    report = describe(found, counts)
-    report |= {"rates": rates, "convergence": convergence(counts, found, **rates)}
+    report = lape.describe(found, counts)
+    report |= {"rates": rates, "convergence": lape.convergence(counts, found, **rates)}
     draw(report_path.with_suffix(""), report)
     results.write_json(report_path, report, results.header(REPORT, **facts))
     if layers_path:
-        layers = {"layers": richest(found.mask[layers_lang], n_rich), "language": layers_lang}
+        layers = {"layers": lape.richest(found.mask[layers_lang], n_rich), "language": layers_lang}
         layers["counts"] = report["languages"][layers_lang]["counts"]
         results.write_json(layers_path, layers, results.header(LAYERS, **outputs[layers_path][1]))
     if control_path:
@@ -620,21 +309,17 @@ def say_convergence(found: dict | None) -> None:
         cli.say("the counts hold no common snapshots: how stable the mask is over tokens is not known")
         return
     for point in found["against_full"]:
-        cli.say(f"{_share(point['share'])} of the tokens: Jaccard with the full mask {_lowest(point)}")
+        cli.say(f"{drawn.shown_share(point['share'])} of the tokens: Jaccard with the full mask {_lowest(point)}")
     cli.say(f"first part of the tokens against the rest, none in common: Jaccard {_lowest(found['halves'])}")
-    if found["enough"]:
-        most = max(found["enough"]["tokens"].values())
+    enough = found["enough"]
+    if enough:
+        share, most = drawn.shown_share(enough["share"]), max(enough["tokens"].values())
         cli.say(
-            f"fewer tokens would have been enough: {_share(found['enough']['share'])} of them (up to {most:,} a "
-            f"language) give this mask to a Jaccard of {found['enough_at']} or better"
+            f"fewer tokens would have been enough: {share} of them (up to {most:,} a language) give this mask to a "
+            f"Jaccard of {found['enough_at']} or better"
         )
     else:
         cli.say(f"no part of the tokens gives this mask to a Jaccard of {found['enough_at']}: more would still move it")
-
-
-def _share(value: float) -> str:
-    whole = round(1 / value)
-    return f"1/{whole}" if abs(value * whole - 1) < 0.05 else f"{value:.2f}"
 
 
 def _lowest(found: dict) -> str:

@@ -18,8 +18,9 @@ from cpt_utils import cli, components, evaluation, figures
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
-claims = cli.sibling("report/claims.py")
-Results, Missing = claims.Results, claims.Missing
+evidence = cli.sibling("report/evidence.py")
+shown = cli.sibling("report/shown.py")
+Results, Missing = evidence.Results, evidence.Missing
 
 
 # ---------------------------------------------------------------- drawn here
@@ -37,7 +38,7 @@ def draw_retrieval(
     accuracy = {step: [value for _, value in sorted(steps[step]["layer_accuracy"])] for step in sorted(steps)}
     n_layers = len(next(iter(accuracy.values()))) - 1
     trained = [step for step in accuracy if step]
-    named = {0, *evenly(trained, 10)}
+    named = {0, *shown.evenly(trained, 10)}
     shades = {0: figures.colour("base")} | dict(zip(trained, figures.colours(len(trained), ordered=True), strict=True))
     with figures.style() as plt:
         fig, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.7), width_ratios=[1.6, 1], sharey=True)
@@ -149,13 +150,6 @@ def _whisker(axis, at: float, value: float, below: float, above: float, colour: 
     axis.errorbar(at, value, yerr=[[below], [above]], color=colour, capsize=2.5, linewidth=0.9, zorder=4)
 
 
-def evenly(values: list, most: int) -> list:
-    """At most `most` of the values, evenly chosen, first and last among them."""
-    if len(values) <= most:
-        return values
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
-
-
 def _step(step: int) -> str:
     return f"step {step}" if step else "base"
 
@@ -208,13 +202,13 @@ def lsn_counts(found: Results, path: Path) -> None:
     script = cli.sibling("lsn/identify.py")
     file = found.there(found.study.result("lsn_mask").with_suffix(".report.json"), "lsn_mask")
     payload, _ = found.json(file, script.REPORT)
-    script.draw_counts(path, payload["languages"], payload["n_layers"])
+    script.drawn.draw_counts(path, payload["languages"], payload["n_layers"])
 
 
 def lsn_activation(found: Results, path: Path) -> None:
     """Means over steps from the files that step 10 reads: run and base, neurons and control."""
     step_10, script = (
-        cli.sibling(name) for name in ("activation-correlation/activation-correlation.py", claims.ACTIVATIONS)
+        cli.sibling(name) for name in ("activation-correlation/activation-correlation.py", evidence.ACTIVATIONS)
     )
     folder, lang = found.path("lsn_activation"), str(found.study.get("languages.target"))
     try:

@@ -1,4 +1,4 @@
-"""The whole of Part I on the tiny demo: from a study file to figures and report, by the commands that a user types."""
+"""Both parts on the tiny demo: from a study file to figures and report, by the commands that a user types."""
 
 import json
 import os
@@ -69,14 +69,32 @@ def test_every_result_and_figure_is_there(finished):
         "weight-diff/int_and_sem",
         "downstream-correlation/correlation",
         "layer-swap/controls",
+        f"sentence-retrieval/{PAIR}/attn_int_swap__checkpoint-40+ffn_lsn_swap__checkpoint-40",
+        "weight-diff/attn_vs_ffn",
+        "weight-diff/gate_lsn",
+        "lsn/result/tiny.report-counts",
+        "lsn/result/tiny.report-convergence",
+        "lsn/lsn_activation/tiny",
+        "lsn/deactivate",
+        "activation-correlation/tiny_correlation_strength",
+        "component-swap/attn_int_swap/controls",
+        "component-swap/ffn_lsn_swap/controls",
+        "report/claims",
+        *(f"report/figures/{path.stem}" for path in (results / "report/figures").glob("*.png")),
     ):
         for suffix in (".pdf", ".png"):
             assert (results / f"{name}{suffix}").stat().st_size > 2000, name + suffix
+    assert len(list((results / "report/figures").glob("fig*.pdf"))) == 10
     report = (finished / "results/tiny.html").read_text()
-    for section in ("1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps"):
+    for section in (
+        "1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps",
+        "1. Attention against FFN", "2. Language-specific neurons", "3. Activation over CPT", "4. Component swaps",
+        "Claims",
+    ):  # fmt: skip
         assert section in report
-    ours = [path for path in results.rglob("*.json") if path.parent.name not in ("semantic_hub", "random")]
-    assert len(ours) > 10
+    models = re.compile(r"semantic_hub|random|checkpoint-\d+")
+    ours = [path for path in results.rglob("*.json") if not models.fullmatch(path.parent.name)]
+    assert len(ours) > 30
     for path in ours:
         content = json.loads(path.read_text())
         assert "_header" in content, path
@@ -102,12 +120,46 @@ def test_each_step_read_what_the_step_before_wrote(finished):
     assert list(change) == ["10", "20", "40"] and all(row["interface_avg"] > 0 for row in change.values())
 
 
+def test_each_step_of_part_two_read_what_the_step_before_wrote(finished):
+    results = finished / "results/tiny"
+
+    def read(name):
+        return json.loads((results / name).read_text())
+
+    last = finished / "build/tiny/cpt/checkpoint-40"
+    mask, control, rich = (read(f"lsn/result/tiny{kind}.json") for kind in ("", ".control", ".layers"))
+    assert mask["_header"]["models"]["model"]["spec"] == str(last.relative_to(finished))
+    sizes = {lang: [len(mask[lang][layer]) for layer in mask[lang]] for lang in mask if lang != "_header"}
+    assert list(sizes) == ["eng_Latn", "qab_Latn", "qaa_Latn"] and rich["counts"] == sizes["qaa_Latn"]
+    assert sizes == {lang: [len(control[lang][layer]) for layer in control[lang]] for lang in sizes}
+    layers = read("layer-specialize/layers.json")
+    assert len(rich["layers"]) == len(layers["interface_layers"])
+    for swap, own in (("attn_int_swap", layers["interface_layers"]), ("ffn_lsn_swap", rich["layers"])):
+        assert read(f"component-swap/{swap}/metadata.json")["layers"] == sorted(own)
+        named = {row["name"]: row for row in read(f"component-swap/{swap}/controls.json")["sets"]}
+        folder = read(f"sentence-retrieval/{PAIR}/{swap}__checkpoint-40.json")
+        name = "attention_interface" if swap == "attn_int_swap" else "ffn_lsn_rich"
+        assert named[name]["layer_accuracy"] == [a for _, a in folder["layer_accuracy"]]
+    strength = read("activation-correlation/tiny_correlation_strength.json")
+    assert strength["series"]["steps"] == [10, 20, 40]
+    change = read("weight-diff/attn_vs_ffn.json")["checkpoints"]["40"]["layers"]
+    own = [change[f"layer_{layer}"]["attention_max"] for layer in layers["interface_layers"]]
+    assert strength["series"]["attention"][-1] == pytest.approx(sum(own) / len(own))
+    if any(sizes["qaa_Latn"]):
+        assert "qaa_Latn" in read("lsn/deactivate.json")["matrix"]
+    claims = read("report/claims.json")["claims"]
+    assert list(claims) == ["C1", "C2", "C3", "C4", "C5", "C6"]
+    assert {claim["verdict"] for claim in claims.values()} <= {"supported", "not supported", "undecided"}
+    # Three checkpoints and a handful of layer sets decide nothing, and that is said.
+    assert {claims[c]["verdict"] for c in ("C2", "C4", "C5", "C6")} == {"undecided"}
+
+
 def test_nothing_is_left_to_do(finished):
     assert "Nothing to be done" in run([*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--cores", "1"], finished)
 
 
 def readme_commands():
-    """The commands of Part I in the root README, as printed, for the tiny study in the place of the demo."""
+    """The commands of both parts in the root README, as printed."""
     text = (ROOT / "README.md").read_text()
     part = text[text.index("## Part I") : text.index("## Make your own")]
     blocks = "\n".join(re.findall(r"^```\n(.*?)^```", part, re.S | re.M)).replace("\\\n", " ")
@@ -117,10 +169,9 @@ def readme_commands():
 def test_the_commands_of_the_readme_run_as_printed(finished):
     (finished / "study.yaml").write_text((finished / "demo/tiny.yaml").read_text())
     lines = readme_commands()
-    assert len(lines) >= 7
+    assert len(lines) >= 22
     for line in lines:
         if line.startswith("lm_eval"):
             continue  # its half minute is spent in test_lm_eval_sib200.py
-        for demo, tiny in (("build/demo", "build/tiny"), ("results/demo", "results/tiny")):
-            line = line.replace(demo, tiny)
-        run(line, finished)
+        # The tiny study in the place of the demo, its last step in the place of the demo's.
+        run(re.sub(r"\bdemo\b", "tiny", line).replace("checkpoint-600", "checkpoint-40"), finished)

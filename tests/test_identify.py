@@ -16,6 +16,7 @@ from helpers import ROOT, load_script, save_tiny, shared_dir
 
 from cpt_utils import counts as activations
 from cpt_utils import figures, masks, refs, results
+from cpt_utils import lape as method
 from cpt_utils.errors import InputError
 from cpt_utils.study import RESULTS
 
@@ -47,7 +48,7 @@ def by_definition(over_zero: dict, n: dict, rate: float = 0.01, quantile: float 
 
 
 def lape(over_zero: dict, n: dict, **rates):
-    return script.lape([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
+    return method.select([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
 
 
 def some_counts(seed: int, n_layers=3, width=40, langs=("en", "ga", "eu"), high=60) -> tuple[dict, dict]:
@@ -135,11 +136,11 @@ def test_a_language_without_neurons_and_neurons_that_never_fire():
 
 def test_rates_are_decimals_and_ranks_are_floored():
     shares = ((0.29, 100, 29), (0.95, 20, 19), (0.01, 199, 1), (1.0, 7, 7), (1e-5, 200_000, 2))
-    assert all(script.share(rate, size) == found for rate, size, found in shares)
+    assert all(method.share(rate, size) == found for rate, size, found in shares)
     values = np.arange(1.0, 11.0)
-    assert script.kth_smallest(values, 0.95, "--filter-rate") == 9 and script.kth_smallest(values, 1, "") == 10
+    assert method.kth_smallest(values, 0.95, "--filter-rate") == 9 and method.kth_smallest(values, 1, "") == 10
     with pytest.raises(InputError, match=r"--filter-rate 0.05 of 10 rates is rank 0"):
-        script.kth_smallest(values, 0.05, "--filter-rate")
+        method.kth_smallest(values, 0.05, "--filter-rate")
     over_zero, n = some_counts(3)
     with pytest.raises(InputError, match=r"--rate 0.001 of 120 neurons is less than one"):
         lape(over_zero, n, rate=0.001)
@@ -177,7 +178,7 @@ def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     over_zero, n = some_counts(5, n_layers=4)
     model = {"spec": "org/name", "model_id": "org__name", "step": None, "revision": "a" * 40}
-    header = {"models": {"model": model}, "tokens": {"text": {"file": "x.txt"}, "tokenizer_sha256": "t"}}
+    header = {"models": {"model": model}, "tokens": {"text": {"file": "x.txt"}, "vocabulary_sha256": "t"}}
     write_counts(tmp_path / "activation_count", over_zero, n, snapshots=(1, 2, 4), header=header)
     more = ["--control-mask-out", "c.json", "--layers-out", "l.json", "--layers-lang", "gle_Latn", "--n-layers", "2"]
     arguments = ["-t", "tag", "-l", "en,ga,eu", "--rate", "0.1", "--seed", "3", *more]
@@ -190,7 +191,7 @@ def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
     assert head["languages"] == {"en": "eng_Latn", "ga": "gle_Latn", "eu": "eus_Latn"}
     assert (head["schema"], head["n_layers"], head["ffn_width"], head["control"]) == ("lsn-mask", 4, 40, False)
     assert head["models"]["model"] == model and head["tokens"]["ga"]["n_tokens"] == n["ga"]
-    assert head["tokens"]["ga"]["tokens"]["tokenizer_sha256"] == "t"
+    assert head["tokens"]["ga"]["tokens"]["vocabulary_sha256"] == "t"
     assert head["rates"] == {"rate": 0.1, "filter_rate": 0.95, "bar_rate": 0.95}
     assert without_header(Path("c.json")) == {
         lang: {str(layer): found for layer, found in layers.items()}
@@ -325,7 +326,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     fails(r"counts of different models: tag.en.pt is of org/n, tag.ga.pt of org/other; count every language with")
     files(ga={"models": {"model": model | {"revision": "c"}}})
     fails(r"counts of different models: tag.en.pt is of org/n, tag.ga.pt of org/n \(trained again\)")
-    files(en={"tokens": {"tokenizer_sha256": "x"}}, eu={"tokens": {"tokenizer_sha256": "y"}})
+    files(en={"tokens": {"vocabulary_sha256": "x"}}, eu={"tokens": {"vocabulary_sha256": "y"}})
     fails(r"tag.en.pt and tag.eu.pt come from tokens of different tokenizers; run lsn/load_oscar.py")
     files(ga={"language": "eus_Latn"})
     fails(r"tag.ga.pt counts eus_Latn, not ga")

@@ -1,0 +1,201 @@
+"""The verdicts for people: tables in Markdown and LaTeX, several seeds side by side, and the figure."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+from cpt_utils import cli, figures
+
+rules = cli.sibling("report/rules.py")
+shown_p = rules.shown_p
+
+
+# ---------------------------------------------------------------- tables
+
+
+def digits(value: float | None) -> str:
+    """A number for people: three decimals, or two after the point with an exponent where it is small."""
+    if value is None:
+        return "none"
+    return f"{value:.2e}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+
+def told(row: dict) -> str:
+    """ "middle minus early 0.120 [0.101, 0.139], n = 1000 sentences, p = 0.036 (rank 1 of 28)"."""
+    text = f"{row['name']} {digits(row['value'])}"
+    if row["ci_low"] is not None:
+        text += f" [{digits(row['ci_low'])}, {digits(row['ci_high'])}]"
+    if row["n"] is not None:
+        text += f", n = {row['n']} {row['n_of']}".rstrip()
+    if row["p_value"] is not None:
+        text += f", {shown_p(row['p_value'])}"
+    place = row["place"]
+    if place:
+        text += f" (rank {place['rank']} of {place['n_random'] + 1})"
+    return text
+
+
+def markdown(payload: dict) -> str:
+    """The table of verdicts, and below it what was measured beside and decides nothing."""
+    lines = [
+        f"# Claims on {payload['study']}",
+        "",
+        "| | claim | verdict | what decides | why |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in payload["claims"].items():
+        numbers = "<br>".join(map(told, row["numbers"])) or "-"
+        cells = (name, row["text"], f"**{row['verdict']}**", numbers, row["reason"])
+        lines.append(_markdown_row(cells))
+    lines += ["", "Intervals are 95 %, alpha is .05. The rules stand in report/README.md.", ""]
+    lines += ["## Beside it, deciding nothing", "", "| | number |", "|---|---|"]
+    lines += [_markdown_row((name, told(row))) for name, one in payload["claims"].items() for row in one["beside"]]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def latex(payload: dict) -> str:
+    """The table of verdicts as a plain tabular of the width of the text."""
+    rows = [("", "claim", "verdict", "what decides", "why")]
+    for name, row in payload["claims"].items():
+        numbers = [escaped(told(number_row)) for number_row in row["numbers"]] or ["-"]
+        rows.append((name, escaped(row["text"]), escaped(row["verdict"]), lines_of(numbers), escaped(row["reason"])))
+    return tabular(rows, (0.04, 0.19, 0.12, 0.29, 0.24))
+
+
+def lines_of(parts: list[str]) -> str:
+    return r" \newline ".join(parts)
+
+
+def tabular(rows: list[tuple[str, ...]], shares: tuple[float, ...]) -> str:
+    """Rows of escaped cells, the first of them the head; `shares` are the columns' parts of the line width."""
+    columns = "".join(rf"p{{{share}\linewidth}}" for share in shares)
+    lines = [r"\begin{tabular}{" + columns + "}", r"\hline"]
+    for i, row in enumerate(rows):
+        lines.append(" & ".join(row) + r" \\")
+        if i in (0, len(rows) - 1):
+            lines.append(r"\hline")
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+SPECIAL = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}  # fmt: skip
+NUMBER = re.compile(r"(?<![\w.-])(-\d+(?:\.\d+)?|\d+\.\d+(?=e))(?:e([+-])0*(\d+))?")
+
+
+def escaped(text: str) -> str:
+    """Plain text for LaTeX; negative numbers and powers of ten go into math."""
+    text = "".join(SPECIAL.get(letter, letter) for letter in text)
+    return NUMBER.sub(_in_math, text)
+
+
+def _in_math(found: re.Match) -> str:
+    power = rf"\cdot 10^{{{found[2].replace('+', '')}{found[3]}}}" if found[3] else ""
+    return f"${found[1]}{power}$"
+
+
+def seeds_tables(seeds: dict[int, dict]) -> tuple[str, str]:
+    """The verdicts of several seeds side by side, in Markdown and LaTeX; `seeds` holds each one's claims.json."""
+    first = next(iter(seeds.values()))
+    lines = [f"# Claims on {first['study']}, {len(seeds)} seeds", ""]
+    lines.append(_markdown_row(("", "claim", *(f"seed {seed}" for seed in seeds))))
+    lines.append("|---" * (2 + len(seeds)) + "|")
+    rows = [("", "claim", *(f"seed {seed}" for seed in seeds))]
+    for name, claim in first["claims"].items():
+        found = [payload["claims"][name] for payload in seeds.values()]
+        cells = [[one["verdict"], *(map(told, one["numbers"]) if one["numbers"] else [one["reason"]])] for one in found]
+        parts = ["<br>".join([f"**{cell[0]}**", *cell[1:]]) for cell in cells]
+        lines.append(_markdown_row((name, claim["text"], *parts)))
+        rows.append((name, escaped(claim["text"]), *(lines_of([escaped(part) for part in cell]) for cell in cells)))
+    lines += ["", "Intervals are 95 %, alpha is .05. The rules stand in report/README.md."]
+    shares = (0.04, 0.16, *[round(0.7 / len(seeds), 3)] * len(seeds))
+    return "\n".join(lines) + "\n", tabular(rows, shares)
+
+
+# ---------------------------------------------------------------- the figure
+
+LOOKS = {rules.YES: ("✔", "#009E73"), rules.NO: ("✘", "#D55E00"), rules.OPEN: ("?", "#555555")}
+PANELS = {  # short words of the claim, and what the axis shows
+    "C1": ("outer layers low, middle high", "difference in retrieval accuracy"),
+    "C2": ("hub swap costs less than random", "retrieval, minus mean of random sets"),
+    "C3": ("attention changes more than FFN", "difference in mean |ΔW|"),
+    "C4": ("attention tracks LSN activation", "r of first differences (dotted: .3)"),
+    "C5": ("attention swap hurts more than FFN's", "difference in retrieval accuracy"),
+    "C6": ("accuracy follows interface change", "r of first differences (dotted: .3)"),
+}
+
+
+def draw(path: Path, payload: dict) -> None:
+    """A panel for each claim: the deciding numbers with their intervals, and the random draws behind them."""
+    with figures.style() as plt:
+        fig, axes = plt.subplots(2, 3, figsize=(figures.PAGE, 3.9))
+        fig.get_layout_engine().set(h_pad=0.08, hspace=0.06, wspace=0.04)
+        for axis, (name, row) in zip(axes.flat, payload["claims"].items(), strict=True):
+            _panel(axis, name, row)
+        figures.save(fig, path)
+
+
+def _panel(axis, name: str, row: dict) -> None:
+    mark, shade = LOOKS[row["verdict"]]
+    words, label = PANELS[name]
+    axis.set_title(f"{mark} {name} {row['verdict']}\n", loc="left", color=shade, fontweight="bold")
+    axis.text(0, 1.03, words, transform=axis.transAxes, fontsize=7, va="bottom")
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    rows = [one for one in row["numbers"] if one["value"] is not None]
+    if not rows:
+        axis.set_xticks([])
+        axis.spines["bottom"].set_visible(False)
+        # Of files the names alone; the table has their places.
+        text = textwrap.fill(re.sub(r"[\w.-]+/", "", row["reason"]), 40, break_on_hyphens=False)
+        axis.text(0, 0.9, text, transform=axis.transAxes, fontsize=6.5, va="top")
+        return
+    for at, one in enumerate(rows):
+        draws = _draws(one["place"])
+        if draws:
+            low, high = -0.3, 0.1
+            heights = [-at + low + (high - low) * (i * 0.618034 % 1) for i in range(len(draws))]
+            axis.scatter(draws, heights, s=5, color=figures.colour("random"), linewidths=0, zorder=1)
+        if one["ci_low"] is not None:
+            # The mean of few units may lie a rounding error outside its own interval.
+            ends = [[max(0.0, end)] for end in (one["value"] - one["ci_low"], one["ci_high"] - one["value"])]
+            axis.errorbar(one["value"], -at, xerr=ends, fmt="none", ecolor="black", capsize=2, zorder=2)
+        axis.plot(one["value"], -at, "D", color=shade, markeredgecolor="black", markeredgewidth=0.5, zorder=3)
+        text = one["name"] + (f" ({shown_p(one['p_value'])})" if draws else "")
+        clear = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # of the zero line behind it
+        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 6.5}
+        axis.annotate(text, (0, -at + 0.27), bbox=clear, **place)
+    axis.axvline(0, color="black", linewidth=0.6, zorder=0)
+    if name in ("C4", "C6"):
+        axis.axvline(rules.WORTH, color="black", linewidth=0.6, linestyle=":", zorder=0)
+    axis.set_ylim(-len(rows) + 0.45, 0.75)
+    axis.locator_params(axis="x", nbins=5)
+    if name == "C3":
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
+    axis.set_xlabel(label, fontsize=7)
+    axis.margins(x=0.08)
+
+
+def _draws(place: dict | None) -> list[float]:
+    """The random draws of a number, in its units; of thousands of pairs an even choice by rank, ends included."""
+    if not place or not place.get("draws"):
+        return []
+    draws = place["draws"]
+    if isinstance(draws, dict):
+        return evenly(sorted(f - a for f in draws["ffn"] for a in draws["attention"]), 200)
+    return draws
+
+
+def evenly(values: list, most: int) -> list:
+    """At most `most` of the values, evenly chosen, first and last among them."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
