@@ -266,7 +266,7 @@ def build_parser():
         "--random",
         type=int,
         metavar="N",
-        help=f"random sets a language, 5 or more; default {RANDOM}, or the study's `controls` where it is a smaller number",
+        help=f"random sets a language, 5 or more; default {RANDOM}, or the study's `controls` where that is smaller",
     )
     add("-o", "--output", metavar="OUT", help="JSON to write; default: the study's lsn/deactivate.json")
     cli.add_run_flags(p)
