@@ -15,6 +15,7 @@ Tiny: python activation-correlation/activation-correlation.py --study demo/tiny.
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from dataclasses import dataclass
@@ -118,9 +119,18 @@ def activation_files(folder: Path, lang: str, of_run: bool) -> dict[str, dict[tu
     spelling = languages.find({match["lang"] for _, match in matches}, lang, what=f"activations in {folder}")
     found: dict[str, dict[tuple[bool, int], Path]] = {}
     for path, match in matches:
-        if match["lang"] == spelling:
+        if match["lang"] == spelling and not limited(path):
             found.setdefault(match["tokens"], {})[bool(match["control"]), int(match["step"] or 0)] = path
     return found
+
+
+def limited(path: Path) -> bool:
+    """Whether a file is of a try with --limit: it is left aside, so that a try does not stop the next step."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content.get(results.HEADER, {}).get("limit") is not None
+    except (ValueError, AttributeError):
+        return False  # said by the reader, where the file is needed
 
 
 def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> str:
@@ -359,7 +369,7 @@ def main(argv=None) -> None:
     sources = Sources(folder, name, args.base_tag, *files)
     output = study.output(args.output_dir, "--output-dir", "activation_correlation")
     output = output / f"{name}_correlation_strength.json"
-    refuse_other_output(output, lang, args.overwrite)
+    refuse_other_output(output, lang, args.steps, args.overwrite)
 
     series, facts = gather(sources, lang, args.steps)
     payload = strengths(series) | {"series": series, "note": None}
@@ -373,15 +383,18 @@ def main(argv=None) -> None:
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
-def refuse_other_output(output: Path, lang: str, overwrite: bool) -> None:
+def refuse_other_output(output: Path, lang: str, wanted: list[int] | None, overwrite: bool) -> None:
     """An older result is made anew, which takes a second; any other file is replaced on request only."""
     if overwrite or not output.exists():
         return
-    _, header = results.read_json(output, SCHEMA)
+    payload, header = results.read_json(output, SCHEMA)
     if not header:
         raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or --output-dir")
     if not languages.same(header["language"], lang):
         raise InputError(f"{output} is about {header['language']}, not {lang}; give --overwrite, or --output-dir")
+    before = (payload.get("series") or {}).get("steps")
+    if wanted is not None and before is not None and sorted(wanted) != before:
+        raise InputError(f"{output} is about steps {before}, not {sorted(wanted)}; give --overwrite, or --output-dir")
 
 
 def gather(sources: Sources, lang: str, wanted: list[int] | None) -> tuple[dict, dict]:

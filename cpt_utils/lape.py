@@ -146,8 +146,9 @@ def agreement(a: dict[str, Layers], b: dict[str, Layers]) -> dict:
 def convergence(counts: list[Counts], full: Selection, **rates) -> dict | None:
     """How stable the mask is over tokens; None where the counts hold no snapshots, or not the same in every language.
 
-    A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves are
-    disjoint, and tell how well the mask of half the tokens repeats.
+    A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves share
+    no position, and tell how well the mask of half the tokens repeats, unless the text itself repeats (`repeated`, the
+    share of its runs of 16 tokens that stand before, too; None where the counts do not say).
     """
     n_snapshots = {len(one.snapshots_n) for one in counts}
     if len(n_snapshots) != 1 or n_snapshots == {0}:
@@ -171,6 +172,7 @@ def convergence(counts: list[Counts], full: Selection, **rates) -> dict | None:
     return {
         "against_full": points,
         "halves": halves | agreement(first.mask, second.mask),
+        "repeated": {one.lang: (one.header.get("tokens") or {}).get("repeated") for one in counts},
         "enough_at": ENOUGH,
         "enough": enough and {"share": enough["share"], "tokens": enough["tokens"]},
     }

@@ -357,11 +357,12 @@ def tokenizer_hash(folder: Path) -> str | None:
 
 
 def vocabulary_hash(folder: Path) -> str | None:
-    """A short hash of what turns text into ids, special tokens apart; None where the folder has no tokenizer.
+    """A short hash of what turns plain text into ids; None where the folder has no tokenizer.
 
     Saving a tokenizer again with another release changes its files, padding and chat template, but not this: of
-    `tokenizer.json` only vocabulary, merges, normalizer, pre-tokenizer and added tokens count. It starts with `json:`
-    there and with `files:` where only other vocabulary files are; the two kinds cannot be compared.
+    `tokenizer.json` only vocabulary, merges, normalizer and pre-tokenizer count. Added tokens do not: CPT often adds
+    some, and ids of the base stay valid. It starts with `json:` there and with `files:` where only other vocabulary
+    files are; the two kinds cannot be compared.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -373,8 +374,9 @@ def vocabulary_hash(folder: Path) -> str | None:
         model = saved["model"]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
         vocabulary = sorted(model["vocab"].items()) if isinstance(model["vocab"], dict) else model["vocab"]
-        added = sorted((token["id"], token["content"]) for token in saved.get("added_tokens") or ())
-        facts = [vocabulary, merges, added, saved.get("normalizer"), saved.get("pre_tokenizer")]
+        added = {token["content"] for token in saved.get("added_tokens") or ()}
+        vocabulary = [entry for entry in vocabulary if entry[0] not in added]
+        facts = [vocabulary, merges, saved.get("normalizer"), saved.get("pre_tokenizer")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no tokenizer file ({type(error).__name__}); copy it again") from None
     return f"json:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
@@ -419,6 +421,31 @@ def same_model(a: dict, b: dict) -> bool:
     if a.get("weights_sample") and b.get("weights_sample"):
         return a["weights_sample"] == b["weights_sample"]
     return a.get("model_id") == b.get("model_id") and a.get("revision") == b.get("revision")
+
+
+def relatives(found: Iterable[ModelRef], base: str | None = None, run: str | list | None = None) -> list[dict]:
+    """Descriptions of the models that a result may be of to serve `found`: themselves, the other checkpoints of their
+    runs, and the study's base and run.
+
+    All checkpoints are described as they are now, so that what was made before a run was trained again is no relative.
+    """
+    known: dict[str, ModelRef] = {}
+    for ref in found:
+        known[ref.spec] = ref
+        parent = os.path.dirname(os.path.abspath(ref.spec))
+        if ref.is_local and ref.step is not None and is_run(parent):
+            known |= {other.spec: other for other in checkpoints(os.path.relpath(parent))}
+    for spec in filter(None, [base]):
+        if os.path.isdir(spec) or not _looks_local(spec):
+            known.setdefault(spec, model(spec))
+    if run and (not isinstance(run, str) or os.path.isdir(run) or not _looks_local(run)):
+        known |= {ref.spec: ref for ref in models(run) if ref.spec not in known}
+    return [ref.describe() for ref in known.values()]
+
+
+def _looks_local(spec: str) -> bool:
+    """Whether a reference that is no folder can only have been meant as one."""
+    return not _REPOSITORY.fullmatch(spec.partition("@")[0]) or os.path.isdir(os.path.dirname(spec) or ".")
 
 
 def belongs(measured: dict, models: list[dict]) -> bool:

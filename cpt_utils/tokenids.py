@@ -16,10 +16,13 @@ from cpt_utils import cli, results
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 SCHEMA = "token-ids"
+RUN = 16  # tokens: texts that share half of their runs of so many are the same text
 _CHUNK = 1 << 22  # ids checked at a time
+_SAMPLE = 1 << 21  # runs looked at, of however long a text
 
 
 def file_name(lang: str, model_id: str) -> str:
@@ -102,6 +105,37 @@ def read(
     _check_tokenizer(path, facts, vocabulary_sha256)
     _check_range(path, ids, vocab_size)
     return ids, facts
+
+
+def run_hashes(ids: np.ndarray, length: int = RUN) -> np.ndarray:
+    """A 64-bit hash of every run of `length` tokens in `ids` [n]: uint64 [n - length + 1]."""
+    import numpy as np
+
+    found = np.zeros(max(0, len(ids) - length + 1), dtype=np.uint64)
+    factor = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        for offset in range(length):
+            found *= factor
+            found += ids[offset : offset + len(found)].astype(np.uint64) + np.uint64(1)
+    return found
+
+
+def repeated(ids: torch.Tensor) -> float:
+    """The share of runs of RUN tokens in `ids` [n] that stand somewhere before, too: 0 for text without repetition.
+
+    Of a long text a sample is looked at: the runs whose hash falls into one of several classes, so that every copy of
+    a run is in it or none is.
+    """
+    import numpy as np
+
+    classes = np.uint64(max(1, len(ids) // _SAMPLE))
+    kept = []
+    for start in range(0, len(ids), _CHUNK):
+        hashes = run_hashes(ids[start : start + _CHUNK + RUN - 1].numpy())
+        # The upper bits: the lower ones of such a hash hardly mix.
+        kept.append(hashes[(hashes >> np.uint64(32)) % classes == 0])
+    every = np.concatenate(kept) if kept else np.zeros(0)
+    return 1 - len(np.unique(every)) / len(every) if len(every) else 0.0
 
 
 def _check_tokenizer(path: Path, facts: dict, own: str | None) -> None:

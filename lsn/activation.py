@@ -93,6 +93,8 @@ class Partial:
             InputError: a block is missing or was counted twice, as when a process was lost.
         """
         found = [content for content in map(self._read, self.files()) if content is not None]
+        if not found:
+            raise InputError(f"the partial counts {self.stem}.*.pt are gone: was the same command run twice at a time?")
         times = sum(content["done"].long() for content in found)
         if not bool((times == 1).all()):
             raise InputError(
@@ -192,8 +194,7 @@ def main(argv=None) -> None:
     study = Study.find(args.study, args.seed)
     ref = refs.model(args.model) if args.model else refs.run(study.value(None, "-m", "run"), args.steps)[-1]
     files = id_files(args.id_path, study)
-    for path in files:
-        language_of(path)
+    refuse_twice([language_of(path) for path in files])
     folder = study.output(args.save_folder, "-s", "lsn_counts")
     name = args.name or (study.name if study else None)
     if name is None:
@@ -232,13 +233,17 @@ def main(argv=None) -> None:
     for path, blocks, request, out in todo:
         plan = batches(len(blocks), batch_size)
         segments = plan[-1][0] + 1
+        if args.overwrite and process.is_main:
+            for left in out.parent.glob(f".{out.stem}.partial.*.pt"):
+                left.unlink()
+        process.wait()
         partial = Partial(out.with_name(f".{out.stem}.partial"), process.rank, request, len(blocks), (segments, *shape))
         process.wait()  # all have read the earlier state
         start = time.monotonic()
         count(model, arch, blocks, plan, partial, process.rank, process.world, args.save_every)
         process.wait()  # all have saved
         if process.is_main:
-            head = header_of(request, ref, path, shape, blocks.numel(), args.limit)
+            head = header_of(request, ref, path, shape, blocks)
             results.write_tensors(out, content(partial.total(), plan, size, head))
             partial.remove()
             seconds = time.monotonic() - start
@@ -280,6 +285,18 @@ def id_files(given: list[str] | None, study: Study) -> list[Path]:
     return [Path(folder) / tokenids.file_name(str(code), study.name) for code in codes]
 
 
+def refuse_twice(codes: list[str]) -> None:
+    """Two files of one language would write one result."""
+    from cpt_utils import languages
+
+    for i, code in enumerate(codes):
+        twice = next((other for other in codes[:i] if other == code or languages.same(other, code)), None)
+        if twice is not None:
+            raise InputError(
+                f"two id files are of one language ({twice}, {code}); count one of them, or use another -n"
+            )
+
+
 def language_of(path: Path) -> str:
     """The second dot-separated part of an id file's name."""
     parts = path.name.split(".")
@@ -299,10 +316,13 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     vocabulary = refs.vocabulary_size(ref.config())
     own = refs.vocabulary_hash(refs.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
     ids, head = tokenids.read(path, vocab_size=vocabulary, vocabulary_sha256=own)
-    blocks = neurons.blocks(ids, size, tokens, str(path))[:limit]
+    blocks = neurons.blocks(ids, size, tokens, str(path))
+    limited = limit if limit is not None and limit < len(blocks) else None
+    blocks = blocks[:limited]
     digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()[:16]
     keys = ("language", "text", "tokenizer", "vocabulary_sha256")
-    return blocks, {"used": blocks.numel(), "sha256": digest, **{key: head[key] for key in keys if key in head}}
+    facts = {"used": blocks.numel(), "limit": limited, "sha256": digest}
+    return blocks, facts | {key: head[key] for key in keys if key in head}
 
 
 def has_tokenizer(ref: refs.ModelRef, run: str | None) -> bool:
@@ -330,17 +350,19 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
     raise InputError(f"{out} holds counts of another request; give --overwrite to redo it, or another -s or -n")
 
 
-def header_of(request: dict, ref: refs.ModelRef, path: Path, shape: tuple[int, int], used: int, limit) -> dict:
+def header_of(request: dict, ref: refs.ModelRef, path: Path, shape: tuple[int, int], blocks: torch.Tensor) -> dict:
+    from cpt_utils import tokenids
+
     return results.header(
         SCHEMA,
         models={"model": ref.describe()},
         n_layers=shape[0],
         ffn_width=shape[1],
         language=request["ids"].get("language", language_of(path)),
-        tokens={"file": str(path), **request["ids"]},
+        tokens={"file": str(path), "repeated": tokenids.repeated(blocks.flatten()), **request["ids"]},
         block_size=request["block_size"],
-        n_used=used,
-        limit=limit,
+        n_used=blocks.numel(),
+        limit=request["ids"]["limit"],
         dtype=request["dtype"].removeprefix("torch."),
         device=request["device"],
         request=request,

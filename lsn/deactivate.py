@@ -31,46 +31,35 @@ if TYPE_CHECKING:
 
 SCHEMA = "deactivation"
 RANDOM = 19  # random sets a language: with them p can be .05
-WINDOW = 16  # tokens: text that shares half of its runs of so many with the text of the neurons is the same text
+SHORTEST = 8  # tokens: a shorter document may be anywhere by chance
 MOST_SEEN = 0.1  # of the held-out documents
 
 
 # ---------------------------------------------------------------- text to find, text to test
 
 
-def run_hashes(ids: np.ndarray, length: int) -> np.ndarray:
-    """A 64-bit hash of every run of `length` tokens in `ids` [n]: uint64 [n - length + 1]."""
-    import numpy as np
-
-    found = np.zeros(max(0, len(ids) - length + 1), dtype=np.uint64)
-    factor = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        for offset in range(length):
-            found *= factor
-            found += ids[offset : offset + len(found)].astype(np.uint64) + np.uint64(1)
-    return found
-
-
 def seen(documents: list[list[int]], ids: np.ndarray, chunk: int = 1 << 20) -> list[bool]:
-    """Which documents (lists of token ids) are in `ids` [n]: half or more of their runs of WINDOW tokens are.
+    """Which documents (lists of token ids) are in `ids` [n]: half or more of their runs of tokens are.
 
-    A shorter document counts as one run.
+    Runs are of tokenids.RUN tokens, in a shorter document of all it has. The first token is left out: the same words
+    inside a text begin with a space, and with another token. What is then shorter than SHORTEST says nothing.
     """
     import numpy as np
 
+    from cpt_utils.tokenids import RUN, run_hashes
+
     by_length: dict[int, list[int]] = {}
     for number, document in enumerate(documents):
-        by_length.setdefault(min(WINDOW, len(document)), []).append(number)
+        by_length.setdefault(min(RUN, len(document) - 1), []).append(number)
     found = [False] * len(documents)
     for length, numbers in by_length.items():
-        if not length:
+        if length < SHORTEST:
             continue
-        runs = [run_hashes(np.asarray(documents[number]), length) for number in numbers]
+        runs = [run_hashes(np.asarray(documents[number][1:]), length) for number in numbers]
         wanted = np.unique(np.concatenate(runs))
         there = np.zeros(len(wanted), dtype=bool)
         for start in range(0, len(ids), chunk):
-            part = run_hashes(np.asarray(ids[start : start + chunk + length - 1]), length)
-            there |= np.isin(wanted, part)
+            there |= np.isin(wanted, run_hashes(np.asarray(ids[start : start + chunk + length - 1]), length))
         present = wanted[there]
         for number, own in zip(numbers, runs, strict=True):
             found[number] = bool(np.isin(own, present).mean() >= 0.5)
@@ -295,7 +284,7 @@ def main(argv=None) -> None:
     chosen = [str(lang) for lang in chosen]
     if len(chosen) < 2:
         raise InputError("one language has no other to be compared with; give two or more with --lang")
-    described = [ref.describe()]
+    described = refs.relatives([ref], study.get("base"), study.get("run"))
     everyone = {
         lang: masks.read(mask_file, lang, *shape, described, control=False) for lang in masks.languages_in(mask_file)
     }

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 drawn = cli.sibling("lsn/identify_figures.py")
 draw = drawn.draw
 
+REPEATED = 0.2  # of the text: from here on its parts tell little about each other
 LAYERS, REPORT = "lsn-layers", "lsn-report"
 FEW_TOKENS = 10_000
 UNEVEN = 3  # times more tokens in one language than in another
@@ -310,7 +311,15 @@ def say_convergence(found: dict | None) -> None:
         return
     for point in found["against_full"]:
         cli.say(f"{drawn.shown_share(point['share'])} of the tokens: Jaccard with the full mask {_lowest(point)}")
-    cli.say(f"first part of the tokens against the rest, none in common: Jaccard {_lowest(found['halves'])}")
+    cli.say(f"first part of the tokens against the rest: Jaccard {_lowest(found['halves'])}")
+    twice = {lang: share for lang, share in found["repeated"].items() if share is not None and share > REPEATED}
+    if twice:
+        shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in twice.items())
+        cli.warn(
+            f"text stands in the tokens more than once ({shares} by runs of 16 tokens): its parts agree because they "
+            "are the same text, and the number of tokens says more than there is"
+        )
+        return
     enough = found["enough"]
     if enough:
         share, most = drawn.shown_share(enough["share"]), max(enough["tokens"].values())

@@ -11,16 +11,18 @@ from cpt_utils import figures
 def draw(path: Path, report: dict) -> list[Path]:
     """Every figure that the report has numbers for; returns the paths without suffix.
 
-    `<path>-counts` always, `<path>-overlap` for three languages or more, `<path>-convergence` with snapshots.
+    `<path>-counts` and `<path>-convergence` always, `<path>-overlap` for three languages or more.
     """
     drawn = [path.with_name(f"{path.name}-counts")]
     draw_counts(drawn[0], report["languages"], report["n_layers"])
     if len(report["languages"]) > 2:
         drawn.append(path.with_name(f"{path.name}-overlap"))
         draw_overlap(drawn[-1], report["overlap"])
+    drawn.append(path.with_name(f"{path.name}-convergence"))
     if report.get("convergence"):
-        drawn.append(path.with_name(f"{path.name}-convergence"))
         draw_convergence(drawn[-1], report["convergence"])
+    else:
+        draw_no_convergence(drawn[-1])
     return drawn
 
 
@@ -108,6 +110,17 @@ def draw_convergence(path: Path, found: dict) -> None:
         axis.set_ylabel("Jaccard with the full mask")
         axis.set_ylim(max(0, math.floor(10 * min(known, default=0) - 0.5) / 10), 1.01)
         figure.legend(loc="outside upper center", ncols=4 if len(langs) > 4 else 3, columnspacing=1.2, handlelength=1.8)
+        figures.save(figure, path)
+
+
+def draw_no_convergence(path: Path) -> None:
+    """In the place of the curve, where there are no parts of the tokens to compare."""
+    with figures.style() as plt:
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 0.8))
+        axis.set_axis_off()
+        axis.text(
+            0.5, 0.5, "too few tokens, or counts without snapshots:\nno parts to compare", ha="center", va="center"
+        )
         figures.save(figure, path)
 
 

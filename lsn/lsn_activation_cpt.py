@@ -50,6 +50,7 @@ class Place:
 
     folder: Path
     stem: str  # what stands in front of <tokens>.json
+    is_base: bool = False
 
     def file(self, mask: str, tokens: int) -> Path:
         return self.folder / f"{PREFIX[mask]}{self.stem}.{tokens}.json"
@@ -57,7 +58,7 @@ class Place:
 
 def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Place:
     if base_tag is not None:
-        return Place(folder / base_tag, lang)
+        return Place(folder / base_tag, lang, is_base=True)
     if is_run:
         return Place(folder / name, f"checkpoint-{ref.step}.{lang}")
     return Place(folder, f"{name}.{lang}")
@@ -118,6 +119,7 @@ def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--model", metavar="M", help="model, or run of checkpoints; default: the study's run, and its base")
     p.add_argument("--base-model", metavar="B", help="base, measured with a run; default: the study's")
+    p.add_argument("--run", metavar="RUN", help="run that the mask is of, where only another model is measured")
     p.add_argument("--base-tag", default="base", metavar="TAG", help="folder of the base's results; default base")
     p.add_argument("--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
     p.add_argument(
@@ -179,7 +181,7 @@ def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_
     device = cli.device(args.device)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
     run = study.get("run") if isinstance(study.get("run"), str) else None
-    described = [ref.describe() for ref, _ in todo]
+    described = refs.relatives([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
     config = todo[0][0].config()
     arch = archs.for_config(config)
     shape = (arch.n_layers(config), arch.ffn_width(config))
@@ -197,6 +199,8 @@ def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_
     batch_size = args.batch_size or max(1, TOKENS_A_BATCH // size)
     means: dict[str, dict[int, float]] = {mask: {} for mask in chosen}
     for ref, place in todo:
+        # A base may have a step in its own name (stage1-step1907359); in this run it is step 0.
+        step = 0 if place.is_base else ref.step or 0
         blocks, facts = counting.read(ids, ref, run, size, args.tokens, args.limit)
         own = archs.for_config(ref.config())
         if (own.n_layers(ref.config()), own.ffn_width(ref.config())) != shape:
@@ -215,24 +219,24 @@ def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_
             found = measure(model, own, blocks, {mask: chosen[mask] for mask in left}, batch_size)
             del model
             for mask in left:
-                head = header(requests[mask], ref, shape, lang, mask, ids, mask_file, control_file, args.limit)
+                head = header(requests[mask], ref, step, shape, lang, mask, ids, mask_file, control_file)
                 results.write_json(paths[mask], payload(found, mask), head)
         for mask in chosen:
-            means[mask][ref.step or 0] = results.read_json(paths[mask], SCHEMA, allow_limited=True)[0]["all_layers"]
-        shown = ", ".join(f"{mask} {values[ref.step or 0]:.4f}" for mask, values in means.items())
+            means[mask][step] = results.read_json(paths[mask], SCHEMA, allow_limited=True)[0]["all_layers"]
+        shown = ", ".join(f"{mask} {values[step]:.4f}" for mask, values in means.items())
         cli.say(f"{ref.spec}: mean activation {shown}{'' if left else ' (finished before)'}")
     if len(todo) > 1:
         draw(figure, means, lang, counts["language"], blocks.numel())
         cli.say(f"wrote {figure}.pdf and .png")
 
 
-def header(request: dict, ref, shape, lang: str, mask: str, ids: Path, mask_file, control_file, limit) -> dict:
+def header(request: dict, ref, step: int, shape, lang: str, mask: str, ids: Path, mask_file, control_file) -> dict:
     from cpt_utils import languages
 
     return results.header(
         SCHEMA,
         models={"model": ref.describe()},
-        step=ref.step,
+        step=step,
         n_layers=shape[0],
         ffn_width=shape[1],
         language=languages.canonical(lang, any_tag=True),
@@ -240,7 +244,7 @@ def header(request: dict, ref, shape, lang: str, mask: str, ids: Path, mask_file
         mask=mask_file if mask == "language" else control_file,
         tokens={"file": ids, **request["ids"]},
         block_size=request["block_size"],
-        limit=limit,
+        limit=request["ids"]["limit"],
         dtype=request["dtype"].removeprefix("torch."),
         device=request["device"],
         request=request,

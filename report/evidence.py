@@ -129,10 +129,16 @@ class Results:
         self.read.append(str(path))
         return payload
 
+    def refuse_part_of_run(self, path: Path, steps: list[int]) -> None:
+        """Refuse a series that ends before the run does, as one made with --steps."""
+        if max(steps) != self.last["step"]:
+            raise InputError(f"{path} ends at step {max(steps)}, the run at {self.last['step']}; run that step again")
+
     def refuse_other_layers(self, path: Path, layers: list[int], step: str, key: str) -> None:
         """Refuse a result about other layers than `key` of the file of `step` now says, where that file is there."""
         chosen = self.study.result(step)
-        now = results.read_json(chosen)[0].get(key) if chosen.is_file() else None
+        content = results.read_json(chosen)[0] if chosen.is_file() else None
+        now = content.get(key) if isinstance(content, dict) else content
         if now is not None and sorted(layers) != sorted(now):
             raise InputError(f"{path} is about layers {sorted(layers)}, but {chosen} says {sorted(now)}; run it again")
 
@@ -263,6 +269,7 @@ def judge_c4(found: Results) -> Verdict:
     series = payload.get("series")
     if not series:
         raise InputError(f"{path} has no series; run {MADE_BY['activation_correlation']} again")
+    found.refuse_part_of_run(path, series["steps"])
     return rules.c4(series["attention"], series["gate"], series["abs_d"])
 
 
@@ -305,6 +312,7 @@ def judge_c6(found: Results) -> Verdict:
         raise InputError(
             f"{path} lacks accuracy or interface change of a checkpoint; run {MADE_BY['downstream']} again"
         )
+    found.refuse_part_of_run(path, [int(step) for step in values])
     made = rules.c6([row[metric] for row in rows], [row["interface_avg"] for row in rows])
     hub = payload.get("semantic_hub") or {}
     if hub.get("first_differences"):

@@ -21,8 +21,8 @@ def read_seed(study: Study) -> dict:
     base, target = study.get("languages.base"), study.get("languages.target")
     folder = study.result("retrieval")
     pair = folder / languages.find_pair([p.name for p in folder.iterdir()], base, target, str(folder))
-    models = [refs.model(study.get("base")), *refs.run(study.get("run"))]
-    retrieval = {ref.step or 0: results.read_json(pair / f"{ref.model_id}.json")[0] for ref in models}
+    models = {0: refs.model(study.get("base")), **{ref.step: ref for ref in refs.run(study.get("run"))}}
+    retrieval = {step: results.read_json(pair / f"{ref.model_id}.json")[0] for step, ref in models.items()}
     untrained = pair / "untrained.json"
     swap = study.result("layer_swap")
     downstream = study.result("downstream")

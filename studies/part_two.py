@@ -46,14 +46,10 @@ def neuron_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
     """Neurons of each language, by layer."""
     rows = []
     for seed, found in seeds.items():
-        halves = (found["neurons"].get("convergence") or {}).get("halves") or {}
         for lang, row in found["neurons"]["languages"].items():
-            stable = halves.get("languages", {}).get(lang)
-            rows.append([
-                seed, lang, f"{row['n_tokens']:,}", row["n_neurons"], row["own"],
-                " ".join(map(str, row["counts"])), "-" if stable is None else f"{stable:.2f}",
-            ])  # fmt: skip
-    return ["seed", "language", "tokens", "neurons", "only its own", "by layer", "Jaccard of two halves"], rows
+            counts = " ".join(map(str, row["counts"]))
+            rows.append([seed, lang, f"{row['n_tokens']:,}", row["n_neurons"], sum(row["own"]), counts])
+    return ["seed", "language", "tokens", "neurons", "only its own", "by layer"], rows
 
 
 def deactivation_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
@@ -113,6 +109,9 @@ def swap_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
             places = row.get("place") or {}
             cells = []
             for measure in ("retrieval_mean", "nll_per_byte"):
+                if measure not in row["values"]:
+                    cells += ["-", "-"]
+                    continue
                 lost = row["gain_lost"].get(measure)
                 cells.append(f"{row['values'][measure]:.3f}" + (f" ({lost:.0%})" if lost is not None else ""))
                 place = places.get(measure)
@@ -134,9 +133,13 @@ def swap_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
 def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
     """For each seed the two swaps among random layers of their own component: retrieval and loss."""
     measures = {"retrieval_mean": "retrieval accuracy, mean over layers", "nll_per_byte": "NLL per byte"}
+    there = {name for found in seeds.values() for side in ("attention", "ffn") for name in found[side]["comparison"]}
+    measures = {name: label for name, label in measures.items() if name in there}
     with figures.style() as plt:
-        fig, axes = plt.subplots(1, len(measures), figsize=(figures.PAGE, 0.5 + 0.62 * len(seeds)), sharey=True)
-        for axis, (measure, label) in zip(axes, measures.items(), strict=True):
+        fig, axes = plt.subplots(
+            1, len(measures), figsize=(figures.PAGE, 0.5 + 0.62 * len(seeds)), sharey=True, squeeze=False
+        )
+        for axis, (measure, label) in zip(axes[0], measures.items(), strict=True):
             for place, found in enumerate(seeds.values()):
                 for side, own, shift in (("attention", "attention_interface", 0.17), ("ffn", "ffn_lsn_rich", -0.17)):
                     sets, shade, y = found[side]["sets"], figures.colour(side), place + shift

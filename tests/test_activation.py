@@ -166,3 +166,29 @@ def test_a_tokenizer_of_the_model_is_accepted(place):
     tiny_tokenizer().save_pretrained("model")
     path, _ = write_ids(place, vocabulary_sha256=refs.vocabulary_hash(place / "model"))
     assert count("-i", str(path))["n"] == 672
+
+
+def test_a_limit_that_cuts_nothing_is_none(place):
+    path, _ = write_ids(place)
+    found = count("-i", str(path), "--limit", "1000")
+    assert json.loads(found["header"])["limit"] is None
+    os.remove("counts/tiny.ga.pt")
+    assert json.loads(count("-i", str(path), "--limit", "3")["header"])["limit"] == 3
+    with pytest.raises(InputError, match="another request"):
+        count("-i", str(path))
+
+
+def test_two_files_of_one_language_are_refused(place):
+    one, _ = write_ids(place, "ga")
+    other, _ = write_ids(place, "gle_Latn")
+    with pytest.raises(InputError, match="two id files are of one language"):
+        count("-i", str(one), str(other))
+
+
+def test_text_that_repeats_is_said(place):
+    path, ids = write_ids(place, n=640)
+    assert json.loads(count("-i", str(path))["header"])["tokens"]["repeated"] == 0
+    twice = torch.cat([ids[:320], ids[:320]])
+    slow = [tuple(twice[i : i + 16].tolist()) for i in range(len(twice) - 15)]
+    assert tokenids.repeated(twice) == pytest.approx(1 - len(set(slow)) / len(slow))
+    assert tokenids.repeated(twice) > 0.45

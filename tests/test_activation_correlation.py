@@ -275,7 +275,7 @@ def test_files_of_other_models_neurons_or_languages(study, no_figure):
     fails("gate_lsn.json is about eus_Latn, not gle_Latn", gates, says(language="eus_Latn"))
     fails("checkpoint-40.* is about eus_Latn, not gle_Latn", run, says(language="eus_Latn"))
     fails("checkpoint-40.* is a random control by its header", run, says(control=True))
-    fails("was made with --limit 1", run, says(limit=1))
+    fails("activation in .* has no step 40", run, says(limit=1))
     fails("gate_lsn.json were made with different masks", gates, says(mask="0" * 16))
     fails("were made with different control masks", gates, says(control="0" * 16))
     fails("were made with different texts", run, says(tokens={"sha256": "u" * 16}))

@@ -313,7 +313,7 @@ def test_what_is_missing_leaves_its_claim_undecided(made, no_figure):
 
 
 def test_a_run_of_two_checkpoints_is_too_short(made, no_figure):
-    made.downstream(STEPS[:2])
+    made.downstream(STEPS[-2:])
     row = run(made)["C6"]
     assert row["verdict"] == OPEN and "the run is too short: 2 checkpoints" in row["reason"]
     assert row["numbers"][0]["value"] is None and "C6" in (made.results / "report/claims.md").read_text()
@@ -590,3 +590,9 @@ def test_numbers_for_people():
         "none",
     ]
     assert [rules.shown_p(p) for p in (0.05, 0.0011, 0.0001)] == ["p = 0.050", "p = 0.001", "p < 0.001"]
+
+
+def test_a_series_that_ends_before_the_run_is_refused(made, no_figure):
+    made.downstream(STEPS[:-1])
+    with pytest.raises(InputError, match=f"ends at step {STEPS[-2]}, the run at {STEPS[-1]}"):
+        run(made)

@@ -105,3 +105,32 @@ def test_bad_input_is_one_line(study):
         SCRIPT.main(["--mask_file", "other.json"])
     with pytest.raises(InputError, match="sw"):
         SCRIPT.main(["--lang", "sw"])
+
+
+def test_a_base_with_a_step_of_its_own_is_step_zero(study, monkeypatch):
+    folder, _ = study
+    save_tiny("qwen2", "other/checkpoint-30", seed=5)
+    drawn = {}
+    monkeypatch.setattr(SCRIPT, "draw", lambda path, means, *more: drawn.update(means))
+    SCRIPT.main(["--base-model", "other/checkpoint-30"])
+    assert sorted(drawn["language"]) == [0, 5, 30]
+    _, head = results.read_json(folder / "results/lsn/lsn_activation/base/ga.288.json")
+    assert head["step"] == 0
+
+
+def test_the_base_alone_takes_the_mask_of_its_run(study):
+    SCRIPT.main(["--model", "base", "--name", "alone"])
+    (study[0] / "study.yaml").unlink()
+    flags = ["--id_path", f"tokens/{tokenids.file_name('ga', 'demo')}", "--mask_file", "results/lsn/result/demo.json"]
+    flags += ["--model", "base", "--name", "b", "--lang", "ga", "--save_folder", "out", "--block-size", "16"]
+    with pytest.raises(InputError, match="none of the models asked for"):
+        SCRIPT.main(flags)
+    SCRIPT.main([*flags, "--run", "run"])
+
+
+def test_a_try_with_limit_does_not_pass_for_the_whole(study):
+    SCRIPT.main(["--limit", "2"])
+    SCRIPT.main(["--limit", "1000"])  # cuts nothing
+    folder = study[0] / "results/lsn/lsn_activation/base"
+    heads = {p.name: results.read_json(p, allow_limited=True)[1]["limit"] for p in folder.glob("ga.*")}
+    assert heads == {"ga.32.json": 2, "ga.288.json": None}
