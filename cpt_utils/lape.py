@@ -148,7 +148,7 @@ def convergence(counts: list[Counts], full: Selection, **rates) -> dict | None:
 
     A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves share
     no position, and tell how well the mask of half the tokens repeats, unless the text itself repeats (`repeated`, the
-    share of its runs of 16 tokens that stand before, too; None where the counts do not say).
+    share of its runs of 10 tokens that stand before, too; None where the counts do not say).
     """
     n_snapshots = {len(one.snapshots_n) for one in counts}
     if len(n_snapshots) != 1 or n_snapshots == {0}:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "token-ids"
 RUN = 16  # tokens: texts that share half of their runs of so many are the same text
+SHORT_RUN = 10  # tokens: short enough for a repeated sentence of a dozen words between other neighbours
 _CHUNK = 1 << 22  # ids checked at a time
 _SAMPLE = 1 << 21  # runs looked at, of however long a text
 
@@ -121,7 +122,7 @@ def run_hashes(ids: np.ndarray, length: int = RUN) -> np.ndarray:
 
 
 def repeated(ids: torch.Tensor) -> float:
-    """The share of runs of RUN tokens in `ids` [n] that stand somewhere before, too: 0 for text without repetition.
+    """The share of runs of SHORT_RUN tokens in `ids` [n] that stand somewhere before, too: 0 for text without repetition.
 
     Of a long text a sample is looked at: the runs whose hash falls into one of several classes, so that every copy of
     a run is in it or none is.
@@ -131,7 +132,7 @@ def repeated(ids: torch.Tensor) -> float:
     classes = np.uint64(max(1, len(ids) // _SAMPLE))
     kept = []
     for start in range(0, len(ids), _CHUNK):
-        hashes = run_hashes(ids[start : start + _CHUNK + RUN - 1].numpy())
+        hashes = run_hashes(ids[start : start + _CHUNK + SHORT_RUN - 1].numpy(), SHORT_RUN)
         # The upper bits: the lower ones of such a hash hardly mix.
         kept.append(hashes[(hashes >> np.uint64(32)) % classes == 0])
     every = np.concatenate(kept) if kept else np.zeros(0)

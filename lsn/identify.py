@@ -316,7 +316,7 @@ def say_convergence(found: dict | None) -> None:
     if twice:
         shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in twice.items())
         cli.warn(
-            f"text stands in the tokens more than once ({shares} by runs of 16 tokens): its parts agree because they "
+            f"text stands in the tokens more than once ({shares} by runs of 10 tokens): its parts agree because they "
             "are the same text, and the number of tokens says more than there is"
         )
         return
