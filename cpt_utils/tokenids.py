@@ -122,7 +122,7 @@ def run_hashes(ids: np.ndarray, length: int = RUN) -> np.ndarray:
 
 
 def repeated(ids: torch.Tensor) -> float:
-    """The share of runs of SHORT_RUN tokens in `ids` [n] that stand somewhere before, too: 0 for text without repetition.
+    """The share of runs of SHORT_RUN tokens in `ids` [n] that stand before, too: 0 for text without repetition.
 
     Of a long text a sample is looked at: the runs whose hash falls into one of several classes, so that every copy of
     a run is in it or none is.

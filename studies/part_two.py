@@ -168,6 +168,32 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
         figures.save(fig, path)
 
 
+def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
+    """A heat map for each seed: change of NLL by language (column) when the neurons of one (row) are silenced."""
+    import numpy as np
+
+    found = [row["deactivation"] for row in seeds.values()]
+    bound = max(abs(value) for one in found for row in one["matrix"].values() for value in row.values())
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, len(found), figsize=(figures.PAGE, 1.9), sharey=True, squeeze=False)
+        for axis, seed, one in zip(axes[0], seeds, found, strict=True):
+            names, rows = one["languages"], list(one["matrix"])
+            values = np.array([[one["matrix"][d][e] for e in names] for d in rows])
+            image = axis.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+            for (i, j), value in np.ndenumerate(values):
+                shade = "white" if abs(value) > 0.6 * bound else "black"
+                own = "bold" if rows[i] == names[j] else "normal"
+                axis.text(j, i, f"{value:+.3f}", ha="center", va="center", color=shade, fontsize=6.5, fontweight=own)
+            axis.set_xticks(range(len(names)), names, rotation=25, ha="right")
+            axis.set_yticks(range(len(rows)), rows)
+            axis.set_title(f"seed {seed}")
+            axis.tick_params(length=0)
+        axes[0, 0].set_ylabel("deactivated")
+        fig.supxlabel("evaluated on", fontsize=8)
+        fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.95)
+        figures.save(fig, path)
+
+
 TABLES = {
     "Attention against FFN, mean |dW| at the last checkpoint": change_rows,
     "Language-specific neurons": neuron_rows,
