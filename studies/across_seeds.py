@@ -1,7 +1,7 @@
 """The results of one study over several seeds, side by side: tables in Markdown and small figures.
 
 In:   the results of a study whose paths hold {seed}, for every seed; Part II where it was run for all of them.
-Out:  OUT/tables.md, and OUT/retrieval.png, weight_change.png, swaps.png, component_swaps.png, deactivation.png (and PDF).
+Out:  OUT/tables.md, and figures (PNG and PDF): retrieval, weight_change, swaps, component_swaps, deactivation.
 
 Full: python studies/across_seeds.py --study studies/multi30k.yaml --seeds 0,1,2 --out docs/multi30k
 Tiny: python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds
