@@ -89,7 +89,7 @@ def test_every_result_and_figure_is_there(finished):
     for section in (
         "1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps",
         "1. Attention against FFN", "2. Language-specific neurons", "3. Activation over CPT", "4. Component swaps",
-        "Claims",
+        "Claims", "Figures of the paper",
     ):  # fmt: skip
         assert section in report
     models = re.compile(r"semantic_hub|random|checkpoint-\d+")
