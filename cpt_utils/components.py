@@ -511,6 +511,10 @@ def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) 
         lists[place], payload, head = read_layers(path, place, n_layers, models)
         if not lists[place]:
             raise InputError(f"{path} names no layer: there is nothing to swap")
+        counts = payload.get("counts") or []
+        bare = [layer for layer in lists[place] if layer < len(counts) and not counts[layer]]
+        if bare:
+            cli.warn(f"{path}: layers {bare} have no neuron of the language; they only fill up the number of layers")
         target = study.value(args.target_lang, "--target-lang", "languages.target", None)
         if target and payload.get("language") and not languages.same(payload["language"], target):
             cli.warn(f"{path} is about the neurons of {payload['language']}, not of {target}")

@@ -130,7 +130,10 @@ def measure(
         if payload.get("request") == results.plain(request):
             cli.say(f"{path} is there already, from the same models, data and sets: kept")
             return
-        raise InputError(f"{path} is the result of another request; give --overwrite to replace it, or another -o")
+        raise InputError(
+            f"{path} is the result of another request (other: {results.unlike(payload.get('request'), request)}); "
+            "give --overwrite to replace it, or another output folder"
+        )
 
     def load(ref: refs.ModelRef):
         from cpt_utils import models

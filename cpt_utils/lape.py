@@ -168,10 +168,16 @@ def convergence(counts: list[Counts], full: Selection, **rates) -> dict | None:
     rest = [one.n - one.snapshots_n[-1] for one in counts]
     second = select([one.over_zero - one.snapshots[-1] for one in counts], rest, langs, **rates)
     halves = {"tokens_first": points[-1]["tokens"], "tokens_second": dict(zip(langs, rest, strict=True))}
-    enough = next((point for point in points if (point["jaccard"] or 0) >= ENOUGH), None)
+    halves |= agreement(first.mask, second.mask)
+    # Enough are the fewest tokens from which on the mask stays: one part that happens to agree is no convergence, and
+    # where the halves disagree the full mask itself is not settled.
+    settled = (halves["jaccard"] or 0) >= ENOUGH
+    unsettled = [k for k, point in enumerate(points) if (point["jaccard"] or 0) < ENOUGH]
+    rest_of = points[unsettled[-1] + 1 :] if unsettled else points
+    enough = rest_of[0] if settled and rest_of else None
     return {
         "against_full": points,
-        "halves": halves | agreement(first.mask, second.mask),
+        "halves": halves,
         "repeated": {one.lang: (one.header.get("tokens") or {}).get("repeated") for one in counts},
         "enough_at": ENOUGH,
         "enough": enough and {"share": enough["share"], "tokens": enough["tokens"]},

@@ -192,6 +192,13 @@ def _agree(fact: str, found, wanted) -> bool:
     return False
 
 
+def unlike(before: dict | None, now: dict) -> str:
+    """In words, in which facts of a request an earlier one differs: "model and masks"."""
+    now = plain(now)
+    names = [key.replace("_", " ") for key in now if (before or {}).get(key) != now[key]]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "origin"
+
+
 def plain(value):
     """`value` as JSON can hold it: paths as text, array scalars as numbers, NaN and infinity as None."""
     if isinstance(value, dict):

@@ -299,6 +299,8 @@ def refuse_twice(codes: list[str]) -> None:
 
 def language_of(path: Path) -> str:
     """The second dot-separated part of an id file's name."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the id files in it, one or more")
     parts = path.name.split(".")
     if len(parts) < 3 or not parts[1]:
         raise InputError(f"{path}: no language in its name; id files are called oscar.<language>.train.<model id>")
@@ -344,10 +346,14 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
     if overwrite or not out.exists():
         return False
     found = results.read_tensors(out)
-    if json.loads(found.get("header", "{}")).get("request") == results.plain(request):
+    before = json.loads(found.get("header", "{}")).get("request")
+    if before == results.plain(request):
         cli.say(f"{out} is finished (--overwrite redoes it)")
         return True
-    raise InputError(f"{out} holds counts of another request; give --overwrite to redo it, or another -s or -n")
+    raise InputError(
+        f"{out} holds counts of another request (other: {results.unlike(before, request)}); give --overwrite to "
+        "redo it, or another -s or -n"
+    )
 
 
 def header_of(request: dict, ref: refs.ModelRef, path: Path, shape: tuple[int, int], blocks: torch.Tensor) -> dict:

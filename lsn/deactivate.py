@@ -383,7 +383,10 @@ def finished(output: Path, request: dict, overwrite: bool) -> bool:
     if head.get("request") == results.plain(request):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return True
-    raise InputError(f"{output} is of another model, mask or text; give --overwrite to redo it, or another -o")
+    raise InputError(
+        f"{output} is of another request (other: {results.unlike(head.get('request'), request)}); give "
+        "--overwrite to redo it, or another -o"
+    )
 
 
 def measure(args, ref, arch, own, everyone, shape, texts, tokenizer, device, dtype, output, request) -> dict:

@@ -213,7 +213,7 @@ def wanted_languages(given: str | list[str]) -> list[str]:
     Raises:
         InputError: fewer than two, or one in two spellings.
     """
-    parts = given.split(",") if isinstance(given, str) else given
+    parts = given.replace(" ", ",").split(",") if isinstance(given, str) else given
     langs = [str(part).strip() for part in parts if str(part).strip()]
     for i, lang in enumerate(langs):
         twice = next((other for other in langs[:i] if languages.same(other, lang)), None)
@@ -328,7 +328,9 @@ def say_convergence(found: dict | None) -> None:
             f"Jaccard of {found['enough_at']} or better"
         )
     else:
-        cli.say(f"no part of the tokens gives this mask to a Jaccard of {found['enough_at']}: more would still move it")
+        cli.say(
+            f"parts of the tokens do not give this mask to a Jaccard of {found['enough_at']}: more would still move it"
+        )
 
 
 def _lowest(found: dict) -> str:

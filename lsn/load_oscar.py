@@ -313,13 +313,15 @@ def build_parser():
     p.add_argument("--output-dir", metavar="DIR", help="folder of the files; default: the study's tokens")
     p.add_argument(
         "--text",
-        action="append",
+        action="extend",
+        nargs="+",
         metavar="LANG=FILE",
         help="text file (.gz allowed), a document a line; repeatable; default: the study's data.lsn_text, else mOSCAR",
     )
     p.add_argument(
         "--parquet",
-        action="append",
+        action="extend",
+        nargs="+",
         metavar="LANG=FILES",
         help="parquet in mOSCAR's schema: a file, a folder or a quoted pattern; repeatable",
     )
@@ -502,10 +504,8 @@ def finished(task: dict, overwrite: bool) -> bool:
     facts = tokenids.describe(path, allow_limited=True)
     request = results.plain(task["request"])
     if facts.get("request") != request:
-        before = facts.get("request") or {}
-        unlike = [key for key in request if before.get(key) != request[key]] if before else ["origin"]
         raise InputError(
-            f"{path} is there and of another {' and '.join(unlike).replace('_', ' ')}; "
+            f"{path} is there, from another request (other: {results.unlike(facts.get('request'), request)}); "
             "give --overwrite to replace it, or another --model-id or --output-dir"
         )
     short = "" if facts["complete"] else f", of {facts['target']:,} asked for"

@@ -85,7 +85,10 @@ def finished(path: Path, request: dict, overwrite: bool) -> bool:
     _, head = results.read_json(path, SCHEMA, allow_limited=True)
     if head.get("request") == results.plain(request):
         return True
-    raise InputError(f"{path} is of another model, mask or text; give --overwrite to redo it, or another --name")
+    raise InputError(
+        f"{path} is of another request (other: {results.unlike(head.get('request'), request)}); give --overwrite "
+        "to redo it, or another --name"
+    )
 
 
 def draw(path: Path, means: dict[str, dict[int, float]], lang: str, n_neurons: int, n_tokens: int) -> None:
@@ -143,7 +146,8 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
     target = study.value(args.model, "--model", "run")
-    is_run = refs.is_run(target) if isinstance(target, str) else True
+    # A study's run may be a single checkpoint; what --model names as one is one.
+    is_run = args.model is None or refs.is_run(target)
     models = refs.run(target, args.steps) if is_run else [refs.model(target)]
     base = args.base_model or (study.get("base") if is_run else None)
     lang = str(study.value(args.lang, "--lang", "languages.target"))
@@ -168,9 +172,12 @@ def main(argv=None) -> None:
 
 def id_file(study: Study, lang: str) -> Path:
     """The study's token ids of a language."""
-    from cpt_utils import tokenids
+    from cpt_utils import languages, tokenids
 
-    return Path(study.value(None, "--id_path", "tokens")) / tokenids.file_name(lang, study.name)
+    folder = Path(study.value(None, "--id_path", "tokens"))
+    codes = [str(code) for code in study.get("languages.lsn", [])]
+    spelled = languages.find(codes, lang, default=lang)  # the file's name has the study's spelling
+    return folder / tokenids.file_name(spelled, study.name)
 
 
 def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_file, lang: str, figure: Path) -> None:

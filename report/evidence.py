@@ -230,9 +230,15 @@ def judge_c2(found: Results) -> Verdict:
 
 def _place_beside(name: str, row: dict) -> dict:
     interval = row.get("ci_low"), row.get("ci_high")
-    label = f"hub minus random, {evaluation.MEASURES[name].label}"
+    label = f"hub minus random, {_label(name)}"
     place = {"rank": row["rank"], "n_random": row["n_random"]}
     return number(label, row["own_minus_random"], interval, p_value=row["p_value"], place=place)
+
+
+def _label(name: str) -> str:
+    """What a measure is called, with its sense where less is better."""
+    measure = evaluation.MEASURES[name]
+    return measure.label + ("" if measure.higher_is_better else "; less is better")
 
 
 def judge_c3(found: Results) -> Verdict:
@@ -295,11 +301,16 @@ def judge_c5(found: Results) -> Verdict:
     for name in own["values"]:
         if name != "retrieval_mean" and name in rich["values"]:
             difference = rich["values"][name] - own["values"][name]
-            made.beside.append(number(f"FFN swap minus attention swap, {evaluation.MEASURES[name].label}", difference))
-    for words, name in (("the FFN of the same layers", "ffn_interface"), ("attention, LSN-rich", "attention_lsn_rich")):
+            made.beside.append(number(f"FFN swap minus attention swap, {_label(name)}", difference))
+    for words, name in (
+        ("attention in interface layers", "attention_interface"),
+        ("attention in LSN-rich layers", "attention_lsn_rich"),
+        ("the FFN in interface layers", "ffn_interface"),
+        ("the FFN in LSN-rich layers", "ffn_lsn_rich"),
+    ):
         at = components.find(attention["sets"], name)
         if at is not None:
-            made.beside.append(number(f"retrieval, {words}", attention["values"][at]))
+            made.beside.append(number(f"retrieval after swapping {words}", attention["values"][at]))
     return made
 
 

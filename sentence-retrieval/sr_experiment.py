@@ -208,17 +208,21 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
 
 def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | None, n: int, title: str) -> None:
     """Accuracy over hidden states, a line per model: the base black, checkpoints light to dark in step order."""
-    steps = [ref for ref, _ in lines if ref.step is not None]
-    shades = iter(figures.colours(len(steps), ordered=True))
+    steps = sorted({ref.step for ref, _ in lines if ref.step is not None})
+    shades = dict(zip(steps, figures.colours(len(steps), ordered=True), strict=True))
+    # Runs side by side (swapped ones) differ in dash, and their lines carry the run's name.
+    runs = list(dict.fromkeys(Path(ref.spec).parent.name for ref, _ in lines if ref.step is not None))
     others = iter(figures.colours(len(lines)))
     with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.9))
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.9 + 0.1 * max(0, len(lines) - 9)))
         for number, (ref, result) in enumerate(lines):
             x, y = zip(*result["layer_accuracy"], strict=True)
-            name = f"step {ref.step}" if ref.step is not None else Path(ref.spec).name
+            name, run = Path(ref.spec).name, Path(ref.spec).parent.name
+            if ref.step is not None:
+                name = f"{run}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
             is_base = number == 0 and ref.step is None and bool(steps)
-            shade = next(shades) if ref.step is not None else figures.colour("base") if is_base else next(others)
-            style = "-" if ref.step is not None or is_base else "--"
+            shade = shades[ref.step] if ref.step is not None else figures.colour("base") if is_base else next(others)
+            style = ("-", "--", ":", "-.")[runs.index(run) % 4] if ref.step is not None else "-" if is_base else "--"
             axis.plot(x, y, style, color=shade, marker="o", label=name)
             if number in (0, len(lines) - 1):
                 low, high = zip(*(ci for _, ci in result["layer_accuracy_ci"]), strict=True)
@@ -231,7 +235,7 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
         axis.set_ylabel("retrieval accuracy")
         axis.set_ylim(bottom=0)
         axis.set_title(f"{title}, n = {n} sentences")
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=3 if len(runs) < 2 else 2 if len(lines) > 4 else 1)
         figures.save(figure, path)
 
 
@@ -389,9 +393,17 @@ def main(argv=None) -> None:
     untrained = None if args.no_untrained else untrained_twin(bench, models[0], folder)
     # Measuring a part, or swapped models, leaves the study's own figure as it is.
     whole = len(models) > 1 and not (study and (args.model_path or args.steps))
-    name = "accuracy" if whole else "+".join(ref.model_id for ref in models)[:150]
+    name = "accuracy" if whole else figure_name(args.model_path, models)
     draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
     cli.say(f"wrote {len(lines)} results and the figure {folder / name}.pdf")
+
+
+def figure_name(asked: list[str] | None, models: list[refs.ModelRef]) -> str:
+    """What was asked for, runs by their own name: so that two runs of many checkpoints do not make a name of pages."""
+    if not asked:
+        return "+".join(ref.model_id for ref in models)[:150]
+    names = [refs.local_id(text) if Path(text).is_dir() else refs.ModelRef(text).model_id for text in asked]
+    return "+".join(names)[:150]
 
 
 def untrained_twin(bench: Bench, ref: refs.ModelRef, folder: Path) -> dict:

@@ -69,7 +69,7 @@ def test_every_result_and_figure_is_there(finished):
         "weight-diff/int_and_sem",
         "downstream-correlation/correlation",
         "layer-swap/controls",
-        f"sentence-retrieval/{PAIR}/attn_int_swap__checkpoint-40+ffn_lsn_swap__checkpoint-40",
+        f"sentence-retrieval/{PAIR}/cpt__checkpoint-40+attn_int_swap__checkpoint-40+ffn_lsn_swap__checkpoint-40",
         "weight-diff/attn_vs_ffn",
         "weight-diff/gate_lsn",
         "lsn/result/tiny.report-counts",

@@ -85,7 +85,7 @@ def test_rerun_keeps_and_single_models(study, capsys):
     assert before == {p: p.read_bytes() for p in before}
     SCRIPT.main(["--model", "run/checkpoint-30", "--name", "one", "--save_folder", "out"])
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["one.ga.288.json", "r.one.ga.288.json"]
-    with pytest.raises(InputError, match="another model, mask or text"):
+    with pytest.raises(InputError, match="another request"):
         SCRIPT.main(["--dtype", "float64"])
 
 

@@ -194,10 +194,10 @@ def main(argv=None) -> None:
 
 
 def control_of(study: Study, mask: str | None, control: str | None) -> Path | None:
-    """The control mask: the one given, else the study's where it is there and the mask is the study's, too."""
+    """The control mask: the one given, else the one beside the mask (<mask>.control.json), where it is there."""
     if control is not None:
         return study.input(control, "--control-mask", "lsn_control", "lsn/identify.py --control-mask-out")
-    place = study.result("lsn_control") if mask is None else None
+    place = Path(mask).with_suffix(".control.json") if mask is not None else study.result("lsn_control")
     if place is None or not place.exists():
         cli.say("no control mask: the language's neurons are compared with nothing")
         return None
