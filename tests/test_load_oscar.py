@@ -249,7 +249,7 @@ def test_finished_files_are_kept_and_others_refused(tmp_path, tokenizer, capsys)
     assert command(tokenizer, tmp_path, *more, "--batch-documents", "3", tokens=300) == 0
     assert "is finished: 300 tokens (--overwrite" in capsys.readouterr().out and path.stat().st_mtime_ns == before
     fails(
-        r"is there, from another request \\(other: tokens\\); give --overwrite", tokenizer, tmp_path, *more, tokens=301
+        r"is there, from another request \(other: tokens\); give --overwrite", tokenizer, tmp_path, *more, tokens=301
     )
     fails("other: filter and report only", tokenizer, tmp_path, *more, "--filter=script", "--filter-report", tokens=300)
     other = text_file(tmp_path / "other", [["x" * 500]])
