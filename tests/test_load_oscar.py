@@ -248,9 +248,7 @@ def test_finished_files_are_kept_and_others_refused(tmp_path, tokenizer, capsys)
     moved = moved.rename(tmp_path / "t2")
     assert command(tokenizer, tmp_path, *more, "--batch-documents", "3", tokens=300) == 0
     assert "is finished: 300 tokens (--overwrite" in capsys.readouterr().out and path.stat().st_mtime_ns == before
-    fails(
-        r"is there, from another request \(other: tokens\); give --overwrite", tokenizer, tmp_path, *more, tokens=301
-    )
+    fails(r"is there, from another request \(other: tokens\); give --overwrite", tokenizer, tmp_path, *more, tokens=301)
     fails("other: filter and report only", tokenizer, tmp_path, *more, "--filter=script", "--filter-report", tokens=300)
     other = text_file(tmp_path / "other", [["x" * 500]])
     fails("other: text", tokenizer, tmp_path, "--text", f"ga={other}", tokens=300)
