@@ -158,6 +158,19 @@ def test_nothing_is_left_to_do(finished):
     assert "Nothing to be done" in run([*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--cores", "1"], finished)
 
 
+def test_seeds_side_by_side(finished):
+    run("python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds", finished)
+    out = finished / "build/try/across-seeds"
+    tables = (out / "tables.md").read_text()
+    for title in ("Layer swaps", "Attention against FFN", "Language-specific neurons", "Component swaps"):
+        assert f"## {title}" in tables
+    assert {path.stem for path in out.glob("*.png")} == {
+        "retrieval", "weight_change", "swaps", "component_swaps", "deactivation"
+    }  # fmt: skip
+    rows = [line for line in tables.splitlines() if line.startswith("| 42 | qaa_Latn |")]
+    assert rows and all("[" not in cell for cell in rows[0].split("|"))
+
+
 def readme_commands():
     """The commands of both parts in the root README, as printed."""
     text = (ROOT / "README.md").read_text()
