@@ -221,7 +221,8 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
             if ref.step is not None:
                 name = f"{run}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
             is_base = number == 0 and ref.step is None and bool(steps)
-            shade = shades[ref.step] if ref.step is not None else figures.colour("base") if is_base else next(others)
+            alone = ref.step is None or (len(runs) > 1 and len(steps) == 1)  # a colour of its own, not of its step
+            shade = shades[ref.step] if not alone else figures.colour("base") if is_base else next(others)
             style = ("-", "--", ":", "-.")[runs.index(run) % 4] if ref.step is not None else "-" if is_base else "--"
             axis.plot(x, y, style, color=shade, marker="o", label=name)
             if number in (0, len(lines) - 1):
