@@ -167,3 +167,11 @@ def test_one_checkpoint_outside_a_study_and_a_run_inside(tmp_path, monkeypatch):
     assert all(len(figure) > 1000 for figure in before)
     script.draw(drawn[0].with_suffix(""), found)  # from the file alone
     assert [figure.read_bytes() for figure in drawn] == before
+
+
+def test_base_and_checkpoint_the_wrong_way_round(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", "base", seed=0, layers=2)
+    save_tiny("llama", "run/checkpoint-5", seed=1, layers=2)
+    load_script("weight-diff/attn_vs_ffn.py").main(["--base-model", "run/checkpoint-5", "--ckpt-model", "base"])
+    assert "is it the other way round?" in capsys.readouterr().err
