@@ -106,8 +106,8 @@ class Loss:
         return math.fsum(self.nll) / sum(self.tokens)
 
 
-def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int) -> dict[str, list[float]]:
-    """The NLL of every document, by language."""
+def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int) -> dict[str, list]:
+    """The `scoring.TextScore` of every document, by language."""
     from cpt_utils import scoring
 
     found = {}
