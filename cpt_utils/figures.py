@@ -84,6 +84,26 @@ def save(fig, path: str | Path) -> None:
             fig.savefig(temporary, metadata=facts)
 
 
+def changes_over_steps(path: str | Path, steps: list[int], lines: list[dict], ylabel: str) -> None:
+    """Changes from the base over training steps; the base stands at step 0, where nothing has changed yet.
+
+    Args:
+        lines: `values` [steps], and how each looks: `label, color, marker, linestyle`.
+    """
+    start = [] if 0 in steps else [0]
+    with style() as plt:
+        figure, axis = plt.subplots(figsize=(COLUMN, 2.2))
+        for line in lines:
+            look = {key: value for key, value in line.items() if key != "values"}
+            axis.plot(start + steps, [0.0] * len(start) + line["values"], **look)
+        axis.set_xlabel("training step (0 = base)" if start else "training step")
+        axis.set_ylabel(ylabel)
+        axis.set_ylim(bottom=0)
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        axis.legend(loc="best")
+        save(figure, path)
+
+
 def layer_axis(axis, n_layers: int, hidden_states: bool = False) -> None:
     """Integer ticks over layers, at most a dozen of them."""
     last = n_layers if hidden_states else n_layers - 1

@@ -47,6 +47,3 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and go on") from error
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)

@@ -64,6 +64,40 @@ def read(
     return _checked(path, lang, payload[languages.find(payload, lang, what=str(path))], n_layers, ffn_width)
 
 
+def read_both(
+    path: Path, control: Path | None, lang: str, n_layers: int, ffn_width: int, models: list[dict] | None = None
+) -> tuple[Layers, Layers | None]:
+    """The language's neurons and, where there is a control mask, those of the control.
+
+    Raises:
+        InputError: the language has no neuron, or the control is not one of this mask.
+    """
+    own = read(path, lang, n_layers, ffn_width, models, control=False)
+    if not any(own.values()):
+        raise InputError(
+            f"{path} has no neuron of {lang}, so there is nothing to follow; identify more neurons "
+            "(lsn/identify.py --rate), or choose another --lang"
+        )
+    if control is None:
+        return own, None
+    others = read(control, lang, n_layers, ffn_width, models, control=True)
+    for layer, neurons in own.items():
+        drawn = others[layer]
+        if len(drawn) != len(neurons) or set(drawn) & set(neurons):
+            what = f"{len(drawn)} neurons" if len(drawn) != len(neurons) else "neurons of the mask"
+            raise InputError(
+                f"{control} has {what} in layer {layer}, where {path} has {len(neurons)}: it is the control of another "
+                "mask; run lsn/identify.py again for both"
+            )
+    return own, others
+
+
+def control_beside(path: Path) -> Path | None:
+    """The control mask beside a mask, `<mask>.control.json`, where it is there."""
+    place = path.with_suffix(".control.json")
+    return place if place.is_file() else None
+
+
 def random_control(mask: dict[str, Layers], n_layers: int, ffn_width: int, seed: int | str = 42) -> dict[str, Layers]:
     """For each language as many neurons in each layer as its mask has, drawn at random outside every language's mask.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Tokens of a block by the published scripts' `type`.
 BLOCK = {"llama": 4096, "qwen": 2048}
+TOKENS_A_BATCH = 4096
 # Activations with act(x) > 0 exactly where x > 0: the pre-activation says enough, and the activation need not be run.
 KEEP_SIGN = {
     "silu", "swish", "relu", "gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh",
@@ -47,6 +48,11 @@ def block_size(config: Mapping, kind: str | None = None, given: int | None = Non
             raise InputError(f"--block-size {given} is more than the model's {limit} positions; give {limit} or less")
         return given
     return min(BLOCK[kind], limit) if limit else BLOCK[kind]
+
+
+def batch_size(given: int | None, size: int) -> int:
+    """Blocks of a forward pass: `given`, else as many of `size` tokens as TOKENS_A_BATCH holds."""
+    return given or max(1, TOKENS_A_BATCH // size)
 
 
 def blocks(ids: torch.Tensor, size: int, tokens: int, name: str = "the id file") -> torch.Tensor:

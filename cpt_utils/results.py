@@ -199,6 +199,26 @@ def unlike(before: dict | None, now: dict) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "origin"
 
 
+def made_by(path: str | os.PathLike, schema: str, request: dict, instead: str) -> bool:
+    """Whether there is a result at `path` and it answers `request`, which its header holds.
+
+    Args:
+        instead: what one may give to write elsewhere, for the message ("another -o").
+
+    Raises:
+        InputError: it is the result of another request.
+    """
+    if not Path(path).exists():
+        return False
+    _, head = read_json(path, schema, allow_limited=True)
+    if head.get("request") == plain(request):
+        return True
+    raise InputError(
+        f"{path} is of another request (other: {unlike(head.get('request'), request)}); give --overwrite to redo it, "
+        f"or {instead}"
+    )
+
+
 def plain(value):
     """`value` as JSON can hold it: paths as text, array scalars as numbers, NaN and infinity as None."""
     if isinstance(value, dict):

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 SCHEMA = "activation-counts"
 TOKENS = 99_999_744  # of a language, as in the published scripts: whole blocks of 4096 and of 2048
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the blocks: where counts are kept apart
-TOKENS_A_BATCH = 4096
 
 
 # ---------------------------------------------------------------- the plan
@@ -206,7 +205,7 @@ def main(argv=None) -> None:
 
     arch = archs.for_config(config)
     size = neurons.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
-    batch_size = args.batch_size or max(1, TOKENS_A_BATCH // size)
+    batch_size = neurons.batch_size(args.batch_size, size)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     run = study.get("run")
     wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))

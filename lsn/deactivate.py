@@ -288,7 +288,7 @@ def main(argv=None) -> None:
     everyone = {
         lang: masks.read(mask_file, lang, *shape, described, control=False) for lang in masks.languages_in(mask_file)
     }
-    own = {lang: masks.read(mask_file, lang, *shape, described, control=False) for lang in chosen}
+    own = {lang: everyone[languages.find(everyone, lang, what=str(mask_file))] for lang in chosen}
     empty = [lang for lang in chosen if not any(own[lang].values())]
     if empty:
         cli.warn(f"{mask_file} has no neuron of {', '.join(empty)}: nothing to deactivate there, a column only")
@@ -305,7 +305,8 @@ def main(argv=None) -> None:
         "random": args.random, "seed": study.seed, "dtype": str(dtype), "device": device.type,
         "batch_size": args.batch_size,
     }  # fmt: skip
-    if finished(output, request, args.overwrite):
+    if not args.overwrite and results.made_by(output, SCHEMA, request, "another -o"):
+        cli.say(f"{output} is finished (--overwrite redoes it)")
         return
     records = measure(args, ref, arch, own, everyone, shape, texts, tokenizer, device, dtype, output, request)
     payload = summarize(records, chosen, args.random, study.seed)
@@ -331,10 +332,7 @@ def heldout_texts(args, study: Study, chosen: list[str]) -> tuple[dict, dict]:
     """Held-out documents (context, text) of every language, and what the header says of them."""
     mapping = study.get("data.heldout") or {}
     if args.heldout:
-        wrong = [item for item in args.heldout if "=" not in item]
-        if wrong:
-            raise InputError(f"--heldout {wrong[0]}: give LANG=FILE for every language")
-        mapping = dict(item.split("=", 1) for item in args.heldout)
+        mapping = cli.sibling("cpt/documents.py").language_files(args.heldout, "--heldout")
     together = int(study.get("data.heldout_lines") or 1) if not args.heldout else 1
     texts, facts = {}, {}
     for lang in chosen:
@@ -374,19 +372,6 @@ def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
         if n:
             cli.say(f"{n} held-out documents of {lang} are in the text the neurons were found on, and are left out")
     return tokenizer, texts, left_out
-
-
-def finished(output: Path, request: dict, overwrite: bool) -> bool:
-    if overwrite or not output.exists():
-        return False
-    _, head = results.read_json(output, SCHEMA, allow_limited=True)
-    if head.get("request") == results.plain(request):
-        cli.say(f"{output} is finished (--overwrite redoes it)")
-        return True
-    raise InputError(
-        f"{output} is of another request (other: {results.unlike(head.get('request'), request)}); give "
-        "--overwrite to redo it, or another -o"
-    )
 
 
 def measure(args, ref, arch, own, everyone, shape, texts, tokenizer, device, dtype, output, request) -> dict:

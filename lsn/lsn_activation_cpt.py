@@ -24,7 +24,6 @@ from cpt_utils.study import Study
 
 SCHEMA = "lsn-activation"
 TOKENS = 100_000
-TOKENS_A_BATCH = 4096
 PREFIX = {"language": "", "control": "r."}
 
 
@@ -72,23 +71,6 @@ def payload(found, mask: str) -> dict:
         "n_neurons": sum(len(sums) for sums in found.sums[mask].values()),
         "n_tokens": found.tokens,
     }
-
-
-def finished(path: Path, request: dict, overwrite: bool) -> bool:
-    """Whether `path` is the result of this request.
-
-    Raises:
-        InputError: it is the result of another one.
-    """
-    if overwrite or not path.exists():
-        return False
-    _, head = results.read_json(path, SCHEMA, allow_limited=True)
-    if head.get("request") == results.plain(request):
-        return True
-    raise InputError(
-        f"{path} is of another request (other: {results.unlike(head.get('request'), request)}); give --overwrite "
-        "to redo it, or another --name"
-    )
 
 
 def draw(path: Path, means: dict[str, dict[int, float]], lang: str, n_neurons: int, n_tokens: int) -> None:
@@ -157,10 +139,12 @@ def main(argv=None) -> None:
         raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
     ids = args.id_path or id_file(study, lang)
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-    control_file = Path(args.control_mask) if args.control_mask else mask_file.with_suffix(".control.json")
-    if args.control_mask is None and not control_file.is_file():
-        cli.warn(f"no random control: {control_file} does not exist, and --control-mask is not given")
-        control_file = None
+
+    from cpt_utils.masks import control_beside
+
+    control_file = Path(args.control_mask) if args.control_mask else control_beside(mask_file)
+    if control_file is None:
+        cli.warn(f"no random control: there is none beside {mask_file}, and --control-mask is not given")
     if is_run and base is None:
         cli.warn("the base is not measured: give --base-model (activation-correlation.py needs it)")
 
@@ -192,26 +176,21 @@ def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_
     config = todo[0][0].config()
     arch = archs.for_config(config)
     shape = (arch.n_layers(config), arch.ffn_width(config))
-    chosen = {"language": masks.read(mask_file, lang, *shape, described, control=False)}
-    if control_file is not None:
-        chosen["control"] = masks.read(control_file, lang, *shape, described, control=True)
-        if [len(chosen["control"][layer]) for layer in chosen["control"]] != [
-            len(chosen["language"][layer]) for layer in chosen["language"]
-        ]:
-            raise InputError(f"{control_file} is no control of {mask_file}: it has other numbers of neurons per layer")
-    counts = {mask: sum(map(len, layers.values())) for mask, layers in chosen.items()}
-    if not counts["language"]:
-        raise InputError(f"{mask_file} has no neuron of {lang}: there is nothing to measure")
+    own, control = masks.read_both(mask_file, control_file, lang, *shape, described)
+    chosen = {"language": own} | ({"control": control} if control else {})
     size = neurons.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
-    batch_size = args.batch_size or max(1, TOKENS_A_BATCH // size)
+    batch_size = neurons.batch_size(args.batch_size, size)
     means: dict[str, dict[int, float]] = {mask: {} for mask in chosen}
+    texts = {}  # every model is checked before the first is loaded
+    for ref, _ in todo:
+        theirs = archs.for_config(ref.config())
+        if (theirs.n_layers(ref.config()), theirs.ffn_width(ref.config())) != shape:
+            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
+        texts[ref.spec] = counting.read(ids, ref, run, size, args.tokens, args.limit)
     for ref, place in todo:
         # A base may have a step in its own name (stage1-step1907359); in this run it is step 0.
         step = 0 if place.is_base else ref.step or 0
-        blocks, facts = counting.read(ids, ref, run, size, args.tokens, args.limit)
-        own = archs.for_config(ref.config())
-        if (own.n_layers(ref.config()), own.ffn_width(ref.config())) != shape:
-            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
+        blocks, facts = texts[ref.spec]
         requests = {
             mask: {
                 "model": ref.describe(), "ids": facts, "mask": layers, "block_size": size, "batch_size": batch_size,
@@ -220,10 +199,16 @@ def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_
             for mask, layers in chosen.items()
         }  # fmt: skip
         paths = {mask: place.file(mask, blocks.numel()) for mask in chosen}
-        left = [mask for mask in chosen if not finished(paths[mask], requests[mask], args.overwrite)]
+        left = [
+            mask
+            for mask in chosen
+            if args.overwrite or not results.made_by(paths[mask], SCHEMA, requests[mask], "another --name")
+        ]
         if left:
             model = models.load_model(ref, dtype, device)
-            found = measure(model, own, blocks, {mask: chosen[mask] for mask in left}, batch_size)
+            found = measure(
+                model, archs.for_config(ref.config()), blocks, {mask: chosen[mask] for mask in left}, batch_size
+            )
             del model
             for mask in left:
                 head = header(requests[mask], ref, step, shape, lang, mask, ids, mask_file, control_file)
@@ -233,7 +218,7 @@ def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_
         shown = ", ".join(f"{mask} {values[step]:.4f}" for mask, values in means.items())
         cli.say(f"{ref.spec}: mean activation {shown}{'' if left else ' (finished before)'}")
     if len(todo) > 1:
-        draw(figure, means, lang, counts["language"], blocks.numel())
+        draw(figure, means, lang, sum(map(len, own.values())), blocks.numel())
         cli.say(f"wrote {figure}.pdf and .png")
 
 

@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(study):
         SCRIPT.main(["--lang", "ga"])
     with pytest.raises(InputError, match="xx"):
         SCRIPT.main(["--lang", "ga,xx"])
-    with pytest.raises(InputError, match="LANG=FILE"):
+    with pytest.raises(InputError, match="LANGUAGE=FILE"):
         SCRIPT.main(["--heldout", "ga"])
     with pytest.raises(InputError, match="no held-out text of sw"):
         SCRIPT.main(["--heldout", "en=heldout/en.txt", "ga=heldout/ga.txt"])

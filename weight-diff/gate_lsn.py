@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils import archs, cli, figures, languages, masks, refs, results
-from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
@@ -51,59 +50,26 @@ def mean_over_layers(layers: dict[str, dict[str, float]]) -> float:
 # ---------------------------------------------------------------- files
 
 
-def read_masks(
-    path: Path, control: Path | None, lang: str, n_layers: int, ffn_width: int, models: list[dict]
-) -> dict[str, masks.Layers]:
-    """The language's neurons under `layers` and, where there is a control mask, those under `control`.
-
-    Raises:
-        InputError: the language has no neuron, or the control is not one of this mask.
-    """
-    found = {"layers": masks.read(path, lang, n_layers, ffn_width, models, control=False)}
-    if not any(found["layers"].values()):
-        raise InputError(
-            f"{path} has no neuron for {lang}, so there is no gate to follow; identify more neurons "
-            "(lsn/identify.py --rate), or choose another --lang"
-        )
-    if control is None:
-        return found
-    found["control"] = masks.read(control, lang, n_layers, ffn_width, models, control=True)
-    for layer, neurons in found["layers"].items():
-        others = found["control"][layer]
-        if len(others) != len(neurons) or set(others) & set(neurons):
-            what = f"{len(others)} neurons" if len(others) != len(neurons) else "neurons of the mask"
-            raise InputError(
-                f"{control} has {what} in layer {layer}, where {path} has {len(neurons)}: it is the control of another "
-                "mask; run lsn/identify.py again for both"
-            )
-    return found
-
-
 def fingerprint(mask: masks.Layers) -> str:
     """A short hash of a language's neurons: it tells masks apart, and stays when a file is written again."""
     return hashlib.sha256(json.dumps(list(mask.items())).encode()).hexdigest()[:16]
 
 
 def draw(path: Path, payload: dict) -> None:
-    """The language's neurons and the control over training steps; the base stands at step 0."""
-    steps = [int(step) for step in payload["checkpoints"]]
-    start = [] if 0 in steps else [0]
-    n = sum(payload["neurons"].values())
-    lines = {"lsn": (f"neurons of {payload['language']}", figures.colour("target"), "o", "-")}
+    """The language's neurons and the control over training steps, with the base."""
+    n, layers = sum(payload["neurons"].values()), len(payload["neurons"])
+    looks = {"lsn": (f"neurons of {payload['language']} (n = {n} in {layers} layers)", "target", "o", "-")}
     if payload["has_control"]:
-        lines["control"] = ("random control", figures.colour("random"), "s", "--")
-    with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.2))
-        for key, (label, colour, marker, line) in lines.items():
-            values = [0.0] * len(start) + [row["summary"][key] for row in payload["checkpoints"].values()]
-            label = f"{label} (n = {n} in {len(payload['neurons'])} layers)" if key == "lsn" else f"{label} (as many)"
-            axis.plot(start + steps, values, line, marker=marker, color=colour, label=label)
-        axis.set_xlabel("training step (0 = base)" if start else "training step")
-        axis.set_ylabel(f"mean |ΔW| of {payload['projection'].removesuffix('_proj')} rows")
-        axis.set_ylim(bottom=0)
-        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-        axis.legend(loc="best")
-        figures.save(figure, path)
+        looks["control"] = ("random control (as many)", "random", "s", "--")
+    lines = [
+        {
+            "values": [row["summary"][key] for row in payload["checkpoints"].values()],
+            "label": label, "color": figures.colour(meaning), "marker": marker, "linestyle": line,
+        }
+        for key, (label, meaning, marker, line) in looks.items()
+    ]  # fmt: skip
+    rows = payload["projection"].removesuffix("_proj")
+    figures.changes_over_steps(path, [int(step) for step in payload["checkpoints"]], lines, f"mean |ΔW| of {rows} rows")
 
 
 # ---------------------------------------------------------------- the command
@@ -117,7 +83,7 @@ def build_parser():
     )
     p.add_argument("--mask-file", metavar="MASK", help="mask of lsn/identify.py; default: the study's")
     p.add_argument(
-        "--control-mask", metavar="MASK", help="its random control; default: the study's, where --mask-file is, too"
+        "--control-mask", metavar="MASK", help="its random control; default: MASK with .control.json, if it is there"
     )
     p.add_argument("--lang", metavar="g", help="language of the mask; default: the study's languages.target")
     p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's weight-diff/gate_lsn.json")
@@ -138,7 +104,13 @@ def main(argv=None) -> None:
     lang = study.value(args.lang, "--lang", "languages.target")
     device = cli.device(args.device)
     mask_file = study.input(args.mask_file, "--mask-file", "lsn_mask", "lsn/identify.py")
-    control_file = control_of(study, args.mask_file, args.control_mask)
+    if args.control_mask is not None:
+        given = "lsn/identify.py --control-mask-out"
+        control_file = study.input(args.control_mask, "--control-mask", "lsn_control", given)
+    else:
+        control_file = masks.control_beside(mask_file)
+    if control_file is None:
+        cli.say("no control mask: the language's neurons are compared with nothing")
     output = study.output(args.output, "--output", "gate_lsn")
 
     config = base.config()
@@ -148,7 +120,8 @@ def main(argv=None) -> None:
     facts = weights.run_facts(base, run, len(everything), args.limit)
     known = [base.describe(), *(ref.describe() for ref in everything)]
     size = facts["n_layers"], arch.ffn_width(config)
-    chosen = read_masks(mask_file, control_file, lang, *size, known)
+    own, control = masks.read_both(mask_file, control_file, lang, *size, known)
+    chosen = {"layers": own} | ({"control": control} if control else {})
     facts |= {
         "ffn_width": size[1],
         "language": languages.canonical(lang, any_tag=True),
@@ -191,17 +164,6 @@ def main(argv=None) -> None:
         control = f", random control {row['summary']['control']:.3e}" if control_file else ""
         cli.say(f"step {step}: mean |dW| {row['summary']['lsn']:.3e}{control}")
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
-
-
-def control_of(study: Study, mask: str | None, control: str | None) -> Path | None:
-    """The control mask: the one given, else the one beside the mask (<mask>.control.json), where it is there."""
-    if control is not None:
-        return study.input(control, "--control-mask", "lsn_control", "lsn/identify.py --control-mask-out")
-    place = Path(mask).with_suffix(".control.json") if mask is not None else study.result("lsn_control")
-    if place is None or not place.exists():
-        cli.say("no control mask: the language's neurons are compared with nothing")
-        return None
-    return place
 
 
 if __name__ == "__main__":

@@ -75,21 +75,16 @@ def read_layers(path: Path, group: str, n_layers: int, models: list[dict]) -> li
 
 
 def draw(path: Path, steps: list[int], averages: dict[str, list[float]], counts: dict[str, int]) -> None:
-    """Both groups over training steps; the base stands at step 0, where nothing has changed yet."""
-    start = [] if 0 in steps else [0]
-    with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.2))
-        looks = {"interface": ("interface", "s", "-"), "semantic_hub": ("hub", "o", "--")}
-        for group, (meaning, marker, line) in looks.items():
-            label = f"{group.replace('_', ' ')} (n = {counts[group]} layers)"
-            values = [0.0] * len(start) + averages[group]
-            axis.plot(start + steps, values, line, marker=marker, color=figures.colour(meaning), label=label)
-        axis.set_xlabel("training step (0 = base)" if start else "training step")
-        axis.set_ylabel("mean |ΔW| from the base")
-        axis.set_ylim(bottom=0)
-        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-        axis.legend(loc="best")
-        figures.save(figure, path)
+    """Both groups over training steps, with the base."""
+    looks = {"interface": ("interface", "s", "-"), "semantic_hub": ("hub", "o", "--")}
+    lines = [
+        {
+            "values": averages[group], "color": figures.colour(meaning), "marker": marker, "linestyle": line,
+            "label": f"{group.replace('_', ' ')} (n = {counts[group]} layers)",
+        }
+        for group, (meaning, marker, line) in looks.items()
+    ]  # fmt: skip
+    figures.changes_over_steps(path, steps, lines, "mean |ΔW| from the base")
 
 
 # ---------------------------------------------------------------- the command
