@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, refs, results
+from cpt_utils import cli, processes, refs, results
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -198,7 +197,7 @@ def main(argv=None) -> None:
     name = args.name or (study.name if study else None)
     if name is None:
         raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
-    process = Process(args.device)
+    process = processes.Process(args.device)
     config = ref.config()
 
     from cpt_utils import archs, neurons
@@ -248,28 +247,6 @@ def main(argv=None) -> None:
             seconds = time.monotonic() - start
             cli.say(f"{out}: {blocks.numel():,} tokens in {len(blocks)} blocks of {size}, {seconds:.0f} s")
         process.wait()
-
-
-class Process:
-    """This process among those of `accelerate launch`; alone without it."""
-
-    def __init__(self, device: str):
-        self.rank, self.world, self.state = 0, int(os.environ.get("WORLD_SIZE", "1")), None
-        if self.world > 1:
-            from accelerate import PartialState
-
-            self.state = PartialState(cpu=cli.device(device).type == "cpu")
-            self.rank, self.device = self.state.process_index, self.state.device
-        else:
-            self.device = cli.device(device)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        if self.state is not None:
-            self.state.wait_for_everyone()
 
 
 def id_files(given: list[str] | None, study: Study) -> list[Path]:
