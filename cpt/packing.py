@@ -235,7 +235,7 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
             tokenizer.save_pretrained(state / "tokenizer.tmp")
             os.replace(state / "tokenizer.tmp", folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {runs.first_line(error)}") from error
     if tokenizer.eos_token_id is None:

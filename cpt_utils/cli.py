@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
 import sys
@@ -31,10 +32,20 @@ def run(main) -> None:
     except BrokenPipeError:  # `... | head` closed our output: no fault of ours, and nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:  # a file that may not be read, a disk that fails: the machine's fault, not the code's
+        print(f"error: {_os_error(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted: finished files are kept, the same command goes on from them", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(code or 0)
+
+
+def _os_error(error: OSError) -> str:
+    reason = error.strerror or _one_line(error) or type(error).__name__
+    if error.errno == errno.ENOSPC:
+        reason = "the disk is full; free some space and run the same command again"
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _one_line(error: Exception) -> str:
@@ -59,12 +70,19 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return p
 
 
-def add_run_flags(p: argparse.ArgumentParser) -> None:
+def add_run_flags(p: argparse.ArgumentParser, drop: bool = False) -> None:
+    """`drop`: the script reads weights, one checkpoint after the other, and takes --drop-revisions."""
     p.add_argument("--steps", metavar="S,S,..", type=_steps, help="only these checkpoints of a run; default: all")
+    if drop:
+        p.add_argument(
+            "--drop-revisions",
+            action="store_true",
+            help="of a run on the hub, keep one checkpoint's weights on disk at a time: fetch, use, drop (docs/hub.md)",
+        )
 
 
-def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32) -> None:
-    """`batch_size` None: the script works it out."""
+def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32, device_map: bool = False) -> None:
+    """`batch_size` None: the script works it out. `device_map`: the script takes --device-map."""
     p.add_argument(
         "--device", default="auto", help="auto (CUDA when it is there, else CPU), cpu, cuda, cuda:1; default auto"
     )
@@ -78,8 +96,14 @@ def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32) -
         type=positive,
         default=batch_size,
         metavar="N",
-        help=f"sequences a batch; default {batch_size or 'by the length of a sequence'}",
+        help=f"sequences a batch; default {batch_size or 'by their length, on a GPU also by its memory'}",
     )
+    if device_map:
+        p.add_argument(
+            "--device-map",
+            choices=("auto",),
+            help="auto: spread a model that is too big for one GPU over all GPUs, then memory, then the disk",
+        )
     p.add_argument(
         "--limit", type=positive, metavar="N", help="use only the first N items (for a try; marked in the result)"
     )
@@ -130,12 +154,19 @@ def dtype(text: str | None, on: torch.device) -> torch.dtype:
     return getattr(torch, text)
 
 
+def _silent() -> bool:
+    """Of the processes of `accelerate launch` only the first speaks; errors are said by whom they happen to."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
 def say(text: str) -> None:
-    print(text, flush=True)
+    if not _silent():
+        print(text, flush=True)
 
 
 def warn(text: str) -> None:
-    print(f"warning: {_one_line(Exception(text))}", file=sys.stderr, flush=True)
+    if not _silent():
+        print(f"warning: {_one_line(Exception(text))}", file=sys.stderr, flush=True)
 
 
 def progress(iterable=None, desc: str = "", total: int | None = None, unit: str = "it"):
@@ -150,6 +181,7 @@ def progress(iterable=None, desc: str = "", total: int | None = None, unit: str 
         unit=unit,
         file=sys.stderr,
         delay=1,
+        disable=_silent(),
         mininterval=30 if quiet else 0.2,
         dynamic_ncols=not quiet,
     )

@@ -15,7 +15,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from cpt_utils import archs, cli, controls, data, evaluation, figures, folders, languages, refs, results, surgery
+from cpt_utils import (
+    archs,
+    cli,
+    controls,
+    data,
+    evaluation,
+    figures,
+    folders,
+    languages,
+    processes,
+    refs,
+    results,
+    surgery,
+)
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -289,7 +302,7 @@ def refuse_other(path: Path, payload: dict) -> None:
 
 
 def measure(
-    pair: surgery.Pair, wanted: list[Condition], test: evaluation.Test, out: Path, number: str | int, device, dtype,
+    pair: surgery.Pair, wanted: list[Condition], test: evaluation.Test, out: Path, number: str | int, process, dtype,
     facts: dict, overwrite: bool, seed: int,
 ) -> None:  # fmt: skip
     """OUT/controls.json, .pt and figure: base, target, the conditions (the first is compared), random sets of layers.
@@ -332,7 +345,7 @@ def measure(
     }
     path = out / "controls.json"
     controls.measure(
-        pair, swaps, test, path, device, dtype, None, overwrite, own.name, facts, seed, figure=draw
+        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, figure=draw
     )  # fmt: skip
 
 
@@ -458,7 +471,7 @@ def add_flags(p, own_file: str) -> None:
     cli.add_run_flags(p)
     evaluation.add_flags(p)
     data.add_flags(p)
-    cli.add_forward_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
 
 
 def run(args, own: str, step: str) -> None:
@@ -481,6 +494,7 @@ def run(args, own: str, step: str) -> None:
     lists, known = read_lists(args, study, own, n_layers, models)
     facts = say_places(lists, n_layers)
     if not args.controls:
+        processes.Process.refuse_several("writing model folders")
         written = {out: conditions(own, lists)[0]}
         written |= crossed_folders(args.crossed_folders, own, lists, out)
         plans = [plan_run(base, checkpoints, what, place, spec, args.overwrite) for place, what in written.items()]
@@ -489,10 +503,10 @@ def run(args, own: str, step: str) -> None:
         return
     with surgery.Pair(base, checkpoints[-1]) as pair:
         test = evaluation.test_from_arguments(args, study, known)
-        device = cli.device(args.device)
-        dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
+        process = processes.Process(args.device, args.device_map)
+        dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
         number, wanted = controls.wanted(args.controls, study), conditions(own, lists)
-        measure(pair, wanted, test, out, number, device, dtype, facts, args.overwrite, study.seed)
+        measure(pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed)
 
 
 def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) -> tuple[dict[str, list[int]], dict]:

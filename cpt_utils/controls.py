@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils import cli, figures, journal, refs, results, stats, surgery
+from cpt_utils import cli, figures, journal, models, refs, results, stats, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.evaluation import MEASURES, Test
+from cpt_utils.processes import Process
 
 SCHEMA = "swap-controls"
 SMALL = 300  # so many sets or fewer are all evaluated
@@ -99,11 +100,13 @@ class Swap:
 
 
 def measure(
-    pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, device, dtype, run: str | None = None,
+    pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, process: Process, dtype, run: str | None = None,
     overwrite: bool = False, own: str | None = None, facts: dict | None = None, seed: int = 42,
     figure: Callable[[Path, dict], None] | None = None,
 ) -> None:  # fmt: skip
     """Measure base, target and all `swaps`, and write `path`; one that holds the same request is kept.
+
+    Of several processes each measures its share of the swaps; the first alone writes.
 
     Args:
         run: folder of the target's run, for tokenizer files.
@@ -123,11 +126,14 @@ def measure(
         "measures": test.measures(),
         "test": test.facts,
         "dtype": spelled,
-        "device": device.type,
+        "device": process.device.type,
     }
+    partial = path.with_name(path.stem + ".partial.jsonl")
     if path.is_file() and not overwrite:
         payload, _ = results.read_json(path, schema=SCHEMA, allow_limited=True)
         if payload.get("request") == results.plain(request):
+            if process.is_main:
+                partial.unlink(missing_ok=True)  # of a run that was killed between its result and this
             cli.say(f"{path} is there already, from the same models, data and sets: kept")
             return
         raise InputError(
@@ -136,16 +142,16 @@ def measure(
         )
 
     def load(ref: refs.ModelRef):
-        from cpt_utils import models
-
         tokenizer = models.load_tokenizer(ref, run, pair.base_ref)
-        model = models.load_model(ref, dtype, device)
+        model = models.load_model(ref, dtype, process.device, process.device_map)
         models.announce(model, ref)
         return model, tokenizer
 
     surgery.say_conversions(pair, swaps[0].recipe)
     partial = path.with_name(path.stem + ".partial.jsonl")
-    records = run_sets(pair, swaps, test, partial, request, load)
+    records = run_sets(pair, swaps, test, partial, request, load, process)
+    if not process.is_main:
+        return
     compared = compare(records, own, seed) if own else None
     payload = {**(facts or {}), "comparison": compared, "sets": summary(records), "request": request}
     if own:
@@ -159,45 +165,59 @@ def measure(
             figure(path.with_suffix(""), payload)
         else:
             draw(path.with_suffix(""), payload["sets"], compared, pair.n_layers, own)
-    models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
-    head = {"models": models, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "device": str(device)}
-    results.write_json(path, payload, results.header(SCHEMA, **head))
-    partial.unlink()
+    described = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
+    head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled}
+    results.write_json(path, payload, results.header(SCHEMA, **head, device=str(process.device)))
+    partial.unlink(missing_ok=True)
     say(records, compared)
 
 
 def run_sets(
-    pair: surgery.Pair, swaps: list[Swap], test: Test, partial: Path, request: dict, load: Callable
-) -> list[dict]:
-    """Measure base, target and every swap; the records in that order, each with `name` and `layers`.
+    pair: surgery.Pair, swaps: list[Swap], test: Test, partial: Path, request: dict, load: Callable,
+    process: Process,
+) -> list[dict]:  # fmt: skip
+    """Measure base, target and every swap; the records in that order, each with `name` and `layers`; [] on all
+    processes but the first.
 
-    After every set a line is added to `partial`; a killed run goes on from there when `request` is the same.
+    After every round of sets, one a process, lines are added to `partial`; a killed run goes on from there when
+    `request` is the same, with any number of processes.
 
     Args:
         load: ModelRef -> (model, tokenizer).
     """
     swaps = [Swap("base", [], None), Swap("target", [], None), *swaps]
-    notes = journal.Journal(partial, request)
-    if notes.done:
-        cli.say(f"{len(notes.done)} of {len(swaps)} sets were measured before; going on with the next")
-    model = tokenizer = swapper = None
-    for swap in cli.progress(swaps, desc="swapped sets", unit="set"):
-        key = _key(swap.name, swap.layers)
-        if key in notes.done:
-            continue
+    keys = [_key(swap.name, swap.layers) for swap in swaps]
+    notes = journal.Journal(partial, request) if process.is_main else None
+    done = set(process.gather(list(notes.done) if process.is_main else []))  # what the first has read, known to all
+    if done:
+        cli.say(f"{len(done)} of {len(swaps)} sets were measured before; going on with the next")
+    loaded: tuple = ()
+
+    def measured(swap: Swap) -> dict:
+        nonlocal loaded
         if swap.name == "base":
-            record = test.on(*_with_arch(pair, load(pair.base_ref)), pair.base_ref.spec)
-        else:
-            if model is None:
-                model, tokenizer = load(pair.target_ref)
-                swapper = surgery.Swapper(model, pair)
-            if swap.recipe is None:
-                record = test.on(model, pair.arch, tokenizer, pair.target_ref.spec)
-            else:
-                with swapper.applied(swap.recipe):
-                    record = test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
-        notes.add(key, {"name": swap.name, "layers": swap.layers, **swap.facts, **record})
-    return [notes.done[_key(swap.name, swap.layers)] for swap in swaps]
+            models.prefetch(pair.target_ref)
+            return test.on(*_with_arch(pair, load(pair.base_ref)), pair.base_ref.spec)
+        if not loaded:
+            model, tokenizer = load(pair.target_ref)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise InputError(f"{pair.target_ref.spec} does not fit on the GPUs whole, as swaps in memory need it")
+            loaded = model, tokenizer, surgery.Swapper(model, pair)
+        model, tokenizer, swapper = loaded
+        if swap.recipe is None:
+            return test.on(model, pair.arch, tokenizer, pair.target_ref.spec)
+        with swapper.applied(swap.recipe):
+            return test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
+
+    left = [swap for swap, key in zip(swaps, keys, strict=True) if key not in done]
+    with cli.progress(desc="swapped sets", total=len(swaps), unit="set") as bar:
+        bar.update(len(swaps) - len(left))
+        for found in process.rounds(left, measured):
+            for swap, record in found if process.is_main else []:
+                named = {"name": swap.name, "layers": swap.layers, **swap.facts}
+                notes.add(_key(swap.name, swap.layers), named | record)
+            bar.update(len(found))
+    return [notes.done[key] for key in keys] if process.is_main else []
 
 
 def _with_arch(pair: surgery.Pair, loaded: tuple) -> tuple:

@@ -1,6 +1,7 @@
 """Counts of active tokens per FFN neuron and language, `<tag>.<lang>.pt`: read, checked, refused where they do not mix.
 
 `lsn/activation.py` writes them with snapshots and a header; the published scripts' files hold `n` and `over_zero` only.
+Those of a mixture of experts (MoE) say besides how many tokens were routed to each expert, and how wide each layer is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ SCHEMA = "activation-counts"
 
 @dataclass
 class Counts:
-    """The counts of one language: `over_zero` [L, I], `snapshots` [K, L, I] cumulative, and where they come from."""
+    """The counts of one language: `over_zero` [L, I], `snapshots` [K, L, I] cumulative, and where they come from.
+
+    Of a MoE `routed` [L, E] are the tokens that each expert got (in a dense layer none), `snapshots_routed` [K, L, E]
+    those of the snapshots, and `width` [L] the neurons of each layer: those behind are padding. Else None.
+    """
 
     path: Path
     lang: str
@@ -32,11 +37,43 @@ class Counts:
     snapshots_n: list[int] = field(default_factory=list)
     snapshots: list[np.ndarray] = field(default_factory=list)
     header: dict = field(default_factory=dict)
+    routed: np.ndarray | None = None
+    snapshots_routed: list[np.ndarray] = field(default_factory=list)
+    width: np.ndarray | None = None
+
+    @property
+    def exists(self) -> np.ndarray | None:
+        """Which neurons there are, bool [L, I]; None where all are."""
+        import numpy as np
+
+        return None if self.width is None else np.arange(self.over_zero.shape[1]) < self.width[:, None]
+
+    @property
+    def n_neurons(self) -> int:
+        return self.over_zero.size if self.width is None else int(self.width.sum())
+
+    def tokens(self, snapshot: int | None = None) -> int | np.ndarray:
+        """The tokens each neuron could be active on, of all or of a snapshot: one number, or int64 [L, I] of a MoE.
+
+        A neuron of an expert: those routed to it; of a dense layer: all; padding: none.
+        """
+        import numpy as np
+
+        n = self.n if snapshot is None else self.snapshots_n[snapshot]
+        if self.routed is None:
+            return n
+        routed = self.routed if snapshot is None else self.snapshots_routed[snapshot]
+        found = np.where(self.exists, n, 0)
+        for layer in np.flatnonzero(routed.any(-1)):
+            width = self.width[layer]
+            found[layer, :width] = np.repeat(routed[layer], width // routed.shape[1])
+        return found
 
     def hash(self) -> str:
         """A short hash of the counts themselves, the same for the same counts of another day."""
         digest = hashlib.sha256(f"{self.n} {self.snapshots_n}".encode())
-        for array in (self.over_zero, *self.snapshots):
+        moe = () if self.routed is None else (self.routed, *self.snapshots_routed, self.width)
+        for array in (self.over_zero, *self.snapshots, *moe):
             digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
@@ -70,6 +107,9 @@ def read(path: Path, lang: str) -> Counts:
         header = json.loads(tensors.get("header") or "{}")
         snapshots_n = [int(tokens) for tokens in tensors.get("snapshots_n", ())]
         snapshots = [one.numpy().astype(np.int64) for one in tensors.get("snapshots", ())]
+        moe = "routed" in tensors
+        routed, width = (tensors[key].numpy() if moe else None for key in ("routed", "width"))
+        snapshots_routed = [one.numpy() for one in tensors["snapshots_routed"]] if moe else []
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):
         raise InputError(
             f"{path} has no counts (n, over_zero [layers, neurons]); write it with lsn/activation.py"
@@ -84,6 +124,9 @@ def read(path: Path, lang: str) -> Counts:
         raise InputError(f"{path}: over_zero is {list(over_zero.shape)}, not [layers, neurons]; write it again")
     if n < 1:
         raise InputError(f"{path} counts {n} tokens; run lsn/activation.py on more text")
+    found = Counts(path, lang, n, over_zero, snapshots_n, snapshots, header, routed, snapshots_routed, width)
+    if routed is not None:
+        _check_routed(found)
     if over_zero.min() < 0 or over_zero.max() > n:
         raise InputError(f"{path}: a neuron is active on {over_zero.max()} of {n} tokens; write the counts again")
     whole = [np.zeros_like(over_zero), *snapshots, over_zero]
@@ -91,7 +134,22 @@ def read(path: Path, lang: str) -> Counts:
     marks = [0, *snapshots_n, n]
     if len(snapshots) != len(snapshots_n) or not rising or any(a >= b for a, b in itertools.pairwise(marks)):
         raise InputError(f"{path}: its snapshots are no parts of its counts; run lsn/activation.py again")
-    return Counts(path, lang, n, over_zero, snapshots_n, snapshots, header)
+    return found
+
+
+def _check_routed(one: Counts) -> None:
+    """Refuse counts of experts that do not go together.
+
+    Raises:
+        InputError: shapes that do not fit, more active tokens than were routed, or counts in the padding.
+    """
+    layers, neurons = one.over_zero.shape
+    fits = one.width.shape == (layers,) and one.routed.ndim == 2
+    fits = fits and len(one.routed) == layers and one.width.min() >= 1 and one.width.max() <= neurons
+    fits = fits and not any(one.width[one.routed.any(-1)] % one.routed.shape[1])
+    fits = fits and [part.shape for part in one.snapshots_routed] == [one.routed.shape] * len(one.snapshots)
+    if not fits or (one.over_zero > one.tokens()).any():
+        raise InputError(f"{one.path}: its experts' tokens do not fit its counts; run lsn/activation.py again")
 
 
 def refuse_mixed(counts: list[Counts]) -> None:
@@ -107,6 +165,12 @@ def refuse_mixed(counts: list[Counts]) -> None:
             raise InputError(
                 f"counts of different models: {first.path.name} has {a} layers of {b} neurons, {one.path.name} has {c} "
                 f"of {d}; count every language with the same model"
+            )
+        experts = [None if x.routed is None else (x.routed.shape[1], x.width.tolist()) for x in (first, one)]
+        if experts[0] != experts[1]:
+            raise InputError(
+                f"counts of different models: {first.path.name} and {one.path.name} differ in experts; count every "
+                "language with the same model"
             )
     bare = [one.path.name for one in counts if not one.header]
     if bare:

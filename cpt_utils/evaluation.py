@@ -50,7 +50,7 @@ class Test:
     pairs: data.ParallelText | None = None
     heldout: list[tuple[str, str]] | None = None
     task: list[tuple[str, str]] | None = None
-    batch_size: int = 32
+    batch_size: int | None = None  # sequences; None: by tokens and memory
     seed: int = 42
     facts: dict = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ series that are compared also differ in marker or line style, so that a grey pri
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 
 from cpt_utils.results import replacing
@@ -80,8 +81,11 @@ def save(fig, path: str | Path) -> None:
     """Write `path`.pdf and `path`.png, whole or not at all, without dates, so that a rerun gives the same bytes."""
     path = Path(path)
     for suffix, facts in ((".pdf", {"CreationDate": None, "Producer": None}), (".png", {"Software": None})):
+        # Through memory: the PDF writer stumbles over its own clean-up where the disk is full, and hides the reason.
+        drawn = io.BytesIO()
+        fig.savefig(drawn, format=suffix[1:], metadata=facts)
         with replacing(path.with_name(path.name + suffix)) as temporary:
-            fig.savefig(temporary, metadata=facts)
+            temporary.write_bytes(drawn.getbuffer())
 
 
 def changes_over_steps(path: str | Path, steps: list[int], lines: list[dict], ylabel: str) -> None:

@@ -1,5 +1,7 @@
 """Writing model folders: laid out like an existing one, copied by the kernel where bytes stay, read back, renamed last.
 
+Where the file system shares blocks between files (btrfs, xfs), the kernel's copy is such a share and moves no bytes.
+
 The engine in `surgery` says what every tensor holds; this module gets those bytes to disk. A folder that has its final
 name is complete and was compared with its sources; a killed or failed write leaves nothing that looks finished.
 """
@@ -9,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +81,7 @@ def layout_of(folder: tensors.TensorFolder) -> tuple[list[WeightFile], dict | No
         return files, json.loads((folder.path / tensors.INDEX).read_text(encoding="utf-8"))
     files, weight_map = [], {}
     for name in folder.files:
-        new = name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+        new = name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
         held = [tensor for tensor in folder.names() if folder.shard_of(tensor) == name]
         head, entries = new_layout({tensor: (folder.dtype(tensor), folder.shape(tensor)) for tensor in held})
         files.append(WeightFile(new, head, entries, None))
@@ -142,8 +146,31 @@ def spans(file: WeightFile, elsewhere: Callable[[str, tensors.Entry], tuple[Path
 # --- bytes ---
 
 
-def write_file(file: WeightFile, parts: list[Span], contents: Contents, path: Path, bar) -> None:
-    """Write one weight file; `bar` counts the bytes."""
+def write_files(
+    files: Iterator[WeightFile], parts: dict[str, list[Span]], contents: Contents, folder: Path, bar
+) -> None:
+    """Write weight files into `folder`; each goes to the disk and is read back by threads while the next is written.
+
+    Raises:
+        InputError, OSError: from writing, reading back or flushing; all threads have ended then.
+    """
+    with ThreadPoolExecutor(2) as threads:
+        jobs = []
+        try:
+            for file in files:
+                path = folder / file.name
+                digests = write_file(file, parts[file.name], contents, path, bar)
+                jobs.append(threads.submit(_sync, path))
+                jobs.append(threads.submit(verify_file, file, parts[file.name], digests, path, bar))
+            for job in jobs:
+                job.result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def write_file(file: WeightFile, parts: list[Span], contents: Contents, path: Path, bar) -> dict[str, bytes]:
+    """Write one weight file; `bar` counts the bytes. Returns the hash of each tensor whose contents were computed."""
+    digests: dict[str, bytes] = {}
     with open(path, "wb") as sink:
         handle = sink.fileno()
         if file.like is None:
@@ -153,15 +180,20 @@ def write_file(file: WeightFile, parts: list[Span], contents: Contents, path: Pa
                 with open(span.source, "rb") as source:
                     _copy_range(source.fileno(), span.source_start, handle, span.start, span.stop - span.start, bar)
                 continue
-            position = span.start
+            position, digest = span.start, hashlib.sha256()
             for data in contents(span.tensor):
+                digest.update(data)
                 _write_all(handle, data, position)
                 position += len(data)
                 bar.update(len(data))
+            digests[span.tensor] = digest.digest()
+    return digests
 
 
-def verify_file(file: WeightFile, parts: list[Span], contents: Contents, path: Path, bar) -> None:
+def verify_file(file: WeightFile, parts: list[Span], digests: dict[str, bytes], path: Path, bar) -> None:
     """Read a written file back: its header, and every byte of every tensor against that tensor's source.
+
+    What was computed is compared by the hash that it had when it was handed to the disk.
 
     Raises:
         InputError: anything differs.
@@ -171,7 +203,7 @@ def verify_file(file: WeightFile, parts: list[Span], contents: Contents, path: P
     with open(path, "rb") as copy:
         for span in parts:
             if span.source is None:
-                same = _same_contents(contents(span.tensor), copy.fileno(), span.start, bar)
+                same = _digest(copy.fileno(), span.start, span.stop, bar) == digests[span.tensor]
             else:
                 with open(span.source, "rb") as source:
                     places = source.fileno(), span.source_start, copy.fileno(), span.start
@@ -222,15 +254,16 @@ def _same_bytes(one: int, at: int, other: int, start: int, length: int, bar) -> 
     return True
 
 
-def _same_contents(blocks: Iterable[memoryview], copy: int, position: int, bar) -> bool:
-    for block in blocks:
-        for first in range(0, len(block), COMPARED):
-            part = block[first : first + COMPARED].tobytes()
-            if os.pread(copy, len(part), position) != part:
-                return False
-            position += len(part)
-            bar.update(len(part))
-    return True
+def _digest(copy: int, start: int, stop: int, bar) -> bytes:
+    digest, buffer = hashlib.sha256(), bytearray(min(stop - start, COMPARED))
+    while start < stop:
+        done = os.preadv(copy, [memoryview(buffer)[: stop - start]], start)
+        if not done:
+            break  # too short: the hash cannot agree
+        digest.update(memoryview(buffer)[:done])
+        start += done
+        bar.update(done)
+    return digest.digest()
 
 
 # --- folders ---

@@ -79,22 +79,37 @@ def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_
     """
     import torch
 
-    layers, norm = arch.layers(model), arch.final_norm(model)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     keep = (attention_mask if pool_mask is None else pool_mask).bool()
-    count = keep.sum(1, keepdim=True).to(wide)
+    weights = keep[:, None].to(wide)
+
+    def product(hidden: torch.Tensor) -> torch.Tensor:  # a tenth of the time of masking, copying and summing
+        return torch.bmm(weights.to(hidden.device), hidden.to(wide))[:, 0]
+
+    def masked(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.to(wide).masked_fill(~keep.to(hidden.device)[:, :, None], 0).sum(1)
+
+    sums = _states(model, arch, input_ids, attention_mask, product)
+    if not torch.isfinite(sums).all():  # perhaps inf or NaN at a padding position: 0 * NaN is NaN
+        sums = _states(model, arch, input_ids, attention_mask, masked)
+    return sums / keep.sum(1, keepdim=True).to(wide)
+
+
+def _states(model: torch.nn.Module, arch, input_ids, attention_mask, pool: Callable) -> torch.Tensor:
+    """`pool` of every hidden state [batch, tokens, hidden] of one forward pass, stacked on the device of the input."""
+    import torch
+
+    layers, norm = arch.layers(model), arch.final_norm(model)
     pooled: list[torch.Tensor | None] = [None] * (len(layers) + 1)
 
-    def pool(index: int):
-        def into(hidden: torch.Tensor) -> None:
-            # masked_fill, not a product: a padding position may hold inf or NaN, and 0 * NaN is NaN.
-            kept = hidden.to(wide).masked_fill(~keep.to(hidden.device)[:, :, None], 0)
-            pooled[index] = (kept.sum(1) / count.to(hidden.device)).to(input_ids.device)
+    def into(index: int):
+        def put(hidden: torch.Tensor) -> None:
+            pooled[index] = pool(hidden).to(input_ids.device)
 
-        return into
+        return put
 
-    hooks = [(layers[0], "input", pool(0)), (norm, "output", pool(len(layers)))]
-    hooks += [(layer, "output", pool(i + 1)) for i, layer in enumerate(layers[:-1])]
+    hooks = [(layers[0], "input", into(0)), (norm, "output", into(len(layers)))]
+    hooks += [(layer, "output", into(i + 1)) for i, layer in enumerate(layers[:-1])]
     with hooked(*hooks), torch.inference_mode():
         arch.decoder(model)(
             input_ids=input_ids,
@@ -103,3 +118,20 @@ def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_
             use_cache=False,
         )
     return torch.stack(pooled)
+
+
+@contextlib.contextmanager
+def head_on(head: torch.nn.Module, rows: torch.Tensor, columns: torch.Tensor):
+    """For the length of a block `head` (lm_head) sees only the hidden states at (rows[i], columns[i]): [1, n, hidden].
+
+    The model's own code goes on from there, so that what it does to logits (a scale, a soft cap) is done to these.
+    """
+
+    def choose(_module, args):
+        return (args[0][rows.to(args[0].device), columns.to(args[0].device)][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()

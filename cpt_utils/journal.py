@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -13,25 +14,52 @@ from cpt_utils.errors import InputError
 class Journal:
     """Records by key in a file of JSON lines; the first line is the request, and a file of another one is begun anew.
 
+    The file is locked as long as the process lives, so that a measurement that is started twice runs once.
+
     Attributes:
         done: key -> record, of this and of earlier, interrupted runs.
     """
 
     def __init__(self, path: Path, request: dict):
-        self.path = path
-        request = results.plain(request)
-        lines: list[dict] = []
-        if path.is_file():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:  # the line that was being written at the kill
+        self.path, self.done = Path(path), {}
+        first = {"request": results.plain(request)}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self._locked()
+            whole = 0  # bytes up to the end of the last good line
+            for text in self.file.read().splitlines(keepends=True):
+                if not text.endswith(b"\n"):  # the line that was being written at the kill
                     break
-        if not lines or lines[0] != {"request": request}:
-            lines = [{"request": request}]
-        with results.replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self.done = {line["key"]: line["record"] for line in lines[1:]}
+                try:
+                    line = json.loads(text)
+                    if whole:
+                        self.done[line["key"]] = line["record"]
+                    elif line != first:
+                        break
+                except (ValueError, LookupError, TypeError):
+                    break
+                whole += len(text)
+            self.file.truncate(whole)
+            self.file.seek(whole)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+        if not whole:
+            self._write(first)
+
+    def _locked(self):
+        """The file, open and locked; of two processes the second is refused."""
+        while True:
+            # Without a buffer: nothing may be written later, when a full disk has been reported.
+            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(f"{self.path}: another process is measuring this; wait for it to end") from None
+            except OSError:  # file systems without locks: go on, two at once would only measure twice
+                return file
+            if self.path.is_file() and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                return file
+            file.close()  # finished and removed by another process, between opening and locking
 
     def add(self, key: str, record) -> None:
         """Keep a record; on the disk when this returns.
@@ -40,10 +68,13 @@ class Journal:
             InputError: it cannot be written.
         """
         self.done[key] = record
+        self._write({"key": key, "record": record})
+
+    def _write(self, line: dict) -> None:
+        rest = json.dumps(line).encode() + b"\n"
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "record": record}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            os.fsync(self.file.fileno())
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and go on") from error

@@ -74,32 +74,40 @@ def kth_smallest(values: np.ndarray, rate: float, flag: str) -> float:
 
 def select(
     over_zero: list[np.ndarray],
-    n: list[int],
+    n: list[int | np.ndarray],
     langs: list[str],
     rate: float = 0.01,
     filter_rate: float = 0.95,
     bar_rate: float | None = None,
+    exists: np.ndarray | None = None,
 ) -> Selection:
     """The mask of all languages, from firing rates in float64.
 
     Args:
         over_zero: for each language the tokens [L, I] that each neuron is active on.
-        n: for each language its tokens; they may differ.
+        n: for each language its tokens; they may differ, also from neuron to neuron ([L, I], of experts). Where there
+            are none, the rate is zero.
         rate: the share of all neurons that is selected.
         filter_rate: a neuron must be above this quantile of all rates in some language to be a candidate.
         bar_rate: a selected neuron belongs to the languages above this quantile; None: the same.
+        exists: bool [L, I], the neurons that there are; default: all. What is not there has no rate and no share.
     """
     import numpy as np
 
-    p = np.stack([counts.astype(np.float64) / tokens for counts, tokens in zip(over_zero, n, strict=True)], axis=-1)
-    filter_bar = kth_smallest(p, filter_rate, "--filter-rate")
-    bar = filter_bar if bar_rate is None else kth_smallest(p, bar_rate, "--bar-rate")
+    p = np.stack(
+        [counts.astype(np.float64) / np.maximum(tokens, 1) for counts, tokens in zip(over_zero, n, strict=True)],
+        axis=-1,
+    )
+    known = p if exists is None else p[exists]
+    filter_bar = kth_smallest(known, filter_rate, "--filter-rate")
+    bar = filter_bar if bar_rate is None else kth_smallest(known, bar_rate, "--bar-rate")
     highest = p.max(-1)
     # A neuron that never fires has no distribution; it is out even where the bar is below zero's rank.
     candidates = np.flatnonzero((highest > filter_bar) & (highest > 0))
-    wanted = share(rate, highest.size)
+    size = known.size // len(langs)
+    wanted = share(rate, size)
     if not wanted:
-        raise InputError(f"--rate {rate} of {highest.size} neurons is less than one; give a higher --rate")
+        raise InputError(f"--rate {rate} of {size} neurons is less than one; give a higher --rate")
     entropies = entropy(p).ravel()
     # A stable sort of positions in order of (layer, neuron): ties go to the lower.
     order = np.argsort(np.round(entropies[candidates], TIE), kind="stable")[:wanted]
@@ -143,6 +151,12 @@ def agreement(a: dict[str, Layers], b: dict[str, Layers]) -> dict:
     return {"jaccard": jaccard(*together), "languages": {lang: jaccard(ours[lang], theirs[lang]) for lang in a}}
 
 
+def of_counts(counts: list[Counts], **rates) -> Selection:
+    """`select` on the whole counts."""
+    over_zero, tokens = [one.over_zero for one in counts], [one.tokens() for one in counts]
+    return select(over_zero, tokens, [one.lang for one in counts], exists=counts[0].exists, **rates)
+
+
 def convergence(counts: list[Counts], full: Selection, **rates) -> dict | None:
     """How stable the mask is over tokens; None where the counts hold no snapshots, or not the same in every language.
 
@@ -153,10 +167,11 @@ def convergence(counts: list[Counts], full: Selection, **rates) -> dict | None:
     n_snapshots = {len(one.snapshots_n) for one in counts}
     if len(n_snapshots) != 1 or n_snapshots == {0}:
         return None
-    langs, points = [one.lang for one in counts], []
+    langs, points, exists = [one.lang for one in counts], [], counts[0].exists
     for k in range(n_snapshots.pop()):
         tokens = [one.snapshots_n[k] for one in counts]
-        first = select([one.snapshots[k] for one in counts], tokens, langs, **rates)
+        possible = [one.tokens(k) for one in counts]
+        first = select([one.snapshots[k] for one in counts], possible, langs, exists=exists, **rates)
         parts = {one.lang: one.snapshots_n[k] / one.n for one in counts}
         points.append(
             {
@@ -166,7 +181,8 @@ def convergence(counts: list[Counts], full: Selection, **rates) -> dict | None:
             }
         )
     rest = [one.n - one.snapshots_n[-1] for one in counts]
-    second = select([one.over_zero - one.snapshots[-1] for one in counts], rest, langs, **rates)
+    possible = [one.tokens() - before for one, before in zip(counts, possible, strict=True)]
+    second = select([one.over_zero - one.snapshots[-1] for one in counts], possible, langs, exists=exists, **rates)
     halves = {"tokens_first": points[-1]["tokens"], "tokens_second": dict(zip(langs, rest, strict=True))}
     halves |= agreement(first.mask, second.mask)
     # Enough are the fewest tokens from which on the mask stays: one part that happens to agree is no convergence, and
@@ -202,7 +218,7 @@ def describe(found: Selection, counts: list[Counts]) -> dict:
     n_owners[0] = len(found.selected) - len(owners)
     report = {
         "n_layers": len(counts[0].over_zero),
-        "n_neurons": counts[0].over_zero.size,
+        "n_neurons": counts[0].n_neurons,
         "n_candidates": found.n_candidates,
         "n_wanted": found.n_wanted,
         "n_selected": len(found.selected),

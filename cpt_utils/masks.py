@@ -2,12 +2,14 @@
 
 `lsn/identify.py` writes them; every language and every layer is present, even when it has no neuron. A neuron is an
 index into the FFN width: a row of gate and up, a column of down. In memory layers are integers: `{lang: {0: [4, 17]}}`.
+Where layers differ in width (experts beside dense layers), functions take all widths, and files name the largest.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def read(
     path: str | os.PathLike,
     lang: str,
     n_layers: int,
-    ffn_width: int,
+    ffn_width: int | Sequence[int],
     models: list[dict] | None = None,
     control: bool | None = None,
 ) -> Layers:
@@ -36,6 +38,7 @@ def read(
 
     Args:
         lang: in any spelling that means a language of the file.
+        ffn_width: neurons of a layer, or of each.
         models: `ModelRef.describe()` of the models the mask is used on; it must be about one of them or their run.
         control: True for a random control mask, False for a mask of language-specific neurons, None for either. A file
             without a header (of the published scripts) is taken on trust, with one warning.
@@ -46,7 +49,8 @@ def read(
             model does not have.
     """
     payload, header = _load(path)
-    for fact, wanted in (("n_layers", n_layers), ("ffn_width", ffn_width)):
+    widths = by_layer(ffn_width, n_layers)
+    for fact, wanted in (("n_layers", n_layers), ("ffn_width", max(widths))):
         if header.get(fact, wanted) != wanted:
             raise InputError(
                 f"{path} was made for {fact} {header[fact]}, but {wanted} is needed; give the mask of this model"
@@ -61,11 +65,21 @@ def read(
     if header and control is not None and bool(header.get("control")) != control:
         kinds = {True: "a random control mask", False: "a mask of language-specific neurons"}
         raise InputError(f"{path} is {kinds[not control]}, but {kinds[control]} is needed; lsn/identify.py writes both")
-    return _checked(path, lang, payload[languages.find(payload, lang, what=str(path))], n_layers, ffn_width)
+    return _checked(path, lang, payload[languages.find(payload, lang, what=str(path))], widths)
+
+
+def by_layer(ffn_width: int | Sequence[int], n_layers: int) -> list[int]:
+    """The neurons of each layer, from one number for all or a number for each."""
+    return [ffn_width] * n_layers if isinstance(ffn_width, int) else list(ffn_width)
 
 
 def read_both(
-    path: Path, control: Path | None, lang: str, n_layers: int, ffn_width: int, models: list[dict] | None = None
+    path: Path,
+    control: Path | None,
+    lang: str,
+    n_layers: int,
+    ffn_width: int | Sequence[int],
+    models: list[dict] | None = None,
 ) -> tuple[Layers, Layers | None]:
     """The language's neurons and, where there is a control mask, those of the control.
 
@@ -98,17 +112,20 @@ def control_beside(path: Path) -> Path | None:
     return place if place.is_file() else None
 
 
-def random_control(mask: dict[str, Layers], n_layers: int, ffn_width: int, seed: int | str = 42) -> dict[str, Layers]:
+def random_control(
+    mask: dict[str, Layers], n_layers: int, ffn_width: int | Sequence[int], seed: int | str = 42
+) -> dict[str, Layers]:
     """For each language as many neurons in each layer as its mask has, drawn at random outside every language's mask.
 
     Each language and layer has a draw of its own, whatever the order of languages. Controls of two languages may share
-    neurons.
+    neurons. Those of all experts of a layer are drawn from alike.
 
     Raises:
         InputError: a layer has fewer neurons outside the mask than a language has inside.
     """
+    widths = by_layer(ffn_width, n_layers)
     outside = {
-        layer: sorted(set(range(ffn_width)).difference(*(mask[lang].get(layer, ()) for lang in mask)))
+        layer: sorted(set(range(widths[layer])).difference(*(mask[lang].get(layer, ()) for lang in mask)))
         for layer in range(n_layers)
     }
     control: dict[str, Layers] = {}
@@ -118,8 +135,8 @@ def random_control(mask: dict[str, Layers], n_layers: int, ffn_width: int, seed:
             n = len(layers.get(layer, ()))
             if n > len(outside[layer]):
                 raise InputError(
-                    f"layer {layer} has {len(outside[layer])} of {ffn_width} neurons outside the mask, but the control "
-                    f"of {lang} needs {n}; identify fewer neurons with a lower --rate"
+                    f"layer {layer} has {len(outside[layer])} of {widths[layer]} neurons outside the mask, but the "
+                    f"control of {lang} needs {n}; identify fewer neurons with a lower --rate"
                 )
             # Seeded by a text: Python hashes it the same way everywhere, and sets of other layers stay independent.
             control[lang][layer] = sorted(random.Random(f"{seed}/{lang}/{layer}").sample(outside[layer], n))
@@ -153,8 +170,9 @@ def _load_state(path: Path, _state: tuple[int, ...]) -> tuple[dict, dict]:
     return payload, header
 
 
-def _checked(path: str | os.PathLike, lang: str, layers: dict, n_layers: int, ffn_width: int) -> Layers:
+def _checked(path: str | os.PathLike, lang: str, layers: dict, widths: list[int]) -> Layers:
     """One language's entry with integer layers, refused where it does not fit the model."""
+    n_layers = len(widths)
     if set(layers) != {str(layer) for layer in range(n_layers)}:
         raise InputError(
             f"{path} has {len(layers)} layers for {lang}, but the model has {n_layers}, 0 to {n_layers - 1}; "
@@ -165,9 +183,9 @@ def _checked(path: str | os.PathLike, lang: str, layers: dict, n_layers: int, ff
         neurons = layers[str(layer)]
         if not isinstance(neurons, list) or any(type(neuron) is not int for neuron in neurons):
             raise InputError(f"{path}: layer {layer} of {lang} is no list of neuron numbers; make the mask again")
-        wrong = [neuron for neuron in neurons if not 0 <= neuron < ffn_width]
+        wrong = [neuron for neuron in neurons if not 0 <= neuron < widths[layer]]
         if wrong or len(set(neurons)) != len(neurons):
-            what = f"neuron {wrong[0]}, but the model has 0 to {ffn_width - 1}" if wrong else "a neuron twice"
+            what = f"neuron {wrong[0]}, but the model has 0 to {widths[layer] - 1}" if wrong else "a neuron twice"
             raise InputError(f"{path}: layer {layer} of {lang} names {what}; give the mask of this model")
         found[layer] = sorted(neurons)
     return found

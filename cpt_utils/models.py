@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import tempfile
+import threading
+import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils import archs, cli, refs, tensors
@@ -22,11 +28,24 @@ def attention(config) -> str:
     return "sdpa" if type(config) not in known or known[type(config)]._supports_sdpa else "eager"
 
 
-def load_model(ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def experts(config, dtype: torch.dtype) -> dict[str, str]:
+    """How the experts of a mixture are run, where transformers' own choice cannot: grouped products have no float64."""
+    import torch
+
+    mixture = archs.for_config(config).experts_at is not None
+    return {"experts_implementation": "eager"} if mixture and dtype == torch.float64 else {}
+
+
+def load_model(
+    ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, device_map: str | dict | None = None
+) -> PreTrainedModel:
     """The causal LM of `ref` on `device` in `dtype`, in evaluation mode.
 
     transformers fills a tensor that is missing from a checkpoint with random numbers and logs a line; here that is an
-    error, and so is a tensor that the model does not know or whose shape differs.
+    error, and so is a tensor that the model does not know or whose shape differs. No code of a model folder is run.
+
+    Args:
+        device_map: spreads the model over several devices, see `--device-map`; `device` is not looked at then.
 
     Raises:
         InputError: missing folder, damaged files, unknown architecture, or tensors that do not fit the configuration.
@@ -34,39 +53,116 @@ def load_model(ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if ref.is_adapter:
+        from cpt_utils import adapters
+
+        model = load_model(ref.adapted, dtype, device, device_map)
+        adapters.apply(model, ref)
+        return model
     folder = ref.folder((*refs.WEIGHT_PATTERNS, "*.json"))
     with tensors.TensorFolder(folder) as stored:  # damaged or missing shards: one line instead of a loader's traceback
         stored.names()
+    more = {}
+    if device_map is not None:
+        offload = tempfile.TemporaryDirectory(prefix="offload-")  # what fits nowhere, and is not so on the disk
+        more = {"device_map": device_map, "offload_folder": offload.name}
+    elif device.type != "cpu":
+        more = {"device_map": {"": device}}  # tensor by tensor onto the device, no second copy in memory
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        more |= experts(config, dtype)
         with _quiet_loader():  # the load report is read below, and said in our own words
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True
-            )
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+                folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True,
+                trust_remote_code=False, **more,
+            )  # fmt: skip
+    except InputError:
+        raise
+    except Exception as error:  # a damaged configuration raises half a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{ref.spec} cannot be loaded: {reason}") from error
     _check(report, ref)
-    model = model.to(device).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    if device.type == "cuda":
+    model = model.eval().requires_grad_(False)
+    if device_map is not None:
+        weakref.finalize(model, offload.cleanup)
+    if any(parameter.is_cuda for parameter in model.parameters()):
         # TF32 would round float32 products to 10 bits; a float32 run is asked for to have float32 numbers.
         torch.backends.cuda.matmul.allow_tf32 = False
     return model
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids belong: the device on which the embeddings are, or are brought to from memory or disk."""
+    import torch
+
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "meta":
+        return embeddings.weight.device
+    return torch.device(embeddings._hf_hook.execution_device)
+
+
+# --- the next one ---
+
+
+def prefetch(ref: refs.ModelRef) -> threading.Thread:
+    """Bring the files of a model into memory while another one computes; a hub model is fetched first.
+
+    A daemon thread reads them once, so that the load finds them in the page cache. Nothing is done where they are more
+    than half of the available memory, and no error is said: the load will say it.
+    """
+    thread = threading.Thread(target=_read_ahead, args=(ref,), name=f"prefetch {ref.spec}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _read_ahead(ref: refs.ModelRef) -> int:
+    """Bytes read."""
+    done = 0
+    with contextlib.suppress(Exception):
+        if sys.platform == "linux":  # there a thread has a niceness of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        folder = (ref.adapted or ref).folder((*refs.WEIGHT_PATTERNS, "*.json"))
+        files = [path for pattern in refs.WEIGHT_PATTERNS for path in sorted(Path(folder).glob(pattern))]
+        if sum(path.stat().st_size for path in files) > available_memory() / 2:
+            return 0
+        block = memoryview(bytearray(1 << 20))
+        for path in files:
+            with open(path, "rb", buffering=0) as file:
+                while size := file.readinto(block):
+                    done += size
+    return done
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, by the machine's and the container's account; 0 where unknown."""
+    try:
+        machine = Path("/proc/meminfo").read_text()
+        free = int(machine.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return 0
+    with contextlib.suppress(OSError, IndexError, ValueError):  # cgroup v2; "max" is no number
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.stat").read_text().split("anon ")[1].split()[0]))
+    return max(0, free)
+
+
 @contextlib.contextmanager
 def _quiet_loader():
     """Silence the loader's log lines and its progress bar, one per model, for the length of a block."""
+    from logging import getLogger
+
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offload = getLogger("accelerate.big_modeling")  # says that layers are offloaded; `announce` says it, too
+    offload_level, level, bar = offload.level, logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offload.setLevel("ERROR")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        offload.setLevel(offload_level)
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
@@ -86,20 +182,40 @@ def _check(report: dict, ref: refs.ModelRef) -> None:
             raise InputError(f"{ref.spec}: {what} {', '.join(found[:3])}{more}; is config.json of another model?")
 
 
-def load_untrained(ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+def load_untrained(
+    ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, seed: int, device_map: str | None = None
+) -> PreTrainedModel:
     """A model of `ref`'s configuration with seeded random weights: what a measurement gives before any training.
 
     Initialised on `device` in `dtype`, so that a large model needs no second copy; another device draws other numbers.
+    With a `device_map` ("auto") it is initialised on the CPU, then spread.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(ref.side_files())
+    config = AutoConfig.from_pretrained(ref.config_folder(), trust_remote_code=False)
+    if ref.is_adapter:
+        config.get_text_config().vocab_size = refs.vocabulary_size(ref.config())
+    device = torch.device("cpu") if device_map else device
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config))
-    return model.to(device).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attention(config),
+            trust_remote_code=False,
+            **experts(config, dtype),
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    if device_map:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        whole = model._no_split_modules
+        room = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole)
+        model = dispatch_model(model, infer_auto_device_map(model, room, whole, dtype))
+    return model
 
 
 def load_tokenizer(
@@ -114,7 +230,7 @@ def load_tokenizer(
 
     folder = refs.tokenizer_folder(ref, run, base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
@@ -130,4 +246,7 @@ def announce(model: PreTrainedModel, ref: refs.ModelRef) -> None:
     """Print what is about to run: model, size, dtype, device."""
     size = sum(p.numel() for p in model.parameters())
     text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"
-    cli.say(f"{ref.spec}: {text} parameters, {str(model.dtype).removeprefix('torch.')} on {model.device}")
+    places = {str(place): None for place in getattr(model, "hf_device_map", {"": model.device}).values()}
+    cli.say(f"{ref.spec}: {text} parameters, {str(model.dtype).removeprefix('torch.')} on {', '.join(places)}")
+    if "disk" in places:
+        cli.warn(f"{ref.spec} is larger than the memory: layers are read from the disk in every batch, which is slow")

@@ -1,16 +1,18 @@
 """FFN neurons of a decoder: text in blocks, how often each is active, how strongly, and what a model is without it.
 
-A *neuron* is one of the I units of a layer's FFN, its *activation* act(W_gate x), or act(W_up x) without a gate.
+A *neuron* is one of the I units of a layer's FFN, its *activation* act(W_gate x), or act(W_up x) without a gate. In a
+mixture of E experts every expert has I neurons, and neuron number e I + i is the i-th of expert e.
 Forward passes here never run the lm_head and end as soon as the last neuron that matters has been read.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cpt_utils import hooks
+from cpt_utils import hooks, models
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,30 +79,134 @@ class _Enough(Exception):
     """Raised inside a hook when everything that was wanted has been read."""
 
 
-def _run(model: nn.Module, arch: Arch, ids: torch.Tensor) -> None:
-    """The decoder on blocks `ids` [batch, size], until a hook has enough."""
+class _Reader:
+    """Forward passes of the decoder that hand over the activations of `layers` (ascending) and end behind the last one.
+
+    With `before`, what is handed over is what goes into the nonlinearity, not what comes out.
+    """
+
+    def __init__(self, model: nn.Module, arch: Arch, layers: Sequence[int], before: bool = False):
+        config = _config(model)
+        self.model, self.arch, self.layers, self.before = model, arch, list(layers), before
+        self.experts = {layer: arch.experts(config, layer) for layer in self.layers}
+        self.unit = arch.unit(config) if before else None
+
+    def run(self, ids: torch.Tensor, read: Callable) -> None:
+        """One pass over the blocks `ids` [batch, size].
+
+        `read(layer, value, experts)` gets the activations [.., I] of every token and None; or, of a mixture of experts,
+        those [rows, I] of tokens that were routed, and the expert of each row [rows], perhaps in several calls a layer.
+        """
+        import torch
+
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                for handle in self._routed(layer, read) if self.experts[layer] else self._dense(layer, read):
+                    stack.callback(handle.remove)
+            stack.enter_context(contextlib.suppress(_Enough))
+            stack.enter_context(torch.inference_mode())
+            ids = ids.to(models.input_device(self.model), torch.long)
+            self.arch.decoder(self.model)(input_ids=ids, use_cache=False)
+
+    def _end(self, layer: int) -> None:
+        if layer == self.layers[-1]:
+            raise _Enough
+
+    def _dense(self, layer: int, read: Callable) -> list:
+        def hook(_module, _args, output) -> None:
+            read(layer, output[..., self.unit.start : self.unit.stop] if self.before else output, None)
+            self._end(layer)
+
+        if self.before:
+            module = hooks.submodule(self.model, f"{self.arch.layer_path(layer)}.{self.unit.module}")
+        else:
+            module = self.arch.activation_module(self.model, layer)
+        return [module.register_forward_hook(hook)]
+
+    def _routed(self, layer: int, read: Callable) -> list:
+        """Hooks around the experts of a layer, for those ways to run them that call their nonlinearity."""
+        import torch
+
+        experts = self.arch.experts_module(self.model, layer)
+        left = torch.empty(0)  # the expert of each row that the nonlinearity has not seen yet
+
+        def begin(_module, args) -> None:
+            nonlocal left
+            left = args[1].reshape(-1)
+            if experts.config._experts_implementation != "batched_mm":  # all others go expert by expert
+                left = left.sort().values
+
+        def hook(_module, args, output=None) -> None:
+            nonlocal left
+            value = args[0] if self.before else output
+            rows, left = left[: len(value)], left[len(value) :]
+            read(layer, value, rows)
+            if not len(left):
+                self._end(layer)
+
+        def end(_module, _args, _output) -> None:
+            if len(left):
+                raise InputError(
+                    f"the experts' activations cannot be read under experts_implementation "
+                    f"{experts.config._experts_implementation!r}; load the model with grouped_mm or eager"
+                )
+
+        register = "register_forward_pre_hook" if self.before else "register_forward_hook"
+        activation = getattr(self.arch.activation_module(self.model, layer), register)(hook)
+        return [experts.register_forward_pre_hook(begin), activation, experts.register_forward_hook(end)]
+
+
+def _config(model: nn.Module) -> dict:
+    return model.config.get_text_config().to_dict()
+
+
+def widths(arch: Arch, config: Mapping) -> list[int]:
+    """The neurons of each layer; they differ where a model has dense layers and mixtures of experts."""
+    return [arch.ffn_width(config, layer) for layer in range(arch.n_layers(config))]
+
+
+def active_tokens(value: torch.Tensor) -> torch.Tensor:
+    """The rows of `value` [.., I] above zero, for each column: integers [I], on its device."""
     import torch
 
-    with contextlib.suppress(_Enough), torch.inference_mode():
-        arch.decoder(model)(input_ids=ids.to(model.device, torch.long), use_cache=False)
+    active = (value > 0).view(-1, value.shape[-1])
+    rows, width = active.shape
+    if width % 8:
+        return active.view(torch.uint8).sum(0, dtype=torch.int32)
+    # Eight neighbours as one number of 64 bits: so many bytes are added at once, and 255 rows carry nothing over.
+    packed, whole = active.view(torch.int64), rows - rows % 255
+    sums = [packed[:whole].view(-1, 255, width // 8).sum(1), packed[whole:].sum(0, keepdim=True)]
+    return torch.cat(sums).view(torch.uint8).sum(0, dtype=torch.int32)
+
+
+def active_by_expert(value: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The same for the rows of each expert: int64 [E, I], from `value` [rows, I] and bool `chosen` [E, rows]."""
+    import torch
+
+    # A product of zeros and ones: exact in half precision, too, for 2048 rows at a time, and a GPU need not be asked
+    # where one expert's rows end.
+    exact = torch.float16 if value.is_cuda else torch.float32
+    parts = zip(chosen.split(2048, 1), value.split(2048), strict=True)
+    return sum((mine.to(exact) @ (rows > 0).to(exact)).long() for mine, rows in parts)
 
 
 class Counter:
-    """Counts, for every neuron, the tokens whose activation is above zero.
+    """Counts, for every neuron, the tokens whose activation is above zero; of an expert, those routed to it.
 
     Attributes:
-        counts: int64 [layers, neurons], on the CPU after `result`.
+        counts: int64 [layers, neurons of the widest], on the CPU.
+        routed: int64 [layers, experts], the tokens routed to each expert; zeros in dense layers, and [layers, 0] in a
+            model without experts.
     """
 
     def __init__(self, model: nn.Module, arch: Arch):
         import torch
 
-        self.model, self.arch = model, arch
-        config = model.config.get_text_config().to_dict()
-        self.n_layers, self.width = arch.n_layers(config), arch.ffn_width(config)
-        self.unit = arch.unit(config)
-        self.before = activation_name(config) in KEEP_SIGN
-        self.counts = torch.zeros(self.n_layers, self.width, dtype=torch.long)
+        config = _config(model)
+        self.reader = _Reader(model, arch, range(arch.n_layers(config)), activation_name(config) in KEEP_SIGN)
+        self.n_layers = arch.n_layers(config)
+        self.counts = torch.zeros(self.n_layers, arch.ffn_width(config), dtype=torch.long)
+        self.routed = torch.zeros(self.n_layers, max(self.reader.experts.values()), dtype=torch.long)
 
     def add(self, ids: torch.Tensor) -> None:
         """Count over the blocks `ids` [batch, size].
@@ -110,31 +216,32 @@ class Counter:
         """
         import torch
 
-        found: list[torch.Tensor] = []
+        found: dict[int, torch.Tensor] = {}
+        routed: dict[int, torch.Tensor] = {}
 
-        def count(layer: int):
-            def hook(value: torch.Tensor) -> None:
-                if self.before:
-                    value = value[..., self.unit.start : self.unit.stop]
-                # Bytes summed into int32 are the fastest exact count that PyTorch has; a call has far fewer than 2^31.
-                active = (value > 0).view(-1, self.width).view(torch.uint8)
-                found.append(active.sum(0, dtype=torch.int32))
-                if layer == self.n_layers - 1:
-                    # What is not finite in one layer is not finite in all behind it: looking at the last one is enough.
-                    if not bool(torch.isfinite(value).all()):
-                        raise InputError("activations are not finite; try --dtype float32, or check the weights")
-                    raise _Enough
+        def read(layer: int, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+            if experts is None:
+                found[layer] = active_tokens(value)
+            else:
+                chosen = experts == torch.arange(self.reader.experts[layer], device=experts.device)[:, None]
+                found[layer] = found.get(layer, 0) + active_by_expert(value, chosen).flatten()
+                routed[layer] = routed.get(layer, 0) + chosen.sum(1)
+            # What is not finite in one layer is not finite in all behind it: looking at the last one is enough.
+            if layer == self.n_layers - 1 and not bool(torch.isfinite(value).all()):
+                raise InputError("activations are not finite; try --dtype float32, or check the weights")
 
-            return hook
+        self.reader.run(ids, read)
+        for total, part in ((self.counts, found), (self.routed, routed)):
+            for layer, row in part.items():
+                total[layer, : len(row)] += row.cpu()
 
-        with hooks.hooked(*((self._module(layer), "output", count(layer)) for layer in range(self.n_layers))):
-            _run(self.model, self.arch, ids)
-        self.counts += torch.stack([row.cpu() for row in found]).long()
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`counts` and `routed` since the last call; both begin anew."""
+        import torch
 
-    def _module(self, layer: int) -> nn.Module:
-        if self.before:
-            return self.model.get_submodule(f"{self.arch.layer_path(layer)}.{self.unit.module}")
-        return self.arch.activation_module(self.model, layer)
+        taken = self.counts, self.routed
+        self.counts, self.routed = map(torch.zeros_like, taken)
+        return taken
 
 
 def activation_name(config: Mapping) -> str | None:
@@ -146,14 +253,18 @@ def activation_name(config: Mapping) -> str | None:
 class Activations:
     """Sums of the activations of masked neurons over tokens, for several masks in the same forward passes.
 
+    The mean of a neuron is over all tokens, that of an expert's neuron over the tokens routed to this expert, and zero
+    where there are none. The mean of a mask is the mean of its neurons' means.
+
     Attributes:
         sums: mask name -> layer -> float64 [its neurons], summed over `tokens` tokens.
+        routed: layer -> int64 [experts], the tokens routed to each; layers with experts only.
     """
 
     def __init__(self, model: nn.Module, arch: Arch, masks: Mapping[str, Mask]):
         import torch
 
-        self.model, self.arch, self.tokens = model, arch, 0
+        self.tokens, config = 0, _config(model)
         self.index = {
             name: {layer: torch.tensor(list(neurons)) for layer, neurons in mask.items() if len(neurons)}
             for name, mask in masks.items()
@@ -163,6 +274,17 @@ class Activations:
             for name, mask in self.index.items()
         }
         self.layers = sorted({layer for mask in self.index.values() for layer in mask})
+        self.reader = _Reader(model, arch, self.layers)
+        # All masks' neurons of a layer, one mask after the other; copied to a device once, not in every pass.
+        self.all_of = {
+            layer: functools.cache(torch.cat([mask[layer] for mask in self.index.values() if layer in mask]).to)
+            for layer in self.layers
+        }
+        self.routed, self.width = {}, {}
+        for layer, experts in self.reader.experts.items():
+            if experts:
+                self.routed[layer] = torch.zeros(experts, dtype=torch.long)
+                self.width[layer] = arch.ffn_width(config, layer) // experts
 
     def add(self, ids: torch.Tensor) -> None:
         """Add the blocks `ids` [batch, size].
@@ -172,35 +294,67 @@ class Activations:
         """
         import torch
 
-        def sum_up(layer: int):
-            def hook(value: torch.Tensor) -> None:
-                flat = value.reshape(-1, value.shape[-1])
-                for name, mask in self.index.items():
-                    if layer in mask:
-                        own = flat.index_select(1, mask[layer].to(flat.device)).to(torch.float64).sum(0).cpu()
-                        if not bool(torch.isfinite(own).all()):
-                            raise InputError("activations are not finite; try --dtype float32, or check the weights")
-                        self.sums[name][layer] += own
-                if layer == self.layers[-1]:
-                    raise _Enough
+        found: dict[int, torch.Tensor] = {}
+        routed: dict[int, torch.Tensor] = {}
 
-            return hook
+        def read(layer: int, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+            index = self.all_of[layer](value.device)
+            flat = value.reshape(-1, value.shape[-1])
+            if experts is None:
+                found[layer] = flat.index_select(1, index).sum(0, dtype=torch.float64)
+                return
+            own = flat.index_select(1, index % self.width[layer])
+            own = own.masked_fill_(experts[:, None] != index // self.width[layer], 0)
+            found[layer] = found.get(layer, 0) + own.sum(0, dtype=torch.float64)
+            everyone = torch.arange(len(self.routed[layer]), device=experts.device)
+            routed[layer] = routed.get(layer, 0) + (experts == everyone[:, None]).sum(1)
 
         if self.layers:
-            modules = [(self.arch.activation_module(self.model, i), "output", sum_up(i)) for i in self.layers]
-            with hooks.hooked(*modules):
-                _run(self.model, self.arch, ids)
+            self.reader.run(ids, read)
+        for layer, sums in found.items():
+            sums = sums.cpu()
+            if not bool(torch.isfinite(sums).all()):
+                raise InputError("activations are not finite; try --dtype float32, or check the weights")
+            here = [mask for mask in self.sums.values() if layer in mask]
+            for mask, part in zip(here, sums.split([len(mask[layer]) for mask in here]), strict=True):
+                mask[layer] += part
+        for layer, tokens in routed.items():
+            self.routed[layer] += tokens.cpu()
         self.tokens += ids.numel()
+
+    def include(self, others: Iterable[tuple]) -> None:
+        """Add what other processes have summed up: their `state()`."""
+        for sums, routed, tokens in others:
+            for name, mask in sums.items():
+                for layer, part in mask.items():
+                    self.sums[name][layer] += part
+            for layer, part in routed.items():
+                self.routed[layer] += part
+            self.tokens += tokens
+
+    def state(self) -> tuple:
+        """Everything that adds up: sums, tokens routed, tokens."""
+        return self.sums, self.routed, self.tokens
+
+    def _per_token(self, name: str) -> dict[int, torch.Tensor]:
+        """By layer, what the neurons' means are times `tokens`: of a dense layer the sums themselves."""
+        scaled = {}
+        for layer, sums in self.sums[name].items():
+            if layer in self.routed:
+                tokens = self.routed[layer][self.index[name][layer] // self.width[layer]]
+                sums = sums * self.tokens / tokens.clamp(min=1)
+            scaled[layer] = sums
+        return scaled
 
     def mean(self, name: str) -> float | None:
         """The mean over tokens and neurons of a mask; None for a mask without neurons."""
-        sums = self.sums[name]
+        sums = self._per_token(name)
         neurons = sum(map(len, sums.values()))
         return float(sum(s.sum() for s in sums.values())) / (neurons * self.tokens) if neurons else None
 
     def layer_means(self, name: str) -> dict[int, float]:
         """The same by layer, of the layers that have neurons."""
-        return {layer: float(s.mean()) / self.tokens for layer, s in self.sums[name].items()}
+        return {layer: float(s.mean()) / self.tokens for layer, s in self._per_token(name).items()}
 
 
 # --- a model without some of its neurons ---
@@ -211,23 +365,49 @@ def silenced(model: nn.Module, arch: Arch, mask: Mask) -> Iterator[nn.Module]:
     """The model with the masked neurons' activations set to zero, until the block ends.
 
     What a neuron gives to the layer is its activation (times `up`, where there is a gate) through the down projection,
-    so its input there is set to zero. A layer without masked neurons is not touched.
+    so its input there is set to zero. Experts have no module for it: their columns of the down projection are zero for
+    as long, and then what they were, bit by bit. A layer without masked neurons is not touched.
     """
     import torch
 
-    def silence(index: torch.Tensor):
-        def hook(_module, args):
-            return (args[0].index_fill(-1, index.to(args[0].device), 0), *args[1:])
-
-        return hook
-
-    handles = []
-    try:
+    config = _config(model)
+    with contextlib.ExitStack() as stack:
         for layer, neurons in mask.items():
-            if len(neurons):
+            if not len(neurons):
+                continue
+            index = torch.tensor(list(neurons))
+            if arch.experts(config, layer):
+                width = arch.ffn_width(config, layer) // arch.experts(config, layer)
+                down = arch.experts_module(model, layer).down_proj
+                stack.enter_context(_without_columns(down, index // width, index % width))
+            else:
                 module = arch.module(model, layer, "down_proj")
-                handles.append(module.register_forward_pre_hook(silence(torch.tensor(list(neurons)))))
+                stack.callback(module.register_forward_pre_hook(_silence(index)).remove)
         yield model
+
+
+def _silence(index: torch.Tensor) -> Callable:
+    import torch
+
+    on = functools.cache(index.to)  # copied to a device once, not in every pass
+
+    def hook(_module, args):
+        # In place where nothing is differentiated: the product that comes in here is nobody else's.
+        fill = torch.Tensor.index_fill if torch.is_grad_enabled() else torch.Tensor.index_fill_
+        return (fill(args[0], -1, on(args[0].device), 0), *args[1:])
+
+    return hook
+
+
+@contextlib.contextmanager
+def _without_columns(down: nn.Parameter, experts: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+    """Columns of the experts' down projections [E, hidden, I] set to zero, until the block ends."""
+    if down.is_meta:
+        raise InputError("experts that wait on the disk or in memory cannot be silenced; use GPUs that hold the model")
+    data, place = down.data, (experts.to(down.device), slice(None), columns.to(down.device))
+    saved = data[place]  # a copy
+    data[place] = 0
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        data[place] = saved

@@ -1,4 +1,8 @@
-"""Model references: a local folder, `org/name`, `org/name@revision`, or a run of `checkpoint-<step>` folders."""
+"""Model references: a local folder, `org/name`, `org/name@revision`, or a run of `checkpoint-<step>` folders.
+
+A run may also be a list of revisions of one hub repository, or a pattern of them (`org/name@stage1-step*`). A folder or
+revision that holds a PEFT adapter instead of a model stands for base and adapter merged (see `adapters`).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from cpt_utils import cli
+from cpt_utils import archs, cli, hub, tensors
 from cpt_utils.errors import InputError
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -42,6 +46,9 @@ _VOCABULARIES = (
 )
 SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 WEIGHT_PATTERNS = (*SAFETENSORS, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
 _SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -62,10 +69,14 @@ def local_id(path: str | os.PathLike) -> str:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """One model: `spec` as the user typed it, and its training `step` where the name gives one."""
+    """One model: `spec` as the user typed it, and its training `step` where the name gives one.
+
+    `base` is where an adapter's base is when the one that its configuration names is not here.
+    """
 
     spec: str
     step: int | None = None
+    base: ModelRef | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_local(self) -> bool:
@@ -83,72 +94,140 @@ class ModelRef:
     @property
     def model_id(self) -> str:
         """A file name for this model: `org__name@revision`, or the last two parts of a local path, joined by `__`."""
-        return local_id(self.spec) if self.is_local else self.spec.replace("/", "__")
+        return local_id(self.spec) if self.is_local else re.sub(r"[*?[\]]", "_", self.spec.replace("/", "__"))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The files of this model; of a hub model those of its repository, fetched or not."""
+        if self.is_local:
+            try:
+                return frozenset(os.listdir(self.spec))
+            except OSError as error:
+                raise InputError(f"{self.spec} cannot be read: {error.strerror or error}") from None
+        self._refuse_unfit()
+        return hub.names(self.repository, self.revision)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter. A folder that also holds a model is that model, as for the loaders."""
+        names = self.names
+        return ADAPTER_CONFIG in names and not any(fnmatch.fnmatch(n, p) for n in names for p in WEIGHT_PATTERNS)
 
     @cached_property
-    def _snapshots(self) -> dict:
-        return {}
+    def adapted(self) -> ModelRef | None:
+        """The model that an adapter was trained on; None for what is a model itself."""
+        if not self.is_adapter:
+            return None
+        from cpt_utils import adapters
+
+        return adapters.base_of(self, adapters.read_settings(self.folder([ADAPTER_CONFIG])))
+
+    def with_base(self, base: ModelRef | None) -> ModelRef:
+        """The same model, with a base for the case that it is an adapter and its own base is not here."""
+        return replace(self, base=base)
 
     def folder(self, patterns: Iterable[str] | None = None) -> Path:
         """The local folder with this model's files; for a hub model the files matching `patterns` are fetched first.
+
+        Of a repository with weights in several formats only those are fetched that `TensorFolder` reads.
 
         Raises:
             InputError: no such folder or repository, no access (gated), or the hub cannot be reached.
         """
         if self.is_local:
             return Path(self.spec)
-        _refuse_missing_folder(self.spec)
-        key = tuple(sorted(patterns)) if patterns is not None else None
-        if key not in self._snapshots:
-            self._snapshots[key] = self._fetch(key)
-        return self._snapshots[key]
+        self._refuse_unfit()
+        wanted = ["*"] if patterns is None else list(patterns)
+        if set(wanted) & set(WEIGHT_PATTERNS):
+            wanted = [pattern for pattern in wanted if pattern not in WEIGHT_PATTERNS]
+            hub.fetch_files(self.repository, self.revision, self._weight_files())
+        return hub.fetch(self.repository, self.revision, wanted)
 
-    def _fetch(self, patterns: tuple[str, ...] | None) -> Path:
-        """The snapshot with the files of `patterns`; of a repository with both formats, safetensors only."""
-        if patterns is not None and any(pattern.endswith(".bin") for pattern in patterns):
-            first = tuple(pattern for pattern in patterns if ".bin" not in pattern)
-            folder = _snapshot(self.repository, self.revision, first)
-            if any(folder.glob(SAFETENSORS[0])):
-                return folder
-        return _snapshot(self.repository, self.revision, patterns)
+    def fetch(self, files: Iterable[str]) -> Path:
+        """The local folder, once exactly these files of a hub model are in it."""
+        return Path(self.spec) if self.is_local else hub.fetch_files(self.repository, self.revision, files)
+
+    def first_bytes(self, file: str, stop: int) -> tuple[bytes, int]:
+        """(the first `stop` bytes, the size) of a file of a hub model, which is not fetched for it."""
+        return hub.first_bytes(self.repository, self.revision, file, stop)
+
+    def _weight_files(self) -> list[str]:
+        """The weight files of a hub model: one file or an index and its shards, safetensors before pickles."""
+        for single, index in ((tensors.SINGLE, tensors.INDEX), (tensors.BIN_SINGLE, tensors.BIN_INDEX)):
+            if single in self.names:
+                return [single]
+            if index in self.names:
+                return [index, *tensors.read_index(self.fetch([index]) / index)[0]]
+        return []
+
+    def _refuse_unfit(self) -> None:
+        if is_pattern(self.spec):
+            raise InputError(f"{self.spec} is a pattern of revisions, a run; one model is needed here, name one")
+        _refuse_missing_folder(self.spec)
+
+    def drop(self) -> None:
+        """Free the disk of a hub model: its weights go from the cache, where this process had fetched them."""
+        if self.is_local:
+            return
+        freed = hub.drop(self.repository, self.revision)
+        done = f"dropped from the hub cache ({freed / 1e9:.2f} GB)" if freed else "stay in the hub cache, as before"
+        cli.say(f"{self.spec}: weights {done}")
 
     @cached_property
     def _config(self) -> dict:
+        if self.is_adapter:
+            from cpt_utils import adapters
+
+            return adapters.config(self)
         return read_config(self.folder(["config.json"]), self.spec)
 
     def config(self) -> dict:
-        """The model's `config.json` as a dict."""
+        """The model's `config.json` as a dict; an adapter's is its base's, with the vocabulary that the adapter has."""
         return dict(self._config)
 
     def resolved_revision(self) -> str | None:
         """The commit that the hub's revision stands for; None for a local folder."""
         if self.is_local:
             return None
-        folder = self.folder(["config.json"])
-        return folder.name if folder.parent.name == "snapshots" else None
+        self._refuse_unfit()
+        return hub.commit(self.repository, self.revision)
 
     def side_files(self) -> Path:
         """The folder with configuration and tokenizer files, without fetching weights."""
         return self.folder(_SIDE_PATTERNS)
 
+    def config_folder(self) -> Path:
+        """The folder with `config.json`: that of the base for an adapter, without fetching weights."""
+        return (self.adapted or self).side_files()
+
     def describe(self) -> dict:
         """What a result's header says of this model. `weights_sample` tells two trainings at one path apart."""
         facts = {"spec": self.spec, "model_id": self.model_id, "step": self.step, "revision": self.resolved_revision()}
         if self.is_local:
-            facts |= {"weights_sample": self._weights_sample, "config_sha256": self._config_hash}
-            facts["tokenizer_sha256"] = tokenizer_hash(Path(self.spec))
+            try:
+                facts |= {"weights_sample": self._weights_sample, "config_sha256": self._config_hash}
+                facts["tokenizer_sha256"] = tokenizer_hash(Path(self.spec))
+            except OSError as error:
+                raise InputError(f"{error.filename or self.spec} cannot be read: {error.strerror or error}") from None
+        if self.is_adapter:
+            base = self.adapted.describe()
+            facts["adapter_of"] = {key: base.get(key) for key in ("spec", "model_id", "revision", "weights_sample")}
         return facts
 
     @cached_property
     def _config_hash(self) -> str | None:
         """A short hash of what decides the arithmetic in config.json; None where there is none."""
-        if not os.path.isfile(os.path.join(self.spec, "config.json")):
+        if "config.json" not in self.names and not self.is_adapter:
             return None
         text = json.dumps(shape_of(self.config()), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
     def _weights_sample(self) -> str | None:
+        if self.is_adapter:
+            from cpt_utils import adapters
+
+            return adapters.sample(self)
         return weights_sample(Path(self.spec))
 
 
@@ -158,14 +237,17 @@ def shape_of(config: dict) -> dict:
     return {key: value for key, value in config.items() if key not in passing}
 
 
-def weights_sample(folder: Path, blocks: int = 64, block: int = 1 << 14) -> str | None:
+def weights_sample(
+    folder: Path, patterns: Iterable[str] = WEIGHT_PATTERNS, blocks: int = 64, block: int = 1 << 14
+) -> str | None:
     """A short hash of a model folder's weights: of every safetensors tensor its first, middle and last bytes, of every
     file its size and `blocks` evenly spaced blocks.
 
     Reads a megabyte or two a file, so it costs nothing beside loading. Two trainings differ in every block, and a
     change to one tensor shows in that tensor. None where the folder holds no weights.
     """
-    names = sorted(name for name in os.listdir(folder) if any(fnmatch.fnmatch(name, p) for p in WEIGHT_PATTERNS))
+    names = sorted(name for name in os.listdir(folder) if any(fnmatch.fnmatch(name, p) for p in patterns))
+    names = [name for name in names if (folder / name).is_file()]
     if not names:
         return None
     digest = hashlib.sha256()
@@ -196,21 +278,46 @@ def _tensor_places(file, size: int) -> list[int]:
         header = json.loads(file.read(length))
         spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
         places = {8 + length + p for a, b in spans for p in (a, (a + b) // 2, max(a, b - _PIECE))}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     return sorted(place for place in places if 0 <= place < size)
 
 
 def read_config(folder: Path, name: str) -> dict:
-    """The `config.json` of a model folder."""
+    """The `config.json` of a model folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or a size in it is no size.
+    """
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         run = [p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name)]
         hint = "it is a run of checkpoints; name one of them" if run else "it is no model folder"
-        raise InputError(f"{name} has no config.json: {hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} has no config.json: {hint}")
+    config = read_json(file)
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, dict) else {}):
+        for key in sorted({key for keys in archs.FIELDS.values() for key in keys} | {"vocab_size"}):
+            value = values.get(key)
+            number = isinstance(value, int | float) and 0 <= value < 1 << 31 and value == int(value)
+            if isinstance(value, str | bool) or (isinstance(value, int | float) and not number):
+                raise InputError(f"{file}: {key} is {str(value)[:40]}, which is no size of a model; copy it again")
+    return config
+
+
+def read_json(file: Path) -> dict:
+    """A configuration file.
+
+    Raises:
+        InputError: it is no file, no JSON, or holds no object.
+    """
+    try:
+        if not file.is_file():
+            raise InputError(f"{file} is not there, or no file")
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON ({error}); copy the model again") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} holds no configuration; copy the model again")
@@ -223,40 +330,6 @@ def _refuse_missing_folder(spec: str) -> None:
     parent = Path(spec.partition("@")[0]).parent
     if parent.is_dir():  # build/demo where build/ is there: a mistyped path, not a repository of the user "build"
         raise InputError(f"{spec}: no such folder (the folder {parent} is there, {Path(spec).name} is not in it)")
-
-
-def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = repository + (f"@{revision}" if revision else "")
-    try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(patterns) if patterns else None)
-        )
-    except GatedRepoError:
-        raise InputError(
-            f"{name} is gated: accept its terms at https://huggingface.co/{repository}, then run `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise InputError(
-            f"{repository} has no revision {revision}; its branches and tags are listed on its page"
-        ) from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"{repository}: neither a folder here nor a repository on the hub (for a private one run `hf auth login`)"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: no such folder here, not in the hub cache, and the hub cannot be reached ({first})"
-        ) from None
 
 
 def model(text: str | os.PathLike) -> ModelRef:
@@ -280,13 +353,49 @@ def checkpoints(folder: str | os.PathLike) -> list[ModelRef]:
     return sorted((ref for ref in found if os.path.isdir(ref.spec)), key=lambda ref: ref.step)
 
 
+def is_pattern(spec: str) -> bool:
+    """Whether `spec` means several revisions of a hub repository: `org/name@step*`. No revision has such a name."""
+    return any(sign in spec.partition("@")[2] for sign in "*?[") and not os.path.isdir(spec)
+
+
+def revisions(spec: str) -> list[ModelRef]:
+    """The branches and tags that a pattern means and that have a step in their names, ordered by step.
+
+    Raises:
+        InputError: there are none, or the hub cannot be asked.
+    """
+    repository, _, pattern = spec.partition("@")
+    _refuse_missing_folder(repository)
+    found = [ModelRef(f"{repository}@{name}", step_of(name)) for name in hub.revisions(repository, pattern)]
+    found = [ref for ref in found if ref.step is not None]
+    if not found:
+        raise InputError(f"{spec}: {repository} has no branch or tag of that pattern with a step in its name")
+    return sorted(found, key=lambda ref: ref.step)
+
+
+def one_at_a_time(run: list[ModelRef], drop: bool, base: ModelRef | None = None) -> Iterator[list[ModelRef]]:
+    """The run in groups whose weights are on disk together: all of it, or, with `drop`, one checkpoint after another.
+
+    With `drop`, a checkpoint's weights go from the hub cache as soon as the next one is asked for (see `hub.drop`);
+    never those of `base`.
+    """
+    if not drop:
+        yield run
+        return
+    for ref in run:
+        yield [ref]
+        if base is None or ref.spec != base.spec:
+            ref.drop()
+
+
 def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = None) -> list[ModelRef]:
     """References to all models that `texts` names, in the order given, runs expanded in step order.
 
-    A folder with a `config.json` of its own is that one model, even where a trainer left checkpoints below it.
+    A folder with a model or an adapter of its own is that one, even where a trainer left checkpoints below it.
 
     Args:
-        texts: one reference or several; a folder that holds `checkpoint-<step>` folders stands for all of them.
+        texts: one reference or several; a folder that holds `checkpoint-<step>` folders stands for all of them, and
+            `org/name@pattern` for all revisions of that pattern that are named after a step.
         steps: keep only these steps of runs; a step that no run has is refused. Models without a step stay.
 
     Raises:
@@ -297,11 +406,14 @@ def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None
     found: list[ModelRef] = []
     for text in texts:
         text = os.fspath(text).rstrip("/") or "/"
-        if is_run(text) and not os.path.isfile(os.path.join(text, "config.json")):
+        own = next((name for name in ("config.json", ADAPTER_CONFIG) if os.path.isfile(os.path.join(text, name))), None)
+        if is_pattern(text):
+            found += revisions(text)
+        elif is_run(text) and not own:
             found += checkpoints(text)
         else:
             if is_run(text):
-                cli.say(f"{text} is taken as one model: it has a config.json; for its checkpoints name them one by one")
+                cli.say(f"{text} is taken as one model: it has a file {own}; for its checkpoints name them one by one")
             found.append(model(text))
     return _only_steps(found, steps)
 
@@ -309,16 +421,18 @@ def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None
 def run(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = None) -> list[ModelRef]:
     """The checkpoints of one run in step order: every model has a step, and no step comes twice.
 
-    `texts` is a folder that holds `checkpoint-<step>` folders, or a list of models named after their steps (checkpoint
-    folders, `org/name@revision`). A single model without a step in its name is a run of one, of step 0.
+    `texts` is a folder that holds `checkpoint-<step>` folders, a pattern of revisions (`org/name@step*`), or a list of
+    models named after their steps (checkpoint folders, `org/name@revision`). A single model without a step in its name
+    is a run of one, of step 0.
     """
     if isinstance(texts, str | os.PathLike):
         texts = [texts]
     found: list[ModelRef] = []
     for text in texts:
-        found += checkpoints(text) if is_run(text) else [model(text)]
+        spec = os.fspath(text)
+        found += checkpoints(text) if is_run(text) else revisions(spec) if is_pattern(spec) else [model(text)]
     if len(found) == 1 and found[0].step is None:
-        return [ModelRef(found[0].spec, 0)]
+        return [replace(found[0], step=0)]
     for ref in found:
         if ref.step is None:
             hint = (
@@ -395,6 +509,7 @@ def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | Non
         return own
     # Its own run comes first: the study's run may be another one, with other tokens.
     parent = Path(ref.spec).resolve().parent if ref.is_local else (Path(run) if run and os.path.isdir(run) else None)
+    base = ref.adapted or base
     if parent is not None and has_tokenizer(parent):
         cli.say(f"{ref.spec} has no tokenizer files; using those of {parent.name}/")
         return parent

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import fcntl
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 HEADER = "_header"
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")  # the names that `replacing` gives
 LIBRARIES = ("torch", "transformers", "datasets", "lm_eval", "numpy", "scipy")
 
 
@@ -79,22 +82,55 @@ def libraries() -> dict[str, str]:
 def replacing(path: str | os.PathLike):
     """A temporary path beside `path`; renamed to it when the block ends well, removed when it does not.
 
+    What killed processes left in the folder goes first: their temporary files are no longer locked.
+
     Raises:
         InputError: the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     # The suffix stays last, so that writers that look at it (matplotlib) see the right one.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)
+        handle = _locked(temporary)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if path.is_dir():  # os.replace would say only that
+            raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {_os_reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        if handle is not None:
+            with contextlib.suppress(OSError):  # where even this fails, the next writer of the file removes it
+                temporary.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _locked(temporary: Path) -> int:
+    """Create a temporary file and lock it for as long as the descriptor is open, which a kill ends."""
+    while True:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        with contextlib.suppress(OSError):  # file systems without locks: nobody will think it abandoned there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)  # removed by another process, before it was locked
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove temporary files of `replacing` in `folder` that no living process has locked."""
+    for name in filter(TEMPORARY.fullmatch, os.listdir(folder)):
+        with contextlib.suppress(OSError):  # locked, gone, or on a file system without locks
+            handle = os.open(folder / name, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(folder / name)
+            finally:
+                os.close(handle)
 
 
 def _os_reason(error: OSError) -> str:
@@ -134,6 +170,8 @@ def read_tensors(path: str | os.PathLike) -> dict:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise InputError(f"{path} cannot be read as tensors ({type(error).__name__}); write it again") from None
     if not isinstance(found, dict):
@@ -159,7 +197,9 @@ def read_json(
         raise InputError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; a JSON file is needed") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(payload, dict):
         cli.warn(f"{path} has no header: its model and settings are taken on trust")
@@ -168,6 +208,8 @@ def read_json(
     if head is None:
         cli.warn(f"{path} has no header: its model and settings are taken on trust")
         return payload, {}
+    if not isinstance(head, dict):
+        raise InputError(f"{path} has a {HEADER} that is no header; write the file again")
     if schema is not None and head.get("schema") != schema:
         raise InputError(f"{path} holds {head.get('schema')!r}, but {schema!r} is needed; give the file of that step")
     if head.get("limit") is not None and not allow_limited:

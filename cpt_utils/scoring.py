@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpt_utils.batching import batches, encode, padded, positions
+from cpt_utils import hooks, models
+from cpt_utils.batching import encode, for_each, padded, positions
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS = 512  # rows of logits that are turned into losses at a time
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def text_nlls(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
-    batch_size: int = 32,
+    batch_size: int | None = None,
     contexts: list[str] | None = None,
 ) -> list[TextScore]:
     """The NLL of each text, with special tokens as the tokenizer adds them; the first token is not predicted.
@@ -63,18 +66,19 @@ def text_nlls(
         if len(ids) <= start:
             raise InputError(f"a text of fewer than two tokens, or cut off, cannot be scored: {text[:60]!r}")
     scores: list[TextScore | None] = [None] * len(texts)
-    for rows in batches([len(s) for s in sequences], batch_size):
-        ids, mask = (t.to(model.device) for t in padded([sequences[i] for i in rows], tokenizer.pad_token_id))
-        with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        losses = _token_losses(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]
-        for row, i in enumerate(rows):
-            total = float(losses[row, starts[i] - 1 :].sum(dtype=torch.float64))
+
+    def score(rows: list[int]) -> None:
+        wanted = [[(at - 1, sequences[i][at]) for at in range(starts[i], len(sequences[i]))] for i in rows]
+        losses = _losses(model, [sequences[i] for i in rows], tokenizer.pad_token_id, wanted)
+        for i, own in zip(rows, losses, strict=True):
             kept = texts[i]
             if len(sequences[i]) == positions(model):  # perhaps cut: count what was read
                 read = tokenizer.decode(sequences[i][starts[i] :], skip_special_tokens=True)
                 kept = read if len(read) < len(kept) else kept
-            scores[i] = TextScore(total, len(sequences[i]) - starts[i], len(kept.split()), len(kept.encode()))
+            total = float(own.sum(dtype=torch.float64))
+            scores[i] = TextScore(total, len(own), len(kept.split()), len(kept.encode()))
+
+    for_each(model, "logits of texts", [len(s) for s in sequences], score, batch_size)
     return scores
 
 
@@ -87,7 +91,7 @@ def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def mean_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 32
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int | None = None
 ) -> TextScore:
     """The sum of `text_nlls` over all texts."""
     scores = text_nlls(model, tokenizer, texts, batch_size)
@@ -99,7 +103,7 @@ def choice_logliks(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     choices: list[str],
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> list[list[float]]:
     """Log-likelihood of each choice after each prompt, [prompts][choices], joined by a space as lm_eval joins them.
 
@@ -122,27 +126,44 @@ def choice_logliks(
     for request, (number, _) in enumerate(wanted):
         asked[number].append(request)
     result = [0.0] * len(wanted)
-    for rows in batches([len(s) for s in inputs], batch_size):
-        ids, mask = (t.to(model.device) for t in padded([inputs[i] for i in rows], tokenizer.pad_token_id))
-        with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, number in enumerate(rows):
-            end = len(inputs[number])
-            for request in asked[number]:
-                targets = torch.tensor(wanted[request][1], dtype=torch.long, device=ids.device)
-                losses = _token_losses(logits[row, None, end - len(targets) : end], targets[None])
-                result[request] = -float(losses.sum(dtype=torch.float64))
+
+    def score(rows: list[int]) -> None:
+        pairs: list[list[tuple[int, int]]] = []  # of each input, the targets of all its requests
+        for i in rows:
+            own = [wanted[request][1] for request in asked[i]]
+            pairs.append([(len(inputs[i]) - len(ids) + at, id) for ids in own for at, id in enumerate(ids)])
+        found = _losses(model, [inputs[i] for i in rows], tokenizer.pad_token_id, pairs)
+        for i, losses in zip(rows, found, strict=True):
+            parts = losses.split([len(wanted[request][1]) for request in asked[i]])
+            for request, part in zip(asked[i], parts, strict=True):
+                result[request] = -float(part.sum(dtype=torch.float64))
+
+    for_each(model, "logits of choices", [len(s) for s in inputs], score, batch_size)
     n = len(choices)
     return [result[i : i + n] for i in range(0, len(result), n)]
 
 
-def _token_losses(logits, targets):
-    """NLL of each target token in nats, [batch, tokens], computed in float32 or better."""
+def _losses(model: PreTrainedModel, sequences: list[list[int]], pad: int, wanted: list[list[tuple[int, int]]]):
+    """NLL in nats of the tokens asked for, a tensor on the CPU for each sequence, computed in float32 or better.
+
+    The lm_head runs at the positions asked for alone: not at padding, nor in a prompt of which the end is asked for.
+
+    Args:
+        wanted: of each sequence, (position, token that should follow it).
+    """
     import torch
 
-    # A sequence at a time: a float32 copy of all logits of a batch is gigabytes for a large vocabulary.
-    rows = [
-        torch.nn.functional.cross_entropy(row if row.dtype == torch.float64 else row.float(), target, reduction="none")
-        for row, target in zip(logits, targets, strict=True)
-    ]
-    return torch.stack(rows)
+    flat = [(row, at, token) for row, pairs in enumerate(wanted) for at, token in pairs]
+    rows, columns, targets = torch.tensor(flat, dtype=torch.long).view(-1, 3).T.to(models.input_device(model))
+    ids, mask = (t.to(rows.device) for t in padded(sequences, pad))
+    with torch.inference_mode(), hooks.head_on(model.get_output_embeddings(), rows, columns):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        targets = targets.to(logits.device)
+        losses = [
+            # A part at a time: a float32 copy of all logits of a batch is gigabytes for a large vocabulary.
+            torch.nn.functional.cross_entropy(
+                part if part.dtype == torch.float64 else part.float(), target, reduction="none"
+            )
+            for part, target in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+        ]
+    return torch.cat(losses).cpu().split([len(pairs) for pairs in wanted])

@@ -43,10 +43,20 @@ BLOCK = 32 << 20  # bytes of a tensor worked on at a time
 # Config values under which the same weights compute something else.
 ARITHMETIC = (
     "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "attention_heads",
     "num_key_value_heads",
+    "num_kv_heads",
+    "multi_query",
+    "new_decoder_architecture",
+    "num_experts_per_tok",
+    "norm_topk_prob",
     "head_dim",
     "hidden_act",
     "activation_function",
+    "activation",
     "rms_norm_eps",
     "layer_norm_eps",
     "layer_norm_epsilon",
@@ -129,8 +139,8 @@ class Pair:
                 f"{self.base_ref.spec} has {other.n_layers(base_config)} layers and {self.target_ref.spec} "
                 f"{self.n_layers}; base and target must have the same"
             )
-        self.base = tensors.TensorFolder(self.base_ref)
-        self.target = tensors.TensorFolder(self.target_ref)
+        self.target = tensors.open_folder(self.target_ref, self.base_ref)
+        self.base = tensors.open_folder(self.base_ref, lazy=True)  # of a hub model only the shards that are swapped
         self._layer_edits: dict[int, list[Edit]] = {}
         self._base_names = {self.arch.canonical(name): name for name in self.base.names()}
         for key in ARITHMETIC:
@@ -229,14 +239,18 @@ def layers_from_base(pair: Pair, layers: Iterable[int]) -> Recipe:
 
 
 def parts_from_base(pair: Pair, projections: Iterable[str], layers: Iterable[int]) -> Recipe:
-    """The given projections of B, weights and biases, in `layers`; of a fused tensor only their slice."""
+    """The given projections of B, weights and biases, in `layers`; of a fused tensor only their slice.
+
+    The router of a mixture of experts may be among them (archs.ROUTER); layers without one have nothing of it to swap.
+    """
     layers = _checked_layers(layers, pair.n_layers)
-    wanted = [name for name in pair.arch.projections(pair.config) if name in set(projections)]
+    wanted = [name for name in (*pair.arch.projections(pair.config), archs.ROUTER) if name in set(projections)]
     names = set(pair.target.names())
     edits = [
         pair.edit(part.tensor, part.dim, part.index)
         for layer in layers
         for projection in wanted
+        if projection != archs.ROUTER or pair.arch.has_router(pair.config, layer)
         for part in pair.arch.parts(pair.config, layer, projection, names)
     ]
     words = f"{', '.join(wanted)} of the base in layers {_listed(layers)}"
@@ -389,8 +403,9 @@ def write_model(
         more = f" and {len(unlike) - 4} more" if len(unlike) > 4 else ""
         cli.say(f"outside the swap base and target differ; the target's are kept: {named}{more}")
     side = _side_files(pair, run)
-    files, index = folders.layout_of(pair.target)
     edits = recipe.by_tensor()
+    pair.base.fetch({edit.base_tensor for edit in recipe.edits})
+    files, index = folders.layout_of(pair.target)
     parts = {file.name: folders.spans(file, _places(pair, edits)) for file in files}
     size = sum(file.size for file in files)
     needed = size + sum(path.stat().st_size for path in side.values()) + (1 << 20)
@@ -405,15 +420,13 @@ def write_model(
         bar = cli.progress(desc=f"writing {out.name}", total=2 * size, unit="B")
         bar.unit_scale = True
         with folders.new_folder(out) as partial, bar:
-            for file in files:
-                _check_copied(pair, file, edits)
-                folders.write_file(file, parts[file.name], contents, partial / file.name, bar)
+            folders.write_files(_checked(pair, files, edits), parts, contents, partial, bar)
             for name, path in side.items():
                 shutil.copyfile(path, partial / name)
+            if pair.target_ref.is_adapter:  # its vocabulary may be larger than that of the base whose file was copied
+                (partial / "config.json").write_text(json.dumps(pair.config, indent=2) + "\n", encoding="utf-8")
             if index is not None:
                 (partial / tensors.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            for file in files:
-                folders.verify_file(file, parts[file.name], contents, partial / file.name, bar)
             return _record(pair, recipe, request, partial, changed, unlike)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -465,7 +478,7 @@ def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:
 
 def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
     """Configuration and tokenizer files to copy: name -> path."""
-    own = Path(pair.target_ref.side_files())
+    own = Path(pair.target_ref.config_folder())
     found = {name: own / name for name in CONFIG_FILES if (own / name).is_file()}
     folder = Path(refs.tokenizer_folder(pair.target_ref, os.fspath(run) if run else None, pair.base_ref))
     found |= {name: folder / name for name in refs.TOKENIZER_FILES if (folder / name).is_file()}
@@ -473,15 +486,16 @@ def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
 
 
 def _places(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
-    """Where each tensor's bytes are: in the target's file, in the base's, or nowhere as such."""
+    """Where each tensor's bytes are: in the target's file, in another one, or nowhere as such."""
 
     def place(name: str, entry: tensors.Entry) -> tuple[Path, int] | bool | None:
-        if name not in edits:
+        if name not in edits and pair.target.kind == "safetensors":
             return True
-        if not _copies_bytes(pair, edits[name], entry):
+        if name in edits and not _copies_bytes(pair, edits[name], entry):
             return None
-        base_name = edits[name][0].base_tensor
-        return pair.base.path / pair.base.shard_of(base_name), pair.base.entry(base_name).start
+        source, stored = (pair.base, edits[name][0].base_tensor) if name in edits else (pair.target, name)
+        folder = source.folder_of(stored)  # of an adapter's own tensors the base's, if it leaves them alone
+        return (folder.path / folder.shard_of(stored), folder.entry(stored).start) if folder else None
 
     return place
 
@@ -490,14 +504,17 @@ def _copies_bytes(pair: Pair, edits: list[Edit], entry: tensors.Entry) -> bool:
     """Whether the tensor is B's, whole and unconverted: then its bytes go from file to file."""
     only = edits[0]
     whole = len(edits) == 1 and only.index is None and only.function is None
-    return whole and pair.base.kind == "safetensors" and pair.base.entry(only.base_tensor).dtype == entry.dtype
+    folder = pair.base.folder_of(only.base_tensor) if whole else None
+    return folder is not None and folder.entry(only.base_tensor).dtype == entry.dtype
 
 
-def _check_copied(pair: Pair, file: folders.WeightFile, edits: dict[str, list[Edit]]) -> None:
-    """Refuse NaN and infinity also in tensors whose bytes never pass through this process."""
-    for name, entry in file.entries.items():
-        if name in edits and _copies_bytes(pair, edits[name], entry):
-            _refuse_not_finite(pair, edits[name][0], pair.base.get(edits[name][0].base_tensor))
+def _checked(pair: Pair, files: list[folders.WeightFile], edits: dict[str, list[Edit]]) -> Iterator[folders.WeightFile]:
+    """The files; before each one, NaN and infinity are refused in the tensors that the kernel will copy from B."""
+    for file in files:
+        for name, entry in file.entries.items():
+            if name in edits and _copies_bytes(pair, edits[name], entry):
+                _refuse_not_finite(pair, edits[name][0], pair.base.get(edits[name][0].base_tensor))
+        yield file
 
 
 def _contents(pair: Pair, name: str, edits: dict[str, list[Edit]]) -> Iterator[memoryview]:
@@ -507,10 +524,19 @@ def _contents(pair: Pair, name: str, edits: dict[str, list[Edit]]) -> Iterator[m
     if name in edits:
         blocks = _blocks(pair, name, edits[name])
     else:
-        rows = _rows(pair.target.get(name))
-        blocks = (rows[a:b] for a, b in tensors.chunks(rows.shape[0], rows[:1].nbytes, BLOCK))
+        blocks = _own_blocks(pair.target, name)
     for block in blocks:
         yield memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _own_blocks(target: tensors.TensorFolder, name: str) -> Iterator[torch.Tensor]:
+    shape = target.shape(name)
+    if not shape:
+        yield target.get(name).view(1)
+        return
+    row = tensors.numel(shape[1:]) * target.dtype(name).itemsize
+    for start, stop in tensors.chunks(shape[0], row, BLOCK):
+        yield target.rows(name, start, stop)
 
 
 def _record(pair: Pair, recipe: Recipe, request: dict, partial: Path, changed: dict, unlike: dict) -> dict:
@@ -543,6 +569,7 @@ class Swapper:
 
     A swap puts other tensors in the place of the model's and the model's own back at the end, so leaving it restores
     every bit and costs nothing. What was computed for one recipe is kept for the next ones up to `cache_bytes`.
+    Where several tensors on disk are one in memory (experts), the swap works on a copy of that one.
     """
 
     model: nn.Module
@@ -554,25 +581,33 @@ class Swapper:
     def applied(self, recipe: Recipe) -> Iterator[nn.Module]:
         """The model with the recipe's edits, until the block ends (also by an exception)."""
         grouped = recipe.by_tensor()
-        names = self.pair.arch.module_names(grouped, self.model)
-        replaced: list[tuple[nn.Parameter, torch.Tensor]] = []
+        places = self.pair.arch.module_places(grouped, self.model)
+        replaced: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # name in memory -> (tensor, its own values)
         try:
             for name, edits in grouped.items():
-                parameter = self.model.get_parameter(names[name])
-                values = self._values(name, edits, parameter)
-                replaced.append((parameter, parameter.data))
-                parameter.data = values
+                place = places[name]
+                if place.name not in replaced:
+                    held = _held(self.model, place.name)
+                    replaced[place.name] = held, held.data
+                held, own = replaced[place.name]
+                if place.index is None:
+                    held.data = self._values(name, edits, held)
+                    continue
+                values = self._values(name, edits, own[place.index])
+                if held.data_ptr() == own.data_ptr():
+                    held.data = own.clone()
+                held.data[place.index].copy_(values)
             yield self.model
         finally:
-            for parameter, own in reversed(replaced):
-                parameter.data = own
+            for held, own in replaced.values():
+                held.data = own
 
-    def _values(self, name: str, edits: list[Edit], parameter: nn.Parameter) -> torch.Tensor:
-        key = (name, parameter.dtype, str(parameter.device), json.dumps([edit.describe() for edit in edits]))
+    def _values(self, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
+        key = (name, own.dtype, str(own.device), json.dumps([edit.describe() for edit in edits]))
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        values = _in_memory(self.pair, name, edits, parameter)
+        values = _in_memory(self.pair, name, edits, own)
         if all(edit.function is None for edit in edits) and values.nbytes <= self.cache_bytes:
             self._cache[key] = values
             while sum(held.nbytes for held in self._cache.values()) > self.cache_bytes:
@@ -580,17 +615,23 @@ class Swapper:
         return values
 
 
-def _in_memory(pair: Pair, name: str, edits: list[Edit], parameter: nn.Parameter) -> torch.Tensor:
-    """The edited tensor as the model would have loaded it from the written folder."""
+def _held(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of a dotted name."""
+    module, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(module), last)
+
+
+def _in_memory(pair: Pair, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
+    """The edited tensor as the model, which holds `own` in its place, would have loaded it from the written folder."""
     import torch
 
     shape = pair.target.shape(name)
-    if tuple(parameter.shape) != tuple(shape):
+    if tuple(own.shape) != tuple(shape):
         raise InputError(
-            f"{name} is {list(shape)} in {pair.target_ref.spec} and {list(parameter.shape)} in the loaded model; "
+            f"{name} is {list(shape)} in {pair.target_ref.spec} and {list(own.shape)} in the loaded model; "
             "load the target itself"
         )
-    values = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+    values = torch.empty(shape, dtype=own.dtype, device=own.device)
     flat, position = _rows(values), 0
     for block in _blocks(pair, name, edits):
         flat[position : position + block.shape[0]].copy_(block)

@@ -1,10 +1,11 @@
 """Tensors of a model folder, read by name, one memory-mapped shard at a time; never a whole model in memory.
 
-    with TensorFolder("build/model") as stored:
+    with open_folder("build/model") as stored:
         weight = stored.get("model.layers.0.mlp.up_proj.weight")     # pages come from the file when they are touched
 
-Every file is checked before its first tensor is used: a header that lies about sizes, a shard that is not there and an
-index that points outside its folder are errors in one line. Nothing but plain tensors is ever unpickled.
+Of a hub model, `lazy`, a shard is fetched when a tensor of it is first read; a LoRA adapter opens as base and adapter
+merged. Every file is checked before its first tensor is used: a header that lies about sizes, a shard that is not there
+and an index or a link that points outside its folder are errors in one line. Nothing but plain tensors is unpickled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +27,7 @@ from cpt_utils.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from cpt_utils.adapters import AdapterFolder
     from cpt_utils.refs import ModelRef
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,6 +49,8 @@ DTYPES = {
     "BOOL": ("bool", 1),
 }
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+FIRST_BYTES = 1 << 17  # of a remote file asked for at first: most headers are shorter
+MOST_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,30 @@ def read_header(path: Path) -> Header:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise InputError(f"{path} is cut short or damaged ({size} bytes, less than its header); copy it again")
-            header = json.loads(file.read(length))
+            return parse_header(start + file.read(header_length(start, size, path)), size, path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def header_length(start: bytes, size: int, path: Path | str) -> int:
+    """Bytes of the JSON in a safetensors file of `size` bytes whose first eight are `start`."""
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
+        raise InputError(f"{path} is cut short or damaged ({size} bytes, less than its header); copy it again")
+    return length
+
+
+def parse_header(data: bytes, size: int, path: Path | str) -> Header:
+    """The header in the first bytes `data` of a safetensors file of `size` bytes; `path` is for messages."""
+    length = header_length(data, size, path)
+    try:
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_no_doubles)
     except (ValueError, RecursionError):
         raise InputError(f"{path} has a damaged safetensors header; copy the file again") from None
     try:
         metadata = header.pop("__metadata__", None) or {}
         entries = {name: _entry(fields, 8 + length) for name, fields in header.items()}
+        metadata = dict(metadata)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} has a safetensors header that does not describe tensors ({error})") from None
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -103,10 +121,18 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata)
 
 
+def _no_doubles(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, refused where a key comes twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
 def _entry(fields: dict, data_start: int) -> Entry:
     shape = tuple(fields["shape"])
     start, stop = fields["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or len(shape) > MOST_DIMENSIONS:
         raise ValueError("negative or broken sizes")
     if fields["dtype"] not in DTYPES:
         raise ValueError(f"dtype {fields['dtype']}, which is not one of {', '.join(DTYPES)}")
@@ -136,37 +162,81 @@ def dtype_name(dtype: torch.dtype) -> str:
         raise InputError(f"tensors of {dtype} cannot be stored as safetensors; convert the model first") from None
 
 
+def open_folder(
+    where: ModelRef | str | os.PathLike, base: ModelRef | None = None, lazy: bool = False
+) -> TensorFolder | AdapterFolder:
+    """The tensors of a model, or of an adapter merged into its base.
+
+    Args:
+        base: what an adapter is merged into where the base that it names is not here.
+        lazy: of a hub model, fetch only configuration and index now and shards when they are read (or `fetch` is
+            called). Whoever reads the files themselves (`path`, `entry`) calls `fetch` first.
+    """
+    if not hasattr(where, "folder") and os.path.isdir(where):
+        from cpt_utils.refs import ModelRef
+
+        where = ModelRef(os.fspath(where))
+    if hasattr(where, "folder") and where.is_adapter:
+        from cpt_utils import adapters
+
+        return adapters.AdapterFolder(where, base, lazy)
+    return TensorFolder(where, lazy)
+
+
 class TensorFolder:
     """The tensors of one model folder, by their names on disk.
 
     At most one shard is open (memory-mapped) at a time; tensors got from it keep their own hold on it. A tensor is a
-    view of the file: do not write into it.
+    view of the file: do not write into it. `lazy`: see `open_folder`; pickles are fetched at once.
 
     Raises:
         InputError: on opening, when there is no such folder or no complete set of weights in it.
     """
 
-    def __init__(self, where: ModelRef | str | os.PathLike):
+    def __init__(self, where: ModelRef | str | os.PathLike, lazy: bool = False):
+        self._remote: ModelRef | None = None
         if hasattr(where, "folder"):
             from cpt_utils.refs import WEIGHT_PATTERNS
 
             self.spec = where.spec
-            self.path = Path(where.folder((*WEIGHT_PATTERNS, "*.json")))
+            if lazy and not where.is_local and {SINGLE, INDEX} & where.names:
+                self._remote = where
+                self.path = Path(where.fetch(["config.json", *([] if SINGLE in where.names else [INDEX])]))
+            else:
+                self.path = Path(where.folder((*WEIGHT_PATTERNS, "config.json")))
         else:
             self.spec = os.fspath(where)
             self.path = Path(where)
         if not self.path.is_dir():
             raise InputError(f"{self.spec}: no such folder")
-        self.kind, self.files, self._shard_of = _inventory(self.path)
+        self._lock = threading.Lock()
         self._headers: dict[str, Header] = {}
         self._open: tuple[str, object] | None = None
+        try:
+            self.kind, self.files, self._shard_of = self._look()
+            self._refuse_unfit()
+        except OSError as error:  # a folder without permission, a name that is too long
+            raise InputError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        if self._shard_of is None:
+            self._shard_of = dict.fromkeys(self._names_in(self.files[0]), self.files[0])
+
+    def _refuse_unfit(self) -> None:
+        """Refuse files that are not there, nor in the hub's repository.
+
+        Links are followed: people keep weights on other disks.
+        """
+        there = self._remote.names if self._remote else ()
         for file in self.files:
-            if not (self.path / file).is_file():
+            if not (self.path / file).is_file() and file not in there:
                 raise InputError(
                     f"{self.path}: the index names the shard {file}, which is not there; copy or download it again"
                 )
-        if self._shard_of is None:
-            self._shard_of = dict.fromkeys(self._names_in(self.files[0]), self.files[0])
+
+    def _look(self) -> tuple[str, list[str], dict[str, str] | None]:
+        """(kind, files in order, tensor -> file; None when there is a single file, which says it itself)."""
+        if self._remote and SINGLE in self._remote.names:
+            return "safetensors", [SINGLE], None
+        return _inventory(self.path)
 
     def __enter__(self) -> TensorFolder:
         return self
@@ -190,10 +260,34 @@ class TensorFolder:
             raise InputError(f"{self.path} has no tensor {name}")
         return self._shard_of[name]
 
+    def folder_of(self, name: str) -> TensorFolder | None:
+        """The folder in whose files a tensor's bytes are (`entry` says where); None where they are in no plain file."""
+        return self if self.kind == "safetensors" else None
+
+    def fetch(self, names: Iterable[str] | None = None) -> None:
+        """Fetch the shards of the tensors `names` (default: all) that are not here yet, several at a time."""
+        files = self.files if names is None else {self.shard_of(name) for name in names}
+        absent = sorted(file for file in files if not (self.path / file).is_file())
+        if absent and self._remote:
+            self._remote.fetch(absent)
+            for file in absent:
+                self._headers.pop(file, None)  # from now on the file's own
+                if not (self.path / file).is_file():
+                    raise InputError(f"{self.spec}: the shard {file} could not be fetched; run the same command again")
+
+    def _read_header(self, file: str) -> Header:
+        if self._remote is None or (self.path / file).is_file():
+            return read_header(self.path / file)
+        data, size = self._remote.first_bytes(file, FIRST_BYTES)
+        length = 8 + header_length(data, size, f"{self.spec}/{file}")
+        if length > len(data):
+            data, size = self._remote.first_bytes(file, length)
+        return parse_header(data, size, f"{self.spec}/{file}")
+
     def header(self, file: str) -> Header:
-        """The checked header of a safetensors shard."""
+        """The checked header of a safetensors shard; of a shard that is not fetched yet, only the header is read."""
         if file not in self._headers:
-            header = read_header(self.path / file)
+            header = self._read_header(file)
             lost = [
                 name for name, shard in (self._shard_of or {}).items() if shard == file and name not in header.entries
             ]
@@ -219,13 +313,15 @@ class TensorFolder:
         import torch
 
         file = self.shard_of(name)
-        if self._open is None or self._open[0] != file:
-            self._open = None  # the old shard goes before the new one comes
-            self._open = (file, self._map(file))
+        with self._lock:  # several threads may read
+            if self._open is None or self._open[0] != file:
+                self._open = None  # the old shard goes before the new one comes
+                self._open = (file, self._map(file))
+            held = self._open[1]
         if self.kind == "bin":
-            return self._open[1][name]
+            return held[name]
         entry = self.header(file).entries[name]
-        data = self._open[1][entry.start : entry.stop]
+        data = held[entry.start : entry.stop]
         dtype = torch_dtype(entry.dtype)
         if data.storage_offset() % dtype.itemsize:  # the format asks for no alignment
             data = data.clone()
@@ -238,7 +334,8 @@ class TensorFolder:
     def _names_in(self, file: str) -> list[str]:
         """The tensors of one file; of a shard only those that the index places there."""
         if self._shard_of is not None:
-            held = self.header(file).entries if self.kind == "safetensors" else self._shard_of
+            known = self.kind == "safetensors" and (self._remote is None or file in self._headers)
+            held = self.header(file).entries if known else self._shard_of  # the index is enough for names
             return [name for name in held if self._shard_of.get(name) == file]
         if self.kind == "safetensors":
             return list(self.header(file).entries)
@@ -249,6 +346,8 @@ class TensorFolder:
         import torch
 
         path = self.path / file
+        if self._remote:
+            self.fetch([next(name for name, shard in self._shard_of.items() if shard == file)])
         if self.kind == "safetensors":
             self.header(file)
             # Private: a stray write would stay in this process's memory and never reach the model's file.
@@ -281,9 +380,19 @@ def _load_bin(path: Path) -> dict:
         ) from None
     if isinstance(loaded, dict) and "state_dict" in loaded:
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+    size = path.stat().st_size
+    plain = isinstance(loaded, dict) and all(_is_plain(name, tensor, size) for name, tensor in loaded.items())
+    if not plain:
         raise InputError(f"{path} holds more than plain tensors; save the model with save_pretrained")
     return loaded
+
+
+def _is_plain(name, tensor, size: int) -> bool:
+    """Whether an entry of a .bin is a dense tensor that is really in the file (of `size` bytes)."""
+    import torch
+
+    dense = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    return dense and tensor.device.type == "cpu" and not tensor.is_quantized and tensor.nbytes <= size
 
 
 def _inventory(folder: Path) -> tuple[str, list[str], dict[str, str] | None]:
@@ -294,24 +403,31 @@ def _inventory(folder: Path) -> tuple[str, list[str], dict[str, str] | None]:
     if single.is_file():
         return "safetensors", [SINGLE], None
     if index.is_file():
-        return "safetensors", *_read_index(index, ".safetensors")
+        return "safetensors", *read_index(index)
     if (folder / BIN_SINGLE).is_file():
         return "bin", [BIN_SINGLE], None
     if (folder / BIN_INDEX).is_file():
-        return "bin", *_read_index(folder / BIN_INDEX, ".bin")
+        return "bin", *read_index(folder / BIN_INDEX)
     raise InputError(_no_weights(folder))
 
 
-def _read_index(index: Path, suffix: str) -> tuple[list[str], dict[str, str]]:
+def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
+    """(shards in order, tensor -> shard) of a `model.safetensors.index.json` or `pytorch_model.bin.index.json`.
+
+    Raises:
+        InputError: damaged, or it names anything but weight files of its own folder.
+    """
+    suffix = f".{index.name.split('.')[1]}"
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{index} is no index of shards (damaged JSON, or no weight_map); copy the model again"
         ) from None
     for file in files:
-        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(suffix):
+        own = isinstance(file, str) and file == os.path.basename(file) and file.isprintable() and "\\" not in file
+        if not own or not file.endswith(suffix):
             raise InputError(f"{index} names {file!r}, which is not a {suffix} file of its own folder; refused")
     if not files:
         raise InputError(f"{index} names no shards; copy the model again")
@@ -323,7 +439,7 @@ def _refuse_two_sets(folder: Path) -> None:
 
     Loaders take `model.safetensors`, and shards saved into its folder later are silently shadowed.
     """
-    files, weight_map = _read_index(folder / INDEX, ".safetensors")
+    files, weight_map = read_index(folder / INDEX)
     if files == [SINGLE]:
         return
     shards = [file for file in files if (folder / file).is_file()]

@@ -299,8 +299,9 @@ def base_split(study: Study, beside: Path) -> dict | None:
     path = beside.with_name(f"{refs.model(base).model_id}.json") if base else None
     if path is None or path == beside or not path.is_file():
         return None
+    accuracy = read_accuracy(path)[0][1:]  # a file that is there must be readable
     try:
-        split = specialize(read_accuracy(path)[0][1:])
+        split = specialize(accuracy)
     except InputError as error:
         cli.say(f"the base has no split of its own: {error}")
         return None

@@ -21,7 +21,7 @@ import random
 import re
 from pathlib import Path
 
-from cpt_utils import cli, components, controls, data, evaluation, refs, results, surgery
+from cpt_utils import cli, components, controls, data, evaluation, processes, refs, results, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -136,7 +136,7 @@ def build_parser():
     cli.add_run_flags(p)
     evaluation.add_flags(p)
     data.add_flags(p)
-    cli.add_forward_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 
@@ -158,6 +158,7 @@ def main(argv=None) -> None:
         if args.controls or args.in_memory:
             measure(pair, interface, wanted, head, out, args, study)
             return
+        processes.Process.refuse_several("writing model folders")
         payload = metadata(pair, interface, chosen, study.seed)
         if not args.overwrite:
             refuse_other(out / "metadata.json", payload)
@@ -184,11 +185,11 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
         facts |= {"n_possible_sets": possible, "enumerated": len(others) == possible - 1}
         sets, path = [("semantic_hub", hub), *(("random", layers) for layers in others)], out / "controls.json"
     swaps = [controls.Swap(name, layers, surgery.layers_from_base(pair, layers)) for name, layers in sets]
-    device = cli.device(args.device)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
+    process = processes.Process(args.device, args.device_map)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     compared = "semantic_hub" if args.controls else None
     controls.measure(
-        pair, swaps, test, path, device, dtype, run_folder(study), args.overwrite, compared, facts, study.seed
+        pair, swaps, test, path, process, dtype, run_folder(study), args.overwrite, compared, facts, study.seed
     )  # fmt: skip
 
 

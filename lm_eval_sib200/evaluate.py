@@ -4,11 +4,13 @@ In:   models and runs (in a study: its base and run); tasks of this folder (data
       made for the local TSV files of --tsv-dir
 Out:  <output>/<model, each / as __>/results_<time>.json, with one more key, `_header`. A model that has a result there
       for the same weights, prompts and settings is left alone: an interrupted evaluation goes on where it stopped.
+With --swap, the models as step 4 or 11 would write them with parts of the base, without writing them.
 `lm_eval --model hf --include_path lm_eval_sib200 ...` gives the same numbers, but takes some 17 seconds more a model.
 
     python lm_eval_sib200/evaluate.py MODEL RUN --tasks sib200_gle_Latn -o results/lm_eval
+    python lm_eval_sib200/evaluate.py MODEL --swap semantic_hub --base BASE --layers layers.json --tasks sib200_gle_Latn -o results/swapped
     python lm_eval_sib200/evaluate.py RUN --steps 15 --tasks sib200_qaa_Latn --tsv-dir DIR --limit 20 -o build/try
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -17,17 +19,20 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, refs, results
+from cpt_utils import cli, processes, refs, results, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
     import torch
+
+swaps = cli.sibling("lm_eval_sib200/swaps.py")
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = "lm_eval"
@@ -95,7 +100,7 @@ def fingerprint(task, num_fewshot: int | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(ref: refs.ModelRef, prompts: dict[str, str], args, dtype: torch.dtype) -> dict:
+def identity(ref: refs.ModelRef, prompts: dict[str, str], args, dtype: torch.dtype, swap: dict | None = None) -> dict:
     """The header facts in which two evaluations must agree to be the same evaluation."""
     return {
         "models": {"model": ref.describe()},
@@ -103,6 +108,7 @@ def identity(ref: refs.ModelRef, prompts: dict[str, str], args, dtype: torch.dty
         "num_fewshot": args.num_fewshot,
         "dtype": str(dtype).removeprefix("torch."),
         "limit": args.limit,
+        **({"swap": results.plain(swap)} if swap else {}),
     }
 
 
@@ -124,34 +130,39 @@ def finished(folder: Path, wanted: dict) -> Path | None:
     return None
 
 
-def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtype, device) -> tuple:
-    """(results, tracker) of `lm_eval.simple_evaluate` for one model, loaded strictly, in the form of the CLI."""
+def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtype, device, swap=None) -> tuple:
+    """(results, tracker) of `lm_eval.simple_evaluate` for one model, loaded strictly, in the form of the CLI.
+
+    `swap`: (pair, recipe); the model is evaluated with the recipe's edits, applied in memory.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
     from cpt_utils import models
 
-    model = models.load_model(ref, dtype, device)
+    model = models.load_model(ref, dtype, device, args.device_map)
     tokenizer = models.load_tokenizer(ref, base=base)
     with _quiet("lm_eval"):  # it warns that a loaded model ignores the arguments of the loader
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
     model_args = {"pretrained": ref.spec if ref.is_local else ref.repository}
     model_args |= {"revision": ref.revision} if ref.revision else {}
     model_args["dtype"] = str(dtype).removeprefix("torch.")
+    model_args["pretrained"] += f"+{args.swap}" if swap else ""
     tracker = EvaluationTracker()
-    found = simple_evaluate(
-        model=lm,
-        model_args=model_args,
-        tasks=args.tasks,
-        num_fewshot=args.num_fewshot,
-        batch_size=args.batch_size,
-        device=str(device),
-        limit=args.limit,
-        log_samples=False,
-        evaluation_tracker=tracker,
-        task_manager=manager,
-    )
+    with surgery.apply_in_memory(model, swap[1], swap[0]) if swap else contextlib.nullcontext():
+        found = simple_evaluate(
+            model=lm,
+            model_args=model_args,
+            tasks=args.tasks,
+            num_fewshot=args.num_fewshot,
+            batch_size=args.batch_size,
+            device=str(device),
+            limit=args.limit,
+            log_samples=args.log_samples,
+            evaluation_tracker=tracker,
+            task_manager=manager,
+        )
     # What lm_eval records of a model that it did not load itself, put as it records one that it did.
     found["config"] |= {"model": "hf", "model_sha": ref.resolved_revision() or ""}
     found["config"]["model_revision"] = ref.revision or "main"
@@ -160,19 +171,26 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
 
 
 def save(found: dict, tracker, output: Path, header: dict) -> Path:
-    """Write the result where and as lm_eval writes it, whole or not at all; its own writer only logs a failure."""
+    """Write the result where and as lm_eval writes it, whole or not at all; its own writer only logs a failure.
+
+    With samples, their files come first: where the result is, they are.
+    """
     found[results.HEADER] = header
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".evaluate-", dir=output) as scratch:
+    samples = found.pop("samples", None) or {}
+    with tempfile.TemporaryDirectory(prefix="evaluate-") as scratch:
         tracker.output_path = scratch
         tracker.save_results_aggregated(results=found)
+        for task, rows in samples.items():
+            tracker.save_results_samples(task_name=task, samples=rows)
         written = list(Path(scratch).glob("*/results_*.json"))
-        if not written:
-            raise InputError(f"lm_eval could not write its result below {output}; is the disk full?")
+        logs = list(Path(scratch).glob("*/samples_*.jsonl"))
+        if not written or len(logs) < len(samples):
+            raise InputError(f"lm_eval could not write its result below {scratch}; is the disk full?")
         json.loads(written[0].read_text(encoding="utf-8"))
         place = output / written[0].parent.name / written[0].name
-        place.parent.mkdir(exist_ok=True)
-        os.replace(written[0], place)
+        for file in (*logs, written[0]):
+            with results.replacing(place.parent / file.name) as temporary:
+                shutil.copyfile(file, temporary)
     return place
 
 
@@ -223,9 +241,15 @@ def build_parser():
         help="local data, <language>/{train,dev,test}.tsv; default: the study's data.task.dir",
     )
     p.add_argument("-o", "--output", metavar="FOLDER", help="default: the study's lm_eval folder")
+    swaps.add_flags(p)
+    p.add_argument(
+        "--log-samples",
+        action="store_true",
+        help="also write samples_<task>_<time>.jsonl, as lm_eval does; finished results stay without",
+    )
     p.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each prompt; default: none here")
     cli.add_run_flags(p)
-    cli.add_forward_flags(p)
+    cli.add_forward_flags(p, device_map=True)
     return p
 
 
@@ -240,11 +264,12 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [refs.model(ref.spec) for ref in chosen]  # one model is the same model, named alone or as part of a run
     tasks = study.value(args.tasks, "--tasks", "data.task.name")
     args.tasks = tasks if isinstance(tasks, list) else str(tasks).split(",")
+    swap = swaps.Swap.from_arguments(args, study)
     output = study.output(args.output, "--output", "lm_eval")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # read when tqdm is imported: lm_eval's bars in a log file
-    device = cli.device(args.device)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", "auto"), device)
+    process = processes.Process(args.device, args.device_map)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", "auto"), process.device)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = task_folder(args, study, Path(scratch))
@@ -253,25 +278,44 @@ def main(argv: list[str] | None = None) -> None:
         with _quiet("lm_eval"):
             manager, loaded = load_tasks(folder, args.tasks)
         prompts = {name: fingerprint(task, args.num_fewshot) for name, task in loaded.items()}
-        for number, ref in enumerate(chosen, start=1):
+
+        def work(item: tuple[int, refs.ModelRef]) -> str:
+            number, ref = item
             cli.say(f"[{number}/{len(chosen)}] {ref.spec}")
-            evaluate_once(ref, study, manager, prompts, output, args, dtype, device)
+            if swap is None:
+                return evaluate_once(ref, study, manager, prompts, output, args, dtype, process)
+            with surgery.Pair(swap.base, ref) as pair:
+                recipe = swap.recipe(pair)
+                cli.say(f"  with {recipe.words}, swapped in memory")
+                made = pair, recipe, swap.facts(pair, recipe)
+                return evaluate_once(ref, study, manager, prompts, output, args, dtype, process, made)
+
+        # Every process evaluates whole models: their results are files of their own, and the same as one process's.
+        for found in process.rounds(list(enumerate(chosen, start=1)), work):
+            for at, ((number, ref), text) in enumerate(found):
+                cli.say(text if at == 0 else f"[{number}/{len(chosen)}] {ref.spec}\n{text}")
 
 
-def evaluate_once(ref, study: Study, manager, prompts: dict[str, str], output: Path, args, dtype, device) -> None:
-    """Evaluate one model and save its result, unless the same evaluation is finished."""
+def evaluate_once(
+    ref, study: Study, manager, prompts: dict[str, str], output: Path, args, dtype, process, swap: tuple | None = None
+) -> str:
+    """Evaluate one model and save its result, unless the same evaluation is finished; returns what to print.
+
+    `swap`: (pair, recipe, facts for the header) of a swap in memory.
+    """
     from lm_eval.utils import sanitize_model_name
 
-    wanted = identity(ref, prompts, args, dtype)
-    name = sanitize_model_name(ref.spec if ref.is_local else ref.repository)
+    wanted = identity(ref, prompts, args, dtype, swap and swap[2])
+    name = sanitize_model_name((ref.spec if ref.is_local else ref.repository) + (f"+{args.swap}" if swap else ""))
     done = None if args.overwrite else finished(output / name, wanted)
     if done:
-        cli.say(f"  finished before: {done}")
-        return
+        return f"  finished before: {done}"
     base = refs.model(study.get("base")) if study.get("base") else None
-    found, tracker = evaluate(ref, base, manager, args, dtype, device)
-    place = save(found, tracker, output, results.header(SCHEMA, **wanted, device=str(device)))
-    cli.say("\n".join([*scores(found), f"  {place}"]))
+    if swap:
+        base = swap[0].base_ref
+    found, tracker = evaluate(ref, base, manager, args, dtype, process.device, swap and swap[:2])
+    place = save(found, tracker, output, results.header(SCHEMA, **wanted, device=str(process.device)))
+    return "\n".join([*scores(found), f"  {place}"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ Out:  _default_yaml, sib200_<language>.yaml, _sib200.yaml in --out, for `lm_eval
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -158,13 +160,24 @@ def write_folder(files: dict[str, str], out: str | os.PathLike) -> None:
     if strangers:
         raise InputError(f"{out} holds {strangers[0]}, which this script did not write; give --out a new folder")
     partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, text in files.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    if out.is_dir():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.open(out.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(parent, fcntl.LOCK_EX)  # of two at once, one waits for the other
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            for name, text in files.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            if out.is_dir():
+                shutil.rmtree(out)
+            os.replace(partial, out)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(parent)
 
 
 def write_beside(files: dict[str, str], folder: Path) -> None:

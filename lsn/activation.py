@@ -6,7 +6,9 @@ In:   -m a model (default: the last checkpoint of the study's run), -i one or mo
       lsn/load_oscar.py (default: those of the study's languages).
 Out:  <folder>/<name>.<language>.pt for each: `n` tokens, `over_zero` int64 [layers, neurons], and `snapshots_n`,
       `snapshots`: the same counts after about an eighth, a quarter and a half of the tokens, from which lsn/identify.py
-      tells whether fewer tokens would do. The language is the second dot-separated part of the id file's name.
+      tells whether fewer tokens would do. The language is the second dot-separated part of the id file's name. Of a
+      mixture of experts also `routed` int64 [layers, experts] and `width`: a neuron of an expert counts on the tokens
+      routed to it.
 
 A killed run goes on from its last save. On several GPUs: accelerate launch lsn/activation.py ...; the counts are the same.
 
@@ -51,25 +53,30 @@ def batches(n_blocks: int, batch_size: int) -> list[tuple[int, range]]:
 
 
 class Partial:
-    """Counts so far, of this process and of earlier ones: `done` marks blocks, `counts` is int64 [segments, L, I].
+    """Counts so far, of this process and of earlier ones: `done` marks blocks, `counts` is int64 [segments, L, I], and
+    `routed` int64 [segments, L, E], with E = 0 for a model without experts.
 
     Every process keeps a file of its own; the sum over the files is the state. So a run may go on with another number
     of processes, and no block is counted twice.
     """
 
-    def __init__(self, stem: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int]):
+    SUMS = ("counts", "routed")
+
+    def __init__(self, stem: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int, int]):
+        """`shape`: segments, L, I, E."""
         import torch
 
         self.stem, self.path, self.request = stem, stem.with_name(f"{stem.name}.{rank}.pt"), json.dumps(request)
         self.done = torch.zeros(n_blocks, dtype=torch.bool)
-        self.counts = torch.zeros(shape, dtype=torch.long)
+        self.counts = torch.zeros(shape[:3], dtype=torch.long)
+        self.routed = torch.zeros((*shape[:2], shape[3]), dtype=torch.long)
         self.others = torch.zeros(n_blocks, dtype=torch.bool)
         for path in self.files():
             found = self._read(path)
             if found is None:
                 continue
             if path == self.path:
-                self.done, self.counts = found["done"], found["counts"]
+                self.done, self.counts, self.routed = (found[key] for key in ("done", *self.SUMS))
             else:
                 self.others |= found["done"]
 
@@ -79,13 +86,14 @@ class Partial:
     def _read(self, path: Path) -> dict | None:
         """A file's content; None for one of another request, which is begun anew."""
         found = results.read_tensors(path)
-        return found if found.get("request") == self.request else None
+        return found if found.get("request") == self.request and "routed" in found else None
 
     def save(self) -> None:
-        results.write_tensors(self.path, {"request": self.request, "done": self.done, "counts": self.counts})
+        sums = {key: getattr(self, key) for key in self.SUMS}
+        results.write_tensors(self.path, {"request": self.request, "done": self.done, **sums})
 
-    def total(self) -> torch.Tensor:
-        """The sum over all processes' files: int64 [segments, L, I].
+    def total(self) -> list[torch.Tensor]:
+        """The sums over all processes' files: `counts` and `routed`.
 
         Raises:
             InputError: a block is missing or was counted twice, as when a process was lost.
@@ -98,7 +106,7 @@ class Partial:
             raise InputError(
                 f"{int((times != 1).sum())} blocks were not counted exactly once; run the same command again"
             )
-        return sum(content["counts"] for content in found)
+        return [sum(content[key] for content in found) for key in self.SUMS]
 
     def remove(self) -> None:
         for path in self.files():
@@ -118,12 +126,14 @@ def count(model, arch, blocks: torch.Tensor, plan, partial: Partial, rank: int, 
         cli.say(f"{int(counted.sum())} of {len(blocks)} blocks were counted before; going on with the rest")
     saved = time.monotonic()
     bar = cli.progress(desc=f"{partial.stem.name.strip('.').removesuffix('.partial')}", total=len(left), unit="batch")
+    counter = neurons.Counter(model, arch)
     with bar:
         for segment, rows in left:
             wanted = [row for row in rows if not bool(counted[row])]
-            counter = neurons.Counter(model, arch)
             counter.add(blocks[wanted])
-            partial.counts[segment] += counter.counts
+            counts, routed = counter.take()
+            partial.counts[segment] += counts
+            partial.routed[segment] += routed
             partial.done[wanted] = True
             bar.update()
             if time.monotonic() - saved >= save_every:
@@ -132,19 +142,26 @@ def count(model, arch, blocks: torch.Tensor, plan, partial: Partial, rank: int, 
     partial.save()
 
 
-def content(counts: torch.Tensor, plan, size: int, header: dict) -> dict:
-    """What the result file holds, from counts by segment, int64 [segments, L, I]."""
+def content(counts: torch.Tensor, routed: torch.Tensor, widths: list[int], plan, size: int, header: dict) -> dict:
+    """What the result file holds, from the sums by segment, int64 [segments, L, I] and [segments, L, E].
+
+    `widths` are the neurons that each layer has.
+    """
     import torch
 
     blocks = torch.tensor([sum(len(rows) for at, rows in plan if at == s) for s in range(len(counts))])
     tokens, sums = blocks.cumsum(0) * size, counts.cumsum(0)
-    return {
+    found = {
         "n": int(tokens[-1]),
         "over_zero": sums[-1].clone(),
         "snapshots_n": tokens[:-1].clone(),
         "snapshots": sums[:-1].clone(),
         "header": json.dumps(results.plain(header), ensure_ascii=False),
     }
+    if routed.shape[-1]:
+        sums = routed.cumsum(0)
+        found |= {"routed": sums[-1].clone(), "snapshots_routed": sums[:-1].clone(), "width": torch.tensor(widths)}
+    return found
 
 
 # ---------------------------------------------------------------- the command
@@ -182,8 +199,8 @@ def build_parser():
         metavar="S",
         help="seconds between saves of partial counts; default 180",
     )
-    cli.add_run_flags(p)
-    cli.add_forward_flags(p, batch_size=None)
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 
@@ -197,7 +214,7 @@ def main(argv=None) -> None:
     name = args.name or (study.name if study else None)
     if name is None:
         raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
-    process = processes.Process(args.device)
+    process = processes.Process(args.device, args.device_map)
     config = ref.config()
 
     from cpt_utils import archs, neurons
@@ -218,35 +235,40 @@ def main(argv=None) -> None:
         out = folder / f"{name}.{language_of(path)}.pt"
         if not finished(out, request, args.overwrite):
             todo.append((path, blocks, results.plain(request), out))
+        elif process.is_main:
+            remove_partial(out)  # of a run that was killed between its result and this
     process.wait()  # no process may see files that another is about to write
     if not todo:
         return
 
     from cpt_utils import models
 
-    model = models.load_model(ref, dtype, process.device)
-    if process.is_main:
-        models.announce(model, ref)
-    shape = (arch.n_layers(config), arch.ffn_width(config))
+    model = models.load_model(ref, dtype, process.device, process.device_map)
+    models.announce(model, ref)
+    widths = neurons.widths(arch, config)
+    shape = (len(widths), max(widths))
+    experts = max(arch.experts(config, layer) for layer in range(len(widths)))
     for path, blocks, request, out in todo:
         plan = batches(len(blocks), batch_size)
         segments = plan[-1][0] + 1
         if args.overwrite and process.is_main:
-            for left in out.parent.glob(f".{out.stem}.partial.*.pt"):
-                left.unlink()
+            remove_partial(out)
         process.wait()
-        partial = Partial(out.with_name(f".{out.stem}.partial"), process.rank, request, len(blocks), (segments, *shape))
+        stem = out.with_name(f".{out.stem}.partial")
+        partial = Partial(stem, process.rank, request, len(blocks), (segments, *shape, experts))
         process.wait()  # all have read the earlier state
         start = time.monotonic()
         count(model, arch, blocks, plan, partial, process.rank, process.world, args.save_every)
         process.wait()  # all have saved
         if process.is_main:
             head = header_of(request, ref, path, shape, blocks)
-            results.write_tensors(out, content(partial.total(), plan, size, head))
+            results.write_tensors(out, content(*partial.total(), widths, plan, size, head))
             partial.remove()
             seconds = time.monotonic() - start
             cli.say(f"{out}: {blocks.numel():,} tokens in {len(blocks)} blocks of {size}, {seconds:.0f} s")
         process.wait()
+    if args.drop_revisions:
+        ref.drop()
 
 
 def id_files(given: list[str] | None, study: Study) -> list[Path]:
@@ -311,6 +333,11 @@ def has_tokenizer(ref: refs.ModelRef, run: str | None) -> bool:
         cli.warn(f"{ref.spec} has no tokenizer files: that the token ids are of its tokenizer is taken on trust")
         return False
     return True
+
+
+def remove_partial(out: Path) -> None:
+    for left in out.parent.glob(f".{out.stem}.partial.*.pt"):
+        left.unlink(missing_ok=True)
 
 
 def finished(out: Path, request: dict, overwrite: bool) -> bool:

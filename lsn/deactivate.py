@@ -10,6 +10,9 @@ In:   MODEL (default: the last checkpoint of the study's run), --mask_file of ls
 Out:  OUT (default: the study's lsn/deactivate.json): `unmasked`, `matrix`, `selectivity` with interval and p, `random`;
       a heat map beside it.
 
+A killed run goes on with the next set. On several GPUs: accelerate launch lsn/deactivate.py ...; each process measures
+whole sets, and the numbers are the same.
+
 Full: python lsn/deactivate.py runs/eus/checkpoint-5000 --mask_file result/llama.json --heldout en=heldout/en.txt eu=heldout/eu.txt --id_path oscar_ids/oscar.en.train.llama oscar_ids/oscar.eu.train.llama -o deactivate.json
 Tiny: python lsn/deactivate.py --study demo/tiny.yaml --random 5
 """  # noqa: E501
@@ -21,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, data, evaluation, figures, journal, languages, refs, results
+from cpt_utils import cli, data, evaluation, figures, journal, languages, processes, refs, results
 from cpt_utils.errors import InputError
+from cpt_utils.masks import Layers
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
@@ -106,7 +110,7 @@ class Loss:
         return math.fsum(self.nll) / sum(self.tokens)
 
 
-def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int) -> dict[str, list]:
+def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int | None) -> dict[str, list]:
     """The `scoring.TextScore` of every document, by language."""
     from cpt_utils import scoring
 
@@ -258,35 +262,115 @@ def build_parser():
         help=f"random sets a language, 5 or more; default {RANDOM}, or the study's `controls` where that is smaller",
     )
     add("-o", "--output", metavar="OUT", help="JSON to write; default: the study's lsn/deactivate.json")
-    cli.add_run_flags(p)
-    cli.add_forward_flags(p)
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    if args.random is None:
-        limit = study.get("controls")
-        args.random = min(RANDOM, max(5, limit)) if isinstance(limit, int) else RANDOM
-    if args.random < 5:
-        raise InputError(f"--random {args.random}: fewer than 5 random sets say nothing; give 5 or more")
+    n_random = random_sets(args.random, study)
     ref = refs.model(args.model) if args.model else refs.run(study.value(None, "MODEL", "run"), args.steps)[-1]
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
     output = study.output(args.output, "-o", "deactivation")
+    masks = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), study)
+    texts, facts = heldout_texts(args, study, list(masks.own))
+    id_files = id_paths(args, study)
 
-    from cpt_utils import archs, masks
+    process = processes.Process(args.device, args.device_map)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    tokenizer, texts, left_out = prepare(ref, study, texts, id_files)
+    request = {
+        "model": ref.describe(), "masks": masks.own, "texts": facts, "left_out": left_out, "limit": args.limit,
+        "random": n_random, "seed": study.seed, "dtype": str(dtype), "device": process.device.type,
+        "batch_size": args.batch_size,
+    }  # fmt: skip
+    done = not args.overwrite and results.made_by(output, SCHEMA, request, "another -o")
+    process.wait()  # no process may see a result that another is about to write
+    if done:
+        if process.is_main:
+            partial_of(output).unlink(missing_ok=True)  # of a run that was killed between its result and this
+        cli.say(f"{output} is finished (--overwrite redoes it)")
+        return
+    notes = journal.Journal(partial_of(output), request) if process.is_main else None
+    measure(ref, masks.sets(n_random, study.seed), texts, tokenizer, dtype, args.batch_size, process, notes)
+    if args.drop_revisions:
+        ref.drop()
+    if not process.is_main:
+        return
+    payload = summarize(notes.done, list(masks.own), n_random, study.seed)
+    payload |= {
+        "n_neurons": {lang: sum(map(len, own.values())) for lang, own in masks.own.items()},
+        "left_out": left_out,
+    }
+    head = results.header(
+        SCHEMA, models={"model": ref.describe()}, n_layers=len(masks.widths), ffn_width=max(masks.widths),
+        mask=mask_file, languages={lang: languages.canonical(lang, any_tag=True) for lang in masks.own}, heldout=facts,
+        token_ids=[str(path) for path in id_files], limit=args.limit, seed=study.seed,
+        dtype=str(dtype).removeprefix("torch."), device=str(process.device), request=request,
+    )  # fmt: skip
+    draw(output.with_suffix(""), payload)
+    results.write_json(output, payload, head)
+    partial_of(output).unlink(missing_ok=True)
+    say(payload)
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
-    config = ref.config()
-    arch = archs.for_config(config)
-    shape = (arch.n_layers(config), arch.ffn_width(config))
-    chosen = args.lang.split(",") if args.lang else study.get("languages.lsn") or masks.languages_in(mask_file)
-    chosen = [str(lang) for lang in chosen]
+
+def random_sets(given: int | None, study: Study) -> int:
+    """How many random sets each language gets."""
+    if given is None:
+        limit = study.get("controls")
+        return min(RANDOM, max(5, limit)) if isinstance(limit, int) else RANDOM
+    if given < 5:
+        raise InputError(f"--random {given}: fewer than 5 random sets say nothing; give 5 or more")
+    return given
+
+
+def wanted_languages(given: str | None, study: Study, mask_file: Path) -> list[str]:
+    """The languages of --lang, of the study or of the mask, as they are written there."""
+    from cpt_utils import masks
+
+    chosen = given.split(",") if given else study.get("languages.lsn") or masks.languages_in(mask_file)
     if len(chosen) < 2:
         raise InputError("one language has no other to be compared with; give two or more with --lang")
+    return [str(lang) for lang in chosen]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Neurons by language, and of the languages asked for; `widths` are the neurons that each layer has."""
+
+    everyone: dict[str, Layers]
+    own: dict[str, Layers]
+    widths: list[int]
+
+    def sets(self, n_random: int, seed: int) -> dict[str, Layers]:
+        """What is to be silenced: "none", "<lang>" and "<lang> random <i>"; nothing of a language without neurons."""
+        from cpt_utils.masks import random_control
+
+        found = {"none": {}} | {lang: mask for lang, mask in self.own.items() if any(mask.values())}
+        for number in range(n_random):
+            control = random_control(self.everyone, len(self.widths), self.widths, seed=f"{seed}/{number}")
+            for lang in self.own:
+                if lang in found:
+                    found[f"{lang} random {number}"] = control[languages.find(control, lang)]
+        return found
+
+
+def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], study: Study) -> Masks:
+    """The mask file's neurons, for this model.
+
+    Raises:
+        InputError: a mask of another model, or no neuron of any of the languages.
+    """
+    from cpt_utils import archs, masks, neurons
+
+    widths = neurons.widths(archs.for_config(ref.config()), ref.config())
     described = refs.relatives([ref], study.get("base"), study.get("run"))
     everyone = {
-        lang: masks.read(mask_file, lang, *shape, described, control=False) for lang in masks.languages_in(mask_file)
+        lang: masks.read(mask_file, lang, len(widths), widths, described, control=False)
+        for lang in masks.languages_in(mask_file)
     }
     own = {lang: everyone[languages.find(everyone, lang, what=str(mask_file))] for lang in chosen}
     empty = [lang for lang in chosen if not any(own[lang].values())]
@@ -294,34 +378,7 @@ def main(argv=None) -> None:
         cli.warn(f"{mask_file} has no neuron of {', '.join(empty)}: nothing to deactivate there, a column only")
     if len(empty) == len(chosen):
         raise InputError(f"{mask_file} has no neuron of any of these languages")
-    texts, facts = heldout_texts(args, study, chosen)
-    id_files = id_paths(args, study)
-
-    device = cli.device(args.device)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
-    tokenizer, texts, left_out = prepare(ref, study, texts, id_files)
-    request = {
-        "model": ref.describe(), "masks": own, "texts": facts, "left_out": left_out, "limit": args.limit,
-        "random": args.random, "seed": study.seed, "dtype": str(dtype), "device": device.type,
-        "batch_size": args.batch_size,
-    }  # fmt: skip
-    if not args.overwrite and results.made_by(output, SCHEMA, request, "another -o"):
-        cli.say(f"{output} is finished (--overwrite redoes it)")
-        return
-    records = measure(args, ref, arch, own, everyone, shape, texts, tokenizer, device, dtype, output, request)
-    payload = summarize(records, chosen, args.random, study.seed)
-    payload |= {"n_neurons": {lang: sum(map(len, own[lang].values())) for lang in chosen}, "left_out": left_out}
-    head = results.header(
-        SCHEMA, models={"model": ref.describe()}, n_layers=shape[0], ffn_width=shape[1], mask=mask_file,
-        languages={lang: languages.canonical(lang, any_tag=True) for lang in chosen}, heldout=facts,
-        token_ids=[str(path) for path in id_files], limit=args.limit, seed=study.seed,
-        dtype=str(dtype).removeprefix("torch."), device=str(device), request=request,
-    )  # fmt: skip
-    draw(output.with_suffix(""), payload)
-    results.write_json(output, payload, head)
-    partial_of(output).unlink(missing_ok=True)
-    say(payload)
-    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+    return Masks(everyone, own, widths)
 
 
 def partial_of(output: Path) -> Path:
@@ -374,33 +431,36 @@ def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
     return tokenizer, texts, left_out
 
 
-def measure(args, ref, arch, own, everyone, shape, texts, tokenizer, device, dtype, output, request) -> dict:
-    """The losses without any, with each language's, and with random neurons silenced; a killed run goes on."""
-    from cpt_utils import masks, models, neurons
+def measure(
+    ref, sets: dict[str, Layers], texts, tokenizer, dtype, batch_size, process: processes.Process,
+    notes: journal.Journal | None,
+) -> None:  # fmt: skip
+    """The losses with each set silenced, into the journal, which the first process has; a killed run goes on."""
+    from cpt_utils import archs, models, neurons
 
-    todo = {"none": {}} | {lang: mask for lang, mask in own.items() if any(mask.values())}
-    for number in range(args.random):
-        control = masks.random_control(everyone, *shape, seed=f"{request['seed']}/{number}")
-        for lang in own:
-            if lang in todo:
-                todo[f"{lang} random {number}"] = control[languages.find(control, lang)]
-    notes = journal.Journal(partial_of(output), request)
-    if notes.done:
-        cli.say(f"{len(notes.done)} of {len(todo)} sets were measured before; going on with the next")
+    known = process.gather(list(notes.done) if notes else [])
+    if known:
+        cli.say(f"{len(known)} of {len(sets)} sets were measured before; going on with the next")
     model = None
-    for key, mask in cli.progress(todo.items(), "deactivated sets", total=len(todo), unit="set"):
-        if key in notes.done:
-            continue
+
+    def losses_without(key: str) -> dict:
+        nonlocal model
         if model is None:
-            model = models.load_model(ref, dtype, device)
+            model = models.load_model(ref, dtype, process.device, process.device_map)
             models.announce(model, ref)
-        with neurons.silenced(model, arch, mask):
-            scores = losses(model, tokenizer, texts, args.batch_size)
+        with neurons.silenced(model, archs.for_config(ref.config()), sets[key]):
+            scores = losses(model, tokenizer, texts, batch_size)
         record = {e: {"nll": [s.nll for s in row], "tokens": [s.tokens for s in row]} for e, row in scores.items()}
         if not all(math.isfinite(value) for row in record.values() for value in row["nll"]):
             raise InputError(f"{ref.spec}: the loss with {key} deactivated is not finite; try --dtype float32")
-        notes.add(key, record)
-    return notes.done
+        return record
+
+    with cli.progress(desc="deactivated sets", total=len(sets), unit="set") as bar:
+        bar.update(len(known))
+        for found in process.rounds([key for key in sets if key not in known], losses_without):
+            for key, record in found if notes else []:
+                notes.add(key, record)
+            bar.update(len(found))
 
 
 def say(payload: dict) -> None:

@@ -158,6 +158,7 @@ def main(argv=None) -> None:
     if study and not args.activation:
         refuse_stale(counts, study)
     n_layers, ffn_width = counts[0].over_zero.shape
+    widths = ffn_width if counts[0].width is None else counts[0].width.tolist()
     layers_lang, n_rich = wanted_layers(study, args, langs, layers_path, n_layers, model_of(counts))
 
     facts = {
@@ -184,8 +185,8 @@ def main(argv=None) -> None:
         return
 
     warn_about_tokens(counts)
-    found = lape.select([one.over_zero for one in counts], [one.n for one in counts], langs, **rates)
-    control = masks.random_control(found.mask, n_layers, ffn_width, study.seed) if control_path else None
+    found = lape.of_counts(counts, **rates)
+    control = masks.random_control(found.mask, n_layers, widths, study.seed) if control_path else None
     report = lape.describe(found, counts)
     report |= {"rates": rates, "convergence": lape.convergence(counts, found, **rates)}
     draw(report_path.with_suffix(""), report)
@@ -279,6 +280,14 @@ def warn_about_tokens(counts: list[Counts]) -> None:
                 f"{one.lang} has {one.n:,} tokens: a firing rate from so few has a standard error of up to "
                 f"{error(one):.3f}, so chance decides part of the mask"
             )
+        if one.routed is not None:
+            got = one.routed[one.routed.any(-1)]
+            few = int((got < FEW_TOKENS).sum())
+            if few:
+                cli.warn(
+                    f"{few} of {got.size} experts got fewer than {FEW_TOKENS:,} tokens of {one.lang} (the least "
+                    f"{got.min():,}): of their neurons chance decides part of the mask"
+                )
     least, most = (pick(counts, key=lambda one: one.n) for pick in (min, max))
     if most.n > UNEVEN * least.n:
         cli.warn(

@@ -1,13 +1,15 @@
 """How strongly the neurons of a language fire over continued pre-training: mean activation, against a random control (step 9).
 
-The mean over tokens and masked neurons of act(W_gate x), on the first 100,000 tokens of the language cut to whole blocks.
-Language mask and control mask are read in the same forward passes.
+The mean over tokens and masked neurons of act(W_gate x), on the first 100,000 tokens of the language cut to whole blocks
+(an expert's neuron: over the tokens routed to it). Language mask and control mask are read in the same forward passes.
 
 In:   --model a model or a run (default: the study's run, and its base), --id_path token ids of lsn/load_oscar.py,
       --mask_file and --control-mask of lsn/identify.py, --lang (all default to the study's).
 Out:  in --save_folder: for a run <name>/checkpoint-<step>.<lang>.<tokens>.json and with the control mask
       <name>/r.checkpoint-<step>.<lang>.<tokens>.json; for the base <base-tag>/<lang>.<tokens>.json and r.<lang>..;
       for a single model <name>.<lang>.<tokens>.json. Each holds `all_layers` and `layers`. A figure over steps.
+
+Finished files are kept. On several GPUs: accelerate launch lsn/lsn_activation_cpt.py ...; each process reads some blocks.
 
 Full: python lsn/lsn_activation_cpt.py --model runs/eus --id_path oscar_ids/oscar.eu.train.llama --type llama --save_folder lsn_activation --name llama-eus --mask_file result/llama.json --lang eu
 Tiny: python lsn/lsn_activation_cpt.py --study demo/tiny.yaml --tokens 2000
@@ -17,10 +19,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cpt_utils import cli, figures, refs, results
+from cpt_utils import cli, figures, processes, refs, results
 from cpt_utils.errors import InputError
+from cpt_utils.masks import Layers, control_beside, read_both
 from cpt_utils.study import Study
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = "lsn-activation"
 TOKENS = 100_000
@@ -30,13 +37,14 @@ PREFIX = {"language": "", "control": "r."}
 # ---------------------------------------------------------------- the method
 
 
-def measure(model, arch, blocks, masks: dict[str, dict], batch_size: int):
-    """Mean activations of every mask on `blocks` [blocks, size]: a `neurons.Activations`."""
+def measure(model, arch, blocks, masks: dict[str, Layers], batch_size: int, process: processes.Process):
+    """Mean activations of every mask on `blocks` [blocks, size], each process its part: a `neurons.Activations`."""
     from cpt_utils import neurons
 
-    found = neurons.Activations(model, arch, masks)
-    for part in blocks.split(batch_size):
-        found.add(part)
+    own, found = (neurons.Activations(model, arch, masks) for _ in range(2))
+    for part in process.share(blocks.split(batch_size)):
+        own.add(part)
+    found.include(process.gather([own.state()]))
     return found
 
 
@@ -119,8 +127,8 @@ def build_parser():
     p.add_argument("--lang", metavar="LANG", help="language; default: the study's languages.target")
     p.add_argument("--tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens; default {TOKENS:,}")
     p.add_argument("--block-size", type=cli.positive, metavar="N", help="tokens a block; default: that of --type")
-    cli.add_run_flags(p)
-    cli.add_forward_flags(p, batch_size=None)
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 
@@ -139,9 +147,6 @@ def main(argv=None) -> None:
         raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
     ids = args.id_path or id_file(study, lang)
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-
-    from cpt_utils.masks import control_beside
-
     control_file = Path(args.control_mask) if args.control_mask else control_beside(mask_file)
     if control_file is None:
         cli.warn(f"no random control: there is none beside {mask_file}, and --control-mask is not given")
@@ -151,7 +156,46 @@ def main(argv=None) -> None:
     todo = [(ref, place_of(ref, folder, name, lang, None, is_run)) for ref in models]
     if base is not None:
         todo.insert(0, (refs.model(base), place_of(refs.model(base), folder, name, lang, args.base_tag, is_run)))
-    run_all(args, study, todo, Path(ids), mask_file, control_file, lang, folder / name)
+    process = processes.Process(args.device, args.device_map)
+    masks = masks_of(todo, lang, mask_file, control_file, study, args)
+    todo = jobs(args, study, todo, Path(ids), masks, process.device)
+    process.wait()  # no process may see a result that another is about to write
+    means = measure_all(todo, masks, process, args.drop_revisions)
+    if len(todo) > 1 and process.is_main:
+        draw(folder / name, means, lang, sum(map(len, masks.layers["language"].values())), todo[0].blocks.numel())
+        cli.say(f"wrote {folder / name}.pdf and .png")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks to follow, "language" and perhaps "control": their files and neurons, and the width of each layer."""
+
+    lang: str
+    files: dict[str, Path]
+    layers: dict[str, Layers]
+    widths: list[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on the blocks `blocks` [blocks, size]: what its results answer, and which are `left` to be measured."""
+
+    ref: refs.ModelRef
+    place: Place
+    blocks: torch.Tensor
+    requests: dict[str, dict]  # by mask
+    left: list[str]
+    ids: Path
+    dtype: torch.dtype
+    batch_size: int
+
+    @property
+    def step(self) -> int:
+        """A base may have a step in its own name (stage1-step1907359); in this run it is step 0."""
+        return 0 if self.place.is_base else self.ref.step or 0
+
+    def path(self, mask: str) -> Path:
+        return self.place.file(mask, self.blocks.numel())
 
 
 def id_file(study: Study, lang: str) -> Path:
@@ -164,77 +208,100 @@ def id_file(study: Study, lang: str) -> Path:
     return folder / tokenids.file_name(spelled, study.name)
 
 
-def run_all(args, study: Study, todo: list, ids: Path, mask_file: Path, control_file, lang: str, figure: Path) -> None:
-    """Measure every model that is not finished, one after the other, and draw the run."""
-    from cpt_utils import archs, masks, models, neurons
+def masks_of(todo: list, lang: str, mask_file: Path, control_file: Path | None, study: Study, args) -> Masks:
+    """The neurons to follow in the models of `todo`, which must all have them.
+
+    Raises:
+        InputError: models of different sizes, or masks that do not belong to them.
+    """
+    from cpt_utils import archs, neurons
+
+    widths = [neurons.widths(archs.for_config(ref.config()), ref.config()) for ref, _ in todo]
+    for (ref, _), theirs in zip(todo, widths, strict=True):
+        if theirs != widths[0]:
+            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
+    described = refs.relatives([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
+    own, control = read_both(mask_file, control_file, lang, len(widths[0]), widths[0], described)
+    found = {"language": (mask_file, own)} | ({"control": (control_file, control)} if control else {})
+    return Masks(
+        lang=lang,
+        files={mask: file for mask, (file, _) in found.items()},
+        layers={mask: layers for mask, (_, layers) in found.items()},
+        widths=widths[0],
+    )
+
+
+def jobs(args, study: Study, todo: list, ids: Path, masks: Masks, device: torch.device) -> list[Job]:
+    """Everything there is to measure; all is checked before the first model is loaded."""
+    from cpt_utils import neurons
 
     counting = cli.sibling("lsn/activation.py")
-    device = cli.device(args.device)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
     run = study.get("run") if isinstance(study.get("run"), str) else None
-    described = refs.relatives([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
-    config = todo[0][0].config()
-    arch = archs.for_config(config)
-    shape = (arch.n_layers(config), arch.ffn_width(config))
-    own, control = masks.read_both(mask_file, control_file, lang, *shape, described)
-    chosen = {"language": own} | ({"control": control} if control else {})
-    size = neurons.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
+    size = neurons.block_size(todo[0][0].config(), args.type, args.block_size or study.get("lsn.block_size"))
     batch_size = neurons.batch_size(args.batch_size, size)
-    means: dict[str, dict[int, float]] = {mask: {} for mask in chosen}
-    texts = {}  # every model is checked before the first is loaded
-    for ref, _ in todo:
-        theirs = archs.for_config(ref.config())
-        if (theirs.n_layers(ref.config()), theirs.ffn_width(ref.config())) != shape:
-            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
-        texts[ref.spec] = counting.read(ids, ref, run, size, args.tokens, args.limit)
+    found = []
     for ref, place in todo:
-        # A base may have a step in its own name (stage1-step1907359); in this run it is step 0.
-        step = 0 if place.is_base else ref.step or 0
-        blocks, facts = texts[ref.spec]
-        requests = {
-            mask: {
-                "model": ref.describe(), "ids": facts, "mask": layers, "block_size": size, "batch_size": batch_size,
-                "dtype": str(dtype), "device": device.type,
-            }
-            for mask, layers in chosen.items()
+        blocks, facts = counting.read(ids, ref, run, size, args.tokens, args.limit)
+        facts = {
+            "model": ref.describe(), "ids": facts, "block_size": size, "batch_size": batch_size, "dtype": str(dtype),
+            "device": device.type,
         }  # fmt: skip
-        paths = {mask: place.file(mask, blocks.numel()) for mask in chosen}
-        left = [
-            mask
-            for mask in chosen
-            if args.overwrite or not results.made_by(paths[mask], SCHEMA, requests[mask], "another --name")
-        ]
-        if left:
-            model = models.load_model(ref, dtype, device)
-            found = measure(
-                model, archs.for_config(ref.config()), blocks, {mask: chosen[mask] for mask in left}, batch_size
-            )
+        requests = {mask: facts | {"mask": layers} for mask, layers in masks.layers.items()}
+        job = Job(ref, place, blocks, requests, [], ids, dtype, batch_size)
+        for mask, request in job.requests.items():
+            if args.overwrite or not results.made_by(job.path(mask), SCHEMA, request, "another --name"):
+                job.left.append(mask)
+        found.append(job)
+    return found
+
+
+def measure_all(
+    todo: list[Job], masks: Masks, process: processes.Process, drop: bool = False
+) -> dict[str, dict[int, float]]:
+    """Measure what is left, one model after the other; the means by mask and step, in the first process.
+
+    `drop`: weights of a checkpoint on the hub go from the disk when it is done.
+    """
+    from cpt_utils import archs, models
+
+    means: dict[str, dict[int, float]] = {mask: {} for mask in masks.layers}
+    following = [job.ref for job in todo if job.left]
+    for job in todo:
+        if job.left:
+            model = models.load_model(job.ref, job.dtype, process.device, process.device_map)
+            following.pop(0)
+            if following and process.is_main and not drop:
+                models.prefetch(following[0])  # read while this one computes
+            chosen = {mask: masks.layers[mask] for mask in job.left}
+            found = measure(model, archs.for_config(job.ref.config()), job.blocks, chosen, job.batch_size, process)
             del model
-            for mask in left:
-                head = header(requests[mask], ref, step, shape, lang, mask, ids, mask_file, control_file)
-                results.write_json(paths[mask], payload(found, mask), head)
-        for mask in chosen:
-            means[mask][step] = results.read_json(paths[mask], SCHEMA, allow_limited=True)[0]["all_layers"]
-        shown = ", ".join(f"{mask} {values[step]:.4f}" for mask, values in means.items())
-        cli.say(f"{ref.spec}: mean activation {shown}{'' if left else ' (finished before)'}")
-    if len(todo) > 1:
-        draw(figure, means, lang, sum(map(len, own.values())), blocks.numel())
-        cli.say(f"wrote {figure}.pdf and .png")
+            if drop and not job.place.is_base:
+                job.ref.drop()
+            for mask in job.left if process.is_main else []:
+                results.write_json(job.path(mask), payload(found, mask), header(job, mask, masks))
+        if process.is_main:
+            for mask in masks.layers:
+                means[mask][job.step] = results.read_json(job.path(mask), SCHEMA, allow_limited=True)[0]["all_layers"]
+            shown = ", ".join(f"{mask} {values[job.step]:.4f}" for mask, values in means.items())
+            cli.say(f"{job.ref.spec}: mean activation {shown}{'' if job.left else ' (finished before)'}")
+    return means
 
 
-def header(request: dict, ref, step: int, shape, lang: str, mask: str, ids: Path, mask_file, control_file) -> dict:
+def header(job: Job, mask: str, masks: Masks) -> dict:
     from cpt_utils import languages
 
+    request = job.requests[mask]
     return results.header(
         SCHEMA,
-        models={"model": ref.describe()},
-        step=step,
-        n_layers=shape[0],
-        ffn_width=shape[1],
-        language=languages.canonical(lang, any_tag=True),
+        models={"model": job.ref.describe()},
+        step=job.step,
+        n_layers=len(masks.widths),
+        ffn_width=max(masks.widths),
+        language=languages.canonical(masks.lang, any_tag=True),
         control=mask == "control",
-        mask=mask_file if mask == "language" else control_file,
-        tokens={"file": ids, **request["ids"]},
+        mask=masks.files[mask],
+        tokens={"file": job.ids, **request["ids"]},
         block_size=request["block_size"],
         limit=request["ids"]["limit"],
         dtype=request["dtype"].removeprefix("torch."),

@@ -16,10 +16,11 @@ Tiny: python sentence-retrieval/sr_experiment.py --study demo/tiny.yaml
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, data, figures, refs, results, stats
+from cpt_utils import cli, data, figures, processes, refs, results, stats
 from cpt_utils.errors import InputError
 from cpt_utils.languages import canonical
 from cpt_utils.study import Study
@@ -40,7 +41,7 @@ SHUFFLES = 100
 
 
 def sentence_vectors(
-    model: PreTrainedModel, arch: Arch, sentences: Encoded, pad: int, batch_size: int = 32,
+    model: PreTrainedModel, arch: Arch, sentences: Encoded, pad: int, batch_size: int | None = None,
     special_tokens: bool = True, padding_side: str = "right", desc: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """Mean over the non-padding tokens of each hidden state: [L+1, sentences, hidden] on the CPU, in float32 (float64
@@ -51,26 +52,30 @@ def sentence_vectors(
     """
     import torch
 
-    from cpt_utils.batching import batches, padded
+    from cpt_utils import models
+    from cpt_utils.batching import for_each, padded
     from cpt_utils.hooks import pooled_states
 
-    vectors = None
-    plan = batches([len(ids) for ids in sentences.ids], batch_size)
+    vectors, device = None, models.input_device(model)
+
+    def pool(rows: list[int]) -> None:
+        nonlocal vectors
+        ids, mask = padded([sentences.ids[i] for i in rows], pad, padding_side)
+        keep = mask
+        if not special_tokens:
+            special, _ = padded([sentences.special[i] for i in rows], 1, padding_side)
+            keep = mask * (1 - special)
+            if not keep.any(1).all():
+                raise InputError("a sentence consists of special tokens only; keep them in the mean, or remove it")
+        ids, mask, keep = (t.to(device) for t in (ids, mask, keep))
+        pooled = pooled_states(model, arch, ids, mask, keep).cpu()
+        if vectors is None:
+            vectors = torch.empty(len(pooled), len(sentences.ids), pooled.shape[-1], dtype=pooled.dtype)
+        vectors[:, rows] = pooled
+        bar.update(len(rows))
+
     with cli.progress(desc=desc, total=len(sentences.ids), unit="sentence") as bar:
-        for rows in plan:
-            ids, mask = padded([sentences.ids[i] for i in rows], pad, padding_side)
-            keep = mask
-            if not special_tokens:
-                special, _ = padded([sentences.special[i] for i in rows], 1, padding_side)
-                keep = mask * (1 - special)
-                if not keep.any(1).all():
-                    raise InputError("a sentence consists of special tokens only; keep them in the mean, or remove it")
-            ids, mask, keep = (t.to(model.device) for t in (ids, mask, keep))
-            pooled = pooled_states(model, arch, ids, mask, keep).cpu()
-            if vectors is None:
-                vectors = torch.empty(len(pooled), len(sentences.ids), pooled.shape[-1], dtype=pooled.dtype)
-            vectors[:, rows] = pooled
-            bar.update(len(rows))
+        for_each(model, "states", [len(ids) for ids in sentences.ids], pool, batch_size)
     if not torch.isfinite(vectors).all():
         raise InputError("the hidden states are not finite: NaN weights, or an overflow (try --dtype float32)")
     return vectors
@@ -146,7 +151,7 @@ def retrieve(base: torch.Tensor, target: torch.Tensor, variant: str = "ratio", k
 
 def measure(
     model: PreTrainedModel, arch: Arch, tokenizer: PreTrainedTokenizerBase, base: Encoded, target: Encoded,
-    variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int = 32, special_tokens: bool = True,
+    variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int | None = None, special_tokens: bool = True,
     desc: str = "",
 ) -> Retrieval:  # fmt: skip
     """Vectors of both languages, then `retrieve`. Also what the swap controls run on a model swapped in memory."""
@@ -241,34 +246,69 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
 
 
 @dataclasses.dataclass(frozen=True)
+class Job:
+    """A model to measure, or its untrained twin, and the file of the result."""
+
+    ref: refs.ModelRef
+    path: Path
+    untrained: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
-    """Everything a measurement depends on but the model."""
+    """Everything a measurement depends on but the model. `drop`: see --drop-revisions."""
 
     pairs: data.ParallelText
-    device: torch.device
+    process: processes.Process
     dtype: torch.dtype
     margin: str
     k: int
     special_tokens: bool
-    batch_size: int
+    batch_size: int | None
     seed: int
     homes: tuple[str | None, refs.ModelRef | None]
     overwrite: bool
     languages: tuple[str, str]
     limit: int | None
+    drop: bool = False
 
-    def result(self, ref: refs.ModelRef, path: Path, untrained: bool = False) -> dict:
-        """The payload at `path`: the finished one, or a new measurement of `ref` (or its untrained twin), written."""
-        facts = self.facts(ref, untrained)
-        found = finished(path, facts, self.overwrite)
-        if found is not None:
-            cli.say(f"{path} is finished")
-            return found
-        measured = self.retrieval(ref, untrained)
-        found = payload(measured, "untrained" if untrained else ref.spec, *self.languages, self.seed)
-        results.write_tensors(path.with_suffix(".pt"), measured.tensors())
-        results.write_json(path, found, results.header(SCHEMA, **facts))
-        return found
+    def results(self, jobs: list[Job]) -> Iterator[tuple[Job, dict]]:
+        """The payload of every job, finished ones first, then each as it is measured; nothing but the first process
+        gets them, and writes. Every process measures whole models, one a round.
+        """
+        left, facts = [], {}
+        for i, job in enumerate(jobs if self.process.is_main else []):
+            facts[job] = self.facts(job.ref, job.untrained)
+            found = finished(job.path, facts[job], self.overwrite)
+            if found is not None:
+                cli.say(f"{job.path} is finished")
+                yield job, found
+            else:
+                left.append(i)
+        left = [jobs[i] for i in self.process.gather(left)]
+        own = iter(self.process.share(left)[1:])  # while one is measured, the next is read
+
+        def measured(job: Job) -> tuple[dict, dict]:
+            following = next(own, None)
+            if following is not None and not following.untrained and not self.drop:
+                from cpt_utils import models
+
+                models.prefetch(following.ref)
+            return self.measured(job)
+
+        for found in self.process.rounds(left, measured):
+            for job, (content, tensors) in found if self.process.is_main else []:
+                results.write_tensors(job.path.with_suffix(".pt"), tensors)
+                results.write_json(job.path, content, results.header(SCHEMA, **facts[job]))
+                yield job, content
+
+    def measured(self, job: Job) -> tuple[dict, dict[str, torch.Tensor]]:
+        """A new measurement: payload, and the tensors of its .pt."""
+        found = self.retrieval(job.ref, job.untrained)
+        if self.drop and job.ref.step is not None:
+            job.ref.drop()
+        name = "untrained" if job.untrained else job.ref.spec
+        return payload(found, name, *self.languages, self.seed), found.tensors()
 
     def facts(self, ref: refs.ModelRef, untrained: bool) -> dict:
         """What the header says, and what a finished file must agree with."""
@@ -286,7 +326,7 @@ class Bench:
             "limit": self.limit,
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
+            "device": self.process.device.type,
             "margin_variant": self.margin,
             "k": self.k,
             "special_tokens": self.special_tokens,
@@ -298,9 +338,9 @@ class Bench:
         from cpt_utils.archs import for_config
 
         if untrained:
-            model = models.load_untrained(ref, self.dtype, self.device, self.seed)
+            model = models.load_untrained(ref, self.dtype, self.process.device, self.seed, self.process.device_map)
         else:
-            model = models.load_model(ref, self.dtype, self.device)
+            model = models.load_model(ref, self.dtype, self.process.device, self.process.device_map)
             models.announce(model, ref)
         tokenizer = models.load_tokenizer(ref, *self.homes)
         sides = encode_pairs(model, tokenizer, self.pairs, ref.spec)
@@ -348,8 +388,8 @@ def build_parser():
     add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: in")
     add("--no-untrained", action="store_true", help="skip the untrained model of the same configuration")
     data.add_flags(p)
-    cli.add_run_flags(p)
-    cli.add_forward_flags(p)
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 
@@ -362,12 +402,12 @@ def main(argv=None) -> None:
     pairs = data.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
     cli.say(pairs.summary())
 
-    device = cli.device(args.device)
+    process = processes.Process(args.device, args.device_map)
     folder = Path(args.artifact_out or study.result("retrieval") or "artifacts") / f"{base}-{target}"
     bench = Bench(
         pairs=pairs,
-        device=device,
-        dtype=cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device),
+        process=process,
+        dtype=cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device),
         margin=args.margin_variant,
         k=args.k,
         special_tokens=not args.no_special_tokens,
@@ -377,6 +417,7 @@ def main(argv=None) -> None:
         overwrite=args.overwrite,
         languages=(base, target),
         limit=args.limit,
+        drop=args.drop_revisions,
     )
     double = [ref for ref in models if sum(other.model_id == ref.model_id for other in models) > 1]
     if double:
@@ -384,14 +425,20 @@ def main(argv=None) -> None:
             f"{double[0].spec} and {double[1].spec} would write the same file {double[0].model_id}.json; "
             "measure them into different --artifact-out folders"
         )
-    lines = []
-    for ref in models:
-        found = bench.result(ref, folder / f"{ref.model_id}.json")
-        lines.append((ref, found))
-        best, at = max((accuracy, -layer) for layer, accuracy in found["layer_accuracy"])
-        profile = " ".join(f"{accuracy:.2f}" for _, accuracy in found["layer_accuracy"])
-        cli.say(f"{ref.spec}: best {best:.3f} at hidden state {-at}; by hidden state {profile}")
-    untrained = None if args.no_untrained else untrained_twin(bench, models[0], folder)
+    jobs = [Job(ref, folder / f"{ref.model_id}.json") for ref in models]
+    if not args.no_untrained:
+        jobs.append(untrained_twin(bench, models[0], folder))
+    found = {}
+    for job, result in bench.results(jobs):
+        found[job.path] = result
+        if not job.untrained:
+            best, at = max((accuracy, -layer) for layer, accuracy in result["layer_accuracy"])
+            profile = " ".join(f"{accuracy:.2f}" for _, accuracy in result["layer_accuracy"])
+            cli.say(f"{job.ref.spec}: best {best:.3f} at hidden state {-at}; by hidden state {profile}")
+    if not process.is_main:
+        return
+    lines = [(job.ref, found[job.path]) for job in jobs if not job.untrained]
+    untrained = None if args.no_untrained else found[jobs[-1].path]
     # Measuring a part, or swapped models, leaves the study's own figure as it is.
     whole = len(models) > 1 and not (study and (args.model_path or args.steps))
     name = "accuracy" if whole else figure_name(args.model_path, models)
@@ -407,15 +454,15 @@ def figure_name(asked: list[str] | None, models: list[refs.ModelRef]) -> str:
     return "+".join(names)[:150]
 
 
-def untrained_twin(bench: Bench, ref: refs.ModelRef, folder: Path) -> dict:
-    """The result of an untrained model of `ref`'s configuration; one of another shape gets a file of its own."""
+def untrained_twin(bench: Bench, ref: refs.ModelRef, folder: Path) -> Job:
+    """An untrained model of `ref`'s configuration; beside one of another shape it gets a file of its own."""
     path = folder / "untrained.json"
     wanted = bench.facts(ref, untrained=True)
     if path.is_file() and not bench.overwrite:
         _, header = results.read_json(path, SCHEMA, allow_limited=True)
         if header.get("models") != results.plain(wanted["models"]):
             path = path.with_name(f"untrained.{ref.model_id}.json")
-    return bench.result(ref, path, untrained=True)
+    return Job(ref, path, untrained=True)
 
 
 def targets(args, study: Study) -> list[refs.ModelRef]:

@@ -14,9 +14,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from cpt_utils import archs
+
 ROOT = Path(__file__).resolve().parents[1]
 
-# The ten architectures of the table in cpt_utils/archs.py that are tried everywhere.
+# Every type of the table; tests/test_architectures.py runs over all of them.
+EVERY_ARCHITECTURE = tuple(archs.ARCHS)
+# A few that stand for the rest in tests of other things: Llama's names with their variants in norms and biases, and
+# each way of fusing projections.
 ARCHITECTURES = (
     "llama",
     "mistral",
@@ -29,6 +34,17 @@ ARCHITECTURES = (
     "gpt_neox",
     "gpt2",
 )
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # types whose default rescales positions beyond 512
+# What a tiny config of a type needs beyond the sizes that `tiny_config` gives to all.
+TINY = {
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"word_embed_proj_dim": 32},
+    "ministral3": {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}},
+    "apertus": {"rope_parameters": ROPE},
+    "qwen3_moe": {"mlp_only_layers": [1], "moe_intermediate_size": 24},
+}
 
 # 256 bytes and three special tokens; a model may have more rows than its tokenizer has tokens.
 TOKENS = 259
@@ -56,28 +72,30 @@ def load_script(path: str) -> ModuleType:
 
 
 def tiny_config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, **overrides):
-    """A config of `model_type`: width 32, FFN width 48, 4 heads (2 KV heads where the type has them), 512 positions."""
+    """A config of `model_type`: width 32, 4 heads of 8 features (2 KV heads where the type has them), FFN width 48
+    (where the type lets one choose), 4 experts of which a token takes 2, 512 positions.
+
+    Each size goes to the key that the type's own config has for it, so that a type of the table needs no code here;
+    what it demands beyond that stands in `TINY`.
+    """
     from transformers import AutoConfig
 
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if model_type == "gpt2":
-        fields = {"n_embd": 32, "n_inner": 48, "n_layer": layers, "n_head": 4, "n_positions": 512}
-    else:
-        fields = {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 512,
-        }
-        if model_type != "gpt_neox":
-            fields["num_key_value_heads"] = 2
-        if model_type in ("qwen3", "gemma2", "gemma3_text", "gemma3"):
-            fields["head_dim"] = 8
-        if model_type == "gemma2":
-            fields["query_pre_attn_scalar"] = 8
-    fields |= {"vocab_size": vocab_size, **special}
-    if model_type == "gemma3":
+    wanted = {
+        "layers": layers, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 48, "experts": 4,
+        "positions": 512,
+    }  # fmt: skip
+    keys = archs.FIELDS | {
+        "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+        "positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
+    }
+    whole = AutoConfig.for_model(model_type).to_dict()
+    known = whole.get("text_config") or whole
+    fields = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    fields |= {key: value for name, value in wanted.items() for key in keys[name] if key in known}
+    if "num_experts_per_tok" in known:
+        fields["num_experts_per_tok"] = 2
+    fields |= TINY.get(model_type, {}) | overrides
+    if "vision_config" in whole:
         vision = {
             "hidden_size": 16,
             "intermediate_size": 16,
@@ -87,7 +105,7 @@ def tiny_config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, **
             "patch_size": 14,
         }
         fields = {"text_config": fields, "vision_config": vision, "mm_tokens_per_image": 4}
-    return AutoConfig.for_model(model_type, **(fields | overrides))
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def tiny_model(model_type: str, seed: int = 0, dtype="float32", **config):

@@ -1,15 +1,14 @@
-"""The table of architectures: parts on disk against the modules of the loaded model, in plain slow code."""
+"""The table of architectures: names with their variants, sizes, and what is refused. Every type runs in
+test_architectures.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, read_tensors, save_tiny, tiny_config, tiny_model
+from helpers import read_tensors, save_tiny, tiny_config, tiny_model
 
 from cpt_utils import archs
 from cpt_utils.errors import InputError
-
-HEADS, KV_HEADS, HEAD_DIM, FFN = 4, 2, 8, 48
 
 
 @pytest.fixture(scope="module")
@@ -25,129 +24,6 @@ def saved(tmp_path_factory):
         return made[model_type]
 
     return make
-
-
-def by_hand(model, model_type, layer):
-    """Weight [out, in] and bias of every projection, read from the modules as the forward pass uses them."""
-    if model_type == "gpt2":
-        block = model.transformer.h[layer]
-        w, b = block.attn.c_attn.weight.T, block.attn.c_attn.bias
-        found = {
-            name: (w[i * 32 : (i + 1) * 32], b[i * 32 : (i + 1) * 32]) for i, name in enumerate(archs.ATTENTION[:3])
-        }
-        found["o_proj"] = (block.attn.c_proj.weight.T, block.attn.c_proj.bias)
-        found["up_proj"] = (block.mlp.c_fc.weight.T, block.mlp.c_fc.bias)
-        found["down_proj"] = (block.mlp.c_proj.weight.T, block.mlp.c_proj.bias)
-        return found
-    if model_type == "gpt_neox":
-        block = model.gpt_neox.layers[layer]
-        fused = block.attention.query_key_value
-        rows = {name: [] for name in archs.ATTENTION[:3]}
-        for head in range(HEADS):
-            for which, name in enumerate(archs.ATTENTION[:3]):
-                start = head * 3 * HEAD_DIM + which * HEAD_DIM
-                rows[name] += range(start, start + HEAD_DIM)
-        found = {name: (fused.weight[r], fused.bias[r]) for name, r in rows.items()}
-        for name, module in (
-            ("o_proj", block.attention.dense),
-            ("up_proj", block.mlp.dense_h_to_4h),
-            ("down_proj", block.mlp.dense_4h_to_h),
-        ):
-            found[name] = (module.weight, module.bias)
-        return found
-    layers = model.model.language_model.layers if model_type == "gemma3" else model.model.layers
-    block = layers[layer]
-    if model_type == "phi3":
-        w, g = block.self_attn.qkv_proj.weight, block.mlp.gate_up_proj.weight
-        q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-        return {
-            "q_proj": (w[:q], None),
-            "k_proj": (w[q : q + kv], None),
-            "v_proj": (w[q + kv :], None),
-            "o_proj": (block.self_attn.o_proj.weight, None),
-            "gate_proj": (g[:FFN], None),
-            "up_proj": (g[FFN:], None),
-            "down_proj": (block.mlp.down_proj.weight, None),
-        }
-    found = {name: getattr(block.self_attn, name) for name in archs.ATTENTION}
-    found |= {name: getattr(block.mlp, name) for name in archs.FFN}
-    return {name: (module.weight, module.bias) for name, module in found.items()}
-
-
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "gemma3"])
-def test_parts_are_what_the_modules_hold(saved, model_type):
-    model, disk = saved(model_type)
-    arch = archs.for_config(model.config)
-    assert arch is archs.for_config(model.config.to_dict())
-    assert arch.n_layers(model.config) == 3
-    for layer in range(3):
-        truth = by_hand(model, model_type, layer)
-        assert set(truth) == set(arch.projections(model.config))
-        for projection in arch.projections(model.config):
-            parts = {part.role: part for part in arch.parts(model.config, layer, projection, disk)}
-            weight, bias = truth[projection]
-            taken = parts["weight"].take(disk[parts["weight"].tensor])
-            taken = taken.T if arch.transposed else taken
-            assert torch.equal(taken, weight), (projection, layer)
-            assert ("bias" in parts) == (bias is not None)
-            if bias is not None:
-                assert torch.equal(parts["bias"].take(disk[parts["bias"].tensor]), bias)
-
-
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "gemma3"])
-def test_every_tensor_has_its_place_in_memory(saved, model_type):
-    model, disk = saved(model_type)
-    arch = archs.for_config(model.config)
-    names = arch.module_names(disk, model)
-    assert set(names) == set(disk)
-    state = model.state_dict()
-    for name, place in names.items():
-        assert torch.equal(state[place], disk[name])
-    covered = [name for layer in range(3) for name in arch.layer_tensors(disk, layer)]
-    assert len(covered) == len(set(covered))
-    rest = set(disk) - set(covered)
-    assert not any(f"{arch.layers_name}." in arch.canonical(name) and arch.layer_of(name) is not None for name in rest)
-    assert set(arch.embedding_tensors(disk)) <= rest
-    assert ("lm_head.weight" in disk or "embed_out.weight" in disk) == (
-        len(arch.embedding_tensors(disk)) > len(arch.embeddings)
-    )
-
-
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "gemma3"])
-def test_modules_in_memory(saved, model_type):
-    """The named modules compute what they are named for: layers, final norm, activation, gate, down projection."""
-    model, _ = saved(model_type)
-    arch = archs.for_config(model.config)
-    assert len(arch.layers(model)) == 3
-    seen = {}
-
-    def keep(name, what):
-        def hook(_module, args, output):
-            value = {"in": args[0] if args else None, "out": output}[what]
-            seen[name] = value[0] if isinstance(value, tuple) else value
-
-        return hook
-
-    unit = arch.unit(model.config)
-    handles = [
-        arch.final_norm(model).register_forward_hook(keep("norm", "out")),
-        arch.layers(model)[1].get_submodule(unit.module).register_forward_hook(keep("unit", "out")),
-        arch.activation_module(model, 1).register_forward_hook(keep("act", "out")),
-        arch.module(model, 1, "down_proj").register_forward_hook(keep("down", "in")),
-    ]
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        out = model(ids, output_hidden_states=True)
-    for handle in handles:
-        handle.remove()
-    assert torch.equal(seen["norm"], out.hidden_states[-1])
-    pre = seen["unit"][..., unit.start : unit.stop]
-    assert pre.shape[-1] == FFN == arch.ffn_width(model.config)
-    assert torch.equal(seen["act"] > 0, pre > 0)
-    if unit.projection == "up_proj":
-        assert torch.equal(seen["act"], seen["down"])
-    else:
-        assert seen["act"].shape == seen["down"].shape
 
 
 def test_gpt2_without_prefix_and_with_masks(saved):
@@ -188,6 +64,18 @@ def test_unknown_type_names_near_ones():
         archs.for_config({})
 
 
+def test_unknown_type_that_transformers_knows_says_what_to_write(monkeypatch):
+    """Llama's names are recognised, from the config alone; otherwise the message lists the modules of a layer."""
+    monkeypatch.delitem(archs.ARCHS, "qwen2")
+    with pytest.raises(InputError, match=r"modules are named as Llama's: add 'qwen2': Arch\(\) to ARCHS in cpt_utils"):
+        archs.for_config(tiny_config("qwen2").to_dict())
+    monkeypatch.delitem(archs.ARCHS, "opt")
+    with pytest.raises(
+        InputError, match=r"a layer has .*model\.decoder\.layers\.0\.fc1, model\.decoder\.layers\.0\.fc2"
+    ):
+        archs.for_config(tiny_config("opt").to_dict())
+
+
 def test_a_rule_that_matches_nothing_names_near_misses():
     config = {"model_type": "llama", "num_hidden_layers": 2}
     arch = archs.for_config(config)
@@ -213,4 +101,23 @@ def test_sizes_of_sparse_configs():
     arch = archs.ARCHS["gpt2"]
     assert arch.heads({"model_type": "gpt2", "n_embd": 64, "n_head": 4}) == (4, 4, 16)
     assert arch.ffn_width({"model_type": "gpt2", "n_embd": 64, "n_inner": None}) == 256
-    assert archs.ARCHS["gemma3"].n_layers({"text_config": {"num_hidden_layers": 34}, "vision_config": {}}) == 34
+    gemma = {"text_config": {"num_hidden_layers": 34, "hidden_size": 2560}, "vision_config": {}}
+    assert archs.ARCHS["gemma3"].n_layers(gemma) == 34
+    assert archs.ARCHS["gemma3"].heads(gemma) == (8, 4, 256)  # what google/gemma-3-4b-pt leaves out
+    bloom = {"n_embed": 64, "n_layer": 2, "num_attention_heads": 4}
+    assert (archs.ARCHS["bloom"].heads(bloom), archs.ARCHS["bloom"].ffn_width(bloom)) == ((4, 4, 16), 256)
+
+
+def test_dense_and_sparse_layers():
+    arch = archs.ARCHS["qwen3_moe"]
+    config = {"num_hidden_layers": 4, "hidden_size": 8, "intermediate_size": 48, "moe_intermediate_size": 5}
+    config |= {"num_experts": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    assert [arch.experts(config, layer) for layer in range(4)] == [0, 6, 0, 0]
+    assert [arch.ffn_width(config, layer) for layer in range(4)] == [48, 30, 48, 48] and arch.ffn_width(config) == 48
+    names = {f"model.layers.1.mlp.experts.{e}.up_proj.weight" for e in range(6)} | {"model.layers.1.mlp.gate.weight"}
+    assert [p.tensor.split(".")[5] for p in arch.parts(config, 1, "up_proj", names)] == list("012345")
+    assert [part.tensor for part in arch.parts(config, 1, archs.ROUTER, names)] == ["model.layers.1.mlp.gate.weight"]
+    with pytest.raises(InputError, match="no router in layer 0"):
+        arch.parts(config, 0, archs.ROUTER, names)
+    with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight"):
+        arch.parts(config, 1, "up_proj", names - {"model.layers.1.mlp.experts.5.up_proj.weight"})

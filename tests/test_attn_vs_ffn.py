@@ -77,6 +77,13 @@ def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
             # The script subtracts in float32, the loop in float64.
             assert {name: here[name] for name in absolute} == pytest.approx(absolute, rel=1e-6)
             assert {name: here["relative"][name] for name in relative} == pytest.approx(relative, rel=1e-6)
+            for name in ours:
+                own, difference = ours[name].ravel(), (theirs[name] - ours[name]).ravel()
+                norms = np.linalg.norm(own), np.linalg.norm(own + difference)
+                assert here["max_abs"][name] == pytest.approx(abs(difference).max(), rel=1e-6)
+                assert here["frobenius"][name] == pytest.approx(np.linalg.norm(difference), rel=1e-6)
+                assert here["base_frobenius"][name] == pytest.approx(norms[0], rel=1e-6)
+                assert here["cosine"][name] == pytest.approx(own @ (own + difference) / np.prod(norms), abs=1e-6)
             for side, names in PARTS.items():
                 for values, place in ((absolute, here), (relative, here["relative"])):
                     own = [values[name] for name in names if name in values]
@@ -93,6 +100,77 @@ def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
         for key, values in sums.items():
             assert [row[key]["attn"], row[key]["ffn"]] == pytest.approx(np.mean(values, 0), rel=1e-12)
             assert row["attention_above_ffn"][key] == sum(a > b for a, b in values)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_details_of_heads_and_neurons(model_type, tmp_path, capsys, no_figure):
+    base = save_tiny(model_type, tmp_path / "base", layers=1)
+    other = save_tiny(model_type, tmp_path / "run" / "checkpoint-5", seed=5, layers=1)
+    command(base, tmp_path / "run", tmp_path / "out.json", "--details")
+    assert f"wrote {tmp_path / 'out.json'}, {tmp_path / 'out.pt'} and the figure" in capsys.readouterr().out
+    found = results.read_tensors(tmp_path / "out.pt")
+    assert found.pop("values") == "mean_abs norm base_norm cosine_distance"
+    ours, theirs = (on_disk(folder, model_type, 0) for folder in (base, other))
+    kinds = {name: "heads" if name in PARTS["attention"] else "neurons" for name in ours}
+    assert set(found) == {f"5.layer_0.{name}.{kind}" for name, kind in kinds.items()}
+    for name, kind in kinds.items():
+        a, b = (side[name].T if name in ("o_proj", "down_proj") else side[name] for side in (ours, theirs))
+        kv_heads = KV if model_type in ("qwen2", "phi3") else HEADS
+        groups = FFN if kind == "neurons" else kv_heads if name in ("k_proj", "v_proj") else HEADS
+        values = found[f"5.layer_0.{name}.{kind}"].numpy()
+        assert values.shape == (4, groups)
+        for i, (own, now) in enumerate(zip(np.split(a, groups), np.split(b, groups), strict=True)):
+            norms = np.linalg.norm(own), np.linalg.norm(now)
+            expected = (
+                abs(now - own).mean(),
+                np.linalg.norm(now - own),
+                norms[0],
+                1 - (own * now).sum() / np.prod(norms),
+            )
+            assert values[:3, i] == pytest.approx(expected[:3], rel=2e-6)
+            assert values[3, i] == pytest.approx(expected[3], abs=2e-6)
+
+
+def test_details_are_made_afterwards_and_never_of_other_models(tmp_path, capsys, no_figure):
+    base = save_tiny("llama", tmp_path / "base", layers=1)
+    for step in (1, 2):
+        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step, layers=1)
+    command(base, tmp_path / "run", tmp_path / "out.json")
+    without, _ = results.read_json(tmp_path / "out.json")
+    assert not (tmp_path / "out.pt").exists()
+    command(base, tmp_path / "run", tmp_path / "out.json", "--details")  # finished, but without them
+    with_details, _ = results.read_json(tmp_path / "out.json")
+    assert with_details == without and (tmp_path / "out.pt").exists()
+    before = (tmp_path / "out.pt").read_bytes()
+    for more in ((), ("--details",)):
+        command(base, tmp_path / "run", tmp_path / "out.json", *more)
+        assert "is finished" in capsys.readouterr().out and (tmp_path / "out.pt").read_bytes() == before
+    with pytest.raises(InputError, match="is of other models or steps"):
+        command(base, tmp_path / "run", tmp_path / "out.json", "--details", "--steps", "1")
+    command(base, tmp_path / "run", tmp_path / "out.json", "--overwrite", "--steps", "1")
+    assert not (tmp_path / "out.pt").exists()  # those of both steps do not stay beside the file of one
+
+
+def test_a_router_stands_beside_the_projections(tmp_path, no_figure):
+    base = save_tiny("qwen3_moe", tmp_path / "base")
+    other = save_tiny("qwen3_moe", tmp_path / "checkpoint-5", seed=5)
+    command(base, other, tmp_path / "out.json")
+    layers = results.read_json(tmp_path / "out.json")[0]["checkpoints"]["5"]["layers"]
+    ours, theirs = read_tensors(base), read_tensors(other)
+    assert "router" not in layers["layer_1"]  # a dense layer
+    for layer in (0, 2):
+        here, mlp = layers[f"layer_{layer}"], f"model.layers.{layer}.mlp"
+        name = f"{mlp}.gate.weight"
+        difference = (theirs[name].double() - ours[name].double()).abs()
+        assert here["router"] == pytest.approx(difference.mean().item(), rel=1e-6)
+        assert here["max_abs"]["router"] == pytest.approx(difference.max().item(), rel=1e-6)
+        names = [key for key in ours if key.startswith(f"{mlp}.experts.") and key.endswith("gate_proj.weight")]
+        assert len(names) == 4
+        mean = np.mean([(theirs[key].double() - ours[key].double()).abs().mean().item() for key in names])
+        assert here["gate_proj"] == pytest.approx(mean, rel=1e-6)
+        for side, own in PARTS.items():
+            assert here[f"{side}_max"] == max(here[part] for part in own)
+            assert here["relative"][f"{side}_mean"] == pytest.approx(np.mean([here["relative"][part] for part in own]))
 
 
 def test_base_against_itself_is_exactly_zero(tmp_path, no_figure):

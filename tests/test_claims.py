@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import load_script
 
-from cpt_utils import controls, refs, results
+from cpt_utils import compare, controls, refs, results
 from cpt_utils.errors import InputError
 
 script = load_script("report/claims.py")
@@ -156,7 +155,7 @@ class MadeUp:
                 size = 1e-3 * (1 + number) * (1 + 0.1 * layer)
                 values = {f"{name}_proj": size * (1 + more[layer]) for name in "qkvo"}
                 values |= {f"{name}_proj": size for name in ("gate", "up", "down")}
-                layers[layer] = {n: SimpleNamespace(mean_abs=v, relative=10 * v) for n, v in values.items()}
+                layers[layer] = {n: compare.Change(1, v, (10 * v) ** 2, 1.0, v, None, 1.0) for n, v in values.items()}
             checkpoints[str(step)] = step_5.checkpoint_row(layers)
         self.write("weight-diff/attn_vs_ffn.json", {"checkpoints": checkpoints}, "attn_vs_ffn", **self.series_header())
 

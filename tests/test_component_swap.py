@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import bits, load_script, read_tensors, save_tiny
+from launch import launch
 
 from cpt_utils import archs, cli, components, data, evaluation, models, refs, results, stats, surgery
 from cpt_utils.errors import InputError
@@ -310,6 +311,19 @@ def test_controls_go_on_after_a_kill(study, capsys):
     assert "kept" in capsys.readouterr().out
     with pytest.raises(InputError, match="another request"):
         FFN.main(["--controls", "3", "--measures", "nll", "--output-dir", "out"])
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(study):
+    flags = ["--controls", "2", "--measures", "nll", "--output-dir"]
+    for script, name in ((ATTENTION, "attn_int_swap"), (FFN, "ffn_lsn_swap")):
+        script.main([*flags, f"{name}.one"])
+        launch(f"component-swap/{name}.py", *flags, f"{name}.two")
+        one, two = (json.loads((study / f"{name}.{n}" / "controls.json").read_text()) for n in ("one", "two"))
+        for result in (one, two):
+            del result["_header"]["time"], result["_header"]["command"]
+        assert one == two
+        assert (study / f"{name}.one/controls.pt").read_bytes() == (study / f"{name}.two/controls.pt").read_bytes()
 
 
 def test_places_that_coincide(study, shared, capsys):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import load_script, save_tiny, tiny_tokenizer
+from launch import launch
 
 from cpt_utils import archs, masks, models, refs, results, tokenids
 from cpt_utils.errors import InputError
@@ -110,6 +111,22 @@ def test_a_killed_run_goes_on(study, capsys):
     one, two = (json.loads((study / f"{name}.json").read_text()) for name in ("one", "two"))
     for result in (one, two):
         del result["_header"]["time"], result["_header"]["command"]
+    assert one == two and not list(study.glob("*.partial*"))
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does_and_go_on(study):
+    flags = ["--random", "5", "-o"]
+    SCRIPT.main(["--device", "cpu", *flags, "one.json"])
+    child = os.fork()
+    if child == 0:  # begun by one process, ended by two
+        own, calls = SCRIPT.losses, iter(range(99))
+        SCRIPT.losses = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 3 else own(*args)
+        SCRIPT.main(["--device", "cpu", *flags, "two.json"])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len((study / "two.partial.jsonl").read_text().splitlines()) == 1 + 3
+    launch("lsn/deactivate.py", *flags, "two.json")
+    (one, _), (two, _) = (results.read_json(study / name) for name in ("one.json", "two.json"))
     assert one == two and not list(study.glob("*.partial*"))
 
 

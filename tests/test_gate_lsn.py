@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import load_script, save_tiny
+from helpers import load_script, read_tensors, save_tiny
 from test_attn_vs_ffn import on_disk
 
 from cpt_utils import masks, refs, results
@@ -61,6 +61,25 @@ def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
                 assert row[group][f"layer_{layer}"]["gate_proj"] == pytest.approx(expected[-1], rel=1e-6)
             key = {"layers": "lsn", "control": "control"}[group]
             assert row["summary"][key] == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_rows_of_experts_are_those_of_their_neurons(tmp_path, no_figure):
+    """Layers 0 and 2 have four experts of 24 neurons, layer 1 is dense."""
+    folders = [save_tiny("qwen3_moe", tmp_path / name, seed=i) for i, name in enumerate(("base", "run/checkpoint-5"))]
+    mask = {"gle_Latn": {0: [0, 23, 24, 95], 1: [47], 2: [50]}}
+    write_masks(tmp_path, mask, {"gle_Latn": {0: [1, 2, 3, 4], 1: [0], 2: [51]}}, ffn_width=96)
+    command(tmp_path, "--control-mask", tmp_path / "control.json")
+    found, header = results.read_json(tmp_path / "out.json", "gate_lsn")
+    ours, theirs = map(read_tensors, folders)
+    assert header["ffn_width"] == 96
+    for layer, chosen in mask["gle_Latn"].items():
+        rows = []
+        for neuron in chosen:
+            name, row = (f"experts.{neuron // 24}.", neuron % 24) if layer != 1 else ("", neuron)
+            name = f"model.layers.{layer}.mlp.{name}gate_proj.weight"
+            rows += (theirs[name][row].double() - ours[name][row].double()).abs().tolist()
+        expected = found["checkpoints"]["5"]["layers"][f"layer_{layer}"]["gate_proj"]
+        assert expected == pytest.approx(sum(rows) / len(rows), rel=1e-6)
 
 
 def test_without_a_control_and_in_another_spelling(tmp_path, capsys, no_figure):

@@ -100,6 +100,82 @@ def test_equals_the_definition_on_random_counts(seed):
         assert len(found.selected) <= found.n_wanted == math.floor(rate * 120)
 
 
+def with_experts(seed: int) -> tuple[dict, dict, dict, list[int]]:
+    """Counts of a model whose layers 0 and 2 have 3 experts of 20 neurons, and whose layer 1 has 30: over_zero, n,
+    routed, width. Expert 2 of layer 2 gets no token of ga, expert 0 of layer 0 none at all."""
+    draw, langs = np.random.default_rng(seed), ("en", "ga", "eu")
+    width, over_zero, routed = [60, 30, 60], {}, {}
+    n = {lang: int(draw.integers(100, 300)) for lang in langs}
+    for lang in langs:
+        over_zero[lang], routed[lang] = np.zeros((3, 60), int), np.zeros((3, 3), int)
+        for layer in (0, 2):
+            routed[lang][layer] = [0, n[lang], n[lang] - 7] if layer == 0 else [n[lang], 40, 0 if lang == "ga" else 50]
+        for layer, neurons in enumerate(width):
+            for i in range(neurons):
+                tokens = n[lang] if layer == 1 else routed[lang][layer][i // 20]
+                over_zero[lang][layer, i] = draw.binomial(tokens, draw.beta(0.3, 1.5))
+    return over_zero, n, routed, width
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_by_definition(seed, tmp_path, no_figure):
+    """Rates are over the tokens routed to the neuron's expert, and padding is no neuron."""
+    over_zero, n, routed, width = with_experts(seed)
+    rates = {}  # (layer, neuron) -> rate by language
+    for layer, i in [(at, i) for at in range(3) for i in range(width[at])]:
+        tokens = {lang: n[lang] if layer == 1 else int(routed[lang][layer][i // 20]) for lang in n}
+        rates[layer, i] = {lang: over_zero[lang][layer, i] / t if t else 0.0 for lang, t in tokens.items()}
+    every = sorted(rate for row in rates.values() for rate in row.values())
+    bar = every[math.floor(0.9 * len(every)) - 1]
+    order = []
+    for place, row in rates.items():
+        if max(row.values()) > bar:
+            shares = [rate / math.fsum(row.values()) for rate in row.values() if rate]
+            order.append((round(-math.fsum(x * math.log(x) for x in shares), 12), *place))
+    chosen = [place for _, *place in sorted(order)[: math.floor(0.1 * 150)]]
+    expected = {
+        lang: {layer: sorted(i for at, i in chosen if at == layer and rates[at, i][lang] > bar) for layer in range(3)}
+        for lang in n
+    }
+    folder = write_counts(tmp_path / "counts", over_zero, n)
+    for lang in n:
+        tensors = results.read_tensors(folder / f"tag.{lang}.pt")
+        half = {"snapshots_n": torch.tensor([n[lang] // 2]), "snapshots": tensors["over_zero"][None] // 2}
+        half["snapshots_routed"] = torch.tensor((routed[lang] + 1) // 2)[None]
+        tensors |= {"routed": torch.tensor(routed[lang]), "width": torch.tensor(width), **half}
+        results.write_tensors(folder / f"tag.{lang}.pt", tensors)
+    flags = ["-t", "tag", "-l", "en,ga,eu", "-a", str(folder), "-o", str(tmp_path / "out"), "--rate", "0.1"]
+    script.main([*flags, "--filter-rate", "0.9", "--control-mask-out", str(tmp_path / "out/control.json")])
+    found, header = results.read_json(tmp_path / "out/tag.json")
+    assert {lang: {int(i): x for i, x in layers.items()} for lang, layers in found.items()} == expected
+    assert header["ffn_width"] == 60
+    report, _ = results.read_json(tmp_path / "out/tag.report.json")
+    assert (report["n_neurons"], report["n_wanted"], report["filter_bar"]) == (150, 15, bar)
+    for lang in n:  # of the control, too, no neuron is padding
+        masks.read(tmp_path / "out/control.json", lang, 3, width)
+
+
+def test_counts_of_experts_that_are_refused(tmp_path):
+    over_zero, n, routed, width = with_experts(0)
+    folder = write_counts(tmp_path, over_zero, n)
+
+    def fails(message, *langs, **changes):
+        for lang in n:
+            tensors = results.read_tensors(folder / f"tag.{lang}.pt")
+            tensors |= {"routed": torch.tensor(routed[lang]), "width": torch.tensor(width)}
+            tensors |= {"snapshots_routed": torch.zeros(0, 3, 3, dtype=torch.long)}
+            results.write_tensors(folder / f"tag.{lang}.pt", tensors | (changes if lang in langs else {}))
+        with pytest.raises(InputError, match=message):
+            activations.refuse_mixed([activations.read(folder / f"tag.{lang}.pt", lang) for lang in n])
+
+    message = "its experts' tokens do not fit its counts"
+    fails(message, "ga", routed=torch.tensor(routed["ga"]) // 2)
+    fails(message, "ga", width=torch.tensor([60, 30, 59]))
+    fails(message, "ga", width=torch.tensor([60, 20, 60]))  # counts in the padding
+    fails(message, "ga", snapshots_routed=torch.zeros(2, 3, 3, dtype=torch.long))
+    fails("differ in experts", "ga", width=torch.tensor([60, 40, 60]))
+
+
 def test_ties_go_to_the_lower_layer_and_neuron():
     # Every neuron is permuted from the same three rates, so all entropies are equal but for rounding.
     draw = np.random.default_rng(0)

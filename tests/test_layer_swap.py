@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import load_script, read_tensors, save_tiny
+from launch import launch
 
 from cpt_utils import cli, controls, data, evaluation, models, refs, results, surgery
 from cpt_utils.errors import InputError
@@ -210,6 +211,39 @@ def test_controls_go_on_after_a_kill(study, capsys):
         SWAP.main(["--controls", "2", "--measures", "nll", "-o", "out"])
     SWAP.main(["--controls", "2", "--measures", "nll", "-o", "out", "--overwrite"])
     assert len(json.loads((study / "out" / "controls.json").read_text())["sets"]) == 5
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(study):
+    """Begun by one process and killed, gone on with by two."""
+    flags = ["--controls", "4", "--measures", "retrieval", "nll"]
+    SWAP.main([*flags, "-o", "one"])
+    child = os.fork()
+    if child == 0:
+        own, count = evaluation.Test.on, iter(range(9))
+
+        def deadly(*args, **kwargs):
+            if next(count) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args, **kwargs)
+
+        evaluation.Test.on = deadly
+        SWAP.main([*flags, "-o", "two"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    said = launch("layer-swap/layer-swap.py", *flags, "-o", "two").stdout
+    assert said.count("2 of 7 sets were measured before") == said.count("of the 5 other sets") == 1
+    one, two = (json.loads((study / name / "controls.json").read_text()) for name in ("one", "two"))
+    for result in (one, two):
+        del result["_header"]["time"], result["_header"]["command"]
+    assert one == two and sorted(os.listdir("one")) == sorted(os.listdir("two"))
+    assert (study / "one" / "controls.pt").read_bytes() == (study / "two" / "controls.pt").read_bytes()
+
+
+def test_folders_are_written_by_one_process(study, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="the work of one process"):
+        SWAP.main([])
 
 
 def test_in_memory_writes_no_folder(study):

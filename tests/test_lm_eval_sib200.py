@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ROOT, load_script, save_tiny, shared_dir
+from launch import launch
 
 from cpt_utils.errors import InputError
 
@@ -386,6 +387,17 @@ def test_the_command_line_gives_the_numbers_of_the_driver(tasks, models, evaluat
     assert set(driver) - set(line) == {"_header"} and not set(line) - set(driver)
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(data, models, evaluated, tmp_path):
+    """Each process evaluates whole models."""
+    chosen = [models / "base", models / "run" / "checkpoint-10"]
+    flags = ["--tasks", "sib200", "--tsv-dir", data, "-o", tmp_path, "--dtype", "float32"]
+    said = launch("lm_eval_sib200/evaluate.py", *chosen, *flags).stdout
+    for number, name in enumerate(chosen, start=1):
+        assert said.count(f"[{number}/2] {name}") == 1
+        assert result(tmp_path, name)["results"] == result(evaluated, name)["results"]
+
+
 def count_evaluations(monkeypatch) -> list[str]:
     done = []
     real = evaluate.evaluate
@@ -478,3 +490,64 @@ def small_manager(include_path, include_defaults=True):
     from lm_eval.tasks.manager import TaskManager
 
     return TaskManager(include_path=include_path, include_defaults=False)
+
+
+# Swapped in memory
+
+
+def samples(folder: Path, model: str, task: str) -> list[dict]:
+    (file,) = (folder / model.replace("/", "__")).glob(f"samples_{task}_*.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["semantic_hub", "random", "layers", "attention", "ffn"])
+def test_a_swap_in_memory_gives_the_numbers_of_the_written_folder(data, models, tmp_path, kind):
+    """Accuracies and the log-likelihood of every choice of every row, to the bit, against steps 4 and 11 themselves."""
+    base, target = models / "base", models / "run" / "checkpoint-200"
+    (tmp_path / "interface.json").write_text(json.dumps({"interface_layers": [0]}))
+    (tmp_path / "rich.json").write_text(json.dumps({"layers": [1]}))
+    layers = {"layers": "1", "ffn": str(tmp_path / "rich.json")}.get(kind, str(tmp_path / "interface.json"))
+    if kind in ("attention", "ffn"):
+        step, flag = {"attention": ("attn_int", "--layer-selection"), "ffn": ("ffn_lsn", "--layer-list")}[kind]
+        run = ["--base-model", str(base), "--checkpoint-dir", str(target), flag, layers]
+        load_script(f"component-swap/{step}_swap.py").main([*run, "--output-dir", str(tmp_path / "written")])
+        written = tmp_path / "written" / "checkpoint-200"
+    else:
+        method = "semantic_hub" if kind == "layers" else kind
+        run = [str(base), str(target), str(tmp_path / "interface.json"), "-o", str(tmp_path / "written")]
+        load_script("layer-swap/layer-swap.py").main([*run, "--methods", method])
+        written = tmp_path / "written" / method
+    common = ["--tasks", "sib200_qaa_Latn", "--tsv-dir", str(data), "--dtype", "float32", "--log-samples"]
+    common += ["-o", str(tmp_path / "out")]
+    evaluate.main([str(written), *common])
+    swap = ["--swap", kind, "--base", str(base), "--layers", layers]
+    evaluate.main([str(target), *common, *swap])
+    name = f"{target}+{kind}"
+    ours, disk = result(tmp_path / "out", Path(name)), result(tmp_path / "out", written)
+    for key in ("results", "n-samples", "n-shot", "versions", "task_hashes"):
+        assert ours[key] == disk[key], key
+    one, two = (samples(tmp_path / "out", str(n), "sib200_qaa_Latn") for n in (name, written))
+    assert len(one) == 12 and all(len(row["resps"]) == len(generate.CHOICES) for row in one)
+    assert one == two
+    assert set(ours) == set(disk) and set(ours["_header"]) - set(disk["_header"]) == {"swap"}
+    facts = ours["_header"]["swap"]
+    record = json.loads((written / "swap.json").read_text())
+    for key in ("parameters_from_base", "parameters", "recipe"):
+        assert facts[key] == record[key], key
+    assert facts["base"]["spec"] == str(base) and ours["_header"]["models"]["model"]["spec"] == str(target)
+
+
+def test_swaps_that_cannot_be(data, models, tmp_path):
+    common = [str(models / "run" / "checkpoint-5"), "--tasks", "sib200_qaa_Latn", "--tsv-dir", str(data)]
+    out, base = ["-o", str(tmp_path / "out")], ["--base", str(models / "base")]
+    with pytest.raises(InputError, match="--swap needs -o"):
+        evaluate.main([*common, "--swap", "layers", *base, "--layers", "1"])
+    with pytest.raises(InputError, match="give --swap, too"):
+        evaluate.main([*common, *out, "--layers", "1"])
+    with pytest.raises(InputError, match="needs --layers"):
+        evaluate.main([*common, *out, "--swap", "layers", *base])
+    with pytest.raises(InputError, match="layer 7; the model has layers 0 to 1"):
+        evaluate.main([*common, *out, "--swap", "layers", *base, "--layers", "0,7"])
+    with pytest.raises(InputError, match="no layer is left to swap"):
+        evaluate.main([*common, *out, "--swap", "semantic_hub", *base, "--layers", "0,1"])
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers import load_script, save_tiny
+from launch import launch
 
 from cpt_utils import archs, masks, models, neurons, refs, results, tokenids
 from cpt_utils.errors import InputError
@@ -73,6 +74,42 @@ def test_a_run_and_its_base(study, monkeypatch):
         assert sorted(found["layers"]) == ["0", "2"]
         assert head["control"] is ("r." in file) and head["models"]["model"]["spec"] == model
     assert (place / "demo.png").is_file() and (place / "demo.pdf").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_means_of_one(study):
+    flags = ["--batch-size", "4", "--save_folder"]  # 18 blocks in 5 batches
+    SCRIPT.main(["--device", "cpu", *flags, "one"])
+    place = study[0] / "two"
+    launch("lsn/lsn_activation_cpt.py", *flags, "two")
+    files = [path.relative_to(place) for path in place.rglob("*.json")]
+    assert len(files) == 6
+    for file in files:
+        (one, _), (two, _) = (results.read_json(study[0] / folder / file) for folder in ("one", "two"))
+        assert two["all_layers"] == pytest.approx(one["all_layers"], rel=1e-6)
+        assert two["layers"] == pytest.approx(one["layers"], rel=1e-6)
+        assert (one["n_neurons"], one["n_tokens"]) == (two["n_neurons"], two["n_tokens"])
+
+
+def test_neurons_of_experts(study):
+    """A mixture of experts with a dense layer, whose numbers of neurons differ."""
+    _, ids = study
+    save_tiny("qwen3_moe", "moe", seed=4)
+    mask = {"ga": {0: [1, 95], 1: [47], 2: [25, 60]}}
+    facts = {"models": {"model": refs.model("moe").describe()}, "n_layers": 3, "ffn_width": 96}
+    masks.write("moe.json", mask, **facts)
+    masks.write("moe.control.json", masks.random_control(mask, 3, [96, 48, 96], 1), control=True, **facts)
+    flags = ["--model", "moe", "--run", "moe", "--name", "moe", "--mask_file", "moe.json", "--save_folder", "out"]
+    SCRIPT.main(flags)
+    found, head = results.read_json("out/moe.ga.288.json", SCRIPT.SCHEMA)
+    model = models.load_model(refs.model("moe"), torch.float32, torch.device("cpu"))
+    slow = neurons.Activations(model, archs.for_config(model.config), {"own": mask["ga"]})
+    for block in ids[:288].view(-1, 16):
+        slow.add(block[None])
+    assert found["all_layers"] == pytest.approx(slow.mean("own"), rel=1e-6) and head["ffn_width"] == 96
+    masks.write("moe.json", {"ga": {0: [1], 1: [48], 2: []}}, **facts)  # there are 48 in layer 1
+    with pytest.raises(InputError, match="names neuron 48, but the model has 0 to 47"):
+        SCRIPT.main(flags)
 
 
 def test_rerun_keeps_and_single_models(study, capsys):

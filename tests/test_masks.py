@@ -124,6 +124,20 @@ def test_random_control_has_as_many_neurons_outside_every_mask():
     assert times[0] == times[1] == 0 and min(times[2:]) > 5 and max(times) < 50
 
 
+def test_layers_of_different_widths(tmp_path):
+    mask = {"a": {0: [7], 1: [15, 3], 2: []}}
+    masks.write(tmp_path / "mask.json", mask, n_layers=3, ffn_width=16)
+    assert masks.read(tmp_path / "mask.json", "a", 3, [8, 16, 8]) == {0: [7], 1: [3, 15], 2: []}
+    with pytest.raises(InputError, match="layer 0 of a names neuron 7, but the model has 0 to 3"):
+        masks.read(tmp_path / "mask.json", "a", 3, [4, 16, 8])
+    with pytest.raises(InputError, match="made for ffn_width 16, but 8 is needed"):
+        masks.read(tmp_path / "mask.json", "a", 3, [8, 8, 8])
+    drawn = {n for seed in range(300) for n in masks.random_control(mask, 3, [8, 16, 8], seed)["a"][0]}
+    assert drawn == set(range(7))
+    drawn = {n for seed in range(300) for n in masks.random_control(mask, 3, [8, 16, 8], seed)["a"][1]}
+    assert drawn == set(range(16)) - {3, 15}
+
+
 def test_a_layer_without_room_for_a_control_is_named():
     mask = {"a": {0: [], 1: [0, 1, 2, 3, 4]}, "b": {0: [], 1: []}}
     with pytest.raises(InputError, match=r"layer 1 has 3 of 8 neurons outside the mask, but the control of a needs 5"):

@@ -1,12 +1,16 @@
 """Strict loading on ten architectures, and scores against loops over tokens."""
 
+import contextlib
+import json
 import math
+import sys
 
 import pytest
 import torch
 from helpers import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
-from cpt_utils import models, refs, scoring
+from cpt_utils import archs, hooks, models, refs, scoring
+from cpt_utils.batching import padded
 from cpt_utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -28,6 +32,83 @@ def test_a_wrong_shape_is_refused(tmp_path):
     (folder / "config.json").write_text(config)
     with pytest.raises(InputError, match="m"):
         models.load_model(refs.model(folder), torch.float32, CPU)
+
+
+SPREAD = {
+    "cpu": {"": "cpu"},
+    "disk": {
+        "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu",
+        "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk",
+    },
+    "embeddings on disk": {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu",
+                           "model.rotary_emb": "cpu", "lm_head": "cpu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", SPREAD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_is_spread_computes_the_same(place, dtype, tmp_path, capsys):
+    """The disk stands for what a second GPU is: layers that are elsewhere, and brought together by accelerate."""
+    ref = refs.model(save_tiny("llama", tmp_path / "m", seed=3))
+    whole, spread = (models.load_model(ref, dtype, CPU, device_map) for device_map in (None, SPREAD[place]))
+    assert any(p.is_meta for p in spread.parameters()) == ("disk" in place)
+    assert models.input_device(spread) == CPU
+    ids, mask = padded([[5, 9, 17, 40, 3], [7, 8]], 0)
+    arch = archs.for_config(whole.config)
+    one, other = (hooks.pooled_states(model, arch, ids, mask) for model in (whole, spread))
+    assert torch.equal(one, other)
+    assert scoring.text_nlls(whole, tiny_tokenizer(), TEXTS) == scoring.text_nlls(spread, tiny_tokenizer(), TEXTS)
+    models.announce(spread, ref)
+    assert ("read from the disk" in capsys.readouterr().err) == ("disk" in place)
+
+
+def test_a_missing_tensor_is_refused_when_spread_too(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = save_tiny("llama", tmp_path / "m") / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"the checkpoint lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.load_model(refs.model(tmp_path / "m"), torch.float32, CPU, "auto")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_in_a_model_folder_is_never_run(tmp_path, known):
+    """A folder whose configuration and tokenizer point to Python files: ignored for a known type, else refused."""
+    folder, trace = save_tiny("llama", tmp_path / "m"), tmp_path / "was-run"
+    (folder / "custom.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Custom: pass\n")
+    classes = {"AutoConfig": "custom.Custom", "AutoModelForCausalLM": "custom.Custom"}
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": classes}
+    config |= {} if known else {"model_type": "custom"}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["custom.Custom", "custom.Custom"]}, "tokenizer_class": "Custom"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ref = refs.model(folder)
+    with contextlib.suppress(InputError):
+        models.load_tokenizer(ref)
+    if known:
+        models.load_model(ref, torch.float32, CPU)
+        models.load_untrained(ref, torch.float32, CPU, seed=0)
+    else:
+        with pytest.raises(InputError, match="cannot be loaded"):
+            models.load_model(ref, torch.float32, CPU)
+    assert not trace.exists() and "custom" not in sys.modules
+
+
+def test_the_next_model_is_read_ahead(tmp_path, monkeypatch):
+    ref = refs.model(save_tiny("llama", tmp_path / "m", shards=3))
+    whole = sum(path.stat().st_size for path in (tmp_path / "m").glob("model*"))
+    assert models._read_ahead(ref) == whole
+    monkeypatch.setattr(models, "available_memory", lambda: 2 * whole - 1)
+    assert models._read_ahead(ref) == 0  # no more than half of what is free
+    monkeypatch.undo()
+    assert models.available_memory() > 1 << 20
+    for wrong in (refs.ModelRef(str(tmp_path / "none")), refs.ModelRef("org/name")):  # the load says it
+        thread = models.prefetch(wrong)
+        thread.join(20)
+        assert thread.daemon and not thread.is_alive()
 
 
 def test_an_untrained_model_is_seeded_and_leaves_the_random_state_alone(tmp_path):
@@ -55,7 +136,7 @@ def test_a_tokenizer_without_pad_token_pads_with_eos_else_unk(tmp_path):
     assert models.load_tokenizer(refs.model(folder)).pad_token == "a"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere", "granite"])
 def test_nll_equals_the_loop_over_tokens(model_type):
     model, tokenizer = tiny_model(model_type, dtype="float64"), tiny_tokenizer()
     expected = []
@@ -64,9 +145,10 @@ def test_nll_equals_the_loop_over_tokens(model_type):
         with torch.inference_mode():
             logits = model(torch.tensor([ids])).logits[0]
         expected.append(-sum(float(logits[i].log_softmax(-1)[ids[i + 1]]) for i in range(len(ids) - 1)))
-    for batch_size in (1, 3):
+    for batch_size in (1, 3, None):
         scores = scoring.text_nlls(model, tokenizer, TEXTS, batch_size)
-        assert [s.nll for s in scores] == pytest.approx(expected, rel=1e-12)
+        # Gemma 2 takes its softmax in float32, whatever the dtype.
+        assert [s.nll for s in scores] == pytest.approx(expected, rel=1e-7 if model_type == "gemma2" else 1e-12)
     total = scoring.mean_nll(model, tokenizer, TEXTS)
     assert total.tokens == sum(len(tokenizer(t)["input_ids"]) - 1 for t in TEXTS)
     assert total.per_word == pytest.approx(sum(expected) / 11)
@@ -108,9 +190,31 @@ def test_choices_equal_the_loop_over_tokens():
             assert math.isclose(value, slow, rel_tol=1e-12)
 
 
+def test_the_head_runs_where_it_is_needed():
+    """One row for two choices of one token after one prompt, whatever the length of the prompt."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    rows = []
+    model.lm_head.register_forward_hook(lambda _module, args, _output: rows.append(args[0].shape[:-1].numel()))
+    prompts, choices = ["long " * 20, "x"], ["sports", "travel"]
+    scoring.choice_logliks(model, tokenizer, prompts, choices)
+    expected = sum(
+        len(tokenizer(f"{p} {c}")["input_ids"]) - len(tokenizer(p)["input_ids"]) for p in prompts for c in choices
+    )
+    assert sum(rows) == expected < 40
+    assert not model.lm_head._forward_pre_hooks
+
+
 def test_texts_too_short_to_score_are_refused():
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     with pytest.raises(InputError, match="no text"):
         scoring.text_nlls(model, tokenizer, [])
     with pytest.raises(InputError, match="fewer than two tokens"):
         scoring.text_nlls(model, tokenizer, [""])
+
+
+def test_a_mixture_of_experts_runs_in_float64(tmp_path):
+    ref = refs.model(save_tiny("mixtral", tmp_path / "m"))
+    ids = torch.tensor([[5, 9, 17]])
+    wide = models.load_model(ref, torch.float64, CPU)(ids).logits
+    assert torch.allclose(wide.float(), models.load_model(ref, torch.float32, CPU)(ids).logits, atol=1e-5)
+    assert models.load_untrained(ref, torch.float64, CPU, seed=1)(ids).logits.dtype == torch.float64

@@ -82,6 +82,38 @@ def test_a_mistyped_path_is_not_taken_for_a_repository(a_run, monkeypatch):
         refs.model("run/checkpoint-16")
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[1, 2]", "holds no configuration"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ('{"num_hidden_layers": 1e400}', "num_hidden_layers is inf, which is no size"),
+        ('{"num_hidden_layers": NaN}', "num_hidden_layers is nan, which is no size"),
+        ('{"num_hidden_layers": -3}', "is -3, which is no size"),
+        ('{"hidden_size": 4503599627370496}', "hidden_size is 4503599627370496"),
+        ('{"text_config": {"vocab_size": "many"}}', "vocab_size is many"),
+        ('{"intermediate_size": true}', "intermediate_size is True"),
+    ],
+)
+def test_crafted_configurations(tmp_path, text, match):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=match) as caught:
+        refs.model(tmp_path).config()
+    assert len(str(caught.value)) < 600
+
+
+def test_configurations_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert refs.model(tmp_path).describe()["weights_sample"] is None
+    os.mkfifo(tmp_path / "config.json")  # would block whoever opens it
+    with pytest.raises(InputError, match="not there, or no file"):
+        refs.model(tmp_path).config()
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_bytes(b'{"hidden_size": 64.0, "num_key_value_heads": null, "n_inner": [1]}')
+    assert refs.model(tmp_path).config()["hidden_size"] == 64
+
+
 def test_the_sample_of_weights_tells_two_trainings_apart(tmp_path):
     one = save_tiny("llama", tmp_path / "a", seed=0, tokenizer=False)
     same = save_tiny("llama", tmp_path / "b", seed=0, tokenizer=False)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import load_script, save_tiny, tiny_model, tiny_tokenizer
+from launch import launch
 
 from cpt_utils import results
 from cpt_utils.archs import for_config
@@ -70,7 +71,7 @@ def test_accuracy_equals_the_definition(sr, model_type, variant):
     slow = slow_accuracy(model, tokenizer, base, target, variant)
     arch = for_config(model.config)
     sides = [encode(tokenizer, texts) for texts in (base, target)]
-    for batch_size in (1, 64):
+    for batch_size in (1, 64, None):
         found = sr.measure(model, arch, tokenizer, *sides, variant, batch_size=batch_size)
         assert found.accuracy == slow
 
@@ -88,7 +89,7 @@ def test_batch_size_and_padding_side_move_nothing_but_ties(sr, dtype):
         ]
 
     reference = vectors(1, "right")
-    for batch_size, padding in ((64, "right"), (64, "left"), (7, "left")):
+    for batch_size, padding in ((64, "right"), (64, "left"), (7, "left"), (None, "right")):
         other = vectors(batch_size, padding)
         for layer in range(len(reference[0])):
             scores = sr.margin_scores(sr.cosine(reference[0][layer], reference[1][layer]))
@@ -217,6 +218,46 @@ def test_a_rerun_keeps_finished_files_and_overwrite_gives_the_same(sr, project, 
     for name in before:
         if not name.endswith(".json"):
             assert (folder / name).read_bytes() == before[name], name
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(sr, project):
+    """Four models over two processes, one of which was finished before."""
+    sr.main(command(project))
+    folder = project / "out" / "eng_Latn-gle_Latn"
+    one = {path.name: strip(path) if path.suffix == ".json" else path.read_bytes() for path in folder.iterdir()}
+    for path in folder.iterdir():
+        if not path.name.startswith("run__checkpoint-5"):
+            path.unlink()
+    said = launch("sentence-retrieval/sr_experiment.py", *command(project)).stdout
+    two = {path.name: strip(path) if path.suffix == ".json" else path.read_bytes() for path in folder.iterdir()}
+    assert two == one
+    assert said.count("is finished") == said.count("wrote 3 results") == 1 and said.count(": best ") == 3
+    # An error ends all processes, those too that wait for the one it happened to.
+    failed = launch("sentence-retrieval/sr_experiment.py", *command(project, "--k", "3"), code=1)
+    assert "error:" in failed.stderr and "is of another k than asked for" in failed.stderr
+
+
+def test_what_several_processes_may_not_do(sr, project, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device-map auto gives one model all GPUs"):
+        sr.main(command(project, "--device-map", "auto"))
+    assert "12 sentence" in capsys.readouterr().out
+    with pytest.raises(InputError, match="contradict each other"):
+        sr.main(command(project, "--device-map", "auto", "--device", "cpu"))
+    monkeypatch.setenv("RANK", "1")
+    capsys.readouterr()
+    with pytest.raises(InputError, match="--device-map"):
+        sr.main(command(project, "--device-map", "auto"))
+    assert not capsys.readouterr().out
+
+
+def test_a_device_map_gives_the_same_result(sr, project):
+    sr.main(command(project))
+    folder = project / "out" / "eng_Latn-gle_Latn"
+    before = {path.name: strip(path) for path in folder.glob("*.json")}
+    sr.main(command(project, "--device-map", "auto", "--overwrite", "--batch-size", "5"))
+    assert {path.name: strip(path) for path in folder.glob("*.json")} == before
 
 
 def test_a_result_of_other_settings_is_not_taken_for_finished(sr, project):

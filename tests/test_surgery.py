@@ -224,6 +224,39 @@ def test_bin_folders_become_safetensors(tmp_path):
     assert torch.equal(logits(load(tmp_path / "sharded")), logits(load(tmp_path / "single")))
 
 
+def test_adapters_are_merged(tmp_path):
+    """An adapter as the target, as the base, and as both: the bytes of the same swap on the merged models."""
+    from test_adapters import save_adapter, save_merged
+
+    base = save_tiny("llama", tmp_path / "base", seed=0, shards=2)
+    rows = {"model.embed_tokens.weight": (280, 32), "lm_head.weight": (280, 32)}
+    one = save_adapter(base, tmp_path / "run" / "checkpoint-1", targets=("q_proj", "up_proj"), whole=rows)
+    two = save_adapter(base, tmp_path / "run" / "checkpoint-2", targets=("v_proj", "down_proj"), seed=1)
+    (one / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    whole = [save_merged(base, adapter, tmp_path / "merged" / adapter.name) for adapter in (one, two)]
+    for number, (b, c, merged_b, merged_c) in enumerate(
+        ((base, one, base, whole[0]), (two, base, whole[1], base), (two, one, *whole[::-1]))
+    ):
+        for kind in ("layers", "half"):
+            made = []
+            for name, pair in (("adapter", surgery.Pair(b, c)), ("merged", surgery.Pair(merged_b, merged_c))):
+                recipe = surgery.layers_from_base(pair, [1])
+                if kind == "half":
+                    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+                    edits = [pair.edit(n, function=interpolated, by_rows=True) for n in names]
+                    recipe = surgery.Recipe("a quarter of the way back", {}, tuple(edits))
+                surgery.write_model(pair, recipe, tmp_path / f"{number}-{kind}-{name}")
+                made.append(tmp_path / f"{number}-{kind}-{name}")
+            assert same(*(read_tensors(folder) for folder in made))
+            assert torch.equal(*(logits(load(folder)) for folder in made))
+            config = json.loads((made[0] / "config.json").read_text())
+            assert (
+                config["vocab_size"]
+                == read_tensors(made[0])["lm_head.weight"].shape[0]
+                == (280 if number != 1 else 272)
+            )
+
+
 def test_gpt2_with_and_without_prefix(tmp_path):
     base = save_tiny("gpt2", tmp_path / "base", seed=0)
     target = save_tiny("gpt2", tmp_path / "target", seed=1)
@@ -420,15 +453,21 @@ def test_a_write_that_went_wrong_is_noticed(tmp_path, two, monkeypatch):
     own = folders.write_file
 
     def flipping(file, parts, contents, path, bar):
-        own(file, parts, contents, path, bar)
+        digests = own(file, parts, contents, path, bar)
         data = bytearray(path.read_bytes())
         data[-5] ^= 1
         path.write_bytes(data)
+        return digests
 
     monkeypatch.setattr(folders, "write_file", flipping)
-    with surgery.Pair(*two) as pair, pytest.raises(InputError, match="differs from its source"):
-        surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "out")
-    assert entries(tmp_path) == ["base", "target"]
+    with surgery.Pair(*two) as pair:
+        copied = surgery.layers_from_base(pair, [0])
+        edits = [pair.edit(name, function=interpolated, by_rows=True) for name in pair.target.names()]
+        computed = surgery.Recipe("a quarter of the way back", {}, tuple(edits))
+        for recipe in (copied, computed):
+            with pytest.raises(InputError, match="differs from its source"):
+                surgery.write_model(pair, recipe, tmp_path / "out")
+            assert entries(tmp_path) == ["base", "target"]
 
 
 def spoil(folder, name, value):

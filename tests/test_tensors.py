@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,6 +115,13 @@ def header_of(file):
         ),
         (lambda h: h["model.norm.weight"].pop("shape"), "does not describe tensors"),
         (lambda h: h.update({"x": "y"}), "does not describe tensors"),
+        (lambda h: h["model.norm.weight"].update(shape=[True, 32]), "negative or broken"),
+        (lambda h: h["model.norm.weight"].update(shape=[1] * 70 + [32]), "negative or broken"),
+        (lambda h: h["model.norm.weight"].update(shape="32"), "negative or broken"),
+        (lambda h: h["model.norm.weight"].update(shape=[1 << 62, 1 << 62]), "bytes for a tensor of"),
+        (lambda h: h["model.norm.weight"].update(data_offsets=[0, 128, 256]), "does not describe tensors"),
+        (lambda h: h.update({"__metadata__": [1]}), "does not describe tensors"),
+        (lambda h: h.update({"twin": h["model.norm.weight"]}), "the header places"),
     ],
 )
 def test_headers_that_lie(tmp_path, change, match):
@@ -122,6 +131,35 @@ def test_headers_that_lie(tmp_path, change, match):
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
     refused(tmp_path / "m", match)
+
+
+def with_header(file, text, data=b""):
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_headers_that_are_read_in_two_ways(tmp_path):
+    """A key that comes twice: readers differ in which one counts, also where both fit the bytes."""
+    one = b'{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+    with_header(tmp_path / "model.safetensors", b'{"w":' + one + b',"w":' + one + b"}", b"ab")
+    refused(tmp_path, "damaged safetensors header")
+    with_header(tmp_path / "model.safetensors", b'{"w":' + one + b"}", b"ab")
+    with TensorFolder(tmp_path) as stored:
+        assert stored.get("w").tolist() == [97, 98]
+
+
+def test_headers_that_are_huge_or_deep(tmp_path):
+    file = tmp_path / "model.safetensors"
+    for length in (1 << 63, (1 << 64) - 1, 1 << 40, 100_000_001):
+        file.write_bytes(struct.pack("<Q", length) + b"{}")
+        refused(tmp_path, "less than its header")
+    with open(file, "wb") as sparse:  # long enough for its header, which is longer than the format allows
+        sparse.write(struct.pack("<Q", 100_000_001))
+        sparse.truncate(200_000_000)
+    refused(tmp_path, "less than its header")
+    with_header(file, b"[" * 100_000)
+    refused(tmp_path, "damaged safetensors header")
+    with_header(file, b'{"w":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,2]}}')
+    refused(tmp_path, "damaged safetensors header")
 
 
 def test_header_that_is_no_json(tmp_path):
@@ -141,14 +179,25 @@ def test_index_and_shards(tmp_path):
 
     write(extra="model-00004-of-00003.safetensors")
     refused(folder, "names the shard model-00004-of-00003.safetensors, which is not there")
-    for outside in ("../m/model-00001-of-00003.safetensors", "/etc/passwd", "sub/model.safetensors", "evil.bin"):
+    for outside in (
+        "../m/model-00001-of-00003.safetensors", "/etc/passwd", "/x.safetensors", "sub/model.safetensors", "evil.bin",
+        "a\\b.safetensors", "a\0.safetensors", "a\n.safetensors", "..", "", ".safetensors/", 7, None, ["x"], {"x": 1},
+    ):  # fmt: skip
         write(extra=outside)
-        refused(folder, "not a .safetensors file of its own folder")
+        refused(folder, "not a .safetensors file of its own folder|no index of shards")
     write(extra="model-00002-of-00003.safetensors")
     refused(folder, "places extra in model-00002-of-00003.safetensors, which does not hold it")
     for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}'):
         index.write_text(text)
         refused(folder, "no index of shards|not a .safetensors file|names no shards")
+    index.write_text(
+        '{"weight_map": {"w": "model-00001-of-00003.safetensors", "w": "model-00002-of-00003.safetensors"}}'
+    )
+    refused(folder, "no index of shards")
+    index.write_text('{"weight_map": ' + "[" * 100_000)
+    refused(folder, "no index of shards")
+    write(extra="a" * 5000 + ".safetensors")
+    refused(folder, "cannot be read: File name too long")
     write()
     held = load_file(folder / "model-00002-of-00003.safetensors")
     save_file(held | {"left.over": torch.zeros(2)}, folder / "model-00002-of-00003.safetensors")
@@ -175,6 +224,62 @@ def test_single_file_beside_an_index(tmp_path, capsys):
     assert "shards that are not there" in capsys.readouterr().err
 
 
+def test_shards_that_are_no_files(tmp_path):
+    folder = save_tiny("llama", tmp_path / "m", shards=2)
+    shard = folder / "model-00001-of-00002.safetensors"
+    shard.unlink()
+    os.mkfifo(shard)  # would block whoever opens it
+    refused(folder, "which is not there")
+    shard.unlink()
+    shard.mkdir()
+    refused(folder, "which is not there")
+    os.mkfifo(tmp_path / "model.safetensors")
+    refused(tmp_path, "holds no weights")
+
+
+def test_links(tmp_path):
+    """Weights on another disk, linked into a model folder, and a folder under another name, are the model; a link that
+    leads nowhere is a missing file."""
+    other = save_tiny("llama", tmp_path / "other")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to("../other/model.safetensors")
+    (tmp_path / "alias").symlink_to(folder)
+    for path in (folder, tmp_path / "alias"):
+        with TensorFolder(path) as stored:
+            assert "model.norm.weight" in stored
+    (other / "model.safetensors").unlink()
+    refused(folder, "holds no weights")
+
+
+def test_several_threads_read_one_folder(tmp_path):
+    folder = save_tiny("llama", tmp_path / "m", shards=3)
+    truth = read_tensors(folder)
+    with TensorFolder(folder) as stored, ThreadPoolExecutor(4) as threads:
+        for name, tensor in zip(list(truth) * 20, threads.map(stored.get, list(truth) * 20), strict=True):
+            assert torch.equal(tensor, truth[name])
+
+
+def test_no_code_of_a_model_folder_is_run(tmp_path):
+    """Files that name code of their own: the reader reads tensors, the loader refuses, nothing is executed."""
+    from cpt_utils import models
+
+    folder = save_tiny("llama", tmp_path / "m")
+    code = f"open({str(tmp_path / 'executed')!r}, 'w')\n"
+    (folder / "modeling_evil.py").write_text(code + "class Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": names}))
+    with tensors.open_folder(folder) as stored:
+        assert "model.norm.weight" in stored
+    ref = refs.model(folder)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        models.load_model(ref, torch.float32, torch.device("cpu"))
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))  # a known type: its own code is used
+    assert type(models.load_model(ref, torch.float32, torch.device("cpu"))).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "executed").exists()
+
+
 def test_safetensors_win_over_bin(tmp_path):
     folder = save_tiny("llama", tmp_path / "m")
     torch.save({"model.norm.weight": torch.zeros(32)}, folder / "pytorch_model.bin")
@@ -193,6 +298,12 @@ def test_bin_runs_no_code(tmp_path):
     torch.save({"w": torch.zeros(2), "x": Evil()}, tmp_path / "pytorch_model.bin")
     refused(tmp_path, "cannot be read as plain tensors")
     torch.save({"w": torch.zeros(2), "step": 3}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "more than plain tensors")
+    torch.save({"w": torch.ones(1).expand(1 << 40)}, tmp_path / "pytorch_model.bin")  # a terabyte in a kilobyte
+    refused(tmp_path, "more than plain tensors")
+    torch.save({"w": torch.ones(3, 3).to_sparse()}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "more than plain tensors|cannot be read as plain tensors")
+    torch.save({3: torch.ones(2)}, tmp_path / "pytorch_model.bin")
     refused(tmp_path, "more than plain tensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04 broken")
     refused(tmp_path, "cannot be read as plain tensors")

@@ -2,11 +2,13 @@
 
 For each checkpoint, layer and projection: the mean |W_C - W_B| over a weight matrix. Attention's change is the largest
 of q, k, v, o, the FFN's the largest of gate, up, down; beside them the means over the projections, and both again for
-the relative change ||dW|| / ||W_B||, which does not depend on the scale of a matrix.
+the relative change ||dW|| / ||W_B||, which does not depend on the scale of a matrix. The router of a mixture of experts
+is neither attention nor FFN; its change stands beside them.
 
 In:   a base model B, and a run of checkpoints C or a single one.
 Out:  OUT with `checkpoints`: {step: {layers: {layer_<l>: {attention_max, ffn_max, delta_attn_ffn, q_proj, ..}},
-      summary: {attn, ffn}, ..}}; beside it a figure of the last checkpoint (PDF, PNG).
+      summary: {attn, ffn}, ..}}; beside it a figure of the last checkpoint (PDF, PNG), and with --details the change of
+      every head and neuron (.pt).
 
 Full: python weight-diff/attn_vs_ffn.py --base-model meta-llama/Llama-2-7b-hf --ckpt-model cpt-eus --output attn_vs_ffn.json
 Tiny: python weight-diff/attn_vs_ffn.py --study demo/tiny.yaml
@@ -23,7 +25,9 @@ from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
-    from cpt_utils.compare import Change
+    import torch
+
+    from cpt_utils.compare import Change, Changes, Sums
 
 SCHEMA = "attn_vs_ffn"
 SIDES = {"attention": archs.ATTENTION, "ffn": archs.FFN}
@@ -34,6 +38,15 @@ SUMMARIES = {
     "summary_relative": (True, "max"),
     "summary_relative_mean": (True, "mean"),
 }
+# What else is written of each projection: key -> how it is read from a Change.
+REST = {
+    "max_abs": lambda change: change.max_abs,
+    "frobenius": lambda change: change.sum_sq**0.5,
+    "base_frobenius": lambda change: change.base_sq**0.5,
+    "cosine": lambda change: change.cosine,
+}
+# The four values of every head and neuron, in the order of the file.
+DETAILS = "mean_abs norm base_norm cosine_distance"
 
 
 # ---------------------------------------------------------------- the method
@@ -54,12 +67,13 @@ def sides(values: dict[str, float | None]) -> dict[str, float | None]:
 
 
 def layer_row(changes: dict[str, Change]) -> dict:
-    """All that is written of one layer: mean |dW| and, under `relative`, ||dW||_F / ||W_B||_F."""
+    """All that is written of one layer: mean |dW|, under `relative` ||dW||_F / ||W_B||_F, and what REST names."""
     absolute = {name: change.mean_abs for name, change in changes.items()}
     relative = {name: change.relative for name, change in changes.items()}
     row = sides(absolute)
     row["delta_attn_ffn"] = row["attention_max"] - row["ffn_max"]
-    return row | absolute | {"relative": sides(relative) | relative}
+    rest = {key: {name: read(change) for name, change in changes.items()} for key, read in REST.items()}
+    return row | absolute | {"relative": sides(relative) | relative} | rest
 
 
 def pairs(rows: list[dict], summary: str) -> list[tuple[float | None, float | None]]:
@@ -83,6 +97,25 @@ def checkpoint_row(layers: dict[int, dict[str, Change]]) -> dict:
         both = None in attention or None in ffn
         ahead[summary] = None if both else sum(a > b for a, b in zip(attention, ffn, strict=True))
     return found | {"attention_above_ffn": ahead}
+
+
+def detail_arrays(found: Changes) -> dict[str, torch.Tensor | str]:
+    """What `--details` writes: `<step>.layer_<l>.<projection>.heads` or `.neurons`, [4, heads or neurons] each."""
+    arrays: dict[str, torch.Tensor | str] = {"values": DETAILS}
+    for step, layers in found.items():
+        for layer, changes in layers.items():
+            for name, change in changes.items():
+                for kind, sums in (("heads", change.heads), ("neurons", change.neurons)):
+                    if sums is not None:
+                        arrays[f"{step}.layer_{layer}.{name}.{kind}"] = detail_values(sums)
+    return arrays
+
+
+def detail_values(sums: Sums) -> torch.Tensor:
+    """The values of DETAILS of each head or neuron, [4, n], in the dtype of the sums."""
+    values = sums.values.new_empty(4, sums.values.shape[1])
+    values[0], values[1:3], values[3] = sums.mean_abs, sums.values[1:3].sqrt(), sums.cosine_distance
+    return values
 
 
 # ---------------------------------------------------------------- the figure
@@ -128,9 +161,14 @@ def build_parser():
         metavar="OUT",
         help="JSON to write; default: the study's weight-diff/attn_vs_ffn.json, else weight_diff/<checkpoint>.json",
     )
+    p.add_argument(
+        "--details",
+        action="store_true",
+        help="write OUT with .pt, too: the change of every attention head and FFN neuron",
+    )
     p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
     p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
-    cli.add_run_flags(p)
+    cli.add_run_flags(p, drop=True)
     return p
 
 
@@ -146,24 +184,31 @@ def main(argv=None) -> None:
     output = study.output(args.output or (None if study else default_output(target)), "--output", "attn_vs_ffn")
 
     facts = run_facts(base, run, available, args.limit) | {"seed": study.seed}
-    if made_already(output, SCHEMA, facts, args.overwrite):
+    details = output.with_suffix(".pt")
+    if made_already(output, SCHEMA, facts, args.overwrite) and (details.is_file() or not args.details):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
-    cli.sibling("weight-diff/int_and_sem.py").say_left_out(base, run)
 
     from cpt_utils import compare
 
-    found = compare.changes(base, run, device=device)
+    found: compare.Changes = {}
+    for group in refs.one_at_a_time(run, args.drop_revisions, base):
+        cli.sibling("weight-diff/int_and_sem.py").say_left_out(base, group)
+        found |= compare.changes(base, group, device=device, details=args.details)
     payload = {
         "base_model": base.spec,
         "target_model": target,
         "checkpoints": {str(ref.step): checkpoint_row(found[ref.step]) for ref in run},
     }
     draw(output.with_suffix(""), payload)
+    details.unlink(missing_ok=True)  # what an earlier run left is not of this one
+    if args.details:
+        results.write_tensors(details, detail_arrays(found))
     results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device=device.type))
     for step, row in payload["checkpoints"].items():
         cli.say(f"step {step}: " + describe(row))
-    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+    more = f", {details}" if args.details else ""
+    cli.say(f"wrote {output}{more} and the figure {output.with_suffix('.pdf')}")
 
 
 def describe(row: dict) -> str:

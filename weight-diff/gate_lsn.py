@@ -1,7 +1,8 @@
 """How far the gates of a language's own neurons move over continued pre-training (step 9).
 
 For each checkpoint and layer: the mean |W_C - W_B| over the rows of the gate projection that belong to the neurons of
-the mask (rows of the up projection in models without a gate). With a control mask, the same of its random neurons.
+the mask (rows of the up projection in models without a gate; in a mixture of experts those of the neurons' experts).
+With a control mask, the same of its random neurons.
 
 In:   a base model B, a run of checkpoints C or a single one, a mask of lsn/identify.py and one of its languages.
 Out:  OUT with `checkpoints`: {step: {layers: {layer_<l>: {gate_proj}}, control: {layer_<l>: {gate_proj}}}}, layers
@@ -89,7 +90,7 @@ def build_parser():
     p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's weight-diff/gate_lsn.json")
     p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
     p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
-    cli.add_run_flags(p)
+    cli.add_run_flags(p, drop=True)
     return p
 
 
@@ -119,11 +120,11 @@ def main(argv=None) -> None:
     weights = cli.sibling("weight-diff/attn_vs_ffn.py")
     facts = weights.run_facts(base, run, len(everything), args.limit)
     known = [base.describe(), *(ref.describe() for ref in everything)]
-    size = facts["n_layers"], arch.ffn_width(config)
-    own, control = masks.read_both(mask_file, control_file, lang, *size, known)
+    widths = [arch.ffn_width(config, layer) for layer in range(facts["n_layers"])]
+    own, control = masks.read_both(mask_file, control_file, lang, len(widths), widths, known)
     chosen = {"layers": own} | ({"control": control} if control else {})
     facts |= {
-        "ffn_width": size[1],
+        "ffn_width": max(widths),
         "language": languages.canonical(lang, any_tag=True),
         "projection": projection,
         "mask": fingerprint(chosen["layers"]),
@@ -138,7 +139,9 @@ def main(argv=None) -> None:
 
     from cpt_utils import compare
 
-    changes = compare.changes(base, run, projections=[projection], rows=[projection], device=device)
+    changes: compare.Changes = {}
+    for group in refs.one_at_a_time(run, args.drop_revisions, base):
+        changes |= compare.changes(base, group, projections=[projection], rows=[projection], device=device)
     checkpoints = {}
     for ref in run:
         here = {layer: found[projection] for layer, found in changes[ref.step].items()}

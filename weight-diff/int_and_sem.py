@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, figures, refs, results
+from cpt_utils import archs, cli, figures, refs, results
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -32,8 +32,12 @@ GROUPS = {"interface": "interface_layers", "semantic_hub": "semantic_layers"}
 
 
 def layer_changes(layers: dict[int, dict[str, Change]]) -> list[float]:
-    """The change of each layer [L]: the mean over its projections of the mean |dW|, each projection counting alike."""
-    return [sum(change.mean_abs for change in layers[i].values()) / len(layers[i]) for i in sorted(layers)]
+    """The change of each layer [L]: the mean over its projections of the mean |dW|, each projection counting alike.
+
+    The router of a mixture of experts is no projection, and all experts together are one.
+    """
+    own = [[change for name, change in layers[i].items() if name in archs.PROJECTIONS] for i in sorted(layers)]
+    return [sum(change.mean_abs for change in here) / len(here) for here in own]
 
 
 def group_mean(change: list[float], layers: list[int]) -> float:
@@ -101,7 +105,7 @@ def build_parser():
     p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's weight-diff/int_and_sem.json")
     p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
     p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
-    cli.add_run_flags(p)
+    cli.add_run_flags(p, drop=True)
     return p
 
 
@@ -115,7 +119,7 @@ def main(argv=None) -> None:
     device = cli.device(args.device)
     output = study.output(args.output, "--output", "int_and_sem")
 
-    from cpt_utils import archs, compare
+    from cpt_utils import compare
 
     n_layers = archs.for_config(base.config()).n_layers(base.config())
     described = {ref.step: ref.describe() for ref in run}
@@ -149,8 +153,10 @@ def main(argv=None) -> None:
     if finished:
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
-    say_left_out(base, chosen)
-    found = compare.changes(base, chosen, device=device)
+    found: compare.Changes = {}
+    for group in refs.one_at_a_time(chosen, args.drop_revisions, base):
+        say_left_out(base, group)
+        found |= compare.changes(base, group, device=device)
     by_layer = {ref.step: layer_changes(found[ref.step]) for ref in chosen}
     averages = {group: [group_mean(by_layer[ref.step], groups[group]) for ref in chosen] for group in GROUPS}
     payload = {
