@@ -7,7 +7,7 @@ The text is a file's lines, eight to a document, repeated up to a size, read in 
 - `ours`: the loop of load_oscar.py from the file on disk to the ids on disk, the share of other scripts included;
 - `filter`: the same with --filter script; with --language-filter also `langid`, with --filter language.
 
-Then the command itself runs on the whole file, and its peak anonymous memory is watched (see anonymous_memory.py).
+Then the command itself runs on the whole file, and its peak anonymous memory is watched (see measure.py).
 
 In:   a text file and a tokenizer.
 Out:  a table on stdout, and with -o a JSON.
@@ -30,7 +30,7 @@ from pathlib import Path
 from cpt_utils import cli, data, refs, results, tokenids
 from cpt_utils.errors import InputError
 
-memory = cli.sibling("benchmarks/anonymous_memory.py")
+measure = cli.sibling("benchmarks/measure.py")
 load_oscar = cli.sibling("lsn/load_oscar.py")
 
 SCHEMA = "token-ids-benchmark"
@@ -123,7 +123,7 @@ def main(argv=None) -> None:
         seconds = timed(found, args.repeats)
         if args.memory_megabytes:
             write_text(source, path, round(args.memory_megabytes * 1e6))
-        watched = memory.watch(command(path, tokenizer, args.language, folder))
+        watched = measure.watch(command(path, tokenizer, args.language, folder))
         watched["n_tokens"] = tokenids.describe(folder / tokenids.file_name(args.language, "benchmark"))["n_tokens"]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

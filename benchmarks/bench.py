@@ -1,0 +1,263 @@
+"""Measures every hot path against the obvious way and against the machine's limit, and writes the table of the README.
+
+The limit is measured in the same run: reading the same files once (`cat`), copying the target's folder (`cp -r`), the
+bare forward pass of the decoder on the same batches. Ways take turns, so that a busy machine slows all of them.
+
+In:   nothing: models of random weights are made in --folder and removed again.
+Out:  --output, a JSON whose rows are written one by one (an interrupted run keeps them; --go-on measures the others),
+      and between the markers of --readme the table: targets, medians, ratios, memory, and the machine.
+
+Full: python benchmarks/bench.py --full
+Tiny: python benchmarks/bench.py --sizes 0.01 --forward 0.01 --repeats 1 -o build/try/benchmark.json --readme build/try/README.md
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils import cli, folders
+from cpt_utils.errors import InputError
+
+measure = cli.sibling("benchmarks/measure.py")
+
+QUICK, FULL = (1.0,), (0.1, 0.5, 1.0, 2.0)  # GB of each model of a pair, in bfloat16
+FORWARD, FORWARD_FULL = (0.1,), (0.1, 0.25)  # the same of the models for forward passes, which a CPU runs in float32
+SHAPES = {"1B": (2048, 8192, 16, 16, 32000), "7B": (4096, 11008, 32, 32, 32000)}  # on a GPU, in bfloat16
+TABLE, OUTPUT, README = "benchmarks", "benchmarks/benchmark.json", "benchmarks/README.md"
+
+
+# ---------------------------------------------------------------- what is to be reached
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure of one area's rows and its bound: `at` says on which rows, `why` what is in the way where it is missed.
+
+    `why` may take values of the row's ways: {name} is the median seconds of that way.
+    """
+
+    area: str
+    words: str
+    figure: Callable[[dict], float]
+    bound: float
+    least: bool  # the bound is a minimum
+    unit: str
+    at: str  # "1 GB" (the row nearest to it) or "all"
+    why: str = ""
+
+    def rows(self, rows: list[dict]) -> list[dict]:
+        own = [row for row in rows if row["area"] == self.area]
+        if self.at == "all" or not own:
+            return own
+        return [min(own, key=lambda row: abs(row["gigabytes"] - 1))]
+
+    def worst(self, rows: list[dict]) -> tuple[float, dict] | None:
+        """The figure of the row that is furthest from the bound; None where nothing was measured."""
+        found = [(self.figure(row["ways"]), row) for row in self.rows(rows)]
+        return (min if self.least else max)(found, key=lambda pair: pair[0]) if found else None
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.least else value <= self.bound
+
+
+def over(one: str, other: str) -> Callable[[dict], float]:
+    return lambda ways: measure.ratio(ways[one], ways[other])
+
+
+def peak(way: str) -> Callable[[dict], float]:
+    return lambda ways: ways[way]["peak_anonymous_bytes"] / 1e6
+
+
+WRITING = (
+    "flushed to the disk and read back, which `cp -r` is not: {ours, not flushed} s without flushing, "
+    "{ours, neither} s without both; `cp -r` with `sync` takes {floor, flushed} s"
+)
+HOOKS = "the bare decoder takes {floor} s, ours {ours} s"
+LOSS = "the lm_head and its softmax on every token come on top of the decoder; with hooks alone {decoder only} s"
+WHOLE = "comparison, whole process"
+TARGETS = (
+    Target(WHOLE, "times faster than the obvious way", over("obvious", "ours"), 10, True, "x", "1 GB",
+           "starting Python with torch alone takes {imports} s of {ours} s"),
+    Target("comparison itself", "share of the rate of `cat`", over("floor", "ours"), 0.35, True, "", "1 GB",
+           "arithmetic on every weight takes {ours} s where reading takes {floor} s"),
+    Target(WHOLE, "peak anonymous memory", peak("ours"), 600, False, "MB", "all"),
+    Target("layer swap", "time over `cp -r`", over("ours", "floor"), 1.3, False, "x", "1 GB", WRITING),
+    Target("component swap", "time over `cp -r`", over("ours", "floor"), 1.3, False, "x", "1 GB", WRITING),
+    Target("layer swap", "peak anonymous memory", peak("whole process"), 400, False, "MB", "all"),
+    Target("component swap", "peak anonymous memory", peak("whole process"), 400, False, "MB", "all"),
+    Target("retrieval", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", HOOKS),
+    Target("counts", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", HOOKS),
+    Target("activations", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", HOOKS),
+    Target("deactivation", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", LOSS),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(store) -> str:
+    """The README's tables: for each machine the targets, and the rows they are judged by."""
+    lines: list[str] = []
+    for key, facts in store.machines.items():
+        rows = [row for row in store.rows.values() if row["machine"] == key]
+        if not rows:
+            continue
+        what = f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']} GB, {facts['system']}"
+        what += f", {facts['gpu']}" if "gpu" in facts else ""
+        days = sorted({row["date"] for row in rows})
+        what += f"; Python {facts['python']}, PyTorch {facts['torch']}; {' to '.join(sorted({days[0], days[-1]}))}"
+        lines += [f"**{what}**", ""]
+        for device in dict.fromkeys(row["device"] for row in rows):
+            own = sorted((row for row in rows if row["device"] == device), key=lambda row: row["gigabytes"])
+            lines += [f"Targets on {device}:", "", *_targets(own), "", f"Measured on {device}:", "", *_rows(own), ""]
+    return "\n".join(lines)
+
+
+def _targets(rows: list[dict]) -> list[str]:
+    lines = ["| what | target | measured | met | remark |", "|---|---|---|---|---|"]
+    for target in TARGETS:
+        worst = target.worst(rows)
+        if worst is None:
+            continue
+        value, row = worst
+        medians = {name: f"{measure.median(way):.3g}" for name, way in row["ways"].items()}
+        met = target.met(value)
+        lines.append(
+            f"| {target.area}: {target.words} | {'≥' if target.least else '≤'} {target.bound:g} {target.unit} | "
+            f"{value:.3g} {target.unit} ({row['gigabytes']:g} GB) | {'yes' if met else 'no'} | "
+            f"{'' if met else _filled(target.why, medians)} |"
+        )
+    return lines
+
+
+def _filled(text: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def _rows(rows: list[dict]) -> list[str]:
+    lines = [
+        "| area, size | way | seconds, median (fastest to slowest) | over the floor | of the obvious way's time "
+        "| peak anonymous | peak RSS |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name, way in row["ways"].items():
+            seconds = f"{measure.median(way):.3g} ({min(way['seconds']):.3g} to {max(way['seconds']):.3g})"
+            others = [row["ways"].get(other) for other in ("floor", "obvious")]
+            shares = [f"{measure.ratio(way, other):.2f}" if other else "" for other in others]
+            memory = [f"{way[key] / 1e6:,.0f} MB" for key in ("peak_anonymous_bytes", "peak_rss_bytes")]
+            cells = [f"{row['area']}, {row['gigabytes']:g} GB", name, seconds, *shares, *memory]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+# ---------------------------------------------------------------- the command
+
+
+def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
+    """Comparison on the CPU and on the GPU, surgery; one pair of models on the disk at a time."""
+    script = cli.sibling("benchmarks/weights.py")
+    for size in sizes:
+        todo = ["comparison itself", WHOLE, "layer swap", "component swap"]
+        if args.go_on and all(store.has(area, size, "cpu") for area in todo):
+            continue
+        folder = Path(args.folder) / "pair"
+        shutil.rmtree(folder, ignore_errors=True)
+        folders.refuse_full_disk(folder.absolute(), round(3.2 * size * 1e9) + (1 << 28))
+        say(f"a pair of {size:g} GB each")
+        try:
+            pair = script.Pair(folder, size)
+            judged = size == min(sizes, key=lambda other: abs(other - 1))  # by this size; the others are for slopes
+            repeats, slow = args.repeats or (5 if judged else 3), args.repeats or (2 if judged else 1)
+            for where in dict.fromkeys(("cpu", device)):
+                for area, ways, more in script.comparison(pair, repeats, slow, where):
+                    store.put(area, size, where, ways, **more)
+                    say(f"{area} on {where}")
+            for area, ways, more in script.surgeries(pair, repeats, slow):
+                store.put(area, size, "cpu", ways, **more)
+                say(area)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def forward(store, args, sizes: tuple[float, ...], device: str) -> None:
+    """Forward passes: on the CPU models of `sizes` in float32, on a GPU those of SHAPES that it holds in bfloat16."""
+    import torch
+
+    script = cli.sibling("benchmarks/forward.py")
+    shapes = [(size, measure.shape_of(size)) for size in sizes]
+    dtype, amount = "float32", (64, 2, 512) if max(sizes) >= 0.05 else (8, 2, 32)
+    if device != "cpu":
+        dtype, amount = "bfloat16", (1024, 16, 2048) if max(sizes) >= 0.05 else amount
+        shapes = [(0.0, measure.Shape(*dims)) for dims in SHAPES.values()] if max(sizes) >= 0.05 else shapes
+        shapes = [(round(2e-9 * shape.parameters(), 2), shape) for _, shape in shapes]
+        free = torch.cuda.mem_get_info()[0]
+        shapes = [(size, shape) for size, shape in shapes if size * 1e9 * 1.5 < free]
+    for size, shape in shapes:
+        if args.go_on and all(store.has(area, size, device) for area in ("retrieval", "counts", "deactivation")):
+            continue
+        say(f"forward passes on {device}, {shape.parameters() / 1e9:.2f} B parameters in {dtype}")
+        bench = script.Bench(shape, dtype, device, *amount)
+        script.check(bench, 1e-3 if dtype == "float32" else 5e-2)
+        repeats, slow = args.repeats or (5 if size == shapes[0][0] else 3), args.repeats or 2
+        for area, ways, more in script.measured(bench, repeats, slow):
+            store.put(area, size, device, ways, dtype=dtype, **more)
+            say(f"{area} on {device}")
+        del bench
+        if device != "cpu":
+            torch.cuda.empty_cache()
+
+
+STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    cli.say(f"[{time.monotonic() - STARTED:5.0f} s] {text}")
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--full", action="store_true", help="pairs of 0.1, 0.5, 1 and 2 GB each; default: 1 GB")
+    p.add_argument("--sizes", metavar="G,G,..", type=_sizes, help="other sizes, in GB")
+    p.add_argument("--forward", metavar="G,G,..", type=_sizes, help="sizes of the models for forward passes on a CPU")
+    p.add_argument("--only", choices=("weights", "forward", "table"), help="only these, or only the table again")
+    p.add_argument("--device", default="auto", help="auto (CUDA when it is there, else CPU), cpu, cuda; default auto")
+    p.add_argument(
+        "--repeats", type=cli.positive, metavar="N", help="rounds; default 5, fewer for what is slow or large"
+    )
+    p.add_argument("--go-on", action="store_true", help="keep rows that this machine measured with this very code")
+    p.add_argument("--folder", default="build/benchmarks", metavar="DIR", help="scratch; default %(default)s")
+    p.add_argument("-o", "--output", default=OUTPUT, metavar="FILE", help="default %(default)s")
+    p.add_argument("--readme", default=README, metavar="FILE", help="where the table goes; default %(default)s")
+    return p
+
+
+def _sizes(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    if not Path(args.readme).is_file():
+        raise InputError(f"{args.readme} is not there; --readme needs a file with the markers for the table")
+    store = measure.Store(Path(args.output))
+    sizes, passes = (FULL, FORWARD_FULL) if args.full else (QUICK, FORWARD)
+    device = str(cli.device(args.device))
+    if args.only in (None, "weights"):
+        weights(store, args, args.sizes or sizes, device)
+    if args.only in (None, "forward"):
+        forward(store, args, args.forward or passes, device)
+    text = table(store)
+    measure.between_markers(Path(args.readme), TABLE, text)
+    cli.say(text)
+    say(f"{args.output} and the table of {args.readme} are written")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,152 @@
+"""The obvious way to do what the scripts do, to measure them against: load everything with transformers, then loop.
+
+The first two are commands, as a user would run them; each prints the seconds that it took after its imports:
+
+    python benchmarks/obvious.py compare BASE CHECKPOINT
+    python benchmarks/obvious.py swap BASE CHECKPOINT OUT layers|ffn 1,3,5
+
+The others are functions on a loaded model, for benchmarks/forward.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from cpt_utils import cli
+from cpt_utils.errors import InputError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load(folder: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def compare(base: str, checkpoint: str) -> dict[str, dict[str, float]]:
+    """Mean |dW|, Frobenius norm and largest |dW| of every projection of both models, held in memory whole."""
+    one, other = load(base).state_dict(), load(checkpoint).state_dict()
+    found = {}
+    for name, weight in one.items():
+        if any(part in name for part in PROJECTIONS):
+            difference = other[name].float() - weight.float()
+            found[name] = {
+                "mean_abs": difference.abs().double().mean().item(),
+                "norm": difference.double().norm().item(),
+                "max_abs": difference.abs().max().item(),
+            }
+    return found
+
+
+def swap(base: str, checkpoint: str, out: str, component: str, layers: list[int]) -> None:
+    """Copy tensors of the base over the checkpoint's, and save the model."""
+    source, model = load(base).state_dict(), load(checkpoint)
+    state = model.state_dict()
+    for name in state:
+        inside = any(f".layers.{layer}." in name for layer in layers)
+        if inside and (component == "layers" or ".mlp." in name):
+            state[name].copy_(source[name])
+    model.save_pretrained(out)
+
+
+# ---------------------------------------------------------------- forward passes
+
+
+def states(model, sequences: list[list[int]], pad: int, batch_size: int):
+    """Mean hidden states [layers + 1, sentences, hidden]: batches in the given order, all states and logits kept."""
+    import torch
+
+    found = []
+    for at in range(0, len(sequences), batch_size):
+        rows = sequences[at : at + batch_size]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
+        with torch.no_grad():
+            output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        stacked = torch.stack(output.hidden_states).float()
+        found.append(((stacked * mask[:, :, None]).sum(2) / mask.sum(1)[:, None]).cpu())
+    return torch.cat(found, dim=1)
+
+
+def _activations(model, ids):
+    """The activations of every layer for blocks of ids, kept from hooks: layers x [blocks, size, neurons]."""
+    import torch
+
+    kept: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.act_fn.register_forward_hook(lambda _m, _i, output: kept.append(output))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(input_ids=ids.to(model.device))
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def counts(model, blocks, batch_size: int):
+    """Tokens with a positive activation, by layer and neuron: int64 [layers, neurons]."""
+    import torch
+
+    return sum(
+        torch.stack([(kept > 0).sum((0, 1)) for kept in _activations(model, blocks[i : i + batch_size])]).cpu()
+        for i in range(0, len(blocks), batch_size)
+    )
+
+
+def activations(model, blocks, mask: dict[int, list[int]], batch_size: int) -> float:
+    """The mean activation of masked neurons over tokens and neurons."""
+    total, number = 0.0, 0
+    for i in range(0, len(blocks), batch_size):
+        for layer, kept in enumerate(_activations(model, blocks[i : i + batch_size])):
+            own = kept[:, :, mask.get(layer, [])].double()
+            total, number = total + own.sum().item(), number + own.numel()
+    return total / number
+
+
+def losses(model, sequences: list[list[int]], mask: dict[int, list[int]]) -> list[float]:
+    """The loss of each sequence, one at a time, with masked neurons' activations set to zero by a hook that copies."""
+    import torch
+
+    def silence(neurons: list[int]):
+        def hook(_module, _input, output):
+            output = output.clone()
+            output[..., neurons] = 0
+            return output
+
+        return hook
+
+    hooks = [model.model.layers[i].mlp.act_fn.register_forward_hook(silence(own)) for i, own in mask.items()]
+    found = []
+    with torch.no_grad():
+        for row in sequences:
+            ids = torch.tensor([row], device=model.device)
+            found.append(model(input_ids=ids, labels=ids).loss.item() * (len(row) - 1))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def main(argv=None) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_grad_enabled(False)
+    AutoModelForCausalLM._model_mapping.keys()  # the imports that the first load would do
+    words = list(sys.argv[1:] if argv is None else argv)
+    start = time.perf_counter()
+    if len(words) == 3 and words[0] == "compare":
+        compare(*words[1:])
+    elif len(words) == 6 and words[0] == "swap":
+        swap(*words[1:5], [int(layer) for layer in words[5].split(",")])
+    else:
+        raise InputError("obvious.py takes: compare BASE CHECKPOINT, or swap BASE CHECKPOINT OUT KIND LAYERS")
+    cli.say(f"{time.perf_counter() - start:.4f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
