@@ -1,19 +1,22 @@
-# Two commands on a fresh machine, each doing all its set-up in .venv:
+# Commands on a fresh machine, each doing all its set-up in .venv:
 #   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and an HTML report
 #   make test         the tests, with a small end-to-end run included
+#   make test-faults  every script killed, out of disk, with damaged inputs: hundreds of faults (20 minutes), into docs/reliability.md
+#   make bench        what the hot paths cost (ten minutes; BENCH=full: twenty), into benchmarks/README.md and docs/scaling.md
 # Another study: make reproduce STUDY=my-study.yaml. Another seed, where its paths hold {seed}: SEED=1. Fewer cores: CORES=1.
 
 PYTHON ?= python3
 STUDY ?= demo/demo.yaml
 CORES ?= all
 SEED ?=
+BENCH ?=
 # Forward-pass jobs that may run at once on this machine's GPUs; without a GPU only the cores count.
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED)).html
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED))
 
-.PHONY: help reproduce plan unlock test clean
+.PHONY: help reproduce plan unlock test test-faults bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,7 +48,14 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "== tests =="
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test-faults: .venv/installed
+	CPT_FAULTS=full $(BIN)/python -m pytest tests/faults
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench.py $(if $(filter full,$(BENCH)),--full)
+	$(BIN)/python benchmarks/scaling.py
 
 clean:
 	rm -rf build results artifacts .snakemake .pytest_cache .ruff_cache
