@@ -2,7 +2,7 @@
 
 The first two are commands, as a user would run them; each prints the seconds that it took after its imports:
 
-    python benchmarks/obvious.py compare BASE CHECKPOINT
+    python benchmarks/obvious.py compare BASE CHECKPOINT [float32]
     python benchmarks/obvious.py swap BASE CHECKPOINT OUT layers|ffn 1,3,5
 
 The others are functions on a loaded model, for benchmarks/forward.py.
@@ -19,16 +19,19 @@ from cpt_utils.errors import InputError
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def load(folder: str):
+def load(folder: str, dtype: str = "bfloat16"):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
-def compare(base: str, checkpoint: str) -> dict[str, dict[str, float]]:
-    """Mean |dW|, Frobenius norm and largest |dW| of every projection of both models, held in memory whole."""
-    one, other = load(base).state_dict(), load(checkpoint).state_dict()
+def compare(base: str, checkpoint: str, dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
+    """Mean |dW|, Frobenius norm and largest |dW| of every projection of both models, held in memory whole.
+
+    In bfloat16 they are mapped from their files, as saved; in float32, which differences need anyway, they are copies.
+    """
+    one, other = load(base, dtype).state_dict(), load(checkpoint, dtype).state_dict()
     found = {}
     for name, weight in one.items():
         if any(part in name for part in PROJECTIONS):
@@ -133,13 +136,12 @@ def losses(model, sequences: list[list[int]], mask: dict[int, list[int]]) -> lis
 
 def main(argv=None) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM  # noqa: F401  the imports that the first load would do
 
     torch.set_grad_enabled(False)
-    AutoModelForCausalLM._model_mapping.keys()  # the imports that the first load would do
     words = list(sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()
-    if len(words) == 3 and words[0] == "compare":
+    if len(words) in (3, 4) and words[0] == "compare":
         compare(*words[1:])
     elif len(words) == 6 and words[0] == "swap":
         swap(*words[1:5], [int(layer) for layer in words[5].split(",")])

@@ -60,6 +60,7 @@ def comparison(pair: Pair, repeats: int, slow: int, device: str = "cpu") -> Iter
         "ours": lambda: measure.watch([*script, "--device", device, "--output", str(output), "--overwrite"]),
         "ours, no figure": lambda: measure.watch([PYTHON, "-c", ALONE, str(base.spec), str(pair.target)]),
         "obvious": lambda: _obvious("compare", pair.base, pair.target),
+        "obvious, in float32": lambda: _obvious("compare", pair.base, pair.target, "float32"),
         "imports": lambda: measure.watch([PYTHON, "-c", "import torch"]),
     }
     itself = {
@@ -69,7 +70,7 @@ def comparison(pair: Pair, repeats: int, slow: int, device: str = "cpu") -> Iter
     }
     pair.read()
     compare.changes(base, run, device=device)  # imports, and what a GPU sets up once
-    times = dict.fromkeys(whole, repeats) | {"obvious": slow, "imports": slow}
+    times = dict.fromkeys(whole, repeats) | {"obvious": slow, "obvious, in float32": slow, "imports": slow}
     yield "comparison itself", measure.interleaved(itself, dict.fromkeys(itself, repeats)), {"bytes": 2 * pair.bytes}
     yield "comparison, whole process", measure.interleaved(whole, times), {"bytes": 2 * pair.bytes}
 

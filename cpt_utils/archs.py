@@ -473,6 +473,7 @@ BLOOM = {
     "o_proj": Slot("self_attention.dense"),
     **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
 }
+GPT = {"decoder_path": "transformer", "prefixes": ("transformer.",), "layers_name": "h", "norm": "ln_f"}
 PARALLEL = "before, one for attention and FFN side by side"
 SANDWICH = "before and after"
 
@@ -536,20 +537,14 @@ ARCHS: dict[str, Arch] = {
     "gpt_neo": Arch(
         projections_at=named("attn.attention", "q_proj", "k_proj", "v_proj", "out_proj")
         | named("mlp", "c_fc", "c_proj"),
-        decoder_path="transformer",
-        prefixes=("transformer.",),
-        layers_name="h",
-        norm="ln_f",
+        **GPT,
         embeddings=("wte", "wpe"),
         activation="mlp.act",
         examples=("EleutherAI/gpt-neo-1.3B",),
     ),
     "gptj": Arch(
         projections_at=named("attn", "q_proj", "k_proj", "v_proj", "out_proj") | named("mlp", "fc_in", "fc_out"),
-        decoder_path="transformer",
-        prefixes=("transformer.",),
-        layers_name="h",
-        norm="ln_f",
+        **GPT,
         embeddings=("wte",),
         activation="mlp.act",
         norms=PARALLEL,
@@ -562,10 +557,7 @@ ARCHS: dict[str, Arch] = {
             "o_proj": Slot("attn.c_proj"),
             **named("mlp", "c_fc", "c_proj"),
         },
-        decoder_path="transformer",
-        prefixes=("transformer.",),
-        layers_name="h",
-        norm="ln_f",
+        **GPT,
         embeddings=("wte", "wpe"),
         activation="mlp.act",
         transposed=True,
@@ -578,10 +570,7 @@ ARCHS: dict[str, Arch] = {
             "o_proj": Slot("attn.c_proj"),
             **named("mlp", "c_fc", "c_proj"),
         },
-        decoder_path="transformer",
-        prefixes=("transformer.",),
-        layers_name="h",
-        norm="ln_f",
+        **GPT,
         embeddings=("wte", "wpe"),
         activation="mlp.act",
         examples=("bigcode/starcoder",),
@@ -589,10 +578,7 @@ ARCHS: dict[str, Arch] = {
     ),
     "bloom": Arch(
         projections_at=BLOOM,
-        decoder_path="transformer",
-        prefixes=("transformer.",),
-        layers_name="h",
-        norm="ln_f",
+        **GPT,
         embeddings=("word_embeddings", "word_embeddings_layernorm"),
         activation="mlp.gelu_impl",
         examples=("bigscience/bloom-7b1",),
@@ -600,10 +586,7 @@ ARCHS: dict[str, Arch] = {
     ),
     "falcon": Arch(
         projections_at=BLOOM,
-        decoder_path="transformer",
-        prefixes=("transformer.",),
-        layers_name="h",
-        norm="ln_f",
+        **GPT,
         embeddings=("word_embeddings",),
         activation="mlp.act",
         norms="before, attention and FFN side by side",
