@@ -322,8 +322,23 @@ class AdapterFolder:
             if "bias" in own:
                 self._add(found, own["bias"], f"{module}.bias", Whole(own["bias"], scale))
         self._refuse_gaps(pairs)
+        self._refuse_half(found)
         self._warn_tied(found)
         return found
+
+    def _refuse_half(self, found: dict[str, LowRank | Whole]) -> None:
+        """Refuse embeddings and an output matrix of different sizes: what is missing would be made up at random."""
+        names = [f"{self.arch.embeddings[0]}.weight", f"{self.arch.head}.weight"]
+        rows = {}
+        for name in names:
+            disk = self._places.get(name)
+            if disk:  # a tied head is not there
+                change = found.get(disk)
+                whole = isinstance(change, Whole) and change.scale is None
+                rows[name] = (self.own.shape(change.tensor) if whole else self.base.shape(disk))[0]
+        if len(set(rows.values())) > 1 and any(self._places.get(name) in found for name in names):
+            sizes = " and ".join(f"{name} of {n} rows" for name, n in rows.items())
+            raise InputError(f"{self.spec}: with the adapter there is {sizes}; save both with it (modules_to_save)")
 
     def _scale(self, module: str, own: dict[str, str]) -> float:
         a, b = self.own.shape(own["A"]), self.own.shape(own["B"])

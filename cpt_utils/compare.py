@@ -5,7 +5,7 @@
 
 A matrix is read half a million entries at a time, B's once for all checkpoints, by as many threads as torch uses. Each
 thread has buffers of its own that it uses again and again, so memory depends neither on the size of the models nor on
-their number. Every row of a matrix is summed by itself in float32, and the rows are added up in float64: sums are
+their number. Stretches of a row are summed by themselves in float32, and added up in float64: sums are
 within 1e-6 of exact ones, and the number of threads changes no bit. Differences are taken in float32 whatever the
 dtypes on disk, in float64 where one of them is float64.
 """
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Entries of a matrix worked on at a time: many more fall out of the CPU's caches, many fewer cost more in calls than in
 # arithmetic. A GPU wants larger pieces.
 CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 23
+# Entries summed in float32 before float64 takes over: norms of much longer rows are off by more than 1e-6.
+STRETCH = 1024
 # Threads at most, and files that all of them may hold open: each holds one of every model.
 THREADS, FILES = 16, 512
 
@@ -343,8 +345,13 @@ class _Matrix:
 
     @cached_property
     def stretch(self) -> int:
-        """Columns that are summed together: all of them, or as many as keep the pieces apart."""
-        return math.gcd(self.shape[1], *(end for p in self.pieces for end in (p.columns.start, p.columns.stop)))
+        """Columns that are summed together in float32: as many as keep the pieces apart, and at most STRETCH of them.
+
+        A matrix whose width has no divisor worth using (a prime, say) keeps its rows whole.
+        """
+        apart = math.gcd(self.shape[1], *(end for p in self.pieces for end in (p.columns.start, p.columns.stop)))
+        found = next(n for n in range(min(apart, STRETCH), 0, -1) if apart % n == 0)
+        return found if found >= STRETCH // 16 else apart
 
     @cached_property
     def by_column(self) -> bool:

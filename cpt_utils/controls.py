@@ -122,6 +122,7 @@ def measure(
     request = {
         "base": surgery.identity(pair.base_ref),
         "target": surgery.identity(pair.target_ref),
+        "tokenizers": [refs.tokenizer_used(ref, run, pair.base_ref) for ref in (pair.base_ref, pair.target_ref)],
         "sets": [[swap.name, swap.layers, swap.recipe.facts] for swap in swaps],
         "measures": test.measures(),
         "test": test.facts,

@@ -29,11 +29,20 @@ def attention(config) -> str:
 
 
 def experts(config, dtype: torch.dtype) -> dict[str, str]:
-    """How the experts of a mixture are run, where transformers' own choice cannot: grouped products have no float64."""
+    """How the experts of a mixture are run, where transformers' own choice cannot.
+
+    Grouped products have no float64, and want rows of whole 16 bytes.
+    """
     import torch
 
-    mixture = archs.for_config(config).experts_at is not None
-    return {"experts_implementation": "eager"} if mixture and dtype == torch.float64 else {}
+    arch = archs.for_config(config)
+    if arch.experts_at is None:
+        return {}
+    values = config.to_dict()
+    sparse = [layer for layer in range(arch.n_layers(values)) if arch.has_router(values, layer)]
+    widths = {values["hidden_size"], *(arch.ffn_width(values, i) // arch.experts(values, i) for i in sparse)}
+    odd = any(width * dtype.itemsize % 16 for width in widths)
+    return {"experts_implementation": "eager"} if odd or dtype == torch.float64 else {}
 
 
 def load_model(

@@ -244,7 +244,8 @@ def weights_sample(
     file its size and `blocks` evenly spaced blocks.
 
     Reads a megabyte or two a file, so it costs nothing beside loading. Two trainings differ in every block, and a
-    change to one tensor shows in that tensor. None where the folder holds no weights.
+    change of a whole tensor shows in that tensor; that of a few rows inside a large one may not. None where the folder
+    holds no weights.
     """
     names = sorted(name for name in os.listdir(folder) if any(fnmatch.fnmatch(name, p) for p in patterns))
     names = [name for name in names if (folder / name).is_file()]
@@ -504,20 +505,31 @@ def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | Non
     Raises:
         InputError: none of them has tokenizer files, or the base's does not fit.
     """
+    folder, why = _tokenizer_of(ref, run, base)
+    if why:
+        cli.say(f"{ref.spec} has no tokenizer files; using those of {why}")
+    return folder
+
+
+def tokenizer_used(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> str | None:
+    """`tokenizer_hash` of the folder that `tokenizer_folder` gives: what a request says of the tokenizer."""
+    return tokenizer_hash(_tokenizer_of(ref, run, base)[0])
+
+
+def _tokenizer_of(ref: ModelRef, run: str | None, base: ModelRef | None) -> tuple[Path, str]:
+    """The folder, and in words whose it is where it is not the model's own."""
     own = ref.side_files()
     if has_tokenizer(own):
-        return own
+        return own, ""
     # Its own run comes first: the study's run may be another one, with other tokens.
     parent = Path(ref.spec).resolve().parent if ref.is_local else (Path(run) if run and os.path.isdir(run) else None)
     base = ref.adapted or base
     if parent is not None and has_tokenizer(parent):
-        cli.say(f"{ref.spec} has no tokenizer files; using those of {parent.name}/")
-        return parent
+        return parent, f"{parent.name}/"
     if base is not None and has_tokenizer(base.side_files()):
         have, want = vocabulary_size(base.config()), vocabulary_size(ref.config())
         if have == want:
-            cli.say(f"{ref.spec} has no tokenizer files; using those of the base {base.spec} (both have {want} tokens)")
-            return base.side_files()
+            return base.side_files(), f"the base {base.spec} (both have {want} tokens)"
         raise InputError(
             f"{ref.spec} has no tokenizer files, and the base's do not fit ({have} tokens, {want} needed); add them"
         )
@@ -532,9 +544,15 @@ def vocabulary_size(config: dict) -> int | None:
 
 
 def same_model(a: dict, b: dict) -> bool:
-    """Whether two descriptions mean one model: by its weights where both are local, else by name and revision."""
+    """Whether two descriptions mean one model: by its weights where both are local, else by name and revision.
+
+    Of an adapter the model that it changes must be the same, too.
+    """
     if a.get("weights_sample") and b.get("weights_sample"):
         return a["weights_sample"] == b["weights_sample"]
+    below = a.get("adapter_of"), b.get("adapter_of")
+    if any(below) and not (all(below) and same_model(*below)):
+        return False
     return a.get("model_id") == b.get("model_id") and a.get("revision") == b.get("revision")
 
 

@@ -392,7 +392,7 @@ def write_model(
         InputError: `out` or its .partial holds something else, no space, damaged weights, a conversion that overflows.
     """
     out = Path(os.path.abspath(out))
-    request = _request(pair, recipe)
+    request = _request(pair, recipe, run)
     found = _existing(out, request, overwrite)
     if found is not None:
         cli.say(f"{out} is there already, from the same base, target and recipe: kept")
@@ -434,20 +434,23 @@ def write_model(
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
-def _request(pair: Pair, recipe: Recipe) -> dict:
+def _request(pair: Pair, recipe: Recipe, run: str | os.PathLike | None) -> dict:
     """What two calls must share for one's result to serve the other."""
+    home = os.fspath(run) if run else None
     described = [edit.describe() for edit in recipe.edits]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     facts = {"base": identity(pair.base_ref), "target": identity(pair.target_ref)}
+    facts["tokenizer"] = refs.tokenizer_used(pair.target_ref, home, pair.base_ref)
     return json.loads(json.dumps(facts | {"recipe": recipe.facts, "edits": digest}))
 
 
 def identity(ref: refs.ModelRef) -> str:
-    """The weights, not the path: the same folder may be named in several ways."""
+    """The model, not its path, which may be spelled in several ways: weights, configuration, own tokenizer."""
     facts = ref.describe()
     if facts.get("weights_sample"):
-        return facts["weights_sample"]
-    return f"{ref.repository}@{facts.get('revision') or ref.revision or 'main'}"
+        return "-".join(str(facts.get(key)) for key in ("weights_sample", "config_sha256", "tokenizer_sha256"))
+    own = f"{ref.repository}@{facts.get('revision') or ref.revision or 'main'}"
+    return f"{own}+{identity(ref.adapted)}" if ref.is_adapter else own
 
 
 def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:

@@ -23,14 +23,10 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils import cli, processes, refs, results, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
-
-if TYPE_CHECKING:
-    import torch
 
 swaps = cli.sibling("lm_eval_sib200/swaps.py")
 
@@ -100,10 +96,13 @@ def fingerprint(task, num_fewshot: int | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(ref: refs.ModelRef, prompts: dict[str, str], args, dtype: torch.dtype, swap: dict | None = None) -> dict:
+def identity(
+    ref: refs.ModelRef, base: refs.ModelRef | None, prompts: dict[str, str], args, dtype, swap: dict | None = None
+) -> dict:
     """The header facts in which two evaluations must agree to be the same evaluation."""
     return {
         "models": {"model": ref.describe()},
+        "tokenizer": refs.tokenizer_used(ref, base=base),
         "data": {"prompts": prompts},
         "num_fewshot": args.num_fewshot,
         "dtype": str(dtype).removeprefix("torch."),
@@ -125,7 +124,9 @@ def finished(folder: Path, wanted: dict) -> Path | None:
             continue
         done = head.get("data", {}).get("prompts", {})
         same = all(done.get(task) == prompt for task, prompt in wanted["data"]["prompts"].items())
-        if same and all(head.get(fact) == wanted[fact] for fact in wanted if fact != "data"):
+        # Headers from before it was written down do not name the tokenizer.
+        facts = [fact for fact in wanted if fact != "data" and (fact != "tokenizer" or fact in head)]
+        if same and all(head.get(fact) == wanted[fact] for fact in facts):
             return path
     return None
 
@@ -305,14 +306,14 @@ def evaluate_once(
     """
     from lm_eval.utils import sanitize_model_name
 
-    wanted = identity(ref, prompts, args, dtype, swap and swap[2])
+    base = refs.model(study.get("base")) if study.get("base") else None
+    if swap:
+        base = swap[0].base_ref
+    wanted = identity(ref, base, prompts, args, dtype, swap and swap[2])
     name = sanitize_model_name((ref.spec if ref.is_local else ref.repository) + (f"+{args.swap}" if swap else ""))
     done = None if args.overwrite else finished(output / name, wanted)
     if done:
         return f"  finished before: {done}"
-    base = refs.model(study.get("base")) if study.get("base") else None
-    if swap:
-        base = swap[0].base_ref
     found, tracker = evaluate(ref, base, manager, args, dtype, process.device, swap and swap[:2])
     place = save(found, tracker, output, results.header(SCHEMA, **wanted, device=str(process.device)))
     return "\n".join([*scores(found), f"  {place}"])

@@ -280,10 +280,10 @@ def main(argv=None) -> None:
 
     process = processes.Process(args.device, args.device_map)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
-    tokenizer, texts, left_out = prepare(ref, study, texts, id_files)
+    tokenizer, used, texts, left_out = prepare(ref, study, texts, id_files)
     request = {
-        "model": ref.describe(), "masks": masks.own, "texts": facts, "left_out": left_out, "limit": args.limit,
-        "random": n_random, "seed": study.seed, "dtype": str(dtype), "device": process.device.type,
+        "model": ref.describe(), "tokenizer": used, "masks": masks.own, "texts": facts, "left_out": left_out,
+        "limit": args.limit, "random": n_random, "seed": study.seed, "dtype": str(dtype), "device": process.device.type,
         "batch_size": args.batch_size,
     }  # fmt: skip
     done = not args.overwrite and results.made_by(output, SCHEMA, request, "another -o")
@@ -413,7 +413,7 @@ def id_paths(args, study: Study) -> list[Path]:
 
 
 def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
-    """The tokenizer, the held-out texts that the id files do not hold, and how many were left out."""
+    """The tokenizer and its hash, the held-out texts that the id files do not hold, and how many were left out."""
     from cpt_utils import models, tokenids
 
     run = study.get("run") if isinstance(study.get("run"), str) else None
@@ -428,7 +428,7 @@ def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
     for lang, n in left_out.items():
         if n:
             cli.say(f"{n} held-out documents of {lang} are in the text the neurons were found on, and are left out")
-    return tokenizer, texts, left_out
+    return tokenizer, refs.tokenizer_used(ref, run, base), texts, left_out
 
 
 def measure(

@@ -204,6 +204,8 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
         return None
     found, header = results.read_json(path, SCHEMA, allow_limited=True)
     for key, value in wanted.items():
+        if key == "tokenizer" and key not in header:  # results from before it was written down
+            continue
         if header.get(key) != results.plain(value):
             raise InputError(
                 f"{path} is of another {key} than asked for; give --overwrite to redo it, or another --artifact-out"
@@ -330,6 +332,7 @@ class Bench:
             "margin_variant": self.margin,
             "k": self.k,
             "special_tokens": self.special_tokens,
+            "tokenizer": refs.tokenizer_used(ref, *self.homes),
         }
 
     def retrieval(self, ref: refs.ModelRef, untrained: bool) -> Retrieval:

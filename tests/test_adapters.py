@@ -451,3 +451,18 @@ def test_against_peft_where_it_is_installed(tmp_path):
         assert sorted(stored.names()) == sorted(truth) and len(stored.changes) == 3 * 2 + 1
         for name, tensor in truth.items():
             assert torch.equal(stored.get(name), tensor), name
+
+
+def test_new_embeddings_need_a_new_output_matrix(tmp_path):
+    """Else its new rows would be random, and another number in every run."""
+    base = save_tiny("llama", tmp_path / "base", tie_word_embeddings=False)
+    one = save_adapter(base, tmp_path / "one", whole={"model.embed_tokens.weight": (280, 32)})
+    with pytest.raises(InputError, match=r"embed_tokens.weight of 280 rows and lm_head.weight of 272 rows"):
+        tensors.open_folder(refs.model(one)).names()
+
+
+def test_a_hub_adapter_of_a_base_that_was_trained_again_is_another_model():
+    one = {"model_id": "a__b", "revision": "1", "adapter_of": {"model_id": "base", "weights_sample": "x"}}
+    assert refs.same_model(one, one)
+    assert not refs.same_model(one, one | {"adapter_of": {"model_id": "base", "weights_sample": "y"}})
+    assert not refs.same_model(one, one | {"adapter_of": None})

@@ -517,3 +517,12 @@ def test_experts_and_their_router(model_type, tmp_path, monkeypatch):
     alone = compare.changes(refs.model(base), refs.run(other), projections=["router", "q_proj"])[1]
     assert set(alone[0]) == {"q_proj", "router"} and alone[0]["router"].sum_abs == found[0]["router"].sum_abs
     assert set(compare.changes(refs.model(base), refs.run(other), projections=["q_proj"])[1][0]) == {"q_proj"}
+
+
+def test_long_rows(tmp_path):
+    """The FFN of a 70B model: float32 norms of whole rows would be off by 2e-6."""
+    folders = [save_tiny("llama", tmp_path / f"{i}", seed=i, layers=1, intermediate_size=28672) for i in (0, 1)]
+    base, other = (read_tensors(folder)["model.layers.0.mlp.down_proj.weight"].double() for folder in folders)
+    change = compare.changes(refs.model(folders[0]), refs.run(folders[1]))[0][0]["down_proj"]
+    for value, truth in ((change.base_sq, base.square().sum()), (change.sum_sq, (other - base).square().sum())):
+        assert value == pytest.approx(float(truth), rel=3e-7)

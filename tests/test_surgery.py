@@ -573,3 +573,18 @@ def test_two_sets_of_weights_in_the_target(tmp_path, two):
     with pytest.raises(InputError, match=r"differ .*remove model\.safetensors"):
         surgery.Pair(*two)
     assert tensors.INDEX in entries(two[1])
+
+
+def test_another_configuration_or_tokenizer_is_another_request(tmp_path):
+    """The same weights under another rope, or read by another tokenizer, are not the model that was swapped."""
+    base, target = save_tiny("llama", tmp_path / "base", seed=0), save_tiny("llama", tmp_path / "target", seed=1)
+    for number, (file, old, new) in enumerate(
+        [("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'), ("tokenizer.json", '"</s>"', '"</t>"')]
+    ):
+        with surgery.Pair(base, target) as pair:
+            surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / f"out{number}")
+        content = (target / file).read_text()
+        assert old in content
+        (target / file).write_text(content.replace(old, new))
+        with surgery.Pair(base, target) as pair, pytest.raises(InputError, match="holds another swap"):
+            surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / f"out{number}")

@@ -188,6 +188,7 @@ def made_already(output: Path, facts: dict, overwrite: bool) -> bool:
     now = facts["models"]["checkpoints"]
     same = before.keys() == now.keys() and all(refs.same_model(before[step], now[step]) for step in now)
     same = same and refs.same_model(header["models"].get("base", {}), facts["models"]["base"])
+    same = same and (header.get("limit") is None) == (facts["limit"] is None)
     groups = {group: chosen["layers"] for group, chosen in facts["layers"].items()}
     if not same or {group: chosen.get("layers") for group, chosen in header.get("layers", {}).items()} != groups:
         what = "layers" if same else "models or steps"
