@@ -54,7 +54,7 @@ test-faults: .venv/installed
 	CPT_FAULTS=full $(BIN)/python -m pytest tests/faults
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/bench.py $(if $(filter full,$(BENCH)),--full)
+	$(if $(filter-out full,$(BENCH)),$(error BENCH is empty or full))$(BIN)/python benchmarks/bench.py $(if $(BENCH),--full)
 	$(BIN)/python benchmarks/scaling.py
 
 clean:

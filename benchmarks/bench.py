@@ -24,6 +24,7 @@ from cpt_utils.errors import InputError
 
 measure = cli.sibling("benchmarks/measure.py")
 
+JUDGED = 0.05  # GB; with smaller models only the code is tried
 QUICK, FULL = (1.0,), (0.1, 0.5, 1.0, 2.0)  # GB of each model of a pair, in bfloat16
 FORWARD, FORWARD_FULL = (0.1,), (0.1, 0.25)  # the same of the models for forward passes, which a CPU runs in float32
 SHAPES = {"1B": (2048, 8192, 16, 16, 32000), "7B": (4096, 11008, 32, 32, 32000)}  # on a GPU, in bfloat16
@@ -125,12 +126,14 @@ def _targets(rows: list[dict]) -> list[str]:
         if worst is None:
             continue
         value, row = worst
+        small = row["gigabytes"] < JUDGED
         medians = {name: f"{measure.median(way):.3g}" for name, way in row["ways"].items()}
         met = target.met(value)
         lines.append(
             f"| {target.area}: {target.words} | {'≥' if target.least else '≤'} {target.bound:g} {target.unit} | "
-            f"{value:.3g} {target.unit} ({row['gigabytes']:g} GB) | {'yes' if met else 'no'} | "
-            f"{'' if met else _filled(target.why, medians)} |"
+            f"{value:.3g} {target.unit} ({row['gigabytes']:g} GB) | "
+            f"{'too small' if small else 'yes' if met else 'no'} | "
+            f"{'' if met or small else _filled(target.why, medians)} |"
         )
     return lines
 
@@ -223,7 +226,7 @@ def say(text: str) -> None:
 
 
 def build_parser():
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, study=False)
     p.add_argument("--full", action="store_true", help="pairs of 0.1, 0.5, 1 and 2 GB each; default: 1 GB")
     p.add_argument("--sizes", metavar="G,G,..", type=_sizes, help="other sizes, in GB")
     p.add_argument("--forward", metavar="G,G,..", type=_sizes, help="sizes of the models for forward passes on a CPU")
@@ -245,8 +248,12 @@ def _sizes(text: str) -> tuple[float, ...]:
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    if not Path(args.readme).is_file():
-        raise InputError(f"{args.readme} is not there; --readme needs a file with the markers for the table")
+    readme = Path(args.readme)
+    if not readme.is_file():
+        if args.readme == README:
+            raise InputError(f"{README} is not there; run this from the root of the repository")
+        readme.parent.mkdir(parents=True, exist_ok=True)
+        readme.write_text(f"<!-- {TABLE} -->\n<!-- /{TABLE} -->\n", encoding="utf-8")
     store = measure.Store(Path(args.output))
     sizes, passes = (FULL, FORWARD_FULL) if args.full else (QUICK, FORWARD)
     device = str(cli.device(args.device))
@@ -255,7 +262,7 @@ def main(argv=None) -> None:
     if args.only in (None, "forward"):
         forward(store, args, args.forward or passes, device)
     text = table(store)
-    measure.between_markers(Path(args.readme), TABLE, text)
+    measure.between_markers(readme, TABLE, text)
     cli.say(text)
     say(f"{args.output} and the table of {args.readme} are written")
 

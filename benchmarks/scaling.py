@@ -138,7 +138,7 @@ def text(payload: dict, disk: float) -> str:
 
 
 def build_parser():
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, study=False)
     p.add_argument("--input", default="benchmarks/benchmark.json", metavar="FILE", help="default %(default)s")
     p.add_argument("--doc", default="docs/scaling.md", metavar="FILE", help="default %(default)s")
     p.add_argument("--disk", type=float, default=1.0, metavar="R", help="rate of a disk in GB/s; default %(default)s")

@@ -57,9 +57,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=110)
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the script's docstring as description and the flags that every script takes."""
+def parser(doc: str, study: bool = True) -> argparse.ArgumentParser:
+    """A parser with the script's docstring as description and, with `study`, the flags of every script on a study."""
     p = argparse.ArgumentParser(description=doc, formatter_class=_Help)
+    if not study:
+        return p
     p.add_argument(
         "--study",
         metavar="FILE",

@@ -52,6 +52,9 @@ class Process:
 
             self.state = PartialState(cpu=cli.device(device).type == "cpu")
             self.rank, self.device = self.state.process_index, self.state.device
+            if self.device.type == "cpu":  # not "cpu:0": a result is the same whoever made it
+                self.device = cli.device("cpu")
+            cli.say(f"{self.world} processes share the work")
         else:
             self.device = cli.device(device)
 

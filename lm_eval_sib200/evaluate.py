@@ -1,4 +1,4 @@
-"""Evaluates many models on lm_eval tasks in one process and writes the files that the lm_eval command line writes.
+"""Evaluates many models on lm_eval tasks and writes the files that the lm_eval command line writes.
 
 In:   models and runs (in a study: its base and run); tasks of this folder (data from the hub), of --include-path, or
       made for the local TSV files of --tsv-dir
@@ -151,6 +151,8 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
     model_args["dtype"] = str(dtype).removeprefix("torch.")
     model_args["pretrained"] += f"+{args.swap}" if swap else ""
     tracker = EvaluationTracker()
+    # lm_eval takes the first process of a launch for the only one that has results; here each has those of its model.
+    os.environ.pop("LOCAL_RANK", None)
     with surgery.apply_in_memory(model, swap[1], swap[0]) if swap else contextlib.nullcontext():
         found = simple_evaluate(
             model=lm,

@@ -446,7 +446,7 @@ def main(argv=None) -> None:
     whole = len(models) > 1 and not (study and (args.model_path or args.steps))
     name = "accuracy" if whole else figure_name(args.model_path, models)
     draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
-    cli.say(f"wrote {len(lines)} results and the figure {folder / name}.pdf")
+    cli.say(f"wrote {len(lines)} result{'s' * (len(lines) > 1)} and the figure {folder / name}.pdf")
 
 
 def figure_name(asked: list[str] | None, models: list[refs.ModelRef]) -> str:
