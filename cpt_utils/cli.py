@@ -33,7 +33,8 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:  # a file that may not be read, a disk that fails: the machine's fault, not the code's
-        print(f"error: {_os_error(error)}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{os_reason(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted: finished files are kept, the same command goes on from them", file=sys.stderr)
@@ -41,11 +42,11 @@ def run(main) -> None:
     raise SystemExit(code or 0)
 
 
-def _os_error(error: OSError) -> str:
-    reason = error.strerror or _one_line(error) or type(error).__name__
+def os_reason(error: OSError) -> str:
+    """Why the system refused, in words; of a full disk also what to do."""
     if error.errno == errno.ENOSPC:
-        reason = "the disk is full; free some space and run the same command again"
-    return f"{error.filename}: {reason}" if error.filename else reason
+        return "the disk is full; free some space and run the same command again"
+    return error.strerror or _one_line(error) or type(error).__name__
 
 
 def _one_line(error: Exception) -> str:

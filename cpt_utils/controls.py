@@ -149,7 +149,6 @@ def measure(
         return model, tokenizer
 
     surgery.say_conversions(pair, swaps[0].recipe)
-    partial = path.with_name(path.stem + ".partial.jsonl")
     records = run_sets(pair, swaps, test, partial, request, load, process)
     if not process.is_main:
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import json
 import math
@@ -102,7 +101,7 @@ def replacing(path: str | os.PathLike):
             raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {_os_reason(error)}") from error
+        raise InputError(f"cannot write {path}: {cli.os_reason(error)}") from error
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):  # where even this fails, the next writer of the file removes it
@@ -131,12 +130,6 @@ def _remove_abandoned(folder: Path) -> None:
                 os.unlink(folder / name)
             finally:
                 os.close(handle)
-
-
-def _os_reason(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return "the disk is full; free some space and run the same command again"
-    return error.strerror or str(error)
 
 
 def write_json(path: str | os.PathLike, payload: dict, header: dict) -> None:

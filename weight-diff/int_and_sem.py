@@ -181,19 +181,15 @@ def made_already(output: Path, facts: dict, overwrite: bool) -> bool:
     Raises:
         InputError: it is a result of something else, or no result of this script.
     """
-    if overwrite or not output.exists():
+    if not cli.sibling("weight-diff/attn_vs_ffn.py").made_already(output, SCHEMA, facts, overwrite):
         return False
     _, header = results.read_json(output, SCHEMA, allow_limited=True)
-    before = header.get("models", {}).get("checkpoints", {})
-    now = facts["models"]["checkpoints"]
-    same = before.keys() == now.keys() and all(refs.same_model(before[step], now[step]) for step in now)
-    same = same and refs.same_model(header["models"].get("base", {}), facts["models"]["base"])
-    same = same and (header.get("limit") is None) == (facts["limit"] is None)
-    groups = {group: chosen["layers"] for group, chosen in facts["layers"].items()}
-    if not same or {group: chosen.get("layers") for group, chosen in header.get("layers", {}).items()} != groups:
-        what = "layers" if same else "models or steps"
+    before, now = (
+        {group: chosen.get("layers") for group, chosen in head.get("layers", {}).items()} for head in (header, facts)
+    )
+    if before != now:  # from whichever file they were read
         raise InputError(
-            f"{output} is of other {what} than asked for; give --overwrite to redo it, or another --output"
+            f"{output} is of other layers than asked for; give --overwrite to redo it, or another --output"
         )
     return True
 
