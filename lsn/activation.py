@@ -81,7 +81,7 @@ class Partial:
                 self.others |= found["done"]
 
     def files(self) -> list[Path]:
-        return sorted(self.stem.parent.glob(f"{self.stem.name}.*.pt")) if self.stem.parent.is_dir() else []
+        return partial_files(self.stem)
 
     def _read(self, path: Path) -> dict | None:
         """A file's content; None for one of another request, which is begun anew."""
@@ -107,10 +107,6 @@ class Partial:
                 f"{int((times != 1).sum())} blocks were not counted exactly once; run the same command again"
             )
         return [sum(content[key] for content in found) for key in self.SUMS]
-
-    def remove(self) -> None:
-        for path in self.files():
-            path.unlink()
 
 
 # ---------------------------------------------------------------- counting
@@ -254,7 +250,7 @@ def main(argv=None) -> None:
         if args.overwrite and process.is_main:
             remove_partial(out)
         process.wait()
-        stem = out.with_name(f".{out.stem}.partial")
+        stem = partial_stem(out)
         partial = Partial(stem, process.rank, request, len(blocks), (segments, *shape, experts))
         process.wait()  # all have read the earlier state
         start = time.monotonic()
@@ -263,7 +259,7 @@ def main(argv=None) -> None:
         if process.is_main:
             head = header_of(request, ref, path, shape, blocks)
             results.write_tensors(out, content(*partial.total(), widths, plan, size, head))
-            partial.remove()
+            remove_partial(out)
             seconds = time.monotonic() - start
             cli.say(f"{out}: {blocks.numel():,} tokens in {len(blocks)} blocks of {size}, {seconds:.0f} s")
         process.wait()
@@ -335,9 +331,18 @@ def has_tokenizer(ref: refs.ModelRef, run: str | None) -> bool:
     return True
 
 
+def partial_stem(out: Path) -> Path:
+    """What the files of a result's partial counts are called, up to the number of the process."""
+    return out.with_name(f".{out.stem}.partial")
+
+
+def partial_files(stem: Path) -> list[Path]:
+    return sorted(stem.parent.glob(f"{stem.name}.*.pt")) if stem.parent.is_dir() else []
+
+
 def remove_partial(out: Path) -> None:
-    for left in out.parent.glob(f".{out.stem}.partial.*.pt"):
-        left.unlink(missing_ok=True)
+    for path in partial_files(partial_stem(out)):
+        path.unlink(missing_ok=True)
 
 
 def finished(out: Path, request: dict, overwrite: bool) -> bool:
