@@ -186,11 +186,8 @@ def run_sets(
         load: ModelRef -> (model, tokenizer).
     """
     swaps = [Swap("base", [], None), Swap("target", [], None), *swaps]
-    keys = [_key(swap.name, swap.layers) for swap in swaps]
+    by_key = {_key(swap.name, swap.layers): swap for swap in swaps}
     notes = journal.Journal(partial, request) if process.is_main else None
-    done = set(process.gather(list(notes.done) if process.is_main else []))  # what the first has read, known to all
-    if done:
-        cli.say(f"{len(done)} of {len(swaps)} sets were measured before; going on with the next")
     loaded: tuple = ()
 
     def measured(swap: Swap) -> dict:
@@ -209,15 +206,12 @@ def run_sets(
         with swapper.applied(swap.recipe):
             return test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
 
-    left = [swap for swap, key in zip(swaps, keys, strict=True) if key not in done]
-    with cli.progress(desc="swapped sets", total=len(swaps), unit="set") as bar:
-        bar.update(len(swaps) - len(left))
-        for found in process.rounds(left, measured):
-            for swap, record in found if process.is_main else []:
-                named = {"name": swap.name, "layers": swap.layers, **swap.facts}
-                notes.add(_key(swap.name, swap.layers), named | record)
-            bar.update(len(found))
-    return [notes.done[key] for key in keys] if process.is_main else []
+    def named(key: str) -> dict:
+        swap = by_key[key]
+        return {"name": swap.name, "layers": swap.layers, **swap.facts} | measured(swap)
+
+    journal.complete(notes, process, by_key, named, "swapped sets")
+    return [notes.done[key] for key in by_key] if process.is_main else []
 
 
 def _with_arch(pair: surgery.Pair, loaded: tuple) -> tuple:

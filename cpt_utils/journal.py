@@ -5,10 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cpt_utils import results
+from cpt_utils import cli, results
 from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    from cpt_utils.processes import Process
 
 
 class Journal:
@@ -78,3 +83,23 @@ class Journal:
             os.fsync(self.file.fileno())
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and go on") from error
+
+
+def complete(
+    notes: Journal | None, process: Process, keys: Iterable[str], measured: Callable[[str], dict], desc: str
+) -> None:
+    """Add the record of every key that the journal lacks, `measured(key)`, one a process in each round.
+
+    Only the first process has `notes`; what is in them is known to all, so a run that was killed goes on with any
+    number of processes.
+    """
+    keys = list(keys)
+    known = set(process.gather(list(notes.done) if notes else []))
+    if known:
+        cli.say(f"{len(known)} of {len(keys)} sets were measured before; going on with the next")
+    with cli.progress(desc=desc, total=len(keys), unit="set") as bar:
+        bar.update(len(known))
+        for found in process.rounds([key for key in keys if key not in known], measured):
+            for key, record in found if notes else []:
+                notes.add(key, record)
+            bar.update(len(found))

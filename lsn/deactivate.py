@@ -438,9 +438,6 @@ def measure(
     """The losses with each set silenced, into the journal, which the first process has; a killed run goes on."""
     from cpt_utils import archs, models, neurons
 
-    known = process.gather(list(notes.done) if notes else [])
-    if known:
-        cli.say(f"{len(known)} of {len(sets)} sets were measured before; going on with the next")
     model = None
 
     def losses_without(key: str) -> dict:
@@ -455,12 +452,7 @@ def measure(
             raise InputError(f"{ref.spec}: the loss with {key} deactivated is not finite; try --dtype float32")
         return record
 
-    with cli.progress(desc="deactivated sets", total=len(sets), unit="set") as bar:
-        bar.update(len(known))
-        for found in process.rounds([key for key in sets if key not in known], losses_without):
-            for key, record in found if notes else []:
-                notes.add(key, record)
-            bar.update(len(found))
+    journal.complete(notes, process, sets, losses_without, "deactivated sets")
 
 
 def say(payload: dict) -> None:
