@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import shutil
 from pathlib import Path
 
-from cpt_utils import cli, refs, results, study
+from cpt_utils import cli, refs, results, study, tokenizer_id
 from cpt_utils.errors import InputError
 
 runs = cli.sibling("cpt/runs.py")
@@ -131,7 +130,7 @@ def settings_of(config: dict, sources: list) -> dict:
         settings["from"] = _identity(config["from"])
     tokenizer = config["tokenizer"] or {}
     if tokenizer.get("from"):
-        settings["tokenizer"] = {**tokenizer, "from": _tokenizer_hash(refs.model(tokenizer["from"]))}
+        settings["tokenizer"] = {**tokenizer, "from": tokenizer_id.of(refs.model(tokenizer["from"]).side_files())}
     return json.loads(json.dumps(settings))
 
 
@@ -141,15 +140,6 @@ def _identity(spec: str) -> dict:
     if facts.get("weights_sample"):
         return {"weights_sample": facts["weights_sample"]}
     return {"spec": spec, "revision": facts["revision"]}
-
-
-def _tokenizer_hash(ref: refs.ModelRef) -> str:
-    folder = ref.side_files()
-    digest = hashlib.sha256()
-    for name in refs.TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def model_config(config: dict, tokenizer, path: Path):

@@ -167,6 +167,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+_said: set[str] = set()
+
+
+def once(text: str) -> None:
+    """Say what holds for many models alike a single time."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
+
+
 def warn(text: str) -> None:
     if not _silent():
         print(f"warning: {_one_line(Exception(text))}", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import glob
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,19 +44,24 @@ _before: dict[str, frozenset[Path]] = {}  # repository -> files of its snapshots
 def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
     """The snapshot folder in the cache, once the files that match any of `patterns` are in it.
 
+    A pattern without a slash means files at the top of the repository, but for `*`: all.
+
     Raises:
         InputError: no such repository or revision, no access, or the hub cannot be reached and the cache lacks files.
     """
     from huggingface_hub import snapshot_download
 
     known, wanted = _known(repository, revision), tuple(sorted(patterns)) or ("config.json",)
+    # The client's `*.json` matches `checkpoint-5/trainer_state.json`, too.
+    nested = None if any("/" in pattern or pattern == "*" for pattern in wanted) else "*/*"
     if wanted not in known.asked:
 
         def download() -> str:
             with _quiet_client():  # it logs two lines a fault; what matters is said below
                 return snapshot_download(
-                    repository, revision=known.commit or revision, allow_patterns=list(wanted), tqdm_class=_bar()
-                )
+                    repository, revision=known.commit or revision, allow_patterns=list(wanted), ignore_patterns=nested,
+                    tqdm_class=_bar(),
+                )  # fmt: skip
 
         known.folder = Path(_tried(download, repository, revision))
         known.commit = known.folder.name
@@ -65,13 +69,9 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
     return known.folder
 
 
-def fetch_files(repository: str, revision: str | None, names: Iterable[str]) -> Path:
-    """The snapshot folder, once exactly these files are in it (those that the repository has)."""
-    return fetch(repository, revision, [glob.escape(name) for name in names])
-
-
 def names(repository: str, revision: str | None) -> frozenset[str]:
-    """The files of a revision: those of the repository, or, where nobody knows them (offline), those in the cache."""
+    """The files of a revision, by their paths: those of the repository, or, where nobody knows them (offline), those in
+    the cache."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -80,7 +80,7 @@ def names(repository: str, revision: str | None) -> frozenset[str]:
         try:
             known.names = frozenset(file.path for file in get_cached_repo_tree(repository, revision=known.commit))
         except CachedRepoTreeNotFoundError:
-            known.names = frozenset(path.name for path in folder.iterdir())
+            known.names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return known.names
 
 
@@ -127,8 +127,8 @@ def revisions(repository: str, pattern: str) -> list[str]:
     return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern))
 
 
-def drop(repository: str, revision: str | None) -> int:
-    """Remove the weight files of a revision from the cache; returns the bytes that this freed.
+def drop(repository: str, revision: str | None, folder: str = "") -> int:
+    """Remove the weight files of a revision, or of a folder of it, from the cache; returns the bytes that this freed.
 
     Only what this process fetched goes: not what the cache had before, nor what another revision uses as well.
     Configuration and tokenizer stay. Of several processes only one may call this, and when all are done.
@@ -137,7 +137,7 @@ def drop(repository: str, revision: str | None) -> int:
     if known is None or known.folder is None:
         return 0
     before = _before[repository]
-    own = {p for p in known.folder.iterdir() if p.suffix in WEIGHTS and p not in before}
+    own = {p for p in (known.folder / folder).iterdir() if p.suffix in WEIGHTS and p not in before}
     known.asked.clear()
     if not own:
         return 0
@@ -154,7 +154,7 @@ def drop(repository: str, revision: str | None) -> int:
 def _known(repository: str, revision: str | None) -> _Revision:
     if repository not in _before:
         folder = _storage(repository) / "snapshots"
-        _before[repository] = frozenset(path for path in folder.glob("*/*"))
+        _before[repository] = frozenset(folder.rglob("*"))
     return _revisions.setdefault((repository, revision), _Revision())
 
 

@@ -235,20 +235,29 @@ def load_tokenizer(
     Raises:
         InputError: no tokenizer files, or a tokenizer without any token to pad with.
     """
-    from transformers import AutoTokenizer
-
     folder = refs.tokenizer_folder(ref, run, base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+    tokenizer = open_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
             raise InputError(f"the tokenizer in {folder} has no pad, eos or unk token to pad with")
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, as it is saved there.
+
+    Raises:
+        InputError: files that are damaged, or that transformers does not know.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
 
 def announce(model: PreTrainedModel, ref: refs.ModelRef) -> None:

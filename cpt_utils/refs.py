@@ -1,12 +1,16 @@
-"""Model references: a local folder, `org/name`, `org/name@revision`, or a run of `checkpoint-<step>` folders.
+"""Model references: a local folder, `org/name`, `org/name@revision`, `org/name/folder`, or a run of checkpoints.
 
-A run may also be a list of revisions of one hub repository, or a pattern of them (`org/name@stage1-step*`). A folder or
-revision that holds a PEFT adapter instead of a model stands for base and adapter merged (see `adapters`).
+A run is a folder whose sub-folders are named after steps (`checkpoint-500`, `step_500`, `iter_0001000`), a hub
+repository with such folders, a list of models, or a pattern of revisions or folders of one repository
+(`org/name@stage1-step*`, `org/name/checkpoint-*`). A folder or revision that holds a PEFT adapter instead of a model
+stands for base and adapter merged (see `adapters`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import glob
 import hashlib
 import json
 import os
@@ -20,8 +24,11 @@ from cpt_utils import archs, cli, hub, tensors
 from cpt_utils.errors import InputError
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_STEP = re.compile(r"(?:^|[-_])step-?(\d+)(?=$|[-_])")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# What stands before a step in a name, the surest first: in `epoch-2-step-500` the step is 500.
+_STEP_WORDS = ("step", "checkpoint|ckpt|chkpt", "iteration|iter")
+_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+_PASSING = ("tmp", ".")  # starts of folders that a Trainer or a swap has not finished
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -55,11 +62,33 @@ _SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 def step_of(name: str) -> int | None:
     """The training step that a checkpoint folder or a hub revision is named after, or None.
 
-    `checkpoint-15` -> 15; `stage2-ingredient1-step1000-tokens5B` -> 1000; `step1000` -> 1000. Always an integer: as
-    text, `step1000` would come before `step512`.
+    `checkpoint-15` -> 15; `stage2-ingredient1-step1000-tokens5B` -> 1000; `iter_0001000` -> 1000; `step-50K` -> 50000;
+    `run-a/step100` -> 100. Always an integer: as text, `step1000` would come before `step512`.
     """
-    match = CHECKPOINT.fullmatch(name) or _STEP.search(name)
-    return int(match[1]) if match else None
+    for word in _STEP_WORDS:
+        found = re.findall(rf"(?:^|[-_/]|global)(?:{word})[-_]?(\d+)([km]?)(?=$|[-_/])", name, re.IGNORECASE)
+        if found:
+            number, unit = found[-1]
+            return int(number) * _UNITS[unit.lower()]
+    return None
+
+
+def steps_of(names: Iterable[str]) -> dict[str, int]:
+    """The steps of the checkpoints of one run, by their names, in step order; names without a step are left out.
+
+    Where the steps read from the words before them do not tell the names apart, or there are no such words, the names
+    must differ in one number only: the one that grows. (`part2-500`, `part2-1000`.)
+    """
+    names = list(names)
+    found = {name: step for name in names if (step := step_of(name)) is not None}
+    if not found or len(set(found.values())) < len(found):
+        names = list(found) or [name for name in names if re.search(r"\d$", name)]
+        numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
+        alike = len(names) > 1 and len({re.sub(r"\d+", "#", name) for name in names}) == 1
+        growing = [column for column in zip(*numbers, strict=False) if len(set(column)) == len(names)] if alike else []
+        if len(growing) == 1:
+            found = dict(zip(names, growing[0], strict=True))
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def local_id(path: str | os.PathLike) -> str:
@@ -84,7 +113,13 @@ class ModelRef:
 
     @property
     def repository(self) -> str:
-        return self.spec.partition("@")[0]
+        """`org/name` of a hub model."""
+        return "/".join(self.spec.partition("@")[0].split("/")[:2])
+
+    @property
+    def subfolder(self) -> str:
+        """The folder of a hub model in its repository (`org/name/checkpoint-500`); "" where it lies at the top."""
+        return "" if self.is_local else "/".join(self.spec.partition("@")[0].split("/")[2:])
 
     @property
     def revision(self) -> str | None:
@@ -105,7 +140,21 @@ class ModelRef:
             except OSError as error:
                 raise InputError(f"{self.spec} cannot be read: {error.strerror or error}") from None
         self._refuse_unfit()
-        return hub.names(self.repository, self.revision)
+        there = hub.names(self.repository, self.revision)
+        if not self.subfolder:
+            return there
+        start = f"{self.subfolder}/"
+        inside = frozenset(name.removeprefix(start) for name in there if name.startswith(start))
+        if not inside:
+            folders = sorted({os.path.dirname(name) for name in there} - {""})
+            raise InputError(
+                f"{self.repository} has no folder {self.subfolder}; it has {', '.join(folders[:8]) or 'no folders'}"
+            )
+        return inside
+
+    def _inside(self, pattern: str) -> str:
+        """A pattern of this model's files as one of its repository's."""
+        return f"{glob.escape(self.subfolder)}/{pattern}" if self.subfolder else pattern
 
     @property
     def is_adapter(self) -> bool:
@@ -140,16 +189,18 @@ class ModelRef:
         wanted = ["*"] if patterns is None else list(patterns)
         if set(wanted) & set(WEIGHT_PATTERNS):
             wanted = [pattern for pattern in wanted if pattern not in WEIGHT_PATTERNS]
-            hub.fetch_files(self.repository, self.revision, self._weight_files())
-        return hub.fetch(self.repository, self.revision, wanted)
+            self.fetch(self._weight_files())
+        return hub.fetch(self.repository, self.revision, map(self._inside, wanted)) / self.subfolder
 
     def fetch(self, files: Iterable[str]) -> Path:
         """The local folder, once exactly these files of a hub model are in it."""
-        return Path(self.spec) if self.is_local else hub.fetch_files(self.repository, self.revision, files)
+        if self.is_local:
+            return Path(self.spec)
+        return hub.fetch(self.repository, self.revision, (self._inside(glob.escape(f)) for f in files)) / self.subfolder
 
     def first_bytes(self, file: str, stop: int) -> tuple[bytes, int]:
         """(the first `stop` bytes, the size) of a file of a hub model, which is not fetched for it."""
-        return hub.first_bytes(self.repository, self.revision, file, stop)
+        return hub.first_bytes(self.repository, self.revision, os.path.join(self.subfolder, file), stop)
 
     def _weight_files(self) -> list[str]:
         """The weight files of a hub model: one file or an index and its shards, safetensors before pickles."""
@@ -162,14 +213,16 @@ class ModelRef:
 
     def _refuse_unfit(self) -> None:
         if is_pattern(self.spec):
-            raise InputError(f"{self.spec} is a pattern of revisions, a run; one model is needed here, name one")
+            raise InputError(
+                f"{self.spec} is a pattern of revisions or folders, a run; one model is needed here, name one"
+            )
         _refuse_missing_folder(self.spec)
 
     def drop(self) -> None:
         """Free the disk of a hub model: its weights go from the cache, where this process had fetched them."""
         if self.is_local:
             return
-        freed = hub.drop(self.repository, self.revision)
+        freed = hub.drop(self.repository, self.revision, self.subfolder)
         done = f"dropped from the hub cache ({freed / 1e9:.2f} GB)" if freed else "stay in the hub cache, as before"
         cli.say(f"{self.spec}: weights {done}")
 
@@ -206,7 +259,6 @@ class ModelRef:
         if self.is_local:
             try:
                 facts |= {"weights_sample": self._weights_sample, "config_sha256": self._config_hash}
-                facts["tokenizer_sha256"] = tokenizer_hash(Path(self.spec))
             except OSError as error:
                 raise InputError(f"{error.filename or self.spec} cannot be read: {error.strerror or error}") from None
         if self.is_adapter:
@@ -292,8 +344,7 @@ def read_config(folder: Path, name: str) -> dict:
     """
     file = folder / "config.json"
     if not file.exists():
-        run = [p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name)]
-        hint = "it is a run of checkpoints; name one of them" if run else "it is no model folder"
+        hint = "it is a run of checkpoints; name one of them" if checkpoints(folder) else "it is no model folder"
         raise InputError(f"{name} has no config.json: {hint}")
     config = read_json(file)
     text = config.get("text_config")
@@ -326,52 +377,145 @@ def read_json(file: Path) -> dict:
 
 
 def _refuse_missing_folder(spec: str) -> None:
-    if not _REPOSITORY.fullmatch(spec.partition("@")[0]) or spec.startswith((".", "~", "/")):
-        raise InputError(f"{spec}: no such folder, and it is not a hub name like org/name or org/name@revision")
-    parent = Path(spec.partition("@")[0]).parent
-    if parent.is_dir():  # build/demo where build/ is there: a mistyped path, not a repository of the user "build"
-        raise InputError(f"{spec}: no such folder (the folder {parent} is there, {Path(spec).name} is not in it)")
+    name = spec.partition("@")[0]
+    if not _REPOSITORY.fullmatch(name) or spec.startswith((".", "~", "/")):
+        hint = f"; is {name.replace(':', '/')} meant?" if name.count(":") == 1 and "/" in name else ""
+        raise InputError(
+            f"{spec}: no such folder, and no hub name like org/name, org/name@revision or org/name/folder{hint}"
+        )
+    there = next((parent for parent in Path(name).parents if parent.name and parent.is_dir()), None)
+    if there:  # build/demo where build/ is there: a mistyped path, not a repository of the user "build"
+        absent = Path(name).relative_to(there).parts[0]
+        raise InputError(f"{spec}: no such folder (the folder {there} is there, {absent} is not in it)")
 
 
 def model(text: str | os.PathLike) -> ModelRef:
     """The reference to one model. Its files are not touched yet, but a missing local folder is refused here."""
     spec = os.fspath(text).rstrip("/") or "/"
-    if not os.path.isdir(spec):
-        _refuse_missing_folder(spec)
-        return ModelRef(spec, step_of(spec.partition("@")[2]))
-    return ModelRef(spec, step_of(os.path.basename(os.path.abspath(spec))))
+    if os.path.isdir(spec):
+        return ModelRef(spec, step_of(os.path.basename(os.path.abspath(spec))))
+    _refuse_missing_folder(spec)
+    ref = ModelRef(spec)
+    step = step_of(os.path.basename(ref.subfolder))
+    return replace(ref, step=step_of(ref.revision or "") if step is None else step)
+
+
+# --- runs ---
 
 
 def is_run(text: str | os.PathLike) -> bool:
-    """Whether `text` is a local folder that holds `checkpoint-<step>` folders."""
-    return os.path.isdir(text) and any(CHECKPOINT.fullmatch(name) for name in os.listdir(text))
+    """Whether `text` names a run: a folder or hub repository that holds checkpoints, or a pattern of them."""
+    spec = os.fspath(text)
+    return is_pattern(spec) or bool(checkpoints(spec) if os.path.isdir(spec) else _folders(model(spec)))
 
 
 def checkpoints(folder: str | os.PathLike) -> list[ModelRef]:
-    """The `checkpoint-<step>` folders below `folder`, ordered by step."""
-    names = [name for name in os.listdir(folder) if CHECKPOINT.fullmatch(name)]
-    found = [ModelRef(os.path.join(os.fspath(folder), name), step_of(name)) for name in names]
-    return sorted((ref for ref in found if os.path.isdir(ref.spec)), key=lambda ref: ref.step)
+    """The checkpoints in a local folder, ordered by step: its sub-folders `checkpoint-<step>`, and others that are
+    named after a step and hold a model or an adapter. What a Trainer or a swap has not finished is none.
+    """
+    folder = os.fspath(folder)
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from None
+    names = [name for name in names if not name.startswith(_PASSING)]
+    plain = {name: step_of(name) for name in names if CHECKPOINT.fullmatch(name)}
+    own = ("config.json", ADAPTER_CONFIG)
+    others = [n for n in names if n not in plain and any(os.path.isfile(os.path.join(folder, n, f)) for f in own)]
+    steps = steps_of([*plain, *others])
+    _say_steps(folder, steps)
+    return [ModelRef(os.path.join(folder, name), step) for name, step in steps.items()]
+
+
+def _folders(ref: ModelRef) -> list[ModelRef]:
+    """The checkpoints that a hub repository, or a folder in it, holds as folders; [] where the hub does not say."""
+    if ref.step is not None:  # a checkpoint itself
+        return []
+    try:
+        names = ref.names
+    except InputError:  # whoever reads the model says it
+        return []
+    there = {os.path.dirname(name) for name in names if os.path.basename(name) in ("config.json", ADAPTER_CONFIG)}
+    return _in_repository(ref, {name for name in there if name and "/" not in name})
+
+
+def _in_repository(ref: ModelRef, folders: Iterable[str]) -> list[ModelRef]:
+    steps = steps_of(folders)
+    _say_steps(ref.spec, steps)
+    revision = f"@{ref.revision}" if ref.revision else ""
+    return [ModelRef(f"{ref.spec.partition('@')[0]}/{name}{revision}", step) for name, step in steps.items()]
+
+
+def _say_steps(where: str, steps: dict[str, int]) -> None:
+    """Say once what was taken as the step, where it is not plain."""
+    shown = next((name for name, step in steps.items() if name not in (f"checkpoint-{step}", f"step{step}")), None)
+    if shown is not None:
+        cli.once(f"{where}: steps are read from the names ({shown} is step {steps[shown]})")
 
 
 def is_pattern(spec: str) -> bool:
-    """Whether `spec` means several revisions of a hub repository: `org/name@step*`. No revision has such a name."""
-    return any(sign in spec.partition("@")[2] for sign in "*?[") and not os.path.isdir(spec)
+    """Whether `spec` means several revisions or folders of a hub repository: `org/name@step*`, `org/name/step*`."""
+    return any(sign in spec for sign in "*?[") and not os.path.isdir(spec) and bool(_REPOSITORY.match(spec))
 
 
 def revisions(spec: str) -> list[ModelRef]:
-    """The branches and tags that a pattern means and that have a step in their names, ordered by step.
+    """The branches and tags, or the folders, that a pattern means and that have a step in their names, by step.
 
     Raises:
         InputError: there are none, or the hub cannot be asked.
     """
-    repository, _, pattern = spec.partition("@")
-    _refuse_missing_folder(repository)
-    found = [ModelRef(f"{repository}@{name}", step_of(name)) for name in hub.revisions(repository, pattern)]
-    found = [ref for ref in found if ref.step is not None]
+    name, _, pattern = spec.partition("@")
+    if any(sign in name for sign in "*?["):
+        place, _, folders = name.rpartition("/")
+        _refuse_missing_folder(place)
+        ref = ModelRef(f"{place}@{pattern}" if pattern else place)
+        there = {os.path.dirname(file) for file in ref.names}
+        found = _in_repository(ref, [folder for folder in there if folder and fnmatch.fnmatchcase(folder, folders)])
+        what = f"{place} has no folder"
+    else:
+        _refuse_missing_folder(name)
+        steps = steps_of(hub.revisions(name, pattern))
+        _say_steps(spec, steps)
+        found, what = [ModelRef(f"{name}@{own}", step) for own, step in steps.items()], f"{name} has no branch or tag"
     if not found:
-        raise InputError(f"{spec}: {repository} has no branch or tag of that pattern with a step in its name")
-    return sorted(found, key=lambda ref: ref.step)
+        raise InputError(f"{spec}: {what} of that pattern with a step in its name")
+    return found
+
+
+def _expand(text: str | os.PathLike) -> list[ModelRef]:
+    """The checkpoints of a run in step order, or the one model that `text` names.
+
+    A folder with checkpoints is a run, even where a Trainer has left its final model beside them.
+    """
+    spec = os.fspath(text).rstrip("/") or "/"
+    if is_pattern(spec):
+        return revisions(spec)
+    if os.path.isdir(spec):
+        found = checkpoints(spec)
+        if found:
+            _say_final_model(spec, found)
+        return found or [model(spec)]
+    ref = model(spec)
+    return _folders(ref) or [ref]
+
+
+def _say_final_model(folder: str, found: list[ModelRef]) -> None:
+    """Say whose twin the model is that lies beside the checkpoints of a run, as a Trainer leaves it."""
+    own = ModelRef(folder)
+    if not {"config.json", ADAPTER_CONFIG} & own.names:
+        return
+    with contextlib.suppress(InputError, OSError):  # damaged checkpoints are said where they are read
+        sample = own._weights_sample
+        if sample is None:
+            return
+        twin = next((ref for ref in reversed(found) if ref._weights_sample == sample), None)
+        if twin is not None:
+            cli.once(f"{folder}: its own model is that of {Path(twin.spec).name}; the run is its checkpoints")
+        else:
+            cli.once(
+                f"{folder}: its own model is none of its checkpoints (trained on after the last one was saved?) and is "
+                "left out; to have it in the run, put its files into a folder checkpoint-<step> beside the others"
+            )
 
 
 def one_at_a_time(run: list[ModelRef], drop: bool, base: ModelRef | None = None) -> Iterator[list[ModelRef]]:
@@ -392,11 +536,8 @@ def one_at_a_time(run: list[ModelRef], drop: bool, base: ModelRef | None = None)
 def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = None) -> list[ModelRef]:
     """References to all models that `texts` names, in the order given, runs expanded in step order.
 
-    A folder with a model or an adapter of its own is that one, even where a trainer left checkpoints below it.
-
     Args:
-        texts: one reference or several; a folder that holds `checkpoint-<step>` folders stands for all of them, and
-            `org/name@pattern` for all revisions of that pattern that are named after a step.
+        texts: one reference or several; each a model or a run.
         steps: keep only these steps of runs; a step that no run has is refused. Models without a step stay.
 
     Raises:
@@ -404,34 +545,16 @@ def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None
     """
     if isinstance(texts, str | os.PathLike):
         texts = [texts]
-    found: list[ModelRef] = []
-    for text in texts:
-        text = os.fspath(text).rstrip("/") or "/"
-        own = next((name for name in ("config.json", ADAPTER_CONFIG) if os.path.isfile(os.path.join(text, name))), None)
-        if is_pattern(text):
-            found += revisions(text)
-        elif is_run(text) and not own:
-            found += checkpoints(text)
-        else:
-            if is_run(text):
-                cli.say(f"{text} is taken as one model: it has a file {own}; for its checkpoints name them one by one")
-            found.append(model(text))
-    return _only_steps(found, steps)
+    return _only_steps([ref for text in texts for ref in _expand(text)], steps)
 
 
 def run(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = None) -> list[ModelRef]:
     """The checkpoints of one run in step order: every model has a step, and no step comes twice.
 
-    `texts` is a folder that holds `checkpoint-<step>` folders, a pattern of revisions (`org/name@step*`), or a list of
-    models named after their steps (checkpoint folders, `org/name@revision`). A single model without a step in its name
-    is a run of one, of step 0.
+    `texts` is a run, or a list of models named after their steps. A single model without a step in its name is a run of
+    one, of step 0.
     """
-    if isinstance(texts, str | os.PathLike):
-        texts = [texts]
-    found: list[ModelRef] = []
-    for text in texts:
-        spec = os.fspath(text)
-        found += checkpoints(text) if is_run(text) else revisions(spec) if is_pattern(spec) else [model(text)]
+    found = models(texts)
     if len(found) == 1 and found[0].step is None:
         return [replace(found[0], step=0)]
     for ref in found:
@@ -443,7 +566,8 @@ def run(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = 
     numbers = [ref.step for ref in found]
     for n in numbers:
         if numbers.count(n) > 1:
-            raise InputError(f"step {n} comes twice in the run: {', '.join(r.spec for r in found if r.step == n)}")
+            twice = ", ".join(ref.spec for ref in found if ref.step == n)
+            raise InputError(f"step {n} comes twice in the run: {twice}; name the checkpoints of one run")
     return sorted(_only_steps(found, steps), key=lambda ref: ref.step)
 
 
@@ -461,42 +585,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
-def tokenizer_hash(folder: Path) -> str | None:
-    """A short hash of a folder's tokenizer files; None where it has none."""
-    digest, found = hashlib.sha256(), False
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            found = True
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()[:16] if found else None
-
-
-def vocabulary_hash(folder: Path) -> str | None:
-    """A short hash of what turns plain text into ids; None where the folder has no tokenizer.
-
-    Saving a tokenizer again with another release changes its files, padding and chat template, but not this: of
-    `tokenizer.json` only vocabulary, merges, normalizer and pre-tokenizer count. Added tokens do not: CPT often adds
-    some, and ids of the base stay valid. It starts with `json:` there and with `files:` where only other vocabulary
-    files are; the two kinds cannot be compared.
-    """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        present = [name for name in _VOCABULARIES if (folder / name).is_file()]
-        digest = hashlib.sha256(b"".join(name.encode() + (folder / name).read_bytes() for name in present))
-        return f"files:{digest.hexdigest()[:16]}" if present else None
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        model = saved["model"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
-        vocabulary = sorted(model["vocab"].items()) if isinstance(model["vocab"], dict) else model["vocab"]
-        added = {token["content"] for token in saved.get("added_tokens") or ()}
-        vocabulary = [entry for entry in vocabulary if entry[0] not in added]
-        facts = [vocabulary, merges, saved.get("normalizer"), saved.get("pre_tokenizer")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is no tokenizer file ({type(error).__name__}); copy it again") from None
-    return f"json:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
-
-
 def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> Path:
     """The folder whose tokenizer belongs to `ref`: its own, else the run folder's, else the base's, and says so.
 
@@ -507,13 +595,16 @@ def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | Non
     """
     folder, why = _tokenizer_of(ref, run, base)
     if why:
-        cli.say(f"{ref.spec} has no tokenizer files; using those of {why}")
+        whose = ref.spec if ref.step is None else f"the checkpoints in {os.path.dirname(ref.spec) or ref.repository}"
+        cli.once(f"no tokenizer files in {whose}; using those of {why}")
     return folder
 
 
-def tokenizer_used(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> str | None:
-    """`tokenizer_hash` of the folder that `tokenizer_folder` gives: what a request says of the tokenizer."""
-    return tokenizer_hash(_tokenizer_of(ref, run, base)[0])
+def tokenizer_used(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> str:
+    """`tokenizer_id.of` the folder that `tokenizer_folder` gives: what a request says of the tokenizer."""
+    from cpt_utils import tokenizer_id
+
+    return tokenizer_id.of(_tokenizer_of(ref, run, base)[0])
 
 
 def _tokenizer_of(ref: ModelRef, run: str | None, base: ModelRef | None) -> tuple[Path, str]:
@@ -522,10 +613,15 @@ def _tokenizer_of(ref: ModelRef, run: str | None, base: ModelRef | None) -> tupl
     if has_tokenizer(own):
         return own, ""
     # Its own run comes first: the study's run may be another one, with other tokens.
-    parent = Path(ref.spec).resolve().parent if ref.is_local else (Path(run) if run and os.path.isdir(run) else None)
+    if ref.is_local:
+        parent = Path(ref.spec).resolve().parent
+    elif ref.subfolder:
+        parent = ModelRef(f"{ref.repository}@{ref.revision}" if ref.revision else ref.repository).side_files()
+    else:
+        parent = Path(run) if run and os.path.isdir(run) else None
     base = ref.adapted or base
     if parent is not None and has_tokenizer(parent):
-        return parent, f"{parent.name}/"
+        return parent, f"{parent.name}/" if ref.is_local else ref.repository
     if base is not None and has_tokenizer(base.side_files()):
         have, want = vocabulary_size(base.config()), vocabulary_size(ref.config())
         if have == want:
@@ -566,7 +662,7 @@ def relatives(found: Iterable[ModelRef], base: str | None = None, run: str | lis
     for ref in found:
         known[ref.spec] = ref
         parent = os.path.dirname(os.path.abspath(ref.spec))
-        if ref.is_local and ref.step is not None and is_run(parent):
+        if ref.is_local and ref.step is not None:
             known |= {other.spec: other for other in checkpoints(os.path.relpath(parent))}
     for spec in filter(None, [base]):
         if os.path.isdir(spec) or not _looks_local(spec):
@@ -578,7 +674,8 @@ def relatives(found: Iterable[ModelRef], base: str | None = None, run: str | lis
 
 def _looks_local(spec: str) -> bool:
     """Whether a reference that is no folder can only have been meant as one."""
-    return not _REPOSITORY.fullmatch(spec.partition("@")[0]) or os.path.isdir(os.path.dirname(spec) or ".")
+    name = spec.partition("@")[0]
+    return not _REPOSITORY.fullmatch(name) or any(parent.name and parent.is_dir() for parent in Path(name).parents)
 
 
 def belongs(measured: dict, models: list[dict]) -> bool:
@@ -586,7 +683,7 @@ def belongs(measured: dict, models: list[dict]) -> bool:
     if any(same_model(measured, model) for model in models):
         return True
     if measured.get("revision"):
-        return measured["spec"].partition("@")[0] in {model["spec"].partition("@")[0] for model in models}
+        return ModelRef(measured["spec"]).repository in {ModelRef(model["spec"]).repository for model in models}
     place = Path(measured["spec"]).resolve()
     known = {Path(model["spec"]).resolve(): model.get("step") for model in models}
     # A path that is among the models holds other weights now: it was trained again.

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, folders, refs, results, tensors
+from cpt_utils import archs, cli, folders, refs, results, tensors, tokenizer_id
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -448,8 +448,10 @@ def identity(ref: refs.ModelRef) -> str:
     """The model, not its path, which may be spelled in several ways: weights, configuration, own tokenizer."""
     facts = ref.describe()
     if facts.get("weights_sample"):
-        return "-".join(str(facts.get(key)) for key in ("weights_sample", "config_sha256", "tokenizer_sha256"))
-    own = f"{ref.repository}@{facts.get('revision') or ref.revision or 'main'}"
+        folder = Path(ref.spec)
+        tokenizer = tokenizer_id.of(folder) if refs.has_tokenizer(folder) else None
+        return "-".join(str(fact) for fact in (facts["weights_sample"], facts.get("config_sha256"), tokenizer))
+    own = f"{ref.repository}@{facts.get('revision') or ref.revision or 'main'}/{ref.subfolder}".rstrip("/")
     return f"{own}+{identity(ref.adapted)}" if ref.is_adapter else own
 
 

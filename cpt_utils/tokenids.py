@@ -2,7 +2,7 @@
 
 `oscar.<language>.train.<model id>` is a bare tensor (int32, or int64 for other readers) as `torch.save` writes it, and
 `<the same name>.json` its description: payload `n_tokens`, `n_documents`, `complete`, ..; header `language`
-(canonical), `tokenizer`, `vocabulary_sha256` (`refs.vocabulary_hash`), `text` (what was read), `limit`. A tensor
+(canonical), `tokenizer`, `vocabulary_sha256` (`tokenizer_id.of_plain_text`), `text` (what was read), `limit`. A tensor
 without the JSON, as the published scripts write it, is read with one warning.
 """
 
@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, results
+from cpt_utils import cli, results, tokenizer_id
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def read(
 
     Args:
         vocab_size: of the model; every id must be below it.
-        vocabulary_sha256: `refs.vocabulary_hash` of the model's tokenizer; the file must not be of another one.
+        vocabulary_sha256: `tokenizer_id.of_plain_text` of the model's tokenizer; the file must not be of another one.
         allow_limited: accept a file made with --limit.
 
     Raises:
@@ -143,10 +143,8 @@ def _check_tokenizer(path: Path, facts: dict, own: str | None) -> None:
     made_with = facts.get("vocabulary_sha256")
     if not own or not made_with or made_with == own:
         return
-    if made_with.partition(":")[0] != own.partition(":")[0]:
-        cli.warn(
-            f"{path} was made from other kinds of tokenizer files than the model has: taken on trust to be its own"
-        )
+    if not tokenizer_id.comparable(made_with, own):
+        cli.warn(f"{path} does not say what its tokenizer does to text: taken on trust to be the model's own")
         return
     raise InputError(
         f"{path} was made with a tokenizer that is not the model's ({facts.get('tokenizer')}: {made_with}, the "

@@ -147,7 +147,7 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
     with _quiet("lm_eval"):  # it warns that a loaded model ignores the arguments of the loader
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
     model_args = {"pretrained": ref.spec if ref.is_local else ref.repository}
-    model_args |= {"revision": ref.revision} if ref.revision else {}
+    model_args |= {key: value for key in ("revision", "subfolder") if (value := getattr(ref, key))}
     model_args["dtype"] = str(dtype).removeprefix("torch.")
     model_args["pretrained"] += f"+{args.swap}" if swap else ""
     tracker = EvaluationTracker()
@@ -312,7 +312,8 @@ def evaluate_once(
     if swap:
         base = swap[0].base_ref
     wanted = identity(ref, base, prompts, args, dtype, swap and swap[2])
-    name = sanitize_model_name((ref.spec if ref.is_local else ref.repository) + (f"+{args.swap}" if swap else ""))
+    place = ref.spec.partition("@")[0] if not ref.is_local else ref.spec
+    name = sanitize_model_name(place + (f"+{args.swap}" if swap else ""))
     done = None if args.overwrite else finished(output / name, wanted)
     if done:
         return f"  finished before: {done}"

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, processes, refs, results
+from cpt_utils import cli, processes, refs, results, tokenizer_id
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -310,7 +310,7 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     from cpt_utils import neurons, tokenids
 
     vocabulary = refs.vocabulary_size(ref.config())
-    own = refs.vocabulary_hash(refs.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
+    own = tokenizer_id.of_plain_text(refs.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
     ids, head = tokenids.read(path, vocab_size=vocabulary, vocabulary_sha256=own)
     blocks = neurons.blocks(ids, size, tokens, str(path))
     limited = limit if limit is not None and limit < len(blocks) else None

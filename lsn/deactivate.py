@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, data, evaluation, figures, journal, languages, processes, refs, results
+from cpt_utils import cli, data, evaluation, figures, journal, languages, processes, refs, results, tokenizer_id
 from cpt_utils.errors import InputError
 from cpt_utils.masks import Layers
 from cpt_utils.study import Study
@@ -419,7 +419,7 @@ def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
     run = study.get("run") if isinstance(study.get("run"), str) else None
     base = refs.model(study.get("base")) if study.get("base") else None
     tokenizer = models.load_tokenizer(ref, run, base)
-    own = refs.vocabulary_hash(refs.tokenizer_folder(ref, run, base))
+    own = tokenizer_id.of_plain_text(refs.tokenizer_folder(ref, run, base))
     ids = [
         (path, tokenids.read(path, vocab_size=refs.vocabulary_size(ref.config()), vocabulary_sha256=own)[0])
         for path in id_files

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, languages, refs, results, tokenids
+from cpt_utils import cli, languages, refs, results, tokenids, tokenizer_id
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -415,7 +415,7 @@ def tasks(args, study: Study) -> list[dict]:
     tokenizer = {
         "tokenizer": ref.spec,
         "tokenizer_revision": ref.resolved_revision(),
-        "vocabulary_sha256": refs.vocabulary_hash(tokenizer_folder),
+        "vocabulary_sha256": tokenizer_id.of_plain_text(tokenizer_folder),
     }
     made = []
     for code in chosen:

@@ -11,7 +11,7 @@ import torch
 from helpers import load_script, save_tiny, tiny_tokenizer
 from launch import launch
 
-from cpt_utils import archs, models, neurons, refs, results, tokenids
+from cpt_utils import archs, models, neurons, refs, results, tokenids, tokenizer_id
 from cpt_utils.errors import InputError
 
 ACTIVATION = load_script("lsn/activation.py")
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line(place):
     path, _ = write_ids(place, n=20)
     with pytest.raises(InputError, match="fewer than one block of 32"):
         count("-i", str(path))
-    path, _ = write_ids(place, vocabulary_sha256="json:of another", tokenizer="other")
+    path, _ = write_ids(place, vocabulary_sha256="ids:of another", tokenizer="other")
     with pytest.raises(InputError, match="not the model's"):
         count("-i", str(path))
     with pytest.raises(InputError, match="no language in its name"):
@@ -170,7 +170,7 @@ def test_bad_input_is_one_line(place):
 
 def test_a_tokenizer_of_the_model_is_accepted(place):
     tiny_tokenizer().save_pretrained("model")
-    path, _ = write_ids(place, vocabulary_sha256=refs.vocabulary_hash(place / "model"))
+    path, _ = write_ids(place, vocabulary_sha256=tokenizer_id.of_plain_text(place / "model"))
     assert count("-i", str(path))["n"] == 672
 
 

@@ -39,7 +39,8 @@ class Repository:
         return self.commits.get(revision, revision if revision in self.folders else None)
 
     def files(self, commit: str) -> dict[str, Path]:
-        return {path.name: path for path in sorted(self.folders[commit].iterdir())}
+        folder = self.folders[commit]
+        return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -259,10 +260,73 @@ def test_a_pattern_of_revisions_is_a_run(online):
         refs.run("org/olmo@*")
     with pytest.raises(InputError, match="no branch or tag of that pattern with a step"):
         refs.run("org/olmo@ma*")
-    with pytest.raises(InputError, match="pattern of revisions, a run; one model is needed"):
+    with pytest.raises(InputError, match="pattern of revisions or folders, a run; one model is needed"):
         refs.model("org/olmo@stage2-*").config()
     with pytest.raises(InputError, match="neither a folder here nor a repository"):
         refs.run("org/none@step*")
+
+
+@pytest.fixture
+def nested(server, models, tmp_path):
+    """A repository as a Trainer leaves that pushes: a final model, its checkpoints as folders; and named branches."""
+    top = shutil.copytree(models["main"], tmp_path / "pushed")
+    for number, step in enumerate(STEPS):
+        folder = shutil.copytree(models[REVISION.format(step)], top / f"checkpoint-{step}")
+        (folder / "trainer_state.json").write_text("{}")
+        if number:  # the tokenizer stands once, at the top
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / name).unlink()
+    branches = {f"run-{run}/step{step}": models[REVISION.format(step)] for run in "ab" for step in STEPS[:2]}
+    server.repositories["org/cpt"] = Repository({"main": top} | branches)
+    return top
+
+
+def test_folders_of_a_repository_are_a_run(online, nested, models):
+    run = refs.run("org/cpt")
+    assert [ref.spec for ref in run] == [f"org/cpt/checkpoint-{step}" for step in sorted(STEPS)]
+    assert [ref.spec for ref in refs.run("org/cpt/checkpoint-*")] == [ref.spec for ref in run]
+    assert refs.models(["org/cpt/checkpoint-512@main"])[0].step == 512
+    last = run[-1]
+    assert (last.repository, last.subfolder, last.model_id) == (
+        "org/cpt", f"checkpoint-{max(STEPS)}", f"org__cpt__checkpoint-{max(STEPS)}",
+    )  # fmt: skip
+    assert last.resolved_revision() == hashlib.sha1(b"main").hexdigest()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    with tensors.open_folder(last, lazy=True) as stored:
+        assert stored.get(name).equal(read_tensors(models[REVISION.format(max(STEPS))])[name])
+    assert [file for file in online.fetched() if file.endswith(".safetensors")] == [
+        f"checkpoint-{max(STEPS)}/model-q_proj.safetensors"
+    ]
+    assert not any("trainer_state" in file for file in online.fetched() if file.count("/") > 1)
+    assert refs.tokenizer_folder(last).name == last.resolved_revision()  # that of the repository
+    with pytest.raises(InputError, match=r"org/cpt has no folder checkpoint-7; it has checkpoint-"):
+        refs.model("org/cpt/checkpoint-7").config()
+    with pytest.raises(InputError, match="has no folder of that pattern with a step"):
+        refs.run("org/cpt/epoch-*")
+
+
+def test_the_top_of_a_repository_is_read_without_its_folders(online, nested):
+    refs.model("org/cpt").side_files()
+    assert online.fetched() and not any("/" in file for file in online.fetched())
+
+
+def test_branches_with_a_slash_are_a_run(online, nested):
+    run = refs.run("org/cpt@run-a/step*")
+    assert [ref.step for ref in run] == sorted(STEPS[:2])
+    assert run[0].revision == f"run-a/step{min(STEPS[:2])}" and "/" not in run[0].model_id
+    assert run[0].config()["model_type"] == "llama"
+    with pytest.raises(InputError, match="comes twice in the run"):
+        refs.run("org/cpt@run-*")
+
+
+def test_dropping_a_folder_leaves_the_others(online, nested, tmp_path):
+    one, other, _ = refs.run("org/cpt")
+    for ref in (one, other):
+        ref.folder(("model-q_proj.safetensors",))
+    one.drop()
+    assert [path.parent.name for path in (tmp_path / "cache").rglob("snapshots/*/*/*.safetensors")] == [
+        f"checkpoint-{other.step}"
+    ]
 
 
 def test_offline_a_pattern_means_the_revisions_in_the_cache(online, tmp_path, monkeypatch):

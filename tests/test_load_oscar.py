@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, load_script, save_tiny, tiny_tokenizer
 
-from cpt_utils import refs, results, tokenids
+from cpt_utils import results, tokenids, tokenizer_id
 from cpt_utils.errors import InputError
 
 script = load_script("lsn/load_oscar.py")
@@ -103,7 +103,7 @@ def test_equals_a_slow_loop_whatever_the_batch(tmp_path, tokenizer, capsys, monk
         payload = {k: v for k, v in json.loads((out / "oscar.ga.train.org_m.json").read_text()).items() if k[0] != "_"}
         written[batch] = (out / "oscar.ga.train.org_m").read_bytes(), payload
     assert written[1] == written[7] == written[1000]
-    assert facts["vocabulary_sha256"] == refs.vocabulary_hash(tokenizer) and facts["tokenizer"] == str(tokenizer)
+    assert facts["vocabulary_sha256"] == tokenizer_id.of_plain_text(tokenizer) and facts["tokenizer"] == str(tokenizer)
     # Which documents were needed, counted slowly.
     lengths = [len(slow([document], tokenizer)) for document in documents]
     needed = next(n for n in range(1, 121) if sum(lengths[:n]) >= target)
@@ -391,7 +391,9 @@ def test_without_arguments_in_a_study(tmp_path, monkeypatch, capsys):
     study = "name: mine\nbase: base\nlanguages: {lsn: [ga]}\ntokens: ids\nlsn: {tokens: 500}\ndata: {lsn_text: {%s}}\n"
     (tmp_path / "study.yaml").write_text(study % "gle_Latn: irish.txt")
     assert script.main([]) == 0
-    ids, facts = tokenids.read("ids/oscar.ga.train.mine", vocabulary_sha256=refs.vocabulary_hash(tmp_path / "base"))
+    ids, facts = tokenids.read(
+        "ids/oscar.ga.train.mine", vocabulary_sha256=tokenizer_id.of_plain_text(tmp_path / "base")
+    )
     assert ids.tolist() == slow(documents, tmp_path / "base", 500) and facts["tokenizer"] == "base"
     assert script.main(["--tokens", "100", "--model-id", "other"]) == 0
     assert len(tokenids.read("ids/oscar.ga.train.other")[0]) == 100

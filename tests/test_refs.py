@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import save_tiny
@@ -31,6 +32,19 @@ def a_run(tmp_path):
         ("step1200000-tokens5033B", 1200000),
         ("main", None),
         ("checkpoint-15.partial", None),
+        ("step_500", 500),
+        ("ckpt_100", 100),
+        ("iter_0001000", 1000),
+        ("global_step100", 100),
+        ("step-50K", 50_000),
+        ("step2M-tokens5B", 2_000_000),
+        ("epoch-2-step-500", 500),
+        ("Checkpoint-3-step700", 700),
+        ("run-a/step100", 100),
+        ("stage1-step10000-tokens21B", 10_000),
+        ("eus-500", None),
+        ("checkpoint-best", None),
+        ("step50B", None),
         ("footstep12", None),
     ],
 )
@@ -45,6 +59,53 @@ def test_a_run_is_ordered_by_number_not_by_text(a_run):
     assert [ref.step for ref in refs.run(str(a_run), steps=[100, 9])] == [9, 100]
     with pytest.raises(InputError, match=r"no checkpoint of step 16; the run has 9, 15, 100"):
         refs.run(str(a_run), steps=[16])
+
+
+def test_the_number_that_grows_is_the_step():
+    assert refs.steps_of(["part2-1000", "final", "part2-500"]) == {"part2-500": 500, "part2-1000": 1000}
+    assert refs.steps_of(["part2-1000", "part2-500", "llama-7"]) == {}  # a stranger among them: nothing is guessed
+    # The number behind the word stays the same in all: it is no step.
+    assert refs.steps_of(["step1-it200", "step1-it90"]) == {"step1-it90": 90, "step1-it200": 200}
+    assert refs.steps_of(["1-10", "2-20"]) == {}  # two numbers grow
+    assert refs.steps_of(["x-1"]) == {}
+    assert refs.steps_of(["step10", "step9", "main"]) == {"step9": 9, "step10": 10}
+
+
+@pytest.mark.parametrize("name", ["step_{}", "ckpt-{}", "iter_{:07d}", "global_step{}", "step{}-tokens1B", "eus-{}"])
+def test_runs_of_other_names(tmp_path, name, capsys):
+    for step in (5, 10):
+        save_tiny("llama", tmp_path / "run" / name.format(step), seed=step, tokenizer=False)
+    (tmp_path / "run" / name.format(7)).mkdir()  # no model, and no checkpoint
+    assert [ref.step for ref in refs.run(str(tmp_path / "run"))] == [5, 10]
+    assert [ref.step for ref in refs.models([str(tmp_path / "run")] * 2)] == [5, 10] * 2
+    assert capsys.readouterr().out.count(f"({name.format(5)} is step 5)") == 1
+    assert refs.is_run(tmp_path / "run") and not refs.is_run(tmp_path / "run" / name.format(5))
+
+
+def test_what_a_trainer_leaves_is_a_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (5, 10):
+        save_tiny("llama", run / f"checkpoint-{step}", seed=step, tokenizer=False)
+    save_tiny("llama", run, seed=10)
+    for name in ("tmp-checkpoint-15", "checkpoint-best", "runs/May01", "checkpoint-10/global_step10"):
+        (run / name).mkdir(parents=True)
+    for read in (refs.run, refs.models):
+        assert [Path(ref.spec).name for ref in read(str(run))] == ["checkpoint-5", "checkpoint-10"]
+    out = capsys.readouterr().out
+    assert out.count("its own model is that of checkpoint-10; the run is its checkpoints") == 1
+    assert refs.model(run).step is None  # where one model is meant, it is the final one
+    save_tiny("llama", run, seed=3)
+    refs.run(str(run))
+    assert "its own model is none of its checkpoints" in capsys.readouterr().out
+
+
+def test_one_line_says_whose_tokenizer_a_run_uses(tmp_path, capsys):
+    base = save_tiny("llama", tmp_path / "base")
+    for step in (5, 10, 15):
+        bare = save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", tokenizer=False)
+        refs.tokenizer_folder(refs.model(bare), None, refs.model(base))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"no tokenizer files in the checkpoints in {tmp_path / 'run'}; using those" in out
 
 
 def test_revisions_of_one_repository_are_a_run():
@@ -70,10 +131,15 @@ def test_model_ids_tell_folders_apart(a_run):
     assert refs.model(str(a_run / "checkpoint-15") + "/").model_id == "run__checkpoint-15"
 
 
-@pytest.mark.parametrize("text", ["./none", "/none/at/all", "a/b/c", "none", "~/x"])
+@pytest.mark.parametrize("text", ["./none", "/none/at/all", "none", "~/x", "org/name:checkpoint-5", "a//b"])
 def test_a_missing_folder_is_refused_at_once(text):
     with pytest.raises(InputError, match="no such folder"):
         refs.model(text)
+
+
+def test_a_colon_is_no_way_to_name_a_folder():
+    with pytest.raises(InputError, match="is org/cpt/checkpoint-500 meant"):
+        refs.model("org/cpt:checkpoint-500")
 
 
 def test_a_mistyped_path_is_not_taken_for_a_repository(a_run, monkeypatch):
@@ -200,26 +266,3 @@ def test_a_repository_that_is_not_cached_says_so_offline(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: org/none: no such folder here, not in the hub cache")
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_vocabulary_hash_is_of_what_makes_ids(tmp_path):
-    from helpers import tiny_tokenizer
-
-    tiny_tokenizer().save_pretrained(tmp_path / "a")
-    again = tiny_tokenizer()
-    again.padding_side, again.model_max_length, again.chat_template = "left", 99, "{{ messages }}"
-    again.save_pretrained(tmp_path / "b")
-    one = refs.vocabulary_hash(tmp_path / "a")
-    assert one.startswith("json:") and refs.vocabulary_hash(tmp_path / "b") == one
-    assert refs.tokenizer_hash(tmp_path / "a") != refs.tokenizer_hash(tmp_path / "b")
-    saved = json.loads((tmp_path / "b/tokenizer.json").read_text())
-    saved["model"]["merges"] = ["a b"]
-    (tmp_path / "b/tokenizer.json").write_text(json.dumps(saved))
-    changed = refs.vocabulary_hash(tmp_path / "b")
-    saved["model"]["merges"] = [["a", "b"]]  # as newer releases write them
-    (tmp_path / "b/tokenizer.json").write_text(json.dumps(saved))
-    assert refs.vocabulary_hash(tmp_path / "b") == changed != one
-    (tmp_path / "b/tokenizer.json").unlink()
-    assert refs.vocabulary_hash(tmp_path / "b") is None
-    (tmp_path / "b/tokenizer.model").write_bytes(b"pieces")
-    assert refs.vocabulary_hash(tmp_path / "b").startswith("files:")

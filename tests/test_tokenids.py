@@ -31,8 +31,8 @@ def test_names():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_what_is_written_is_read(tmp_path, dtype, capsys):
     ids = torch.randint(0, 300, (5000,), generator=torch.Generator().manual_seed(0), dtype=dtype)
-    path = write(tmp_path / "out" / "oscar.ga.train.m", ids, vocabulary_sha256="json:abc")
-    found, facts = tokenids.read(path, vocab_size=300, vocabulary_sha256="json:abc")
+    path = write(tmp_path / "out" / "oscar.ga.train.m", ids, vocabulary_sha256="ids:abc")
+    found, facts = tokenids.read(path, vocab_size=300, vocabulary_sha256="ids:abc")
     assert found.dtype == dtype and torch.equal(found, ids)
     assert (facts["n_tokens"], facts["complete"], facts["language"]) == (5000, True, "gle_Latn")
     assert torch.equal(torch.load(path, weights_only=True), ids), "other readers get the bare tensor"
@@ -49,7 +49,7 @@ def test_same_ids_same_bytes_whatever_the_name_and_storage(tmp_path):
 def test_a_bare_tensor_is_read_with_one_warning(tmp_path, capsys):
     for new in (True, False):  # torch's old format cannot be memory-mapped
         torch.save(torch.arange(10), tmp_path / "ids", _use_new_zipfile_serialization=new)
-        found, facts = tokenids.read(tmp_path / "ids", vocab_size=10, vocabulary_sha256="json:abc")
+        found, facts = tokenids.read(tmp_path / "ids", vocab_size=10, vocabulary_sha256="ids:abc")
         assert found.tolist() == list(range(10)) and facts == {}
         assert capsys.readouterr().err.count("taken on trust") == 1
 
@@ -74,11 +74,11 @@ def test_what_is_refused(tmp_path, monkeypatch):
         refused(message, path)
     monkeypatch.setattr(tokenids, "_CHUNK", 4)
     ids = torch.arange(10, dtype=torch.int32)
-    write(path, ids, vocabulary_sha256="json:abc")
+    write(path, ids, vocabulary_sha256="ids:abc")
     refused("holds the id 7, but the model's vocabulary has 5 tokens", path, vocab_size=5)
     tokenids.read(path, vocab_size=10)
-    other = r"a tokenizer that is not the model's \(t: json:abc, the model's: json:def\)"
-    refused(other, path, vocabulary_sha256="json:def")
+    other = r"a tokenizer that is not the model's \(t: ids:abc, the model's: ids:def\)"
+    refused(other, path, vocabulary_sha256="ids:def")
     write(path, ids, limit=3)
     refused("made with --limit 3", path)
     assert len(tokenids.read(path, allow_limited=True)[0]) == 10
