@@ -1,5 +1,6 @@
 # Commands on a fresh machine, each doing all its set-up in .venv:
 #   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and an HTML report
+#   make check        look at a study before hours are spent on it: models, files, what is left out, a rough cost
 #   make test         the tests, with a small end-to-end run included
 #   make test-faults  every script killed, out of disk, with damaged inputs: hundreds of faults (20 minutes), into docs/reliability.md
 #   make bench        what the hot paths cost (ten minutes; BENCH=full: twenty), into benchmarks/README.md and docs/scaling.md
@@ -16,7 +17,7 @@ REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED)).html
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED))
 
-.PHONY: help reproduce plan unlock test test-faults bench clean
+.PHONY: help reproduce check plan unlock test test-faults bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,10 +34,15 @@ help:
 reproduce: .venv/installed
 	@echo "== $(STUDY): the missing steps run now; each writes its log into the results folder =="
 	@mkdir -p $(dir $(REPORT))
+	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED))
 	$(SNAKEMAKE) --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --rerun-incomplete --show-failed-logs --report-after-run --report $(REPORT)
 	@echo "== done; the figures with their captions: $(REPORT) =="
 
-plan: .venv/installed
+# What the study's models and files look like, what will be left out, and a rough cost.
+check: .venv/installed
+	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED))
+
+plan: check
 	$(SNAKEMAKE) --dry-run
 
 # After a power cut, or kill -9, Snakemake's lock is still there.

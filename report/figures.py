@@ -70,7 +70,7 @@ def draw_retrieval(
 
 
 def draw_change(path: Path, changes: dict[int, dict], accuracy: dict[int, dict], label: str) -> None:
-    """Left: mean |dW| of interface and hub layers over steps, the base as step 0. Right: accuracy of the task.
+    """Left: mean |dW| of interface and hub layers over steps, the base as step 0. Right: accuracy of the task, if any.
 
     Args:
         changes: step -> {"interface_avg", "semantic_hub_avg"}.
@@ -78,7 +78,9 @@ def draw_change(path: Path, changes: dict[int, dict], accuracy: dict[int, dict],
     """
     steps = sorted(set(changes) - {0})
     with figures.style() as plt:
-        fig, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.2))
+        size = (figures.PAGE if accuracy else figures.COLUMN, 2.2)
+        fig, axes = plt.subplots(1, 2 if accuracy else 1, figsize=size, squeeze=False)
+        left = axes[0, 0]
         for key, meaning, words, marker, line in (
             ("interface_avg", "interface", "interface layers", "s", "-"),
             ("semantic_hub_avg", "hub", "semantic hub", "o", "--"),
@@ -89,13 +91,14 @@ def draw_change(path: Path, changes: dict[int, dict], accuracy: dict[int, dict],
         left.set_ylim(bottom=0)
         left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         left.legend(loc="best")
-        at = sorted(accuracy)
-        errors = [accuracy[step]["stderr"] or 0 for step in at]
-        values = [accuracy[step]["value"] for step in at]
-        n = accuracy[at[-1]]["n"]
-        right.errorbar(at, values, yerr=errors, color=figures.colour("target"), marker="D", capsize=2)
-        right.set_ylabel(f"{label}\n({f'{n} rows, ' if n else ''}± standard error)")
-        for axis in (left, right):
+        if accuracy:
+            at = sorted(accuracy)
+            errors = [accuracy[step]["stderr"] or 0 for step in at]
+            values = [accuracy[step]["value"] for step in at]
+            n = accuracy[at[-1]]["n"]
+            axes[0, 1].errorbar(at, values, yerr=errors, color=figures.colour("target"), marker="D", capsize=2)
+            axes[0, 1].set_ylabel(f"{label}\n({f'{n} rows, ' if n else ''}± standard error)")
+        for axis in axes.flat:
             axis.set_xlabel(_steps_label([0, *steps]))
             axis.locator_params(axis="x", nbins=6)
         figures.save(fig, path)
@@ -181,11 +184,17 @@ def retrieval(found: Results, path: Path) -> None:
 
 def change(found: Results, path: Path) -> None:
     payload, _ = found.json(found.path("int_and_sem"), "int_and_sem")
-    task, _ = found.json(found.path("downstream"), "downstream_correlation")
-    metric = task["metric"]
-    accuracy = {int(step): {"value": row[metric], **row} for step, row in task["values"].items()}
     changes = {int(step): row for step, row in payload["checkpoints"].items()}
-    draw_change(path, changes, accuracy, f"{metric}, {task['task']}")
+    accuracy, label = {}, ""
+    try:
+        task, _ = found.json(found.path("downstream"), "downstream_correlation")
+    except Missing as reason:
+        cli.say(f"{path.name} is drawn without the task: {reason}")
+    else:
+        metric = task["metric"]
+        accuracy = {int(step): {"value": row[metric], **row} for step, row in task["values"].items()}
+        label = f"{metric}, {task['task']}"
+    draw_change(path, changes, accuracy, label)
 
 
 def layer_swap(found: Results, path: Path) -> None:

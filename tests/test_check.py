@@ -1,0 +1,154 @@
+"""workflow/check.py: what it finds before a study runs, and what the workflow makes of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import ROOT, load_script, save_tiny
+
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+check = load_script("workflow/check.py")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    save_tiny("llama", root / "base")
+    for step in (5, 10, 20, 40):
+        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=step)
+    return root
+
+
+@pytest.fixture
+def study(models, tmp_path):
+    """A study in which nothing is missing, as a function of what is changed in it."""
+    for name in ("a.txt", "b.txt", "held.txt", "c.txt"):
+        (tmp_path / name).write_text("".join(f"{name} sentence {i}\n" for i in range(30)))
+    task = tmp_path / "task"
+    (task / "deu_Latn").mkdir(parents=True)
+    whole = {
+        "name": "whole", "base": str(models / "base"), "run": str(models / "run"),
+        "languages": {"base": "eng_Latn", "target": "deu_Latn", "lsn": ["eng_Latn", "deu_Latn"]},
+        "data": {
+            "source": "text", "base_file": str(tmp_path / "a.txt"), "target_file": str(tmp_path / "b.txt"),
+            "heldout": {code: str(tmp_path / "held.txt") for code in ("eng_Latn", "deu_Latn")},
+            "task": {"name": "sib200_deu_Latn", "dir": str(task)},
+            "lsn_text": {code: str(tmp_path / "c.txt") for code in ("eng_Latn", "deu_Latn")},
+        },
+        "tokens": str(tmp_path / "ids"), "lsn": {"tokens": 2000}, "results": str(tmp_path / "results"),
+    }  # fmt: skip
+
+    def write(**changes) -> Path:
+        values = {**whole, **changes}
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return path
+
+    write.whole = whole
+    return write
+
+
+def test_a_whole_study_is_ready(study, capsys):
+    assert check.main([str(study())]) == 0
+    out = capsys.readouterr().out
+    assert "llama, 3 layers" in out and "checkpoints of step 5, 10, 20, 40 (4)" in out
+    assert "tokenizers: all alike" in out and "30 sentence pairs eng_Latn-deu_Latn" in out
+    assert "nothing is left out" in out and "on the CPU (" in out and "GB free" in out and "ready to run" in out
+    assert "PROBLEM" not in out
+
+
+def test_every_problem_is_said_and_the_code_is_two(study, models, tmp_path, capsys):
+    broken = shutil.copytree(models / "run", tmp_path / "run")
+    file = broken / "checkpoint-10/model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    shutil.copytree(save_tiny("qwen2", tmp_path / "q", seed=1), broken / "checkpoint-60")
+    data = study.whole["data"] | {"base_file": str(tmp_path / "none.txt"), "heldout": {"deu_Latn": "none.txt"}}
+    with pytest.raises(InputError, match="5 problems, each said above"):
+        check.main([str(study(run=str(broken), data=data, base=str(tmp_path / "nobase")))])
+    said = [line for line in capsys.readouterr().out.splitlines() if "PROBLEM" in line]
+    assert len(said) == 5
+    parts = ("nobase", "checkpoint-10/model.safetensors is cut short", "checkpoint-60 a qwen2", "base-file", "none.txt")
+    assert all(any(part in line for line in said) for part in parts)
+
+
+def test_two_types_are_no_pair(study, tmp_path):
+    other = save_tiny("qwen2", tmp_path / "q")
+    with pytest.raises(InputError, match="4 problems"):
+        check.main([str(study(base=str(other)))])
+
+
+def test_other_tokenizers_are_said(study, models, tmp_path, capsys):
+    from test_tokenizer_id import hub_form
+
+    run = shutil.copytree(models / "run", tmp_path / "run")
+    for step in (20, 40):
+        place = hub_form("qwen2", tmp_path / f"t{step}", ["a text of some words"] * 3)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(place / name, run / f"checkpoint-{step}")
+    assert check.main([str(study(run=str(run)))]) == 0
+    assert "tokenizers: 2 kinds (base, 5, 10; 20, 40)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": None}, ["neurons of Part II", "no tokens"]),
+        ({"languages": {"base": "eng_Latn", "target": "deu_Latn"}}, ["no languages.lsn"]),
+        ({"controls": 10}, ["with 10 random sets"]),
+    ],
+)
+def test_what_is_left_out_is_said(study, changes, said, capsys):
+    check.main([str(study(**changes))])
+    out = capsys.readouterr().out.partition("left out")[2]
+    assert all(words in out for words in said)
+
+
+def test_the_plan_of_data_that_are_missing(study):
+    data = study.whole["data"]
+    without = {key: value for key, value in data.items() if key not in ("heldout", "task")}
+    made = check.plan(Study.find(study(data=without)))
+    assert (made.task, made.loss, made.deactivation, made.lsn) == (False, False, False, ["eng_Latn", "deu_Latn"])
+    assert [text.partition(":")[0] for text in made.left_out] == [
+        "the downstream task and what rests on it (C6, half of Figure 2)", "the loss after a swap",
+        "deactivation (Figure 9)",
+    ]  # fmt: skip
+    made = check.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}})))
+    assert made.loss and not made.deactivation
+    assert made.left_out == ["deactivation (Figure 9): data.heldout has no text of eng_Latn"]
+
+
+def test_what_is_trained_first_is_no_problem(study, tmp_path, capsys):
+    train = {"base": "demo/base.yaml", "cpt": "demo/cpt.yaml", "world": "demo/world.yaml"}
+    data = study.whole["data"] | {"base_file": str(tmp_path / "later.txt")}
+    assert check.main([str(study(base="build/x/base", run="build/x/run", train=train, data=data))]) == 0
+    out = capsys.readouterr().out
+    assert "trained first, by demo/cpt.yaml" in out and "made first" in out and "not known before" in out
+
+
+def dry_run(path: Path) -> subprocess.CompletedProcess:
+    pytest.importorskip("snakemake")
+    command = [str(Path(sys.executable).with_name("snakemake")), "--snakefile", "workflow/Snakefile"]
+    command += ["--config", f"study={path}", "--dry-run", "--quiet", "rules"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_nothing_is_planned_for_a_run_that_is_nowhere(study):
+    done = dry_run(study(run="runs/eus"))
+    assert done.returncode != 0 and "runs/eus: no such folder here" in done.stdout + done.stderr
+
+
+def test_part_one_alone_gets_its_verdicts_and_figures(study):
+    done = dry_run(study(tokens=None))
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "left out: the neurons of Part II" in said
+    rules = {line.split()[0] for line in said.splitlines() if line.strip() and line.split()[-1].isdigit()}
+    assert {"claims", "figures", "attn_vs_ffn", "layer_swap_controls"} <= rules
+    assert not {"identify", "activation_counts", "component_swap"} & rules

@@ -1,0 +1,362 @@
+"""Looks at a study before hours are spent on it: its models, its files, what will be left out and why, a rough cost.
+
+Everything that the study names is opened as the scripts will open it; nothing is computed and nothing written. The
+workflow asks this script which parts there will be, and `make reproduce` runs it first.
+
+In:   a study file (default: ./study.yaml).
+Out:  a report on the screen. Exit code 2 where anything that the study names is missing or does not fit.
+
+    python workflow/check.py basque.yaml
+    python workflow/check.py studies/multi30k.yaml --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpt_utils import archs, cli, data, folders, languages, refs, tensors
+from cpt_utils.errors import InputError
+from cpt_utils.study import Study
+
+ENOUGH = 19  # random sets: with fewer no p can reach .05
+SHARE = 0.4  # of a matrix product's speed that a forward pass reaches
+BYTES_PER_TOKEN = 3.5
+
+
+# ---------------------------------------------------------------- which parts there will be
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of a study: what the workflow asks. `lsn` are the languages of Part II's neurons, [] without them."""
+
+    task: bool
+    lsn: list[str]
+    deactivation: bool
+    loss: bool
+    left_out: list[str] = field(default_factory=list)
+
+
+def plan(study: Study) -> Plan:
+    """Which parts the study's keys allow, and in words which they do not and why."""
+    heldout, target = study.get("data.heldout", {}), study.get("languages.target")
+    codes = [str(code) for code in study.get("languages.lsn", [])]
+    lacking = [key for key, value in (("tokens", study.get("tokens")), ("languages.lsn", codes)) if not value]
+    lsn = [] if lacking else codes
+    silent = [code for code in lsn if languages.find(heldout, code, default=None) is None]
+    loss = bool(target) and languages.find(heldout, target, default=None) is not None
+    left_out = []
+    if not study.get("data.task"):
+        left_out.append("the downstream task and what rests on it (C6, half of Figure 2): the study has no data.task")
+    if not loss:
+        left_out.append(f"the loss after a swap: data.heldout has no text of {target}")
+    if lacking:
+        left_out.append(
+            f"the neurons of Part II and what rests on them (C4, C5, Figures 5 to 9): no {' and no '.join(lacking)}"
+        )
+    elif silent:
+        left_out.append(f"deactivation (Figure 9): data.heldout has no text of {', '.join(silent)}")
+    controls = study.get("controls", "all")
+    if isinstance(controls, int) and controls < ENOUGH:
+        left_out.append(
+            f"verdicts on C2 and C5: with {controls} random sets (controls) no p can reach .05; {ENOUGH} can"
+        )
+    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, left_out)
+
+
+# ---------------------------------------------------------------- the report
+
+
+class Report:
+    """What was found, printed as it is found; `problems` are what stops the study."""
+
+    def __init__(self):
+        self.problems: list[str] = []
+
+    def head(self, text: str) -> None:
+        cli.say(f"\n{text}")
+
+    def say(self, text: str) -> None:
+        cli.say(f"  {text}")
+
+    def tried(self, look: Callable, *given):
+        """`look(*given)`; None, and a problem, where it refuses."""
+        try:
+            return look(*given)
+        except InputError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+                self.say(f"PROBLEM: {error}")
+            return None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was looked at: `parameters` and `size` in bytes, as they are on disk."""
+
+    ref: refs.ModelRef
+    config: dict
+    parameters: int
+    size: int
+    here: bool
+
+    @property
+    def shape(self) -> tuple[str, int]:
+        arch = archs.for_config(self.config)
+        return arch.model_type, arch.n_layers(self.config)
+
+
+def look_at(ref: refs.ModelRef, base: refs.ModelRef | None = None) -> Model:
+    """Configuration, type and headers of the weights; of a hub model no weights are fetched.
+
+    Raises:
+        InputError: whatever the scripts would refuse.
+    """
+    config = ref.config()
+    archs.for_config(config)
+    with tensors.open_folder(ref, base, lazy=True) as stored:
+        shapes = {name: stored.shape(name) for name in stored.names()}
+        size = sum(tensors.numel(shape) * stored.dtype(name).itemsize for name, shape in shapes.items())
+        here = ref.is_local or all((Path(stored.path) / file).is_file() for file in stored.files)
+    return Model(ref, config, sum(map(tensors.numel, shapes.values())), size, here)
+
+
+def models(study: Study, report: Report) -> list[Model]:
+    """The base and the checkpoints that are there, the base first; [] where the workflow is to train them."""
+    report.head("models")
+    base = report.tried(refs.model, study.get("base") or "") if _is_there(study, "base", report) else None
+    first = report.tried(look_at, base) if base else None
+    if first:
+        report.say(f"base {base.spec}: {_described(first)}")
+    run = report.tried(refs.run, study.get("run") or "") if _is_there(study, "run", report) else None
+    found = [model for ref in run or [] if (model := report.tried(look_at, ref, base))]
+    if found:
+        steps = [str(model.ref.step) for model in found]
+        shown = steps if len(steps) < 9 else [*steps[:4], "..", *steps[-3:]]
+        report.say(f"run {study.get('run')}: checkpoints of step {', '.join(shown)} ({len(steps)})")
+        if len(steps) < 4:
+            report.say(f"with {len(steps)} of them a correlation (C4, C6) has no interval; four or more give one")
+    one = first or next(iter(found), None)
+    for model in found:
+        if archs.for_config(model.config) != archs.for_config(one.config):
+            report.tried(_refuse_other_type, one, model)
+    if first and found:
+        tokenizers(study, [first, *found], report)
+    return [model for model in [first, *found] if model]
+
+
+def _refuse_other_type(base: Model, other: Model) -> None:
+    raise InputError(f"{base.ref.spec} is a {base.shape[0]}, {other.ref.spec} a {other.shape[0]}: they are no pair")
+
+
+def _is_there(study: Study, key: str, report: Report) -> bool:
+    """Whether there is a model to look at; said where the study trains it first, a problem where nothing names it."""
+    place, trained = study.get(key), study.get("train.base" if key == "base" else "train.cpt")
+    if place is None:
+        report.tried(study.value, None, f"the key {key}", key)
+        return False
+    if trained and not (isinstance(place, str) and (Path(place) / "train.json").is_file()):
+        report.say(f"{key} {place}: trained first, by {trained}")
+        return False
+    return True
+
+
+def _described(model: Model) -> str:
+    kind, layers = model.shape
+    rows = refs.vocabulary_size(model.config)
+    return (
+        f"{kind}, {layers} layers, {model.parameters / 1e6:,.1f} M parameters, {model.size / 1e9:.2f} GB, "
+        f"{rows:,} tokens{'' if model.here else ', yet to be fetched'}"
+    )
+
+
+def tokenizers(study: Study, found: list[Model], report: Report) -> None:
+    """Whether base and checkpoints have one tokenizer; where they differ, what follows."""
+    run, base = study.get("run"), found[0].ref
+    home = run if isinstance(run, str) else None
+    kinds: dict[str, list[str]] = {}
+    for model in found:
+        kind = report.tried(refs.tokenizer_used, model.ref, home, base)
+        if kind:
+            kinds.setdefault(kind, []).append("base" if model is found[0] else str(model.ref.step))
+    if len(kinds) == 1:
+        report.say("tokenizers: all alike")
+    elif kinds:
+        groups = "; ".join(", ".join(own) for own in kinds.values())
+        report.say(
+            f"tokenizers: {len(kinds)} kinds ({groups}): retrieval, loss and task take each model's own; token ids of "
+            "Part II are made with the base's, and models whose plain text has other ids refuse them"
+        )
+
+
+def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
+    """The texts, opened as the scripts open them; how many tokens, roughly, each kind has."""
+    report.head("data")
+    sizes = {"pairs": 0.0, "heldout": 0.0}
+    pairs = report.tried(_pairs, study)
+    if pairs:
+        report.say(pairs.summary())
+        sizes["pairs"] = sum(len(text.encode()) for text in (*pairs.base, *pairs.target)) / BYTES_PER_TOKEN
+    elif pairs is not None:
+        report.say("parallel sentences: made first")
+    for what, texts in (
+        ("held-out text", study.get("data.heldout", {})),
+        ("text of neurons", _lsn_texts(study, chosen)),
+    ):
+        for code, file in texts.items():
+            found = report.tried(_text, study, file)
+            report.say(f"{what}, {code}: {file or 'mOSCAR, from the hub'}{found or ''}")
+            if what == "held-out text" and Path(str(file)).is_file():
+                sizes["heldout"] += sum(len(line.encode()) for line in data.lines(Path(file))) / BYTES_PER_TOKEN
+    task = study.get("data.task")
+    if task:
+        place = task.get("dir")
+        where = f"in {place}{report.tried(_text, study, place) or ''}" if place else "from the hub"
+        report.say(f"task {task.get('name')}, {where}")
+    return sizes
+
+
+def _pairs(study: Study) -> data.ParallelText | bool:
+    """The parallel sentences; False where the workflow makes them first."""
+    keys = ("source", "data_dir", "base_file", "target_file", "split", "limit")
+    sides = [study.value(None, f"--{side}", f"languages.{side}") for side in ("base", "target")]
+    try:
+        return data.from_arguments(argparse.Namespace(**dict.fromkeys(keys)), study, *sides)
+    except InputError:
+        if _made_first(study):
+            return False
+        raise
+
+
+def _lsn_texts(study: Study, chosen: Plan) -> dict[str, str | None]:
+    texts = study.get("data.lsn_text", {})
+    named = {code: languages.find(texts, code, default=None) for code in chosen.lsn}
+    return {code: texts[name] if name else None for code, name in named.items()}
+
+
+def _text(study: Study, file: str | None) -> str:
+    """A word on a file or folder.
+
+    Raises:
+        InputError: it is not there, and the workflow does not make it.
+    """
+    if file is None or Path(file).exists():
+        return ""
+    if _made_first(study):
+        return " (made first)"
+    raise InputError(f"{file} does not exist; correct the study file, or make it first")
+
+
+def _made_first(study: Study) -> bool:
+    """Whether the workflow makes texts of its own, which may not be there yet."""
+    return any(study.get(f"train.{key}") for key in ("world", "documents", "task"))
+
+
+# ---------------------------------------------------------------- cost
+
+
+def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, float]) -> Iterator[tuple[str, float]]:
+    """(part, tokens that go through a model in it), roughly."""
+    controls = study.get("controls", "all")
+    sets = 300 if controls == "all" else controls
+    pairs, heldout = sizes["pairs"], sizes["heldout"] if chosen.loss else 0.0
+    rows = 204 * 7 * 60 if chosen.task else 0  # of SIB-200: prompts with seven choices
+    yield "retrieval", (n_checkpoints + 4) * pairs
+    yield "the task", (n_checkpoints + 3) * rows
+    yield f"layer swaps, up to {sets} sets", (sets + 3) * (pairs + heldout + rows)
+    if chosen.lsn:
+        tokens = int(study.get("lsn.tokens") or 99_999_744)
+        yield f"neuron counts, {tokens:,} tokens a language", len(chosen.lsn) * tokens
+        yield "activation over CPT", (n_checkpoints + 1) * min(tokens, 98_304)
+        yield f"component swaps, up to {sets} sets each", 2 * (sets + 11) * (pairs + heldout)
+    if chosen.deactivation:
+        yield "deactivation", (len(chosen.lsn) + 21) * sizes["heldout"]
+
+
+def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float], report: Report) -> None:
+    """Hours and gigabytes, within a factor of three or so."""
+    report.head("cost, roughly")
+    if not found:
+        report.say("not known before the models are trained")
+        return
+    each = 2 * found[0].parameters  # of a token, without attention between tokens
+    speed, where = machine()
+    parts = sorted(((each * tokens / speed, name) for name, tokens in passes(study, chosen, len(found) - 1, sizes)))
+    total = sum(seconds for seconds, _ in parts)
+    largest = "; ".join(f"{name}: {_time(seconds)}" for seconds, name in parts[:-4:-1])
+    report.say(f"forward passes: {_time(total)} on {where} (most of it {largest})")
+    tokens = len(chosen.lsn) * int(study.get("lsn.tokens") or 99_999_744) * 4
+    fetched = sum(model.size for model in found if not model.here)
+    written = (4 if chosen.lsn else 2) * found[-1].size + tokens
+    out = study.result("claims").parent
+    free = folders.free_bytes(next(path for path in (out, *out.parents) if path.is_dir()))
+    report.say(
+        f"disk: {written / 1e9:.1f} GB to be written (swapped models, token ids), {free / 1e9:.0f} GB free"
+        + (f"; {fetched / 1e9:.1f} GB to be fetched from the hub" if fetched else "")
+    )
+    report.tried(folders.refuse_full_disk, out, int(written))
+
+
+def machine() -> tuple[float, str]:
+    """Floating-point operations a second of a forward pass here, and on what, from a moment of matrix products."""
+    import time
+
+    import torch
+
+    device = cli.device("auto")
+    dtype = cli.dtype(None, device)
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for a GPU, too
+        times.append(time.perf_counter() - start)
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({torch.get_num_threads()} threads)"
+    )
+    return SHARE * 2 * 1024**3 / min(times), name
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("file", nargs="?", metavar="STUDY", help="study file; the same as --study")
+    return p
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.file or args.study, args.seed)
+    if not study:
+        raise InputError("no study file: give its path, or run where study.yaml is")
+    cli.say(f"study {study.name} ({study.path}), results in {study.result('claims').parent.parent}")
+    report = Report()
+    chosen = report.tried(plan, study)
+    found = models(study, report)
+    if chosen:
+        sizes = files(study, chosen, report)
+        cost(study, chosen, found, sizes, report)
+        report.head("left out" if chosen.left_out else "nothing is left out")
+        for text in chosen.left_out:
+            report.say(text)
+    if report.problems:
+        many = f"{len(report.problems)} problems, each said above" if len(report.problems) > 1 else report.problems[0]
+        raise InputError(f"{study.path} cannot run yet: {many}")
+    cli.say("\nready to run")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
