@@ -195,7 +195,7 @@ def tokenizers(study: Study, found: list[Model], report: Report) -> None:
 def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
     """The texts, opened as the scripts open them; how many tokens, roughly, each kind has."""
     report.head("data")
-    sizes = {"pairs": 0.0, "heldout": 0.0}
+    sizes = {"pairs": 0.0, "heldout": 0.0, "target": 0.0}
     pairs = report.tried(_pairs, study)
     if pairs:
         report.say(pairs.summary())
@@ -210,7 +210,9 @@ def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
             found = report.tried(_text, study, file)
             report.say(f"{what}, {code}: {file or 'mOSCAR, from the hub'}{found or ''}")
             if what == "held-out text" and Path(str(file)).is_file():
-                sizes["heldout"] += sum(len(line.encode()) for line in data.lines(Path(file))) / BYTES_PER_TOKEN
+                tokens = sum(len(line.encode()) for line in data.lines(Path(file))) / BYTES_PER_TOKEN
+                sizes["heldout"] += tokens
+                sizes["target"] += tokens * languages.same(code, str(study.get("languages.target")))
     task = study.get("data.task")
     if task:
         place = task.get("dir")
@@ -262,7 +264,7 @@ def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, floa
     """(part, tokens that go through a model in it), roughly."""
     controls = study.get("controls", "all")
     sets = 300 if controls == "all" else controls
-    pairs, heldout = sizes["pairs"], sizes["heldout"] if chosen.loss else 0.0
+    pairs, heldout = sizes["pairs"], sizes["target"]
     rows = 204 * 7 * 60 if chosen.task else 0  # of SIB-200: prompts with seven choices
     yield "retrieval", (n_checkpoints + 4) * pairs
     yield "the task", (n_checkpoints + 3) * rows
