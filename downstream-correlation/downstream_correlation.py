@@ -1,9 +1,11 @@
 """Does a downstream task follow the weight change of the interface layers, or that of the semantic hub?
 
-In:   BENCHMARK, the metric at each checkpoint: {"<step>": {"<task>": {"acc": x}}}, or a folder of lm_eval result files
+In:   BENCHMARK, the metric at each checkpoint: {"<step>": {"<task>": {"acc": x}}}, or a folder of result files of any
+      release of lm_eval (--output_path); one task or several
       WEIGHT_DIFF, the file of weight-diff/int_and_sem.py: {"checkpoints": {"<step>": {"interface_avg", ..}}}
 Out:  OUT (JSON): per layer type the correlation over checkpoints, with intervals, Spearman's, and both on first
-      differences; OUT with .pdf and .png: the metric over steps, and against the change of both layer types
+      differences, of the first task, and of each below `tasks` where there are several; OUT with .pdf and .png: the
+      metric over steps, and against the change of both layer types (of the other tasks: OUT.<task>.pdf)
 
     python downstream-correlation/downstream_correlation.py results/lm_eval int_and_sem.json -o results/correlation.json
     python downstream-correlation/downstream_correlation.py bench.json diff.json -o build/try.json --checkpoint-stride 2
@@ -21,7 +23,7 @@ from cpt_utils.study import Study
 if TYPE_CHECKING:
     import numpy as np
 
-    from cpt_utils.benchmark import Point
+    from cpt_utils.benchmark import Point, Series
 
 SCHEMA = "downstream_correlation"
 LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}
@@ -48,7 +50,7 @@ def read_changes(path: Path) -> tuple[dict, dict, dict[int, dict[str, float]]]:
 
 
 def common_steps(
-    points: dict[int, Point], changes: dict, stride: int, wanted: list[int] | None = None
+    points: dict[int, Point], changes: dict, stride: int, wanted: list[int] | None, task: str
 ) -> tuple[list[int], dict[str, list[int]]]:
     """Every `stride`-th of the steps (of those `wanted`) that both have, without the base, and what only one has."""
     alone = {
@@ -58,12 +60,9 @@ def common_steps(
     common = sorted((set(points) & set(changes)) - {0})
     if not common:
         raise InputError(
-            f"no step in common: the benchmark has {_list(points)}, the weight differences have {_list(changes)} "
-            f"(the base, step 0, does not count)"
+            f"no step in common: the benchmark has {_list(points)} for {task}, the weight differences have "
+            f"{_list(changes)} (the base, step 0, does not count)"
         )
-    for what, steps in alone.items():
-        if steps:
-            cli.warn(f"steps only in the {what.removesuffix('_only').replace('_', ' ')}, left out: {_list(steps)}")
     if wanted is not None:
         if missing := sorted(set(wanted) - set(common)):
             raise InputError(f"--steps: no common step {_list(missing)}; there are {_list(common)}")
@@ -186,6 +185,32 @@ def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], cha
         figures.save(fig, path.with_suffix(""))
 
 
+def correlate(task: str, series: Series, changes: dict, args, seed: int) -> tuple[dict, list[int], list[str]]:
+    """(what is written of one task, the steps used, what to warn of)."""
+    points, metric = series.points, args.metric
+    steps, alone = common_steps(points, changes, args.checkpoint_stride, args.steps, task)
+    warnings = [
+        f"steps only in the {what.removesuffix('_only').replace('_', ' ')}, left out: {_list(there)}"
+        for what, there in alone.items()
+        if there
+    ]
+    if len(steps) < 3:
+        warnings.append(
+            f"{len(steps)} checkpoints are too few: two points always lie on a line, so no correlation is given"
+        )
+    chosen = [points[step] for step in steps]
+    redrawn = redraw(chosen, seed)
+    found = {}
+    for kind in LAYER_TYPES:
+        found[kind] = relate([p.value for p in chosen], [changes[s][kind] for s in steps], redrawn, seed)
+    values = {}
+    for step in ([0] if 0 in points else []) + steps:
+        values[str(step)] = {metric: points[step].value, "stderr": points[step].stderr, "n": points[step].n}
+        values[str(step)] |= {LAYER_TYPES[kind]: change for kind, change in changes.get(step, {}).items()}
+    found |= {"reliability": reliability(chosen), "values": values}
+    return found | {"unmatched_steps": alone, "left_out": series.left_out}, steps, warnings
+
+
 def summary(kind: str, row: dict) -> str:
     """The lines of one layer type for the terminal."""
     lines = [kind.replace("_", " ")]
@@ -212,7 +237,7 @@ def build_parser():
         "--checkpoint-stride", type=cli.positive, default=1, metavar="N", help="every N-th common step; default 1, all"
     )
     cli.add_run_flags(p)
-    p.add_argument("--task", help="default: the study's data.task.name (its first), else the only task there is")
+    p.add_argument("--task", metavar="T,T,..", help="default: the study's data.task.name, else all that are there")
     p.add_argument("--metric", choices=("acc", "acc_norm"), default="acc", help="default acc")
     return p
 
@@ -220,46 +245,43 @@ def build_parser():
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    source = study.input(args.benchmark, "BENCHMARK", "lm_eval", "lm_eval_sib200/evaluate.py")
+    made_by = benchmark.made_by(args.benchmark or study.result("lm_eval"))
+    source = study.input(args.benchmark, "BENCHMARK", "lm_eval", made_by)
     weight_diff = study.input(args.weight_diff, "WEIGHT_DIFF", "int_and_sem", "weight-diff/int_and_sem.py")
     output = study.output(args.output, "--output", "downstream")
-    task = args.task or study.get("data.task.name")
-    task = task[0] if isinstance(task, list) else task.split(",")[0] if task else None
+    tasks = args.task or study.get("data.task.name")
+    tasks = tasks.split(",") if isinstance(tasks, str) else tasks
 
     payload, header, changes = read_changes(weight_diff)
     run, base = payload.get("target_model"), payload.get("base_model")
-    task, points, notes = benchmark.read(source, task, args.metric, run, base, header.get("models"))
-    for note in notes:
+    series = benchmark.read(source, tasks, args.metric, run, base, header.get("models"))
+    found = {task: correlate(task, series[task], changes, args, study.seed) for task in series}
+    for text in dict.fromkeys(text for _, _, warnings in found.values() for text in warnings):
+        cli.warn(text)
+    for note in dict.fromkeys(note for task in series for note in series[task].left_out):
         cli.say(f"left out: {note}")
-    steps, alone = common_steps(points, changes, args.checkpoint_stride, args.steps)
-    if len(steps) < 3:
-        cli.warn(f"{len(steps)} checkpoints are too few: two points always lie on a line, so no correlation is given")
 
-    chosen = [points[step] for step in steps]
-    redrawn = redraw(chosen, study.seed)
-    found = {}
-    for kind in LAYER_TYPES:
-        found[kind] = relate([p.value for p in chosen], [changes[s][kind] for s in steps], redrawn, study.seed)
-    values = {}
-    for step in ([0] if 0 in points else []) + steps:
-        values[str(step)] = {args.metric: points[step].value, "stderr": points[step].stderr, "n": points[step].n}
-        values[str(step)] |= {LAYER_TYPES[kind]: change for kind, change in changes.get(step, {}).items()}
-    described = {"task": task, "metric": args.metric, **found, "reliability": reliability(chosen), "values": values}
-    described |= {"unmatched_steps": alone, "left_out": notes}
+    first = next(iter(series))
+    written, steps, _ = found[first]
+    described = {"task": first, "metric": args.metric, **written}
+    if len(series) > 1:
+        described["tasks"] = {task: written for task, (written, _, _) in found.items()}
     head = results.header(
         SCHEMA,
         models=header.get("models"),
         data={"benchmark": source, "weight_diff": weight_diff},
         n_used=len(steps),
-        n_available=len((set(points) & set(changes)) - {0}),
+        n_available=len((set(series[first].points) & set(changes)) - {0}),
         checkpoint_stride=args.checkpoint_stride,
         seed=study.seed,
     )
     results.write_json(output, described, head)
-    draw(output, f"{args.metric}, {task}", steps, points, changes, found)
-    cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
-    cli.say("\n".join(summary(kind, row) for kind, row in found.items()))
-    cli.say(f"written: {output}, and beside it .pdf and .png")
+    for task, (written, steps, _) in found.items():
+        place = output if task == first else output.with_name(f"{output.stem}.{task.replace('/', '__')}.json")
+        draw(place, f"{args.metric}, {task}", steps, series[task].points, changes, written)
+        cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
+        cli.say("\n".join(summary(kind, written[kind]) for kind in LAYER_TYPES))
+    cli.say(f"written: {output}, and beside it .pdf and .png" + (" of every task" if len(series) > 1 else ""))
 
 
 if __name__ == "__main__":

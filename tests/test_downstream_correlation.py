@@ -304,9 +304,18 @@ def test_a_checkpoint_trained_again_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: p.joinpath("empty").mkdir() or p / "empty", "no result files"),
-        (lambda p: p / "absent", "does not exist"),
-        (lambda p: bench(p / "b.json", {15: 51.2}), "not a number from 0 to 1"),
+        (lambda p: p.joinpath("empty").mkdir() or p / "empty", r"no result files .*--output_path \S+empty"),
+        (
+            lambda p: p / "absent",
+            r"absent does not exist; run .*lm_eval --output_path \S+absent; without that flag",
+        ),
+        (lambda p: bench(p / "b.json", {15: 151.2}), "not a number from 0 to 1"),
+        (lambda p: bench(p / "b.json", {15: -0.1}), "not a number from 0 to 1"),
+        (lambda p: bench(p / "b.json", {15: True}), "not a number from 0 to 1"),
+        (
+            lambda p: bench(p / "b.json", {15: 0.61, 40: 63.0}),
+            r"0\.61 for sib200_gle_Latn at step 15 and 63\.0 .* at step 40; write all of them as shares",
+        ),
         (lambda p: bench(p / "b.json", {"last": 0.5}), "no step"),
         (lambda p: lm_eval_file(p / "one", "build/run/checkpoint-15", 0.5), "give the folder"),
         (lambda p: bench(p / "b.json", task="other"), "holds no task sib200_gle_Latn; it holds other"),
@@ -315,6 +324,83 @@ def test_a_checkpoint_trained_again_is_refused(tmp_path):
 def test_bad_benchmarks_are_named(tmp_path, make, words):
     with pytest.raises(InputError, match=words):
         correlate(tmp_path, make(tmp_path), weight_diff(tmp_path / "d.json"), "--task", TASK)
+
+
+def test_percent_is_a_hundred_times_the_share(tmp_path, capsys):
+    diff = weight_diff(tmp_path / "d.json")
+    values = {0: 0.0} | dict(zip(STEPS, ACC, strict=True))  # nothing right is 0 either way
+    shares = correlate(tmp_path, bench(tmp_path / "b.json", values), diff)
+    percent = correlate(tmp_path, bench(tmp_path / "b.json", {s: round(100 * v, 6) for s, v in values.items()}), diff)
+    assert "taken for percent" in capsys.readouterr().out
+    assert percent["values"]["300"] == pytest.approx(shares["values"]["300"])
+    for kind in ("interface", "semantic_hub"):
+        assert percent[kind]["correlation"] == pytest.approx(shares[kind]["correlation"])
+        assert percent[kind]["measurement_share"] == pytest.approx(shares[kind]["measurement_share"], abs=0.02)
+
+
+def test_rows_come_from_the_standard_errors_where_nothing_else_says_them(tmp_path, capsys):
+    rows = {}
+    for step, acc in zip(STEPS, ACC, strict=True):
+        rows[str(step)] = {"other": {"acc": 100 * acc, "acc_stderr": 100 * (acc * (1 - acc) / 99) ** 0.5}}
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    found = correlate(tmp_path, tmp_path / "b.json", weight_diff(tmp_path / "d.json"))
+    assert {row["n"] for row in found["values"].values()} == {100}
+    assert "taken as 100, by the standard errors" in capsys.readouterr().out
+
+
+def several(path, folder: bool):
+    """Two tasks with the metric and one without, as a JSON file or as result files of lm_eval."""
+    for step, acc in zip(STEPS, ACC, strict=True):
+        rows = {TASK: {"acc": acc}, "other": {"acc": 1 - acc}, "generation": {"bleu": 3.0}}
+        if folder:
+            keyed = {task: {f"{key},none": value for key, value in row.items()} for task, row in rows.items()}
+            lm_eval_file(
+                path, f"build/run/checkpoint-{step}", acc, results=keyed, n_shot=dict.fromkeys(rows, 0),
+                **{"n-samples": {task: {"original": 50, "effective": 50} for task in rows}},
+            )  # fmt: skip
+        else:
+            whole = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(whole | {str(step): rows}))
+    return path
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_every_task_is_correlated_where_none_is_named(tmp_path, capsys, folder):
+    source, diff = several(tmp_path / "b", folder), weight_diff(tmp_path / "d.json")
+    found = correlate(tmp_path, source, diff, figure=True)
+    printed = capsys.readouterr().out
+    assert "tasks: sib200_gle_Latn, other, all in" in printed and "have no acc: generation" in printed
+    assert list(found["tasks"]) == [TASK, "other"] and found["task"] == TASK
+    single = {task: correlate(tmp_path, source, diff, "--task", task) for task in (TASK, "other")}
+    for task, alone in single.items():
+        assert "tasks" not in alone
+        assert {key: alone[key] for key in found["tasks"][task]} == found["tasks"][task]
+    # At the top stands the first task, with the keys that a single one has.
+    assert {key: found[key] for key in single[TASK] if key != "_header"} == {
+        key: value for key, value in single[TASK].items() if key != "_header"
+    }
+    assert found["tasks"]["other"]["interface"]["correlation"] == pytest.approx(-found["interface"]["correlation"])
+    figures = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"correlation.png", "correlation.other.png", "correlation.other.pdf"} <= figures
+    both = correlate(tmp_path, source, diff, "--task", f"other,{TASK}")
+    assert both["task"] == "other" and list(both["tasks"]) == ["other", TASK]
+    with pytest.raises(InputError, match=r"generation .*is None|generation has no metric acc; it has bleu"):
+        correlate(tmp_path, source, diff, "--task", "generation")
+    with pytest.raises(InputError, match=f"holds no task more; it holds generation, other, {TASK}"):
+        correlate(tmp_path, source, diff, "--task", "other,more")
+
+
+def test_tasks_of_the_base_alone_are_none_of_the_run(tmp_path):
+    folder = run_folder(tmp_path / "lm_eval")
+    rows = {TASK: {"acc,none": 0.25}, "other": {"acc,none": 0.3}}
+    lm_eval_file(
+        folder,
+        "build/base",
+        0.25,
+        results=rows,
+        **{"n-samples": {task: {"original": 204, "effective": 204} for task in rows}},
+    )
+    assert correlate(tmp_path, folder, weight_diff(tmp_path / "d.json"))["values"]["0"]["acc"] == 0.25
 
 
 def test_a_truncated_result_file_is_named(tmp_path):
