@@ -173,9 +173,11 @@ class ResultFile:
 
 def is_result(content) -> bool:
     """Whether the content of a JSON file is a result of lm_eval, of any release."""
-    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("config", {}), dict):
         return False
-    return "n-samples" in content or {"versions", "config"} <= content.keys()
+    rows = content.get("results")
+    known = "n-samples" in content or {"versions", "config"} <= content.keys()
+    return known and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
 
 
 def model_arguments(given: str | dict | None) -> dict:
@@ -186,7 +188,7 @@ def model_arguments(given: str | dict | None) -> dict:
     """
     if isinstance(given, dict):
         return given
-    text = (given or "").strip().strip(",")
+    text = given.strip().strip(",") if isinstance(given, str) else ""
     if text.startswith("{"):
         try:
             return dict(json.loads(text))
