@@ -15,22 +15,18 @@ Tiny: python activation-correlation/activation-correlation.py --study demo/tiny.
 
 from __future__ import annotations
 
-import json
-import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils import archs, cli, figures, languages, refs, results, stats
+from cpt_utils import activation_files, archs, cli, figures, languages, refs, results, stats
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
 SCHEMA = "activation_correlation"
-ACTIVATIONS = "lsn/lsn_activation_cpt.py"
+ACTIVATIONS = activation_files.MADE_BY
 AGAIN = "run the step that is behind again"
 NAMES = {"mask": "masks", "control": "control masks", "text": "texts"}
-# [r.][checkpoint-<step>.]<language>.<tokens>.json; `r.` marks the random control, the base has no step.
-ACTIVATION_FILE = re.compile(r"(?P<control>r\.)?(checkpoint-(?P<step>\d+)\.)?(?P<lang>[^.]+)\.(?P<tokens>[^.]+)\.json")
 
 Series = dict[int, float]
 
@@ -105,34 +101,6 @@ class Sources:
     layers: Path
 
 
-def activation_files(folder: Path, lang: str, of_run: bool) -> dict[str, dict[tuple[bool, int], Path]]:
-    """`{tokens: {(is control, step): file}}` of a language in a folder; the base's files have no step, here 0.
-
-    Raises:
-        InputError: no such folder, or the language is not there, or there in two spellings.
-    """
-    if not folder.is_dir():
-        whose, flag = ("run", "--model-name") if of_run else ("base", "--base-tag")
-        raise InputError(f"no activations of the {whose}: {folder} does not exist; run {ACTIVATIONS}, or give {flag}")
-    matches = [(path, ACTIVATION_FILE.fullmatch(path.name)) for path in sorted(folder.iterdir())]
-    matches = [(path, match) for path, match in matches if match and (match["step"] is not None) == of_run]
-    spelling = languages.find({match["lang"] for _, match in matches}, lang, what=f"activations in {folder}")
-    found: dict[str, dict[tuple[bool, int], Path]] = {}
-    for path, match in matches:
-        if match["lang"] == spelling and not limited(path):
-            found.setdefault(match["tokens"], {})[bool(match["control"]), int(match["step"] or 0)] = path
-    return found
-
-
-def limited(path: Path) -> bool:
-    """Whether a file is of a try with --limit: it is left aside, so that a try does not stop the next step."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content.get(results.HEADER, {}).get("limit") is not None
-    except (ValueError, AttributeError):
-        return False  # said by the reader, where the file is needed
-
-
 def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> str:
     """The number of tokens for which mask and control of the base and of checkpoints are there.
 
@@ -147,7 +115,7 @@ def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> s
         raise InputError(
             f"{place} has activations over {' and over '.join(sorted(full))} tokens; keep one kind, and move the other"
         )
-    missing = []
+    missing = [] if run else ["everything of the run but tries with --limit"]
     for n in run:
         missing += [
             f"the base's {'control' if kind else 'activation'} over {n} tokens"
@@ -161,18 +129,16 @@ def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> s
     raise InputError(f"{place}: missing is {', '.join(missing)}; run {ACTIVATIONS} with the mask and its control")
 
 
-def read_activation(path: Path, control: bool, lang: str) -> tuple[float, dict]:
+def read_activation(path: Path, lang: str) -> tuple[float, dict]:
     """The mean activation of a file, and its header.
 
     Raises:
-        InputError: no mean in it, the control in place of the neurons or the other way round, or another language.
+        InputError: no mean in it, or another language.
     """
     payload, header = results.read_json(path, "lsn-activation")
     value = payload.get("all_layers") if isinstance(payload, dict) else None
     if not isinstance(value, int | float):
         raise InputError(f"{path} has no mean activation all_layers; run {ACTIVATIONS} again")
-    if header.get("control", control) != control:
-        raise InputError(f"{path} is {'no' if control else 'a'} random control by its header; run {ACTIVATIONS} again")
     if not languages.same(header.get("language", lang), lang):
         raise InputError(f"{path} is about {header['language']}, not {lang}; run {ACTIVATIONS} again")
     return float(value), header
@@ -404,8 +370,8 @@ def gather(sources: Sources, lang: str, wanted: list[int] | None) -> tuple[dict,
         InputError: a file is missing, or is about other steps, models, neurons or languages than the others.
     """
     place = sources.folder / sources.name
-    run = activation_files(place, lang, of_run=True)
-    base = activation_files(sources.folder / sources.base_tag, lang, of_run=False)
+    run = activation_files.find(place, lang, of_run=True)
+    base = activation_files.find(sources.folder / sources.base_tag, lang, of_run=False)
     tokens = choose_tokens(run, base, sources.folder)
     attention, attention_header = read_changes(sources.weights, "attn_vs_ffn", "weight-diff/attn_vs_ffn.py")
     gates, gate_header = read_changes(sources.gates, "gate_lsn", "weight-diff/gate_lsn.py")
@@ -418,7 +384,7 @@ def gather(sources: Sources, lang: str, wanted: list[int] | None) -> tuple[dict,
 
     measured = {(control, 0): base[tokens][control, 0] for control in (False, True)}
     measured |= {(control, step): run[tokens][control, step] for control in (False, True) for step in steps}
-    read = {key: read_activation(path, key[0], lang) for key, path in measured.items()}
+    read = {key: read_activation(path, lang) for key, path in measured.items()}
     models = refuse_strangers(
         [
             (sources.weights, weight_models(attention_header)),

@@ -33,6 +33,7 @@ def read(
     ffn_width: int | Sequence[int],
     models: list[dict] | None = None,
     control: bool | None = None,
+    instead: str = "give its mask",
 ) -> Layers:
     """The neurons of one language: every layer from 0 to n_layers - 1, in order, with its sorted neurons (or none).
 
@@ -42,6 +43,7 @@ def read(
         models: `ModelRef.describe()` of the models the mask is used on; it must be about one of them or their run.
         control: True for a random control mask, False for a mask of language-specific neurons, None for either. A file
             without a header (of the published scripts) is taken on trust, with one warning.
+        instead: what to do about a mask of another model, for the message.
 
     Raises:
         InputError: no mask file, one of another model or of another layer count or width, a mask where a control is
@@ -60,7 +62,7 @@ def read(
         raise InputError(
             f"{path} was made for {made_for.get('spec')}, which is none of the models asked for ("
             f"{', '.join(model['spec'] for model in models[:3])}{', ..' if len(models) > 3 else ''}), or was trained "
-            "again since; run lsn/activation.py and lsn/identify.py on this model, or give its mask"
+            f"again since; run lsn/activation.py and lsn/identify.py on this model, or {instead}"
         )
     if header and control is not None and bool(header.get("control")) != control:
         kinds = {True: "a random control mask", False: "a mask of language-specific neurons"}
@@ -74,28 +76,29 @@ def by_layer(ffn_width: int | Sequence[int], n_layers: int) -> list[int]:
 
 
 def read_both(
-    path: Path,
+    path: Path | None,
     control: Path | None,
     lang: str,
     n_layers: int,
     ffn_width: int | Sequence[int],
     models: list[dict] | None = None,
-) -> tuple[Layers, Layers | None]:
-    """The language's neurons and, where there is a control mask, those of the control.
+    instead: str = "give its mask",
+) -> tuple[Layers | None, Layers | None]:
+    """The language's neurons and those of the random control, of each where there is a file; see `read`.
 
     Raises:
         InputError: the language has no neuron, or the control is not one of this mask.
     """
-    own = read(path, lang, n_layers, ffn_width, models, control=False)
-    if not any(own.values()):
+    own, others = (
+        read(file, lang, n_layers, ffn_width, models, control=is_control, instead=instead) if file else None
+        for file, is_control in ((path, False), (control, True))
+    )
+    if not any((own or others).values()):
         raise InputError(
-            f"{path} has no neuron of {lang}, so there is nothing to follow; identify more neurons "
+            f"{path or control} has no neuron of {lang}, so there is nothing to follow; identify more neurons "
             "(lsn/identify.py --rate), or choose another --lang"
         )
-    if control is None:
-        return own, None
-    others = read(control, lang, n_layers, ffn_width, models, control=True)
-    for layer, neurons in own.items():
+    for layer, neurons in own.items() if own and others else ():
         drawn = others[layer]
         if len(drawn) != len(neurons) or set(drawn) & set(neurons):
             what = f"{len(drawn)} neurons" if len(drawn) != len(neurons) else "neurons of the mask"
@@ -104,6 +107,11 @@ def read_both(
                 "mask; run lsn/identify.py again for both"
             )
     return own, others
+
+
+def is_control(path: str | os.PathLike) -> bool | None:
+    """Whether a mask file is a random control; None where it has no header that says so."""
+    return _load(path)[1].get("control")
 
 
 def control_beside(path: Path) -> Path | None:

@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from cpt_utils import cli
 from cpt_utils.errors import InputError
 
 REQUIRED = object()
@@ -142,8 +143,11 @@ class Study:
         folder = self.get("results") or f"results/{self.name}"
         return Path(folder) / RESULTS[step].replace("{name}", self.name)
 
-    def output(self, given, flag: str, step: str) -> Path:
-        """The path to write to: `given`, else the study's place for `step`."""
+    def output(self, given, flag: str, step: str, other: str = "") -> Path:
+        """The path to write to: `given`, else the study's place for `step`.
+
+        Where `other` says that the result is not the study's own, it goes beside that place, which stays free.
+        """
         if given is not None:
             return Path(given)
         place = self.result(step)
@@ -151,7 +155,50 @@ class Study:
             raise InputError(
                 f"nothing says where the result goes: give {flag}, or the key results in a study file {self._where()}"
             )
-        return place
+        if not other:
+            return place
+        here = place.with_name(f"{place.stem}.{other}{place.suffix}")
+        cli.say(f"{place} is for the study's own base and whole run; this result goes to {here}")
+        return here
+
+    def other(self, base=None, run=None, steps=None, limit=None, lang=None, last: bool = False) -> str:
+        """How what is measured differs from the study's own, as part of a file's name; empty where it does not.
+
+        Every argument is what the command line says, None where it says nothing: then it is the study's.
+
+        Args:
+            base, run: model references, `run` also a list.
+            steps, limit: of --steps and --limit, parts of a run or of the data.
+            lang: a language in the place of the study's target.
+            last: the result is of one model, in the study that of the run's last checkpoint.
+        """
+        if not self:
+            return ""
+        from cpt_utils import languages, refs
+
+        words = []
+        if base is not None and _real_path(base) != _real_path(self.get("base", "")):
+            words.append(refs.model(base).model_id)
+        if run is not None or steps is not None:
+            part = slice(-1 if last else 0, None)
+            chosen, own = refs.run(run or self.value(None, "--study", "run"), steps)[part], self._own_run()[part]
+            if [_real_path(ref.spec) for ref in chosen] != own:
+                ids = [ref.model_id for ref in chosen]
+                words.append(ids[0] if len(ids) == 1 else f"{ids[0]}-to-{ids[-1]}.{len(ids)}")
+        if lang is not None and not languages.same(lang, self.get("languages.target", lang)):
+            words.append(lang)
+        if limit is not None:
+            words.append(f"limit-{limit}")
+        return ".".join(words)
+
+    def _own_run(self) -> list[str]:
+        """Where the checkpoints of the study's run are; nowhere while it is yet to be made."""
+        from cpt_utils import refs
+
+        try:
+            return [_real_path(ref.spec) for ref in refs.run(self.get("run") or [])]
+        except InputError:
+            return []
 
     def input(self, given, flag: str, step: str, made_by: str) -> Path:
         """The file or folder of an earlier step: `given`, else the study's place; it must exist."""
@@ -166,6 +213,11 @@ class Study:
 
     def _where(self) -> str:
         return f"({self.path} has none)" if self else "(--study FILE, or study.yaml in this folder)"
+
+
+def _real_path(spec: str | os.PathLike) -> str:
+    """What a reference to a model points at, however it is spelled; a hub name stays as it is."""
+    return os.path.realpath(spec) if os.path.isdir(spec) else os.fspath(spec)
 
 
 def _check_keys(values: dict, allowed: dict, prefix: str, path: Path | None) -> None:

@@ -6,8 +6,10 @@ The mean over tokens and masked neurons of act(W_gate x), on the first 100,000 t
 In:   --model a model or a run (default: the study's run, and its base), --id_path token ids of lsn/load_oscar.py,
       --mask_file and --control-mask of lsn/identify.py, --lang (all default to the study's).
 Out:  in --save_folder: for a run <name>/checkpoint-<step>.<lang>.<tokens>.json and with the control mask
-      <name>/r.checkpoint-<step>.<lang>.<tokens>.json; for the base <base-tag>/<lang>.<tokens>.json and r.<lang>..;
-      for a single model <name>.<lang>.<tokens>.json. Each holds `all_layers` and `layers`. A figure over steps.
+      <name>/checkpoint-<step>-r.<lang>.<tokens>.json; for the base <base-tag>/<lang>.<tokens>.json and r.<lang>..;
+      for a single model <name>.<lang>.<tokens>.json and <name>-r... Each holds `all_layers` and `layers`. A figure over
+      steps. As the published script was called, a checkpoint at a time and once more with the random mask as --mask_file
+      and --name checkpoint-100-r, it writes the same files.
 
 Finished files are kept. On several GPUs: accelerate launch lsn/lsn_activation_cpt.py ...; each process reads some blocks.
 
@@ -21,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, figures, processes, refs, results
+from cpt_utils import activation_files, cli, figures, masks, processes, refs, results
 from cpt_utils.errors import InputError
-from cpt_utils.masks import Layers, control_beside, read_both
+from cpt_utils.masks import Layers
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
@@ -31,17 +33,16 @@ if TYPE_CHECKING:
 
 SCHEMA = "lsn-activation"
 TOKENS = 100_000
-PREFIX = {"language": "", "control": "r."}
 
 
 # ---------------------------------------------------------------- the method
 
 
-def measure(model, arch, blocks, masks: dict[str, Layers], batch_size: int, process: processes.Process):
-    """Mean activations of every mask on `blocks` [blocks, size], each process its part: a `neurons.Activations`."""
+def measure(model, arch, blocks, followed: dict[str, Layers], batch_size: int, process: processes.Process):
+    """Mean activations of the masks `followed` on `blocks` [blocks, size]: `neurons.Activations`, in every process."""
     from cpt_utils import neurons
 
-    own, found = (neurons.Activations(model, arch, masks) for _ in range(2))
+    own, found = (neurons.Activations(model, arch, followed) for _ in range(2))
     for part in process.share(blocks.split(batch_size)):
         own.add(part)
     found.include(process.gather([own.state()]))
@@ -53,22 +54,29 @@ def measure(model, arch, blocks, masks: dict[str, Layers], batch_size: int, proc
 
 @dataclass(frozen=True)
 class Place:
-    """Where the results of one model go."""
+    """Where the results of one model go: see `activation_files`."""
 
     folder: Path
-    stem: str  # what stands in front of <tokens>.json
+    stem: str
+    lang: str
     is_base: bool = False
 
     def file(self, mask: str, tokens: int) -> Path:
-        return self.folder / f"{PREFIX[mask]}{self.stem}.{tokens}.json"
+        return activation_files.path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
+
+    def earlier_file(self, mask: str, tokens: int) -> Path:
+        """What an earlier version called it; mostly the same."""
+        return activation_files.earlier_path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
 
 
 def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Place:
     if base_tag is not None:
-        return Place(folder / base_tag, lang, is_base=True)
+        return Place(folder / base_tag, "", lang, is_base=True)
     if is_run:
-        return Place(folder / name, f"checkpoint-{ref.step}.{lang}")
-    return Place(folder, f"{name}.{lang}")
+        return Place(folder / name, f"checkpoint-{ref.step}", lang)
+    # A control's published name (r, checkpoint-100-r) marks it, as `Place.file` does.
+    stem = name.removesuffix("r").removesuffix("-") if activation_files.is_control_name(name) else name
+    return Place(folder, stem, lang)
 
 
 def payload(found, mask: str) -> dict:
@@ -110,23 +118,31 @@ def draw(path: Path, means: dict[str, dict[int, float]], lang: str, n_neurons: i
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--model", metavar="M", help="model, or run of checkpoints; default: the study's run, and its base")
-    p.add_argument("--base-model", metavar="B", help="base, measured with a run; default: the study's")
-    p.add_argument("--run", metavar="RUN", help="run that the mask is of, where only another model is measured")
-    p.add_argument("--base-tag", default="base", metavar="TAG", help="folder of the base's results; default base")
-    p.add_argument("--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
-    p.add_argument(
-        "--type", choices=("llama", "qwen"), help="blocks of 4096 (llama) or 2048 tokens; default: from the model"
+    add = p.add_argument
+    add("-m", "--model", metavar="M", help="model, or run of checkpoints; default: the study's run, and its base")
+    add("--base-model", metavar="B", help="base, measured with a run; default: the study's")
+    add("--run", metavar="RUN", help="run that the mask is of, where only another model is measured")
+    add("--base-tag", metavar="TAG", help="folder of the base's results; default base")
+    add("-i", "--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
+    types = ("llama", "qwen")
+    add("-t", "--type", choices=types, help="blocks of 4096 (llama) or 2048 tokens; default: from the model")
+    add("-s", "--save_folder", metavar="F", help="where results go; default: the study's lsn/lsn_activation")
+    add(
+        "-n",
+        "--name",
+        metavar="NAME",
+        help="of the run's folder, or of a single model's files; default: the study's name, a model's own",
     )
-    p.add_argument("--save_folder", metavar="F", help="where results go; default: the study's lsn/lsn_activation")
-    p.add_argument("--name", metavar="NAME", help="of the model or run in the files' names; default: the study's name")
-    p.add_argument("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's")
-    p.add_argument(
-        "--control-mask", metavar="MASK", help="random control; default: MASK with .control.json, if it is there"
+    add(
+        "-f",
+        "--mask_file",
+        metavar="MASK",
+        help="neurons by language (lsn/identify.py), or their random control alone; default: the study's",
     )
-    p.add_argument("--lang", metavar="LANG", help="language; default: the study's languages.target")
-    p.add_argument("--tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens; default {TOKENS:,}")
-    p.add_argument("--block-size", type=cli.positive, metavar="N", help="tokens a block; default: that of --type")
+    add("--control-mask", metavar="MASK", help="random control; default: MASK with .control.json, if it is there")
+    add("-l", "--lang", metavar="LANG", help="language; default: the study's languages.target")
+    add("--tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens; default {TOKENS:,}")
+    add("--block-size", type=cli.positive, metavar="N", help="tokens a block; default: that of --type")
     cli.add_run_flags(p, drop=True)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
@@ -142,28 +158,70 @@ def main(argv=None) -> None:
     base = args.base_model or (study.get("base") if is_run else None)
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.output(args.save_folder, "--save_folder", "lsn_activation")
-    name = args.name or (study.name if study else None)
-    if name is None:
-        raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
+    name, base_tag = names_of(args, study, models, is_run)
     ids = args.id_path or id_file(study, lang)
-    mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-    control_file = Path(args.control_mask) if args.control_mask else control_beside(mask_file)
-    if control_file is None:
-        cli.warn(f"no random control: there is none beside {mask_file}, and --control-mask is not given")
+    files = mask_files(args, study, not is_run and activation_files.is_control_name(name))
     if is_run and base is None:
-        cli.warn("the base is not measured: give --base-model (activation-correlation.py needs it)")
+        cli.warn("the base is not measured, which step 10 needs: give --base-model, or the study key base")
 
     todo = [(ref, place_of(ref, folder, name, lang, None, is_run)) for ref in models]
     if base is not None:
-        todo.insert(0, (refs.model(base), place_of(refs.model(base), folder, name, lang, args.base_tag, is_run)))
+        todo.insert(0, (refs.model(base), place_of(refs.model(base), folder, name, lang, base_tag, is_run)))
     process = processes.Process(args.device, args.device_map)
-    masks = masks_of(todo, lang, mask_file, control_file, study, args)
-    todo = jobs(args, study, todo, Path(ids), masks, process.device)
+    chosen = masks_of(todo, lang, files, study, args)
+    todo = jobs(args, study, todo, Path(ids), chosen, process.device)
     process.wait()  # no process may see a result that another is about to write
-    means = measure_all(todo, masks, process, args.drop_revisions)
-    if len(todo) > 1 and process.is_main:
-        draw(folder / name, means, lang, sum(map(len, masks.layers["language"].values())), todo[0].blocks.numel())
-        cli.say(f"wrote {folder / name}.pdf and .png")
+    means = measure_all(todo, chosen, process, args.drop_revisions)
+    if len(todo) > 1 and "language" in means and process.is_main:
+        part = study.other(steps=args.steps, limit=args.limit)  # the study's figure is of all that there is
+        figure = folder / (f"{name}.{part}" if part else name)
+        draw(figure, means, lang, sum(map(len, chosen.layers["language"].values())), todo[0].blocks.numel())
+        cli.say(f"wrote {figure}.pdf and .png")
+
+
+def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> tuple[str, str]:
+    """What the results are called: the run's folder or the single model's files, and the folder of the base.
+
+    Raises:
+        InputError: nothing says it, or a name that means another step than the model's.
+    """
+    base_tag = ".".join(filter(None, ("base", study.other(base=args.base_model))))
+    name = args.name
+    if name is None and not study:
+        raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
+    if name is None:
+        name = ".".join(filter(None, (study.name, study.other(run=args.model)))) if is_run else models[0].model_id
+    step = None if is_run else activation_files.step_in(name)
+    if step is not None and models[0].step not in (None, step):
+        raise InputError(f"--name {name} means step {step}, but {models[0].spec} is of step {models[0].step}")
+    return name, args.base_tag or base_tag
+
+
+def mask_files(args, study: Study, named_control: bool) -> dict[str, Path]:
+    """The masks to follow: "language" and its "control", or the control alone where --mask_file is one.
+
+    Args:
+        named_control: --name is one that the published scripts have for controls.
+
+    Raises:
+        InputError: a name that means the control where the mask is none, or two controls.
+    """
+    path = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
+    control = Path(args.control_mask) if args.control_mask else masks.control_beside(path)
+    said = masks.is_control(path)
+    if said or (said is None and named_control):
+        if args.control_mask:
+            raise InputError(f"{path} and {control} are both controls; give the language's mask as --mask_file")
+        cli.say(f"{path} is measured as a random control{'' if said else f', as --name {args.name} says'}")
+        return {"control": path}
+    if named_control:
+        raise InputError(
+            f"--name {args.name} is that of a random control, but {path} is a mask of language-specific neurons; give "
+            "the control as --mask_file, or another --name"
+        )
+    if control is None:
+        cli.warn(f"no random control: there is none beside {path}, and --control-mask is not given")
+    return {"language": path} | ({"control": control} if control else {})
 
 
 @dataclass(frozen=True)
@@ -197,6 +255,24 @@ class Job:
     def path(self, mask: str) -> Path:
         return self.place.file(mask, self.blocks.numel())
 
+    def earlier_path(self, mask: str) -> Path:
+        return self.place.earlier_file(mask, self.blocks.numel())
+
+    def is_finished(self, mask: str) -> bool:
+        """Raises InputError where another request has a file of this name, or of the earlier one."""
+        paths = dict.fromkeys((self.path(mask), self.earlier_path(mask)))
+        made = [results.made_by(path, SCHEMA, self.requests[mask], "another --name") for path in paths]
+        return any(made)
+
+    def write(self, mask: str, content: dict, header: dict) -> None:
+        results.write_json(self.path(mask), content, header)
+        if self.earlier_path(mask) != self.path(mask):
+            self.earlier_path(mask).unlink(missing_ok=True)
+
+    def mean(self, mask: str) -> float:
+        path = self.path(mask) if self.path(mask).exists() else self.earlier_path(mask)
+        return results.read_json(path, SCHEMA, allow_limited=True)[0]["all_layers"]
+
 
 def id_file(study: Study, lang: str) -> Path:
     """The study's token ids of a language."""
@@ -208,7 +284,7 @@ def id_file(study: Study, lang: str) -> Path:
     return folder / tokenids.file_name(spelled, study.name)
 
 
-def masks_of(todo: list, lang: str, mask_file: Path, control_file: Path | None, study: Study, args) -> Masks:
+def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) -> Masks:
     """The neurons to follow in the models of `todo`, which must all have them.
 
     Raises:
@@ -221,17 +297,14 @@ def masks_of(todo: list, lang: str, mask_file: Path, control_file: Path | None, 
         if theirs != widths[0]:
             raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
     described = refs.relatives([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
-    own, control = read_both(mask_file, control_file, lang, len(widths[0]), widths[0], described)
-    found = {"language": (mask_file, own)} | ({"control": (control_file, control)} if control else {})
-    return Masks(
-        lang=lang,
-        files={mask: file for mask, (file, _) in found.items()},
-        layers={mask: layers for mask, (_, layers) in found.items()},
-        widths=widths[0],
-    )
+    places = (files.get(mask) for mask in ("language", "control"))
+    hint = "give its mask; of a base, name the run that it belongs to with --run (study key run)"
+    found = masks.read_both(*places, lang, len(widths[0]), widths[0], described, hint)
+    layers = dict(zip(("language", "control"), found, strict=True))
+    return Masks(lang, files, {mask: layers[mask] for mask in files}, widths[0])
 
 
-def jobs(args, study: Study, todo: list, ids: Path, masks: Masks, device: torch.device) -> list[Job]:
+def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, device: torch.device) -> list[Job]:
     """Everything there is to measure; all is checked before the first model is loaded."""
     from cpt_utils import neurons
 
@@ -247,17 +320,15 @@ def jobs(args, study: Study, todo: list, ids: Path, masks: Masks, device: torch.
             "model": ref.describe(), "ids": facts, "block_size": size, "batch_size": batch_size, "dtype": str(dtype),
             "device": device.type,
         }  # fmt: skip
-        requests = {mask: facts | {"mask": layers} for mask, layers in masks.layers.items()}
+        requests = {mask: facts | {"mask": layers} for mask, layers in chosen.layers.items()}
         job = Job(ref, place, blocks, requests, [], ids, dtype, batch_size)
-        for mask, request in job.requests.items():
-            if args.overwrite or not results.made_by(job.path(mask), SCHEMA, request, "another --name"):
-                job.left.append(mask)
+        job.left.extend(mask for mask in requests if args.overwrite or not job.is_finished(mask))
         found.append(job)
     return found
 
 
 def measure_all(
-    todo: list[Job], masks: Masks, process: processes.Process, drop: bool = False
+    todo: list[Job], chosen: Masks, process: processes.Process, drop: bool = False
 ) -> dict[str, dict[int, float]]:
     """Measure what is left, one model after the other; the means by mask and step, in the first process.
 
@@ -265,7 +336,7 @@ def measure_all(
     """
     from cpt_utils import archs, models
 
-    means: dict[str, dict[int, float]] = {mask: {} for mask in masks.layers}
+    means: dict[str, dict[int, float]] = {mask: {} for mask in chosen.layers}
     following = [job.ref for job in todo if job.left]
     for job in todo:
         if job.left:
@@ -273,22 +344,22 @@ def measure_all(
             following.pop(0)
             if following and process.is_main and not drop:
                 models.prefetch(following[0])  # read while this one computes
-            chosen = {mask: masks.layers[mask] for mask in job.left}
-            found = measure(model, archs.for_config(job.ref.config()), job.blocks, chosen, job.batch_size, process)
+            followed = {mask: chosen.layers[mask] for mask in job.left}
+            found = measure(model, archs.for_config(job.ref.config()), job.blocks, followed, job.batch_size, process)
             del model
             if drop and not job.place.is_base:
                 job.ref.drop()
             for mask in job.left if process.is_main else []:
-                results.write_json(job.path(mask), payload(found, mask), header(job, mask, masks))
+                job.write(mask, payload(found, mask), header(job, mask, chosen))
         if process.is_main:
-            for mask in masks.layers:
-                means[mask][job.step] = results.read_json(job.path(mask), SCHEMA, allow_limited=True)[0]["all_layers"]
+            for mask in chosen.layers:
+                means[mask][job.step] = job.mean(mask)
             shown = ", ".join(f"{mask} {values[job.step]:.4f}" for mask, values in means.items())
             cli.say(f"{job.ref.spec}: mean activation {shown}{'' if job.left else ' (finished before)'}")
     return means
 
 
-def header(job: Job, mask: str, masks: Masks) -> dict:
+def header(job: Job, mask: str, chosen: Masks) -> dict:
     from cpt_utils import languages
 
     request = job.requests[mask]
@@ -296,11 +367,11 @@ def header(job: Job, mask: str, masks: Masks) -> dict:
         SCHEMA,
         models={"model": job.ref.describe()},
         step=job.step,
-        n_layers=len(masks.widths),
-        ffn_width=max(masks.widths),
-        language=languages.canonical(masks.lang, any_tag=True),
+        n_layers=len(chosen.widths),
+        ffn_width=max(chosen.widths),
+        language=languages.canonical(chosen.lang, any_tag=True),
         control=mask == "control",
-        mask=masks.files[mask],
+        mask=chosen.files[mask],
         tokens={"file": job.ids, **request["ids"]},
         block_size=request["block_size"],
         limit=request["ids"]["limit"],

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils import cli, components, evaluation, figures
+from cpt_utils import activation_files, cli, components, evaluation, figures
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -222,7 +222,7 @@ def lsn_activation(found: Results, path: Path) -> None:
     folder, lang = found.path("lsn_activation"), str(found.study.get("languages.target"))
     try:
         run, base = (
-            step_10.activation_files(folder / name, lang, of_run)
+            activation_files.find(folder / name, lang, of_run)
             for name, of_run in ((found.study.name, True), ("base", False))
         )
         tokens = step_10.choose_tokens(run, base, folder)

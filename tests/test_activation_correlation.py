@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -33,8 +34,11 @@ def activation(path, mean, control, step=None, letter="a", lang="gle_Latn", neur
     results.write_json(path, {"all_layers": mean, "layers": {"0": mean}}, head)
 
 
-def write_all(folder, steps=STEPS, seed=0, control=True):
-    """Made-up results of every step before, in the places of a study called `trial`; returns the numbers in them."""
+def write_all(folder, steps=STEPS, seed=0, control=True, random="checkpoint-{}-r"):
+    """Made-up results of every step before, in the places of a study called `trial`; returns the numbers in them.
+
+    `random`: what the control of a step is called.
+    """
     rng = np.random.default_rng(seed)
     weights = np.cumsum(rng.random((len(steps), 3, 7)), axis=0)
     gates, others = (np.cumsum(rng.random((len(steps), 2)), axis=0) for _ in range(2))
@@ -65,8 +69,8 @@ def write_all(folder, steps=STEPS, seed=0, control=True):
     results.write_json(folder / "layer-specialize" / "layers.json", layers, head)
     place = folder / "lsn" / "lsn_activation"
     for s, step in enumerate((None, *steps)):
-        for c, prefix in enumerate(("", "r.")):
-            name = f"trial/{prefix}checkpoint-{step}.ga.98304.json" if step else f"base/{prefix}ga.98304.json"
+        for c, (prefix, called) in enumerate((("", "checkpoint-{}"), ("r.", random))):
+            name = f"trial/{called.format(step)}.ga.98304.json" if step else f"base/{prefix}ga.98304.json"
             activation(place / name, means[s, c], bool(c), step, neurons=(3, 4) if c else (1, 2))
     return weights, gates, others, means
 
@@ -189,7 +193,7 @@ def test_three_checkpoints_have_no_first_differences(study, no_figure, capsys):
 def test_steps_that_do_not_match(study, no_figure):
     write_all(study)
     place = study / "lsn" / "lsn_activation" / "trial"
-    (place / "r.checkpoint-80.ga.98304.json").unlink()
+    (place / "checkpoint-80-r.ga.98304.json").unlink()
     edit(study / "weight-diff" / "gate_lsn.json", lambda found: found["checkpoints"].pop("5"))
     message = r"steps do not match: .*gate_lsn.json has no step 5, and activation of the control .*trial has no step 80"
     with pytest.raises(InputError, match=message):
@@ -217,10 +221,10 @@ def test_what_is_missing_is_named(study, no_figure):
     (place / "base" / "ga.98304.json").unlink()
     fails("missing is the base's activation over 98304 tokens; run lsn/lsn_activation_cpt.py")
     (place / "base" / "ga.98304.json").write_text(kept)
-    for file in (place / "trial").glob("r.*"):
+    for file in (place / "trial").glob("*-r.*"):
         file.rename(file.with_name(file.name + ".aside"))
     fails("missing is the control of the checkpoints over 98304 tokens")
-    for file in (place / "trial").glob("r.*"):
+    for file in (place / "trial").glob("*-r.*"):
         file.rename(file.with_name(file.name.removesuffix(".aside")))
     shutil.rmtree(place / "base")
     (place / "base").mkdir()
@@ -274,7 +278,9 @@ def test_files_of_other_models_neurons_or_languages(study, no_figure):
 
     fails("gate_lsn.json is about eus_Latn, not gle_Latn", gates, says(language="eus_Latn"))
     fails("checkpoint-40.* is about eus_Latn, not gle_Latn", run, says(language="eus_Latn"))
-    fails("checkpoint-40.* is a random control by its header", run, says(control=True))
+    fails(
+        r"checkpoint-40-r.* and .*checkpoint-40.ga.* are both of the random control at step 40", run, says(control=True)
+    )
     fails("activation in .* has no step 40", run, says(limit=1))
     fails("gate_lsn.json were made with different masks", gates, says(mask="0" * 16))
     fails("were made with different control masks", gates, says(control="0" * 16))
@@ -317,3 +323,56 @@ def test_files_without_headers_are_taken_on_trust(study, no_figure, capsys):
         edit(file, lambda found: found.pop("_header"))
     script.main([])
     assert result(study)[0] == before and "has no header" in capsys.readouterr().err
+
+
+def test_names_of_the_published_scripts_and_of_earlier_versions(study, no_figure, capsys):
+    """The published step 10 takes every file without `-r` in its name for one of the neurons, so these are named so."""
+    write_all(study)
+    script.main([])
+    before, _ = result(study)
+    place = study / "lsn" / "lsn_activation" / "trial"
+    means = {False: {}, True: {}}  # as published: any JSON file, `-r` anywhere in its name
+    for file in place.glob("*.json"):
+        step = int(re.search(r"checkpoint-(\d+)", file.stem)[1])
+        means["-r" in file.stem][step] = json.loads(file.read_text())["all_layers"]
+    assert means[False] == dict(zip(STEPS, before["series"]["activation"], strict=True))
+    assert means[True] == dict(zip(STEPS, before["series"]["activation_control"], strict=True))
+
+    for names in ("r.checkpoint-{}", "checkpoint-{}-random", "qwen-rl.checkpoint-{}-r"):
+        shutil.rmtree(place)
+        write_all(study, random=names)
+        for header in (True, False):
+            for file in [] if header else place.glob("*.json"):
+                edit(file, lambda found: found.pop("_header"))
+            script.main([])
+            assert result(study)[0] == before, names
+    # By its header a file may be called anything; a model whose name has -r in it is no control.
+    shutil.rmtree(place)
+    write_all(study)
+    for file in list(place.glob("*.json")):
+        step = re.search(r"checkpoint-(\d+)", file.stem)[1]
+        file.rename(place / f"qwen-rl_{'random' if '-r' in file.stem else 'own'}{step}.ga.98304.json")
+    for file in list((place.parent / "base").glob("*.json")):
+        file.rename(file.with_name("control.ga.98304.json" if file.name.startswith("r.") else "qwen-rl.ga.98304.json"))
+    script.main([])
+    assert result(study)[0] == before
+
+
+def test_both_names_of_one_step(study, no_figure):
+    """The same request under both names is one result; another one is refused, and both are named."""
+    write_all(study)
+    place = study / "lsn" / "lsn_activation" / "trial"
+    shutil.copy(place / "checkpoint-40-r.ga.98304.json", place / "r.checkpoint-40.ga.98304.json")
+    script.main([])
+    before, _ = result(study)
+    edit(place / "r.checkpoint-40.ga.98304.json", lambda found: found.update(all_layers=9.0))  # the last digits, say
+    script.main([])
+    assert result(study)[0] == before
+    edit(place / "r.checkpoint-40.ga.98304.json", lambda found: found["_header"]["request"].update(mask={"0": [5, 6]}))
+    message = r"checkpoint-40-r.ga.98304.json and .*r.checkpoint-40.ga.98304.json are both of the random control"
+    with pytest.raises(InputError, match=message):
+        script.main([])
+    for name in ("checkpoint-40-r", "r.checkpoint-40"):
+        edit(place / f"{name}.ga.98304.json", lambda found: found.pop("_header"))
+    with pytest.raises(InputError, match=message):
+        script.main([])
