@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cpt_utils import activation_files, archs, cli, figures, languages, refs, results, stats
 from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.study import Study, dotted
 
 SCHEMA = "activation_correlation"
 ACTIVATIONS = activation_files.MADE_BY
@@ -333,11 +333,11 @@ def main(argv=None) -> None:
         )
     )
     sources = Sources(folder, name, args.base_tag, *files)
-    output = study.output(args.output_dir, "--output-dir", "activation_correlation")
-    output = output / f"{name}_correlation_strength.json"
-    refuse_other_output(output, lang, args.steps, args.overwrite)
-
+    folder = study.output(args.output_dir, "--output-dir", "activation_correlation")
     series, facts = gather(sources, lang, args.steps)
+    called = name if args.output_dir else dotted(name, study.other(lang=args.lang), part_of_run(facts, series["steps"]))
+    output = folder / f"{called}_correlation_strength.json"
+    refuse_other_output(output, lang, args.steps, args.overwrite)
     payload = strengths(series) | {"series": series, "note": None}
     n = len(series["steps"])
     if n < 3:
@@ -347,6 +347,11 @@ def main(argv=None) -> None:
     results.write_json(output, payload, results.header(SCHEMA, **facts, seed=study.seed))
     cli.say("\n".join(summary(payload)))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+def part_of_run(facts: dict, steps: list[int]) -> str:
+    """What is added to the name of a result that is not of all checkpoints there are."""
+    return f"steps-{steps[0]}-to-{steps[-1]}.{len(steps)}" if facts["n_used"] < facts["n_available"] else ""
 
 
 def refuse_other_output(output: Path, lang: str, wanted: list[int] | None, overwrite: bool) -> None:

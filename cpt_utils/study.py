@@ -189,7 +189,7 @@ class Study:
             words.append(lang)
         if limit is not None:
             words.append(f"limit-{limit}")
-        return ".".join(words)
+        return dotted(*words)
 
     def _own_run(self) -> list[str]:
         """Where the checkpoints of the study's run are; nowhere while it is yet to be made."""
@@ -213,6 +213,11 @@ class Study:
 
     def _where(self) -> str:
         return f"({self.path} has none)" if self else "(--study FILE, or study.yaml in this folder)"
+
+
+def dotted(*parts: str) -> str:
+    """The parts that are not empty, with dots between: `demo`, or `demo.<other>` of what is not the study's own."""
+    return ".".join(filter(None, parts))
 
 
 def _real_path(spec: str | os.PathLike) -> str:

@@ -145,7 +145,10 @@ def main(argv=None) -> None:
     study = Study.find(args.study, args.seed)
     base = refs.model(study.value(args.base, "BASE", "base"))
     target = refs.model(args.target) if args.target else refs.run(study.value(None, "TARGET", "run"), args.steps)[-1]
-    out = study.output(args.output, "-o", "layer_swap")
+    limit = args.limit if args.controls or args.in_memory else None
+    out = study.output(
+        args.output, "-o", "layer_swap", study.other(args.base, args.target, args.steps, limit, last=True)
+    )
     refuse_foreign(out)
     path = study.input(args.layers, "LAYERS.json", "layers", "layer-specialize/layer_specialize.py")
     with surgery.Pair(base, target) as pair:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils import cli, processes, refs, results, tokenizer_id
 from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.study import Study, dotted
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,12 @@ def build_parser():
     p.add_argument(
         "-s", "--save_folder", metavar="FOLDER", help="where counts go; default: the study's lsn/activation_count"
     )
-    p.add_argument("-n", "--name", metavar="NAME", help="first part of the files' names; default: the study's name")
+    p.add_argument(
+        "-n",
+        "--name",
+        metavar="NAME",
+        help="first part of the files' names; default: the study's name, and of another model its own",
+    )
     p.add_argument(
         "--block-size",
         type=cli.positive,
@@ -207,7 +212,8 @@ def main(argv=None) -> None:
     files = id_files(args.id_path, study)
     refuse_twice([language_of(path) for path in files])
     folder = study.output(args.save_folder, "-s", "lsn_counts")
-    name = args.name or (study.name if study else None)
+    other = study.other(run=args.model, steps=args.steps, limit=args.limit, last=True)
+    name = args.name or (dotted(study.name, other) if study else None)
     if name is None:
         raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
     process = processes.Process(args.device, args.device_map)

@@ -273,7 +273,8 @@ def main(argv=None) -> None:
     n_random = random_sets(args.random, study)
     ref = refs.model(args.model) if args.model else refs.run(study.value(None, "MODEL", "run"), args.steps)[-1]
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-    output = study.output(args.output, "-o", "deactivation")
+    other = study.other(run=args.model, steps=args.steps, limit=args.limit, last=True)
+    output = study.output(args.output, "-o", "deactivation", other)
     masks = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), study)
     texts, facts = heldout_texts(args, study, list(masks.own))
     id_files = id_paths(args, study)

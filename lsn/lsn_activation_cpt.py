@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from cpt_utils import activation_files, cli, figures, masks, processes, refs, results
 from cpt_utils.errors import InputError
 from cpt_utils.masks import Layers
-from cpt_utils.study import Study
+from cpt_utils.study import Study, dotted
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +174,7 @@ def main(argv=None) -> None:
     means = measure_all(todo, chosen, process, args.drop_revisions)
     if len(todo) > 1 and "language" in means and process.is_main:
         part = study.other(steps=args.steps, limit=args.limit)  # the study's figure is of all that there is
-        figure = folder / (f"{name}.{part}" if part else name)
+        figure = folder / dotted(name, part)
         draw(figure, means, lang, sum(map(len, chosen.layers["language"].values())), todo[0].blocks.numel())
         cli.say(f"wrote {figure}.pdf and .png")
 
@@ -185,12 +185,12 @@ def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> t
     Raises:
         InputError: nothing says it, or a name that means another step than the model's.
     """
-    base_tag = ".".join(filter(None, ("base", study.other(base=args.base_model))))
+    base_tag = dotted("base", study.other(base=args.base_model))
     name = args.name
     if name is None and not study:
         raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
     if name is None:
-        name = ".".join(filter(None, (study.name, study.other(run=args.model)))) if is_run else models[0].model_id
+        name = dotted(study.name, study.other(run=args.model)) if is_run else models[0].model_id
     step = None if is_run else activation_files.step_in(name)
     if step is not None and models[0].step not in (None, step):
         raise InputError(f"--name {name} means step {step}, but {models[0].spec} is of step {models[0].step}")

@@ -376,3 +376,13 @@ def test_both_names_of_one_step(study, no_figure):
         edit(place / f"{name}.ga.98304.json", lambda found: found.pop("_header"))
     with pytest.raises(InputError, match=message):
         script.main([])
+
+
+def test_a_part_of_the_run_leaves_the_study_s_place_free(study, no_figure):
+    write_all(study)
+    script.main(["--steps", "10,40,200"])
+    assert [path.name for path in (study / "activation-correlation").iterdir()] == [
+        "trial.steps-10-to-200.3_correlation_strength.json"
+    ]
+    script.main(["--steps", ",".join(map(str, STEPS))])
+    assert result(study)[0]["series"]["steps"] == list(STEPS)

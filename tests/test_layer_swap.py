@@ -248,8 +248,8 @@ def test_folders_are_written_by_one_process(study, monkeypatch):
 
 def test_in_memory_writes_no_folder(study):
     SWAP.main(["--in-memory", "--methods", "random", "--measures", "nll", "--limit", "3"])
-    out = study / "results" / "layer-swap"
-    assert [p.name for p in out.iterdir()] == ["in_memory.json"]
+    out = study / "results" / "layer-swap.limit-3"  # the study's own place stays free
+    assert [p.name for p in out.iterdir()] == ["in_memory.json"] and not (study / "results" / "layer-swap").exists()
     payload, head = results.read_json(out / "in_memory.json", allow_limited=True)
     assert [row["name"] for row in payload["sets"]] == ["base", "target", "random"] and head["limit"] == 3
     with pytest.raises(InputError, match="--limit 3"):
@@ -334,3 +334,13 @@ def test_bad_input(shared, tmp_path, monkeypatch):
             SWAP.main([*map(str, (base, target, layers, *out)), f"--controls={wrong}"])
         assert caught.value.code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_by_hand_leaves_the_study_s_place_free(shared, study):
+    SWAP.main([str(shared / "base"), str(shared / "run/checkpoint-5"), "--methods", "random"])
+    SWAP.main(["--steps", "5", "--methods", "random"])  # the same
+    place = study / "results"
+    assert sorted(p.name for p in place.iterdir()) == ["layer-specialize", "layer-swap.run__checkpoint-5"]
+    SWAP.main([str(shared / "base"), str(shared / "run/checkpoint-20"), "--methods", "random"])  # the study's own
+    SWAP.main([])
+    assert sorted(p.name for p in (place / "layer-swap").iterdir()) == ["metadata.json", "random", "semantic_hub"]

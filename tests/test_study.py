@@ -67,3 +67,30 @@ def test_a_wrong_study_file_is_refused_in_one_line(tmp_path, text, message):
 def test_a_study_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         Study.find(tmp_path / "none.yaml")
+
+
+def test_what_is_not_the_study_s_own_has_another_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "run/checkpoint-5", "run/checkpoint-20", "run/checkpoint-100", "one/checkpoint-5"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run")
+    study = Study.find(write(tmp_path, "name: s\nbase: base\nrun: run\nlanguages: {target: ga}\nresults: r\n"))
+    assert study.other() == study.other("base/", ["./run"], [5, 20, 100], None, "gle_Latn") == ""
+    assert study.other(run="link") == study.other(run="run/checkpoint-100", last=True) == ""
+    assert (
+        study.other(steps=[100], last=True)
+        == study.other(run=["run/checkpoint-5", "run/checkpoint-100"], last=True)
+        == ""
+    )
+    assert study.other(run="run/checkpoint-5") == study.other(steps=[5]) == "run__checkpoint-5"
+    assert study.other(run="one", last=True) == study.other(run="one") == "one__checkpoint-5"
+    assert study.other(steps=[5, 100]) == "run__checkpoint-5-to-run__checkpoint-100.2"
+    other = f"run__checkpoint-5.{tmp_path.name}__base.eu.limit-3"
+    assert study.other("run/checkpoint-5", "base", limit=3, lang="eu") == other
+    assert Study().other("base", "run", [5], 3, "eu") == ""  # outside a study there is nothing to compare with
+
+    assert study.output("given.json", "--output", "layers", "x").as_posix() == "given.json"
+    assert study.output(None, "--output", "layers").as_posix() == "r/layer-specialize/layers.json"
+    assert study.output(None, "--output", "layers", "x.y").as_posix() == "r/layer-specialize/layers.x.y.json"
+    assert study.output(None, "--output", "layer_swap", "x").as_posix() == "r/layer-swap.x"
+    assert "is for the study's own base and whole run; this result goes to r/layer-swap.x" in capsys.readouterr().out

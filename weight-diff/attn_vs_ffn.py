@@ -159,7 +159,8 @@ def build_parser():
     p.add_argument(
         "--output",
         metavar="OUT",
-        help="JSON to write; default: the study's weight-diff/attn_vs_ffn.json, else weight_diff/<checkpoint>.json",
+        help="JSON to write; default: the study's weight-diff/attn_vs_ffn.json (of other models or a part of the run "
+        "attn_vs_ffn.<checkpoint>.json), else weight_diff/<checkpoint>.json",
     )
     p.add_argument(
         "--details",
@@ -181,7 +182,8 @@ def main(argv=None) -> None:
     available = len(refs.run(target))
     run = refs.run(target, args.steps)[: args.limit]
     device = cli.device(args.device)
-    output = study.output(args.output or (None if study else default_output(target)), "--output", "attn_vs_ffn")
+    other = study.other(args.base_model, args.ckpt_model, args.steps, args.limit)
+    output = study.output(args.output or (None if study else default_output(target)), "--output", "attn_vs_ffn", other)
 
     facts = run_facts(base, run, available, args.limit) | {"seed": study.seed}
     details = output.with_suffix(".pt")

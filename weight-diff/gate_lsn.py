@@ -112,7 +112,8 @@ def main(argv=None) -> None:
         control_file = masks.control_beside(mask_file)
     if control_file is None:
         cli.say("no control mask: the language's neurons are compared with nothing")
-    output = study.output(args.output, "--output", "gate_lsn")
+    other = study.other(args.base_model, args.target_model, args.steps, args.limit, args.lang)
+    output = study.output(args.output, "--output", "gate_lsn", other)
 
     config = base.config()
     arch = archs.for_config(config)

@@ -117,7 +117,8 @@ def main(argv=None) -> None:
     run = refs.run(target)
     chosen = refs.run(target, args.steps)[: args.limit]
     device = cli.device(args.device)
-    output = study.output(args.output, "--output", "int_and_sem")
+    other = study.other(args.base_model, args.target_dir, args.steps, args.limit)
+    output = study.output(args.output, "--output", "int_and_sem", other)
 
     from cpt_utils import compare
 
