@@ -40,8 +40,8 @@ def semantic_hub(interface: list[int], n_layers: int) -> list[int]:
 
 
 def random_layers(n: int, n_layers: int, seed: int) -> list[int]:
-    """`n` of the layers, in order; which ones is drawn with the seed."""
-    return sorted(random.Random(seed).sample(range(n_layers), n))
+    """`n` of the layers in the order in which they are drawn, as the published metadata.json has them."""
+    return random.Random(seed).sample(range(n_layers), n)
 
 
 def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
@@ -66,7 +66,7 @@ def write_folders(
 ) -> None:
     """One complete model folder for each method."""
     for method, layers in chosen.items():
-        cli.say(f"{method}: layers {layers} of the base ({len(layers)} of {pair.n_layers})")
+        cli.say(f"{method}: layers {sorted(layers)} of the base ({len(layers)} of {pair.n_layers})")
         record = surgery.write_model(pair, surgery.layers_from_base(pair, layers), out / method, run, overwrite)
         share = record["parameters_from_base"] / record["parameters"]
         cli.say(f"{out / method}: {share:.0%} of the parameters are the base's; read back and equal to the sources")
@@ -92,11 +92,17 @@ def refuse_foreign(out: Path) -> None:
         raise InputError(f"{out} {what}; give another -o")
 
 
+def same(found, wanted) -> bool:
+    """Whether two values of metadata.json mean one swap; an earlier version listed the random layers sorted."""
+    both_lists = isinstance(found, list) and isinstance(wanted, list)
+    return sorted(found) == sorted(wanted) if both_lists else found == wanted
+
+
 def refuse_other(path: Path, wanted: dict) -> None:
     """Refuse an OUT whose metadata.json describes other swaps: its folders would no longer be what it says."""
     if path.is_file():
         found, _ = results.read_json(path, schema=SCHEMA)
-        other = [key for key in wanted if found.get(key) != wanted[key]]
+        other = [key for key in wanted if not same(found.get(key), wanted[key])]
         if other:
             raise InputError(
                 f"{path} describes other swaps ({other[0]} {found.get(other[0])}, now {wanted[other[0]]}); give "
@@ -111,7 +117,7 @@ def refuse_leftover(out: Path, payload: dict, wanted: dict) -> None:
             continue
         found = results.read_json(out / "metadata.json", schema=SCHEMA)[0] if (out / "metadata.json").is_file() else {}
         keys = ("base_model", "target_model", f"{method.removesuffix('_layers')}_layers")
-        if any(found.get(key) != payload[key] for key in keys):
+        if any(not same(found.get(key), payload[key]) for key in keys):
             raise InputError(f"{out / method} would stay from other swaps; redo both methods, or remove it first")
 
 
@@ -178,7 +184,7 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
     test = evaluation.test_from_arguments(args, study, head)
     hub = semantic_hub(interface, pair.n_layers)
     facts = {"interface_layers": interface, "semantic_hub_layers": hub}
-    sets, path = list(wanted.items()), out / "in_memory.json"
+    sets, path = [(name, sorted(layers)) for name, layers in wanted.items()], out / "in_memory.json"
     if args.controls:
         others, possible = controls.layer_sets(pair.n_layers, hub, controls.wanted(args.controls, study), study.seed)
         cli.say(

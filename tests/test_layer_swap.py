@@ -76,7 +76,7 @@ def arguments(shared, out, *more):
 
 def test_folders_and_metadata(shared, tmp_path, capsys):
     SWAP.main(arguments(shared, tmp_path / "out"))
-    drawn = sorted(random.Random(42).sample(range(4), 2))
+    drawn = random.Random(42).sample(range(4), 2)
     payload, head = results.read_json(tmp_path / "out" / "metadata.json", schema="layer-swap", n_layers=4, seed=42)
     assert payload == {
         "base_model": str(shared / "base"),
@@ -104,6 +104,33 @@ def test_folders_and_metadata(shared, tmp_path, capsys):
         SWAP.main(arguments(shared, tmp_path / "out", "--seed", "7"))
     SWAP.main(arguments(shared, tmp_path / "out", "--seed", "7", "--overwrite", "--methods", "random"))
     assert results.read_json(tmp_path / "out" / "metadata.json")[0]["seed"] == 7
+
+
+def test_random_layers_stand_in_the_order_of_the_draw(shared, tmp_path, capsys):
+    """As in the published metadata.json; a file of an earlier version, with sorted ones, is of the same swap."""
+    (tmp_path / "layers.json").write_text('{"interface_layers": [2]}')
+    argv = [*arguments(shared, tmp_path / "out")[:2], str(tmp_path / "layers.json"), "-o", str(tmp_path / "out")]
+    argv += ["--methods", "random"]
+    SWAP.main(argv)
+    random.seed(42)  # as the published script draws
+    drawn = random.sample(list(range(4)), 3)
+    path = tmp_path / "out" / "metadata.json"
+
+    def rewrite(layers):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"random_layers": layers}))
+
+    assert json.loads(path.read_text())["random_layers"] == drawn == [0, 3, 1]
+    base, target = read_tensors(shared / "base"), read_tensors(shared / "run/checkpoint-20")
+    for name, tensor in read_tensors(tmp_path / "out" / "random").items():
+        source = base if ".layers." in name and ".layers.2." not in name else target
+        assert torch.equal(tensor, source[name])
+    rewrite(sorted(drawn))
+    capsys.readouterr()
+    SWAP.main(argv)
+    assert ": kept" in capsys.readouterr().out and json.loads(path.read_text())["random_layers"] == drawn
+    rewrite([1, 2, 3])
+    with pytest.raises(InputError, match=r"describes other swaps \(random_layers \[1, 2, 3\], now \[0, 3, 1\]"):
+        SWAP.main(argv)
 
 
 def test_the_published_file_without_header(shared, tmp_path):
