@@ -1,6 +1,7 @@
 """Counts of active tokens per FFN neuron and language, `<tag>.<lang>.pt`: read, checked, refused where they do not mix.
 
-`lsn/activation.py` writes them with snapshots and a header; the published scripts' files hold `n` and `over_zero` only.
+`lsn/activation.py` writes them with snapshots and a header; the published scripts' files hold `n` and `over_zero` only,
+as do those of the original LAPE code, `activation.<lang>.train.<tag>`.
 Those of a mixture of experts (MoE) say besides how many tokens were routed to each expert, and how wide each layer is.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA = "activation-counts"
+_NAMES = (
+    re.compile(r"(?P<tag>[^.].*)\.(?P<lang>[^.]+)\.pt"),
+    re.compile(r"activation\.(?P<lang>[^.]+)\.train\.(?P<tag>.+)"),
+)
 
 
 @dataclass
@@ -78,18 +84,31 @@ class Counts:
         return digest.hexdigest()[:16]
 
 
+def tags(folder: Path) -> dict[str, list[tuple[str, Path]]]:
+    """`{tag: [(language, file)]}` of the counts in a folder."""
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for path in sorted(folder.iterdir()):
+        for name in _NAMES:
+            if match := name.fullmatch(path.name):
+                found.setdefault(match["tag"], []).append((match["lang"], path))
+    return found
+
+
 def files(folder: Path, tag: str) -> dict[str, Path]:
-    """The files `<tag>.<lang>.pt` of a folder by language."""
+    """The counts of `tag` in a folder by language.
+
+    Raises:
+        InputError: no such folder, no counts of that tag, or two files of one language.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder of counts; give -a the folder that lsn/activation.py wrote")
-    names = {path.name.removesuffix(".pt").rpartition("."): path for path in sorted(folder.glob("*.pt"))}
-    found = {lang: path for (name, _, lang), path in names.items() if name == tag and lang}
+    there, found = tags(folder), {}
+    for lang, path in there.get(tag, []):
+        if found.setdefault(lang, path) != path:
+            raise InputError(f"{found[lang]} and {path.name} are both counts of {lang}; move one of them elsewhere")
     if not found:
-        tags = sorted({name for name, _, _ in names if name and not name.startswith(".")})
-        raise InputError(
-            f"{folder} has no counts {tag}.<lang>.pt; "
-            + (f"its tags are {', '.join(tags[:8])}: give one with -t" if tags else "run lsn/activation.py first")
-        )
+        named = f"its tags are {', '.join(sorted(there)[:8])}: give one with -t"
+        raise InputError(f"{folder} has no counts {tag}.<lang>.pt; {named if there else 'run lsn/activation.py first'}")
     return found
 
 

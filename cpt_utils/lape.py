@@ -107,7 +107,10 @@ def select(
     size = known.size // len(langs)
     wanted = share(rate, size)
     if not wanted:
-        raise InputError(f"--rate {rate} of {size} neurons is less than one; give a higher --rate")
+        least = math.ceil(Fraction(10 ** (digits := len(str(size)) + 1), size)) / 10**digits
+        raise InputError(
+            f"--rate {rate} of {size} neurons is less than one; give --rate {least} or more (study key lsn.rate)"
+        )
     entropies = entropy(p).ravel()
     # A stable sort of positions in order of (layer, neuron): ties go to the lower.
     order = np.argsort(np.round(entropies[candidates], TIE), kind="stable")[:wanted]

@@ -172,6 +172,15 @@ def _load(path: str | os.PathLike) -> tuple[dict, dict]:
 
 @lru_cache(maxsize=4)
 def _load_state(path: Path, _state: tuple[int, ...]) -> tuple[dict, dict]:
+    start = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(2)
+    if start in (b"PK", b"\x80\x02"):  # how torch.save begins
+        raise InputError(
+            f"{path} was saved by torch, as LAPE saves masks, and does not name its languages; name them in its order: "
+            f"python lsn/lape_mask.py {path} -l en,zh,.. -o mask.json, and give mask.json"
+        )
     payload, header = results.read_json(path, SCHEMA)
     if not isinstance(payload, dict) or not payload or not all(isinstance(v, dict) for v in payload.values()):
         raise InputError(f"{path} holds no masks {{language: {{layer: [neurons]}}}}; give a file of lsn/identify.py")

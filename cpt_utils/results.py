@@ -141,6 +141,21 @@ def write_json(path: str | os.PathLike, payload: dict, header: dict) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def write_list(path: str | os.PathLike, key: str, payload: dict, header: dict) -> None:
+    """Write `payload[key]` as a bare list, which the published scripts read, and all the rest of the result beside it.
+
+    `read_json` on the list gives the whole payload and its header.
+    """
+    write_json(facts_beside(path), payload, header | {"list": key})
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(plain(payload[key])) + "\n", encoding="utf-8")
+
+
+def facts_beside(path: str | os.PathLike) -> Path:
+    """Where the facts of a bare list stand."""
+    return Path(path).with_suffix(".facts.json")
+
+
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str | int | float]) -> None:
     """Save a dict of plain tensors, numbers and strings that `torch.load(weights_only=True)` reads."""
     import io
@@ -157,25 +172,32 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str
 
 def read_tensors(path: str | os.PathLike) -> dict:
     """Read what `write_tensors` wrote, on the CPU, running no code from the file."""
+    found = load(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no named tensors; give a file that these scripts wrote")
+    return found
+
+
+def load(path: str | os.PathLike):
+    """Whatever `torch.save` put into a file, on the CPU, running no code from it."""
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise InputError(f"{path} cannot be read as tensors ({type(error).__name__}); write it again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no named tensors; give a file that these scripts wrote")
-    return found
 
 
 def read_json(
     path: str | os.PathLike, schema: str | None = None, allow_limited: bool = False, **expect
 ) -> tuple[dict, dict]:
     """Read a result file: its payload (without the header) and its header (`{}` where there is none).
+
+    Of a list that `write_list` wrote, the payload and header beside it; not where somebody has changed the list.
 
     `expect` names header facts that must agree where the file states them, e.g. `n_layers=32, base_lang="eng_Latn"`.
     Language facts (`*_lang`) agree when they mean the same language.
@@ -195,7 +217,13 @@ def read_json(
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(payload, dict):
-        cli.warn(f"{path} has no header: its model and settings are taken on trust")
+        why = "has no header"
+        if facts_beside(path).is_file():
+            facts, head = read_json(facts_beside(path), schema, allow_limited, **expect)
+            if isinstance(facts, dict) and facts.get(head.get("list")) == payload:
+                return facts, head
+            why = f"is not the list of {facts_beside(path).name} beside it"
+        cli.warn(f"{path} {why}: its model and settings are taken on trust")
         return payload, {}
     head = payload.pop(HEADER, None)
     if head is None:

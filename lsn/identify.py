@@ -5,10 +5,12 @@ over languages, are a distribution of low entropy. The bar is the rate that 95 %
 not exceed. Of the neurons above it in some language, those of lowest entropy are selected, 1 % of all neurons; each
 belongs to the languages in which it is above the bar.
 
-In:   FOLDER/TAG.<lang>.pt for two or more languages, the counts of lsn/activation.py (or of the published scripts).
+In:   FOLDER/TAG.<lang>.pt for two or more languages, the counts of lsn/activation.py (or of the published scripts, or
+      LAPE's own activation.<lang>.train.TAG).
 Out:  OUT/TAG.json, the mask {lang: {layer: [neurons]}}, every language and layer present; OUT/TAG.report.json with counts
       per layer, overlap between languages and how stable the mask is over tokens, and its figures (PDF, PNG);
-      a random control mask of the same size, and the layers richest in one language's neurons.
+      a random control mask of the same size, and the layers richest in one language's neurons (a bare list, with its
+      facts beside it in <the same name>.facts.json).
 
 Full: python lsn/identify.py -t llama-2-7b-eus -l en,eu -a activation_count -o result --control-mask-out result/control.json
 Tiny: python lsn/identify.py --study demo/tiny.yaml
@@ -16,6 +18,7 @@ Tiny: python lsn/identify.py --study demo/tiny.yaml
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +26,7 @@ from typing import TYPE_CHECKING
 from cpt_utils import cli, languages, lape, masks, refs, results
 from cpt_utils import counts as activations
 from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.study import Study, dotted
 
 if TYPE_CHECKING:
     from cpt_utils.counts import Counts
@@ -34,6 +37,7 @@ draw = drawn.draw
 REPEATED = 0.2  # of the text: from here on its parts tell little about each other
 LAYERS, REPORT = "lsn-layers", "lsn-report"
 FEW_TOKENS = 10_000
+BY_HAND = "activation_count"  # where the published README has activation.py write, and identify.py read
 UNEVEN = 3  # times more tokens in one language than in another
 
 
@@ -103,13 +107,15 @@ def build_parser():
         p.add_argument(*names, **how)
 
     add("-t", "--tag", metavar="TAG", help="counts TAG.<lang>.pt are read; default: the study's name")
-    add("-l", "--lang", metavar="en,ga,..", help="two languages or more; default: the study's languages.lsn")
-    add("-o", "--output", metavar="OUT", help="folder to write to; default: the study's lsn/result, else result")
+    langs = "two languages or more; default: the study's languages.lsn"
+    add("-l", "--lang", "--langs", metavar="en,ga,..", help=langs)
+    out = "folder to write to; default: the study's lsn/result, else result"
+    add("-o", "--output", "--outdir", metavar="OUT", help=out)
     add(
         "-a",
         "--activation",
         metavar="FOLDER",
-        help="folder of the counts; default: the study's lsn/activation_count, else activation_count",
+        help=f"folder of the counts; default: the study's lsn/activation_count, else {BY_HAND}",
     )
     add(
         "--rate",
@@ -145,20 +151,20 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    tag = args.tag or (study.name if study else study.value(None, "-t", "name"))
     langs = wanted_languages(study.value(args.lang, "-l", "languages.lsn"))
+    tag = args.tag or (study.name if study else study.value(None, "-t", "name"))
     rates = wanted_rates(study.value(args.rate, "--rate", "lsn.rate", 0.01), args.filter_rate, args.bar_rate)
-    mask_path, control_path, layers_path = places(study, tag, args)
-    given = args.activation or (None if study else "activation_count")
-    folder = study.input(given, "-a", "lsn_counts", "lsn/activation.py")
+    folder = counts_folder(args, study, tag)
     files = activations.files(folder, tag)
+    refuse_one(langs, list(files), folder, tag, f" -a {folder}" if args.activation else "")
     named = [languages.find(files, lang, what=f"{folder}/{tag}.<lang>.pt") for lang in langs]
     counts = [activations.read(files[name], lang) for name, lang in zip(named, langs, strict=True)]
     activations.refuse_mixed(counts)
     if study and not args.activation:
         refuse_stale(counts, study)
+    called = dotted(tag, other_than(study, counts) if study and tag == study.name and not args.output else "")
+    mask_path, control_path, layers_path = places(study, called, args)
     n_layers, ffn_width = counts[0].over_zero.shape
-    widths = ffn_width if counts[0].width is None else counts[0].width.tolist()
     layers_lang, n_rich = wanted_layers(study, args, langs, layers_path, n_layers, model_of(counts))
 
     facts = {
@@ -170,8 +176,8 @@ def main(argv=None) -> None:
         "rates": rates,
         "seed": study.seed,
     }
-    report_path = mask_path.with_suffix(".report.json")
-    outputs = {mask_path: (masks.SCHEMA, facts | {"control": False}), report_path: (REPORT, facts)}
+    outputs = {mask_path: (masks.SCHEMA, facts | {"control": False})}
+    outputs[mask_path.with_suffix(".report.json")] = REPORT, facts
     if control_path:
         outputs[control_path] = masks.SCHEMA, facts | {"control": True}
     if layers_path:
@@ -183,36 +189,86 @@ def main(argv=None) -> None:
     if all(states):
         cli.say(f"{', '.join(map(str, outputs))}: finished (--overwrite redoes them)")
         return
+    identify(counts, outputs, mask_path, control_path, layers_path)
 
+
+def identify(counts: list[Counts], outputs: dict, mask_path: Path, control_path: Path | None, layers_path) -> None:
+    """Find the mask, and write it and what goes with it; `outputs` has schema and facts of each file."""
     warn_about_tokens(counts)
-    found = lape.of_counts(counts, **rates)
-    control = masks.random_control(found.mask, n_layers, widths, study.seed) if control_path else None
-    report = lape.describe(found, counts)
-    report |= {"rates": rates, "convergence": lape.convergence(counts, found, **rates)}
-    draw(report_path.with_suffix(""), report)
-    results.write_json(report_path, report, results.header(REPORT, **facts))
-    if layers_path:
-        layers = {"layers": lape.richest(found.mask[layers_lang], n_rich), "language": layers_lang}
-        layers["counts"] = report["languages"][layers_lang]["counts"]
-        results.write_json(layers_path, layers, results.header(LAYERS, **outputs[layers_path][1]))
+    facts, report_path = outputs[mask_path][1], mask_path.with_suffix(".report.json")
+    found = lape.of_counts(counts, **facts["rates"])
     if control_path:
-        masks.write(control_path, control, control=True, **facts)
+        widths = facts["ffn_width"] if counts[0].width is None else counts[0].width.tolist()
+        control = masks.random_control(found.mask, facts["n_layers"], widths, facts["seed"])
+    report = lape.describe(found, counts)
+    report |= {"rates": facts["rates"], "convergence": lape.convergence(counts, found, **facts["rates"])}
+    draw(report_path.with_suffix(""), report)
+    results.write_json(report_path, report, results.header(REPORT, **outputs[report_path][1]))
+    if layers_path:
+        lang, n = (outputs[layers_path][1][fact] for fact in ("language", "n_layers_listed"))
+        layers = {"layers": lape.richest(found.mask[lang], n), "language": lang}
+        layers["counts"] = report["languages"][lang]["counts"]
+        results.write_list(layers_path, "layers", layers, results.header(LAYERS, **outputs[layers_path][1]))
+    if control_path:
+        masks.write(control_path, control, **outputs[control_path][1])
     masks.write(mask_path, found.mask, **facts)  # last: where it is, all is
     say_found(report)
     say_convergence(report["convergence"])
     if layers_path:
-        cli.say(f"the {n_rich} layers richest in neurons of {layers_lang}: {layers['layers']}")
+        cli.say(f"the {n} layers richest in neurons of {lang}: {layers['layers']}")
         bare = [layer for layer in layers["layers"] if not layers["counts"][layer]]
         if bare:
-            cli.warn(f"{layers_lang} has no neurons in layers {bare}: only {n_rich - len(bare)} layers have any")
+            cli.warn(f"{lang} has no neurons in layers {bare}: only {n - len(bare)} layers have any")
     cli.say(f"wrote {', '.join(map(str, outputs))} and the figures {report_path.with_suffix('')}-*.pdf")
+
+
+def counts_folder(args, study: Study, tag: str) -> Path:
+    """Where the counts are: -a, else the study's place, else where the published README has them written."""
+    by_hand, own = Path(BY_HAND), study.result("lsn_counts")
+    if study and not args.activation and has_counts(by_hand, tag) and not has_counts(own, tag):
+        cli.say(f"{own} has no counts {tag}.<lang>.pt; using those in {by_hand}")
+        return by_hand
+    return study.input(args.activation or (None if study else by_hand), "-a", "lsn_counts", "lsn/activation.py")
+
+
+def has_counts(folder: Path, tag: str) -> bool:
+    return folder.is_dir() and bool(activations.tags(folder).get(tag))
+
+
+def refuse_one(langs: list[str], counted: list[str], folder: Path, tag: str, flags: str) -> None:
+    """Refuse a single language, with the command that works; `flags` are its others."""
+    if len(langs) > 1:
+        return
+    known = languages.find(counted, langs[0], default=langs[0])
+    every = [known, *(lang for lang in counted if lang != known)]
+    if len(every) > 1:
+        do = f"give all that were counted: python lsn/identify.py -t {tag} -l {','.join(every)}{flags}"
+    else:
+        do = f"{folder} has counts of {counted[0]} only: run lsn/activation.py on token ids of another language first"
+    raise InputError(f"-l {langs[0]}: neurons of one language stand out against other languages only; {do}")
+
+
+def other_than(study: Study, counts: list[Counts]) -> str:
+    """What tells counts from the study's own, of its last checkpoint and all its languages; mostly nothing."""
+    words, made_for = [], model_of(counts)
+    with contextlib.suppress(InputError):  # results may outlive their models
+        last = refs.run(study.value(None, "-t", "run"))[-1]
+        if made_for and not refs.same_model(made_for, last.describe()):
+            words.append(made_for["model_id"])
+    wanted, have = (
+        {languages.canonical(str(lang), any_tag=True) for lang in every}
+        for every in (study.get("languages.lsn", []), [one.lang for one in counts])
+    )
+    if wanted and wanted != have:
+        words.append("-".join(one.lang for one in counts))
+    return dotted(*words)
 
 
 def wanted_languages(given: str | list[str]) -> list[str]:
     """The languages of -l or of the study, as they were written.
 
     Raises:
-        InputError: fewer than two, or one in two spellings.
+        InputError: none, or one in two spellings.
     """
     parts = given.replace(" ", ",").split(",") if isinstance(given, str) else given
     langs = [str(part).strip() for part in parts if str(part).strip()]
@@ -220,8 +276,8 @@ def wanted_languages(given: str | list[str]) -> list[str]:
         twice = next((other for other in langs[:i] if languages.same(other, lang)), None)
         if twice is not None:
             raise InputError(f"languages: {twice} and {lang} are one language; name each once")
-    if len(langs) < 2:
-        raise InputError(f"{len(langs)} language given; name two or more: neurons of one stand out against others")
+    if not langs:
+        raise InputError("-l (study key languages.lsn) names no language; name two or more")
     return langs
 
 

@@ -67,7 +67,8 @@ results: results
     place = tmp_path / "results" / "layer-specialize" / "layers.json"
     results.write_json(place, {"interface_layers": INTERFACE}, results.header("layer-specialize", **ours))
     place = tmp_path / "results" / "lsn" / "result" / "tiny.layers.json"
-    results.write_json(place, {"layers": RICH, "language": "qaa_Latn"}, results.header("lsn-layers", **ours))
+    head = results.header("lsn-layers", **ours)
+    results.write_list(place, "layers", {"layers": RICH, "language": "qaa_Latn"}, head)
     return tmp_path
 
 
@@ -444,7 +445,7 @@ def test_bad_input(shared, tmp_path, monkeypatch):
 
 
 def test_neurons_of_another_language_are_named(study, capsys):
-    place = study / "results" / "lsn" / "result" / "tiny.layers.json"
+    place = study / "results" / "lsn" / "result" / "tiny.layers.facts.json"
     place.write_text(place.read_text().replace("qaa_Latn", "fra_Latn"))
     FFN.main(["--steps", "20"])
     assert "is about the neurons of fra_Latn, not of qaa_Latn" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_rates_are_decimals_and_ranks_are_floored():
     with pytest.raises(InputError, match=r"--filter-rate 0.05 of 10 rates is rank 0"):
         method.kth_smallest(values, 0.05, "--filter-rate")
     over_zero, n = some_counts(3)
-    with pytest.raises(InputError, match=r"--rate 0.001 of 120 neurons is less than one"):
+    with pytest.raises(InputError, match=r"--rate 0.001 of 120 neurons is less than one; give --rate 0.0084 or more"):
         lape(over_zero, n, rate=0.001)
     # A bar of its own for belonging to a language: the same neurons, in fewer languages.
     one = lape(over_zero, n, rate=0.3, filter_rate=0.7)
@@ -274,7 +274,9 @@ def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
         for lang, layers in masks.random_control(slow, 4, 40, 3).items()
     }
 
-    layers = without_header(Path("l.json"))
+    # A bare list, which the published ffn_lsn_swap.py reads, and its facts beside it.
+    layers, head = results.read_json("l.json", "lsn-layers", n_layers=4)
+    assert json.loads(Path("l.json").read_text()) == layers["layers"] and head["models"]["model"] == model
     sizes = [len(slow["ga"][layer]) for layer in range(4)]
     assert layers["counts"] == sizes and layers["language"] == "ga"
     assert layers["layers"] == sorted(sorted(range(4), key=lambda layer: -sizes[layer])[:2])
@@ -298,6 +300,7 @@ def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
         now = path.read_bytes()
         if path.suffix == ".json":
             now, content = (json.loads(x) for x in (now, content))
+        if isinstance(now, dict):
             assert now["_header"].pop("time") and content["_header"].pop("time")
         assert now == content, path
     with pytest.raises(InputError, match=r"tag.json is of another request \(it differs in rates\); give --overwrite"):
@@ -351,7 +354,7 @@ def test_published_files_and_a_language_that_gets_none(tmp_path, no_figure, caps
     path = tmp_path / "out" / "tag.json"
     assert without_header(path)["eu"] == {"0": [], "1": [], "2": []}
     assert masks.read(path, "en", 3, 40) == by_definition(over_zero, n, 0.1)["en"]
-    assert without_header(tmp_path / "l.json")["layers"] == [0, 1]
+    assert json.loads((tmp_path / "l.json").read_text()) == [0, 1]
     err = capsys.readouterr().err
     assert "no header in tag.en.pt and 2 more: model, tokenizer and text are taken on trust" in err
     assert "eu gets no neuron: it is listed in the mask, empty" in err
@@ -386,7 +389,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     fails(r"counts has no counts tag.<lang>.pt; run lsn/activation.py first")
     files()
     fails(r"nothing for fr \(fra_Latn\); there is en, eu, ga", langs="en,fr")
-    fails("1 language given; name two or more", langs="en,")
+    fails("-l .* names no language; name two or more", langs=",")
+    fails("-l en: neurons of one language .*: python lsn/identify.py -t tag -l en,eu,ga -a .*counts", langs="en,")
+    fails("give all that were counted: python lsn/identify.py -t tag -l ga,en,eu", langs="gle_Latn")
     fails("ga and gle_Latn are one language", langs="ga,gle_Latn")
     fails("no counts other.<lang>.pt; its tags are tag: give one with -t", "-t", "other")
     fails("--rate .study key lsn.rate. is 1.5; give a share above 0 and at most 1", "--rate", "1.5")
@@ -478,9 +483,88 @@ def test_without_arguments_in_a_study(tmp_path, monkeypatch, no_figure):
     assert header["models"]["model"]["spec"] == "run/checkpoint-2"
     # Another number of layers, and another folder for all of it.
     script.main(["-o", "elsewhere", "--n-layers", "1"])
-    names = ["small.control.json", "small.json", "small.layers.json", "small.report.json"]
+    names = [f"small{part}.json" for part in (".control", "", ".layers.facts", ".layers", ".report")]
     assert sorted(path.name for path in Path("elsewhere").iterdir()) == names
-    assert len(without_header(Path("elsewhere/small.layers.json"))["layers"]) == 1
+    assert len(json.loads(Path("elsewhere/small.layers.json").read_text())) == 1
+
+
+def test_counts_where_the_published_readme_has_them_written(tmp_path, monkeypatch, no_figure, capsys):
+    """`activation.py -s activation_count`, then `identify.py -t TAG -l ..`, in a folder with a study.yaml."""
+    study(tmp_path, monkeypatch)
+    layers_file([0, 2])
+    place = Path("results") / RESULTS["lsn_counts"]
+    over_zero, n = some_counts(4, width=48)
+    at_step_1 = {"models": {"model": refs.model("run/checkpoint-1").describe()}}
+    write_counts(tmp_path / "activation_count", over_zero, n, "hand", header=at_step_1)
+    script.main(["-t", "hand", "-l", "en,ga,eu"])
+    assert "has no counts hand.<lang>.pt; using those in activation_count" in capsys.readouterr().out
+    out = Path("results") / "lsn" / "result"
+    assert masks.read(out / "hand.json", "ga", 3, 48) == by_definition(over_zero, n, 0.1)["ga"]
+    # With the study's own tag: its own counts first, then those by hand; another model's have another place.
+    place.rename(place.with_name("aside"))
+    write_counts(tmp_path / "activation_count", over_zero, n, "small", header=at_step_1)
+    script.main([])
+    assert not (out / "small.json").exists() and (out / "small.run__checkpoint-1.json").is_file()
+    last = {"models": {"model": refs.model("run/checkpoint-2").describe()}}
+    write_counts(tmp_path / "activation_count", over_zero, n, "small", header=last)
+    script.main(["-l", "en,ga"])
+    assert not (out / "small.json").exists() and (out / "small.en-ga.layers.json").is_file()
+    script.main(["-l", "eng_Latn,gle_Latn,eus_Latn"])
+    assert (out / "small.json").is_file()
+    place.with_name("aside").rename(place)
+    capsys.readouterr()
+    script.main(["--overwrite"])
+    assert "using those in" not in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"activation_count has no counts none.<lang>.pt; its tags are small"):
+        script.main(["-t", "none"])
+
+
+def test_layers_of_an_earlier_version_are_finished(tmp_path, monkeypatch, no_figure, capsys):
+    """They held list and facts in one file; both forms are read alike."""
+    study(tmp_path, monkeypatch)
+    layers_file([0, 2])
+    script.main([])
+    path = Path("results/lsn/result/small.layers.json")
+    facts = path.with_suffix(".facts.json")
+    before = results.read_json(path)
+    facts.rename(path)
+    capsys.readouterr()
+    script.main([])
+    assert "finished (--overwrite redoes them)" in capsys.readouterr().out
+    payload, head = results.read_json(path)
+    assert (payload, head) == before
+    script.main(["--overwrite"])
+    assert json.loads(path.read_text()) == payload["layers"] and facts.is_file()
+
+
+def test_counts_of_the_original_lape_code(tmp_path, no_figure):
+    """`activation.<lang>.train.<model>`, with the sums that its code stores beside the counts."""
+    over_zero, n = some_counts(3, langs=("en", "id", "vi"))
+    folder = write_counts(tmp_path / "data", over_zero, n, "llama-7b")
+    for lang in over_zero:
+        path = folder / f"llama-7b.{lang}.pt"
+        content = results.read_tensors(path) | {f"sum{i}": torch.ones(3, 40) for i in (1, 2, 3, 4)}
+        torch.save(content, folder / f"activation.{lang}.train.llama-7b")
+        path.unlink()
+    argv = [
+        "-t",
+        "llama-7b",
+        "--langs",
+        "en,id,vi",
+        "-a",
+        str(folder),
+        "--outdir",
+        str(tmp_path / "out"),
+        "--rate",
+        "0.1",
+    ]
+    script.main(argv)
+    assert masks.read(tmp_path / "out/llama-7b.json", "id", 3, 40) == by_definition(over_zero, n, 0.1)["id"]
+    with pytest.raises(InputError, match="its tags are llama-7b: give one with -t"):
+        script.main(["-t", "llama", *argv[2:]])
+    write_counts(folder, over_zero, n, "llama-7b")
+    with pytest.raises(InputError, match=r"activation.en.train.llama-7b and llama-7b.en.pt are both counts of en"):
+        script.main([*argv, "--overwrite"])
 
 
 def test_a_study_whose_models_changed(tmp_path, monkeypatch, no_figure):

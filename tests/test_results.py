@@ -93,3 +93,19 @@ def test_tensors_round_trip_and_damage(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04 no zip")
     with pytest.raises(InputError, match="cannot be read as tensors"):
         results.read_tensors(tmp_path / "bad.pt")
+
+
+def test_a_bare_list_with_its_facts_beside_it(tmp_path, capsys):
+    path = tmp_path / "x.layers.json"
+    results.write_list(path, "layers", {"layers": [3, 1], "language": "ga"}, results.header("lsn-layers", n_layers=4))
+    assert path.read_text() == "[3, 1]\n"  # what json.load gives to the published scripts
+    payload, head = results.read_json(path, "lsn-layers", n_layers=4)
+    assert payload == {"layers": [3, 1], "language": "ga"} and head["schema"] == "lsn-layers"
+    with pytest.raises(InputError, match=r"x.layers.facts.json was made for n_layers 4, but 5 is needed"):
+        results.read_json(path, n_layers=5)
+    assert not capsys.readouterr().err
+    path.write_text("[3, 2]")  # by hand: the facts are another list's
+    assert results.read_json(path, "lsn-layers", n_layers=4) == ([3, 2], {})
+    assert "x.layers.json is not the list of x.layers.facts.json beside it" in capsys.readouterr().err
+    (tmp_path / "x.layers.facts.json").unlink()
+    assert results.read_json(path) == ([3, 2], {}) and "has no header" in capsys.readouterr().err
