@@ -178,7 +178,7 @@ class Study:
 
         words = []
         if base is not None and _real_path(base) != _real_path(self.get("base", "")):
-            words.append(refs.model(base).model_id)
+            words.append(f"base-{refs.model(base).model_id}")
         if run is not None or steps is not None:
             part = slice(-1 if last else 0, None)
             chosen, own = refs.run(run or self.value(None, "--study", "run"), steps)[part], self._own_run()[part]

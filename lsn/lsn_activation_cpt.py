@@ -185,7 +185,7 @@ def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> t
     Raises:
         InputError: nothing says it, or a name that means another step than the model's.
     """
-    base_tag = dotted("base", study.other(base=args.base_model))
+    base_tag = study.other(base=args.base_model) or "base"
     name = args.name
     if name is None and not study:
         raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")

@@ -153,7 +153,7 @@ def test_a_base_with_a_step_of_its_own_is_step_zero(study, monkeypatch):
     SCRIPT.main(["--base-model", "other/checkpoint-30"])
     assert sorted(drawn["language"]) == [0, 5, 30]
     place = folder / "results/lsn/lsn_activation"
-    _, head = results.read_json(place / "base.other__checkpoint-30/ga.288.json")
+    _, head = results.read_json(place / "base-other__checkpoint-30/ga.288.json")
     assert head["step"] == 0 and not (place / "base").exists()  # which is for the study's base
 
 

@@ -85,7 +85,7 @@ def test_what_is_not_the_study_s_own_has_another_place(tmp_path, monkeypatch, ca
     assert study.other(run="run/checkpoint-5") == study.other(steps=[5]) == "run__checkpoint-5"
     assert study.other(run="one", last=True) == study.other(run="one") == "one__checkpoint-5"
     assert study.other(steps=[5, 100]) == "run__checkpoint-5-to-run__checkpoint-100.2"
-    other = f"run__checkpoint-5.{tmp_path.name}__base.eu.limit-3"
+    other = f"base-run__checkpoint-5.{tmp_path.name}__base.eu.limit-3"
     assert study.other("run/checkpoint-5", "base", limit=3, lang="eu") == other
     assert Study().other("base", "run", [5], 3, "eu") == ""  # outside a study there is nothing to compare with
 
