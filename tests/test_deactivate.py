@@ -195,8 +195,10 @@ def test_a_sentence_inside_a_text_is_seen():
 
 def test_a_mask_of_before_a_training_is_refused_whatever_is_asked(study):
     save_tiny("llama", "run/checkpoint-10", seed=8)
-    SCRIPT.main(["run/checkpoint-10", "--random", "5", "-o", "ten.json"])  # the mask is of the same run
-    SCRIPT.main(["run/checkpoint-10", "--random", "5", "-o", "ten.json"])
+    SCRIPT.main(["run/checkpoint-10", "--random", "5"])  # the mask is of the same run
+    SCRIPT.main(["--steps", "10", "--random", "5"])
+    # The study's own place is for its last checkpoint.
+    assert [path.name for path in (study / "results/lsn").glob("*.json")] == ["deactivate.run__checkpoint-10.json"]
     save_tiny("llama", "run/checkpoint-30", seed=9)  # trained again
     with pytest.raises(InputError, match="trained"):
         SCRIPT.main(["run/checkpoint-10", "--random", "5", "-o", "again.json"])
