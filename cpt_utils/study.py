@@ -158,7 +158,7 @@ class Study:
         if not other:
             return place
         here = place.with_name(f"{place.stem}.{other}{place.suffix}")
-        cli.say(f"{place} is for the study's own base and whole run; this result goes to {here}")
+        cli.say(f"{place} is kept for the study's own base, whole run and language; this goes to {here}")
         return here
 
     def other(self, base=None, run=None, steps=None, limit=None, lang=None, last: bool = False) -> str:

@@ -93,4 +93,7 @@ def test_what_is_not_the_study_s_own_has_another_place(tmp_path, monkeypatch, ca
     assert study.output(None, "--output", "layers").as_posix() == "r/layer-specialize/layers.json"
     assert study.output(None, "--output", "layers", "x.y").as_posix() == "r/layer-specialize/layers.x.y.json"
     assert study.output(None, "--output", "layer_swap", "x").as_posix() == "r/layer-swap.x"
-    assert "is for the study's own base and whole run; this result goes to r/layer-swap.x" in capsys.readouterr().out
+    assert (
+        "r/layer-swap is kept for the study's own base, whole run and language; this goes to r/layer-swap.x"
+        in capsys.readouterr().out
+    )
