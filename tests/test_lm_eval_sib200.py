@@ -452,7 +452,7 @@ def test_a_study_needs_no_arguments_and_its_results_are_correlated(data, models,
     evaluate.main(["--steps", "5"])
     evaluate.main([])
     assert done == ["base", "checkpoint-5", "checkpoint-10", "checkpoint-200"]
-    assert "tokenizer files; using those of run" in capsys.readouterr().out
+    assert "using those of run" in capsys.readouterr().out
 
     changes = {str(s): {"interface_avg": s / 1e4, "semantic_hub_avg": s**0.5 / 1e4} for s in (5, 10, 200)}
     file = tmp_path / "results" / "weight-diff" / "int_and_sem.json"
