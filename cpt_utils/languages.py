@@ -5,8 +5,9 @@ The table has a row for each of the 230 language varieties of FLORES+:
 - `flores_plus`: the canonical code: ISO 639-3, script, and a variety where FLORES+ has several (`twi_Latn_akua1239`);
 - `sib200`: the code in SIB-200, empty where it is the same, `-` where SIB-200 lacks the variety. FLORES-200, Belebele
   and mOSCAR spell theirs the same way (all 163 languages of mOSCAR 1 are there);
-- `short`: two- and three-letter codes. One that stands in several rows (`no`: Bokmål and Nynorsk) is refused as
-  ambiguous; where one script is the usual one, the short code means that row (`zh`: simplified Mandarin);
+- `short`: two- and three-letter codes, and two of FLORES-101 that are neither (`zho_simpl`, `zho_trad`). One that
+  stands in several rows (`no`: Bokmål and Nynorsk) is refused as ambiguous; where one script is the usual one, the
+  short code means that row (`zh`: simplified Mandarin);
 - `name`: in English.
 """
 
