@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cpt_utils import cli, data, refs, results, tokenids
+from cpt_utils import cli, refs, results, textfiles, tokenids
 from cpt_utils.errors import InputError
 
 measure = cli.sibling("benchmarks/measure.py")
@@ -39,7 +39,7 @@ LINES = 8  # to a document
 
 def write_text(source: Path, path: Path, size: int) -> None:
     """Repeat the documents of `source` until the file holds about `size` bytes."""
-    lines = [line for line in data.lines(source) if line]
+    lines = [line for line in textfiles.lines(source) if line]
     documents = [" ".join(lines[i : i + LINES]) + "\n" for i in range(0, len(lines), LINES)]
     written = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -55,16 +55,17 @@ def ways(path: Path, tokenizer: Path, language: str, judges: dict, batch: int) -
     from cpt_utils import models
 
     whole = models.load_tokenizer(refs.model(tokenizer))
-    texts = list(data.lines(path))
+    texts = list(textfiles.lines(path))
     parts = [texts[i : i + batch] for i in range(0, len(texts), batch)]
-    encode = load_oscar.encoder(tokenizer)
+    encode, splitter = load_oscar.encoder(tokenizer)
 
     def ours(kind: str, drop: bool) -> Callable[[], int]:
         def run() -> int:
-            documents = load_oscar.corpus.text_documents([str(path)])
+            documents = load_oscar.corpus.file_documents([str(path)])
             with tempfile.TemporaryFile(dir=path.parent) as sink:
                 read = load_oscar.corpus.batches(documents, batch)
-                return load_oscar.tokenize(read, encode, judges[kind], drop, 1 << 62, sink)["tokens"]
+                found = load_oscar.tokenize(read, encode, judges[kind], drop, 1 << 62, sink, splitter=splitter)
+                return found["tokens"]
 
         return run
 

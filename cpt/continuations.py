@@ -17,7 +17,7 @@ import json
 import random
 from pathlib import Path
 
-from cpt_utils import cli, languages, results
+from cpt_utils import cli, languages, results, textfiles
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study, expand_environment
 
@@ -108,9 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(study.value(args.out, "--out", "data.task.dir"))
     if args.choices < 2:
         raise InputError(f"--choices {args.choices}: at least 2 are needed to choose from")
-    if not text.is_file():
-        raise InputError(f"{text} does not exist; give --text a file with one sentence a line")
-    sentences = [line.strip() for line in cli.sibling("cpt/packing.py").read_texts(text, "text")]
+    sentences = [line.strip() for line in textfiles.texts(text)]
     made = items(sentences[: args.limit], args.choices, study.seed)
     task = write(out, f"continuation_{language}", made, text.name, args.choices, study.seed)
     cli.say(f"{task}: {len(made)} items of {len(sentences)} sentences, chance {1 / args.choices:.2f}")

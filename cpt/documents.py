@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, results, study
+from cpt_utils import cli, results, study, textfiles
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -202,16 +202,20 @@ def mixed_documents(
 
 
 def read_lines(spec, language: str) -> list[str]:
-    """The lines of a file (.txt, .jsonl, .gz), several files, or hub data (the keys of HUB_KEYS, and column).
+    """The lines of a file (see `textfiles`), several files, or hub data (the keys of HUB_KEYS, and column).
 
-    White space inside a line becomes single spaces; empty lines stay, because parallel lines are aligned by number.
+    White space inside a line becomes single spaces; empty lines stay, because parallel lines are aligned by number, and
+    a null is an empty line.
     """
+    values = {"name": language, "weight": 1}
     if isinstance(spec, dict):
-        values = {"name": language, "weight": 1, "column": spec.get("column", "text")}
+        values |= {"column": spec.get("column", "text")}
         values["hub"] = {key: value for key, value in spec.items() if key != "column"}
-        return [" ".join(text.split()) for text in packing.Source.parse(values, "documents").from_hub()]
-    files = [spec] if isinstance(spec, str) else spec
-    return [" ".join(text.split()) for file in files for text in packing.read_texts(Path(file))]
+    else:
+        values["files"] = spec
+    rows = list(packing.Source.parse(values, "documents").rows())
+    textfiles.say_nulls(sum(pieces.count(None) for pieces in rows), f"text of {language}")
+    return [" ".join(textfiles.joined(pieces).split()) for pieces in rows]
 
 
 def read_parallel(files: dict) -> tuple[dict[str, list[str]], list[int]]:
@@ -391,8 +395,7 @@ def settings_of(config: dict) -> dict:
             return spec
         files = [Path(file) for file in ([spec] if isinstance(spec, str) else spec)]
         for file in files:
-            if not file.is_file():
-                raise InputError(f"{file} does not exist; check parallel and monolingual")
+            textfiles.check(file)
         return [packing.fingerprint(file) for file in files]
 
     settings = {key: value for key, value in config.items() if key != "output"}

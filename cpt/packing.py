@@ -6,18 +6,18 @@ the training has the wanted token shares, joined with an end-of-text token behin
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, refs
+from cpt_utils import cli, encoding, refs, textfiles
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,28 +70,39 @@ class Source:
         return cls(name, float(weight), paths, hub, str(values.get("column", "text")), limit)
 
     def check(self) -> None:
-        """Refuse files that are not there, before anything is loaded."""
+        """Refuse files that are not there or hold no text, before anything is loaded."""
         for file in self.files:
-            if not file.is_file():
-                raise InputError(
-                    f"source {self.name}: {file} does not exist; make it first or correct the training file"
-                )
+            try:
+                textfiles.check(file)
+            except InputError as error:
+                raise InputError(f"source {self.name}: {error}") from None
 
     def describe(self) -> dict:
         """What identifies the texts of this source, wherever they lie."""
         facts = {"name": self.name, "weight": self.weight, "column": self.column, "limit": self.limit}
         return facts | ({"hub": self.hub} if self.hub else {"files": [fingerprint(file) for file in self.files]})
 
-    def documents(self) -> Iterator[str]:
-        """The documents in stored order, without empty ones."""
-        texts = self.from_hub() if self.hub else (text for file in self.files for text in read_texts(file, self.column))
-        for number, text in enumerate(text for text in texts if text.strip()):
-            if self.limit is not None and number >= self.limit:
+    def documents(self, nulls: Counter | None = None) -> Iterator[str]:
+        """The documents in stored order, without empty ones; `nulls[name]` counts texts and pieces that are null."""
+        number = 0
+        for pieces in self.rows():
+            if nulls is not None:
+                nulls[self.name] += pieces.count(None)
+            if not (text := textfiles.joined(pieces).strip()):
+                continue
+            if number == self.limit:
                 return
-            yield text.strip()
+            number += 1
+            yield text
 
-    def from_hub(self) -> Iterator[str]:
-        """Every row's text in stored order; rows may be empty.
+    def rows(self) -> Iterator[list[str | None]]:
+        """Every row's text as its pieces (`textfiles.pieces`) in stored order; rows may be empty."""
+        if self.hub:
+            return self.from_hub()
+        return (pieces for file in self.files for pieces in textfiles.documents(file, self.column))
+
+    def from_hub(self) -> Iterator[list[str | None]]:
+        """The same for hub data.
 
         Raises:
             InputError: no such data set, no access, no connection, or no such column.
@@ -102,7 +113,7 @@ class Source:
         name, config = hub.pop("id"), hub.pop("config", None)
         try:
             for row in load_dataset(name, config, **hub):
-                yield _plain_text(row, self.column, name)
+                yield textfiles.pieces(row, self.column, name)
         except InputError:
             raise
         except Exception as error:  # the hub client raises a dozen types: offline, gated, no such config, ...
@@ -129,41 +140,6 @@ def fingerprint(file: Path) -> dict:
             stream.seek(-(1 << 20), os.SEEK_END)
             digest.update(stream.read())
     return {"name": file.name, "size": size, "sha256": digest.hexdigest()[:16]}
-
-
-def read_texts(file: Path, column: str = "text") -> Iterator[str]:
-    """The texts of a .txt, .jsonl or .json-lines file, gzipped or not: one a line, for jsonl the field `column`.
-
-    Raises:
-        InputError: no such file, damaged gzip, no UTF-8, or a line that is not a JSON object with `column`.
-    """
-    kind = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    as_json = bool(kind) and kind[-1] in (".jsonl", ".ndjson")
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if not as_json:
-                    yield line.rstrip("\r\n")
-                elif line.strip():
-                    yield _plain_text(json.loads(line), column, f"{file} line {number}")
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} line {number} is not JSON ({error}); one object a line is needed") from None
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text ({error}); copy it again") from None
-
-
-def _plain_text(row: dict, column: str, where: str) -> str:
-    """The text of a row; a list of pieces (mOSCAR stores them so) is joined by newlines."""
-    if not isinstance(row, dict) or column not in row:
-        have = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where} has no column {column!r} (it has: {have}); set the key column of the source")
-    value = row[column]
-    if isinstance(value, list):
-        return "\n".join(piece["text"] if isinstance(piece, dict) else str(piece) for piece in value)
-    return str(value)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, special: dict[str, str], whole: list[str]):
@@ -213,7 +189,7 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
         start: the model that is trained further, if any; its tokenizer is the default.
         state: a newly trained tokenizer is kept here, so that a continued run trains none.
     """
-    from transformers import AutoTokenizer
+    from cpt_utils import models
 
     for key, kind in (("vocab_size", int), ("special", dict), ("whole", list)):
         if wanted.get(key) is not None and not isinstance(wanted[key], kind):
@@ -234,22 +210,20 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
             shutil.rmtree(state / "tokenizer.tmp", ignore_errors=True)
             tokenizer.save_pretrained(state / "tokenizer.tmp")
             os.replace(state / "tokenizer.tmp", folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {runs.first_line(error)}") from error
+    tokenizer = models.read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{where}: the tokenizer in {folder} has no eos token; documents could not be told apart")
     return tokenizer, folder
 
 
-def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
     """Token ids of a source's documents, each followed by eos, written to `path` and mapped back.
 
     Files are read to their end, so that shuffling draws from all of them; hub data until `wanted` tokens are there.
 
     Returns:
-        ids [tokens] int32, and bounds [documents + 1] int64: document d is `ids[bounds[d]:bounds[d + 1]]`.
+        ids [tokens] int32; bounds [documents + 1] int64: document d is `ids[bounds[d]:bounds[d + 1]]`; and counts:
+        null_texts that were left out, and special_documents, which hold the text of a special token.
 
     Raises:
         InputError: the source holds no text.
@@ -259,9 +233,13 @@ def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.nda
     eos = tokenizer.eos_token_id
     lengths: list[int] = []
     total = 0
+    nulls: Counter = Counter()
+    special = 0
     with open(path, "wb") as out:
-        for batch in _batches(source.documents(), BATCH):
-            pieces = [[*ids, eos] for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+        for batch in _batches(source.documents(nulls), BATCH):
+            made = encoding.of_texts(tokenizer, batch, add_special_tokens=False)
+            special += made.n_split
+            pieces = [[*ids, eos] for ids in made.ids]
             np.concatenate([np.asarray(ids, dtype=ID) for ids in pieces]).tofile(out)
             lengths += map(len, pieces)
             total += sum(map(len, pieces))
@@ -269,7 +247,9 @@ def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.nda
                 break
     if not total:
         raise InputError(f"source {source.name} holds no text; give it documents or leave it out of the training file")
-    return np.memmap(path, dtype=ID, mode="r"), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    counts = {"null_texts": nulls[source.name], "special_documents": special}
+    return np.memmap(path, dtype=ID, mode="r"), bounds, counts
 
 
 def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -326,7 +306,8 @@ def pack(
     A second call finds the finished file and reads nothing else.
 
     Returns:
-        The blocks, and per source: share, documents, passes over them, and tokens used (eos included).
+        The blocks, and per source: share, documents, passes over them, tokens used (eos included), and the counts of
+        `tokenize`.
     """
     import numpy as np
 
@@ -334,12 +315,12 @@ def pack(
     if not facts_file.is_file():
         total = block_size * n_blocks
         weight = sum(source.weight for source in sources)
-        ids, bounds = [], []
+        ids, bounds, counts = [], [], []
         for number, source in enumerate(cli.progress(sources, "tokenizing", unit="source")):
             wanted = math.ceil(total * source.weight / weight)
             found = tokenize(source, tokenizer, wanted, folder / f"tokens-{number}.i32")
-            ids.append(found[0])
-            bounds.append(found[1])
+            for kept, part in zip((ids, bounds, counts), found, strict=True):
+                kept.append(part)
         lengths = [np.diff(b) for b in bounds]
         which, document = plan(lengths, [source.weight for source in sources], total, seed)
         used = np.zeros(len(sources), dtype=np.int64)
@@ -359,6 +340,7 @@ def pack(
                 "tokens_available": int(bounds[s][-1]),
                 "tokens_used": int(used[s]),
                 "passes": round(int(used[s]) / int(bounds[s][-1]), 3),
+                **counts[s],
             }
             for s, source in enumerate(sources)
         }

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli
+from cpt_utils import cli, encoding
+from cpt_utils.encoding import Encoded
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,22 +26,14 @@ ALIKE, ENOUGH = 0.8, 512  # share of the longest, tokens: see `batches`
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {(kind of step, --batch-size): limit}
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenized texts: `ids[i]` is a list of token ids, `special[i]` marks the special tokens among them with 1."""
-
-    ids: list[list[int]]
-    special: list[list[int]]
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], positions: int | None = None) -> Encoded:
     """Tokenize with special tokens as the tokenizer adds them; texts longer than `positions` are cut, with a warning.
 
     Raises:
         InputError: a text without a single token.
     """
-    made = tokenizer(texts, add_special_tokens=True, return_special_tokens_mask=True)
-    ids, special = made["input_ids"], made["special_tokens_mask"]
+    made = encoding.of_texts(tokenizer, texts)
+    ids, special = made.ids, made.special
     for text, row in zip(texts, ids, strict=True):
         if not row:
             raise InputError(f"the tokenizer makes no token of {text!r}; remove the line")
@@ -50,7 +42,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], positions: int 
         cli.warn(f"{len(long)} of {len(ids)} texts are longer than the model's {positions} positions and are cut there")
         for i in long:
             ids[i], special[i] = ids[i][:positions], special[i][:positions]
-    return Encoded(ids, special)
+    return made
 
 
 def positions(model: PreTrainedModel) -> int | None:

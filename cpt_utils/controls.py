@@ -39,7 +39,7 @@ def add_flag(p, own: str) -> None:
 
 
 def _number_of_sets(text: str) -> str:
-    if text not in ("all", "study") and not (text.isdigit() and int(text) > 0):
+    if text not in ("all", "study") and not (text.isdecimal() and int(text) > 0):
         raise ValueError
     return text
 

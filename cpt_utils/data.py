@@ -1,28 +1,28 @@
 """Parallel sentences: FLORES+, SIB-200, two text files, or two columns of a TSV, as lists aligned pair by pair.
 
-- `flores`: `openlanguagedata/flores_plus` on the hub, or a folder with `<code>.jsonl`, `.parquet` or `.tsv` (id, text);
-  aligned by `id`.
-- `sib200`: `Davlan/sib200` on the hub, or a folder with `<code>/{train,dev,test}.tsv`; aligned by `index_id`.
-- `text`: two plain text files (.gz allowed), one sentence a line; aligned by line.
-- `tsv`: two columns, named or by number, of one file (.gz allowed); aligned by line.
+- `flores`: `openlanguagedata/flores_plus` on the hub, or a folder with `<code>.jsonl`, `.parquet` or `.tsv` (id, text),
+  aligned by `id`; or the release archives of FLORES-200 and FLORES-101 extracted (`dev/<code>.dev`), aligned by line.
+- `sib200`: `Davlan/sib200` on the hub, or a folder with `<code>/{train,dev,test}.tsv`; aligned by `index_id`. The files
+  were written by pandas and are read so: quotes around a cell are none of its text.
+- `text`: two text files (.gz allowed), one sentence a line; aligned by line.
+- `tsv`: two columns, named or by number, of one file (.gz allowed); aligned by line. Quotes are text here, and so in a
+  `.tsv` of `flores`.
 
 Everything a user can get wrong is found here, before any model is loaded.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils import languages
+from cpt_utils import languages, textfiles
 from cpt_utils.errors import InputError
+from cpt_utils.textfiles import lines
 
 SOURCES = ("flores", "sib200", "text", "tsv")
 FLORES = "openlanguagedata/flores_plus"
@@ -62,9 +62,13 @@ class ParallelText:
         split = f" {facts['split']}" if facts.get("split") else ""
         used = f"{len(self)} of {self.n_available}" if len(self) != self.n_available else f"{len(self)}"
         pair = f"{facts['base']['lang']}-{facts['target']['lang']}"
+        columns = [facts[side].get("column") for side in ("base", "target")]
+        which = "" if None in columns else f", columns {columns[0]} and {columns[1]}"
+        empty = facts.get("dropped_empty", 0)
         return (
-            f"{used} sentence pairs {pair} from {facts['source']}{split}, aligned by {facts['aligned_by']}"
+            f"{used} sentence pairs {pair} from {facts['source']}{split}{which}, aligned by {facts['aligned_by']}"
             f"{f' ({unpaired}: left out)' if unpaired else ''}"
+            f"{f' ({empty} with an empty side: left out)' if empty else ''}"
         )
 
 
@@ -78,6 +82,7 @@ def parallel(
     split: str | None = None,
     limit: int | None = None,
     revision: str | None = None,
+    drop_empty: bool = False,
 ) -> ParallelText:
     """The sentence pairs of `base` and `target`, in the order of their ids.
 
@@ -90,6 +95,7 @@ def parallel(
         split: `flores`: dev (default) or devtest; `sib200`: train, dev, test or all (default).
         limit: keep the first so many pairs.
         revision: of the hub data set; default: its newest. The commit used is in `describe()`.
+        drop_empty: leave out pairs of which a side is empty or null, and count them, instead of refusing them.
 
     Raises:
         InputError: unknown language or source, missing or gated data, an empty sentence, a duplicated id, different
@@ -116,13 +122,22 @@ def parallel(
         examples = " and ".join(f"{code} has {_examples(sides[side])}" for side, code in codes.items())
         raise InputError(f"{source}: {base} and {target} have no sentence in common: {examples}")
     ids.sort(key=_natural)
-    for side, code in codes.items():
-        for i in ids:
-            if not isinstance(sides[side][i], str) or not sides[side][i].strip():
-                raise InputError(
-                    f"{source}: the {code} sentence of {facts['aligned_by']} {i} is empty; "
-                    "fill it, or remove the pair from both languages"
-                )
+    empty = {
+        i: code for side, code in codes.items() for i in ids
+        if not isinstance(sides[side][i], str) or not sides[side][i].strip()
+    }  # fmt: skip
+    if empty and not drop_empty:
+        i, code = next(iter(empty.items()))
+        more = f", and {len(empty) - 1} more pairs have an empty side" if len(empty) > 1 else ""
+        raise InputError(
+            f"{source}: the {code} sentence of {facts['aligned_by']} {i} is empty{more}; fill it, remove the pair from "
+            "both languages, or leave out such pairs with --drop-empty"
+        )
+    if drop_empty:
+        facts["dropped_empty"] = len(empty)
+        ids = [i for i in ids if i not in empty]
+        if not ids:
+            raise InputError(f"{source}: each of the {len(empty)} pairs of {base} and {target} has an empty side")
     for side, code in codes.items():
         other = sides["target" if side == "base" else "base"]
         facts[f"only_in_{side}"] = sum(i not in other for i in sides[side])
@@ -143,8 +158,8 @@ def _examples(rows: dict) -> str:
 
 
 def _natural(text: str) -> tuple:
-    """Sort key that puts `2` before `10`."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part)
+    """Sort key that puts `2` before `10`; digits that are not decimal (`²`) are letters like others."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part)
 
 
 # --- FLORES+ ---------------------------------------------------------------------------------------------------------
@@ -165,28 +180,54 @@ def _flores(codes: dict, folder, split: str | None, revision: str | None) -> tup
             sides[side] = _by_id(rows, "id", f"FLORES+ {name} {split}")
             facts[side] = {"spelling": name}
         return sides, facts
-    folder = _folder(folder)
-    place = folder / split if (folder / split).is_dir() else folder
+    place = _flores_folder(_folder(folder), split)
     for side, code in codes.items():
-        file = _language_file(place, code)
-        rows = list(_table(file, ("id", "text")))
+        file = _language_file(place, code, split)
+        facts[side] = {"spelling": _language_of(file, split), "files": {str(file): file_sha256(file)}}
+        if file.suffix not in TABLE_SUFFIXES:  # of a release archive: a sentence a line, the same in every file
+            sides[side] = {str(number): line for number, line in enumerate(lines(file), 1)}
+            facts["aligned_by"] = "line"
+            continue
+        rows = _table(file, ("id", "text"))
         if any("split" in row for row in rows):  # newer releases say in each row which split it is of
             found = sorted({str(row.get("split")) for row in rows})
             rows = [row for row in rows if row.get("split") == split]
             if not rows:
                 raise InputError(f"{file} holds the split {', '.join(found)}, not {split}; give --split {found[0]}")
         sides[side] = _by_id(rows, "id", str(file))
-        facts[side] = {"spelling": file.stem, "files": {str(file): file_sha256(file)}}
+    if facts["aligned_by"] == "line":
+        files = {side: next(iter(facts[side]["files"])) for side in codes}
+        if other := [file for file in files.values() if Path(file).suffix in TABLE_SUFFIXES]:
+            raise InputError(f"{other[0]} has ids, the other language's file has lines; give both in the same form")
+        _same_number(sides, files)
     return sides, facts
 
 
-def _language_file(folder: Path, code: str) -> Path:
+def _flores_folder(folder: Path, split: str) -> Path:
+    """Where the language files of `split` lie: in its folder, here or in a release archive's; else in `folder`."""
+    for place in (folder, folder / "flores200_dataset", folder / "flores101_dataset"):
+        if (place / split).is_dir():
+            return place / split
+    return folder
+
+
+def _language_of(file: Path, split: str) -> str | None:
+    """The language in a file's name: `<code>.jsonl`, or `<code>.dev` and `dev.<code>` of the release archives."""
+    if file.suffix in TABLE_SUFFIXES:
+        return file.stem
+    parts = file.name.split(".")
+    return next((part for part in parts if part != split), None) if split in parts and len(parts) == 2 else None
+
+
+def _language_file(folder: Path, code: str, split: str) -> Path:
     """The one file of `code` in `folder`, whatever the spelling of its name."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in TABLE_SUFFIXES)
+    files = {path: name for path in sorted(folder.iterdir()) if (name := _language_of(path, split)) and path.is_file()}
     if not files:
-        raise InputError(f"{folder} holds no language files; expected names like {code}.jsonl (.parquet, .tsv)")
-    stem = languages.find({p.stem for p in files}, code, what=str(folder))
-    found = [p for p in files if p.stem == stem]
+        raise InputError(
+            f"{folder} holds no language files; expected names like {code}.jsonl (.parquet, .tsv), or {code}.{split}"
+        )
+    stem = languages.find(set(files.values()), code, what=str(folder))
+    found = [path for path, name in files.items() if name == stem]
     if len(found) > 1:
         raise InputError(f"{folder}: {' and '.join(p.name for p in found)} are both {code}; keep one of them")
     return found[0]
@@ -242,32 +283,33 @@ def sib200_rows(folder: str | os.PathLike, split: str = "all") -> list[dict[str,
     """The rows (`index_id`, `category`, `text`) of one language's local folder; `all` joins train, dev and test.
 
     Raises:
-        InputError: a file is missing, or a line has another number of columns.
+        InputError: a file is missing, or not as pandas writes it (`textfiles.quoted_rows`).
     """
-    rows = []
-    for part in sib200_splits(split):
-        file = Path(folder) / f"{part}.tsv"
-        rows += _table(file, SIB200_COLUMNS)
-    return rows
+    files = [Path(folder) / f"{part}.tsv" for part in sib200_splits(split)]
+    return [row for file in files for row in textfiles.quoted_rows(file, SIB200_COLUMNS)]
 
 
 # --- local files -----------------------------------------------------------------------------------------------------
 
 
 def _text(codes: dict, folder, files: dict) -> tuple[dict, dict]:
-    sides, facts = {}, {"aligned_by": "line"}
+    sides, facts, names = {}, {"aligned_by": "line"}, {}
     for side, code in codes.items():
         file = _given(files[side], folder, f"--{side}-file", code)
-        sides[side] = {str(number): line for number, line in enumerate(lines(file), 1)}
+        sides[side] = {str(number): text for number, text in enumerate(textfiles.texts(file), 1)}
         facts[side] = {"files": {str(file): file_sha256(file)}}
-    base, target = (len(sides[side]) for side in codes)
-    if base != target:
-        names = [next(iter(facts[side]["files"])) for side in codes]
-        raise InputError(
-            f"{names[0]} has {base} lines and {names[1]} has {target}; "
-            "text files are aligned by line and must have the same number"
-        )
+        names[side] = str(file)
+    _same_number(sides, names)
     return sides, facts
+
+
+def _same_number(sides: dict, files: dict) -> None:
+    base, target = (len(sides[side]) for side in files)
+    if base != target:
+        raise InputError(
+            f"{files['base']} has {base} lines and {files['target']} has {target}; "
+            "files without ids are aligned by line and must have the same number"
+        )
 
 
 def _tsv(codes: dict, folder, files: dict) -> tuple[dict, dict]:
@@ -281,15 +323,15 @@ def _tsv(codes: dict, folder, files: dict) -> tuple[dict, dict]:
     file = given["base"][0]
     if not file.is_file():
         raise InputError(f"{file} does not exist; give --base-file FILE or FILE:COLUMN")
-    rows = _cells(file)
+    rows = textfiles.tsv_cells(file)
     column, header = _columns(file, rows[0], codes, {side: name for side, (_, name) in given.items()})
     start = 1 if header else 0
     digest = file_sha256(file)
     sides, facts = {}, {"aligned_by": "line"}
-    for side in codes:
-        lines = enumerate(rows[start:], start + 1)
-        sides[side] = {str(number): row[column[side]] for number, row in lines}
-        name = rows[0][column[side]] if header else column[side] + 1
+    for side, index in column.items():
+        numbered = enumerate(rows[start:], start + 1)
+        sides[side] = {str(number): row[index] for number, row in numbered}
+        name = rows[0][index] if header == "names" else index + 1
         facts[side] = {"files": {str(file): digest}, "column": name}
     return sides, facts
 
@@ -302,35 +344,37 @@ def _file_and_column(given, folder, code: str) -> tuple[Path, str | None]:
     return file, None
 
 
-def _columns(file: Path, first: list[str], codes: dict, given: dict) -> tuple[dict[str, int], bool]:
-    """Which column each side is, and whether the first line is a header.
+def _columns(file: Path, first: list[str], codes: dict, given: dict) -> tuple[dict[str, int], str | None]:
+    """Which column each side is, and what the first line holds: "names", "numbers" (as pandas counts), None: data.
 
-    Columns asked for by number mean that every line is data; by name, that the first line holds the names. Where
-    nothing is asked for, the languages themselves are looked up in the first line, else columns 1 and 2 are taken.
+    Columns asked for by number from 1 mean that every line is data, whatever ids line 1 holds; by name, that the first
+    line holds the names. Where nothing is asked for, the languages themselves are looked up in the first line, else
+    columns 1 and 2 of two are taken.
     """
+    counted = [str(number) for number in range(len(first))]
+    numbers = "numbers" if first in (counted, ["", *counted[:-1]]) else None
+    asked = f"give --base-file {file.name}:COLUMN and --target-file {file.name}:COLUMN (a name, or a number from 1)"
     if all(name is None for name in given.values()):
         found = {side: languages.find(first, code, what=str(file), default=None) for side, code in codes.items()}
         if None not in found.values():
-            return {side: first.index(name) for side, name in found.items()}, True
-        if len(first) != 2:
+            return {side: first.index(name) for side, name in found.items()}, "names"
+        if len(first) != 2 or first[0] == "":
             raise InputError(
-                f"{file} has {len(first)} columns, and line 1 does not name {' and '.join(codes.values())}; "
-                f"give --base-file {file.name}:COLUMN and --target-file {file.name}:COLUMN"
+                f"{file} has {len(first)} columns, and line 1 does not name {' and '.join(codes.values())}; {asked}"
             )
-        return {"base": 0, "target": 1}, False
+        return {"base": 0, "target": 1}, numbers
     if None in given.values():
         raise InputError(f"{file}: a column is given for one language only; give FILE:COLUMN for both")
-    numbers = {side: name.isdigit() and name not in first for side, name in given.items()}
-    if all(numbers.values()):
-        column = {side: int(name) - 1 for side, name in given.items()}
-        for index in column.values():
-            if not 0 <= index < len(first):
-                raise InputError(f"{file} has columns 1 to {len(first)}, no column {index + 1}")
-        return column, False
-    for name in given.values():
-        if first.count(name) != 1:
-            raise InputError(f"{file}: no single column is named {name!r}; line 1 has {', '.join(first)}")
-    return {side: first.index(name) for side, name in given.items()}, True
+    places = [int(name) if name.isdecimal() else 0 for name in given.values()]
+    if all(1 <= place <= len(first) for place in places):
+        return {side: place - 1 for side, place in zip(given, places, strict=True)}, numbers
+    wrong = [name for name in given.values() if first.count(name) != 1]
+    if wrong and all(name.isdecimal() for name in given.values()):
+        outside = next(place for place in places if not 1 <= place <= len(first))
+        raise InputError(f"{file} has columns 1 to {len(first)}, no column {outside}")
+    if wrong:
+        raise InputError(f"{file}: no single column is named {wrong[0]!r}; line 1 has {', '.join(first)[:200]}")
+    return {side: first.index(name) for side, name in given.items()}, "names"
 
 
 def _given(file, folder, flag: str, code: str, must_exist: bool = True) -> Path:
@@ -344,40 +388,23 @@ def _given(file, folder, flag: str, code: str, must_exist: bool = True) -> Path:
 
 def _folder(folder) -> Path:
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"--data-dir {folder} is a file; extract it if it is an archive, and give the folder")
     if not folder.is_dir():
         raise InputError(f"--data-dir {folder} is not a folder; leave it out to read from the hub")
     return folder
 
 
-def lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, gzipped or not, without their ends.
-
-    Only line feeds end a line: U+2028 or a lone carriage return inside a sentence must not shift the alignment.
-
-    Raises:
-        InputError: no such file, or no UTF-8 text.
-    """
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig", newline="\n") as stream:
-            for line in stream:
-                yield line.removesuffix("\n").removesuffix("\r")
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; a text file with one sentence or document a line is needed") from None
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text ({error}); save it again") from None
-
-
-def _table(file: Path, columns: tuple[str, ...]) -> Iterable[dict]:
+def _table(file: Path, columns: tuple[str, ...]) -> list[dict]:
     """The rows of a .jsonl, .parquet or .tsv file that has at least `columns`."""
     if not file.is_file():
         raise InputError(f"{file} does not exist; a local copy needs every file of every language used")
     if file.suffix == ".parquet":
-        rows = _parquet(file)
+        rows = list(textfiles.parquet_rows(file))
     elif file.suffix == ".jsonl":
-        rows = _jsonl(file)
+        rows = list(textfiles.json_rows(file))
     else:
-        cells = _cells(file)
+        cells = textfiles.tsv_cells(file)
         rows = [dict(zip(cells[0], line, strict=True)) for line in cells[1:]]
     if not rows:
         raise InputError(f"{file} holds no rows")
@@ -387,50 +414,17 @@ def _table(file: Path, columns: tuple[str, ...]) -> Iterable[dict]:
     return rows
 
 
-def _cells(file: Path) -> list[list[str]]:
-    """The cells of a TSV, all lines equally long. Quotes are ordinary characters, as in SIB-200."""
-    cells = [line.split("\t") for line in lines(file)]
-    if not cells:
-        raise InputError(f"{file} is empty")
-    for number, line in enumerate(cells, 1):
-        if len(line) != len(cells[0]):
-            raise InputError(f"{file}: line {number} has {len(line)} columns, line 1 has {len(cells[0])}")
-    return cells
-
-
-def _jsonl(file: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(lines(file), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}: line {number} is not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{file}: line {number} is not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _parquet(file: Path) -> list[dict]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _by_id(rows: Iterable[dict], key: str, what: str) -> dict[str, str]:
+def _by_id(rows: Iterable[dict], key: str, what: str) -> dict[str, str | None]:
     """`{id: text}`, with ids as text so that `431` from a TSV and 431 from parquet are one."""
-    texts: dict[str, str] = {}
+    texts: dict[str, str | None] = {}
     for row in rows:
         i = row.get(key)
         if i is None or i == "":
             raise InputError(f"{what}: a row has no {key}")
         if str(i) in texts:
             raise InputError(f"{what}: {key} {i} comes twice; sentences are aligned by {key}, which must be unique")
-        texts[str(i)] = row.get("text")
+        text = row.get("text")
+        texts[str(i)] = text.lstrip(textfiles.BOM) if isinstance(text, str) else text
     return texts
 
 
@@ -518,6 +512,12 @@ def add_flags(parser) -> None:
     )
     p.add_argument("--target-file", metavar="F", help="the same for the target language")
     p.add_argument("--split", metavar="S", help="part of the source; default dev for flores, all 1004 rows for sib200")
+    p.add_argument(
+        "--drop-empty",
+        action="store_true",
+        default=None,
+        help="leave out pairs with an empty side, as verse-aligned text has; default: the study's, else refuse them",
+    )
 
 
 def from_arguments(args, study, base: str, target: str) -> ParallelText:
@@ -540,4 +540,5 @@ def from_arguments(args, study, base: str, target: str) -> ParallelText:
         target_file=place(args.target_file, "--target-file", "target_file"),
         split=place(args.split, "--split", "split"),
         limit=args.limit,
+        drop_empty=bool(place(args.drop_empty, "--drop-empty", "drop_empty")),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, data, languages
+from cpt_utils import archs, cli, data, languages, textfiles
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def documents(file: Path, together: int) -> list[tuple[str, str]]:
     With `together` 1 every line is a text without context. With more, so many lines make a document, and its first line
     is context that is not scored: finding out which language a text is in is no part of knowing that language.
     """
-    found = [line.strip() for line in data.lines(file) if line.strip()]
+    found = [text for line in textfiles.texts(file) if (text := line.strip())]
     if not found:
         raise InputError(f"{file} holds no text")
     if together == 1:
@@ -189,8 +189,4 @@ def _task_file(study) -> Path | None:
 def _task_rows(file: Path) -> list[tuple[str, str]]:
     if not file.is_file():
         raise InputError(f"{file} does not exist; --task needs a file in the form of SIB-200's test.tsv")
-    cli.sibling("lm_eval_sib200/generate.py").check_tsv(file)
-    text = file.read_text(encoding="utf-8-sig").removesuffix("\n")
-    lines = [line.split("\t") for line in text.split("\n")]  # not splitlines: U+2028 may stand in a sentence
-    columns = lines[0].index("text"), lines[0].index("category")
-    return [(line[columns[0]], line[columns[1]]) for line in lines[1:]]
+    return [(row["text"], row["category"]) for row in cli.sibling("lm_eval_sib200/generate.py").read_tsv(file)]

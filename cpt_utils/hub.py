@@ -108,7 +108,7 @@ def first_bytes(repository: str, revision: str | None, name: str, stop: int) -> 
                     break
             total = response.headers.get("content-range", "").rpartition("/")[2]
             size = total or response.headers.get("content-length", "")
-        return data[:stop], int(size) if size.isdigit() else len(data)
+        return data[:stop], int(size) if size.isdecimal() else len(data)
 
     return _tried(ask, repository, revision)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cpt_utils import hooks, models
+from cpt_utils import encoding, hooks, models
 from cpt_utils.batching import encode, for_each, padded, positions
 from cpt_utils.errors import InputError
 
@@ -84,8 +84,7 @@ def text_nlls(
 
 def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of `text` with what the tokenizer puts in front of it, without what it puts behind."""
-    made = tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True)
-    special = made["special_tokens_mask"]
+    (special,) = encoding.of_texts(tokenizer, [text]).special
     behind = next((n for n, flag in enumerate(reversed(special)) if not flag), len(special))
     return len(special) - behind
 
@@ -115,12 +114,11 @@ def choice_logliks(
     limit = positions(model)
     place: dict[tuple[int, ...], int] = {}  # input -> its number
     wanted: list[tuple[int, list[int]]] = []  # (number of the input, tokens to predict at its end)
-    for prompt in prompts:
-        context = len(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-        for choice in choices:
-            whole = tokenizer(f"{prompt} {choice}", add_special_tokens=True)["input_ids"]
-            read = tuple(whole[:-1][-limit:] if limit else whole[:-1])
-            wanted.append((place.setdefault(read, len(place)), whole[context:]))
+    contexts = encoding.of_texts(tokenizer, prompts).ids
+    wholes = encoding.of_texts(tokenizer, [f"{prompt} {choice}" for prompt in prompts for choice in choices]).ids
+    for at, whole in enumerate(wholes):
+        read = tuple(whole[:-1][-limit:] if limit else whole[:-1])
+        wanted.append((place.setdefault(read, len(place)), whole[len(contexts[at // len(choices)]) :]))
     inputs = [list(read) for read in place]
     asked: list[list[int]] = [[] for _ in inputs]
     for request, (number, _) in enumerate(wanted):

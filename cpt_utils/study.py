@@ -29,6 +29,7 @@ KEYS = {
         "base_file": None,
         "target_file": None,
         "split": None,
+        "drop_empty": None,
         "heldout": "any",
         "heldout_lines": None,
         "task": {"name": None, "dir": None},

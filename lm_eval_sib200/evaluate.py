@@ -97,13 +97,16 @@ def fingerprint(task, num_fewshot: int | None) -> str:
 
 
 def identity(
-    ref: refs.ModelRef, base: refs.ModelRef | None, prompts: dict[str, str], args, dtype, swap: dict | None = None
+    ref: refs.ModelRef, base: refs.ModelRef | None, data: dict[str, dict], args, dtype, swap: dict | None = None
 ) -> dict:
-    """The header facts in which two evaluations must agree to be the same evaluation."""
+    """The header facts in which two evaluations must agree to be the same evaluation.
+
+    `data`: the hash of its `prompts` by task, and the `versions` of the tasks.
+    """
     return {
         "models": {"model": ref.describe()},
         "tokenizer": refs.tokenizer_used(ref, base=base),
-        "data": {"prompts": prompts},
+        "data": data,
         "num_fewshot": args.num_fewshot,
         "dtype": str(dtype).removeprefix("torch."),
         "limit": args.limit,
@@ -118,12 +121,13 @@ def finished(folder: Path, wanted: dict) -> Path | None:
     """
     for path in sorted(folder.glob("results_*.json"), reverse=True):
         try:
-            head = json.loads(path.read_text(encoding="utf-8")).get(results.HEADER) or {}
+            content = json.loads(path.read_text(encoding="utf-8"))
+            head = content.get(results.HEADER) or {}
         except (json.JSONDecodeError, UnicodeDecodeError):
             cli.warn(f"{path} is not valid JSON and is ignored")
             continue
-        done = head.get("data", {}).get("prompts", {})
-        same = all(done.get(task) == prompt for task, prompt in wanted["data"]["prompts"].items())
+        done = {"prompts": head.get("data", {}).get("prompts", {}), "versions": content.get("versions", {})}
+        same = all(done[kind].get(task) == one for kind in done for task, one in wanted["data"][kind].items())
         # Headers from before it was written down do not name the tokenizer.
         facts = [fact for fact in wanted if fact != "data" and (fact != "tokenizer" or fact in head)]
         if same and all(head.get(fact) == wanted[fact] for fact in facts):
@@ -280,18 +284,21 @@ def main(argv: list[str] | None = None) -> None:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")  # even for local CSV files `datasets` reports a use to the hub
         with _quiet("lm_eval"):
             manager, loaded = load_tasks(folder, args.tasks)
-        prompts = {name: fingerprint(task, args.num_fewshot) for name, task in loaded.items()}
+        data = {
+            "prompts": {name: fingerprint(task, args.num_fewshot) for name, task in loaded.items()},
+            "versions": {name: task.VERSION for name, task in loaded.items()},
+        }
 
         def work(item: tuple[int, refs.ModelRef]) -> str:
             number, ref = item
             cli.say(f"[{number}/{len(chosen)}] {ref.spec}")
             if swap is None:
-                return evaluate_once(ref, study, manager, prompts, output, args, dtype, process)
+                return evaluate_once(ref, study, manager, data, output, args, dtype, process)
             with surgery.Pair(swap.base, ref) as pair:
                 recipe = swap.recipe(pair)
                 cli.say(f"  with {recipe.words}, swapped in memory")
                 made = pair, recipe, swap.facts(pair, recipe)
-                return evaluate_once(ref, study, manager, prompts, output, args, dtype, process, made)
+                return evaluate_once(ref, study, manager, data, output, args, dtype, process, made)
 
         # Every process evaluates whole models: their results are files of their own, and the same as one process's.
         for found in process.rounds(list(enumerate(chosen, start=1)), work):
@@ -300,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_once(
-    ref, study: Study, manager, prompts: dict[str, str], output: Path, args, dtype, process, swap: tuple | None = None
+    ref, study: Study, manager, data: dict[str, dict], output: Path, args, dtype, process, swap: tuple | None = None
 ) -> str:
     """Evaluate one model and save its result, unless the same evaluation is finished; returns what to print.
 
@@ -311,7 +318,7 @@ def evaluate_once(
     base = refs.model(study.get("base")) if study.get("base") else None
     if swap:
         base = swap[0].base_ref
-    wanted = identity(ref, base, prompts, args, dtype, swap and swap[2])
+    wanted = identity(ref, base, data, args, dtype, swap and swap[2])
     place = ref.spec.partition("@")[0] if not ref.is_local else ref.spec
     name = sanitize_model_name(place + (f"+{args.swap}" if swap else ""))
     done = None if args.overwrite else finished(output / name, wanted)

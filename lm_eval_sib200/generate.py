@@ -20,20 +20,22 @@ import re
 import shutil
 from pathlib import Path
 
-from cpt_utils import cli
+from cpt_utils import cli, textfiles
 from cpt_utils.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 CHOICES = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
 PROMPT = 'The category of "{{text}}" is:'
-VERSION = 1.0  # raise it whenever the prompt, the choices or the data change: lm_eval stores it with every number
+# Raise it whenever the prompt, the choices or the data change: lm_eval stores it with every number. 2.0: local files
+# are read with their CSV quotes, and so as the hub has them; before, texts with a quote in them were read otherwise.
+VERSION = 2.0
 GROUP = "sib200"
 TEMPLATE = "_default_yaml"  # without the suffix, else lm_eval would take it for a task
 GROUP_FILE = "_sib200.yaml"
 MARK = "# Written by lm_eval_sib200/generate.py; change it there and run it again."
 
-# csv.QUOTE_NONE is 3. Nothing is a missing value: a sentence may well be "None" or "NA".
-TSV_OPTIONS = {"delimiter": "\t", "quoting": 3, "keep_default_na": False, "na_filter": False}
+# Quotes as pandas writes them, its reader's default. Nothing is a missing value: a sentence may be "None" or "NA".
+TSV_OPTIONS = {"delimiter": "\t", "keep_default_na": False, "na_filter": False}
 SPLITS = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
 
 
@@ -101,7 +103,7 @@ def tsv_files(folder: str | os.PathLike) -> dict[str, str]:
         if missing := sorted(SPLITS[split] for split in ("train", "test") if split not in paths):
             raise InputError(f"{folder / code} lacks {' and '.join(missing)}; a task needs train.tsv and test.tsv")
         for path in paths.values():
-            check_tsv(path)
+            read_tsv(path)
         # An include is replaced key by key, not merged: everything below dataset_kwargs has to stand here.
         own = [
             f"include: {_quoted(TEMPLATE)}",
@@ -115,36 +117,25 @@ def tsv_files(folder: str | os.PathLike) -> dict[str, str]:
     return files
 
 
-def check_tsv(path: Path) -> int:
-    """The number of rows of a SIB-200 TSV file read with quoting off.
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """The rows of a TSV file in the form of SIB-200, as `datasets` reads them for lm_eval.
 
     Raises:
-        InputError: not UTF-8, other columns, a row with too few or too many fields, an empty text, an unknown category.
+        InputError: not as pandas writes it (`textfiles.quoted_rows`), an empty text, an unknown category, or what its
+            reader takes for the end of a line.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    columns = lines[0].split("\t")
-    if not {"category", "text"} <= set(columns):
-        raise InputError(f"{path}: the first line is {lines[0][:60]!r}, not index_id, category, text between tabs")
-    for number, line in enumerate(lines[1:], start=2):
-        fields = line.split("\t")
-        if len(fields) != len(columns):
-            reason = f"{len(fields)} fields instead of {len(columns)} (an unescaped tab or line break?)"
-        elif "\r" in line or "\0" in line:
+    rows = textfiles.quoted_rows(path, ("category", "text"))
+    for number, row in enumerate(rows, start=2):
+        if any("\r" in cell or "\0" in cell for cell in row.values()):
             reason = "a carriage return or NUL inside the row"
-        elif (category := fields[columns.index("category")]) not in CHOICES:
-            reason = f"category {category!r} is not one of {', '.join(CHOICES)}"
-        elif not fields[columns.index("text")].strip():
+        elif row["category"] not in CHOICES:
+            reason = f"category {row['category']!r} is not one of {', '.join(CHOICES)}"
+        elif not row["text"].strip():
             reason = "the text is empty"
         else:
             continue
         raise InputError(f"{path}, line {number}: {reason}; mend the row or leave it out")
-    if len(lines) == 1:
-        raise InputError(f"{path} holds no rows")
-    return len(lines) - 1
+    return rows
 
 
 def write_folder(files: dict[str, str], out: str | os.PathLike) -> None:

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, data, evaluation, figures, journal, languages, processes, refs, results, tokenizer_id
+from cpt_utils import (
+    cli, data, encoding, evaluation, figures, journal, languages, processes, refs, results, tokenizer_id,
+)  # fmt: skip
 from cpt_utils.errors import InputError
 from cpt_utils.masks import Layers
 from cpt_utils.study import Study
@@ -80,7 +82,7 @@ def disjoint(
     """
     kept, left_out = {}, {}
     for lang, documents in texts.items():
-        encoded = tokenizer([text for _, text in documents], add_special_tokens=False)["input_ids"]
+        encoded = encoding.of_texts(tokenizer, [text for _, text in documents], add_special_tokens=False).ids
         known = [False] * len(documents)
         for _, tokens in ids:
             known = [a or b for a, b in zip(known, seen(encoded, tokens.numpy()), strict=True)]

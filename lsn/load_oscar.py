@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, languages, refs, results, tokenids, tokenizer_id
+from cpt_utils import cli, encoding, languages, refs, results, textfiles, tokenids, tokenizer_id
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -41,23 +41,28 @@ corpus = cli.sibling("lsn/oscar_text.py")
 
 TOKENS = 100_000_000
 BATCH_DOCUMENTS = 1000
+COUNTS = (
+    "tokens", "documents", "pieces", "seen_tokens", "other_pieces", "other_tokens", "special_pieces", "null_pieces",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- tokens
 
 
-def encoder(folder: Path) -> Callable[[list[str]], list]:
-    """The tokenizer in `folder` as a function from pieces to encodings (lists of ids, or objects with `ids`)."""
+def encoder(folder: Path) -> tuple[Callable[[list[str]], list], encoding.Splitter]:
+    """The tokenizer in `folder` as a function from pieces to encodings (lists of ids, or objects with `ids`), and what
+    tokenizes again the pieces in which it finds special tokens."""
     from cpt_utils import models
 
     tokenizer = models.load_tokenizer(refs.model(folder))
+    splitter = encoding.splitter_of(tokenizer)
     if not tokenizer.is_fast:
-        return lambda pieces: tokenizer(pieces, add_special_tokens=False)["input_ids"]
+        return lambda pieces: tokenizer(pieces, add_special_tokens=False)["input_ids"], splitter
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     # Without offsets, and without the lists that transformers makes of every encoding.
-    return lambda pieces: backend.encode_batch_fast(pieces, add_special_tokens=False)
+    return lambda pieces: backend.encode_batch_fast(pieces, add_special_tokens=False), splitter
 
 
 def ahead(function: Callable, items: Iterable[tuple]) -> Iterator[tuple]:
@@ -89,8 +94,23 @@ def flat(encodings: list, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         raise InputError("the tokenizer has ids beyond int32; give --int64") from None
 
 
+def as_text(pieces: list[str], encodings: list, dtype: str, splitter: encoding.Splitter | None) -> tuple:
+    """`flat` of the encodings, and which pieces were tokenized again because they held the text of a special token."""
+    import numpy as np
+
+    ids, lengths = flat(encodings, dtype)
+    again = np.zeros(len(pieces), bool)
+    if splitter and (suspects := splitter.suspects(pieces, ids, lengths)):
+        rows = [getattr(one, "ids", one) for one in encodings]
+        for i, row in zip(suspects, splitter.split([pieces[i] for i in suspects]).ids, strict=True):
+            again[i] = row != rows[i]
+            rows[i] = row
+        ids, lengths = flat(rows, dtype)
+    return ids, lengths, again
+
+
 def tokenize(
-    read: Iterable[tuple[list[str], list[int]]],
+    read: Iterable[tuple[list[str], list[int], list[int]]],
     encode: Callable[[list[str]], list],
     judge: Callable[[list[str]], list[str]] | None,
     drop: bool,
@@ -98,19 +118,21 @@ def tokenize(
     sink,
     dtype: str = "<i4",
     report: Callable[[int], None] = lambda tokens: None,
+    splitter: encoding.Splitter | None = None,
 ) -> dict:
     """Write ids to the binary file `sink` until there are `target`; what was read does not depend on the batches.
 
     Returns:
         tokens (written), documents, pieces (read up to the cut), seen_tokens (with those of dropped pieces),
-        other_pieces, other_tokens, and labels: pieces by what they were judged to be.
+        other_pieces, other_tokens, special_pieces (that held the text of a special token), null_pieces (left out), and
+        labels: pieces by what they were judged to be.
     """
     import numpy as np
 
-    done = Counter({"tokens": 0, "documents": 0, "pieces": 0, "seen_tokens": 0, "other_pieces": 0, "other_tokens": 0})
+    done = Counter(dict.fromkeys(COUNTS, 0))
     labels: Counter = Counter()
-    for pieces, numbers, encodings in ahead(encode, read):
-        ids, lengths = flat(encodings, dtype)
+    for pieces, numbers, nulls, encodings in ahead(encode, read):
+        ids, lengths, again = as_text(pieces, encodings, dtype, splitter)
         named = judge(pieces) if judge else [""] * len(pieces)
         other = np.array([bool(label) for label in named])
         kept = ~other if drop else np.ones(len(pieces), bool)
@@ -120,17 +142,19 @@ def tokenize(
         if last < len(pieces):
             lengths[last] -= ends[last] - room
             pieces, lengths, other, kept = pieces[: last + 1], lengths[: last + 1], other[: last + 1], kept[: last + 1]
+            again, nulls = again[: last + 1], nulls[: last + 1]
             ids = ids[: lengths.sum()]
         chosen = ids if kept.all() else ids[np.repeat(kept, lengths)]
         chosen.tofile(sink)
         labels.update(label for label in named[: len(pieces)] if label)
-        done["documents"] = numbers[len(pieces) - 1]
+        done["documents"], done["null_pieces"] = numbers[len(pieces) - 1], nulls[-1]
         for key, number in (
             ("tokens", len(chosen)),
             ("pieces", len(pieces)),
             ("seen_tokens", len(ids)),
             ("other_pieces", other.sum()),
             ("other_tokens", lengths[other].sum()),
+            ("special_pieces", again.sum()),
         ):
             done[key] += int(number)
         report(done["tokens"])
@@ -171,24 +195,22 @@ def make(task: dict, report: Callable[[int], None] = lambda tokens: None) -> dic
     request, path = task["request"], Path(task["path"])
     by, judge = foreign.judge_of(request["language"], request["filter"])
     drop = request["filter"] != "none" and not request["report_only"]
-    encode = encoder(Path(task["tokenizer_folder"]))
-    documents = corpus.documents_of(task["text"])
-    if request["limit"] is not None:
-        documents = itertools.islice(documents, request["limit"])
+    encode, splitter = encoder(Path(task["tokenizer_folder"]))
+    read = corpus.batches(corpus.documents_of(task["text"]), task["batch"], request["limit"])
     dtype = "<i8" if request["dtype"] == "int64" else "<i4"
     target = request["tokens"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without a name: a process that is killed leaves nothing. On disk: 100 million ids are 400 MB.
         with tempfile.TemporaryFile(dir=path.parent) as buffer:
-            found = tokenize(
-                corpus.batches(documents, task["batch"]), encode, judge, drop, target, buffer, dtype, report
-            )
+            found = tokenize(read, encode, judge, drop, target, buffer, dtype, report, splitter)
             refuse_nothing(task["language"], found)
             buffer.flush()
             payload = {
                 "n_documents": found["documents"],
                 "n_pieces": found["pieces"],
+                "n_special_pieces": found["special_pieces"],
+                "n_null_pieces": found["null_pieces"],
                 "target": target,
                 "complete": found["tokens"] == target,
                 "contamination": contamination(found, by, drop),
@@ -376,6 +398,12 @@ def tell(lang: str, path: str, payload: dict) -> None:
     """What one file holds, with a warning where it falls short."""
     pieces, documents = payload["n_pieces"], payload["n_documents"]
     cli.say(f"{lang}: {path}: {payload['n_tokens']:,} tokens of {documents:,} documents ({pieces:,} pieces)")
+    if payload["n_special_pieces"]:
+        cli.say(
+            f"{lang}: {payload['n_special_pieces']:,} pieces hold the text of a special token (such as <s>), "
+            "tokenized as the text that it is"
+        )
+    textfiles.say_nulls(payload["n_null_pieces"], lang)
     found = payload["contamination"]
     if found:
         frequent = ", ".join(f"{label} {number:,}" for label, number in found["most_frequent"].items())
@@ -507,6 +535,11 @@ def finished(task: dict, overwrite: bool) -> bool:
         raise InputError(
             f"{path} is there, from another request (other: {results.unlike(facts.get('request'), request)}); "
             "give --overwrite to replace it, or another --model-id or --output-dir"
+        )
+    if "n_special_pieces" not in facts:
+        cli.warn(
+            f"{path} was made when a special token's text (such as <s>) became that token; "
+            "if the text may hold such, give --overwrite to make it again"
         )
     short = "" if facts["complete"] else f", of {facts['target']:,} asked for"
     cli.say(f"{task['language']}: {path} is finished: {facts['n_tokens']:,} tokens{short} (--overwrite redoes it)")

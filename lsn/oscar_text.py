@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cpt_utils import cli, data, languages
+from cpt_utils import cli, data, languages, textfiles
 from cpt_utils.errors import InputError
 
 MOSCAR = "oscar-corpus/mOSCAR"
@@ -18,48 +18,13 @@ BATCH_CHARACTERS = 1 << 20  # a batch ends here whatever its number of documents
 # ---------------------------------------------------------------- documents
 
 
-def pieces_of(value, where: str) -> list[str]:
-    """The pieces of mOSCAR's `text` in stored order: a list of {text, text_idx}; a plain text is one piece.
-
-    Raises:
-        InputError: anything else.
-    """
-    if isinstance(value, dict):  # how some releases of the datasets library hand a list of dicts over
-        value = value.get("text")
-    if value is not None and not isinstance(value, list):
-        value = [value]
-    found = [piece.get("text") if isinstance(piece, dict) else piece for piece in value or []]
-    if any(piece is not None and not isinstance(piece, str) for piece in found):
-        raise InputError(f"{where}: the column text holds neither texts nor lists of {{text, text_idx}}")
-    return [piece for piece in found if piece]
-
-
-def text_documents(files: list[str]) -> Iterator[list[str]]:
-    """The lines of text files, gzipped or not: a line is a document of one piece, an empty line none."""
+def file_documents(files: list[str], which: str | None = None) -> Iterator[list[str | None]]:
+    """The documents of text files (a line is one, of one piece) or of parquet or JSON Lines in mOSCAR's schema."""
     for file in files:
-        for line in data.lines(Path(file)):
-            yield [line] if line else []
+        yield from textfiles.documents(Path(file), which=which)
 
 
-def parquet_documents(files: list[str]) -> Iterator[list[str]]:
-    """The documents of parquet files in mOSCAR's schema, a few hundred rows in memory at a time."""
-    import pyarrow
-    from pyarrow import parquet
-
-    for file in files:
-        try:
-            with parquet.ParquetFile(file, buffer_size=1 << 20) as table:
-                names = table.schema_arrow.names
-                if "text" not in names:
-                    raise InputError(f"{file} has no column text; it has {', '.join(names)}")
-                for batch in table.iter_batches(batch_size=256, columns=["text"]):
-                    for value in batch.column("text").to_pylist():
-                        yield pieces_of(value, file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
-
-
-def hub_documents(config: str, revision: str | None) -> Iterator[list[str]]:
+def hub_documents(config: str, revision: str | None) -> Iterator[list[str | None]]:
     """The documents of one language of mOSCAR, streamed in stored order.
 
     Raises:
@@ -73,7 +38,7 @@ def hub_documents(config: str, revision: str | None) -> Iterator[list[str]]:
             MOSCAR, config, split="train", streaming=True, revision=revision, columns=["text"]
         )
         for row in stream:
-            yield pieces_of(row["text"], where)
+            yield textfiles.pieces(row, "text", where)
     except InputError:
         raise
     except Exception as error:  # the library wraps missing access, network, config and column in a dozen types
@@ -84,28 +49,45 @@ def hub_documents(config: str, revision: str | None) -> Iterator[list[str]]:
         ) from None
 
 
-def documents_of(source: dict) -> Iterator[list[str]]:
-    """The documents of a `text` entry of a request, without those that have no piece."""
+def documents_of(source: dict) -> Iterator[list[str | None]]:
+    """The documents of a `text` entry of a request, pieces that are null as None; some have no piece at all."""
     if source["source"] == "moscar":
-        found = hub_documents(source["config"], source["revision"])
-    else:
-        read = text_documents if source["source"] == "text" else parquet_documents
-        found = read([file["path"] for file in source["files"]])
-    return (document for document in found if document)
+        return hub_documents(source["config"], source["revision"])
+    # --parquet says what the files are; --text leaves it to their names.
+    which = "parquet" if source["source"] == "parquet" else None
+    return file_documents([file["path"] for file in source["files"]], which)
 
 
-def batches(documents: Iterable[list[str]], size: int) -> Iterator[tuple[list[str], list[int]]]:
-    """Pieces of up to `size` documents (fewer where they are long), and the number of each piece's document."""
-    pieces, numbers, first, characters = [], [], 1, 0
-    for number, document in enumerate(documents, 1):
-        pieces += document
-        numbers += [number] * len(document)
-        characters += sum(map(len, document))
-        if number - first + 1 == size or characters >= BATCH_CHARACTERS:
-            yield pieces, numbers
-            pieces, numbers, first, characters = [], [], number + 1, 0
+def batches(
+    documents: Iterable[list[str | None]], size: int, limit: int | None = None
+) -> Iterator[tuple[list[str], list[int], list[int]]]:
+    """Pieces of up to `size` documents (fewer where they are long), of the first `limit` in all.
+
+    An empty or null piece is none, and a document without any other is no document.
+
+    Returns:
+        pieces [n], the number of each piece's document [n], and how many null pieces stood before each piece and before
+        the end [n + 1], counted from the beginning of the text.
+    """
+    pieces, numbers, nulls, first, number, characters = [], [], [0], 1, 0, 0
+    for document in documents:
+        if any(document):
+            if number == limit:
+                break
+            if pieces and (number - first + 1 == size or characters >= BATCH_CHARACTERS):
+                yield pieces, numbers, nulls
+                pieces, numbers, nulls, first, characters = [], [], nulls[-1:], number + 1, 0
+            number += 1
+        for piece in document:
+            if piece is None:
+                nulls[-1] += 1
+            elif piece:
+                pieces.append(piece)
+                numbers.append(number)
+                nulls.append(nulls[-1])
+                characters += len(piece)
     if pieces:
-        yield pieces, numbers
+        yield pieces, numbers, nulls
 
 
 # ---------------------------------------------------------------- where text comes from
@@ -119,7 +101,7 @@ def local_source(kind: str, place: str, given: str) -> tuple[dict, dict]:
         given: how the user gave `place`, for the message.
 
     Raises:
-        InputError: no such file.
+        InputError: no such file, or one that holds no text.
     """
     import glob
 
@@ -134,6 +116,8 @@ def local_source(kind: str, place: str, given: str) -> tuple[dict, dict]:
     if not paths or not all(file.is_file() for file in paths):
         what = "no parquet files there" if path.is_dir() and kind == "parquet" else "no such file"
         raise InputError(f"{given}: {what}")
+    if kind == "text":
+        textfiles.check(path)
     files = [fingerprint(file) for file in paths]
     described = [{"path": str(file), **facts} for file, facts in zip(paths, files, strict=True)]
     return {"source": kind, "files": described}, {"source": kind, "files": files}

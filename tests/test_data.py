@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -38,8 +40,10 @@ def flores(folder: Path, split: str = "dev") -> Path:
 
 def sib(folder: Path, code: str, texts: dict[str, list[tuple]]) -> None:
     for split in ("train", "dev", "test"):
-        rows = [f"{i}\t{category}\t{text}\n" for i, category, text in texts.get(split, [(f"9{split}", "travel", "x")])]
-        write(folder / code / f"{split}.tsv", "index_id\tcategory\ttext\n" + "".join(rows))
+        file = io.StringIO()  # as pandas writes
+        rows = texts.get(split, [(f"9{split}", "travel", "x")])
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([("index_id", "category", "text"), *rows])
+        write(folder / code / f"{split}.tsv", file.getvalue())
 
 
 # --- flores ---
@@ -117,7 +121,8 @@ def test_rows_that_name_their_split_are_held_to_it(tmp_path):
     ("rows", "message"),
     [
         ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], "id 1 comes twice"),
-        ([{"id": 1, "text": "  "}], "gle_Latn sentence of id 1 is empty"),
+        ([{"id": 1, "text": "  "}], "gle_Latn sentence of id 1 is empty; .* leave out such pairs with --drop-empty"),
+        ([{"id": i, "text": ""} for i in (10, 2, 1)], "of id 1 is empty, and 2 more pairs have an empty side; fill it"),
         ([{"id": 1, "text": None}], "gle_Latn sentence of id 1 is empty"),
         ([{"id": 901, "text": "a"}], "no sentence in common: eng_Latn has 1 .. 10 and gle_Latn has 901 .. 901"),
         ([{"id": None, "text": "a"}], "a row has no id"),
@@ -132,6 +137,96 @@ def test_bad_rows(tmp_path, rows, message):
     with pytest.raises(InputError, match=message) as error:
         data.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_ids_with_digits_that_are_not_decimal(tmp_path):
+    """Verses and footnotes: `²` is a digit that int() does not read; Arabic-Indic digits are decimal."""
+    ids = ["Ps1:10", "Ps1:2²", "²", "Ps1:2", "٣", "١٢", "½", "①", "v1", ""]
+    for code in ("eng_Latn", "gle_Latn"):
+        jsonl(tmp_path / f"{code}.jsonl", [{"id": i, "text": f"{code} {i}"} for i in ids[:-1]])
+    pairs = data.parallel("flores", "en", "ga", dir=tmp_path)
+    assert sorted(pairs.ids) == sorted(ids[:-1])
+    assert [i for i in pairs.ids if i[0] in "Pv"] == ["Ps1:2", "Ps1:2²", "Ps1:10", "v1"]
+    assert pairs.ids[:2] == ["٣", "١٢"]
+    assert pairs.base == [f"eng_Latn {i}" for i in pairs.ids]
+
+
+def test_pairs_with_an_empty_side_are_dropped_where_asked(tmp_path):
+    flores(tmp_path)
+    rows = [{"id": 1, "text": None}, {"id": 2, "text": "dó"}, {"id": 3, "text": " "}, {"id": 10, "text": "deich"}]
+    jsonl(tmp_path / "dev" / "gle_Latn.jsonl", rows)
+    pairs = data.parallel("flores", "en", "ga", dir=tmp_path, drop_empty=True)
+    assert (pairs.ids, pairs.target, pairs.n_available) == (["2", "10"], ["dó", "deich"], 2)
+    assert pairs.describe()["dropped_empty"] == 2 and "(2 with an empty side: left out)" in pairs.summary()
+    whole = data.parallel("flores", "en", "en", dir=tmp_path)
+    assert "dropped_empty" not in whole.describe()  # headers of results without the flag stay as they were
+    write(tmp_path / "a", "In the beginning\n\nlight\n")
+    write(tmp_path / "b", "I dtús\nbhí\n\n")
+    text = data.parallel("text", "en", "ga", base_file=tmp_path / "a", target_file=tmp_path / "b", drop_empty=True)
+    assert (text.base, text.target, text.ids) == (["In the beginning"], ["I dtús"], ["1"])
+    jsonl(tmp_path / "dev" / "gle_Latn.jsonl", [{"id": 1, "text": ""}])
+    with pytest.raises(InputError, match="each of the 1 pairs of en and ga has an empty side"):
+        data.parallel("flores", "en", "ga", dir=tmp_path, drop_empty=True)
+
+
+def test_drop_empty_from_the_command_line_and_the_study(tmp_path):
+    import argparse
+
+    from cpt_utils.study import Study
+
+    write(tmp_path / "a", "one\n\n")
+    write(tmp_path / "b", "aon\ndó\n")
+    parser = argparse.ArgumentParser()
+    data.add_flags(parser)
+    parser.add_argument("--limit")
+    flags = ["--source", "text", "--base-file", str(tmp_path / "a"), "--target-file", str(tmp_path / "b")]
+    source = {"source": "text", "base_file": str(tmp_path / "a"), "target_file": str(tmp_path / "b")}
+    for given, values in (([*flags, "--drop-empty"], {}), ([], {"data": source | {"drop_empty": True}})):
+        assert data.from_arguments(parser.parse_args(given), Study(values), "en", "ga").ids == ["1"]
+    for given, values in ((flags, {}), ([], {"data": source}), ([], {"data": source | {"drop_empty": False}})):
+        with pytest.raises(InputError, match="en sentence of line 2 is empty"):
+            data.from_arguments(parser.parse_args(given), Study(values), "en", "ga")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "codes"),
+    [
+        ("flores200_dataset", "{code}.{split}", ("eng_Latn", "zho_Hans")),
+        ("flores101_dataset", "{code}.{split}", ("eng", "zho_simpl")),
+        ("", "{code}.{split}", ("eng_Latn", "cmn_Hans")),
+        ("floresp-v2.0", "{split}.{code}", ("eng_Latn", "cmn_Hans")),
+    ],
+)
+def test_release_archives_of_flores(tmp_path, place, name, codes):
+    """Lines aligned by number, in the layout of each release, given as extracted or one folder above."""
+    for split in ("dev", "devtest"):
+        for code, words in zip(codes, (("one", '"two', "three"), ("一", "二\u2028", "三")), strict=True):
+            lines = "".join(f"{word} {split}\n" for word in words)
+            write(tmp_path / place / split / name.format(code=code, split=split), lines)
+        write(tmp_path / place / f"metadata_{split}.tsv", "URL\tdomain\nx\ty\n")
+    folders = [tmp_path / place, *([tmp_path] if place.endswith("_dataset") else [])]
+    for folder in folders:
+        for split in ("dev", "devtest"):
+            pairs = data.parallel("flores", "en", "zh", dir=folder, split=split)
+            assert pairs.base == [f"one {split}", f'"two {split}', f"three {split}"]
+            assert pairs.target == [f"一 {split}", f"二\u2028 {split}", f"三 {split}"]
+            assert pairs.ids == ["1", "2", "3"] and pairs.facts["aligned_by"] == "line"
+            assert pairs.facts["target"]["spelling"] == codes[1]
+    file = tmp_path / place / "dev" / name.format(code=codes[1], split="dev")
+    file.write_text("一\n")
+    with pytest.raises(InputError, match=r"has 3 lines and .* has 1; files without ids are aligned by line"):
+        data.parallel("flores", "en", "zh", dir=tmp_path / place)
+    file.unlink()
+    jsonl(file.parent / "cmn_Hans.jsonl", [{"id": 1, "text": "一"}])
+    with pytest.raises(InputError, match=r"cmn_Hans.jsonl has ids, the other language's file has lines"):
+        data.parallel("flores", "en", "zh", dir=tmp_path / place)
+
+
+def test_an_archive_that_is_not_extracted(tmp_path):
+    write(tmp_path / "flores200_dataset.tar.gz", "")
+    for source in ("flores", "sib200"):
+        with pytest.raises(InputError, match=r"flores200_dataset.tar.gz is a file; extract it if it is an archive"):
+            data.parallel(source, "en", "zh", dir=tmp_path / "flores200_dataset.tar.gz")
 
 
 def test_missing_and_damaged_local_files(tmp_path):
@@ -161,16 +256,18 @@ def test_sib200_folder(tmp_path):
     sib(
         tmp_path,
         "eng_Latn",
-        {"train": [("7", "travel", 'a "quoted'), ("2", "sports", "b")], "test": [("5", "health", "c")]},
+        {"train": [("7", "travel", 'a "quoted'), ("2", "sports", "b")], "test": [("5", "health", '"c", he said')]},
     )
     sib(tmp_path, "zho_Hans", {"train": [("2", "sports", "B"), ("7", "travel", "A")], "test": [("5", "health", "C")]})
     pairs = data.parallel("sib200", "eng_Latn", "cmn_Hans", dir=tmp_path)
     assert pairs.ids == ["2", "5", "7", "9dev"]
-    assert pairs.base == ["b", "c", 'a "quoted', "x"] and pairs.target == ["B", "C", "A", "x"]
+    assert pairs.base == ["b", '"c", he said', 'a "quoted', "x"] and pairs.target == ["B", "C", "A", "x"]
     assert pairs.facts["target"]["spelling"] == "zho_Hans" and len(pairs.facts["base"]["files"]) == 3
     assert data.parallel("sib200", "en", "zh", dir=tmp_path, split="test").ids == ["5"]
     assert data.parallel("sib200", "en", "zh", dir=tmp_path, split="validation").ids == ["9dev"]
-    assert data.sib200_rows(tmp_path / "eng_Latn", "test") == [{"index_id": "5", "category": "health", "text": "c"}]
+    assert data.sib200_rows(tmp_path / "eng_Latn", "test") == [
+        {"index_id": "5", "category": "health", "text": '"c", he said'}
+    ]
     with pytest.raises(InputError, match="--split devtest: SIB-200 has"):
         data.parallel("sib200", "en", "zh", dir=tmp_path, split="devtest")
     (tmp_path / "zho_Hans" / "dev.tsv").unlink()
@@ -181,7 +278,7 @@ def test_sib200_folder(tmp_path):
 def test_sib200_line_with_another_number_of_columns(tmp_path):
     sib(tmp_path, "eng_Latn", {})
     write(tmp_path / "eng_Latn" / "test.tsv", "index_id\tcategory\ttext\n1\ttravel\ta\n2\tb\n")
-    with pytest.raises(InputError, match=r"line 3 has 2 columns, line 1 has 3"):
+    with pytest.raises(InputError, match=r"test.tsv, line 3: 2 fields instead of 3"):
         data.parallel("sib200", "en", "en", dir=tmp_path)
 
 
@@ -242,6 +339,21 @@ def test_text_errors(tmp_path):
         data.parallel("text", "en", "de", base_file=base, target_file=broken)
     with pytest.raises(InputError, match="no sentence in common"):
         data.parallel("text", "en", "de", base_file=write(tmp_path / "e", ""), target_file=write(tmp_path / "f", ""))
+    for name, message in (("a.tsv", "is a table, of which nothing .* --source tsv"), ("a.zip", "unpack it")):
+        with pytest.raises(InputError, match=message):
+            data.parallel("text", "en", "de", base_file=base, target_file=write(tmp_path / name, "1\n2\n3\n"))
+
+
+def test_text_from_json_lines_and_parquet(tmp_path):
+    import pandas
+
+    jsonl(tmp_path / "a.jsonl", [{"text": "\ufeffone"}, {"text": None}, {"text": "two"}])
+    pandas.DataFrame({"text": ["eins", "zwei", "drei"]}).to_parquet(tmp_path / "b.parquet")
+    files = {"base_file": tmp_path / "a.jsonl", "target_file": tmp_path / "b.parquet"}
+    with pytest.raises(InputError, match="en sentence of line 2 is empty"):
+        data.parallel("text", "en", "de", **files)
+    pairs = data.parallel("text", "en", "de", **files, drop_empty=True)
+    assert (pairs.base, pairs.target) == (["one", "two"], ["eins", "drei"])
 
 
 def test_tsv_columns_by_name_number_and_default(tmp_path):
@@ -255,6 +367,48 @@ def test_tsv_columns_by_name_number_and_default(tmp_path):
     swapped = data.parallel("tsv", "ga", "en", base_file=f"{plain}:2", target_file=f"{plain}:1")
     assert swapped.base == ["aon", "dó"] and swapped.ids == ["1", "2"]
     assert data.parallel("tsv", "xx", "yy", base_file="p.tsv.gz", dir=tmp_path).base == ["one", "two"]
+
+
+TATOEBA = [
+    ("2", "我该去睡觉了。", "1277", "I have to go to sleep."),
+    ("4", "今天是星期一。", "1279", 'He said: "Today is Monday.'),
+    ("5", "小猫在睡。", "1280", "The kitten sleeps\u2028here."),
+    ("6", "你好", "1281", "Hello"),
+]
+
+
+@pytest.mark.parametrize("ids", [("2", "4"), ("1277", "2"), ("4", "2"), ("5", "6")])
+def test_tsv_of_four_columns_with_ids_that_look_like_column_numbers(tmp_path, ids):
+    """As Tatoeba exports pairs: a mark of byte order, Windows line ends, a quote that nobody closes."""
+    rows = [(ids[0], *TATOEBA[0][1:2], ids[1], TATOEBA[0][3]), *TATOEBA[1:]]
+    file = write(tmp_path / "t.tsv", "\ufeff" + "".join("\t".join(row) + "\r\n" for row in rows))
+    pairs = data.parallel("tsv", "zh", "en", base_file=f"{file}:2", target_file=f"{file}:4")
+    assert pairs.base == [row[1] for row in rows] and pairs.target == [row[3] for row in rows]
+    assert (pairs.facts["base"]["column"], pairs.facts["target"]["column"]) == (2, 4)
+    assert "4 sentence pairs zh-en from tsv, columns 2 and 4, aligned by line" in pairs.summary()
+    with pytest.raises(InputError, match=r"give --base-file t.tsv:COLUMN and .*\(a name, or a number from 1\)"):
+        data.parallel("tsv", "zh", "en", base_file=file)
+    with pytest.raises(InputError, match="columns 1 to 4, no column 7"):
+        data.parallel("tsv", "zh", "en", base_file=f"{file}:2", target_file=f"{file}:7")
+
+
+def test_tsv_of_pandas_without_names(tmp_path):
+    """`to_csv(sep="\t")` numbers the columns, and writes the numbers of the rows in front unless told not to."""
+    import pandas
+
+    table = pandas.DataFrame([(row[1], row[3]) for row in TATOEBA if '"' not in row[3]])
+    table.to_csv(tmp_path / "v.tsv", sep="\t", index=False)
+    table.to_csv(tmp_path / "w.tsv", sep="\t")
+    table.to_csv(tmp_path / "x.tsv", sep="\t", index=False, header=["2021", "2022"])
+    given = [("v.tsv", None), ("v.tsv:1", "v.tsv:2"), ("w.tsv:2", "w.tsv:3"), ("x.tsv:2021", "x.tsv:2022")]
+    for base, target in given:
+        pairs = data.parallel("tsv", "zh", "en", dir=tmp_path, base_file=base, target_file=target)
+        assert pairs.base == table[0].tolist() and pairs.target == table[1].tolist(), base
+        assert pairs.ids == ["2", "3", "4"]
+    with pytest.raises(InputError, match=r"w\.tsv has 3 columns"):
+        data.parallel("tsv", "zh", "en", dir=tmp_path, base_file="w.tsv")
+    by_name = data.parallel("tsv", "zh", "en", dir=tmp_path, base_file="w.tsv:0", target_file="w.tsv:1")
+    assert by_name.base == table[0].tolist() and by_name.facts["target"]["column"] == "1"
 
 
 def test_tsv_errors(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from helpers import ROOT, load_script, save_tiny, shared_dir
 from launch import launch
 
+from cpt_utils import data as data_module
 from cpt_utils.errors import InputError
 
 generate = load_script("lm_eval_sib200/generate.py")
@@ -37,15 +40,17 @@ def cache(tmp_path_factory):
 def rows(n: int, seed: int) -> list[tuple[str, str, str]]:
     """(index_id, category, text) with quotes, hashes, and values that a reader may take for missing ones."""
     rng = random.Random(seed)
-    odd = ['"', "NA", "null", '# "half', "a  b "]
+    odd = ['"', "NA", "null", '# "half', "a  b ", '"all of it"', 'says ""twice""', "None"]
     texts = odd + [" ".join(rng.choices(WORDS, k=rng.randint(2, 7))) for _ in range(n - len(odd))]
     return [(str(i), rng.choice(generate.CHOICES), text) for i, text in enumerate(texts)]
 
 
 def tsv(path: Path, content: list[tuple[str, str, str]]) -> Path:
+    """A file as SIB-200's own: written by pandas, with its quotes."""
+    import pandas
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["index_id\tcategory\ttext", *("\t".join(row) for row in content)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pandas.DataFrame(content, columns=["index_id", "category", "text"]).to_csv(path, sep="\t", index=False)
     return path
 
 
@@ -97,7 +102,9 @@ def models(tmp_path_factory):
 
 
 def read(language_file: Path) -> list[list[str]]:
-    return [line.split("\t") for line in language_file.read_text(encoding="utf-8").splitlines()[1:]]
+    """The rows as the authors of SIB-200 read them."""
+    with open(language_file, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file, delimiter="\t"))[1:]
 
 
 def result(folder: Path, model: Path) -> dict:
@@ -200,7 +207,7 @@ def test_lm_eval_reads_local_files_with_quotes_and_hashes_intact(data, tasks):
         found = [[str(doc["index_id"]), doc["category"], doc["text"]] for doc in task.dataset[split]]
         assert found == wanted
     doc = task.test_docs()[0]
-    assert task.doc_to_text(doc) == 'The category of """ is:'
+    assert task.doc_to_text(doc) == 'The category of """ is:'  # one quote, which pandas writes as four
     assert task.doc_to_target(doc) == doc["category"]
     shots = task.fewshot_context(doc, num_fewshot=2)
     assert shots.count("The category of") == 3 and shots.count("\n") == 2 and "\n\n" not in shots
@@ -237,12 +244,20 @@ def test_lm_eval_reads_real_sib200(real_data, tmp_path):
 
     generate.main(["--tsv-dir", str(real_data), "--out", str(tmp_path / "tasks")])
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    quoted: Counter = Counter()  # sentences that a reader without quoting would read otherwise
     for name, task in manager.load(manager.all_subtasks)["tasks"].items():
         sizes = {split: task.dataset[split].num_rows for split in task.dataset}
         assert sizes == {"train": 701, "validation": 99, "test": 204}, name
         for split, file in (("train", "train"), ("validation", "dev"), ("test", "test")):
-            wanted = read(real_data / name.removeprefix("sib200_") / f"{file}.tsv")
+            path = real_data / name.removeprefix("sib200_") / f"{file}.tsv"
+            wanted = read(path)
             assert [[str(d["index_id"]), d["category"], d["text"]] for d in task.dataset[split]] == wanted
+            assert [[*row.values()] for row in generate.read_tsv(path)] == wanted
+            found = data_module.sib200_rows(path.parent, file)
+            assert [[row[column] for column in ("index_id", "category", "text")] for row in found] == wanted
+            plain = [line.split("\t")[2] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+            quoted[name.removeprefix("sib200_")] += sum(a != b[2] for a, b in zip(plain, wanted, strict=True))
+    assert (quoted["eng_Latn"], quoted["arb_Arab"], quoted["eus_Latn"], quoted["hin_Deva"]) == (53, 108, 1, 0)
 
 
 @pytest.mark.slow
@@ -259,15 +274,19 @@ def test_accuracy_on_real_irish_equals_a_direct_loop(real_data, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("id\tlabel\ttext\n1\tsports\ta\n", "not index_id, category, text"),
+        ("id\tlabel\ttext\n1\tsports\ta\n", "has no column category in its first line, only id, label, text"),
         ("index_id\tcategory\ttext\n1\tsports\n", "line 2: 2 fields instead of 3"),
         ("index_id\tcategory\ttext\n1\tsports\ta\tb\n", "line 2: 4 fields instead of 3"),
-        ("index_id\tcategory\ttext\n1\tsports\ta\n\n2\tsports\tb\n", "line 3: 1 fields"),
+        ("index_id\tcategory\ttext\n1\tsports\ta\n\n2\tsports\tb\n", "line 3: 0 fields"),
+        ('index_id\tcategory\ttext\n1\tsports\t"a\n2\tsports\tb"\n', "line 2: not as pandas writes a TSV"),
+        ('index_id\tcategory\ttext\n1\tsports\t"a" b\n', "line 2: not as pandas writes a TSV"),
+        ('index_id\tcategory\ttext\n1\tsports\t""\n', "line 2: the text is empty"),
         ("index_id\tcategory\ttext\n1\tSports\ta\n", "line 2: category 'Sports'"),
         ("index_id\tcategory\ttext\n1\tsports\t \n", "line 2: the text is empty"),
-        ("index_id\tcategory\ttext\n1\tsports\ta\rb\n", "line 2: a carriage return"),
+        ("index_id\tcategory\ttext\n1\tsports\ta\rb\n", "line 2: not as pandas writes a TSV .new-line character"),
+        ('index_id\tcategory\ttext\n1\tsports\t"a\rb"\n', "line 2: a carriage return"),
         ("index_id\tcategory\ttext\n", "no rows"),
-        (b"index_id\tcategory\ttext\n1\tsports\t\xff\n", "not UTF-8"),
+        (b"index_id\tcategory\ttext\n1\tsports\t\xff\n", "cannot be read as UTF-8"),
     ],
 )
 def test_malformed_tsv_is_named_by_file_line_and_reason(tmp_path, text, words):
@@ -435,8 +454,18 @@ def test_finished_models_are_left_alone(data, models, tmp_path, monkeypatch):
     evaluate.main([*common, "--dtype", "float64"])
     evaluate.main([*common, "--overwrite"])
     assert len(done) == 7
+    monkeypatch.setattr(generate_of_evaluate(), "VERSION", 3.0)  # another reading of the same files, say
+    evaluate.main(common)
+    evaluate.main(common)
+    assert len(done) == 8
     files = list((tmp_path / "out").rglob("results_*.json"))
-    assert len(files) == 7 and not list((tmp_path / "out").glob(".*"))
+    assert len(files) == 8 and not list((tmp_path / "out").glob(".*"))
+
+
+def generate_of_evaluate():
+    from cpt_utils import cli
+
+    return cli.sibling("lm_eval_sib200/generate.py")
 
 
 def test_a_study_needs_no_arguments_and_its_results_are_correlated(data, models, tmp_path, monkeypatch, capsys):

@@ -167,22 +167,76 @@ def test_a_tokenizer_in_python_and_its_odd_ids(tmp_path):
 
     found = run(5)
     assert (tmp_path / "ids").read_bytes() == b"".join(ord(c).to_bytes(4, "little") for c in "abcde")
-    assert (found["tokens"], found["documents"], found["pieces"]) == (5, 2, 4)
+    assert (found["tokens"], found["documents"], found["pieces"]) == (5, 2, 3)
     assert run(3)["documents"] == 1
     with pytest.raises(InputError, match="ids beyond int32; give --int64"):
         run(5, encode=lambda pieces: [[2**31] for _ in pieces])
-    assert run(5, "<i8", lambda pieces: [[2**31] for _ in pieces])["tokens"] == 4
-    with pytest.raises(InputError, match="the tokenizer yields no tokens for the 4 pieces of ga"):
+    assert run(5, "<i8", lambda pieces: [[2**31] for _ in pieces])["tokens"] == 3
+    with pytest.raises(InputError, match="the tokenizer yields no tokens for the 3 pieces of ga"):
         script.refuse_nothing("ga", run(5, encode=lambda pieces: [[] for _ in pieces]))
 
 
-def test_pieces_of_other_shapes():
-    assert corpus.pieces_of([{"text": "a", "text_idx": "0"}, {"text": None}, {"text": "b"}], "x") == ["a", "b"]
-    assert corpus.pieces_of({"text": ["a", "b"], "text_idx": ["0", "1"]}, "x") == ["a", "b"]
-    assert corpus.pieces_of("a b", "x") == ["a b"] and corpus.pieces_of(None, "x") == []
-    for value in ([1, 2], 5, [["a"]]):
-        with pytest.raises(InputError, match="x: the column text holds neither texts nor lists"):
-            corpus.pieces_of(value, "x")
+def test_special_tokens_in_the_text_are_text_and_nulls_are_none(tmp_path, tokenizer, capsys):
+    """Against the bytes themselves: a tag of HTML is its letters. Counts end at the cut, whatever the batches."""
+    from transformers import AutoTokenizer
+
+    documents = [["Bhí <s>5 euro</s> air"], [None], ["agus", None, "<pad>"], [None, "a"], ["slán"], [None]]
+    file = parquet_file(tmp_path / "ga.parquet", documents)
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
+    byte_ids = {byte: vocabulary[symbol] for byte, symbol in bytes_to_symbols().items()}
+    wanted = [byte_ids[byte] for document in documents for piece in document if piece for byte in piece.encode()]
+    special = [vocabulary[token] for token in ("<s>", "</s>", "<pad>")]
+    for batch in ("1", "2", "1000"):
+        more = ("--parquet", f"ga={file}", "--batch-documents", batch)
+        assert command(tokenizer, tmp_path / batch, *more) == 0
+        ids, facts = ids_of(tmp_path / batch)
+        assert ids.tolist() == wanted and not set(special) & set(wanted)
+        assert (facts["n_documents"], facts["n_pieces"]) == (4, 5)
+        assert (facts["n_special_pieces"], facts["n_null_pieces"]) == (2, 4)
+        said = capsys.readouterr()
+        assert "ga: 2 pieces hold the text of a special token (such as <s>), tokenized as the text" in said.out
+        assert "ga: 4 texts are null" in said.err
+        # Cut within the second document's last piece: one null piece and one null document stood before it.
+        target = sum(len(piece.encode()) for piece in ("Bhí <s>5 euro</s> air", "agus")) + 2
+        command(tokenizer, tmp_path / f"cut{batch}", *more, tokens=target)
+        ids, facts = ids_of(tmp_path / f"cut{batch}")
+        assert ids.tolist() == wanted[:target]
+        assert (facts["n_special_pieces"], facts["n_null_pieces"], facts["n_documents"]) == (2, 2, 2)
+
+
+def bytes_to_symbols() -> dict[int, str]:
+    """How a byte-level tokenizer writes each byte."""
+    from tokenizers import pre_tokenizers
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    symbols = {}
+    for code in range(0x800):  # every byte but those that only begin longer characters, and those that begin none
+        found = "".join(part for part, _ in level.pre_tokenize_str(chr(code)))
+        symbols |= dict(zip(chr(code).encode(), found, strict=True))
+    return symbols
+
+
+def test_marks_of_byte_order_and_files_that_are_no_text(tmp_path, tokenizer, capsys):
+    (tmp_path / "a.txt").write_bytes("\ufeffdia duit\r\n\ufeffslán\n".encode())
+    command(tokenizer, tmp_path / "a", "--text", f"ga={tmp_path / 'a.txt'}")
+    assert ids_of(tmp_path / "a")[0].tolist() == slow([["dia duit"], ["slán"]], tokenizer)
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "dia duit"}\n{"text": [{"text": "slán"}]}\n', encoding="utf-8")
+    command(tokenizer, tmp_path / "b", "--text", f"ga={tmp_path / 'a.jsonl'}")
+    assert ids_of(tmp_path / "b")[0].tolist() == slow([["dia duit"], ["slán"]], tokenizer)
+    for name, message in (("a.csv", "is a table"), ("a.zst", "is compressed or an archive"), ("a.docx", "a document")):
+        (tmp_path / name).write_text("id,text\n")
+        fails(message, tokenizer, tmp_path / "c", "--text", f"ga={tmp_path / name}")
+
+
+def test_an_older_file_is_kept_and_said_to_be_older(tmp_path, tokenizer, capsys):
+    file = text_file(tmp_path / "t", [["dia duit"]])
+    command(tokenizer, tmp_path, "--text", f"ga={file}")
+    side = tokenids.sidecar(tmp_path / "oscar.ga.train.org_m")
+    side.write_text(json.dumps({k: v for k, v in json.loads(side.read_text()).items() if k != "n_special_pieces"}))
+    capsys.readouterr()
+    command(tokenizer, tmp_path, "--text", f"ga={file}")
+    said = capsys.readouterr()
+    assert "is finished" in said.out and "was made when a special token's text (such as <s>) became" in said.err
 
 
 # ---------------------------------------------------------------- several languages
@@ -367,7 +421,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, tokenizer, capsys, monkeypatch
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
         assert not out.exists() or list(out.iterdir()) == []
 
-    one_fails("has no column text; it has images, metadata, words", "--parquet",
+    one_fails("has no column 'text' (it has: images, metadata, words)", "--parquet",
               f"ga={parquet_file(tmp_path / 'w.parquet', [['a']], 'words')}")  # fmt: skip
     one_fails("is not a readable parquet file", "--parquet", f"ga={file}")
     one_fails("the text of ga is empty", "--text", f"ga={text_file(tmp_path / 'e', [])}")

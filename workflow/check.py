@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils import archs, cli, data, folders, languages, refs, tensors
+from cpt_utils import archs, cli, data, folders, languages, refs, tensors, textfiles
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -210,7 +210,7 @@ def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
             found = report.tried(_text, study, file)
             report.say(f"{what}, {code}: {file or 'mOSCAR, from the hub'}{found or ''}")
             if what == "held-out text" and Path(str(file)).is_file():
-                tokens = sum(len(line.encode()) for line in data.lines(Path(file))) / BYTES_PER_TOKEN
+                tokens = sum(len(line.encode()) for line in textfiles.texts(Path(file))) / BYTES_PER_TOKEN
                 sizes["heldout"] += tokens
                 sizes["target"] += tokens * languages.same(code, str(study.get("languages.target")))
     task = study.get("data.task")
@@ -223,7 +223,7 @@ def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
 
 def _pairs(study: Study) -> data.ParallelText | bool:
     """The parallel sentences; False where the workflow makes them first."""
-    keys = ("source", "data_dir", "base_file", "target_file", "split", "limit")
+    keys = ("source", "data_dir", "base_file", "target_file", "split", "drop_empty", "limit")
     sides = [study.value(None, f"--{side}", f"languages.{side}") for side in ("base", "target")]
     try:
         return data.from_arguments(argparse.Namespace(**dict.fromkeys(keys)), study, *sides)
@@ -243,9 +243,11 @@ def _text(study: Study, file: str | None) -> str:
     """A word on a file or folder.
 
     Raises:
-        InputError: it is not there, and the workflow does not make it.
+        InputError: it is not there, and the workflow does not make it; or it is a file that holds no text.
     """
     if file is None or Path(file).exists():
+        if file is not None and Path(file).is_file():
+            textfiles.check(Path(file))
         return ""
     if _made_first(study):
         return " (made first)"

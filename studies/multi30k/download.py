@@ -15,7 +15,7 @@ import argparse
 import gzip
 from pathlib import Path
 
-from cpt_utils import cli, results
+from cpt_utils import cli, results, textfiles
 from cpt_utils.errors import InputError
 
 HUB = "bentrevett/multi30k"
@@ -42,7 +42,7 @@ def fetch(stem: str, n: int, found: dict[str, dict], out: Path) -> None:
             cli.say(f"{path} is there")
             continue
         source = packing.Source.parse({"name": path.name, "weight": 1.0, **spec}, "download.py")
-        lines = [" ".join(text.split()) for text in source.from_hub()]
+        lines = [" ".join(textfiles.joined(pieces).split()) for pieces in source.rows()]
         if len(lines) != n:
             raise InputError(f"{path.name}: {len(lines)} captions were fetched, {n} expected; the source has changed")
         with results.replacing(path) as temporary:
