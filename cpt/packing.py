@@ -210,7 +210,7 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
             shutil.rmtree(state / "tokenizer.tmp", ignore_errors=True)
             tokenizer.save_pretrained(state / "tokenizer.tmp")
             os.replace(state / "tokenizer.tmp", folder)
-    tokenizer = models.read_tokenizer(folder)
+    tokenizer = models.open_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{where}: the tokenizer in {folder} has no eos token; documents could not be told apart")
     return tokenizer, folder

@@ -20,7 +20,7 @@ import math
 import shutil
 from pathlib import Path
 
-from cpt_utils import cli, refs, results, study, tokenizer_id
+from cpt_utils import cli, refs, results, study, textfiles, tokenizer_id
 from cpt_utils.errors import InputError
 
 runs = cli.sibling("cpt/runs.py")
@@ -182,17 +182,89 @@ def prepare_model(config: dict, tokenizer, path: Path):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
         except (ValueError, RuntimeError, ZeroDivisionError) as error:
             raise InputError(f"{path}: model cannot be built: {runs.first_line(error)}") from error
+    fit_vocabulary(model, tokenizer, config, path)
+    check_block(config, model.config, path)
+    return model
+
+
+def fit_vocabulary(model, tokenizer, config: dict, path: Path) -> None:
+    """Give every token an embedding: more rows for a longer tokenizer, and initial values for the rows of new tokens.
+
+    Models often have more rows than tokens. Such a row was never trained and may be zero, and a token that was added to
+    the tokenizer later falls into it: it is to begin as a token does for which a row is added.
+
+    Raises:
+        InputError: without `resize`, a tokenizer that is longer than the embeddings, or has tokens that the base's had
+            not.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
+    wanted = config["tokenizer"] or {}
+    if config["from"] and wanted.get("from"):
+        old, new = vocabularies(refs.model(config["from"]), tokenizer, rows)
+        if new and wanted.get("resize") is None:
+            raise InputError(
+                f"{path}: {len(new)} tokens of {wanted['from']}, such as {tokenizer.convert_ids_to_tokens(new[0])!r}, "
+                f"are not in the base's tokenizer, though the model has {rows} embeddings and so a row for each; set "
+                "tokenizer.resize: true to initialise these rows, or false to train them from what they are"
+            )
+        if new and wanted["resize"]:
+            if not old:
+                raise InputError(f"{path}: {wanted['from']} has no token of the base's tokenizer; take another one")
+            initialise(model, old, new)
+            cli.say(f"embeddings: {len(new)} of {rows} rows are new tokens', initialised from {len(old)} old tokens'")
     if len(tokenizer) > rows:
-        if not (config["from"] and (config["tokenizer"] or {}).get("resize")):
+        if not (config["from"] and wanted.get("resize")):
             raise InputError(
                 f"{path}: the model has {rows} embeddings, but the tokenizer has {len(tokenizer)} tokens; raise "
                 "model.vocab_size, or, to train a model further with a longer tokenizer, set tokenizer.resize: true"
             )
         cli.say(f"embeddings: {rows} -> {len(tokenizer)} rows for the longer tokenizer")
         model.resize_token_embeddings(len(tokenizer))
-    check_block(config, model.config, path)
-    return model
+
+
+def vocabularies(base: refs.ModelRef, tokenizer, rows: int) -> tuple[list[int], list[int]]:
+    """Ids below `rows` of the tokens that the base's tokenizer has, too, and of those that it has not, both sorted.
+
+    All are old where the base has no tokenizer: then nothing tells them apart, which is said.
+    """
+    from cpt_utils import models
+
+    now = tokenizer.get_vocab()
+    try:
+        before = models.open_tokenizer(refs.tokenizer_folder(base)).get_vocab()
+    except InputError as error:
+        cli.warn(f"which tokens are new is not known, and none is initialised: {error}")
+        before = now
+    moved = [token for token, i in before.items() if now.get(token, i) != i]
+    if moved:
+        cli.warn(
+            f"{len(moved)} tokens of the base's tokenizer, such as {moved[0]!r}, have other ids in the new one: the "
+            "embeddings at these ids were trained for other tokens"
+        )
+    new = sorted(i for token, i in now.items() if token not in before and i < rows)
+    return sorted({i for i in before.values() if i < rows} - set(new)), new
+
+
+def initialise(model, old: list[int], new: list[int]) -> None:
+    """Draw the rows `new` of both embeddings from a normal distribution with the mean of the rows `old` and 1e-9 of
+    their covariance, as `resize_token_embeddings` of transformers does for the rows that it adds (Hewitt 2021)."""
+    import torch
+
+    head = model.get_output_embeddings()
+    weights = [model.get_input_embeddings().weight]
+    if head is not None and head.weight is not weights[0]:
+        weights.append(head.weight)
+    if getattr(head, "bias", None) is not None:
+        weights.append(head.bias[:, None])
+    with torch.no_grad():
+        for weight in weights:
+            rows = weight[old].float()
+            mean = rows.mean(0)
+            rows -= mean
+            spread = rows.T @ rows / len(old) * 1e-9
+            factor, failed = torch.linalg.cholesky_ex(spread)
+            noise = torch.zeros(len(new), len(mean)) if failed else torch.randn(len(new), len(mean)) @ factor.T
+            weight[new] = (mean + noise).to(weight.dtype)
 
 
 def check_block(config: dict, settings, path: Path) -> None:
@@ -288,6 +360,12 @@ def announce(config: dict, trainer, tokens: dict, done: int) -> None:
         cli.say(
             f"  {name}: {facts['share']:.3f} of the tokens, {facts['tokens_used']:,} used, {facts['passes']} passes"
         )
+        if facts.get("special_documents"):  # no such key in a state from before it was counted
+            cli.say(
+                f"  {name}: {facts['special_documents']:,} documents hold the text of a special token (such as </s>), "
+                "tokenized as the text that it is"
+            )
+        textfiles.say_nulls(facts.get("null_texts", 0), f"source {name}")
     if done:
         cli.say(f"going on from step {done}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -17,6 +18,11 @@ from cpt_utils.errors import InputError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Files of SentencePiece, and the packages that transformers reads them with, by the modules they bring.
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
 
 def attention(config) -> str:
@@ -249,15 +255,32 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, as it is saved there.
 
     Raises:
-        InputError: files that are damaged, or that transformers does not know.
+        InputError: files that are damaged, or that transformers does not know, or a SentencePiece model alone where
+            what reads it is not installed.
     """
     from transformers import AutoTokenizer
 
+    piece = next((folder / name for name in SENTENCEPIECE if (folder / name).is_file()), None)
+    if piece and not (folder / "tokenizer.json").is_file() and b"\0" in piece.read_bytes():  # one of tiktoken is text
+        missing = [package for package, module in READERS.items() if not _installed(module)]
+        if missing:  # transformers would ask for tiktoken, which does not read it
+            raise InputError(
+                f"{piece} is a SentencePiece model without tokenizer.json, which needs sentencepiece and protobuf "
+                f"({' and '.join(missing)} not installed); pip install {' '.join(READERS)}, or put the tokenizer.json "
+                "of the same model into the folder"
+            )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def announce(model: PreTrainedModel, ref: refs.ModelRef) -> None:

@@ -25,8 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils import (
-    cli, data, encoding, evaluation, figures, journal, languages, processes, refs, results, tokenizer_id,
-)  # fmt: skip
+    cli,
+    data,
+    encoding,
+    evaluation,
+    figures,
+    journal,
+    languages,
+    processes,
+    refs,
+    results,
+    tokenizer_id,
+)
 from cpt_utils.errors import InputError
 from cpt_utils.masks import Layers
 from cpt_utils.study import Study

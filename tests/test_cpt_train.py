@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
@@ -167,7 +168,7 @@ def test_hub_data_give_the_same_documents_and_stop_early(packing, base, texts, t
     assert list(source.documents()) == list(from_file.documents()) != []
     packing_batch, packing.BATCH = packing.BATCH, 4
     try:
-        ids, bounds = packing.tokenize(source, AutoTokenizer.from_pretrained(base), 50, tmp_path / "tokens")
+        ids, bounds, _ = packing.tokenize(source, AutoTokenizer.from_pretrained(base), 50, tmp_path / "tokens")
     finally:
         packing.BATCH = packing_batch
     assert 50 <= len(ids) == bounds[-1] and len(bounds) - 1 in (4, 8, 12)
@@ -175,6 +176,47 @@ def test_hub_data_give_the_same_documents_and_stop_early(packing, base, texts, t
         list(hub(id="nobody/nothing").documents())
     with pytest.raises(InputError, match="hub of source c takes id"):
         hub(id="json", splits="train")
+
+
+def test_nulls_marks_and_special_tokens_are_no_tokens(packing, train, texts, base, tmp_path, capsys):
+    """Against the documents written by hand: a null is none, a mark of byte order is none, a tag is its letters."""
+    import pyarrow
+    from pyarrow import parquet
+    from transformers import AutoTokenizer
+
+    rows = [
+        {"text": "\ufeffthe red dog"},
+        {"text": None},
+        {"text": [{"text": "runs"}, {"text": None}, {"text": "home"}]},
+        {"text": "<|endoftext|>at night<|pad|>"},
+        {"text": "  "},
+        {"text": "None"},
+    ]
+    wanted = ["the red dog", "runs\nhome", "<|endoftext|>at night<|pad|>", "None"]
+    jsonl = "".join("\ufeff" + json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(jsonl, encoding="utf-8")
+    pieces = [row | {"text": row["text"] if isinstance(row["text"], list) else [{"text": row["text"]}]} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(pieces), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_bytes("".join("\ufeff" + text.replace("\n", " ") + "\r\n" for text in wanted).encode())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = {token: i for token, i in tokenizer.get_vocab().items() if i not in tokenizer.all_special_ids}
+    for name, nulls in (("a.jsonl", 2), ("a.parquet", 2), ("a.txt", 0)):
+        source = packing.Source.parse({"name": "a", "weight": 1, "files": str(tmp_path / name)}, "here")
+        documents = [text.replace("\n", " ") for text in source.documents()]
+        assert documents == [text.replace("\n", " ") for text in wanted], name
+        ids, bounds, counts = packing.tokenize(source, tokenizer, 0, tmp_path / "tokens")
+        assert counts == {"null_texts": nulls, "special_documents": 1}
+        for (start, end), text in zip(itertools.pairwise(bounds), wanted, strict=True):
+            *own, eos = ids[start:end].tolist()
+            assert eos == tokenizer.eos_token_id and set(own) <= set(plain.values())
+            assert tokenizer.decode(own).replace("\n", " ") == text.replace("\n", " ")
+    values = settings(texts, steps=2, sources=[{"name": "a", "weight": 1, "files": str(tmp_path / "a.jsonl")}])
+    train.main(["--config", write(tmp_path / "c.yaml", values), "--output-dir", str(tmp_path / "out")])
+    facts = json.loads((tmp_path / "out" / "train.json").read_text())["tokens"]["a"]
+    assert (facts["documents"], facts["null_texts"], facts["special_documents"]) == (4, 2, 1)
+    said = capsys.readouterr()
+    assert "source a: 2 texts are null" in said.err
+    assert "a: 1 documents hold the text of a special token (such as </s>), tokenized as the text" in said.out
 
 
 def test_tokenizer_has_the_asked_tokens(packing):
@@ -312,6 +354,86 @@ def test_tied_heads_and_longer_tokenizers(train, packing, texts, tmp_path):
     assert refs.model(tmp_path / "cpt").config()["vocab_size"] == len(longer)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_in_rows_that_were_never_trained(train, base, texts, tmp_path, capsys, tied):
+    """They begin as transformers begins rows that it adds: at the mean of the old tokens' rows, a hair off."""
+    import torch
+    from tokenizers import AddedToken
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    n, padded = len(tokenizer), 320
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, tie_word_embeddings=tied)
+    model.resize_token_embeddings(padded)
+    weights = [model.get_input_embeddings().weight, *([] if tied else [model.get_output_embeddings().weight])]
+    with torch.no_grad():
+        for weight in weights:
+            weight[n:] = 0
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    tokenizer.add_tokens([AddedToken(f" word{i}", normalized=False) for i in range(5)])
+    tokenizer.save_pretrained(tmp_path / "longer")
+    config = {"from": str(tmp_path / "padded"), "tokenizer": {"from": str(tmp_path / "longer"), "resize": True}}
+    made = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    said = capsys.readouterr().out
+    assert f"embeddings: 5 of {padded} rows are new tokens', initialised from {n} old tokens'" in said
+    found = [made.get_input_embeddings().weight, *([] if tied else [made.get_output_embeddings().weight])]
+    for weight, old in zip(found, weights, strict=True):
+        mean, deviation = old[:n].mean(0), old[:n].std(0)
+        assert torch.equal(weight[:n], old[:n]) and torch.equal(weight[n + 5 :], old[n + 5 :])
+        off = (weight[n : n + 5] - mean) / deviation
+        assert 1e-6 < off.abs().max() < 2e-4  # a standard deviation of sqrt(1e-9) of the old rows'
+        assert len(weight[n : n + 5].unique(dim=0)) == 5
+    again = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    assert torch.equal(again.get_input_embeddings().weight, made.get_input_embeddings().weight)
+
+    # More of them than rows: those in the padding, and the rows that are added.
+    tokenizer.add_tokens([AddedToken(f" more{i}", normalized=False) for i in range(padded)])
+    many = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    weight = many.get_input_embeddings().weight
+    assert weight.shape[0] == len(tokenizer) == n + 5 + padded
+    assert ((weight[n:] - weights[0][:n].mean(0)).abs() < 1e-3).all()
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "longer")
+    del config["tokenizer"]["resize"]
+    message = "5 tokens of .*longer, such as ' word0', are not in the base's tokenizer, .*resize: true to .*, or false"
+    with pytest.raises(InputError, match=message):
+        train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    config["tokenizer"]["resize"] = False
+    kept = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    assert torch.equal(kept.get_input_embeddings().weight, weights[0])
+
+
+def test_tokens_in_place_of_others_and_tokens_that_moved(train, base, tmp_path, capsys):
+    """Reserved tokens that got a new name are new tokens; a tokenizer of other ids is said to be one."""
+    import torch
+    from transformers import AutoTokenizer
+
+    def renamed(name: str, names: dict[str, str]) -> AutoTokenizer:
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "tokenizer.json"
+        whole = json.loads(file.read_text())
+        whole["model"]["vocab"] = {names.get(token, token): i for token, i in whole["model"]["vocab"].items()}
+        whole["model"]["merges"] = []
+        file.write_text(json.dumps(whole))
+        return AutoTokenizer.from_pretrained(tmp_path / name)
+
+    old = AutoTokenizer.from_pretrained(base)
+    tokenizer = renamed("renamed", {"Ā": "Ἀ"})
+    config = {"seed": 3, "block_size": 8, "from": str(base), "tokenizer": {"from": str(tmp_path / "renamed")}}
+    config["tokenizer"]["resize"] = True
+    made = train.prepare_model(config, tokenizer, tmp_path / "c.yaml").get_input_embeddings().weight
+    before = read_tensors(base)["model.embed_tokens.weight"]
+    place = old.convert_tokens_to_ids("Ā")
+    changed = (made != before).any(1).nonzero().flatten().tolist()
+    assert changed == [place] and "have other ids" not in capsys.readouterr().err
+    tokenizer = renamed("moved", {"A": "B", "B": "A"})
+    config["tokenizer"]["from"] = str(tmp_path / "moved")
+    made = train.prepare_model(config, tokenizer, tmp_path / "c.yaml").get_input_embeddings().weight
+    assert torch.equal(made, before)
+    assert "2 tokens of the base's tokenizer, such as" in capsys.readouterr().err
+
+
 # --- a run that is killed
 
 
@@ -400,6 +522,10 @@ BAD = {
     "no text": (lambda v: v.pop("sources"), "sources is missing"),
     "a missing file": (lambda v: change_source(v, files="gone.txt"), r"gone.txt does not exist"),
     "an empty source": (lambda v: change_source(v, files="empty.txt"), "source a holds no text"),
+    "a table": (lambda v: change_source(v, files="a.csv"), "source a: a.csv is a table, of which nothing says what is"),
+    "a compressed file": (lambda v: change_source(v, files="a.txt.zst"), "source a: a.txt.zst is compressed"),
+    "a folder": (lambda v: change_source(v, files="."), "source a: . is a folder"),
+    "a text that is a number": (lambda v: change_source(v, files="n.jsonl"), "row 1: the column text holds 5, neither"),
     "a damaged gzip": (lambda v: change_source(v, files="broken.txt.gz"), "cannot be read as UTF-8 text"),
     "a weight of 0": (lambda v: change_source(v, weight=0), "weight of source a is 0"),
     "a weight of NaN": (lambda v: change_source(v, weight=float("nan")), "must be a number above 0"),
@@ -430,6 +556,9 @@ BAD = {
 def test_bad_input(train, texts, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "n.jsonl").write_text('{"text": 5}\n')
+    for name in ("a.csv", "a.txt.zst"):
+        (tmp_path / name).write_text("id,text\n1,one\n")
     (tmp_path / "broken.txt.gz").write_bytes((texts / "b.txt.gz").read_bytes()[:60])
     change, message = BAD[case]
     values = json.loads(json.dumps(settings(texts)))
