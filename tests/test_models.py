@@ -218,3 +218,56 @@ def test_a_mixture_of_experts_runs_in_float64(tmp_path):
     wide = models.load_model(ref, torch.float64, CPU)(ids).logits
     assert torch.allclose(wide.float(), models.load_model(ref, torch.float32, CPU)(ids).logits, atol=1e-5)
     assert models.load_untrained(ref, torch.float64, CPU, seed=1)(ids).logits.dtype == torch.float64
+
+
+def test_a_sentencepiece_model_alone_names_what_reads_it(tmp_path, monkeypatch):
+    """transformers asks for tiktoken there, which does not read it. The packages are absent, one by one."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 272}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    for name in models.SENTENCEPIECE:
+        piece = folder / name
+        piece.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+        for absent in ({"sentencepiece", "google.protobuf"}, {"google.protobuf"}, {"sentencepiece"}):
+            monkeypatch.setattr(models, "_installed", lambda module, absent=absent: module not in absent)
+            named = " and ".join(package for package, module in models.READERS.items() if module in absent)
+            message = (
+                rf"{name} is a SentencePiece model without tokenizer.json, which needs sentencepiece and protobuf "
+                rf"\({named} not installed\); pip install sentencepiece protobuf, or put the tokenizer.json"
+            )
+            with pytest.raises(InputError, match=message) as error:
+                models.open_tokenizer(folder)
+            assert "\n" not in str(error.value)
+        piece.unlink()
+    piece = folder / "tokenizer.model"
+    for content, there in ((b"\n\x0e\n\x05<unk>\x15\x00", True), (b"IQ== 0\nIg== one\n", False)):
+        # A stump of a model with both packages, a file as tiktoken writes without them: transformers has its say.
+        piece.write_bytes(content)
+        monkeypatch.setattr(models, "_installed", lambda module, there=there: there)
+        with pytest.raises(InputError, match="cannot be loaded"):
+            models.open_tokenizer(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(b"\x00")
+    assert len(models.open_tokenizer(folder)) == 259  # tokenizer.json is read first
+
+
+def test_installed_packages_are_found_by_their_modules():
+    assert models._installed("json") and models._installed("importlib.util")
+    assert not models._installed("no_such_package_of_ours") and not models._installed("no_such_package.of_ours")
+
+
+def test_special_tokens_in_a_text_are_scored_as_text():
+    """By bytes: what stands in a text is its letters, in the text, its context and a prompt."""
+    model, tokenizer = tiny_model("llama", seed=1), tiny_tokenizer()
+    byte_ids = {letter: i for letter, i in tokenizer.get_vocab().items() if len(letter) == 1}
+    ids = [tokenizer.bos_token_id, *(byte_ids[letter] for letter in "</s>Ġ<pad>x")]
+    with torch.no_grad():
+        logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    own = [-float(logs[at - 1, ids[at]]) for at in range(1, len(ids))]
+    (whole,) = scoring.text_nlls(model, tokenizer, ["</s> <pad>x"])
+    assert whole.tokens == len(own) and whole.nll == pytest.approx(sum(own), abs=1e-4)
+    (part,) = scoring.text_nlls(model, tokenizer, ["<pad>x"], contexts=["</s>"])
+    assert part.tokens == 7 and part.nll == pytest.approx(sum(own[4:]), abs=1e-4)
+    ((choice,),) = scoring.choice_logliks(model, tokenizer, ["</s>"], ["<pad>x"])
+    assert choice == pytest.approx(-sum(own[4:]), abs=1e-4)
