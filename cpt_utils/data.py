@@ -122,22 +122,10 @@ def parallel(
         examples = " and ".join(f"{code} has {_examples(sides[side])}" for side, code in codes.items())
         raise InputError(f"{source}: {base} and {target} have no sentence in common: {examples}")
     ids.sort(key=_natural)
-    empty = {
-        i: code for side, code in codes.items() for i in ids
-        if not isinstance(sides[side][i], str) or not sides[side][i].strip()
-    }  # fmt: skip
-    if empty and not drop_empty:
-        i, code = next(iter(empty.items()))
-        more = f", and {len(empty) - 1} more pairs have an empty side" if len(empty) > 1 else ""
-        raise InputError(
-            f"{source}: the {code} sentence of {facts['aligned_by']} {i} is empty{more}; fill it, remove the pair from "
-            "both languages, or leave out such pairs with --drop-empty"
-        )
+    full = _with_both_sides(ids, sides, codes, f"{source}: the {{}} sentence of {facts['aligned_by']} {{}}", drop_empty)
     if drop_empty:
-        facts["dropped_empty"] = len(empty)
-        ids = [i for i in ids if i not in empty]
-        if not ids:
-            raise InputError(f"{source}: each of the {len(empty)} pairs of {base} and {target} has an empty side")
+        facts["dropped_empty"] = len(ids) - len(full)
+    ids = full
     for side, code in codes.items():
         other = sides["target" if side == "base" else "base"]
         facts[f"only_in_{side}"] = sum(i not in other for i in sides[side])
@@ -150,6 +138,28 @@ def parallel(
         len(ids),
         {"source": source, **facts, "limit": limit},
     )
+
+
+def _with_both_sides(ids: list[str], sides: dict, codes: dict, what: str, drop: bool) -> list[str]:
+    """The ids of pairs without an empty or null side; `what` says which sentence is meant, of a language and an id.
+
+    Raises:
+        InputError: a pair with an empty side that is not to be dropped, or no pair without.
+    """
+    empty = {
+        i: code for side, code in codes.items() for i in ids
+        if not isinstance(sides[side][i], str) or not sides[side][i].strip()
+    }  # fmt: skip
+    if empty and not drop:
+        i, code = next(iter(empty.items()))
+        more = f", and {len(empty) - 1} more pairs have an empty side" if len(empty) > 1 else ""
+        raise InputError(
+            f"{what.format(code, i)} is empty{more}; fill it, remove the pair from both languages, or leave out such "
+            "pairs with --drop-empty"
+        )
+    if len(empty) == len(ids):
+        raise InputError(f"each of the {len(ids)} pairs of {' and '.join(codes.values())} has an empty side")
+    return [i for i in ids if i not in empty]
 
 
 def _examples(rows: dict) -> str:
