@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cpt_utils import cli, encoding
@@ -42,7 +43,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], positions: int 
         cli.warn(f"{len(long)} of {len(ids)} texts are longer than the model's {positions} positions and are cut there")
         for i in long:
             ids[i], special[i] = ids[i][:positions], special[i][:positions]
-    return made
+    where: dict[str, int] = {}
+    return replace(made, first=[where.setdefault(text, i) for i, text in enumerate(texts)])
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,13 +47,23 @@ class ParallelText:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def repeated(self) -> dict[str, int]:
+        """How many sentences of each side stand more than once; a side without any is left out."""
+        counts = {side: Counter(texts) for side, texts in (("base", self.base), ("target", self.target))}
+        several = {side: sum(n for n in count.values() if n > 1) for side, count in counts.items()}
+        return {side: n for side, n in several.items() if n}
+
     def describe(self) -> dict:
-        """What a result's header says of the data; `pairs_sha256` is over the sentences used, in order."""
+        """What a result's header says of the data; `pairs_sha256` is over the sentences used, in order.
+
+        `repeated` is there only where sentences repeat: results over others are the same with and without it.
+        """
         digest = hashlib.sha256()
         for row in zip(self.ids, self.base, self.target, strict=True):
             digest.update(("\t".join(row) + "\n").encode())
         counts = {"n_used": len(self), "n_available": self.n_available, "pairs_sha256": digest.hexdigest()}
-        return {**self.facts, **counts}
+        return {**self.facts, **counts, **({"repeated": self.repeated} if self.repeated else {})}
 
     def summary(self) -> str:
         """One line for the user: how many pairs, from where, and what was left out."""
@@ -65,10 +76,12 @@ class ParallelText:
         columns = [facts[side].get("column") for side in ("base", "target")]
         which = "" if None in columns else f", columns {columns[0]} and {columns[1]}"
         empty = facts.get("dropped_empty", 0)
+        copies = " and ".join(f"{n} sentences of {facts[side]['lang']}" for side, n in self.repeated.items())
         return (
             f"{used} sentence pairs {pair} from {facts['source']}{split}{which}, aligned by {facts['aligned_by']}"
             f"{f' ({unpaired}: left out)' if unpaired else ''}"
             f"{f' ({empty} with an empty side: left out)' if empty else ''}"
+            f"{f'; {copies} stand more than once, and finding any copy counts' if copies else ''}"
         )
 
 
@@ -136,7 +149,7 @@ def parallel(
         [sides["target"][i] for i in used],
         used,
         len(ids),
-        {"source": source, **facts, "limit": limit},
+        {"source": source, **facts, "limit": limit if len(used) < len(ids) else None},
     )
 
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Encoded:
     """Tokenized texts: `ids[i]` is a list of token ids, `special[i]` marks what the tokenizer itself added with 1;
-    `n_split` texts held the text of a special token."""
+    `n_split` texts held the text of a special token. `first[i]`, of sentences, is where the same text stands first: i
+    itself, unless texts repeat."""
 
     ids: list[list[int]]
     special: list[list[int]]
     n_split: int = 0
+    first: list[int] = field(default_factory=list)
 
 
 def of_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True) -> Encoded:

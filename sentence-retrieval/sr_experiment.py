@@ -126,26 +126,35 @@ class Retrieval:
         return [(f + b) / 2 for f, b in zip(_mean(self.hits), _mean(self.hits_reverse), strict=True)]
 
 
-def retrieve(base: torch.Tensor, target: torch.Tensor, variant: str = "ratio", k: int = 4, seed: int = 42) -> Retrieval:
+def retrieve(
+    base: torch.Tensor, target: torch.Tensor, variant: str = "ratio", k: int = 4, seed: int = 42,
+    first: tuple[list[int], list[int]] | None = None,
+) -> Retrieval:  # fmt: skip
     """Retrieve at every hidden state, from sentence vectors [L+1, sentences, hidden] of two languages, paired by row.
 
-    The first of equal scores counts as the largest. `hits_centred` is base -> target after each language's mean vector
-    is taken off: what is left of a fall in accuracy that a mere offset between languages causes.
+    A hit is a sentence whose highest score is its translation, or another copy of that: copies are one sentence, and
+    which of them scores highest is float rounding, so that it moves with the batch. `hits_centred` is base -> target
+    after each language's mean vector is taken off: what is left of a fall in accuracy that a mere offset between
+    languages causes.
+
+    Args:
+        first: of base and target, where each sentence stands first in its list (`Encoded.first`); None: none repeats.
     """
     import torch
 
-    n = base.shape[1]
-    own = torch.arange(n)
+    own = torch.arange(base.shape[1])
+    asks, answers = (own, own) if first is None else map(torch.tensor, first)
     generator = torch.Generator().manual_seed(seed)
-    shuffles = torch.stack([torch.randperm(n, generator=generator) for _ in range(SHUFFLES)])
+    shuffles = torch.stack([torch.randperm(len(own), generator=generator) for _ in range(SHUFFLES)])
     forward, backward, centred, chance = [], [], [], []
     for x, y in zip(base, target, strict=True):
         scores = margin_scores(cosine(x, y), variant, k)
-        found = scores.argmax(1)
-        forward.append(found == own)
-        backward.append(scores.argmax(0) == own)
-        chance.append((found == shuffles).double().mean())
-        centred.append(margin_scores(cosine(x - x.mean(0), y - y.mean(0)), variant, k).argmax(1) == own)
+        found = answers[scores.argmax(1)]
+        forward.append(found == answers)
+        backward.append(asks[scores.argmax(0)] == asks)
+        chance.append((found == answers[shuffles]).double().mean())
+        level = margin_scores(cosine(x - x.mean(0), y - y.mean(0)), variant, k)
+        centred.append(answers[level.argmax(1)] == answers)
     return Retrieval(torch.stack(forward), torch.stack(backward), torch.stack(centred), torch.stack(chance))
 
 
@@ -160,7 +169,7 @@ def measure(
         sentence_vectors(model, arch, side, pad, batch_size, special_tokens, desc=f"{desc}{name}")
         for side, name in ((base, "base language"), (target, "target language"))
     ]
-    return retrieve(*sides, variant, k, seed)
+    return retrieve(*sides, variant, k, seed, (base.first, target.first))
 
 
 def _mean(hits: torch.Tensor) -> list[float]:

@@ -64,6 +64,22 @@ def test_flores_folder_is_aligned_by_id_in_natural_order(tmp_path):
     assert "4 sentence pairs en-gle_Latn from flores dev, aligned by id" in pairs.summary()
 
 
+def test_a_limit_that_leaves_nothing_out_is_none(tmp_path):
+    whole = data.parallel("flores", "eng_Latn", "gle_Latn", dir=flores(tmp_path))
+    assert data.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path, limit=4).describe() == whole.describe()
+
+
+def test_repeated_sentences_are_counted(tmp_path):
+    lines = {"a": ["one", "two", "one", "one ", "four", "two", "One"], "b": ["1", "2", "3", "4", "5", "6", "7"]}
+    for name, own in lines.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in own))
+    pairs = data.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt")
+    assert pairs.repeated == pairs.describe()["repeated"] == {"base": 4}  # another case or a space is another sentence
+    assert pairs.summary().endswith("; 4 sentences of eng_Latn stand more than once, and finding any copy counts")
+    few = data.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt", limit=2)
+    assert "repeated" not in few.describe() and few.summary().endswith("aligned by line")
+
+
 def test_limit_takes_the_first_ids_and_is_recorded(tmp_path):
     pairs = data.parallel("flores", "eng_Latn", "gle_Latn", dir=flores(tmp_path), limit=2)
     assert pairs.ids == ["1", "2"] and len(pairs) == 2

@@ -58,7 +58,7 @@ def slow_accuracy(model, tokenizer, base, target, variant, k=4):
                 m_j = sum(sorted((a[r][j] for r in range(n)), reverse=True)[:k]) / k
                 b = (m_i + m_j) / 2 + 1e-6
                 scores.append({"ratio": a[i][j] / b, "distance": a[i][j] - b, "absolute": a[i][j]}[variant])
-            right += scores.index(max(scores)) == i
+            right += target[scores.index(max(scores))] == target[i]
         accuracies.append(right / n)
     return accuracies
 
@@ -135,6 +135,67 @@ def test_the_reverse_direction_is_the_transpose(sr):
     x, y = torch.randn(2, 50, 4), torch.randn(2, 50, 4)
     there, back = sr.retrieve(x, y, "distance"), sr.retrieve(y, x, "distance")
     assert torch.equal(there.hits_reverse, back.hits) and torch.equal(there.hits, back.hits_reverse)
+
+
+def with_copies(words, seed):
+    """21 sentences of which five stand twice, and one of these a third time."""
+    once = sentences(words, 15, seed)
+    return [*once, *once[3:8], once[4]]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_any_copy_of_the_translation_counts_whatever_the_batch(sr, dtype):
+    """Which copy scores highest is rounding, and moves with batch size and padding side; the accuracy must not."""
+    model, tokenizer = tiny_model("llama", dtype=dtype), tiny_tokenizer()
+    arch, base, target = for_config(model.config), with_copies(WORDS_A, 6), with_copies(WORDS_B, 8)
+    base[-1] = "another sentence"  # its translation is one that others have, too
+    sides = [encode(tokenizer, texts) for texts in (base, target)]
+    assert sides[0].first[15:] == [3, 4, 5, 6, 7, 20] and sides[1].first[15:] == [3, 4, 5, 6, 7, 4]
+
+    def found(batch_size, padding, first):
+        vectors = [
+            sr.sentence_vectors(model, arch, side, tokenizer.pad_token_id, batch_size, padding_side=padding)
+            for side in sides
+        ]
+        if dtype == "bfloat16":  # its rounding moves other argmaxes as well: here copies against copies alone
+            vectors[1] = vectors[0] = torch.stack([vectors[0]] * 2).mean(0)
+            return sr.retrieve(*vectors, first=first and (first[0], first[0]))
+        return sr.retrieve(*vectors, first=first)
+
+    first = tuple(side.first for side in sides)
+    reference = found(None, "right", first)
+    if dtype == "float64":
+        assert reference.accuracy == slow_accuracy(model, tokenizer, base, target, "ratio")
+        assert [h / 21 for h in reference.hits_reverse.sum(1).tolist()] == slow_accuracy(
+            model, tokenizer, target, base, "ratio"
+        )
+    if dtype == "bfloat16":
+        assert reference.accuracy == reference.mean_accuracy == [1.0] * 4
+    for batch_size, padding in ((1, "right"), (3, "left"), (5, "right"), (64, "left")):
+        other = found(batch_size, padding, first)
+        for part in ("hits", "hits_reverse", "hits_centred"):
+            assert torch.equal(getattr(other, part), getattr(reference, part)), (batch_size, padding, part)
+        assert torch.equal(other.chance, reference.chance)
+    assert found(None, "right", None).hits.sum() < reference.hits.sum()
+
+
+def test_copies_raise_chance(sr):
+    torch.manual_seed(0)
+    vectors = torch.randn(1, 60, 16).repeat_interleave(2, dim=1)
+    first = [i - i % 2 for i in range(120)]
+    # A shuffled pair is right for two of 120 sentences, by 100 shuffles: standard error 1/600.
+    assert abs(float(sr.retrieve(vectors, vectors, first=(first, first)).chance) - 2 / 120) < 4 / 600
+
+
+def test_sentences_that_cannot_be_told_apart_are_no_copies(sr):
+    """One huge activation makes all cosines 1 to a millionth: were such scores ties, every sentence would be found."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 1, 200, 16)
+    x[..., 0] += 1e5
+    y[..., 0] += 1e5
+    scores = sr.margin_scores(sr.cosine(x[0], y[0]))
+    assert float(scores.max() - scores.min()) < 1e-6
+    assert sr.retrieve(x, y).accuracy[0] < 0.05
 
 
 def test_special_tokens_can_be_left_out_of_the_mean(sr):
