@@ -127,7 +127,7 @@ def test_from_arguments(args, study, known: dict) -> Test:
     base = study.value(args.base_lang, "--base-lang", "languages.base", known.get("base_lang", ""))
     target = study.value(args.target_lang, "--target-lang", "languages.target", known.get("target_lang", ""))
     pairs = heldout = task = None
-    facts: dict = {"limit": args.limit, "seed": study.seed}
+    facts: dict = {"limit": None, "seed": study.seed}
     if "retrieval" in wanted:
         if not (base and target):
             raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
@@ -135,7 +135,7 @@ def test_from_arguments(args, study, known: dict) -> Test:
         cli.say(pairs.summary())
         facts |= {"base_lang": languages.canonical(base, any_tag=True), "data": pairs.describe()}
         facts["target_lang"] = languages.canonical(target, any_tag=True)
-        facts |= {"n_used": len(pairs), "n_available": pairs.n_available}
+        facts |= {"n_used": len(pairs), "n_available": pairs.n_available, "limit": pairs.facts["limit"]}
     if "nll" in wanted:
         mapping = study.get("data.heldout") or {}
         key = languages.find(mapping, target, default=None) if target else None
@@ -144,7 +144,7 @@ def test_from_arguments(args, study, known: dict) -> Test:
             raise InputError("--measures nll: no held-out text; give --heldout FILE, or data.heldout in the study")
         if file is not None:
             together = int(study.get("data.heldout_lines") or 1)
-            heldout = documents(Path(file), together)[: args.limit]
+            heldout = limited(documents(Path(file), together), args.limit, facts)
             facts["heldout"] = {
                 "file": file, "sha256": data.file_sha256(file), "documents": len(heldout), "lines": together,
             }  # fmt: skip
@@ -153,9 +153,16 @@ def test_from_arguments(args, study, known: dict) -> Test:
         if file is None and args.measures:
             raise InputError("--measures task: no rows; give --task FILE, or data.task with name and dir in the study")
         if file is not None:
-            task = _task_rows(Path(file))[: args.limit]
+            task = limited(_task_rows(Path(file)), args.limit, facts)
             facts["task"] = {"file": file, "sha256": data.file_sha256(file), "rows": len(task)}
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts)
+
+
+def limited(found: list, limit: int | None, facts: dict) -> list:
+    """The first `limit` of what was found; `facts` say the limit only where it leaves something out."""
+    if limit is not None and limit < len(found):
+        facts["limit"] = limit
+    return found[:limit]
 
 
 def documents(file: Path, together: int) -> list[tuple[str, str]]:

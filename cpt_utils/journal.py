@@ -39,7 +39,7 @@ class Journal:
                     line = json.loads(text)
                     if whole:
                         self.done[line["key"]] = line["record"]
-                    elif line != first:
+                    elif not results.same(line, first):
                         break
                 except (ValueError, LookupError, TypeError):
                     break

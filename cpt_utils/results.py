@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 HEADER = "_header"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")  # the names that `replacing` gives
+SHOWN = 4  # differences of two requests that a message names
 LIBRARIES = ("torch", "transformers", "datasets", "lm_eval", "numpy", "scipy")
 
 
@@ -255,11 +257,58 @@ def _agree(fact: str, found, wanted) -> bool:
     return False
 
 
+def essential(request):
+    """What decides a request: a model is its weights and configuration, a text its hash, wherever they are.
+
+    So a path that is spelled in another way, or a file that was moved, makes no other request. None counts as absent.
+    """
+    if isinstance(request, list):
+        return [essential(part) for part in request]
+    if not isinstance(request, dict):
+        return request
+    kept = set(request)
+    if request.get("weights_sample"):
+        kept = {"weights_sample", "config_sha256", "adapter_of"}
+    elif {"spec", "model_id"} <= kept:
+        kept = {"model_id", "revision", "adapter_of"}
+    elif "pairs_sha256" in kept:
+        kept = {"pairs_sha256", "repeated"}
+    elif request.get("sha256"):
+        kept -= {"file"}
+    return {key: essential(part) for key, part in request.items() if key in kept and part is not None}
+
+
+def same(before, now) -> bool:
+    """Whether two requests ask for the same, see `essential`."""
+    return essential(plain(before)) == essential(plain(now))
+
+
 def unlike(before: dict | None, now: dict) -> str:
-    """In words, in which facts of a request an earlier one differs: "model and masks"."""
-    now = plain(now)
-    names = [key.replace("_", " ") for key in now if (before or {}).get(key) != now[key]]
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "origin"
+    """In words, where a request differs from an earlier one: "dtype: float32 asked for, bfloat16 in the file"."""
+    if not before:
+        return "how the file was made is not known"
+    found = list(_differences(essential(plain(before)), essential(plain(now)), ""))
+    told = [
+        f"{name}: {shown(new)} asked for, {shown(old)} in the file" if shown(new) != shown(old) else f"another {name}"
+        for name, old, new in found
+    ]
+    return "; ".join(told[:SHOWN] + ([f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []))
+
+
+def _differences(before, now, name: str) -> Iterator[tuple]:
+    """(dotted name, before, now) of the smallest parts in which two requests differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        yield name, before, now
+        return
+    for key in dict.fromkeys([*now, *before]):
+        if before.get(key) != now.get(key):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+
+
+def shown(value) -> str:
+    """A value of a request for people, cut where it is long."""
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def made_by(path: str | os.PathLike, schema: str, request: dict, instead: str) -> bool:
@@ -274,10 +323,10 @@ def made_by(path: str | os.PathLike, schema: str, request: dict, instead: str) -
     if not Path(path).exists():
         return False
     _, head = read_json(path, schema, allow_limited=True)
-    if head.get("request") == plain(request):
+    if same(head.get("request"), request):
         return True
     raise InputError(
-        f"{path} is of another request (other: {unlike(head.get('request'), request)}); give --overwrite to redo it, "
+        f"{path} is of another request ({unlike(head.get('request'), request)}); give --overwrite to redo it, "
         f"or {instead}"
     )
 

@@ -361,11 +361,11 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
         return False
     found = results.read_tensors(out)
     before = json.loads(found.get("header", "{}")).get("request")
-    if before == results.plain(request):
+    if results.same(before, request):
         cli.say(f"{out} is finished (--overwrite redoes it)")
         return True
     raise InputError(
-        f"{out} holds counts of another request (other: {results.unlike(before, request)}); give --overwrite to "
+        f"{out} holds counts of another request ({results.unlike(before, request)}); give --overwrite to "
         "redo it, or another -s or -n"
     )
 

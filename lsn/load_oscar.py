@@ -531,9 +531,9 @@ def finished(task: dict, overwrite: bool) -> bool:
         return False
     facts = tokenids.describe(path, allow_limited=True)
     request = results.plain(task["request"])
-    if facts.get("request") != request:
+    if not results.same(facts.get("request"), request):
         raise InputError(
-            f"{path} is there, from another request (other: {results.unlike(facts.get('request'), request)}); "
+            f"{path} is there, from another request ({results.unlike(facts.get('request'), request)}); "
             "give --overwrite to replace it, or another --model-id or --output-dir"
         )
     if "n_special_pieces" not in facts:

@@ -302,14 +302,16 @@ def test_finished_files_are_kept_and_others_refused(tmp_path, tokenizer, capsys)
     moved = moved.rename(tmp_path / "t2")
     assert command(tokenizer, tmp_path, *more, "--batch-documents", "3", tokens=300) == 0
     assert "is finished: 300 tokens (--overwrite" in capsys.readouterr().out and path.stat().st_mtime_ns == before
-    fails(r"is there, from another request \(other: tokens\); give --overwrite", tokenizer, tmp_path, *more, tokens=301)
-    fails("other: filter and report only", tokenizer, tmp_path, *more, "--filter=script", "--filter-report", tokens=300)
+    told = r"is there, from another request \(tokens: 301 asked for, 300 in the file\); give --overwrite"
+    fails(told, tokenizer, tmp_path, *more, tokens=301)
+    told = "filter: script asked for, none in the file; report_only: true asked for, false in the file"
+    fails(told, tokenizer, tmp_path, *more, "--filter=script", "--filter-report", tokens=300)
     other = text_file(tmp_path / "other", [["x" * 500]])
-    fails("other: text", tokenizer, tmp_path, "--text", f"ga={other}", tokens=300)
+    fails(r"another request \(text", tokenizer, tmp_path, "--text", f"ga={other}", tokens=300)
     command(tokenizer, tmp_path, "--text", f"ga={other}", "--overwrite", tokens=300)
     assert len(set(ids_of(tmp_path)[0].tolist())) == 1
     tokenids.sidecar(path).unlink()
-    fails("other: ", tokenizer, tmp_path, *more, tokens=300)
+    fails("how the file was made is not known", tokenizer, tmp_path, *more, tokens=300)
 
 
 # ---------------------------------------------------------------- filters

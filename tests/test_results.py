@@ -74,6 +74,66 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+MODEL = {"spec": "build/run/checkpoint-5", "model_id": "run__checkpoint-5", "step": 5, "weights_sample": "w5"}
+REQUEST = {
+    "model": MODEL | {"config_sha256": "c"},
+    "data": {"pairs_sha256": "p" * 64, "base": {"files": {"a.txt": "1"}}},
+    "heldout": {"file": "h.txt", "sha256": "h", "documents": 3},
+    "hub": {"spec": "org/m@main", "model_id": "org__m@main", "step": None, "revision": "abc"},
+    "sets": [["random", [1, 2]]], "tokenizer": "ids:1", "limit": None, "dtype": "float32",
+}  # fmt: skip
+
+
+def changed(**changes):
+    return {**REQUEST, **changes}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed(model=REQUEST["model"] | {"spec": "/abs/run/checkpoint-5", "step": None, "tokenizer_sha256": "old"}),
+        changed(data={"pairs_sha256": "p" * 64, "base": {"files": {"/abs/a.txt": "1"}}}),
+        changed(heldout=REQUEST["heldout"] | {"file": "./h.txt"}),
+        changed(sets=[("random", (1, 2))]),
+        {key: REQUEST[key] for key in REQUEST if key != "limit"},
+    ],
+)
+def test_where_things_are_is_no_part_of_a_request(tmp_path, other):
+    assert results.same(REQUEST, other)
+    results.write_json(tmp_path / "r.json", {}, results.header("s", request=REQUEST))
+    assert results.made_by(tmp_path / "r.json", "s", other, "another -o")
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (changed(tokenizer="ids:2"), "tokenizer: ids:2 asked for, ids:1 in the file"),
+        (changed(limit=7, dtype="float16"), "limit: 7 asked for, none in the file; dtype: float16 asked for, float32 "),
+        (changed(model=MODEL | {"config_sha256": "d"}), "model.config_sha256: d asked for, c in the file"),
+        (changed(hub=REQUEST["hub"] | {"revision": "abd"}), "hub.revision: abd asked for, abc in the file"),
+        (changed(heldout=REQUEST["heldout"] | {"sha256": "i"}), "heldout.sha256: i asked for, h in the file"),
+        (changed(sets=[["random", [1, 3]]]), 'sets: [["random", [1, 3]]] asked for, [["random", [1, 2]]] in the file'),
+        (changed(data={"pairs_sha256": "p" * 63 + "q"}), "another data.pairs_sha256"),
+        (changed(a=1, b=2, c=3, d=4, e=5, f=6), "a: 1 asked for, none in the file; b: 2 asked for, none in the file; "),
+        (changed(tokenizer=None), "tokenizer: none asked for, ids:1 in the file"),
+    ],
+)
+def test_a_refusal_says_both_values(tmp_path, other, told):
+    assert not results.same(REQUEST, other)
+    results.write_json(tmp_path / "r.json", {}, results.header("s", request=REQUEST))
+    with pytest.raises(InputError) as caught:
+        results.made_by(tmp_path / "r.json", "s", other, "another -o")
+    assert f"r.json is of another request ({told}" in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("); give --overwrite to redo it, or another -o")
+    assert ("and 2 more)" in str(caught.value)) is ("f" in other)
+
+
+def test_a_file_that_does_not_say_how_it_was_made(tmp_path):
+    results.write_json(tmp_path / "r.json", {}, results.header("s"))
+    with pytest.raises(InputError, match=r"another request \(how the file was made is not known\)"):
+        results.made_by(tmp_path / "r.json", "s", REQUEST, "another -o")
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot write"):
