@@ -271,8 +271,7 @@ class ModelRef:
         """A short hash of what decides the arithmetic in config.json; None where there is none."""
         if "config.json" not in self.names and not self.is_adapter:
             return None
-        text = json.dumps(shape_of(self.config()), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return shape_hash(shape_of(self.config()))
 
     @cached_property
     def _weights_sample(self) -> str | None:
@@ -287,6 +286,11 @@ def shape_of(config: dict) -> dict:
     """A configuration without what saving adds to it: a model saved by another release stays the same model."""
     passing = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
     return {key: value for key, value in config.items() if key not in passing}
+
+
+def shape_hash(shape: dict) -> str:
+    """A short hash of what `shape_of` gives."""
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_sample(

@@ -4,9 +4,10 @@ The accuracies of the L layers are split in two groups with the smallest sum of 
 exactly). The group with the lower mean is the interface, the higher one the semantic hub.
 
 In:   one retrieval result, sentence-retrieval's <model id>.json, and beside it <model id>.pt with the hits of every
-      sentence (without it there is no label stability). Inside a study: that of the run's last checkpoint.
+      sentence (without it there is no label stability) and untrained.json, .pt, which the model must retrieve better
+      than (without them that is not checked). Inside a study: that of the run's last checkpoint.
 Out:  OUT with `interface_layers`, `semantic_layers`, centres, threshold, silhouette, blocks of the hub and label
-      stability; beside it a figure (PDF, PNG).
+      stability; beside it a figure (PDF, PNG). Outside a study and without -o the layers are printed as JSON instead.
 
 Full: python layer-specialize/layer_specialize.py artifacts/eng_Latn-eus_Latn/cpt__checkpoint-5000.json -o layers.json
 Tiny: python layer-specialize/layer_specialize.py --study demo/tiny.yaml
@@ -14,11 +15,14 @@ Tiny: python layer-specialize/layer_specialize.py --study demo/tiny.yaml
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, figures, languages, refs, results, stats
+from cpt_utils import cli, figures, gate, languages, refs, results, stats
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -26,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA = "layer-specialize"
-RETRIEVAL = "sentence-retrieval"
 # Accuracies are counts of sentences over n; differences below a millionth of a sentence share are float rounding.
 EQUAL = 1e-6
 # Splits whose sums of squares agree to this share of the total are tied; the counts behind them tie exactly.
@@ -158,7 +161,7 @@ def read_accuracy(path: Path, **expect) -> tuple[np.ndarray, dict]:
     """
     import numpy as np
 
-    payload, header = results.read_json(path, RETRIEVAL, **expect)
+    payload, header = results.read_json(path, gate.RETRIEVAL, **expect)
     try:
         pairs = {int(state): math.nan if value is None else float(value) for state, value in payload["layer_accuracy"]}
         twice = len(pairs) != len(payload["layer_accuracy"])
@@ -231,7 +234,7 @@ def build_parser():
         "-o",
         "--output",
         metavar="OUT",
-        help="JSON to write; default: the study's layer-specialize/layers.json",
+        help="JSON to write; default: the study's layer-specialize/layers.json; outside a study stdout",
     )
     p.add_argument(
         "--draws", type=cli.positive, default=1000, metavar="N", help="resamples for label stability; default 1000"
@@ -243,11 +246,32 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    output = study.output(args.output, "-o", "layers")
+    output = study.output(args.output, "-o", "layers") if args.output or study else None
     # What goes to the study's own place must be about the study's languages.
     sides = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target") if args.output is None}
     path = Path(args.retrieval) if args.retrieval else last_result(study, args.steps)
+    if output is None:
+        with contextlib.redirect_stdout(sys.stderr):  # so that `> layers.json` gets the layers alone
+            split = splitting(path, sides, study, args.draws)[0]
+        print(json.dumps({key: split[key] for key in ("interface_layers", "semantic_layers")}, indent=4))
+        return
     refuse_stranger(output, args.overwrite)
+    split, facts = splitting(path, sides, study, args.draws)
+    import numpy as np
+
+    accuracy = [value for _, value in split["layer_accuracy"]]
+    n = split["n_sentences"] or facts.get("n_used")
+    draw(output.with_suffix(""), np.array(accuracy), split, n, path.stem.replace("__", "/"))
+    results.write_json(output, split, results.header(SCHEMA, **facts))
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+def splitting(path: Path, sides: dict, study: Study, draws: int) -> tuple[dict, dict]:
+    """The payload for the retrieval result `path`, and the facts of its header; the split and the gate are said.
+
+    Args:
+        sides: languages that the result must be about.
+    """
     accuracy, header = read_accuracy(path, **sides)
     hits = read_hits(path, accuracy)
     split = specialize(accuracy[1:])
@@ -258,8 +282,9 @@ def main(argv=None) -> None:
         import numpy as np
 
         high = np.isin(np.arange(len(accuracy) - 1), split["semantic_layers"])
-        split["label_stability"], split["stability_draws"] = label_stability(hits[1:], high, study.seed, args.draws)
+        split["label_stability"], split["stability_draws"] = label_stability(hits[1:], high, study.seed, draws)
     say_split(path, split)
+    passed = checked(path, header, hits, study.seed)
     base = base_split(study, path) if study else None
     if base:
         changed = sorted(set(base["semantic_layers"]) ^ set(split["semantic_layers"]))
@@ -272,11 +297,23 @@ def main(argv=None) -> None:
 
     kept = ("models", "base_lang", "target_lang", "data", "n_used", "n_available", "margin_variant", "k", "dtype")
     facts = {key: header[key] for key in kept if key in header}
-    facts |= {"n_layers": len(accuracy) - 1, "retrieval": path, "seed": study.seed, "draws": args.draws}
-    n = split["n_sentences"] or header.get("n_used")
-    draw(output.with_suffix(""), accuracy[1:], split, n, path.stem.replace("__", "/"))
-    results.write_json(output, split, results.header(SCHEMA, **facts))
-    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+    facts |= {"n_layers": len(accuracy) - 1, "retrieval": path, "seed": study.seed, "draws": draws, "gate": passed}
+    return split, facts
+
+
+def checked(path: Path, header: dict, hits: np.ndarray | None, seed: int) -> dict | None:
+    """The gate, which is said: whether the model retrieves better than its untrained twin; None where nobody knows."""
+    twin = gate.twin_beside(path, header) if hits is not None else None
+    if twin is None:
+        what = "its hits" if hits is None else "an untrained twin of it"
+        cli.say(
+            f"whether {path.stem} retrieves better than an untrained model is not checked: {what} must lie beside it "
+            "(sentence-retrieval/sr_experiment.py without --no-untrained writes both)"
+        )
+        return None
+    found = gate.of_results(path, twin, header["models"]["model"]["spec"], seed)
+    gate.tell(found)
+    return found
 
 
 def last_result(study: Study, steps: list[int] | None) -> Path:

@@ -187,6 +187,16 @@ def save_tiny(
     return folder
 
 
+def failed_gate(model: str = "run/checkpoint-20") -> dict:
+    """What the header of step 2's file says of a model that retrieves nothing, as its untrained twin."""
+    import numpy as np
+
+    from cpt_utils import gate, results
+
+    never = np.zeros((4, 20), dtype=np.uint8)
+    return results.plain({"model": model, **gate.compare(never, never), "untrained": "untrained.json"})
+
+
 def read_tensors(folder: str | Path) -> dict:
     """Every tensor of a safetensors folder by its name on disk."""
     from safetensors.torch import load_file
