@@ -16,13 +16,13 @@ Tiny: python sentence-retrieval/sr_experiment.py --study demo/tiny.yaml
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, data, figures, processes, refs, results, stats
+from cpt_utils import cli, data, figures, gate, languages, processes, refs, results, stats, tokenizer_id
 from cpt_utils.errors import InputError
-from cpt_utils.languages import canonical
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
@@ -212,13 +212,15 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
     if overwrite or not (path.is_file() and path.with_suffix(".pt").is_file()):
         return None
     found, header = results.read_json(path, SCHEMA, allow_limited=True)
-    for key, value in wanted.items():
-        if key == "tokenizer" and key not in header:  # results from before it was written down
-            continue
-        if header.get(key) != results.plain(value):
-            raise InputError(
-                f"{path} is of another {key} than asked for; give --overwrite to redo it, or another --artifact-out"
-            )
+    # Results from before say of no tokenizer, or by another kind of hash, which it was.
+    known = tokenizer_id.comparable(header.get("tokenizer"), wanted["tokenizer"])
+    wanted = {key: value for key, value in wanted.items() if known or key != "tokenizer"}
+    before = {key: header.get(key) for key in wanted} if header else {}
+    if not results.same(before, wanted):
+        raise InputError(
+            f"{path} is of another request ({results.unlike(before, wanted)}); give --overwrite to redo it, or "
+            "another --artifact-out"
+        )
     return found
 
 
@@ -325,7 +327,7 @@ class Bench:
         """What the header says, and what a finished file must agree with."""
         from cpt_utils.archs import for_config
 
-        base, target = (canonical(code, any_tag=True) for code in self.languages)
+        base, target = (languages.canonical(code, any_tag=True) for code in self.languages)
         return {
             "models": {"untrained_like": refs.shape_of(ref.config())} if untrained else {"model": ref.describe()},
             "n_layers": for_config(ref.config()).n_layers(ref.config()),
@@ -398,7 +400,11 @@ def build_parser():
     add("--margin-variant", choices=MARGINS, default="ratio", help="score of a pair; default ratio")
     add("--k", type=cli.positive, default=4, metavar="N", help="nearest neighbours of the margin; default 4")
     add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: in")
-    add("--no-untrained", action="store_true", help="skip the untrained model of the same configuration")
+    add(
+        "--no-untrained",
+        action="store_true",
+        help="only what was asked for: no untrained twin, nor the study's base beside the models of --model_path",
+    )
     data.add_flags(p)
     cli.add_run_flags(p, drop=True)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
@@ -409,8 +415,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
     models = targets(args, study)
-    base = study.value(args.base, "--base", "languages.base")
-    target = study.value(args.target, "--target", "languages.target")
+    base, target = sides(args, study)
     pairs = data.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
     cli.say(pairs.summary())
 
@@ -428,7 +433,7 @@ def main(argv=None) -> None:
         homes=study_homes(study),
         overwrite=args.overwrite,
         languages=(base, target),
-        limit=args.limit,
+        limit=pairs.facts["limit"],
         drop=args.drop_revisions,
     )
     double = [ref for ref in models if sum(other.model_id == ref.model_id for other in models) > 1]
@@ -438,8 +443,8 @@ def main(argv=None) -> None:
             "measure them into different --artifact-out folders"
         )
     jobs = [Job(ref, folder / f"{ref.model_id}.json") for ref in models]
-    if not args.no_untrained:
-        jobs.append(untrained_twin(bench, models[0], folder))
+    twins = {} if args.no_untrained else untrained_twins(models, folder)
+    jobs += dict.fromkeys(twins.values())
     found = {}
     for job, result in bench.results(jobs):
         found[job.path] = result
@@ -450,10 +455,10 @@ def main(argv=None) -> None:
     if not process.is_main:
         return
     lines = [(job.ref, found[job.path]) for job in jobs if not job.untrained]
-    untrained = None if args.no_untrained else found[jobs[-1].path]
-    # Measuring a part, or swapped models, leaves the study's own figure as it is.
-    whole = len(models) > 1 and not (study and (args.model_path or args.steps))
-    name = "accuracy" if whole else figure_name(args.model_path, models)
+    for job in jobs[: len(models)] if twins else []:
+        gate.tell(gate.of_results(job.path, twins[job.ref].path, job.ref.spec, study.seed))
+    untrained = found[twins[models[0]].path] if twins else None
+    name = "accuracy" if is_whole(study, args, models) else figure_name(args.model_path, models)
     draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
     cli.say(f"wrote {len(lines)} result{'s' * (len(lines) > 1)} and the figure {folder / name}.pdf")
 
@@ -466,24 +471,78 @@ def figure_name(asked: list[str] | None, models: list[refs.ModelRef]) -> str:
     return "+".join(names)[:150]
 
 
-def untrained_twin(bench: Bench, ref: refs.ModelRef, folder: Path) -> Job:
-    """An untrained model of `ref`'s configuration; beside one of another shape it gets a file of its own."""
-    path = folder / "untrained.json"
-    wanted = bench.facts(ref, untrained=True)
-    if path.is_file() and not bench.overwrite:
-        _, header = results.read_json(path, SCHEMA, allow_limited=True)
-        if header.get("models") != results.plain(wanted["models"]):
-            path = path.with_name(f"untrained.{ref.model_id}.json")
-    return Job(ref, path, untrained=True)
+def untrained_twins(models: list[refs.ModelRef], folder: Path) -> dict[refs.ModelRef, Job]:
+    """The untrained twin of every model: one for each configuration among them.
+
+    Its file is the one that is there of this configuration; else untrained.json, and where that is of another one,
+    untrained.<model id>.json.
+    """
+    there = {path: shape_in(path) for path in sorted(folder.glob("untrained*.json"))}
+    shapes = {ref: refs.shape_hash(refs.shape_of(ref.config())) for ref in models}
+    made: dict[str, Job] = {}
+    for ref, shape in shapes.items():
+        if shape not in made:
+            usual = folder / "untrained.json"
+            own = usual if there.get(usual) is None else folder / f"untrained.{ref.model_id}.json"
+            path = next((path for path, found in there.items() if found == shape), own)
+            there[path], made[shape] = shape, Job(ref, path, untrained=True)
+    return {ref: made[shape] for ref, shape in shapes.items()}
+
+
+def shape_in(path: Path) -> str | None:
+    """The hash of the configuration that the untrained model at `path` has; None where nothing says it."""
+    try:
+        models = results.read_json(path, SCHEMA, allow_limited=True)[1]["models"]
+        return refs.shape_hash(models["untrained_like"])
+    except (InputError, KeyError):  # said where the file is looked at as a result
+        return None
 
 
 def targets(args, study: Study) -> list[refs.ModelRef]:
-    """The models to measure: those given, else the study's base (step 0) and the checkpoints of its run."""
-    if args.model_path:
-        return refs.models(args.model_path, args.steps)
+    """The models to measure: those given, else the checkpoints of the study's run; in a study its base as well."""
+    named = refs.models(args.model_path, args.steps) if args.model_path else None
+    spec = study.get("base") if args.model_path else study.value(None, "--model_path", "base")
+    if spec is None:
+        return named
     # The base is step 0, whatever its name says: it may itself be a checkpoint of a longer training.
-    base = dataclasses.replace(refs.model(study.value(None, "--model_path", "base")), step=None)
-    return [base, *refs.run(study.value(None, "--model_path", "run"), args.steps)]
+    base = dataclasses.replace(refs.model(spec), step=None)
+    if named is None:
+        return [base, *refs.run(study.value(None, "--model_path", "run"), args.steps)]
+    own = [ref for ref in named if ref.model_id == base.model_id]
+    if own and not any(is_at(ref, base) for ref in own):  # another model of the base's name: their files are one
+        return named
+    others = [ref for ref in named if ref not in own]
+    return [base, *others] if own or not args.no_untrained else others
+
+
+def is_at(ref: refs.ModelRef, other: refs.ModelRef) -> bool:
+    """Whether both are one place, however it is spelled."""
+    if ref.is_local and other.is_local:
+        return os.path.samefile(ref.spec, other.spec)
+    return ref.spec == other.spec
+
+
+def is_whole(study: Study, args, models: list[refs.ModelRef]) -> bool:
+    """Whether `models` make the figure of the folder: in a study its run with the base, not parts or swapped models."""
+    if len(models) < 2 or not (study and (args.model_path or args.steps)):
+        return len(models) > 1
+    if not study.get("run") or not study.get("base"):
+        return False
+    try:
+        run = refs.run(study.get("run"))
+    except InputError:  # not there, or not yet
+        return False
+    return {ref.model_id for ref in models} == {ref.model_id for ref in (refs.model(study.get("base")), *run)}
+
+
+def sides(args, study: Study) -> tuple[str, str]:
+    """Base and target language as they were given; in a study's own folder a language has the study's spelling."""
+    found = []
+    for side, flag, given in (("base", "--base", args.base), ("target", "--target", args.target)):
+        own = study.get(f"languages.{side}") if args.artifact_out is None else None
+        asked = own if own and given and languages.same(own, given) else given
+        found.append(study.value(asked, flag, f"languages.{side}"))
+    return tuple(found)
 
 
 def study_homes(study: Study) -> tuple[str | None, refs.ModelRef | None]:

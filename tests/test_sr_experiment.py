@@ -296,7 +296,7 @@ def test_two_processes_write_what_one_does(sr, project):
     assert said.count("is finished") == said.count("wrote 3 results") == 1 and said.count(": best ") == 3
     # An error ends all processes, those too that wait for the one it happened to.
     failed = launch("sentence-retrieval/sr_experiment.py", *command(project, "--k", "3"), code=1)
-    assert "error:" in failed.stderr and "is of another k than asked for" in failed.stderr
+    assert "error:" in failed.stderr and "is of another request (k: 3 asked for, 4 in the file)" in failed.stderr
 
 
 def test_what_several_processes_may_not_do(sr, project, monkeypatch, capsys):
@@ -323,17 +323,18 @@ def test_a_device_map_gives_the_same_result(sr, project):
 
 def test_a_result_of_other_settings_is_not_taken_for_finished(sr, project):
     sr.main(command(project))
-    with pytest.raises(InputError, match="is of another margin_variant than asked for"):
+    told = r"is of another request \(margin_variant: distance asked for, ratio in the file\); give --overwrite"
+    with pytest.raises(InputError, match=told):
         sr.main(command(project, "--margin-variant", "distance"))
     tokenizer = project / "run/checkpoint-5/tokenizer.json"
     whole = tokenizer.read_text()
-    tokenizer.write_text(whole + " ")
-    with pytest.raises(InputError, match="is of another models than asked for"):
+    tokenizer.write_text(whole.replace('"<s>"', '"<t>"'))
+    with pytest.raises(InputError, match=r"request \(tokenizer: ids:\w+ asked for, ids:\w+ in the file\)"):
         sr.main(command(project))
-    tokenizer.write_text(whole)
+    tokenizer.write_text(whole + " ")  # the same tokenizer, saved in another way
     sr.main(command(project))
     save_tiny("llama", project / "base", seed=77)
-    with pytest.raises(InputError, match="is of another models than asked for"):
+    with pytest.raises(InputError, match=r"models\.model\.weights_sample: \w+ asked for, \w+ in the file"):
         sr.main(command(project))
 
 
@@ -384,6 +385,131 @@ def test_inside_a_study_no_argument_is_needed(sr, project, monkeypatch):
     sr.main(["--no-untrained"])
     folder = project / "results/s/sentence-retrieval/eng_Latn-qaa_Latn"
     assert (folder / "run__checkpoint-5.json").is_file() and (folder / "accuracy.pdf").is_file()
+
+
+STUDY = (
+    "name: s\nbase: base\nrun: run\nlanguages: {base: eng_Latn, target: gle_Latn}\n"
+    "data: {source: text, base_file: a.txt, target_file: b.txt}\nresults: RESULTS\n"
+)
+
+
+def contents(folder):
+    """What is measured, and what a request is compared by, of every result; how paths are spelled is left out."""
+    found = {}
+    for path in folder.iterdir():
+        if path.suffix == ".json":
+            content = strip(path)
+            del content["model_path"]
+            found[path.name] = results.essential(content)
+        else:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def test_by_hand_and_by_the_workflow_are_one(sr, project, monkeypatch, capsys):
+    """A checkpoint after the other as the workflow calls it, then all; by hand as the paper's README prints it, with
+    other spellings of paths and languages. Same files; each keeps what the other has made."""
+    monkeypatch.chdir(project)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # this one takes the base's
+        (project / "run/checkpoint-10" / name).unlink()
+
+    def workflow():
+        for model in ("base", "run/checkpoint-5", "run/checkpoint-10"):
+            sr.main(["--model_path", model, "--no-untrained"])
+            (here / f"{project.name}__base.pdf").unlink(missing_ok=True)
+        sr.main([])
+
+    def by_hand():
+        more = [
+            "--data-dir",
+            str(project),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--batch-size",
+            "4",
+            "--limit",
+            "99",
+        ]
+        sr.main(["--model_path", f"{project}/run/", "--base", "en", "--target", "ga", *more])
+
+    both = {}
+    for name, first, second in (("one", workflow, by_hand), ("two", by_hand, workflow)):
+        (project / "study.yaml").write_text(STUDY.replace("RESULTS", name))
+        here = project / name / "sentence-retrieval/eng_Latn-gle_Latn"
+        first()
+        made = contents(here)
+        capsys.readouterr()
+        second()
+        assert "parameters, float32" not in capsys.readouterr().out  # no model was run again
+        parts = ("run__", f"{project.name}__base.p")  # figures of parts
+        both[name] = {
+            k: v for k, v in contents(here).items() if not (k.startswith(parts) and k.endswith(("pdf", "png")))
+        }
+        assert {k: v for k, v in both[name].items() if k in made} == {k: v for k, v in made.items() if k in both[name]}
+        assert [path.name for path in (project / name / "sentence-retrieval").iterdir()] == [here.name]
+    assert both["one"] == both["two"] and "untrained.pt" in both["one"] and "accuracy.png" in both["one"]
+
+
+def test_a_checkpoint_by_hand_brings_base_and_twin(sr, project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    (project / "study.yaml").write_text(STUDY.replace("RESULTS", "r"))
+    here = project / "r/sentence-retrieval/eng_Latn-gle_Latn"
+    sr.main(["--model_path", "run/checkpoint-10"])
+    names = {path.stem for path in here.glob("*.json")}
+    assert names == {f"{project.name}__base", "run__checkpoint-10", "untrained"}
+    assert (here / "run__checkpoint-10.png").is_file() and not (here / "accuracy.png").exists()
+    captured = capsys.readouterr()
+    twin = [line for line in (captured.out + captured.err).splitlines() if "its untrained twin" in line]
+    assert len(twin) == 2 and "run/checkpoint-10" in twin[1] and "12 sentences" in twin[1]
+    header = results.read_json(here / f"{project.name}__base.json")[1]
+    assert header["models"]["model"]["step"] is None
+    # What was asked for alone; the base by its own name is not measured twice.
+    sr.main(["--model_path", "run/checkpoint-5", "--no-untrained", "--artifact-out", "alone"])
+    assert [path.name for path in (project / "alone/eng_Latn-gle_Latn").glob("*.json")] == ["run__checkpoint-5.json"]
+    sr.main(["--model_path", "run", f"{project}/base"])
+    assert (here / "accuracy.png").is_file() and len(list(here.glob("*.json"))) == 4
+
+
+def test_each_configuration_has_a_twin(sr, project, monkeypatch, capsys):
+    """CPT that extended the vocabulary: base and checkpoints differ in shape."""
+    monkeypatch.chdir(project)
+    (project / "study.yaml").write_text(STUDY.replace("RESULTS", "r"))
+    for step in (5, 10):
+        save_tiny("llama", project / f"run/checkpoint-{step}", seed=step, vocab_size=280)
+    here = project / "r/sentence-retrieval/eng_Latn-gle_Latn"
+    sr.main(["--model_path", "run/checkpoint-10"])
+    twins = {path.name for path in here.glob("untrained*.json")}
+    assert twins == {"untrained.json", "untrained.run__checkpoint-10.json"}
+    before = {name: (here / name).read_bytes() for name in twins}
+    capsys.readouterr()
+    sr.main([])
+    assert capsys.readouterr().err.count("untrained twin") == 3  # 12 sentences never suffice
+    assert {path.name: path.read_bytes() for path in here.glob("untrained*.json")} == before
+    (here / "untrained.json").write_text("{")
+    with pytest.raises(InputError, match=r"untrained\.json is not valid JSON"):
+        sr.main([])
+    sr.main(["--overwrite"])
+    assert {path.name for path in here.glob("untrained*.json")} == twins
+
+
+def test_repeated_sentences_are_said(sr, project, capsys):
+    lines = (project / "b.txt").read_text().splitlines()
+    lines[3] = lines[7] = lines[1]
+    (project / "b.txt").write_text("\n".join(lines) + "\n")
+    args = command(project, "--no-untrained")
+    args[1:3] = [str(project / "base")]
+    sr.main(args)
+    assert "3 sentences of gle_Latn stand more than once, and finding any copy counts" in capsys.readouterr().out
+    path = project / "out/eng_Latn-gle_Latn" / f"{project.name}__base.json"
+    assert results.read_json(path)[1]["data"]["repeated"] == {"target": 3}
+    # A result of before, when the first of equal scores was taken, is another result.
+    content = json.loads(path.read_text())
+    del content["_header"]["data"]["repeated"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r'data.repeated: {"target": 3} asked for, none in the file'):
+        sr.main(args)
 
 
 def nan_weights(folder):
