@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils import activation_files, archs, cli, figures, languages, refs, results, stats
+from cpt_utils import gate as retrieval_gate
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study, dotted
 
@@ -412,6 +413,7 @@ def gather(sources: Sources, lang: str, wanted: list[int] | None) -> tuple[dict,
         "language": languages.canonical(lang, any_tag=True),
         "tokens": tokens,
         "interface_layers": interface,
+        "gate": retrieval_gate.carried(sources.layers),
         "files": {
             "activation": sources.folder,
             "attn_vs_ffn": sources.weights,

@@ -23,6 +23,7 @@ from cpt_utils import (
     evaluation,
     figures,
     folders,
+    gate,
     languages,
     processes,
     refs,
@@ -242,8 +243,13 @@ def plan_run(
     return Plan(condition, out, payload)
 
 
-def write_run(base: refs.ModelRef, checkpoints: list[refs.ModelRef], plan: Plan, overwrite: bool) -> None:
-    """OUT/checkpoint-<step>/ for every checkpoint, and OUT/metadata.json; finished ones of the same swap are kept."""
+def write_run(
+    base: refs.ModelRef, checkpoints: list[refs.ModelRef], plan: Plan, overwrite: bool, passed: dict | None
+) -> None:
+    """OUT/checkpoint-<step>/ for every checkpoint, and OUT/metadata.json; finished ones of the same swap are kept.
+
+    `passed` is the gate of the layers.
+    """
     what, payload = plan.condition, plan.payload
     cli.say(f"{what.name}: {what.moved} of the base in layers {payload['layers']}, {payload['share']:.1%} of all")
     for ref in checkpoints:
@@ -251,7 +257,7 @@ def write_run(base: refs.ModelRef, checkpoints: list[refs.ModelRef], plan: Plan,
             recipe = Recipes(pair).condition(what)
             surgery.write_model(pair, recipe, plan.out / f"checkpoint-{ref.step}", overwrite=overwrite)
     models = {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in checkpoints}}
-    header = results.header(SCHEMA, models=models, n_layers=pair.n_layers)
+    header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, gate=passed)
     results.write_json(plan.out / "metadata.json", payload, header)
     cli.say(f"{plan.out}: {len(checkpoints)} checkpoints, each read back and equal to its sources")
 
@@ -303,13 +309,14 @@ def refuse_other(path: Path, payload: dict) -> None:
 
 def measure(
     pair: surgery.Pair, wanted: list[Condition], test: evaluation.Test, out: Path, number: str | int, process, dtype,
-    facts: dict, overwrite: bool, seed: int,
+    facts: dict, overwrite: bool, seed: int, passed: dict | None,
 ) -> None:  # fmt: skip
     """OUT/controls.json, .pt and figure: base, target, the conditions (the first is compared), random sets of layers.
 
     Args:
         number: of random sets: "all", or how many.
         facts: payload beside what is written here.
+        passed: the gate of the layers.
     """
     recipes, own = Recipes(pair), wanted[0]
     others, possible = controls.layer_sets(pair.n_layers, own.layers, number, seed)
@@ -345,7 +352,7 @@ def measure(
     }
     path = out / "controls.json"
     controls.measure(
-        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, figure=draw
+        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, figure=draw, passed=passed
     )  # fmt: skip
 
 
@@ -501,21 +508,21 @@ def run(args, own: str, step: str) -> None:
         written |= crossed_folders(args.crossed_folders, own, lists, out)
         plans = [plan_run(base, checkpoints, what, place, spec, args.overwrite) for place, what in written.items()]
         for plan in plans:
-            write_run(base, checkpoints, plan, args.overwrite)
+            write_run(base, checkpoints, plan, args.overwrite, known["gate"])
         return
     with surgery.Pair(base, checkpoints[-1]) as pair:
         test = evaluation.test_from_arguments(args, study, known)
         process = processes.Process(args.device, args.device_map)
         dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
         number, wanted = controls.wanted(args.controls, study), conditions(own, lists)
-        measure(pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed)
+        measure(pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed, known["gate"])
 
 
 def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) -> tuple[dict[str, list[int]], dict]:
-    """The layers of the places that are needed, the script's own first, and the languages of the files' headers."""
+    """The layers of the places that are needed, the script's own first; languages and gate of the files' headers."""
     given = {"interface": args.layer_selection, "lsn_rich": args.layer_list}
     mine = own.partition("_")[2]
-    lists, known = {}, {}
+    lists, known, paths = {}, {}, []
     for place in sorted(FILES, key=lambda name: name != mine):
         file = FILES[place]
         if place != mine and not args.controls and args.crossed_folders is None:
@@ -525,6 +532,7 @@ def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) 
             continue
         path = study.input(given[place], file.flag, file.step, file.made_by)
         lists[place], payload, head = read_layers(path, place, n_layers, models)
+        paths.append(path)
         if not lists[place]:
             raise InputError(f"{path} names no layer: there is nothing to swap")
         counts = payload.get("counts") or []
@@ -535,7 +543,7 @@ def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) 
         if target and payload.get("language") and not languages.same(payload["language"], target):
             cli.warn(f"{path} is about the neurons of {payload['language']}, not of {target}")
         known |= {key: head[key] for key in ("base_lang", "target_lang") if key in head}
-    return lists, known
+    return lists, known | {"gate": gate.carried(*paths)}
 
 
 def crossed_folders(

@@ -102,7 +102,7 @@ class Swap:
 def measure(
     pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, process: Process, dtype, run: str | None = None,
     overwrite: bool = False, own: str | None = None, facts: dict | None = None, seed: int = 42,
-    figure: Callable[[Path, dict], None] | None = None,
+    figure: Callable[[Path, dict], None] | None = None, passed: dict | None = None,
 ) -> None:  # fmt: skip
     """Measure base, target and all `swaps`, and write `path`; one that holds the same request is kept.
 
@@ -114,6 +114,7 @@ def measure(
             per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside `path`.
         facts: payload of the result beside comparison and sets.
         figure: draws the payload in the place of `draw`: (path without suffix, payload) -> None.
+        passed: the gate of the layers that are swapped (`gate.carried`), for the header.
 
     Raises:
         InputError: `path` is the result of another request, or a model cannot be measured.
@@ -132,13 +133,13 @@ def measure(
     partial = path.with_name(path.stem + ".partial.jsonl")
     if path.is_file() and not overwrite:
         payload, _ = results.read_json(path, schema=SCHEMA, allow_limited=True)
-        if payload.get("request") == results.plain(request):
+        if results.same(payload.get("request"), request):
             if process.is_main:
                 partial.unlink(missing_ok=True)  # of a run that was killed between its result and this
             cli.say(f"{path} is there already, from the same models, data and sets: kept")
             return
         raise InputError(
-            f"{path} is the result of another request (other: {results.unlike(payload.get('request'), request)}); "
+            f"{path} is the result of another request ({results.unlike(payload.get('request'), request)}); "
             "give --overwrite to replace it, or another output folder"
         )
 
@@ -153,7 +154,7 @@ def measure(
     if not process.is_main:
         return
     compared = compare(records, own, seed) if own else None
-    payload = {**(facts or {}), "comparison": compared, "sets": summary(records), "request": request}
+    payload = {**(facts or {}), "comparison": compared, "sets": summary(records, seed), "request": request}
     if own:
         import torch
 
@@ -166,10 +167,10 @@ def measure(
         else:
             draw(path.with_suffix(""), payload["sets"], compared, pair.n_layers, own)
     described = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
-    head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled}
+    head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "gate": passed}
     results.write_json(path, payload, results.header(SCHEMA, **head, device=str(process.device)))
     partial.unlink(missing_ok=True)
-    say(records, compared)
+    say(payload["sets"], compared, passed)
 
 
 def run_sets(
@@ -226,19 +227,43 @@ def _key(name: str, layers: list[int]) -> str:
 # --- what it says ---
 
 
-def gain_lost(value: float, base: float, target: float, higher_is_better: bool) -> float | None:
+def gain_lost(
+    value: float, base: float, target: float, higher_is_better: bool, interval: dict | None = None
+) -> float | None:
     """The share of what CPT gained that a swap takes back: 0 = as good as the target, 1 = as bad as the base.
 
-    None where CPT gained nothing, so that there is no gain to lose.
+    None where CPT gained nothing, or where the `interval` of what it gained includes 0 (see `gains`): a share of what
+    may be nothing can be anything, 140 % too.
     """
     gain = target - base if higher_is_better else base - target
-    return (target - value if higher_is_better else value - target) / gain if gain > 0 else None
+    if gain <= 0 or (interval is not None and not interval["ci_low"] > 0):
+        return None
+    return (target - value if higher_is_better else value - target) / gain
+
+
+def gains(records: list[dict], seed: int) -> dict[str, dict]:
+    """What CPT gained by each measure, above 0 where the target is better: `gain, ci_low, ci_high`.
+
+    The interval is a bootstrap over units (sentences, documents, rows) of target minus base. A measure without units
+    of its own (the best layer's retrieval) takes that of its kind.
+    """
+    import numpy as np
+
+    base, target = (next(r for r in records if r["name"] == name) for name in ("base", "target"))
+    found = {}
+    for name in target["units"]:
+        sign = 1 if MEASURES[name].higher_is_better else -1
+        units = sign * (np.asarray(target["units"][name]) - np.asarray(base["units"][name]))
+        low, high = stats.bootstrap_mean(units, seed)
+        found[MEASURES[name].kind] = {"gain": float(units.mean()), "ci_low": low, "ci_high": high}
+    return {name: found[MEASURES[name].kind] for name in target["values"] if MEASURES[name].kind in found}
 
 
 def place(own: float, others: list[float], higher_is_better: bool) -> dict:
     """Where `own` stands among the random sets.
 
-    `rank` 1 is the best; `quantile` is the share of random sets that are better (ties count half), 0 where none is.
+    `rank` 1 is the best; `n_equal` random sets share it. `quantile` is the share of random sets that are better (ties
+    count half), 0 where none is.
     The p values are one-sided: `p_value` for costing less than random sets, (1 + random sets at least as good) /
     (1 + random sets); `p_worse` for costing more, the same with at least as bad.
     """
@@ -255,6 +280,7 @@ def place(own: float, others: list[float], higher_is_better: bool) -> dict:
         "random_max": max(others),
         "own_minus_random": own - mean,
         "rank": 1 + better,
+        "n_equal": equal,
         "n_random": n,
         "quantile": (better + equal / 2) / n,
         "share_at_least_as_good": (better + equal) / n,
@@ -273,14 +299,15 @@ def compare(records: list[dict], own: str, seed: int) -> dict[str, dict]:
 
     base, target, mine = (next(r for r in records if r["name"] == name) for name in ("base", "target", own))
     others = [r for r in records if r["name"] == "random"]
-    found = {}
+    found, gained = {}, gains(records, seed)
     for name, value in mine["values"].items():
         measure = MEASURES[name]
         ends = base["values"][name], target["values"][name], measure.higher_is_better
         row = {"base": ends[0], "target": ends[1], "higher_is_better": measure.higher_is_better}
+        row["gain"] = gained.get(name)
         row |= place(value, [r["values"][name] for r in others], measure.higher_is_better)
-        row["own_gain_lost"] = gain_lost(value, *ends)
-        row["random_gain_lost"] = gain_lost(row["random_mean"], *ends)
+        row["own_gain_lost"] = gain_lost(value, *ends, row["gain"])
+        row["random_gain_lost"] = gain_lost(row["random_mean"], *ends, row["gain"])
         if name in mine["units"]:
             units = np.asarray(mine["units"][name]) - np.mean([r["units"][name] for r in others], axis=0)
             row["ci_low"], row["ci_high"] = stats.bootstrap_mean(units, seed)
@@ -289,14 +316,14 @@ def compare(records: list[dict], own: str, seed: int) -> dict[str, dict]:
     return found
 
 
-def summary(records: list[dict]) -> list[dict]:
+def summary(records: list[dict], seed: int = 42) -> list[dict]:
     """The records as they go into a result: values, accuracies by hidden state, gain lost."""
     base, target = (next(r for r in records if r["name"] == name)["values"] for name in ("base", "target"))
-    shown = []
+    shown, gained = [], gains(records, seed)
     for record in records:
         row = {key: value for key, value in record.items() if key != "units"}
         row["gain_lost"] = {
-            name: gain_lost(value, base[name], target[name], MEASURES[name].higher_is_better)
+            name: gain_lost(value, base[name], target[name], MEASURES[name].higher_is_better, gained.get(name))
             for name, value in record["values"].items()
         }
         shown.append(row)
@@ -346,9 +373,9 @@ def places(rows: list[dict], own: str) -> None:
         }
 
 
-def say(records: list[dict], compared: dict[str, dict] | None = None) -> None:
-    """Print the outcome, a line a measure."""
-    for row in summary([r for r in records if r["name"] != "random" or compared is None]):
+def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict | None = None) -> None:
+    """Print the outcome, a line a measure: `sets` are those of the result, `passed` the gate of the layers."""
+    for row in [row for row in sets if row["name"] != "random" or compared is None]:
         lost = {name: share for name, share in row["gain_lost"].items() if share is not None}
         swapped = row["name"] not in ("base", "target")
         parts = [
@@ -357,12 +384,22 @@ def say(records: list[dict], compared: dict[str, dict] | None = None) -> None:
         ]
         cli.say(f"{row['name']} {row['layers'] or ''}: {', '.join(parts)}")
     for name, row in (compared or {}).items():
+        label, gain = MEASURES[name].label, row["gain"]
+        if gain and not gain["ci_low"] > 0:
+            cli.say(
+                f"{label}: that CPT gained anything is not clear ({gain['gain']:+.4f} [{gain['ci_low']:+.4f}, "
+                f"{gain['ci_high']:+.4f}]), so no share of it is given"
+            )
         interval = f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" if "ci_low" in row else ""
+        shared = f" (with {row['n_equal']} others)" if row["n_equal"] else ""
         cli.say(
-            f"{MEASURES[name].label}: own {row['own']:.4f}, {row['n_random']} random sets {row['random_mean']:.4f}, "
-            f"difference {row['own_minus_random']:+.4f}{interval}; rank {row['rank']} of {row['n_random'] + 1}, "
+            f"{label}: own {row['own']:.4f}, {row['n_random']} random sets {row['random_mean']:.4f}, "
+            f"difference {row['own_minus_random']:+.4f}{interval}; "
+            f"rank {row['rank']} of {row['n_random'] + 1}{shared}, "
             f"p = {row['p_value']:.3f} for costing less, {row['p_worse']:.3f} for costing more"
         )
+    if compared and passed and not passed["passed"]:
+        cli.say("none of these places says anything: the layers did not pass the gate")
 
 
 def draw(path: Path, sets: list[dict], compared: dict[str, dict], n_layers: int, own: str) -> None:

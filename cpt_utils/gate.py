@@ -120,9 +120,9 @@ def carried(*paths: str | os.PathLike) -> dict | None:
 
     None: it was not checked, or the files are of before. What is wrong with a file is said by its own reader.
     """
-    for path in paths:
+    for file in [file for path in paths for file in (Path(path), results.facts_beside(path))]:
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))[results.HEADER]["gate"]
+            found = json.loads(file.read_text(encoding="utf-8"))[results.HEADER]["gate"]
         except (OSError, ValueError, LookupError, TypeError):
             continue
         if found:

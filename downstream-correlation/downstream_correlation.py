@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import benchmark, cli, figures, results, stats
+from cpt_utils import benchmark, cli, figures, gate, results, stats
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -274,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         n_available=len((set(series[first].points) & set(changes)) - {0}),
         checkpoint_stride=args.checkpoint_stride,
         seed=study.seed,
+        gate=gate.carried(weight_diff),
     )
     results.write_json(output, described, head)
     for task, (written, steps, _) in found.items():

@@ -21,7 +21,7 @@ import random
 import re
 from pathlib import Path
 
-from cpt_utils import cli, components, controls, data, evaluation, processes, refs, results, surgery
+from cpt_utils import cli, components, controls, data, evaluation, gate, processes, refs, results, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -159,6 +159,7 @@ def main(argv=None) -> None:
     path = study.input(args.layers, "LAYERS.json", "layers", "layer-specialize/layer_specialize.py")
     with surgery.Pair(base, target) as pair:
         interface, head = read_layers(path, pair)
+        head["gate"] = gate.carried(path)
         hub = semantic_hub(interface, pair.n_layers)
         if not hub:
             raise InputError(f"{path}: every layer is an interface layer, so that no layer is left to swap")
@@ -175,7 +176,7 @@ def main(argv=None) -> None:
             refuse_leftover(out, payload, wanted)
         write_folders(pair, wanted, out, run_folder(study), args.overwrite)
         models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
-        header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, seed=study.seed)
+        header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, seed=study.seed, gate=head["gate"])
         results.write_json(out / "metadata.json", payload, header)
 
 
@@ -198,7 +199,8 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     compared = "semantic_hub" if args.controls else None
     controls.measure(
-        pair, swaps, test, path, process, dtype, run_folder(study), args.overwrite, compared, facts, study.seed
+        pair, swaps, test, path, process, dtype, run_folder(study), args.overwrite, compared, facts, study.seed,
+        passed=head["gate"],
     )  # fmt: skip
 
 

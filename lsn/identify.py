@@ -23,7 +23,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, languages, lape, masks, refs, results
+from cpt_utils import cli, gate, languages, lape, masks, refs, results
 from cpt_utils import counts as activations
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study, dotted
@@ -90,10 +90,12 @@ def finished(path: Path, schema: str, facts: dict, overwrite: bool) -> bool:
     if overwrite or not path.exists():
         return False
     _, header = results.read_json(path, schema)
-    other = [fact for fact, value in results.plain(facts).items() if header.get(fact) != value]
-    if other:
-        why = f"is of another request (it differs in {', '.join(other)})" if header else "was not made by this script"
-        raise InputError(f"{path} {why}; give --overwrite to replace it, or another -o")
+    before = {fact: header.get(fact) for fact in facts} if header else {}
+    if not results.same(before, facts):
+        raise InputError(
+            f"{path} is of another request ({results.unlike(before, facts)}); give --overwrite to replace it, or "
+            "another -o"
+        )
     return True
 
 
@@ -166,6 +168,8 @@ def main(argv=None) -> None:
     mask_path, control_path, layers_path = places(study, called, args)
     n_layers, ffn_width = counts[0].over_zero.shape
     layers_lang, n_rich = wanted_layers(study, args, langs, layers_path, n_layers, model_of(counts))
+    as_interface = layers_path and study.value(args.n_layers, "--n-layers", "lsn.layers", None) is None
+    passed = gate.carried(study.result("layers")) if as_interface else None
 
     facts = {
         "models": {"model": model_of(counts)},
@@ -189,11 +193,19 @@ def main(argv=None) -> None:
     if all(states):
         cli.say(f"{', '.join(map(str, outputs))}: finished (--overwrite redoes them)")
         return
-    identify(counts, outputs, mask_path, control_path, layers_path)
+    identify(counts, outputs, mask_path, control_path, layers_path, passed)
 
 
-def identify(counts: list[Counts], outputs: dict, mask_path: Path, control_path: Path | None, layers_path) -> None:
-    """Find the mask, and write it and what goes with it; `outputs` has schema and facts of each file."""
+def identify(
+    counts: list[Counts], outputs: dict, mask_path: Path, control_path: Path | None, layers_path: Path | None,
+    passed: dict | None,
+) -> None:  # fmt: skip
+    """Find the mask, and write it and what goes with it.
+
+    Args:
+        outputs: schema and facts of each file.
+        passed: the gate of the interface layers, for the file of as many layers.
+    """
     warn_about_tokens(counts)
     facts, report_path = outputs[mask_path][1], mask_path.with_suffix(".report.json")
     found = lape.of_counts(counts, **facts["rates"])
@@ -208,7 +220,8 @@ def identify(counts: list[Counts], outputs: dict, mask_path: Path, control_path:
         lang, n = (outputs[layers_path][1][fact] for fact in ("language", "n_layers_listed"))
         layers = {"layers": lape.richest(found.mask[lang], n), "language": lang}
         layers["counts"] = report["languages"][lang]["counts"]
-        results.write_list(layers_path, "layers", layers, results.header(LAYERS, **outputs[layers_path][1]))
+        head = results.header(LAYERS, **outputs[layers_path][1], gate=passed)
+        results.write_list(layers_path, "layers", layers, head)
     if control_path:
         masks.write(control_path, control, **outputs[control_path][1])
     masks.write(mask_path, found.mask, **facts)  # last: where it is, all is

@@ -62,7 +62,8 @@ def main(argv=None) -> None:
     write_text(output.with_suffix(".md"), shown.markdown(payload))
     write_text(output.with_suffix(".tex"), shown.latex(payload))
     models = {"base": found.base, "target": found.last}
-    results.write_json(output, payload, results.header(SCHEMA, models=models, seed=study.seed, **found.sides()))
+    facts = {"seed": study.seed, "gate": found.gate, **found.sides()}
+    results.write_json(output, payload, results.header(SCHEMA, models=models, **facts))
     for name, row in payload["claims"].items():
         cli.say(f"{name} {row['verdict']}: {row['reason']}")
     cli.say(f"wrote {output}, .md, .tex, .pdf and .png")

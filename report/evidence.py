@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, components, controls, evaluation, languages, refs, results
+from cpt_utils import cli, components, controls, evaluation, gate, languages, refs, results
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -46,6 +46,7 @@ class Results:
         self.base, self.run = known_models(study)
         self.last = self.run[-1]
         self.folder = study.result("claims").parent.parent
+        self.gate = gate.carried(study.result("layers"))
         self.read: list[str] = []
 
     def path(self, step: str, *below: str) -> Path:
@@ -347,6 +348,8 @@ def judge(found: Results) -> dict[str, dict]:
             made = function(found)
         except Missing as reason:
             made = Verdict(name, rules.OPEN, str(reason))
+        if name in rules.ON_LAYERS and found.gate and not found.gate["passed"]:
+            made.verdict, made.reason = rules.VOID, gate.words(found.gate)
         made.files = list(dict.fromkeys(found.read))
         verdicts[name] = {"text": rules.CLAIMS[name], **dataclasses.asdict(made)}
         del verdicts[name]["claim"]  # it is the key

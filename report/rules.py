@@ -19,6 +19,8 @@ WORTH = 0.3  # the least correlation worth the name
 ENOUGH = 19  # random sets: with fewer no p can reach .05
 TIE = 1e-9  # means of hits that differ by less are equal
 YES, NO, OPEN = "supported", "not supported", "undecided"
+VOID = "no verdict: gate"  # retrieval is not above an untrained model's, so that the layers mean nothing
+ON_LAYERS = ("C1", "C2", "C4", "C5", "C6")  # the claims about what retrieval shows of layers
 CLAIMS = {
     "C1": "accuracy is low in outer layers and high in middle ones",
     "C2": "a hub swap costs less than random swaps of the same size",

@@ -122,7 +122,12 @@ def seeds_tables(seeds: dict[int, dict]) -> tuple[str, str]:
 
 # ---------------------------------------------------------------- the figure
 
-LOOKS = {rules.YES: ("✔", "#009E73"), rules.NO: ("✘", "#D55E00"), rules.OPEN: ("?", "#555555")}
+LOOKS = {
+    rules.YES: ("✔", "#009E73"),
+    rules.NO: ("✘", "#D55E00"),
+    rules.OPEN: ("?", "#555555"),
+    rules.VOID: ("–", "#555555"),
+}
 PANELS = {  # short words of the claim, and what the axis shows
     "C1": ("outer layers low, middle high", "difference in retrieval accuracy"),
     "C2": ("hub swap costs less than random", "retrieval, minus mean of random sets"),

@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import load_script
+from helpers import failed_gate, load_script
 from scipy import stats as scipy_stats
 
 from cpt_utils import results
@@ -107,6 +107,14 @@ def same_as_scipy(found, x, y):
             assert part[method]["p_value"] == pytest.approx(expected.pvalue, abs=1e-12)
             assert part[method]["n_points"] == len(xs)
             assert part[method]["ci_low"] < part[method]["correlation"] < part[method]["ci_high"]
+
+
+def test_a_failed_gate_goes_on_and_is_said(study, no_figure, capsys):
+    write_all(study)
+    edit(study / "layer-specialize/layers.json", lambda contents: contents["_header"].update(gate=failed_gate()))
+    script.main([])
+    assert result(study)[1]["gate"] == failed_gate()
+    assert capsys.readouterr().err.count("everything built on them mean nothing") == 1
 
 
 def test_equals_scipy_on_the_same_numbers(study, capsys):

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import load_script
+from helpers import failed_gate, load_script
 
 from cpt_utils import compare, controls, refs, results
 from cpt_utils.errors import InputError
@@ -254,6 +254,26 @@ def test_the_numbers_are_those_of_the_files(finished, no_figure):
     rows = json.loads((made.results / "weight-diff/attn_vs_ffn.json").read_text())["checkpoints"]["100"]
     gap = rows["summary"]["attn"] - rows["summary"]["ffn"]
     assert claims["C3"]["numbers"][0]["value"] == pytest.approx(gap)
+
+
+def test_a_failed_gate_leaves_no_verdict_on_layers(made, capsys):
+    """Every claim would be supported; those that rest on layers are none of this model."""
+    made.write(
+        "layer-specialize/layers.json", {"interface_layers": INTERFACE, "semantic_layers": HUB}, "layer-specialize",
+        models={"model": made.run[-1]}, gate=failed_gate(), **LANGS,
+    )  # fmt: skip
+    claims = run(made)
+    assert {name: row["verdict"] for name, row in claims.items()} == dict.fromkeys(rules.CLAIMS, rules.VOID) | {
+        "C3": YES
+    }
+    assert claims["C2"]["numbers"] and claims["C2"]["reason"].endswith("everything built on them mean nothing")
+    captured = capsys.readouterr()
+    assert captured.err.count("its layers, its hub and everything built on them mean nothing") == 1
+    assert "C5 no verdict: gate: run/checkpoint-20 does not retrieve clearly better" in captured.out
+    assert results.read_json(made.results / "report/claims.json")[1]["gate"] == failed_gate()
+    table = (made.results / "report/claims.md").read_text()
+    assert table.count("**no verdict: gate**") == 5 and table.count("**supported**") == 1
+    assert (made.results / "report/claims.png").stat().st_size > 1000
 
 
 def test_tables_say_what_the_json_says(finished, no_figure):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import bits, load_script, read_tensors, save_tiny
+from helpers import bits, failed_gate, load_script, read_tensors, save_tiny
 from launch import launch
 
 from cpt_utils import archs, cli, components, data, evaluation, models, refs, results, stats, surgery
@@ -70,6 +70,21 @@ results: results
     head = results.header("lsn-layers", **ours)
     results.write_list(place, "layers", {"layers": RICH, "language": "qaa_Latn"}, head)
     return tmp_path
+
+
+def test_a_failed_gate_goes_on_and_is_said(study, capsys):
+    """Both files of layers carry it: said once, and in the header of what is written."""
+    for path in study.glob("results/**/*.json"):
+        content = json.loads(path.read_text())
+        content["_header"]["gate"] = failed_gate()
+        path.write_text(json.dumps(content))
+    out = study / "results/component-swap/attn_int_swap"
+    for flags, file in (["--steps", "20"], "metadata"), (["--controls", "2", "--measures", "retrieval"], "controls"):
+        ATTENTION.main(flags)
+        assert results.read_json(out / f"{file}.json")[1]["gate"] == failed_gate()
+        captured = capsys.readouterr()
+        assert captured.err.count("everything built on them mean nothing") == 1
+    assert "none of these places says anything" in captured.out
 
 
 def attention(shared, out, *more):

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import load_script
+from helpers import failed_gate, load_script
 from scipy import stats as scipy_stats
 
 from cpt_utils.errors import InputError
@@ -52,6 +52,15 @@ def lm_eval_file(folder, model, acc, time="2026-11-20T10-00-00", date=1.0, n=(20
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
     return file
+
+
+def test_a_failed_gate_goes_on_and_is_said(tmp_path, capsys):
+    for gate, times in ((failed_gate(), 1), (None, 0)):
+        head = {"schema": "int_and_sem", "gate": gate}
+        diff = weight_diff(tmp_path / "diff.json", header=head)
+        script.main([str(bench(tmp_path / "bench.json")), str(diff), "-o", str(tmp_path / "out.json")])
+        assert capsys.readouterr().err.count("everything built on them mean nothing") == times
+        assert json.loads((tmp_path / "out.json").read_text())["_header"]["gate"] == gate
 
 
 def run_folder(folder, values=None, run="build/run"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_script, save_tiny, shared_dir
+from helpers import ROOT, failed_gate, load_script, save_tiny, shared_dir
 
 from cpt_utils import counts as activations
 from cpt_utils import figures, masks, refs, results
@@ -303,11 +303,12 @@ def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
         if isinstance(now, dict):
             assert now["_header"].pop("time") and content["_header"].pop("time")
         assert now == content, path
-    with pytest.raises(InputError, match=r"tag.json is of another request \(it differs in rates\); give --overwrite"):
+    told = r"tag.json is of another request \(rates.rate: 0.2 asked for, 0.\d+ in the file\); give --overwrite"
+    with pytest.raises(InputError, match=told):
         script.main([*arguments, "--rate", "0.2"])
     script.main([*arguments, "--rate", "0.2", "--overwrite"])
     Path("l.json").write_text("{}")
-    with pytest.raises(InputError, match=r"l.json was not made by this script"):
+    with pytest.raises(InputError, match=r"l.json is of another request \(how the file was made is not known\)"):
         script.main([*arguments, "--rate", "0.2"])
     # The figures come from the report alone.
     assert [path.name for path in script.draw(Path("again"), json.loads(json.dumps(report)))][-1] == "again-convergence"
@@ -565,6 +566,20 @@ def test_counts_of_the_original_lape_code(tmp_path, no_figure):
     write_counts(folder, over_zero, n, "llama-7b")
     with pytest.raises(InputError, match=r"activation.en.train.llama-7b and llama-7b.en.pt are both counts of en"):
         script.main([*argv, "--overwrite"])
+
+
+def test_the_gate_of_the_interface_goes_into_the_file_of_rich_layers(tmp_path, monkeypatch, no_figure, capsys):
+    study(tmp_path, monkeypatch)
+    layers_file([0, 2], gate=failed_gate())
+    script.main([])
+    made = Path("results") / RESULTS["lsn_layers"].format(name="small")
+    assert results.read_json(made)[1]["gate"] == failed_gate()
+    assert capsys.readouterr().err.count("everything built on them mean nothing") == 1
+    layers_file([0, 2])  # as before there was a gate: the same request
+    script.main([])
+    assert "finished" in capsys.readouterr().out
+    script.main(["--n-layers", "2", "-o", "own"])  # a number that is not the interface's
+    assert results.read_json("own/small.layers.json")[1]["gate"] is None
 
 
 def test_a_study_whose_models_changed(tmp_path, monkeypatch, no_figure):

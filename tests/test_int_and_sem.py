@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import ARCHITECTURES, load_script, read_tensors, save_tiny
+from helpers import ARCHITECTURES, failed_gate, load_script, read_tensors, save_tiny
 from test_compare import load, reference
 
 from cpt_utils import refs, results
@@ -80,6 +80,19 @@ def test_all_experts_are_one_projection_and_the_router_is_none(tmp_path, no_figu
         assert [len(names) for names in of_projection] == [1, 1, 1, 1, 4, 4, 4]
         means = [np.mean([(theirs[n] - ours[n]).abs().mean().item() for n in names]) for names in of_projection]
         assert found[str(layer)] == pytest.approx(np.mean(means), rel=1e-5)
+
+
+def test_a_failed_gate_goes_on_and_is_said(tmp_path, no_figure, capsys):
+    base = save_tiny("llama", tmp_path / "base")
+    save_tiny("llama", tmp_path / "run/checkpoint-5", seed=1)
+    layers = layers_file(tmp_path / "layers.json", gate=failed_gate())
+    for _ in range(2):  # also where the result is kept
+        command(base, tmp_path / "run", layers, tmp_path / "diff.json")
+        assert capsys.readouterr().err.count("everything built on them mean nothing") == 1
+    assert results.read_json(tmp_path / "diff.json")[1]["gate"] == failed_gate()
+    # A file of before the gate: nothing is known, and the result is still kept.
+    command(base, tmp_path / "run", layers_file(tmp_path / "layers.json"), tmp_path / "diff.json")
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_base_against_itself_is_exactly_zero(tmp_path, no_figure):

@@ -11,10 +11,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, read_tensors, save_tiny
+from helpers import failed_gate, load_script, read_tensors, save_tiny
 from launch import launch
 
-from cpt_utils import cli, controls, data, evaluation, models, refs, results, surgery
+from cpt_utils import cli, controls, data, evaluation, models, refs, results, stats, surgery
 from cpt_utils.errors import InputError
 
 SWAP = load_script("layer-swap/layer-swap.py")
@@ -196,7 +196,7 @@ def test_controls_against_written_folders(shared, study):
             assert row["ci_low"] <= row["own_minus_random"] <= row["ci_high"]
             assert units[name].double().mean(1).tolist() == pytest.approx([s["values"][name] for s in sets], rel=1e-6)
         base, target, hub = (s["values"][name] for s in sets[:3])
-        if sign * (target - base) > 0:
+        if sign * (target - base) > 0 and row["gain"]["ci_low"] > 0:
             assert row["own_gain_lost"] == pytest.approx((target - hub) / (target - base))
         else:
             assert row["own_gain_lost"] is None
@@ -267,6 +267,41 @@ def test_two_processes_measure_what_one_does(study):
     assert (study / "one" / "controls.pt").read_bytes() == (study / "two" / "controls.pt").read_bytes()
 
 
+def test_the_gate_of_the_layers_goes_on(study, capsys):
+    failed = failed_gate()
+    place = study / "results" / "layer-specialize" / "layers.json"
+    results.write_json(place, LAYERS, results.header("layer-specialize", n_layers=4, gate=failed))
+    out = study / "results" / "layer-swap"
+    for flags, file in (([], "metadata"), (["--in-memory"], "in_memory"), (["--controls", "2"], "controls")):
+        SWAP.main([*flags, *(["--measures", "retrieval"] if flags else [])])
+        assert results.read_json(out / f"{file}.json")[1]["gate"] == failed
+        captured = capsys.readouterr()
+        assert captured.err.count("run/checkpoint-20 does not retrieve clearly better than its untrained twin") == 1
+        assert ("none of these places says anything" in captured.out) is (file == "controls")
+    # Kept, though layers and header are of before the gate: it is no part of the request.
+    results.write_json(place, LAYERS, results.header("layer-specialize", n_layers=4))
+    SWAP.main(["--controls", "2", "--measures", "retrieval"])
+    captured = capsys.readouterr()
+    assert "kept" in captured.out and not captured.err.count("twin")
+
+
+def test_paths_are_no_part_of_a_request(shared, study, capsys, monkeypatch):
+    """The same by hand, with other spellings of every path, as by the study."""
+    SWAP.main(["--controls", "2"])
+    monkeypatch.chdir(shared)
+    (study / "study.yaml").rename(study / "other.yaml")
+    files = ["--source", "text", "--base-file", "eng.txt", "--target-file", "qaa.txt", "--heldout", "./heldout.txt"]
+    files += ["--task", "task/qaa_Latn/../qaa_Latn/test.tsv", "--base-lang", "en", "--target-lang", "qaa_Latn"]
+    out = study / "results" / "layer-swap"
+    more = ["--controls", "2", "--limit", "99", "--dtype", "float32", "--device", "cpu", "--batch-size", "5"]
+    capsys.readouterr()
+    SWAP.main(["base/", "run/checkpoint-20", "layers.json", "-o", str(out), *files, *more])
+    assert "kept" in capsys.readouterr().out
+    told = r"request \(test\.limit: 7 asked for, none in the file; .*; test\.n_used: 7 asked for, 12 in the file; "
+    with pytest.raises(InputError, match=told):
+        SWAP.main(["base", "run/checkpoint-20", "layers.json", "-o", str(out), *files[:6], *more, "--limit", "7"])
+
+
 def test_folders_are_written_by_one_process(study, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="the work of one process"):
@@ -310,6 +345,58 @@ def test_places_and_gains():
     assert controls.gain_lost(0.30, 0.20, 0.40, True) == pytest.approx(0.5)
     assert controls.gain_lost(0.45, 0.20, 0.40, True) == pytest.approx(-0.25)
     assert controls.gain_lost(0.3, 0.4, 0.2, True) is None
+
+
+def record(name, retrieval, nll=None, layers=()):
+    units = {"retrieval_mean": list(retrieval)} | ({"nll_per_byte": list(nll)} if nll is not None else {})
+    values = {key: float(np.mean(value)) for key, value in units.items()}
+    return {
+        "name": name, "layers": list(layers), "units": units,
+        "values": values | {"retrieval_best": values["retrieval_mean"] + 0.1},
+    }  # fmt: skip
+
+
+def test_a_gain_that_may_be_nothing_has_no_share(capsys):
+    """.25 to .27 over 100 sentences: a swap that ends at .242 would have lost 140 % of it. The loss is clear."""
+    base, target = np.zeros(100), np.zeros(100)
+    base[:25], target[2:29] = 1, 1
+    nll = np.random.default_rng(0).normal(2, 0.1, 40)
+    records = [record("base", base, nll), record("target", target, nll - 0.5)]
+    records += [record("semantic_hub", target - 0.028, nll - 0.3), record("random", target - 0.05, nll - 0.1)]
+    gained = controls.gains(records, 7)
+    units = target - base
+    low, high = (float(x) for x in np.quantile(stats.resample_weights(100, 7, 2000) @ units / 100, [0.025, 0.975]))
+    assert gained["retrieval_mean"] == pytest.approx({"gain": 0.02, "ci_low": low, "ci_high": high}) and low < 0
+    assert gained["retrieval_best"] == gained["retrieval_mean"]
+    assert gained["nll_per_byte"] == pytest.approx({"gain": 0.5, "ci_low": 0.5, "ci_high": 0.5})
+    compared = controls.compare(records, "semantic_hub", 7)
+    for name in ("retrieval_mean", "retrieval_best"):
+        assert compared[name]["own_gain_lost"] is compared[name]["random_gain_lost"] is None
+        assert compared[name]["gain"] == gained[name] and compared[name]["rank"] == 1
+    assert compared["nll_per_byte"]["own_gain_lost"] == pytest.approx(0.4)
+    assert compared["nll_per_byte"]["random_gain_lost"] == pytest.approx(0.8)
+    rows = controls.summary(records, 7)
+    assert [row["gain_lost"]["retrieval_mean"] for row in rows] == [None] * 4
+    assert [row["gain_lost"]["nll_per_byte"] for row in rows] == pytest.approx([1, 0, 0.4, 0.8])
+    controls.say(rows, compared)
+    said = capsys.readouterr().out
+    assert "retrieval accuracy, mean over layers: that CPT gained anything is not clear (+0.0200 [-0.0" in said
+    assert "nll_per_byte 1.694" in said and said.count("of the gain lost") == 1 and "(40% of the gain lost)" in said
+    # The same difference in four times the sentences is clear, and so is what is lost of it.
+    many = [record(row["name"], np.repeat(row["units"]["retrieval_mean"], 40)) for row in records]
+    assert controls.compare(many, "semantic_hub", 7)["retrieval_mean"]["own_gain_lost"] == pytest.approx(1.4)
+
+
+def test_a_shared_place_and_a_failed_gate_are_no_success(capsys):
+    equal = [record("random", [0.5] * 9, layers=[i]) for i in range(19)]
+    records = [record("base", [0.2] * 9), record("target", [0.6] * 9), record("semantic_hub", [0.5] * 9), *equal]
+    compared = controls.compare(records, "semantic_hub", 1)
+    assert (compared["retrieval_mean"]["rank"], compared["retrieval_mean"]["n_equal"]) == (1, 19)
+    controls.say(controls.summary(records, 1), compared, {"passed": True})
+    said = capsys.readouterr().out
+    assert "rank 1 of 20 (with 19 others), p = 1.000 for costing less" in said and "gate" not in said
+    controls.say(controls.summary(records, 1), compared, {"passed": False})
+    assert "none of these places says anything: the layers did not pass the gate" in capsys.readouterr().out
 
 
 def refused(match, *argv):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, figures, refs, results
+from cpt_utils import archs, cli, figures, gate, refs, results
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -134,6 +134,7 @@ def main(argv=None) -> None:
     models = {"base": base.describe(), "checkpoints": {str(ref.step): described[ref.step] for ref in chosen}}
     known = [models["base"], *described.values()]
     groups = {group: read_layers(path, group, n_layers, known) for group, path in files.items()}
+    passed = gate.carried(*files.values())
     both = sorted(set(groups["interface"]) & set(groups["semantic_hub"]))
     if both:
         raise InputError(f"layers {both} are in both groups; give the interface and the hub of one split")
@@ -170,7 +171,8 @@ def main(argv=None) -> None:
     }
     draw(output.with_suffix(""), list(by_layer), averages, {group: len(groups[group]) for group in GROUPS})
     # The sums go through float32 differences and float64 sums, whatever the models' dtypes.
-    results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device=device.type))
+    more = {"gate": passed, "dtype": "float32", "device": device.type}
+    results.write_json(output, payload, results.header(SCHEMA, **facts, **more))
     for i, ref in enumerate(chosen):
         cli.say(f"step {ref.step}: " + ", ".join(f"{group} {averages[group][i]:.3e}" for group in GROUPS))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
