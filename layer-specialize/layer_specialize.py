@@ -246,7 +246,10 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    output = study.output(args.output, "-o", "layers") if args.output or study else None
+    output = None
+    if args.output or study:
+        other = "" if args.output else other_than(study, args.retrieval, args.steps)
+        output = study.output(args.output, "-o", "layers", other)
     # What goes to the study's own place must be about the study's languages.
     sides = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target") if args.output is None}
     path = Path(args.retrieval) if args.retrieval else last_result(study, args.steps)
@@ -314,6 +317,16 @@ def checked(path: Path, header: dict, hits: np.ndarray | None, seed: int) -> dic
     found = gate.of_results(path, twin, header["models"]["model"]["spec"], seed)
     gate.tell(found)
     return found
+
+
+def other_than(study: Study, given: str | None, steps: list[int] | None) -> str:
+    """What tells the split of another model from the study's own, that of its last checkpoint; mostly nothing."""
+    if given is None:
+        return study.other(steps=steps, last=True)
+    with contextlib.suppress(InputError, OSError):  # the study's own may not be measured yet
+        if last_result(study, None).samefile(given):
+            return ""
+    return Path(given).stem
 
 
 def last_result(study: Study, steps: list[int] | None) -> Path:

@@ -420,7 +420,9 @@ def main(argv=None) -> None:
     cli.say(pairs.summary())
 
     process = processes.Process(args.device, args.device_map)
-    folder = Path(args.artifact_out or study.result("retrieval") or "artifacts") / f"{base}-{target}"
+    given = args.artifact_out or (None if study else "artifacts")
+    place = study.output(given, "--artifact-out", "retrieval", study.other(limit=pairs.facts["limit"]))
+    folder = place / f"{base}-{target}"
     bench = Bench(
         pairs=pairs,
         process=process,

@@ -346,6 +346,18 @@ def test_in_a_study_the_last_checkpoint_is_read_and_the_base_compared(tmp_path, 
     retrieval(folder / "build__base.json", [0, 0.5, 0.5, 0.5, 0.5, 0.5])
     script.main(["--draws", "20"])
     assert "the base has no split of its own: all 5 layers" in capsys.readouterr().out
+    # Another checkpoint's split leaves the place of the study's own free, however it is asked for.
+    own = (tmp_path / "results/layer-specialize/layers.json").read_bytes()
+    retrieval(folder / "run__checkpoint-2.json", *measured(seed=4))
+    for asked in ([str(folder / "run__checkpoint-2.json")], ["--steps", "2"]):
+        script.main([*asked, "--draws", "5"])
+        beside = tmp_path / "results/layer-specialize/layers.run__checkpoint-2.json"
+        assert results.read_json(beside)[1]["retrieval"].endswith("run__checkpoint-2.json")
+        beside.unlink()
+    assert (tmp_path / "results/layer-specialize/layers.json").read_bytes() == own
+    capsys.readouterr()
+    script.main([str(folder / "run__checkpoint-10.json"), "--draws", "20"])
+    assert "wrote results/layer-specialize/layers.json and" in capsys.readouterr().out
     # Another language does not go to the study's place, but may go elsewhere.
     other = retrieval(tmp_path / "other.json", *measured(), target_lang="eus_Latn")
     with pytest.raises(InputError, match="target_lang eus_Latn, but ga is needed"):

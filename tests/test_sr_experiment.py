@@ -385,6 +385,11 @@ def test_inside_a_study_no_argument_is_needed(sr, project, monkeypatch):
     sr.main(["--no-untrained"])
     folder = project / "results/s/sentence-retrieval/eng_Latn-qaa_Latn"
     assert (folder / "run__checkpoint-5.json").is_file() and (folder / "accuracy.pdf").is_file()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    sr.main(["--limit", "5"])  # a try leaves the study's place alone
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    beside = project / "results/s/sentence-retrieval.limit-5/eng_Latn-qaa_Latn/run__checkpoint-5.json"
+    assert json.loads(beside.read_text())["_header"]["limit"] == 5
 
 
 STUDY = (
