@@ -162,14 +162,16 @@ def changes(
 ) -> Changes:
     """`{step: {layer: {projection: Change}}}` of every checkpoint of a run against `base`. Weight matrices only.
 
-    A mixture of experts has the sums over all experts under its projections (rows and neurons expert by expert), and in
-    the layers that have a router an entry `archs.ROUTER` more.
+    A projection that is several matrices has the sums over all of them: all experts of a mixture (rows and neurons expert
+    by expert, then those of the FFN beside them), both steps of a latent attention. Layers that have a router have an
+    entry `archs.ROUTER` more, and a layer without attention or without an FFN has none of its projections.
 
     Args:
         projections: only these (and the router, if named); default: all that the architecture has.
         rows: projections whose sums are also kept by output feature.
         device: where the differences are taken; tensors go there block by block.
-        details: keep the sums by head and by neuron, too: 16 bytes a neuron, projection, layer and checkpoint.
+        details: keep the sums by head (of projections that are one matrix) and by neuron, too: 16 bytes a neuron,
+            projection, layer and checkpoint.
         timing: filled with what the pass cost.
 
     Raises:
@@ -244,11 +246,12 @@ class _Side:
 
     def names_of(self, layer: int, wanted: Collection[str] | None) -> list[str]:
         """The projections that a layer has, and its router; of these only the `wanted` ones."""
-        names = [*self.arch.projections(), *[archs.ROUTER] * self.arch.has_router(self.config, layer)]
+        names = list(self.arch.projections(self.config, layer))
+        names += [archs.ROUTER] * self.arch.has_router(self.config, layer)
         return [name for name in names if wanted is None or name in wanted]
 
     def weights(self, layer: int, projection: str) -> list[archs.Part]:
-        """Where the weight of `projection` in `layer` is on disk: one part, or one for each expert."""
+        """Where the weight of `projection` in `layer` is on disk: one part, or one for each expert or step."""
         parts = self.arch.parts(self.config, layer, projection, self.names)
         return [part for part in parts if part.role == "weight"]
 
@@ -327,8 +330,12 @@ class _Piece:
 class _Matrix:
     """A tensor of one layer on disk, what it holds, and the sums of it while it is being read.
 
+    One that holds all experts, [E, .., ..], is read as a matrix of all their rows. Columns that alternate between two
+    projections come sorted: those of the first, then those of the second.
+
     Attributes:
         names: of the tensor in B and in each checkpoint.
+        every: 2 where two projections' columns alternate, else 1.
         rows: sums of each row, in stretches of `stretch` columns: float [checkpoints, 5, rows, stretches]; of squares
             the roots of the sums.
         columns: sums of each column, where a piece needs them: float64 [checkpoints, 4, columns]. Such pieces have all
@@ -339,6 +346,7 @@ class _Matrix:
     names: list[str]
     shape: tuple[int, int]
     pieces: list[_Piece] = field(default_factory=list)
+    every: int = 1
     dtype: torch.dtype | None = None
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
@@ -407,29 +415,49 @@ def _matrices(
         InputError: the models differ in the shape of a tensor, or in how it is cut.
     """
     one = sides[0]
-    q_heads, kv_heads, _ = one.arch.heads(one.config)
-    heads = dict(zip(archs.ATTENTION, (q_heads, kv_heads, kv_heads, q_heads), strict=True)) if details else {}
     found: dict[str, _Matrix] = {}
     for name in names:
         before = (0, 0)
-        for parts in zip(*(side.weights(layer, name) for side in sides), strict=True):
+        several = list(zip(*(side.weights(layer, name) for side in sides), strict=True))
+        heads = _heads(one, layer, name) if details and len(several) == 1 else 0
+        for parts in several:
             part, shape = parts[0], one.stored.shape(parts[0].tensor)
             for side, other in zip(sides, parts, strict=True):
                 _refuse_shapes(one, part, side, other)
-            place = [slice(0, size) for size in shape]
-            place[part.dim] = place[part.dim] if part.index is None else part.index
-            piece = _Piece(
-                name, part.dim, *place, before, name in rows, heads.get(name, 0), details and name in archs.FFN
-            )
+            flat = (math.prod(shape[:-1]), shape[-1])
+            matrix = found.setdefault(part.tensor, _Matrix(layer, [each.tensor for each in parts], flat))
+            place = _place(part, shape, matrix)
+            piece = _Piece(name, part.dim, *place, before, name in rows, heads, details and name in archs.FFN)
             if piece.heads and piece.n_grouped % piece.heads:
                 raise InputError(
                     f"{part.tensor} of {one.ref.spec} has shape {list(shape)}, which is no whole number of the "
                     f"{piece.heads} heads that config.json states"
                 )
             before = piece.stop
-            matrix = found.setdefault(part.tensor, _Matrix(layer, [each.tensor for each in parts], shape))
             matrix.pieces.append(piece)
     return found.values()
+
+
+def _heads(one: _Side, layer: int, name: str) -> int:
+    """The heads of a projection of attention; 0 of others."""
+    q_heads, kv_heads, _ = one.arch.heads(one.config, layer)
+    return dict(zip(archs.ATTENTION, (q_heads, kv_heads, kv_heads, q_heads), strict=True)).get(name, 0)
+
+
+def _place(part: archs.Part, shape: tuple[int, ...], matrix: _Matrix) -> list[slice | torch.Tensor]:
+    """The rows and columns of a part within its tensor as a matrix."""
+    first = 0 if part.expert is None else part.expert * shape[-2]
+    place = [slice(first, first + shape[-2]), slice(0, shape[-1])]
+    index = part.index
+    if isinstance(index, slice) and index.step not in (None, 1):  # columns that alternate; they are read sorted
+        matrix.every = index.step
+        half = shape[-1] // index.step
+        index = slice(index.start * half, (index.start + 1) * half)
+    if index is not None and part.dim == 0:
+        place[0] = slice(first + index.start, first + index.stop) if isinstance(index, slice) else first + index
+    elif index is not None:
+        place[1] = index
+    return place
 
 
 def _empty(pieces: list[_Piece]) -> Change:
@@ -467,12 +495,6 @@ def _refuse_unlike(one: _Side, other: _Side) -> None:
 
 def _refuse_shapes(one: _Side, ours: archs.Part, other: _Side, theirs: archs.Part) -> None:
     shapes = one.stored.shape(ours.tensor), other.stored.shape(theirs.tensor)
-    for side, part, shape in ((one, ours, shapes[0]), (other, theirs, shapes[1])):
-        if len(shape) == 3:
-            raise InputError(
-                f"{part.tensor} of {side.ref.spec} holds all experts in one tensor, which only swaps can read; save "
-                "the model with save_pretrained, which gives every expert tensors of its own"
-            )
     if shapes[0] != shapes[1]:
         raise InputError(
             f"{ours.tensor} has shape {list(shapes[0])} in {one.ref.spec} and {list(shapes[1])} in {other.ref.spec}; "
@@ -480,7 +502,9 @@ def _refuse_shapes(one: _Side, ours: archs.Part, other: _Side, theirs: archs.Par
         )
     index, shape = theirs.index, shapes[1]
     needed = 0 if index is None else index.stop if isinstance(index, slice) else int(index.max()) + 1
-    if len(shape) != 2 or not math.prod(shape) or needed > shape[theirs.dim]:
+    experts = 0 if theirs.expert is None else theirs.expert + 1
+    matrix = shape if theirs.expert is None else shape[1:]
+    if len(matrix) != 2 or not math.prod(shape) or needed > matrix[theirs.dim] or experts > shape[0]:
         raise InputError(
             f"{theirs.tensor} of {other.ref.spec} has shape {list(shape)}, which does not fit the sizes in config.json"
         )
@@ -568,12 +592,12 @@ class _Pass:
         columns = None
         if matrix.by_column:
             columns = torch.empty(len(matrix.names) - 1, *at.columns.shape, dtype=matrix.dtype)
-        reading = desk.read(0, self.sides[0], matrix.names[0], start, stop, at.ours)
+        reading = desk.read(0, self.sides[0], matrix, start, stop, at.ours)
         norm(at.our_stretches, dim=2, out=at.sums[BASE])
         if matrix.by_column:
             torch.sum(torch.mul(at.ours, at.ours, out=at.squares), 0, out=at.columns[BASE])
         for k, side in enumerate(self.sides[1:]):
-            reading += desk.read(k + 1, side, matrix.names[k + 1], start, stop, at.moved)
+            reading += desk.read(k + 1, side, matrix, start, stop, at.moved)
             norm(at.moved_stretches, dim=2, out=at.sums[CKPT])
             if matrix.by_column:
                 torch.sum(torch.mul(at.moved, at.moved, out=at.squares), 0, out=at.columns[CKPT])
@@ -622,9 +646,9 @@ class _Pass:
 
     @staticmethod
     def refuse_not_finite(side: _Side, name: str, first: int, last: int) -> None:
-        row_bytes = 8 * side.stored.shape(name)[1]
+        row_bytes = 8 * side.stored.shape(name)[-1]
         for start, stop in tensors.chunks(last - first, row_bytes):
-            if not tensors.is_finite(side.stored.rows(name, first + start, first + stop)):
+            if not tensors.is_finite(_rows(side.stored, name, first + start, first + stop)):
                 raise InputError(
                     f"{side.ref.spec}: tensor {name} holds NaN or infinite values; the weights are damaged"
                 )
@@ -689,19 +713,23 @@ class _Desk:
             buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, **place)
         return buffer[:size].view(shape)
 
-    def read(self, number: int, side: _Side, name: str, start: int, stop: int, into: torch.Tensor) -> float:
-        """Rows `start` to `stop` of a tensor of the model `number`, converted to `into`; the seconds spent reading."""
-        began = time.perf_counter()
+    def read(self, number: int, side: _Side, matrix: _Matrix, start: int, stop: int, into: torch.Tensor) -> float:
+        """Rows `start` to `stop` of a matrix of the model `number`, converted to `into`; the seconds spent reading."""
+        began, name = time.perf_counter(), matrix.names[number]
         folder = side.stored.folder_of(name)
         if folder is None:  # computed, or in a pickle
-            found = side.stored.rows(name, start, stop)
+            found = _rows(side.stored, name, start, stop)
         else:
             entry = folder.entry(name)
             found = self.buffer("file", tensors.torch_dtype(entry.dtype), into.shape, host=True)
-            row_bytes = entry.shape[1] * found.itemsize
+            row_bytes = entry.shape[-1] * found.itemsize
             self.fill(number, os.path.join(folder.path, folder.shard_of(name)), entry.start + start * row_bytes, found)
         seconds = time.perf_counter() - began
-        into.copy_(found if self.device.type == "cpu" else found.to(self.device))  # copied first, converted there
+        found = found if self.device.type == "cpu" else found.to(self.device)  # copied first, converted there
+        if matrix.every > 1:  # columns 0, 2, 4, .. before 1, 3, 5, ..
+            into = into.view(stop - start, matrix.every, -1)
+            found = found.view(stop - start, -1, matrix.every).transpose(1, 2)
+        into.copy_(found)
         return seconds
 
     def fill(self, number: int, path: str, position: int, buffer: torch.Tensor) -> None:
@@ -730,6 +758,16 @@ class _Desk:
         for number in numbers or list(self.files):
             if number in self.files:
                 os.close(self.files.pop(number)[1])
+
+
+def _rows(stored, name: str, start: int, stop: int) -> torch.Tensor:
+    """Rows of a tensor as a matrix: of one that holds all experts, those of one expert after the other."""
+    shape = stored.shape(name)
+    if len(shape) == 2:
+        return stored.rows(name, start, stop)
+    first, each = start // shape[1], shape[1]
+    experts = stored.rows(name, first, -(-stop // each))
+    return experts.reshape(-1, shape[2])[start - first * each : stop - first * each]
 
 
 def _in_order(function: Callable, jobs: Iterable[tuple], threads: int) -> Iterator[tuple[tuple, tuple]]:

@@ -32,8 +32,9 @@ _NAMES = (
 class Counts:
     """The counts of one language: `over_zero` [L, I], `snapshots` [K, L, I] cumulative, and where they come from.
 
+    Where layers differ, `width` [L] are the neurons of each, perhaps none: those behind are padding. Else None.
     Of a MoE `routed` [L, E] are the tokens that each expert got (in a dense layer none), `snapshots_routed` [K, L, E]
-    those of the snapshots, and `width` [L] the neurons of each layer: those behind are padding. Else None.
+    those of the snapshots, and `routed_width` [L] the experts' neurons, which come first; else None.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Counts:
     routed: np.ndarray | None = None
     snapshots_routed: list[np.ndarray] = field(default_factory=list)
     width: np.ndarray | None = None
+    routed_width: np.ndarray | None = None
 
     @property
     def exists(self) -> np.ndarray | None:
@@ -59,27 +61,32 @@ class Counts:
         return self.over_zero.size if self.width is None else int(self.width.sum())
 
     def tokens(self, snapshot: int | None = None) -> int | np.ndarray:
-        """The tokens each neuron could be active on, of all or of a snapshot: one number, or int64 [L, I] of a MoE.
+        """The tokens each neuron could be active on, of all or of a snapshot: one number, or int64 [L, I].
 
-        A neuron of an expert: those routed to it; of a dense layer: all; padding: none.
+        A neuron of an expert: those routed to it; of a dense layer, or beside the experts: all; padding: none.
         """
         import numpy as np
 
         n = self.n if snapshot is None else self.snapshots_n[snapshot]
-        if self.routed is None:
+        if self.width is None:
             return n
-        routed = self.routed if snapshot is None else self.snapshots_routed[snapshot]
         found = np.where(self.exists, n, 0)
-        for layer in np.flatnonzero(routed.any(-1)):
-            width = self.width[layer]
+        if self.routed is None:
+            return found
+        routed = self.routed if snapshot is None else self.snapshots_routed[snapshot]
+        for layer in np.flatnonzero(self.routed.any(-1)):
+            width = self.routed_width[layer]
             found[layer, :width] = np.repeat(routed[layer], width // routed.shape[1])
         return found
 
     def hash(self) -> str:
         """A short hash of the counts themselves, the same for the same counts of another day."""
         digest = hashlib.sha256(f"{self.n} {self.snapshots_n}".encode())
-        moe = () if self.routed is None else (self.routed, *self.snapshots_routed, self.width)
-        for array in (self.over_zero, *self.snapshots, *moe):
+        moe = () if self.routed is None else (self.routed, *self.snapshots_routed)
+        widths = () if self.width is None else (self.width,)
+        if moe and (self.routed_width != self.width).any():
+            widths += (self.routed_width,)
+        for array in (self.over_zero, *self.snapshots, *moe, *widths):
             digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
@@ -127,7 +134,9 @@ def read(path: Path, lang: str) -> Counts:
         snapshots_n = [int(tokens) for tokens in tensors.get("snapshots_n", ())]
         snapshots = [one.numpy().astype(np.int64) for one in tensors.get("snapshots", ())]
         moe = "routed" in tensors
-        routed, width = (tensors[key].numpy() if moe else None for key in ("routed", "width"))
+        routed = tensors["routed"].numpy() if moe else None
+        width = tensors["width"].numpy() if moe or "width" in tensors else None
+        routed_width = tensors.get("routed_width", tensors["width"]).numpy() if moe else None
         snapshots_routed = [one.numpy() for one in tensors["snapshots_routed"]] if moe else []
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):
         raise InputError(
@@ -143,9 +152,11 @@ def read(path: Path, lang: str) -> Counts:
         raise InputError(f"{path}: over_zero is {list(over_zero.shape)}, not [layers, neurons]; write it again")
     if n < 1:
         raise InputError(f"{path} counts {n} tokens; run lsn/activation.py on more text")
-    found = Counts(path, lang, n, over_zero, snapshots_n, snapshots, header, routed, snapshots_routed, width)
-    if routed is not None:
-        _check_routed(found)
+    found = Counts(
+        path, lang, n, over_zero, snapshots_n, snapshots, header, routed, snapshots_routed, width, routed_width
+    )
+    if width is not None:
+        _check_widths(found)
     if over_zero.min() < 0 or over_zero.max() > n:
         raise InputError(f"{path}: a neuron is active on {over_zero.max()} of {n} tokens; write the counts again")
     whole = [np.zeros_like(over_zero), *snapshots, over_zero]
@@ -156,19 +167,23 @@ def read(path: Path, lang: str) -> Counts:
     return found
 
 
-def _check_routed(one: Counts) -> None:
-    """Refuse counts of experts that do not go together.
+def _check_widths(one: Counts) -> None:
+    """Refuse counts of layers of several widths, or of experts, that do not go together.
 
     Raises:
         InputError: shapes that do not fit, more active tokens than were routed, or counts in the padding.
     """
     layers, neurons = one.over_zero.shape
-    fits = one.width.shape == (layers,) and one.routed.ndim == 2
-    fits = fits and len(one.routed) == layers and one.width.min() >= 1 and one.width.max() <= neurons
-    fits = fits and not any(one.width[one.routed.any(-1)] % one.routed.shape[1])
-    fits = fits and [part.shape for part in one.snapshots_routed] == [one.routed.shape] * len(one.snapshots)
+    fits = one.width.shape == (layers,) and one.width.min() >= 0 and 1 <= one.width.max() <= neurons
+    what = "neurons by layer do"
+    if fits and one.routed is not None:
+        what, own = "experts' tokens do", one.routed_width
+        fits = one.routed.ndim == 2 and len(one.routed) == layers and own.shape == (layers,)
+        fits = fits and (own <= one.width).all() and own[one.routed.any(-1)].min(initial=1) >= 1
+        fits = fits and not any(own[one.routed.any(-1)] % one.routed.shape[1])
+        fits = fits and [part.shape for part in one.snapshots_routed] == [one.routed.shape] * len(one.snapshots)
     if not fits or (one.over_zero > one.tokens()).any():
-        raise InputError(f"{one.path}: its experts' tokens do not fit its counts; run lsn/activation.py again")
+        raise InputError(f"{one.path}: its {what} not fit its counts; run lsn/activation.py again")
 
 
 def refuse_mixed(counts: list[Counts]) -> None:
@@ -185,11 +200,11 @@ def refuse_mixed(counts: list[Counts]) -> None:
                 f"counts of different models: {first.path.name} has {a} layers of {b} neurons, {one.path.name} has {c} "
                 f"of {d}; count every language with the same model"
             )
-        experts = [None if x.routed is None else (x.routed.shape[1], x.width.tolist()) for x in (first, one)]
-        if experts[0] != experts[1]:
+        widths = [None if x.width is None else (x.width.tolist(), *_experts(x)) for x in (first, one)]
+        if widths[0] != widths[1]:
             raise InputError(
-                f"counts of different models: {first.path.name} and {one.path.name} differ in experts; count every "
-                "language with the same model"
+                f"counts of different models: {first.path.name} and {one.path.name} differ in experts, or in how many "
+                "neurons a layer has; count every language with the same model"
             )
     bare = [one.path.name for one in counts if not one.header]
     if bare:
@@ -212,6 +227,11 @@ def refuse_mixed(counts: list[Counts]) -> None:
             )
         if stated[0].header.get("dtype") != one.header.get("dtype"):
             cli.warn(f"{stated[0].path.name} and {one.path.name} were counted in different dtypes")
+
+
+def _experts(one: Counts) -> tuple:
+    """What must be the same in counts of one mixture of experts; () of other models."""
+    return () if one.routed is None else (one.routed.shape[1], one.routed_width.tolist())
 
 
 def tokenizer_of(header: dict) -> str | None:

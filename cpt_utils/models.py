@@ -46,7 +46,7 @@ def experts(config, dtype: torch.dtype) -> dict[str, str]:
         return {}
     values = config.to_dict()
     sparse = [layer for layer in range(arch.n_layers(values)) if arch.has_router(values, layer)]
-    widths = {values["hidden_size"], *(arch.ffn_width(values, i) // arch.experts(values, i) for i in sparse)}
+    widths = {arch.settled(values).hidden_size, *(arch.expert_width(values, layer) for layer in sparse)}
     odd = any(width * dtype.itemsize % 16 for width in widths)
     return {"experts_implementation": "eager"} if odd or dtype == torch.float64 else {}
 

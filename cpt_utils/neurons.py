@@ -12,7 +12,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cpt_utils import hooks, models
+from cpt_utils import models
+from cpt_utils.arch_parts import Neurons, below
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,52 +83,69 @@ class _Enough(Exception):
 class _Reader:
     """Forward passes of the decoder that hand over the activations of `layers` (ascending) and end behind the last one.
 
-    With `before`, what is handed over is what goes into the nonlinearity, not what comes out.
+    With `before`, what is handed over is what goes into the nonlinearity, not what comes out. Layers without an FFN
+    have nothing to hand over.
     """
 
     def __init__(self, model: nn.Module, arch: Arch, layers: Sequence[int], before: bool = False):
         config = _config(model)
-        self.model, self.arch, self.layers, self.before = model, arch, list(layers), before
-        self.experts = {layer: arch.experts(config, layer) for layer in self.layers}
-        self.unit = arch.unit(config) if before else None
+        self.model, self.arch, self.before = model, arch, before and arch.before
+        self.groups = {layer: arch.neurons(config, layer) for layer in layers}
+        self.groups = {layer: groups for layer, groups in self.groups.items() if groups}
+
+    @property
+    def experts(self) -> int:
+        """Experts of the layer that has most."""
+        return max((group.experts for groups in self.groups.values() for group in groups), default=0)
 
     def run(self, ids: torch.Tensor, read: Callable) -> None:
         """One pass over the blocks `ids` [batch, size].
 
-        `read(layer, value, experts)` gets the activations [.., I] of every token and None; or, of a mixture of experts,
+        `read(layer, group, value, experts)` gets the activations [.., I] of every token and None; or, of experts,
         those [rows, I] of tokens that were routed, and the expert of each row [rows], perhaps in several calls a layer.
         """
         import torch
 
+        if not self.groups:
+            return
         with contextlib.ExitStack() as stack:
-            for layer in self.layers:
-                for handle in self._routed(layer, read) if self.experts[layer] else self._dense(layer, read):
-                    stack.callback(handle.remove)
+            self._left = {group.first for group in self.groups[max(self.groups)]}  # to be read in the last layer
+            for layer, groups in self.groups.items():
+                for group in groups:
+                    hook = self._routed if group.experts else self._dense
+                    for handle in hook(layer, group, functools.partial(read, layer, group)):
+                        stack.callback(handle.remove)
             stack.enter_context(contextlib.suppress(_Enough))
             stack.enter_context(torch.inference_mode())
             ids = ids.to(models.input_device(self.model), torch.long)
             self.arch.decoder(self.model)(input_ids=ids, use_cache=False)
 
-    def _end(self, layer: int) -> None:
-        if layer == self.layers[-1]:
-            raise _Enough
+    def _end(self, layer: int, group: Neurons) -> None:
+        if layer == max(self.groups):
+            self._left.discard(group.first)
+            if not self._left:
+                raise _Enough
 
-    def _dense(self, layer: int, read: Callable) -> list:
+    def _dense(self, layer: int, group: Neurons, read: Callable) -> list:
+        module, start, stop = group.unit
+        act = None if self.before or group.activation else _function(self.arch.function)
+
         def hook(_module, _args, output) -> None:
-            read(layer, output[..., self.unit.start : self.unit.stop] if self.before else output, None)
-            self._end(layer)
+            if self.before or act is not None:
+                output = output[..., start:stop]
+            read(output if act is None else act(output), None)
+            self._end(layer, group)
 
-        if self.before:
-            module = hooks.submodule(self.model, f"{self.arch.layer_path(layer)}.{self.unit.module}")
-        else:
-            module = self.arch.activation_module(self.model, layer)
-        return [module.register_forward_hook(hook)]
+        read_at = module if self.before or act is not None else group.activation
+        return [self.arch.in_layer(self.model, layer, read_at).register_forward_hook(hook)]
 
-    def _routed(self, layer: int, read: Callable) -> list:
+    def _routed(self, layer: int, group: Neurons, read: Callable) -> list:
         """Hooks around the experts of a layer, for those ways to run them that call their nonlinearity."""
         import torch
 
-        experts = self.arch.experts_module(self.model, layer)
+        at, experts = self.arch.experts_at, self.arch.experts_module(self.model, layer)
+        if at.routed_by == "score":
+            return self._scored(layer, group, read)
         left = torch.empty(0)  # the expert of each row that the nonlinearity has not seen yet
 
         def begin(_module, args) -> None:
@@ -136,13 +154,12 @@ class _Reader:
             if experts.config._experts_implementation != "batched_mm":  # all others go expert by expert
                 left = left.sort().values
 
-        def hook(_module, args, output=None) -> None:
+        def take(value) -> None:
             nonlocal left
-            value = args[0] if self.before else output
             rows, left = left[: len(value)], left[len(value) :]
-            read(layer, value, rows)
+            read(value, rows)
             if not len(left):
-                self._end(layer)
+                self._end(layer, group)
 
         def end(_module, _args, _output) -> None:
             if len(left):
@@ -151,9 +168,59 @@ class _Reader:
                     f"{experts.config._experts_implementation!r}; load the model with grouped_mm or eager"
                 )
 
-        register = "register_forward_pre_hook" if self.before else "register_forward_hook"
-        activation = getattr(self.arch.activation_module(self.model, layer), register)(hook)
-        return [experts.register_forward_pre_hook(begin), activation, experts.register_forward_hook(end)]
+        around = [experts.register_forward_pre_hook(begin), experts.register_forward_hook(end)]
+        if not group.activation:
+            return [
+                *around,
+                _Intercepted(experts, lambda gate: take(gate if self.before else at.function(experts, gate))),
+            ]
+        activation = self.arch.in_layer(self.model, layer, group.activation)
+        if self.before:
+            return [*around, activation.register_forward_pre_hook(lambda _module, args: take(args[0]))]
+        return [*around, activation.register_forward_hook(lambda _module, _args, output: take(output))]
+
+    def _scored(self, layer: int, group: Neurons, read: Callable) -> list:
+        """Hooks where every expert computes every token, and the router's score of those not chosen is 0."""
+        at, scores = self.arch.experts_at, None
+
+        def score(_module, _args, output) -> None:
+            nonlocal scores
+            scores = output[0]  # [tokens, experts]
+
+        def hook(_module, args, output) -> None:
+            value = (args[0] if self.before else output).view(group.experts, -1, group.width)
+            for expert, tokens in enumerate(value):
+                rows = scores[:, expert].nonzero()[:, 0]
+                read(tokens[rows], rows.new_full((len(rows),), expert))
+            self._end(layer, group)
+
+        router = self.arch.in_layer(self.model, layer, below(at.block, at.router))
+        activation = self.arch.in_layer(self.model, layer, group.activation)
+        return [router.register_forward_hook(score), activation.register_forward_hook(hook)]
+
+
+class _Intercepted:
+    """Hands the gates' outputs to `see` where experts go through their gate in `_apply_gate`, until it is removed."""
+
+    def __init__(self, experts: nn.Module, see: Callable):
+        own = experts._apply_gate
+
+        def apply(gate_up):
+            width = gate_up.shape[-1] // 2
+            see(gate_up[..., :width] if experts.is_concatenated else gate_up[..., ::2])
+            return own(gate_up)
+
+        self.experts, experts._apply_gate = experts, apply
+
+    def remove(self) -> None:
+        del self.experts._apply_gate  # the class's own is seen again
+
+
+def _function(name: str) -> Callable:
+    """The nonlinearity of a name, as configurations spell it."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
 
 
 def _config(model: nn.Module) -> dict:
@@ -161,7 +228,7 @@ def _config(model: nn.Module) -> dict:
 
 
 def widths(arch: Arch, config: Mapping) -> list[int]:
-    """The neurons of each layer; they differ where a model has dense layers and mixtures of experts."""
+    """The neurons of each layer; they differ where a model has dense layers and mixtures of experts, 0 without an FFN."""
     return [arch.ffn_width(config, layer) for layer in range(arch.n_layers(config))]
 
 
@@ -206,7 +273,7 @@ class Counter:
         self.reader = _Reader(model, arch, range(arch.n_layers(config)), activation_name(config) in KEEP_SIGN)
         self.n_layers = arch.n_layers(config)
         self.counts = torch.zeros(self.n_layers, arch.ffn_width(config), dtype=torch.long)
-        self.routed = torch.zeros(self.n_layers, max(self.reader.experts.values()), dtype=torch.long)
+        self.routed = torch.zeros(self.n_layers, self.reader.experts, dtype=torch.long)
 
     def add(self, ids: torch.Tensor) -> None:
         """Count over the blocks `ids` [batch, size].
@@ -216,24 +283,27 @@ class Counter:
         """
         import torch
 
-        found: dict[int, torch.Tensor] = {}
+        found: dict[tuple[int, Neurons], torch.Tensor] = {}
         routed: dict[int, torch.Tensor] = {}
+        last = max(self.reader.groups, default=-1)
 
-        def read(layer: int, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+        def read(layer: int, group: Neurons, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+            key = layer, group
             if experts is None:
-                found[layer] = active_tokens(value)
+                found[key] = active_tokens(value)
             else:
-                chosen = experts == torch.arange(self.reader.experts[layer], device=experts.device)[:, None]
-                found[layer] = found.get(layer, 0) + active_by_expert(value, chosen).flatten()
+                chosen = experts == torch.arange(group.experts, device=experts.device)[:, None]
+                found[key] = found.get(key, 0) + active_by_expert(value, chosen).flatten()
                 routed[layer] = routed.get(layer, 0) + chosen.sum(1)
             # What is not finite in one layer is not finite in all behind it: looking at the last one is enough.
-            if layer == self.n_layers - 1 and not bool(torch.isfinite(value).all()):
+            if layer == last and not bool(torch.isfinite(value).all()):
                 raise InputError("activations are not finite; try --dtype float32, or check the weights")
 
         self.reader.run(ids, read)
-        for total, part in ((self.counts, found), (self.routed, routed)):
-            for layer, row in part.items():
-                total[layer, : len(row)] += row.cpu()
+        for (layer, group), row in found.items():
+            self.counts[layer, group.first : group.stop] += row.cpu()
+        for layer, row in routed.items():
+            self.routed[layer, : len(row)] += row.cpu()
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`counts` and `routed` since the last call; both begin anew."""
@@ -280,11 +350,10 @@ class Activations:
             layer: functools.cache(torch.cat([mask[layer] for mask in self.index.values() if layer in mask]).to)
             for layer in self.layers
         }
-        self.routed, self.width = {}, {}
-        for layer, experts in self.reader.experts.items():
-            if experts:
-                self.routed[layer] = torch.zeros(experts, dtype=torch.long)
-                self.width[layer] = arch.ffn_width(config, layer) // experts
+        self.of_experts = {
+            layer: group for layer, groups in self.reader.groups.items() for group in groups if group.experts
+        }
+        self.routed = {layer: torch.zeros(g.experts, dtype=torch.long) for layer, g in self.of_experts.items()}
 
     def add(self, ids: torch.Tensor) -> None:
         """Add the blocks `ids` [batch, size].
@@ -297,17 +366,20 @@ class Activations:
         found: dict[int, torch.Tensor] = {}
         routed: dict[int, torch.Tensor] = {}
 
-        def read(layer: int, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+        def read(layer: int, group: Neurons, value: torch.Tensor, experts: torch.Tensor | None) -> None:
             index = self.all_of[layer](value.device)
             flat = value.reshape(-1, value.shape[-1])
             if experts is None:
-                found[layer] = flat.index_select(1, index).sum(0, dtype=torch.float64)
-                return
-            own = flat.index_select(1, index % self.width[layer])
-            own = own.masked_fill_(experts[:, None] != index // self.width[layer], 0)
-            found[layer] = found.get(layer, 0) + own.sum(0, dtype=torch.float64)
-            everyone = torch.arange(len(self.routed[layer]), device=experts.device)
-            routed[layer] = routed.get(layer, 0) + (experts == everyone[:, None]).sum(1)
+                own = flat.index_select(1, (index - group.first).clamp(0, group.width - 1))
+            else:
+                own = flat.index_select(1, index % group.width)
+                own = own.masked_fill_(experts[:, None] != index // group.width, 0)
+                everyone = torch.arange(group.experts, device=experts.device)
+                routed[layer] = routed.get(layer, 0) + (experts == everyone[:, None]).sum(1)
+            own = own.sum(0, dtype=torch.float64)
+            if len(self.reader.groups[layer]) > 1:  # the mask's neurons of the layer's other group are read elsewhere
+                own = own.masked_fill((index < group.first) | (index >= group.stop), 0)
+            found[layer] = found.get(layer, 0) + own
 
         if self.layers:
             self.reader.run(ids, read)
@@ -337,12 +409,15 @@ class Activations:
         return self.sums, self.routed, self.tokens
 
     def _per_token(self, name: str) -> dict[int, torch.Tensor]:
-        """By layer, what the neurons' means are times `tokens`: of a dense layer the sums themselves."""
+        """By layer, what the neurons' means are times `tokens`: of those that see every token the sums themselves."""
+        import torch
+
         scaled = {}
         for layer, sums in self.sums[name].items():
             if layer in self.routed:
-                tokens = self.routed[layer][self.index[name][layer] // self.width[layer]]
-                sums = sums * self.tokens / tokens.clamp(min=1)
+                group, index = self.of_experts[layer], self.index[name][layer]
+                tokens = self.routed[layer][(index // group.width).clamp(max=group.experts - 1)].clamp(min=1)
+                sums = torch.where(index < group.stop, sums * self.tokens / tokens, sums)
             scaled[layer] = sums
         return scaled
 
@@ -373,16 +448,18 @@ def silenced(model: nn.Module, arch: Arch, mask: Mask) -> Iterator[nn.Module]:
     config = _config(model)
     with contextlib.ExitStack() as stack:
         for layer, neurons in mask.items():
-            if not len(neurons):
-                continue
-            index = torch.tensor(list(neurons))
-            if arch.experts(config, layer):
-                width = arch.ffn_width(config, layer) // arch.experts(config, layer)
-                down = arch.experts_module(model, layer).down_proj
-                stack.enter_context(_without_columns(down, index // width, index % width))
-            else:
-                module = arch.module(model, layer, "down_proj")
-                stack.callback(module.register_forward_pre_hook(_silence(index)).remove)
+            for group in arch.neurons(config, layer) if len(neurons) else ():
+                index = torch.tensor([neuron - group.first for neuron in neurons if group.first <= neuron < group.stop])
+                if not len(index):
+                    continue
+                if group.experts:
+                    down = arch.experts_module(model, layer).down_proj
+                    columns = _without_columns(
+                        down, index // group.width, index % group.width, arch.experts_at.transposed
+                    )
+                    stack.enter_context(columns)
+                else:
+                    stack.callback(arch.down_module(model, layer).register_forward_pre_hook(_silence(index)).remove)
         yield model
 
 
@@ -400,11 +477,15 @@ def _silence(index: torch.Tensor) -> Callable:
 
 
 @contextlib.contextmanager
-def _without_columns(down: nn.Parameter, experts: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
-    """Columns of the experts' down projections [E, hidden, I] set to zero, until the block ends."""
+def _without_columns(
+    down: nn.Parameter, experts: torch.Tensor, columns: torch.Tensor, transposed: bool
+) -> Iterator[None]:
+    """Inputs of the experts' down projections [E, hidden, I] (`transposed`: [E, I, hidden]) set to zero, until the block
+    ends."""
     if down.is_meta:
         raise InputError("experts that wait on the disk or in memory cannot be silenced; use GPUs that hold the model")
-    data, place = down.data, (experts.to(down.device), slice(None), columns.to(down.device))
+    data = down.data.transpose(1, 2) if transposed else down.data
+    place = experts.to(down.device), slice(None), columns.to(down.device)
     saved = data[place]  # a copy
     data[place] = 0
     try:

@@ -76,6 +76,7 @@ class Edit:
     Attributes:
         tensor, base_tensor: its name on disk in C and in B.
         dim, index: the region, entries `index` along `dim`: None (everything), a slice, or a LongTensor of positions.
+        expert: of a tensor that holds all experts the one whose matrix the region is in; None of all others.
         function: (B's region, C's region) -> the new values; None takes B's values.
         by_rows: the function may be applied to blocks of rows (elementwise functions), which bounds the memory.
     """
@@ -86,12 +87,20 @@ class Edit:
     index: slice | torch.Tensor | None = None
     function: Function | None = None
     by_rows: bool = False
+    expert: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the region is the whole tensor."""
+        return self.index is None and self.expert is None
 
     def describe(self) -> dict:
         """The edit in JSON: tensor, region as ranges of positions, and whether a function is involved."""
         facts: dict = {"tensor": self.tensor}
         if self.base_tensor != self.tensor:
             facts["base_tensor"] = self.base_tensor
+        if self.expert is not None:
+            facts["expert"] = self.expert
         if self.index is not None:
             facts |= {"dim": self.dim, "ranges": _ranges(self.index)}
         if self.function is not None:
@@ -167,9 +176,11 @@ class Pair:
             raise InputError(f"{self.base_ref.spec} has no tensor {target_name}, which {self.target_ref.spec} has")
         return found
 
-    def edit(self, tensor: str, dim: int = 0, index=None, function: Function | None = None, by_rows=False) -> Edit:
+    def edit(
+        self, tensor: str, dim: int = 0, index=None, function: Function | None = None, by_rows=False, expert=None
+    ) -> Edit:
         """An edit of the target's `tensor` from the base's tensor of the same meaning, shapes checked."""
-        edit = Edit(tensor, self.base_name(tensor), dim, index, function, by_rows)
+        edit = Edit(tensor, self.base_name(tensor), dim, index, function, by_rows, expert)
         mine, theirs = self.target.shape(tensor), self.base.shape(edit.base_tensor)
         fits = mine == theirs
         if not fits and isinstance(index, slice) and len(mine) == len(theirs):  # e.g. the embeddings both have
@@ -217,9 +228,11 @@ class Pair:
         total = sum(tensors.numel(self.target.shape(name)) for name in self.target.names() if not archs.is_buffer(name))
         moved = 0
         for edit in recipe.edits:
-            shape = list(self.target.shape(edit.tensor))
-            if edit.index is not None:
-                shape[edit.dim] = sum(stop - start for start, stop in _ranges(edit.index))
+            shape = list(self.target.shape(edit.tensor))[0 if edit.expert is None else 1 :]
+            if isinstance(edit.index, slice):
+                shape[edit.dim] = len(range(*edit.index.indices(shape[edit.dim])))
+            elif edit.index is not None:
+                shape[edit.dim] = len(edit.index)
             moved += tensors.numel(shape)
         return moved, total
 
@@ -241,20 +254,26 @@ def layers_from_base(pair: Pair, layers: Iterable[int]) -> Recipe:
 def parts_from_base(pair: Pair, projections: Iterable[str], layers: Iterable[int]) -> Recipe:
     """The given projections of B, weights and biases, in `layers`; of a fused tensor only their slice.
 
-    The router of a mixture of experts may be among them (archs.ROUTER); layers without one have nothing of it to swap.
+    The router of a mixture of experts may be among them (archs.ROUTER). A layer that has none of a projection (no router,
+    no attention, no FFN) has nothing of it to swap.
     """
     layers = _checked_layers(layers, pair.n_layers)
     wanted = [name for name in (*pair.arch.projections(pair.config), archs.ROUTER) if name in set(projections)]
     names = set(pair.target.names())
     edits = [
-        pair.edit(part.tensor, part.dim, part.index)
+        pair.edit(part.tensor, part.dim, part.index, expert=part.expert)
         for layer in layers
-        for projection in wanted
-        if projection != archs.ROUTER or pair.arch.has_router(pair.config, layer)
+        for projection in _those_of(pair, layer, wanted)
         for part in pair.arch.parts(pair.config, layer, projection, names)
     ]
     words = f"{', '.join(wanted)} of the base in layers {_listed(layers)}"
     return Recipe(words, {"projections": wanted, "layers": layers}, tuple(edits))
+
+
+def _those_of(pair: Pair, layer: int, wanted: Iterable[str]) -> list[str]:
+    """The wanted projections that a layer has."""
+    there = {*pair.arch.projections(pair.config, layer), *[archs.ROUTER] * pair.arch.has_router(pair.config, layer)}
+    return [name for name in wanted if name in there]
 
 
 def tensors_from_base(pair: Pair, names: Iterable[str]) -> Recipe:
@@ -288,7 +307,7 @@ def _blocks(pair: Pair, name: str, edits: list[Edit]) -> Iterator[torch.Tensor]:
     rows = flat.shape[0]
     whole = any(edit.function is not None and not edit.by_rows for edit in edits)
     for start, stop in [(0, rows)] if whole else tensors.chunks(rows, flat[:1].nbytes, BLOCK):
-        if len(edits) == 1 and edits[0].index is None:
+        if len(edits) == 1 and edits[0].whole:
             yield _values(pair, edits[0], flat, start, stop)
             continue
         block = flat[start:stop].clone()
@@ -308,6 +327,12 @@ def _fill(pair: Pair, edit: Edit, target: torch.Tensor, block: torch.Tensor, sta
     import torch
 
     base = pair.base.get(edit.base_tensor)
+    if edit.expert is not None:
+        if start <= edit.expert < stop:
+            matrices = (archs.take(held, edit.dim, edit.index) for held in (base[edit.expert], target[edit.expert]))
+            own = archs.take(block[edit.expert - start], edit.dim, edit.index)
+            own.copy_(_converted(pair, edit, *matrices, block.dtype))
+        return
     positions = slice(0, target.shape[edit.dim]) if edit.index is None else edit.index
     if edit.dim > 0:
         base, target = base[start:stop], target[start:stop]
@@ -508,7 +533,7 @@ def _places(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
 def _copies_bytes(pair: Pair, edits: list[Edit], entry: tensors.Entry) -> bool:
     """Whether the tensor is B's, whole and unconverted: then its bytes go from file to file."""
     only = edits[0]
-    whole = len(edits) == 1 and only.index is None and only.function is None
+    whole = len(edits) == 1 and only.whole and only.function is None
     folder = pair.base.folder_of(only.base_tensor) if whole else None
     return folder is not None and folder.entry(only.base_tensor).dtype == entry.dtype
 
@@ -595,13 +620,13 @@ class Swapper:
                     held = _held(self.model, place.name)
                     replaced[place.name] = held, held.data
                 held, own = replaced[place.name]
-                if place.index is None:
+                if place.whole:
                     held.data = self._values(name, edits, held)
                     continue
-                values = self._values(name, edits, own[place.index])
+                values = self._values(name, edits, place.view(own))
                 if held.data_ptr() == own.data_ptr():
                     held.data = own.clone()
-                held.data[place.index].copy_(values)
+                place.view(held.data).copy_(values)
             yield self.model
         finally:
             for held, own in replaced.values():
@@ -655,9 +680,9 @@ def apply_in_memory(model: nn.Module, recipe: Recipe, pair: Pair) -> Iterator[nn
 
 
 def _ranges(index: slice | torch.Tensor) -> list[list[int]]:
-    """Positions as [start, stop] ranges in order."""
+    """Positions as [start, stop] ranges in order, or one [start, stop, step]."""
     if isinstance(index, slice):
-        return [[index.start, index.stop]]
+        return [[index.start, index.stop]] if index.step in (None, 1) else [[index.start, index.stop, index.step]]
     found: list[list[int]] = []
     for position in index.tolist():
         if found and found[-1][1] == position:

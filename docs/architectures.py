@@ -1,4 +1,4 @@
-"""Write docs/architectures.md from the table in cpt_utils/archs.py: one row for each model type.
+"""Write docs/architectures.md from the table in cpt_utils/arch_table.py: one row for each model type.
 
 python docs/architectures.py
 """
@@ -12,7 +12,7 @@ from cpt_utils import archs
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Architectures
 
-Written by `python docs/architectures.py` from `ARCHS` in `cpt_utils/archs.py`; a test compares the two. {count} model
+Written by `python docs/architectures.py` from `ARCHS` in `cpt_utils/arch_table.py`; a test compares the two. {count} model
 types (`model_type` in config.json). For each one `tests/test_architectures.py` makes tiny random models and checks,
 against slow references that look into the running model: where every projection, bias, router and expert is, the weight
 change of each, swaps of layers, attention, FFN and single experts on disk and in memory, pooled hidden states, and
@@ -44,13 +44,11 @@ Bloom and MPT take their attention's softmax in float32 even then (differences o
 def modules(arch: archs.Arch, projections: tuple[str, ...]) -> str:
     """The modules of some projections below a layer, fused ones with what is in them."""
     found = {}
-    for name in projections:
-        slot = arch.projections_at.get(name)
-        if slot and slot.order:
+    for slot in (slot for name in projections for slot in archs.as_slots(arch.projections_at.get(name, ()))):
+        found[slot.module] = slot.module
+        if slot.order:
             parts = "+".join(part.removesuffix("_proj") for part in slot.order)
             found[slot.module] = parts + (" per KV head" if slot.by_group else "") + f" in `{slot.module}`"
-        elif slot:
-            found[slot.module] = slot.module
     plain = [name for name, text in found.items() if text == name]
     stems = {name.rpartition(".")[0] for name in plain}
     if len(plain) > 1 and len(stems) == 1:

@@ -6,9 +6,10 @@ In:   -m a model (default: the last checkpoint of the study's run), -i one or mo
       lsn/load_oscar.py (default: those of the study's languages).
 Out:  <folder>/<name>.<language>.pt for each: `n` tokens, `over_zero` int64 [layers, neurons], and `snapshots_n`,
       `snapshots`: the same counts after about an eighth, a quarter and a half of the tokens, from which lsn/identify.py
-      tells whether fewer tokens would do. The language is the second dot-separated part of the id file's name. Of a
-      mixture of experts also `routed` int64 [layers, experts] and `width`: a neuron of an expert counts on the tokens
-      routed to it.
+      tells whether fewer tokens would do. The language is the second dot-separated part of the id file's name. Where
+      layers differ also `width` int64 [layers], the neurons of each; of a mixture of experts `routed` int64 [layers,
+      experts] (a neuron of an expert counts on the tokens routed to it) and, where there are neurons beside the
+      experts, `routed_width`: those of the experts, which come first.
 
 A killed run goes on from its last save. On several GPUs: accelerate launch lsn/activation.py ...; the counts are the same.
 
@@ -138,10 +139,10 @@ def count(model, arch, blocks: torch.Tensor, plan, partial: Partial, rank: int, 
     partial.save()
 
 
-def content(counts: torch.Tensor, routed: torch.Tensor, widths: list[int], plan, size: int, header: dict) -> dict:
+def content(counts: torch.Tensor, routed: torch.Tensor, widths: dict, plan, size: int, header: dict) -> dict:
     """What the result file holds, from the sums by segment, int64 [segments, L, I] and [segments, L, E].
 
-    `widths` are the neurons that each layer has.
+    `widths` are `width`, the neurons that each layer has, and `routed_width`, those of its experts.
     """
     import torch
 
@@ -156,7 +157,13 @@ def content(counts: torch.Tensor, routed: torch.Tensor, widths: list[int], plan,
     }
     if routed.shape[-1]:
         sums = routed.cumsum(0)
-        found |= {"routed": sums[-1].clone(), "snapshots_routed": sums[:-1].clone(), "width": torch.tensor(widths)}
+        found |= {"routed": sums[-1].clone(), "snapshots_routed": sums[:-1].clone()}
+        beside = any(
+            own not in (0, all_of) for own, all_of in zip(widths["routed_width"], widths["width"], strict=True)
+        )
+        found |= {"routed_width": torch.tensor(widths["routed_width"])} if beside else {}
+    if routed.shape[-1] or len(set(widths["width"])) > 1:
+        found["width"] = torch.tensor(widths["width"])
     return found
 
 
@@ -247,9 +254,13 @@ def main(argv=None) -> None:
 
     model = models.load_model(ref, dtype, process.device, process.device_map)
     models.announce(model, ref)
-    widths = neurons.widths(arch, config)
-    shape = (len(widths), max(widths))
-    experts = max(arch.experts(config, layer) for layer in range(len(widths)))
+    groups = [arch.neurons(config, layer) for layer in range(arch.n_layers(config))]
+    widths = {
+        "width": neurons.widths(arch, config),
+        "routed_width": [sum(group.stop - group.first for group in own if group.experts) for own in groups],
+    }
+    shape = (len(groups), max(widths["width"]))
+    experts = max((group.experts for own in groups for group in own), default=0)
     for path, blocks, request, out in todo:
         plan = batches(len(blocks), batch_size)
         segments = plan[-1][0] + 1

@@ -117,7 +117,7 @@ def main(argv=None) -> None:
 
     config = base.config()
     arch = archs.for_config(config)
-    projection = arch.unit(config).projection
+    projection = arch.neuron_projection
     weights = cli.sibling("weight-diff/attn_vs_ffn.py")
     facts = weights.run_facts(base, run, len(everything), args.limit)
     known = [base.describe(), *(ref.describe() for ref in everything)]
@@ -145,7 +145,7 @@ def main(argv=None) -> None:
         changes |= compare.changes(base, group, projections=[projection], rows=[projection], device=device)
     checkpoints = {}
     for ref in run:
-        here = {layer: found[projection] for layer, found in changes[ref.step].items()}
+        here = {layer: found[projection] for layer, found in changes[ref.step].items() if projection in found}
         row: dict = {group: mask_change(here, mask) for group, mask in chosen.items()}
         row["summary"] = {"lsn": mean_over_layers(row["layers"])}
         if control_file:

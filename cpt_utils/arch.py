@@ -1,0 +1,572 @@
+"""One architecture: the projections of its layers, on disk and in memory, and the sizes that its config states.
+
+A *projection* is q, k, v, o, gate, up or down of one layer. On disk it is a tensor, or a slice of a fused one (Phi-3,
+GPT-NeoX, GPT-2), several (latent attention), or one for each expert of a mixture of experts (MoE), perhaps all in one
+tensor; `Arch.parts` says which. In memory it is a module; `Arch.module` returns it. Names on disk and in memory differ
+(prefixes, `embed_out` against `lm_head`, experts that are one parameter in memory); `Arch.module_places` maps one to
+the other. Layers may differ: a layer without attention or without an FFN has none of its projections.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from cpt_utils.arch_parts import (
+    ATTENTION,
+    FFN,
+    PROJECTIONS,
+    ROUTER,
+    Experts,
+    Neurons,
+    OfLayer,
+    Part,
+    Place,
+    Slot,
+    Slots,
+    as_slots,
+    below,
+    named,
+)
+from cpt_utils.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# What configs call the same number. The first key that is there and not null counts.
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+FIELDS = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden": ("hidden_size", "n_embd", "n_embed", "d_model"),
+    "heads": HEADS,
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", *HEADS),
+    "head_dim": ("head_dim",),
+    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_ffn": ("moe_intermediate_size", "intermediate_size"),
+}
+
+# Constants that old checkpoints carry (causal masks, rotary frequencies, sinusoidal positions): no parameters, never
+# compared or swapped.
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias)|embed_positions\.weights)$")
+
+
+LLAMA_ATTENTION = named("self_attn", *ATTENTION)
+LLAMA_PROJECTIONS = LLAMA_ATTENTION | named("mlp", *FFN)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One model type. The defaults are Llama's.
+
+    Attributes:
+        projections_at: projection -> where it is below a layer (of a MoE: below one of its dense layers); several
+            slots where several matrices make it.
+        experts_at: the experts of a MoE type; None for a dense one.
+        mixers: kind of a layer in the config -> the module that it has in the place of attention.
+        bare: kinds of layers that have no FFN.
+        decoder_path: path of the module that holds the layers, from the causal LM.
+        prefixes: what stands in front of the decoder's names on disk; a model saved without its head has no prefix,
+            which is always tried last.
+        layers, norm, embeddings: names below the decoder.
+        head: module path of the output matrix; absent on disk when it is tied.
+        activation: module of the nonlinearity below a layer; empty where no module computes it, and `function` names it
+            as configs do.
+        before: whether the nonlinearity's input is the gate's output (but for a positive factor).
+        transposed: weights are stored [in, out] (Conv1D).
+        renames: (start of a name on disk, start of the same name in memory) where they differ otherwise.
+        inner: (piece of a name on disk, the same piece in memory), below the prefix.
+        stacked: tensor in memory below a layer -> the tensors on disk whose rows it holds, each with the module below
+            the layer that has as many output features.
+        beyond: what files hold beside the model, as a pattern of names without prefix; so are layers behind the last
+            one of a type that predicts several tokens.
+        streams: a layer hands on several streams [streams, batch, tokens, hidden]; the first is the hidden state.
+        defaults: config key -> value, for keys that published config.json files of the type leave out.
+        dense_width, heads_at: of a layer, where the usual keys of a config do not say.
+        text_type: the model type of its text model, of a type with other towers.
+        norms: where a layer's norms are, from the residual stream: for docs/architectures.md, like the next two.
+        examples: model names on the hub.
+        notes: what a user should know.
+    """
+
+    projections_at: dict[str, Slots] = field(default_factory=lambda: LLAMA_PROJECTIONS)
+    experts_at: Experts | None = None
+    mixers: dict[str, str] = field(default_factory=dict)
+    bare: tuple[str, ...] = ()
+    decoder_path: str = "model"
+    prefixes: tuple[str, ...] = ("model.",)
+    layers_name: str = "layers"
+    norm: str = "norm"
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    head: str = "lm_head"
+    activation: str = "mlp.act_fn"
+    function: str = ""
+    before: bool = True
+    transposed: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+    inner: tuple[tuple[str, str], ...] = ()
+    stacked: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    beyond: str = ""
+    streams: bool = False
+    defaults: dict[str, int] = field(default_factory=dict)
+    dense_width: OfLayer | None = None
+    heads_at: OfLayer | None = None
+    text_type: str = ""
+    norms: str = "before"
+    examples: tuple[str, ...] = ()
+    notes: str = ""
+    model_type: str = ""
+
+    # --- what a layer has ---
+
+    def n_layers(self, config) -> int:
+        """Number of decoder layers L."""
+        return self._number(config, "layers")
+
+    def kind(self, config, layer: int) -> str:
+        """What the config calls a layer whose type has layers of several kinds; else empty."""
+        if not (self.mixers or self.bare):
+            return ""
+        return self.settled(config).layer_types[layer]
+
+    def slots(self, config, layer: int, projection: str, beside_experts: bool = False) -> tuple[Slot, ...]:
+        """Where a projection of a layer is, of a MoE layer that of the FFN beside the experts; () where it has none."""
+        table = self.experts_at.shared if beside_experts else self.projections_at
+        kind = self.kind(config, layer)
+        if projection not in table or kind in (self.mixers if projection in ATTENTION else self.bare):
+            return ()
+        return tuple(s for s in as_slots(table[projection]) if s.when is None or s.when(self.settled(config), layer))
+
+    def projections(self, config=None, layer: int | None = None) -> tuple[str, ...]:
+        """The projections that a layer has, in the order of PROJECTIONS; without a layer those that any may have.
+
+        Six where there is no gate; none of attention in a layer that has another mixer in its place.
+        """
+        if layer is None:
+            known = {*self.projections_at, *(self.experts_at.names if self.experts_at else ())}
+        else:
+            known = {name for name in PROJECTIONS if self.slots(config, layer, name)}
+            if self.experts(config, layer):
+                known = known - set(FFN) | set(self.experts_at.names)
+        return tuple(name for name in PROJECTIONS if name in known)
+
+    def has(self, config, layer: int, projections: Collection[str]) -> bool:
+        """Whether a layer has any of these projections."""
+        return bool({*self.projections(config, layer)} & {*projections})
+
+    def experts(self, config, layer: int) -> int:
+        """Experts of a layer; 0 where its FFN is dense, or where it has none."""
+        if self.experts_at is None:
+            return 0
+        return self._number(config, "experts") if self.experts_at.sparse(self.settled(config), layer) else 0
+
+    def has_router(self, config, layer: int) -> bool:
+        """Whether a layer sends its tokens to experts."""
+        return self.experts(config, layer) > 0
+
+    # --- sizes ---
+
+    def heads(self, config, layer: int = 0) -> tuple[int, int, int]:
+        """(query heads, key/value heads, features per head)."""
+        if self.heads_at is not None:
+            return self.heads_at(self.settled(config), layer)
+        heads = self._number(config, "heads")
+        head_dim = self._number(config, "head_dim", required=False) or self._number(config, "hidden") // heads
+        # Falcon and GPT-BigCode say by flags how many KV heads there are; the number beside them may be meaningless.
+        values = _decoder_values(config)
+        if "multi_query" in values and not values.get("new_decoder_architecture"):
+            return heads, 1 if values["multi_query"] else heads, head_dim
+        return heads, self._number(config, "kv_heads"), head_dim
+
+    def ffn_width(self, config, layer: int | None = None) -> int:
+        """FFN neurons of `layer`, or of the widest one; 0 in a layer without an FFN.
+
+        Of E experts of I neurons each and S neurons beside them E I + S: expert e's are e I to e I + I - 1, and those
+        beside the experts come last. Where configs leave I out (GPT-2, Bloom, MPT) it is four times the hidden size.
+        """
+        if layer is None:
+            layers = range(self.n_layers(config)) if self.uneven else (0,)
+            return max(self.ffn_width(config, each) for each in layers)
+        return max((group.stop for group in self.neurons(config, layer)), default=0)
+
+    def expert_width(self, config, layer: int) -> int:
+        """I, the neurons of one expert of a MoE layer."""
+        own = self.experts_at.width
+        return own(self.settled(config), layer) if own else self._number(config, "expert_ffn")
+
+    def neurons(self, config, layer: int) -> tuple[Neurons, ...]:
+        """The layer's neurons in their order, by where they are read: () in a layer without an FFN."""
+        experts, found, at = self.experts(config, layer), [], self.experts_at
+        if experts:
+            stop = experts * self.expert_width(config, layer)
+            path = below(at.block, "experts")
+            found.append(Neurons(0, stop, experts, None, f"{path}.{at.activation}" if at.activation else ""))
+        slots = self.slots(config, layer, self.neuron_projection, beside_experts=experts > 0)
+        width = self._dense_width(config, layer, beside_experts=experts > 0) if slots else 0
+        if width:
+            rows = self._features(config, layer, self.neuron_projection, slots[0], width)
+            first = found[-1].stop if found else 0
+            unit = (slots[0].module, 0, width) if rows is None else (slots[0].module, rows.start, rows.stop)
+            activation = at.shared_activation if experts else self.activation
+            found.append(Neurons(first, first + width, 0, unit, activation))
+        return tuple(found)
+
+    @property
+    def neuron_projection(self) -> str:
+        """The projection whose output features the neurons are before the activation."""
+        return "gate_proj" if "gate_proj" in self.projections() else "up_proj"
+
+    # --- on disk ---
+
+    def parts(self, config, layer: int, projection: str, disk_names: Collection[str]) -> list[Part]:
+        """The weights and, where there are some, the biases of `projection` in `layer`, among the tensors `disk_names`.
+
+        Of a MoE layer's gate, up or down one weight for each expert, in order, then that of the FFN beside them;
+        of a latent attention one for each step. `projection` may be ROUTER, too.
+
+        Raises:
+            InputError: the type or the layer has no such projection, or no tensor of that name is on disk (near misses
+                are named).
+        """
+        sparse = projection in (*FFN, ROUTER) and self.has_router(config, layer)
+        slots = () if projection == ROUTER else self.slots(config, layer, projection, beside_experts=sparse)
+        if sparse and slots and not self._dense_width(config, layer, beside_experts=True):
+            slots = ()
+        if not slots and not (sparse and projection in (*self.experts_at.names, ROUTER)):
+            raise InputError(
+                f"model type {self.model_type} has no {projection} in layer {layer}; it has "
+                f"{', '.join(self.projections(config, layer)) or 'neither attention nor an FFN there'}"
+            )
+        parts = self._expert_parts(config, layer, projection, disk_names) if sparse else []
+        for slot in slots:
+            width = self._dense_width(config, layer, beside_experts=sparse) if projection in FFN else 0
+            index = self._features(config, layer, projection, slot, width)
+            stem = f"{self.layers_name}.{layer}.{slot.module}"
+            parts.append(
+                Part(self.disk_name(f"{stem}.weight", disk_names), "weight", 1 if self.transposed else 0, index)
+            )
+            bias = self._find(f"{stem}.bias", disk_names)
+            if bias:
+                parts.append(Part(bias, "bias", 0, index))
+        return parts
+
+    def layer_tensors(self, disk_names: Iterable[str], layer: int) -> list[str]:
+        """Every parameter of `layer` on disk: projections, biases, norms.
+
+        Raises:
+            InputError: there is none; names the layers and the nearest names that are there.
+        """
+        disk_names = list(disk_names)
+        found = [name for name in disk_names if self.layer_of(name) == layer and not is_buffer(name)]
+        if not found:
+            raise InputError(_no_match(f"{self.prefixes[0]}{self.layers_name}.{layer}.", disk_names, self.model_type))
+        return found
+
+    def layer_of(self, disk_name: str) -> int | None:
+        """The layer a tensor on disk belongs to; None for embeddings, final norm and head."""
+        match = self._layer_pattern.match(self.canonical(disk_name))
+        return int(match[1]) if match else None
+
+    def canonical(self, disk_name: str) -> str:
+        """The name without what varies between files of one model: base and target are matched by it."""
+        for start, new in self.renames:
+            if disk_name.startswith(start):
+                disk_name = new + disk_name.removeprefix(start)
+                break
+        for prefix in (f"{self.decoder_path}.", *self.prefixes):
+            if disk_name.startswith(prefix):
+                disk_name = disk_name.removeprefix(prefix)
+                break
+        for piece, new in self.inner:
+            disk_name = disk_name.replace(piece, new, 1)
+        return disk_name
+
+    def disk_name(self, canonical: str, disk_names: Collection[str]) -> str:
+        """The name on disk of a canonical one.
+
+        Raises:
+            InputError: there is none; near misses are named.
+        """
+        name = self._find(canonical, disk_names)
+        if name is None:
+            raise InputError(_no_match(f"{self.prefixes[0]}{canonical}", disk_names, self.model_type))
+        return name
+
+    def embedding_tensors(self, disk_names: Collection[str]) -> list[str]:
+        """Input embeddings with what belongs to them (learned positions, their norm) and, where it is on disk (not
+        tied), the output matrix; biases too."""
+        found = [self.disk_name(f"{name}.weight", disk_names) for name in self.embeddings]
+        others = [f"{name}.bias" for name in self.embeddings] + [f"{self.head}.weight", f"{self.head}.bias"]
+        return found + [name for name in (self._find(other, disk_names) for other in others) if name]
+
+    # --- in memory ---
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module that holds embeddings, layers and final norm; running it alone leaves the head out."""
+        return self._submodule(model, self.decoder_path)
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        return self._submodule(model, f"{self.decoder_path}.{self.layers_name}")
+
+    def final_norm(self, model: nn.Module) -> nn.Module:
+        return self._submodule(model, f"{self.decoder_path}.{self.norm}")
+
+    def layer_path(self, layer: int) -> str:
+        """Dotted name of a layer from the causal LM."""
+        return f"{self.decoder_path}.{self.layers_name}.{layer}"
+
+    def module_path(self, layer: int, projection: str) -> str:
+        """Dotted name of the module that computes `projection` (perhaps with others) from the causal LM."""
+        return f"{self.layer_path(layer)}.{as_slots(self.projections_at[projection])[0].module}"
+
+    def module(self, model: nn.Module, layer: int, projection: str) -> nn.Module:
+        return self._submodule(model, self.module_path(layer, projection))
+
+    def in_layer(self, model: nn.Module, layer: int, path: str) -> nn.Module:
+        """The module at a path below a layer."""
+        return self._submodule(model, f"{self.layer_path(layer)}.{path}")
+
+    def down_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """The last module of a dense FFN, or of the FFN beside a layer's experts."""
+        slots = self.slots(model.config, layer, "down_proj", beside_experts=self.has_router(model.config, layer))
+        return self.in_layer(model, layer, slots[0].module)
+
+    def experts_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """The module of a MoE layer's experts; called with (tokens [n, hidden], experts [n, top k], weights)."""
+        return self.in_layer(model, layer, below(self.experts_at.block, "experts"))
+
+    def activation_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """The nonlinearity of a layer's FFN: its output is act(W_gate x), or act(W_up x) where there is no gate.
+
+        That of a MoE layer sees only the tokens that are routed, expert by expert.
+        """
+        return self.in_layer(model, layer, self.neurons(model.config, layer)[0].activation)
+
+    def module_places(self, disk_names: Iterable[str], model: nn.Module) -> dict[str, Place]:
+        """Tensor on disk -> its place in `model.state_dict()`. Buffers that only files have are left out, and what
+        they hold beside the model (`beyond`).
+
+        Raises:
+            InputError: a tensor has no place in the model; near misses are named.
+        """
+        known = model.state_dict()
+        found = {}
+        for disk in disk_names:
+            canonical = self.canonical(disk)
+            names = (disk, f"{self.decoder_path}.{canonical}", canonical)
+            name = next((name for name in names if name in known), None)
+            place = Place(name, flipped=self._is_flipped(name)) if name else self._place_within(canonical, known)
+            if place is not None:
+                found[disk] = place
+            elif not is_buffer(disk) and not self._is_beyond(canonical, known):
+                near = _near(f"{self.decoder_path}.{canonical}", known)
+                raise InputError(f"tensor {disk} has no place in the loaded {type(model).__name__}; nearest: {near}")
+        return found
+
+    def module_names(self, disk_names: Iterable[str], model: nn.Module) -> dict[str, str]:
+        """`module_places` by name alone, for tensors on disk that are whole ones in memory.
+
+        Raises:
+            InputError: as `module_places`, and for an expert's tensor.
+        """
+        places = self.module_places(disk_names, model)
+        for disk, place in places.items():
+            if not place.whole:
+                raise InputError(
+                    f"{disk} is a part of {place.name} in the loaded model and has no name of its own there"
+                )
+        return {disk: place.name for disk, place in places.items()}
+
+    # --- inside ---
+
+    @cached_property
+    def uneven(self) -> bool:
+        """Whether layers may differ in what they have and how wide it is."""
+        slots = [slot for each in self.projections_at.values() for slot in as_slots(each)]
+        return bool(
+            self.experts_at or self.mixers or self.bare or self.dense_width or self.heads_at
+            or any(slot.when for slot in slots)
+        )  # fmt: skip
+
+    def settled(self, config):
+        """The decoder's configuration as transformers completes it, with every kind and size of a layer.
+
+        Published config.json files leave keys out, or spell them as an older release did.
+
+        Raises:
+            InputError: transformers cannot read it.
+        """
+        values = config if isinstance(config, dict) else config.to_dict()
+        return _settled(values.get("model_type") or self.model_type, json.dumps(values, sort_keys=True, default=str))
+
+    @cached_property
+    def _layer_pattern(self) -> re.Pattern:
+        return re.compile(rf"{re.escape(self.layers_name)}\.(\d+)\.")
+
+    def _find(self, canonical: str, disk_names: Collection[str]) -> str | None:
+        spelled = canonical
+        for piece, new in reversed(self.inner):
+            spelled = spelled.replace(new, piece, 1)
+        candidates = [prefix + name for name in dict.fromkeys((canonical, spelled)) for prefix in (*self.prefixes, "")]
+        for start, new in self.renames:
+            if canonical.startswith(new):
+                candidates.append(start + canonical.removeprefix(new))
+        return next((name for name in candidates if name in disk_names), None)
+
+    def _number(self, config, name: str, required: bool = True) -> int | None:
+        if self.uneven:
+            settled = self.settled(config)
+            values = {key: getattr(settled, key, None) for key in FIELDS[name]}
+        else:
+            values = self.defaults | {k: value for k, value in _decoder_values(config).items() if value is not None}
+        for key in FIELDS[name]:
+            if values.get(key) is not None:
+                return int(values[key])
+        if required:
+            raise InputError(f"config.json has none of the keys {', '.join(FIELDS[name])}; add the one the model has")
+        return None
+
+    def _dense_width(self, config, layer: int, beside_experts: bool = False) -> int:
+        """Neurons of a layer's dense FFN, or of the one beside its experts."""
+        own = self.experts_at.shared_width if beside_experts else self.dense_width
+        if own is not None:
+            return own(self.settled(config), layer)
+        return self._number(config, "ffn", required=False) or 4 * self._number(config, "hidden")
+
+    def _expert_parts(self, config, layer: int, projection: str, disk_names: Collection[str]) -> list[Part]:
+        at, numbers = self.experts_at, range(self.experts(config, layer))
+        block = below(f"{self.layers_name}.{layer}", at.block) if at.block else f"{self.layers_name}.{layer}"
+        if projection == ROUTER:
+            parts = [Part(self.disk_name(f"{block}.{at.router}.weight", disk_names), "weight")]
+            bias = self._find(f"{block}.{at.router}.bias", disk_names)
+            return parts + ([Part(bias, "bias")] if bias else [])
+        width, together = self.expert_width(config, layer), f"{block}.experts.{at.in_memory(projection)}"
+        index, name = at.features(projection, width), self._find(together, disk_names)
+        if name:
+            dim = int(at.transposed != at.flipped)
+            parts = [Part(name, "weight", dim, index, number) for number in numbers]
+            bias = self._find(f"{together}_bias", disk_names)
+            return parts + ([Part(bias, "bias", 0, index, number) for number in numbers] if bias else [])
+        name = f"{block}.experts.{{}}.{at.names[projection]}.weight"
+        return [Part(self.disk_name(name.format(number), disk_names), "weight") for number in numbers]
+
+    def _is_flipped(self, name: str) -> bool:
+        at = self.experts_at
+        return at is not None and at.flipped and bool(re.search(r"\.experts\.(gate_up|up|down)_proj$", name))
+
+    def _is_beyond(self, canonical: str, known: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a tensor is one that files of the type hold beside what the model has."""
+        if not self.beyond:
+            return False
+        layer = self._layer_pattern.match(canonical)
+        last = f"{self.decoder_path}.{self.layers_name}.{layer[1]}." if layer else None
+        if last is not None:
+            return not any(name.startswith(last) for name in known)
+        return re.match(self.beyond, canonical) is not None
+
+    def _place_within(self, canonical: str, known: Mapping[str, torch.Tensor]) -> Place | None:
+        """The place of a tensor that is a part of one in memory: an expert's, or one of several that are stacked."""
+        match = re.fullmatch(rf"({re.escape(self.layers_name)}\.\d+)\.(.*)", canonical)
+        if match is None:
+            return None
+        layer, name = f"{self.decoder_path}.{match[1]}", match[2]
+        for memory, stack in self.stacked.items():
+            first = 0
+            for disk, rows_of in stack:
+                stop = first + len(known.get(f"{layer}.{rows_of}.weight", ()))
+                if name == disk and f"{layer}.{memory}" in known:
+                    return Place(f"{layer}.{memory}", (slice(first, stop),))
+                first = stop
+        at = self.experts_at
+        stem = re.escape(below(at.block, "experts")) if at else None
+        expert = re.fullmatch(rf"{stem}\.(\d+)\.(\w+)\.weight", name) if at else None
+        projection = {own: meaning for meaning, own in at.names.items()}.get(expert[2]) if expert else None
+        if projection is None:
+            return None
+        place, number = f"{layer}.{below(at.block, 'experts')}.{at.in_memory(projection)}", int(expert[1])
+        if place not in known or number >= len(known[place]):
+            return None
+        rows = at.features(projection, known[place].shape[1] // 2)
+        return Place(place, (number,) if rows is None else (number, rows))
+
+    def _features(self, config, layer: int, projection: str, slot: Slot, width: int) -> slice | torch.Tensor | None:
+        """Which output features of its module a projection has; None for all. `width`: neurons, of gate and up."""
+        if not slot.order:
+            return None
+        widths = [self._width(config, layer, name, width) for name in slot.order]
+        before = slot.order.index(projection)
+        if slot.by_group:
+            import torch
+
+            groups, shares = self._shares(config, layer, slot, widths)
+            first = sum(shares[:before])
+            rows = torch.arange(groups * sum(shares)).view(groups, -1)[:, first : first + shares[before]].reshape(-1)
+            # One KV head: every part is one stretch, which needs no list of positions.
+            return rows if groups > 1 else slice(int(rows[0]), int(rows[-1]) + 1)
+        start = sum(widths[:before])
+        return slice(start, start + widths[before])
+
+    def _shares(self, config, layer: int, slot: Slot, widths: list[int]) -> tuple[int, list[int]]:
+        """(groups, features of each projection in a group) of projections that alternate in one module."""
+        if slot.groups:
+            return slot.groups, [width // slot.groups for width in widths]
+        heads, kv_heads, head_dim = self.heads(config, layer)
+        if slot.order == ("k_proj", "v_proj"):
+            values = self.settled(config)
+            return heads, [values.qk_nope_head_dim, values.v_head_dim]
+        return kv_heads, [heads // kv_heads * head_dim if name == "q_proj" else head_dim for name in slot.order]
+
+    def _width(self, config, layer: int, projection: str, width: int) -> int:
+        if projection in FFN:
+            return width
+        heads, kv_heads, head_dim = self.heads(config, layer)
+        return (heads if projection == "q_proj" else kv_heads) * head_dim
+
+    def _submodule(self, model: nn.Module, path: str) -> nn.Module:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            near = _near(path, {name for name, _ in model.named_modules()})
+            raise InputError(f"{type(model).__name__} has no module {path}; nearest: {near}") from None
+
+
+@lru_cache(maxsize=64)
+def _settled(model_type: str, values: str):
+    """`Arch.settled`, from the JSON of a config."""
+    from transformers import AutoConfig
+
+    given = {key: value for key, value in json.loads(values).items() if key not in ("model_type", "auto_map")}
+    try:
+        return AutoConfig.for_model(model_type, **given).get_text_config(decoder=True)
+    except Exception as error:  # transformers and its validation raise half a dozen types
+        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        raise InputError(f"the installed transformers cannot read this {model_type} configuration: {reason}") from None
+
+
+def is_buffer(disk_name: str) -> bool:
+    """Whether a tensor on disk is a constant of an old checkpoint and not a parameter."""
+    return BUFFERS.search(disk_name) is not None
+
+
+def _decoder_values(config) -> dict:
+    """The config as a dict; of a model with a vision tower, the part with the decoder's sizes."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    return values["text_config"] if isinstance(values.get("text_config"), dict) else values
+
+
+def _near(wanted: str, names: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(wanted, list(names), n=3, cutoff=0.3)) or "none"
+
+
+def _no_match(wanted: str, disk_names: Iterable[str], model_type: str) -> str:
+    return (
+        f"no tensor {wanted} on disk, where a model of type {model_type} has one (nearest: "
+        f"{_near(wanted, disk_names)}); check the folder, or the entry {model_type!r} of ARCHS in "
+        "cpt_utils/arch_table.py"
+    )

@@ -1,0 +1,225 @@
+"""The table of architectures: one entry for each model type that this collection knows.
+
+To add one, write what differs from Llama (`Arch` lists what can): plain `Arch()` where the module names are Llama's.
+The tests of every type and docs/architectures.md (`python docs/architectures.py`) follow from the entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cpt_utils.arch import LLAMA_ATTENTION, Arch
+from cpt_utils.arch_parts import ATTENTION, Experts, Slot, fused, named
+
+# Slots that several types share.
+QKV = ATTENTION[:3]
+GATE_UP = {**fused("mlp.gate_up_proj", "gate_proj", "up_proj"), "down_proj": Slot("mlp.down_proj")}
+UP_DOWN = named("mlp", "up_proj", "down_proj")
+FAIRSEQ = named("self_attn", "q_proj", "k_proj", "v_proj", "out_proj") | named("", "fc1", "fc2")
+BLOOM = {
+    **fused("self_attention.query_key_value", *QKV, by_group=True),
+    "o_proj": Slot("self_attention.dense"),
+    **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+}
+GPT = {"decoder_path": "transformer", "prefixes": ("transformer.",), "layers_name": "h", "norm": "ln_f"}
+# Experts of the Mixtral family, on disk.
+W123 = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+SPARSE_BLOCK = ((".block_sparse_moe.", ".mlp."),)
+PARALLEL = "before, one for attention and FFN side by side"
+SANDWICH = "before and after"
+
+# Model type (config.json) -> architecture.
+ARCHS: dict[str, Arch] = {
+    "llama": Arch(examples=("meta-llama/Llama-3.1-8B", "TinyLlama/TinyLlama_v1.1", "utter-project/EuroLLM-1.7B")),
+    "mistral": Arch(examples=("mistralai/Mistral-7B-v0.3",)),
+    "ministral": Arch(examples=("mistralai/Ministral-8B-Instruct-2410",)),
+    "ministral3": Arch(notes="The language model alone; with its vision tower it is a mistral3, which is not here."),
+    "qwen2": Arch(examples=("Qwen/Qwen2.5-7B", "Qwen/Qwen2-1.5B"), notes="Biases on q, k, v."),
+    "qwen3": Arch(examples=("Qwen/Qwen3-8B-Base",), notes="Norms on q and k."),
+    "gemma": Arch(examples=("google/gemma-2b",)),
+    "gemma2": Arch(norms=SANDWICH, examples=("google/gemma-2-9b",)),
+    "gemma3_text": Arch(norms=SANDWICH, examples=("google/gemma-3-1b-pt",), notes="Norms on q and k."),
+    # Gemma 3 from 4B on has a vision tower; the language model stands one level deeper.
+    "gemma3": Arch(
+        decoder_path="model.language_model",
+        prefixes=("language_model.model.", "model.language_model."),
+        renames=(
+            ("language_model.lm_head.", "lm_head."),
+            ("vision_tower.vision_model.", "model.vision_tower."),
+            ("vision_tower.", "model.vision_tower."),
+            ("multi_modal_projector.", "model.multi_modal_projector."),
+        ),
+        defaults={"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+        norms=SANDWICH,
+        examples=("google/gemma-3-4b-pt",),
+        notes="With vision tower, which stays the target's in a swap and is not compared. Norms on q and k.",
+    ),
+    "olmo": Arch(examples=("allenai/OLMo-7B-hf",), notes="Norms without parameters."),
+    "olmo2": Arch(norms="after", examples=("allenai/OLMo-2-1124-7B",), notes="Norms on q and k."),
+    "olmo3": Arch(norms="after", examples=("allenai/Olmo-3-1025-7B",), notes="Norms on q and k."),
+    "phi": Arch(
+        projections_at=named("self_attn", "q_proj", "k_proj", "v_proj", "dense") | named("mlp", "fc1", "fc2"),
+        norm="final_layernorm",
+        activation="mlp.activation_fn",
+        norms=PARALLEL,
+        examples=("microsoft/phi-2", "microsoft/phi-1_5"),
+        notes="The output matrix has a bias.",
+    ),
+    "phi3": Arch(
+        projections_at={**fused("self_attn.qkv_proj", *QKV), "o_proj": Slot("self_attn.o_proj"), **GATE_UP},
+        activation="mlp.activation_fn",
+        examples=("microsoft/Phi-3-mini-4k-instruct", "microsoft/phi-4"),
+    ),
+    "gpt_neox": Arch(
+        projections_at={
+            **fused("attention.query_key_value", *QKV, by_group=True),
+            "o_proj": Slot("attention.dense"),
+            **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        },
+        decoder_path="gpt_neox",
+        prefixes=("gpt_neox.",),
+        norm="final_layer_norm",
+        embeddings=("embed_in",),
+        activation="mlp.act",
+        renames=(("embed_out.", "lm_head."),),
+        norms="before, attention and FFN side by side",
+        examples=("EleutherAI/pythia-1.4b",),
+    ),
+    "gpt_neo": Arch(
+        projections_at=named("attn.attention", "q_proj", "k_proj", "v_proj", "out_proj")
+        | named("mlp", "c_fc", "c_proj"),
+        **GPT,
+        embeddings=("wte", "wpe"),
+        activation="mlp.act",
+        examples=("EleutherAI/gpt-neo-1.3B",),
+    ),
+    "gptj": Arch(
+        projections_at=named("attn", "q_proj", "k_proj", "v_proj", "out_proj") | named("mlp", "fc_in", "fc_out"),
+        **GPT,
+        embeddings=("wte",),
+        activation="mlp.act",
+        norms=PARALLEL,
+        examples=("EleutherAI/gpt-j-6b",),
+        notes="The output matrix has a bias.",
+    ),
+    "gpt2": Arch(
+        projections_at={
+            **fused("attn.c_attn", *QKV),
+            "o_proj": Slot("attn.c_proj"),
+            **named("mlp", "c_fc", "c_proj"),
+        },
+        **GPT,
+        embeddings=("wte", "wpe"),
+        activation="mlp.act",
+        transposed=True,
+        examples=("openai-community/gpt2", "AI-Sweden-Models/gpt-sw3-1.3b"),
+        notes="Weights are stored [in, out].",
+    ),
+    "gpt_bigcode": Arch(
+        projections_at={
+            **fused("attn.c_attn", *QKV, by_group=True),
+            "o_proj": Slot("attn.c_proj"),
+            **named("mlp", "c_fc", "c_proj"),
+        },
+        **GPT,
+        embeddings=("wte", "wpe"),
+        activation="mlp.act",
+        examples=("bigcode/starcoder",),
+        notes="With one KV head (`multi_query`) or as many as query heads.",
+    ),
+    "bloom": Arch(
+        projections_at=BLOOM,
+        **GPT,
+        embeddings=("word_embeddings", "word_embeddings_layernorm"),
+        activation="mlp.gelu_impl",
+        examples=("bigscience/bloom-7b1",),
+        notes="Layers return tuples; a norm follows the embeddings.",
+    ),
+    "falcon": Arch(
+        projections_at=BLOOM,
+        **GPT,
+        embeddings=("word_embeddings",),
+        activation="mlp.act",
+        norms="before, attention and FFN side by side",
+        examples=("tiiuae/falcon-7b", "tiiuae/falcon-40b", "tiiuae/falcon-rw-1b"),
+        notes="All three layouts of q, k, v: one KV head, groups, as many as query heads. Falcon 3 is a llama.",
+    ),
+    "opt": Arch(
+        projections_at=FAIRSEQ,
+        decoder_path="model.decoder",
+        prefixes=("model.decoder.", "decoder."),
+        norm="final_layer_norm",
+        embeddings=("embed_tokens", "embed_positions"),
+        activation="activation_fn",
+        examples=("facebook/opt-1.3b",),
+        notes="facebook/opt-350m has no final norm: weights are compared and swapped, hidden states refused.",
+    ),
+    "xglm": Arch(
+        projections_at=FAIRSEQ,
+        norm="layer_norm",
+        activation="activation_fn",
+        examples=("facebook/xglm-1.7B",),
+    ),
+    "mpt": Arch(
+        projections_at={
+            **fused("attn.Wqkv", *QKV),
+            "o_proj": Slot("attn.out_proj"),
+            **named("ffn", "up_proj", "down_proj"),
+        },
+        decoder_path="transformer",
+        prefixes=("transformer.",),
+        layers_name="blocks",
+        norm="norm_f",
+        embeddings=("wte",),
+        activation="ffn.act",
+        examples=("mosaicml/mpt-7b",),
+    ),
+    "granite": Arch(examples=("ibm-granite/granite-3.1-8b-base",)),
+    "smollm3": Arch(examples=("HuggingFaceTB/SmolLM3-3B-Base",)),
+    "stablelm": Arch(examples=("stabilityai/stablelm-2-1_6b",)),
+    "starcoder2": Arch(
+        projections_at=LLAMA_ATTENTION | named("mlp", "c_fc", "c_proj"),
+        activation="mlp.act",
+        examples=("bigcode/starcoder2-7b",),
+    ),
+    "cohere": Arch(norms=PARALLEL, examples=("CohereLabs/aya-23-8B", "CohereLabs/c4ai-command-r-v01")),
+    "cohere2": Arch(norms=PARALLEL, examples=("CohereLabs/c4ai-command-r7b-12-2024",)),
+    "nemotron": Arch(projections_at=LLAMA_ATTENTION | UP_DOWN, examples=("nvidia/Minitron-4B-Base",)),
+    "arcee": Arch(projections_at=LLAMA_ATTENTION | UP_DOWN, examples=("arcee-ai/AFM-4.5B-Base",)),
+    "jais2": Arch(projections_at=LLAMA_ATTENTION | UP_DOWN, examples=("inceptionai/Jais-2-8B-Chat",)),
+    "apertus": Arch(
+        projections_at=LLAMA_ATTENTION | UP_DOWN,
+        examples=("swiss-ai/Apertus-8B-2509",),
+        notes="Norms on q and k; the activation has parameters of its own, which a swap of whole layers takes along.",
+    ),
+    "glm": Arch(
+        projections_at=LLAMA_ATTENTION | GATE_UP, activation="mlp.activation_fn", examples=("zai-org/glm-4-9b-hf",)
+    ),
+    "glm4": Arch(
+        projections_at=LLAMA_ATTENTION | GATE_UP,
+        activation="mlp.activation_fn",
+        norms=SANDWICH,
+        examples=("zai-org/GLM-4-9B-0414",),
+    ),
+    "exaone4": Arch(norms="after", examples=("LGAI-EXAONE/EXAONE-4.0-1.2B",), notes="Norms on q and k."),
+    "hyperclovax": Arch(examples=("naver-hyperclovax/HyperCLOVAX-SEED-Think-14B",)),
+    "hunyuan_v1_dense": Arch(examples=("tencent/Hunyuan-7B-Pretrain",), notes="Norms on q and k."),
+    "ernie4_5": Arch(examples=("baidu/ERNIE-4.5-0.3B-Base-PT",)),
+    "seed_oss": Arch(examples=("ByteDance-Seed/Seed-OSS-36B-Base",), notes="Biases on q, k, v."),
+    "helium": Arch(examples=("kyutai/helium-1-2b",)),
+    "mixtral": Arch(
+        experts_at=Experts(names=W123),
+        inner=SPARSE_BLOCK,
+        examples=("mistralai/Mixtral-8x7B-v0.1",),
+    ),
+    "qwen3_moe": Arch(
+        experts_at=Experts(),
+        examples=("Qwen/Qwen3-30B-A3B-Base",),
+        notes="Layers may be dense (`mlp_only_layers`, `decoder_sparse_step`). Norms on q and k.",
+    ),
+    "olmoe": Arch(experts_at=Experts(), examples=("allenai/OLMoE-1B-7B-0924",), notes="Norms on q and k."),
+    "flex_olmo": Arch(
+        experts_at=Experts(), norms="after", examples=("allenai/FlexOlmo-7x7B-1T",), notes="Norms on q and k."
+    ),
+}
+ARCHS = {name: replace(arch, model_type=name) for name, arch in ARCHS.items()}
