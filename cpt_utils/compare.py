@@ -162,9 +162,9 @@ def changes(
 ) -> Changes:
     """`{step: {layer: {projection: Change}}}` of every checkpoint of a run against `base`. Weight matrices only.
 
-    A projection that is several matrices has the sums over all of them: all experts of a mixture (rows and neurons expert
-    by expert, then those of the FFN beside them), both steps of a latent attention. Layers that have a router have an
-    entry `archs.ROUTER` more, and a layer without attention or without an FFN has none of its projections.
+    A projection that is several matrices has the sums over all of them: all experts of a mixture (rows and neurons
+    expert by expert, then those of the FFN beside them), both steps of a latent attention. Layers that have a router
+    have an entry `archs.ROUTER` more, and a layer without attention or without an FFN has none of its projections.
 
     Args:
         projections: only these (and the router, if named); default: all that the architecture has.

@@ -228,7 +228,7 @@ def _config(model: nn.Module) -> dict:
 
 
 def widths(arch: Arch, config: Mapping) -> list[int]:
-    """The neurons of each layer; they differ where a model has dense layers and mixtures of experts, 0 without an FFN."""
+    """The neurons of each layer; they differ where a model has dense layers and mixtures of experts, or no FFN."""
     return [arch.ffn_width(config, layer) for layer in range(arch.n_layers(config))]
 
 
@@ -334,7 +334,7 @@ class Activations:
     def __init__(self, model: nn.Module, arch: Arch, masks: Mapping[str, Mask]):
         import torch
 
-        self.tokens, config = 0, _config(model)
+        self.tokens = 0
         self.index = {
             name: {layer: torch.tensor(list(neurons)) for layer, neurons in mask.items() if len(neurons)}
             for name, mask in masks.items()
@@ -454,7 +454,7 @@ def silenced(model: nn.Module, arch: Arch, mask: Mask) -> Iterator[nn.Module]:
                     continue
                 if group.experts:
                     down = arch.experts_module(model, layer).down_proj
-                    columns = _without_columns(
+                    columns = _without_inputs(
                         down, index // group.width, index % group.width, arch.experts_at.transposed
                     )
                     stack.enter_context(columns)
@@ -477,15 +477,17 @@ def _silence(index: torch.Tensor) -> Callable:
 
 
 @contextlib.contextmanager
-def _without_columns(
-    down: nn.Parameter, experts: torch.Tensor, columns: torch.Tensor, transposed: bool
+def _without_inputs(
+    down: nn.Parameter, experts: torch.Tensor, inputs: torch.Tensor, transposed: bool
 ) -> Iterator[None]:
-    """Inputs of the experts' down projections [E, hidden, I] (`transposed`: [E, I, hidden]) set to zero, until the block
-    ends."""
+    """Inputs of the experts' down projections [E, hidden, I] set to zero, until the block ends.
+
+    `transposed`: they are [E, I, hidden].
+    """
     if down.is_meta:
         raise InputError("experts that wait on the disk or in memory cannot be silenced; use GPUs that hold the model")
     data = down.data.transpose(1, 2) if transposed else down.data
-    place = experts.to(down.device), slice(None), columns.to(down.device)
+    place = experts.to(down.device), slice(None), inputs.to(down.device)
     saved = data[place]  # a copy
     data[place] = 0
     try:

@@ -254,8 +254,8 @@ def layers_from_base(pair: Pair, layers: Iterable[int]) -> Recipe:
 def parts_from_base(pair: Pair, projections: Iterable[str], layers: Iterable[int]) -> Recipe:
     """The given projections of B, weights and biases, in `layers`; of a fused tensor only their slice.
 
-    The router of a mixture of experts may be among them (archs.ROUTER). A layer that has none of a projection (no router,
-    no attention, no FFN) has nothing of it to swap.
+    The router of a mixture of experts may be among them (archs.ROUTER). A layer that has none of a projection (no
+    router, no attention, no FFN) has nothing of it to swap.
     """
     layers = _checked_layers(layers, pair.n_layers)
     wanted = [name for name in (*pair.arch.projections(pair.config), archs.ROUTER) if name in set(projections)]

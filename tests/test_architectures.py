@@ -6,6 +6,7 @@ projection reach the attention as queries, which matrix feeds the activation, wh
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import EVERY_ARCHITECTURE, ROOT, bits, load_script, read_tensors, save_tiny, tiny_model
+from looking import Found, experts_of, found_in
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from cpt_utils import archs, compare, refs, surgery
 from cpt_utils.batching import padded
@@ -25,7 +25,6 @@ from cpt_utils.errors import InputError
 from cpt_utils.hooks import pooled_states
 from cpt_utils.neurons import Counter
 
-LAYERS = 3
 # Other layouts of the same type, by config.
 VARIANTS = {
     "falcon, groups": ("falcon", {"new_decoder_architecture": True}),
@@ -35,11 +34,8 @@ VARIANTS = {
 }
 CASES = {name: (name, {}) for name in EVERY_ARCHITECTURE} | VARIANTS
 MIXTURES = [name for name in EVERY_ARCHITECTURE if archs.ARCHS[name].experts_at]
+TOWER = re.compile("vision|visual|audio")
 IDS = torch.arange(3, 40)[None]
-
-Rows = slice | torch.Tensor
-View = tuple[torch.Tensor, Rows]  # a matrix [out, in] or bias [out], and the rows that are a projection's
-Where = tuple[nn.Module, Rows]
 
 
 def load(folder) -> nn.Module:
@@ -49,10 +45,9 @@ def load(folder) -> nn.Module:
 
 
 def blocks_of(model) -> nn.ModuleList:
-    """The decoder's layers: the one list of LAYERS modules outside a vision tower."""
-    lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and "vision" not in name]
-    (found,) = [m for m in lists if len(m) == LAYERS]
-    return found
+    """The decoder's layers: the largest list of modules outside other towers."""
+    lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and not TOWER.search(name)]
+    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
 
 
 @dataclass
@@ -83,132 +78,20 @@ def case(request, tmp_path_factory) -> Case:
     return Case(request.param, *made)
 
 
-# --- where everything is, found by running the model ---
+def layers_of(model) -> list[Found]:
+    """What every layer has."""
+    return [found_in(model, block) for block in blocks_of(model)]
 
 
-def matrix(module) -> torch.Tensor:
-    """The weight as [out, in], a view."""
-    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
-
-
-def run_recorded(model, block) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Input and output of every module in a layer, of one token at position 0, where rotary positions turn nothing."""
-    seen, handles = {}, []
-    for name, module in block.named_modules():
-        if not list(module.children()):
-
-            def hook(_module, args, output, name=name):
-                if args and isinstance(output, torch.Tensor):
-                    seen[name] = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
-
-            handles.append(module.register_forward_hook(hook))
-    with torch.no_grad():
-        model(torch.tensor([[7]]))
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def split_rows(model, attention, linear) -> dict[str, torch.Tensor]:
-    """Rows of a fused q, k, v module by what they become: it is made to put out row numbers, and those that arrive at
-    the attention are read off."""
-    rows = matrix(linear).shape[0]
-    numbers = torch.arange(rows, dtype=torch.float32).view(1, 1, rows)
-    kind = type(attention).__name__
-    if kind == "BloomAttention":
-        arrived = attention._reshape(numbers)
-    elif kind == "MptAttention":
-        arrived = numbers.chunk(3, dim=2)
-    else:
-        arrived, own = [], functional.scaled_dot_product_attention
-
-        def catch(query, key, value, **kwargs):
-            arrived.append((query, key, value))
-            return own(query, key, value, **kwargs)
-
-        def put_out_numbers(*_):
-            arrived.clear()  # what is caught first from here on is this layer's
-            return numbers
-
-        handle = linear.register_forward_hook(put_out_numbers)
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(functional, "scaled_dot_product_attention", catch)
-            model(torch.tensor([[7]]))
-        handle.remove()
-        arrived = arrived[0]
-    # Keys and values may arrive once for each query head that shares them; queries keep their order.
-    return {name: torch.unique(found.flatten()).long() for name, found in zip("qkv", arrived, strict=True)}
-
-
-def ffn_of(block, seen, linears) -> tuple[dict[str, Where], nn.Module]:
-    """Gate, up and down of a dense layer and its activation, told by their widths and by what feeds the activation."""
-    down = next(name for name in linears if matrix(linears[name]).shape[1] != 32)
-    width, parent = matrix(linears[down]).shape[1], down.rpartition(".")[0]
-    others = [name for name in linears if name.rpartition(".")[0] == parent and name != down]
-    (act,) = [name for name, (x, _) in seen.items() if name not in linears and x.shape[-1] == width]
-    pieces = {}
-    for name in others:
-        for start in range(0, matrix(linears[name]).shape[0], width):
-            rows = slice(start, start + width)
-            pieces[name, start] = (linears[name], rows), torch.equal(seen[name][1][:, rows], seen[act][0])
-    (feeding,) = [place for place, feeds in pieces.values() if feeds]
-    rest = [place for place, feeds in pieces.values() if not feeds]
-    assert len(rest) <= 1
-    gate_up = {"gate_proj": feeding, "up_proj": rest[0]} if rest else {"up_proj": feeding}
-    return gate_up | {"down_proj": (linears[down], slice(None))}, block.get_submodule(act)
-
-
-def attention_of(model, block, linears) -> dict[str, Where]:
-    """q, k, v, o among the matrices of an attention: four by their names, or two, of which the larger one is fused."""
-    if len(linears) == 2:
-        fused, out = sorted(linears, key=lambda name: -len(matrix(linears[name])))
-        owner = block.get_submodule(fused.rpartition(".")[0])
-        found = {name: (linears[fused], rows) for name, rows in split_rows(model, owner, linears[fused]).items()}
-    else:
-        named = {name.rpartition(".")[2]: name for name in linears}
-        found = {name: (linears[named.pop(f"{name}_proj")], slice(None)) for name in "qkv"}
-        (out,) = named.values()
-    return {f"{name}_proj": place for name, place in found.items()} | {"o_proj": (linears[out], slice(None))}
-
-
-def found_in(model, layer: int) -> tuple[dict[str, list[View]], dict[str, list[View]], nn.Module]:
-    """Weights and biases of every projection of a layer as views of the model's parameters, and the activation."""
-    block = blocks_of(model)[layer]
-    seen, experts = run_recorded(model, block), experts_of(block)
-    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    where, activation = ffn_of(block, seen, linears) if experts is None else ({}, experts.act_fn)
-    ffn = {module for module, _ in where.values()}
-    where |= attention_of(model, block, {name: m for name, m in linears.items() if m not in ffn})
-    weights = {name: [(matrix(m), rows)] for name, (m, rows) in where.items()}
-    biases = {name: [(m.bias.data, rows)] for name, (m, rows) in where.items() if m.bias is not None}
-    if experts is not None:
-        (router,) = [m for m in block.modules() if type(m).__name__.endswith("TopKRouter")]
-        weights |= experts_in(experts) | {"router": [(router.weight.data, slice(None))]}
-    return weights, biases, activation
-
-
-def experts_of(block) -> nn.Module | None:
-    """The module that holds a layer's experts as parameters with three dimensions; None of a dense layer."""
-    return next((m for m in block.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))), None)
-
-
-def experts_in(experts) -> dict[str, list[View]]:
-    """Gate, up and down of every expert; the gate is the half whose outputs arrive at the activation."""
-    fused, width = experts.gate_up_proj.data, experts.gate_up_proj.shape[1] // 2
-    token, arrived = torch.linspace(-1, 1, fused.shape[2])[None], []
-    handle = experts.act_fn.register_forward_pre_hook(lambda _module, args: arrived.append(args[0]))
-    with torch.no_grad():
-        experts(token, torch.tensor([[2]]), torch.ones(1, 1))
-    handle.remove()
-    halves = [slice(0, width), slice(width, 2 * width)]
-    feeds = [any(torch.allclose(x, token @ fused[2][rows].T, atol=1e-6) for x in torch.cat(arrived)) for rows in halves]
-    assert feeds.count(True) == 1
-    halves.sort(key=lambda rows: not feeds[rows.start > 0])
-    return {
-        "gate_proj": [(expert, halves[0]) for expert in fused],
-        "up_proj": [(expert, halves[1]) for expert in fused],
-        "down_proj": [(expert, slice(None)) for expert in experts.down_proj.data],
-    }
+def same_tensors(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    """Whether two lists hold the same tensors, in whatever order."""
+    left = list(theirs)
+    for one in ours:
+        match = next((i for i, other in enumerate(left) if torch.equal(one, other)), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return not left
 
 
 # --- the tests ---
@@ -218,44 +101,60 @@ def test_parts_are_what_the_model_computes_with(case):
     """Of every projection, expert and router, weight and bias: the on-disk part is the found one, bit for bit."""
     model, disk = case.models[1], read_tensors(case.target)
     arch, config = case.arch, model.config.to_dict()
-    for layer in range(LAYERS):
-        weights, biases, activation = found_in(model, layer)
-        assert arch.activation_module(model, layer) is activation
-        assert set(weights) == {*arch.projections(config), *(["router"] if arch.has_router(config, layer) else [])}
-        for projection, views in weights.items():
-            parts = arch.parts(config, layer, projection, disk)
-            for role, found in (("weight", views), ("bias", biases.get(projection, []))):
-                taken = [part.take(disk[part.tensor]) for part in parts if part.role == role]
-                taken = [t.T if arch.transposed and role == "weight" else t for t in taken]
-                assert len(taken) == len(found), (layer, projection, role)
-                for mine, (tensor, rows) in zip(taken, found, strict=True):
-                    assert torch.equal(mine, tensor[rows]), (layer, projection, role)
-        units = weights["gate_proj"] if "gate_proj" in weights else weights["up_proj"]
-        assert arch.ffn_width(config, layer) == sum(len(tensor[rows]) for tensor, rows in units)
-        assert arch.experts(config, layer) == (len(units) if arch.has_router(config, layer) else 0)
-    assert arch.ffn_width(config) == max(arch.ffn_width(config, layer) for layer in range(LAYERS))
+    for layer, found in enumerate(layers_of(model)):
+        names = {*arch.projections(config, layer), *(["router"] if arch.has_router(config, layer) else [])}
+        assert names == {name for name, views in found.weights.items() if views}
+        for projection, views in found.weights.items():
+            parts = arch.parts(config, layer, projection, disk) if views else []
+            for role, wanted in (("weight", views), ("bias", found.biases.get(projection, []))):
+                mine = [part for part in parts if part.role == role]
+                taken = [part.take(disk[part.tensor]) for part in mine]
+                taken = [t.T if part.dim else t for part, t in zip(mine, taken, strict=True)]
+                wanted = [tensor[rows] for tensor, rows in wanted]
+                assert same_tensors(taken, wanted), (layer, projection, role)
+                if projection not in archs.ATTENTION:  # neurons and experts are numbered by their order
+                    assert all(map(torch.equal, taken, wanted)), (layer, projection, role)
+        check_neurons(model, arch, layer, found)
+    widths = [arch.ffn_width(config, layer) for layer in range(len(blocks_of(model)))]
+    assert arch.ffn_width(config) == max(widths) and arch.n_layers(config) == len(widths)
+
+
+def check_neurons(model, arch, layer: int, found: Found) -> None:
+    """The numbers of a layer's neurons, and the modules that compute their activations."""
+    config = model.config.to_dict()
+    groups, units = arch.neurons(config, layer), found.weights.get(arch.neuron_projection, [])
+    assert arch.ffn_width(config, layer) == sum(len(tensor[rows]) for tensor, rows in units)
+    experts = 0 if found.experts is None else len(units) - bool(found.width)
+    assert arch.experts(config, layer) == experts
+    assert [group.experts for group in groups] == [experts] * bool(experts) + [0] * bool(found.width)
+    acts = [found.expert_activation] * bool(experts) + [found.activation] * bool(found.width)
+    for group, act in zip(groups, acts, strict=True):
+        assert bool(group.activation) == (act is not None)
+        assert act is None or arch.in_layer(model, layer, group.activation) is act
 
 
 def test_every_tensor_on_disk_has_its_place(case):
     model, disk = case.models[1], read_tensors(case.target)
     state, covered = model.state_dict(), {}
     for name, place in case.arch.module_places(disk, model).items():
-        own = state[place.name] if place.index is None else state[place.name][place.index]
+        own = place.view(state[place.name])
         assert torch.equal(own, disk[name]), name
         covered[place.name] = covered.get(place.name, 0) + own.numel()
     tied = {"lm_head.weight"} - set(disk)
     assert {name: tensor.numel() for name, tensor in state.items() if name not in tied} == {
         name: count for name, count in covered.items() if name not in tied
     }
-    layers = [case.arch.layer_tensors(disk, layer) for layer in range(LAYERS)]
-    for found, block in zip(layers, blocks_of(model), strict=True):
+    blocks = blocks_of(model)
+    layers = [case.arch.layer_tensors(disk, layer) for layer in range(len(blocks))]
+    for found, block in zip(layers, blocks, strict=True):
         assert sum(disk[name].numel() for name in found) == sum(t.numel() for t in block.state_dict().values())
     outside = set(disk) - {name for found in layers for name in found}
     embedded = {disk[name].data_ptr(): name for name in case.arch.embedding_tensors(disk)}
     assert set(embedded.values()) <= outside
     wanted = [model.get_input_embeddings().weight] + ([] if tied else list(model.get_output_embeddings().parameters()))
     assert all(any(torch.equal(disk[name], tensor) for name in embedded.values()) for tensor in wanted)
-    assert not [name for name in outside - set(embedded.values()) if "embed_pos" in name or "wpe" in name]
+    left = [name for name in outside - set(embedded.values()) if not TOWER.search(name)]
+    assert not [name for name in left if "embed_pos" in name or "wpe" in name]
 
 
 def test_weight_change(case):
@@ -263,12 +162,11 @@ def test_weight_change(case):
     base, target = case.models
     found = compare.changes(refs.model(case.base), [refs.model(case.target)])
     (found,) = found.values()
-    for layer in range(LAYERS):
-        before, after = found_in(base, layer)[0], found_in(target, layer)[0]
-        assert set(found[layer]) == set(before)
+    for layer, (before, after) in enumerate(zip(layers_of(base), layers_of(target), strict=True)):
+        assert set(found[layer]) == {name for name, views in before.weights.items() if views}
         for projection, change in found[layer].items():
             ours, theirs = (
-                torch.cat([tensor[rows].double().flatten() for tensor, rows in side[projection]])
+                torch.cat([tensor[rows].double().flatten() for tensor, rows in side.weights[projection]])
                 for side in (before, after)
             )
             assert change.n == ours.numel()
@@ -278,43 +176,54 @@ def test_weight_change(case):
 
 @pytest.mark.parametrize("what", ["layer", "attention", "ffn"])
 def test_surgery(case, what, tmp_path):
-    """Layer 2 of the base or a component of it."""
+    """The last layer of the base, or the attention or FFN of the last one that has it."""
     base, slow = case.models[0], load(case.target)
+    projections = {"layer": archs.PROJECTIONS, "attention": archs.ATTENTION, "ffn": archs.FFN}[what]
+    layers = range(len(blocks_of(base)))
+    having = [layer for layer in layers if case.arch.has(base.config, layer, projections)]
     with surgery.Pair(case.base, case.target) as pair:
         if what == "layer":
-            blocks_of(slow)[2].load_state_dict(blocks_of(base)[2].state_dict())
-            recipe = surgery.layers_from_base(pair, [2])
+            blocks_of(slow)[-1].load_state_dict(blocks_of(base)[-1].state_dict())
+            recipe = surgery.layers_from_base(pair, [layers[-1]])
         else:
-            projections = archs.ATTENTION if what == "attention" else archs.FFN
-            copy_by_hand(base, slow, 2, projections)
-            recipe = surgery.parts_from_base(pair, projections, [2])
+            copy_by_hand(base, slow, having[-1], projections)
+            recipe = surgery.parts_from_base(pair, projections, [having[-1]])
+            bare = surgery.parts_from_base(pair, projections, set(layers) - set(having))
+            assert not bare.edits
         check_swap(case, pair, recipe, slow, tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", MIXTURES, indirect=True)
-@pytest.mark.parametrize("what", ["router", "one expert's gate", "one expert's up", "one expert's down"])
+@pytest.mark.parametrize("what", ["router", "gate", "up", "down"])
 def test_surgery_of_experts(case, what, tmp_path):
-    """Single tensors on disk, of which several are one in memory."""
+    """The router, or one matrix of expert 3: a tensor on disk or a part of one, and mostly a part of one in memory."""
     base, slow = case.models[0], load(case.target)
-    name = "router" if what == "router" else f"{what.rpartition(' ')[2]}_proj"
+    name = "router" if what == "router" else f"{what}_proj"
+    layer = max(layer for layer in range(len(blocks_of(base))) if case.arch.has_router(base.config, layer))
+    if name == "gate_proj" and "gate_proj" not in case.arch.experts_at.names:
+        pytest.skip("experts without a gate")
     with surgery.Pair(case.base, case.target) as pair:
-        parts = pair.arch.parts(pair.config, 2, name, pair.target.names())
-        copy_by_hand(base, slow, 2, [name], only=0 if what == "router" else 3)
-        recipe = surgery.tensors_from_base(pair, [parts[0 if what == "router" else 3].tensor])
-        if what != "router":
-            with pytest.raises(InputError, match=r"is a part of .*mlp\.experts\.\w+_proj in the loaded model"):
-                pair.arch.module_names([edit.tensor for edit in recipe.edits], slow)
+        parts = pair.arch.parts(pair.config, layer, name, pair.target.names())
+        number = 0 if what == "router" else 3
+        copy_by_hand(base, slow, layer, [name], only=number)
+        parts = [[part for part in parts if part.role == role][number:][:1] for role in ("weight", "bias")]
+        edits = [pair.edit(p.tensor, p.dim, p.index, expert=p.expert) for own in parts for p in own]
+        recipe = surgery.Recipe(name, {}, tuple(edits))
+        if what != "router" and edits[0].whole:
+            with pytest.raises(InputError, match=r"is a part of .*\.experts\.\w+_proj in the loaded model"):
+                pair.arch.module_names([edits[0].tensor], slow)
         check_swap(case, pair, recipe, slow, tmp_path / "out")
 
 
 def copy_by_hand(base, slow, layer, projections, only=None) -> None:
     """Weights and biases of the base into the loaded model `slow`; of experts all, or `only` one."""
+    theirs, ours = (found_in(model, blocks_of(model)[layer]) for model in (base, slow))
     with torch.no_grad():
-        for theirs, ours in zip(found_in(base, layer)[:2], found_in(slow, layer)[:2], strict=True):
-            for projection in set(projections) & set(ours):
+        for kind in ("weights", "biases"):
+            for projection in projections:
                 chosen = slice(None) if only is None else slice(only, only + 1)
-                pairs = zip(theirs[projection][chosen], ours[projection][chosen], strict=True)
-                for (values, rows), (view, _) in pairs:
+                sides = (getattr(found, kind).get(projection, [])[chosen] for found in (theirs, ours))
+                for (values, rows), (view, _) in zip(*sides, strict=True):
                     view[rows] = values[rows]
 
 
@@ -343,54 +252,81 @@ def test_hidden_states(case, side):
     """Pooled states of a padded batch = means over `output_hidden_states`, one sentence at a time."""
     model, sentences = case.models[1], [[5, 9, 17, 40, 3], [7, 8], [30, 31, 32, 33, 34, 35]]
     pooled = pooled_states(model, case.arch, *padded(sentences, pad=0, side=side))
-    assert pooled.shape == (LAYERS + 1, len(sentences), 32)
+    assert pooled.shape == (len(blocks_of(model)) + 1, len(sentences), 32)
     for i, ids in enumerate(sentences):
         with torch.inference_mode():
             states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-        slow = torch.stack([state[0].mean(0) for state in states])
+        slow = torch.stack([(state[0] if state.dim() == 4 else state)[0].mean(0) for state in states])
         torch.testing.assert_close(pooled[:, i], slow, rtol=1e-4, atol=1e-5)
 
 
 def test_counts(case):
     """Tokens with an activation above zero, token by token; far from zero, where xIELU is positive on both sides."""
     model, ids = load(case.target), torch.arange(4, 100).view(3, 32)
-    found = [found_in(model, layer) for layer in range(LAYERS)]
-    for weights, _, _ in found:
-        for view, rows in weights.get("gate_proj", weights["up_proj"]):
+    layers = layers_of(model)
+    for found in layers:
+        for view, rows in found.weights.get(case.arch.neuron_projection, []):
             view[rows] *= 8
     counter = Counter(model, case.arch)
     counter.add(ids[:2])
     counter.add(ids[2:])
-    for layer, (weights, _, activation) in enumerate(found):
-        width, experts = case.arch.ffn_width(model.config, layer), case.arch.experts(model.config, layer)
-        slow, routed = torch.zeros(width, dtype=torch.long), torch.zeros(experts, dtype=torch.long)
-        with torch.no_grad():
-            if experts:
-                for token, chosen in tokens_of_experts(model, blocks_of(model)[layer], ids):
-                    for expert in chosen:
-                        view, rows = weights["gate_proj"][expert]
-                        slow.view(experts, -1)[expert] += activation(view[rows] @ token) > 0
-                        routed[expert] += 1
-                assert torch.equal(counter.routed[layer], routed)
-            else:
-                kept = []
-                handle = activation.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out))
-                model(ids)
-                handle.remove()
-                for token in torch.cat([out.reshape(-1, width) for out in kept]):
-                    slow += token > 0
-        assert torch.equal(counter.counts[layer][:width], slow), layer
+    for layer, found in enumerate(layers):
+        slow, routed = slow_counts(model, blocks_of(model)[layer], found, case.arch.neuron_projection, ids)
+        width = case.arch.ffn_width(model.config, layer)
+        assert width == len(slow) and torch.equal(counter.counts[layer][:width], slow), layer
         assert not counter.counts[layer][width:].any()
+        assert torch.equal(counter.routed[layer][: len(routed)], routed)
 
 
-def tokens_of_experts(model, block, ids):
-    """(hidden state, its experts) of every token, as the layer's experts get them."""
+def slow_counts(model, block, found: Found, projection: str, ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """(active tokens of each neuron, tokens of each expert) of a layer, one token at a time."""
+    counts, routed = [], torch.zeros(0, dtype=torch.long)
+    if found.experts is not None:
+        units, biases = found.weights[projection], found.biases.get(projection) or []
+        units = units[: len(units) - bool(found.width)]
+        width, routed = len(units[0][0][units[0][1]]), torch.zeros(len(units), dtype=torch.long)
+        counts = [torch.zeros(width, dtype=torch.long) for _ in units]
+        act = found.expert_activation or (lambda x: x)  # without a module: one that keeps the sign
+        with torch.no_grad():
+            for token, expert in tokens_of_experts(model, block, ids):
+                view, rows = units[expert]
+                value = view[rows] @ token + (biases[expert][0][rows] if biases else 0)
+                counts[expert] += act(value) > 0
+                routed[expert] += 1
+    if found.width:
+        counts.append(torch.zeros(found.width, dtype=torch.long))
+        for token in torch.cat(activations_of(model, block, found, projection, ids)).view(-1, found.width):
+            counts[-1] += token > 0
+    return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.long), routed
+
+
+def activations_of(model, block, found: Found, projection: str, ids) -> list[torch.Tensor]:
+    """What comes out of the nonlinearity of a dense FFN; without a module, its input, which has the same sign."""
+    kept, at = [], found.activation
+    view, rows = found.weights[projection][-1]
+    if at is None:
+        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        (at,) = [m for m in linears if m.weight.data_ptr() == view.data_ptr()]
+    handle = at.register_forward_hook(lambda _m, _a, out: kept.append(out if found.activation else out[..., rows]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return kept
+
+
+def tokens_of_experts(model, block, ids) -> list[tuple[torch.Tensor, int]]:
+    """(hidden state, expert) of every token and each of its experts, as the layer's experts get them."""
     got = []
     handle = experts_of(block).register_forward_pre_hook(lambda _module, args: got.append(args))
     with torch.no_grad():
         model(ids)
     handle.remove()
-    return [(token, chosen.tolist()) for args in got for token, chosen in zip(args[0], args[1], strict=True)]
+    if len(got[0]) == 1:  # every expert gets every token, times its score: those that were not chosen get zeros
+        experts = len(next(experts_of(block).parameters()))
+        tokens = [args[0].view(experts, -1, args[0].shape[-1]) for args in got]
+        return [(token, e) for all_of in tokens for e, own in enumerate(all_of) for token in own if token.any()]
+    pairs = [pair for args in got for pair in zip(args[0].flatten(0, -2), args[1], strict=True)]
+    return [(token, expert) for token, chosen in pairs for expert in chosen.tolist()]
 
 
 # --- single ones ---
