@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cpt_utils.arch import LLAMA_ATTENTION, Arch
-from cpt_utils.arch_parts import ATTENTION, Experts, Slot, fused, named
+from cpt_utils.arch_parts import ATTENTION, FFN, Experts, Slot, fused, named
 
 # Slots that several types share.
 QKV = ATTENTION[:3]
@@ -22,11 +22,83 @@ BLOOM = {
     **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
 }
 GPT = {"decoder_path": "transformer", "prefixes": ("transformer.",), "layers_name": "h", "norm": "ln_f"}
+# A latent attention: queries and what keys and values share go through a narrow layer first. What both come from counts
+# with the keys, so that every entry of a matrix belongs to one projection.
+LATENT = {
+    "q_proj": (
+        Slot("self_attn.q_proj", when=lambda c, _: c.q_lora_rank is None),
+        Slot("self_attn.q_a_proj", when=lambda c, _: c.q_lora_rank is not None),
+        Slot("self_attn.q_b_proj", when=lambda c, _: c.q_lora_rank is not None),
+    ),
+    "k_proj": (
+        Slot("self_attn.kv_a_proj_with_mqa"),
+        Slot("self_attn.kv_b_proj", ("k_proj", "v_proj"), by_group=True),
+    ),
+    "v_proj": Slot("self_attn.kv_b_proj", ("k_proj", "v_proj"), by_group=True),
+    "o_proj": Slot("self_attn.o_proj"),
+}
+LATENT_FFN = LATENT | named("mlp", *FFN)
+LATENT_NOTE = (
+    "Latent attention: q is `q_a_proj` and `q_b_proj` (or `q_proj` alone), k is `kv_a_proj_with_mqa` and the key rows "
+    "of `kv_b_proj`, v its value rows."
+)
+# Linear attention in most layers of a hybrid.
+LINEAR = {"mixers": {"linear_attention": "linear_attn"}}
+GATED = "`q_proj` holds an output gate for every head beside its queries."
+# Layers behind the last one, or a module of their own, predict further tokens.
+AHEAD = r"mtp\."
+
+
+def by_kind(config, layer: int) -> bool:
+    """Experts where the config calls the layer's FFN anything but dense."""
+    return config.mlp_layer_types[layer] != "dense"
+
+
+def after_dense(config, layer: int) -> bool:
+    """Experts behind the first dense layers."""
+    return layer >= config.first_k_dense_replace
+
+
+def beside(stem: str, width, activation: str = "act_fn") -> dict:
+    """What `Experts` says of the FFN beside the experts."""
+    return {"shared": named(stem, *FFN), "shared_width": width, "shared_activation": f"{stem}.{activation}"}
+
+
+def as_experts(config, _layer: int) -> int:
+    """As wide as so many experts."""
+    return config.moe_intermediate_size * config.n_shared_experts
+
+
+SHARED_EXPERTS = beside("mlp.shared_experts", as_experts)
+ONE_SHARED = beside("mlp.shared_expert", lambda c, _: c.shared_expert_intermediate_size)
 # Experts of the Mixtral family, on disk.
 W123 = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 SPARSE_BLOCK = ((".block_sparse_moe.", ".mlp."),)
 PARALLEL = "before, one for attention and FFN side by side"
 SANDWICH = "before and after"
+
+
+def swiglu_of_gpt_oss(experts, gate):
+    """The gate's activation in gpt-oss: cut off above, then times a sigmoid that is steeper than SiLU's."""
+    gate = gate.clamp(max=experts.limit)
+    return gate * (gate * experts.alpha).sigmoid()
+
+
+LLAMA4 = Arch(
+    projections_at=LLAMA_ATTENTION | named("feed_forward", *FFN),
+    experts_at=Experts(
+        block="feed_forward",
+        router="router",
+        transposed=True,
+        sparse=lambda c, layer: layer in c.moe_layers,
+        width=lambda c, _: c.intermediate_size,
+        routed_by="score",
+        **beside("feed_forward.shared_expert", lambda c, _: c.intermediate_size, "activation_fn"),
+    ),
+    activation="feed_forward.activation_fn",
+    dense_width=lambda c, _: c.intermediate_size_mlp,
+    notes="A token comes to its experts times its score.",
+)
 
 # Model type (config.json) -> architecture.
 ARCHS: dict[str, Arch] = {
@@ -218,6 +290,55 @@ ARCHS: dict[str, Arch] = {
         notes="Layers may be dense (`mlp_only_layers`, `decoder_sparse_step`). Norms on q and k.",
     ),
     "olmoe": Arch(experts_at=Experts(), examples=("allenai/OLMoE-1B-7B-0924",), notes="Norms on q and k."),
+    "qwen2_moe": Arch(
+        experts_at=Experts(**ONE_SHARED),
+        examples=("Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen2-57B-A14B"),
+        notes="Biases on q, k, v. The gate of the shared expert moves with whole layers.",
+    ),
+    "qwen3_next": Arch(
+        experts_at=Experts(**ONE_SHARED),
+        **LINEAR,
+        beyond=AHEAD,
+        examples=("Qwen/Qwen3-Next-80B-A3B-Instruct",),
+        notes=f"Norms on q and k. {GATED}",
+    ),
+    "qwen3_5_text": Arch(**LINEAR, beyond=AHEAD, notes=f"Norms on q and k. {GATED}"),
+    "qwen3_5_moe_text": Arch(
+        experts_at=Experts(**ONE_SHARED), **LINEAR, beyond=AHEAD, notes=f"Norms on q and k. {GATED}"
+    ),
+    "deepseek_v2": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=after_dense, **SHARED_EXPERTS),
+        examples=("deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2"),
+        notes=LATENT_NOTE,
+    ),
+    "deepseek_v3": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=after_dense, **SHARED_EXPERTS),
+        beyond=AHEAD,
+        examples=("deepseek-ai/DeepSeek-V3-Base",),
+        notes=LATENT_NOTE,
+    ),
+    "glm4_moe": Arch(
+        experts_at=Experts(sparse=after_dense, **SHARED_EXPERTS),
+        beyond=AHEAD,
+        examples=("zai-org/GLM-4.5-Air-Base",),
+        notes="Norms on q and k in the larger models.",
+    ),
+    "dots1": Arch(
+        experts_at=Experts(sparse=after_dense, **SHARED_EXPERTS),
+        examples=("rednote-hilab/dots.llm1.base",),
+        notes="Norms on q and k.",
+    ),
+    "gpt_oss": Arch(
+        experts_at=Experts(
+            router="router", transposed=True, interleaved=True, activation="", function=swiglu_of_gpt_oss
+        ),
+        examples=("openai/gpt-oss-20b",),
+        notes="Biases everywhere, also on experts and router; attention sinks move with whole layers. The published "
+        "weights are in 4 bits (MXFP4), and refused; converted to 16 bits they are read.",
+    ),
+    "llama4_text": LLAMA4,
     "flex_olmo": Arch(
         experts_at=Experts(), norms="after", examples=("allenai/FlexOlmo-7x7B-1T",), notes="Norms on q and k."
     ),

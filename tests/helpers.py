@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from tiny import VOCAB, tiny_config
+
 from cpt_utils import archs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,21 +36,6 @@ ARCHITECTURES = (
     "gpt_neox",
     "gpt2",
 )
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # types whose default rescales positions beyond 512
-# What a tiny config of a type needs beyond the sizes that `tiny_config` gives to all.
-TINY = {
-    "gemma2": {"query_pre_attn_scalar": 8},
-    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
-    "gptj": {"rotary_dim": 4},
-    "opt": {"word_embed_proj_dim": 32},
-    "ministral3": {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}},
-    "apertus": {"rope_parameters": ROPE},
-    "qwen3_moe": {"mlp_only_layers": [1], "moe_intermediate_size": 24},
-}
-
-# 256 bytes and three special tokens; a model may have more rows than its tokenizer has tokens.
-TOKENS = 259
-VOCAB = 272
 
 
 def shared_dir() -> str | None:
@@ -69,43 +56,6 @@ def load_script(path: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up while it is being executed
     spec.loader.exec_module(module)
     return module
-
-
-def tiny_config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, **overrides):
-    """A config of `model_type`: width 32, 4 heads of 8 features (2 KV heads where the type has them), FFN width 48
-    (where the type lets one choose), 4 experts of which a token takes 2, 512 positions.
-
-    Each size goes to the key that the type's own config has for it, so that a type of the table needs no code here;
-    what it demands beyond that stands in `TINY`.
-    """
-    from transformers import AutoConfig
-
-    wanted = {
-        "layers": layers, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 48, "experts": 4,
-        "positions": 512,
-    }  # fmt: skip
-    keys = archs.FIELDS | {
-        "kv_heads": ("num_key_value_heads", "num_kv_heads"),
-        "positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
-    }
-    whole = AutoConfig.for_model(model_type).to_dict()
-    known = whole.get("text_config") or whole
-    fields = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    fields |= {key: value for name, value in wanted.items() for key in keys[name] if key in known}
-    if "num_experts_per_tok" in known:
-        fields["num_experts_per_tok"] = 2
-    fields |= TINY.get(model_type, {}) | overrides
-    if "vision_config" in whole:
-        vision = {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        }
-        fields = {"text_config": fields, "vision_config": vision, "mm_tokens_per_image": 4}
-    return AutoConfig.for_model(model_type, **fields)
 
 
 def tiny_model(model_type: str, seed: int = 0, dtype="float32", **config):

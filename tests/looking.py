@@ -26,6 +26,7 @@ View = tuple[torch.Tensor, torch.Tensor | slice]  # a matrix [out, in] or bias [
 # Mixers that are no attention, by the names of their classes, and what else in a layer looks like an FFN.
 MIXERS = re.compile("Mamba|DeltaNet|DeltaAttention|Lightning|ShortConv|RecurrentBlock")
 NO_FFN = re.compile(r"per_layer|norm|indexer")
+NONLINEAR = re.compile(r"transformers\.activations|torch\.nn\.modules\.activation|BloomGelu")
 TOKEN = 7
 
 
@@ -56,7 +57,7 @@ class Recording:
     """What went into and came out of the matrices and nonlinearities of a layer, and what its attention got.
 
     Attributes:
-        linears, plain: path below the layer -> matrix, or module without matrices or norms, that was called.
+        linears, plain: path below the layer -> matrix, or nonlinearity, that was called.
         inputs, outputs: of both; outputs are leaves.
         caught: (query, key, value) as the attention got them; None in a layer without attention.
         attended: what stands for the attention's result, a leaf.
@@ -70,9 +71,7 @@ class Recording:
             if not any(name == mixer or name.startswith(f"{mixer}.") for mixer in mixers)
         }
         self.linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
-        self.plain = {
-            n: m for n, m in modules.items() if not list(m.children()) and all(p.numel() == 1 for p in m.parameters())
-        }
+        self.plain = {n: m for n, m in modules.items() if NONLINEAR.search(f"{type(m).__module__}.{type(m).__name__}")}
         for catch in (attention_functions, matrix_products):
             self.inputs, self.outputs, self.caught, self.attended = {}, {}, [], None
             self.functions: list[str] = []

@@ -1,0 +1,77 @@
+"""Tiny configurations of every model type, made from the type's own keys.
+
+tiny_config("qwen2", layers=4)
+"""
+
+from __future__ import annotations
+
+from cpt_utils import archs
+
+# 256 bytes and three special tokens; a model may have more rows than its tokenizer has tokens.
+TOKENS = 259
+VOCAB = 272
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # types whose default rescales positions beyond 512
+# What a type that has the key gets: a mixture, a latent attention and other mixers as small as the rest.
+SMALL = {
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+HYBRID = {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+# What a tiny config of a type needs beyond the sizes that `tiny_config` gives to all.
+TINY = {
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"word_embed_proj_dim": 32},
+    "ministral3": {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}},
+    "apertus": {"rope_parameters": ROPE},
+    "qwen3_moe": {"mlp_only_layers": [1]},
+    "qwen2_moe": {"mlp_only_layers": [0]},
+    "qwen3_next": HYBRID | {"mlp_only_layers": [0]},
+    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "llama4_text": {"moe_layers": [0, 2], "intermediate_size_mlp": 40},
+}
+
+
+def tiny_config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, **overrides):
+    """A config of `model_type`: width 32, 4 heads of 8 features (2 KV heads where the type has them), FFN width 48
+    (where the type lets one choose), 4 experts of which a token takes 2, 512 positions.
+
+    Each size goes to the key that the type's own config has for it, so that a type of the table needs no code here;
+    what it demands beyond that stands in `TINY`.
+    """
+    from transformers import AutoConfig
+
+    wanted = {
+        "layers": layers, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 48, "experts": 4,
+        "positions": 512,
+    }  # fmt: skip
+    keys = archs.FIELDS | {
+        "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+        "positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
+    }
+    whole = AutoConfig.for_model(model_type).to_dict()
+    known = whole.get("text_config") or whole
+    fields = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    fields |= {key: value for name, value in wanted.items() for key in keys[name] if key in known}
+    fields |= {key: value for key, value in SMALL.items() if key in known}
+    if "kv_lora_rank" in known:  # all heads have keys and values of their own, and turn only a part of their features
+        fields |= {"num_key_value_heads": 4} | ({"head_dim": SMALL["qk_rope_head_dim"]} if "head_dim" in known else {})
+    fields |= TINY.get(model_type, {}) | overrides
+    if "vision_config" in whole:
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        fields = {"text_config": fields, "vision_config": vision, "mm_tokens_per_image": 4}
+    return AutoConfig.for_model(model_type, **fields)
