@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -82,13 +82,13 @@ class Arch:
         transposed: weights are stored [in, out] (Conv1D).
         renames: (start of a name on disk, start of the same name in memory) where they differ otherwise.
         inner: (piece of a name on disk, the same piece in memory), below the prefix.
-        stacked: tensor in memory below a layer -> the tensors on disk whose rows it holds, each with the module below
-            the layer that has as many output features.
-        beyond: what files hold beside the model, as a pattern of names without prefix; so are layers behind the last
-            one of a type that predicts several tokens.
+        stacked: tensor in memory below a layer -> the tensors on disk whose rows it holds, one after the other.
+        beyond: what files may hold beside the model, as a pattern of names without prefix; so are layers behind the
+            last one of a type that has a pattern.
         streams: a layer hands on several streams [streams, batch, tokens, hidden]; the first is the hidden state.
         defaults: config key -> value, for keys that published config.json files of the type leave out.
         dense_width, heads_at: of a layer, where the usual keys of a config do not say.
+        unless: config key -> why a model that sets it is not one of the type as it is known here.
         text_type: the model type of its text model, of a type with other towers.
         norms: where a layer's norms are, from the residual stream: for docs/architectures.md, like the next two.
         examples: model names on the hub.
@@ -111,12 +111,13 @@ class Arch:
     transposed: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     inner: tuple[tuple[str, str], ...] = ()
-    stacked: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    stacked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     beyond: str = ""
     streams: bool = False
     defaults: dict[str, int] = field(default_factory=dict)
     dense_width: OfLayer | None = None
     heads_at: OfLayer | None = None
+    unless: dict[str, str] = field(default_factory=dict)
     text_type: str = ""
     norms: str = "before"
     examples: tuple[str, ...] = ()
@@ -273,6 +274,10 @@ class Arch:
         match = self._layer_pattern.match(self.canonical(disk_name))
         return int(match[1]) if match else None
 
+    def may_lack(self, disk_name: str) -> bool:
+        """Whether a tensor is one that a model of the type does not use, though some files hold it."""
+        return bool(self.beyond) and re.match(self.beyond, self.canonical(disk_name)) is not None
+
     def canonical(self, disk_name: str) -> str:
         """The name without what varies between files of one model: base and target are matched by it."""
         for start, new in self.renames:
@@ -314,8 +319,9 @@ class Arch:
     def layers(self, model: nn.Module) -> nn.ModuleList:
         return self._submodule(model, f"{self.decoder_path}.{self.layers_name}")
 
-    def final_norm(self, model: nn.Module) -> nn.Module:
-        return self._submodule(model, f"{self.decoder_path}.{self.norm}")
+    def last(self, model: nn.Module) -> nn.Module:
+        """The module whose output is the last hidden state: the final norm, or the last layer where there is none."""
+        return self._submodule(model, f"{self.decoder_path}.{self.norm}") if self.norm else self.layers(model)[-1]
 
     def layer_path(self, layer: int) -> str:
         """Dotted name of a layer from the causal LM."""
@@ -348,9 +354,15 @@ class Arch:
         """
         return self.in_layer(model, layer, self.neurons(model.config, layer)[0].activation)
 
-    def module_places(self, disk_names: Iterable[str], model: nn.Module) -> dict[str, Place]:
+    def module_places(
+        self, disk_names: Iterable[str], model: nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
+    ) -> dict[str, Place]:
         """Tensor on disk -> its place in `model.state_dict()`. Buffers that only files have are left out, and what
         they hold beside the model (`beyond`).
+
+        Args:
+            shape: the shape of a tensor on disk, by which those that are stacked in memory find their places: files of
+                one model may cut them differently.
 
         Raises:
             InputError: a tensor has no place in the model; near misses are named.
@@ -361,7 +373,7 @@ class Arch:
             canonical = self.canonical(disk)
             names = (disk, f"{self.decoder_path}.{canonical}", canonical)
             name = next((name for name in names if name in known), None)
-            place = Place(name, flipped=self._is_flipped(name)) if name else self._place_within(canonical, known)
+            place = Place(name, flipped=self._is_flipped(name)) if name else self._place_within(disk, known, shape)
             if place is not None:
                 found[disk] = place
             elif not is_buffer(disk) and not self._is_beyond(canonical, known):
@@ -462,27 +474,22 @@ class Arch:
 
     def _is_beyond(self, canonical: str, known: Mapping[str, torch.Tensor]) -> bool:
         """Whether a tensor is one that files of the type hold beside what the model has."""
-        if not self.beyond:
-            return False
         layer = self._layer_pattern.match(canonical)
-        last = f"{self.decoder_path}.{self.layers_name}.{layer[1]}." if layer else None
-        if last is not None:
-            return not any(name.startswith(last) for name in known)
-        return re.match(self.beyond, canonical) is not None
+        if not self.beyond or re.match(self.beyond, canonical) or layer is None:
+            return self.may_lack(canonical)
+        return not any(name.startswith(f"{self.decoder_path}.{self.layers_name}.{layer[1]}.") for name in known)
 
-    def _place_within(self, canonical: str, known: Mapping[str, torch.Tensor]) -> Place | None:
+    def _place_within(self, disk: str, known: Mapping[str, torch.Tensor], shape: Callable | None) -> Place | None:
         """The place of a tensor that is a part of one in memory: an expert's, or one of several that are stacked."""
-        match = re.fullmatch(rf"({re.escape(self.layers_name)}\.\d+)\.(.*)", canonical)
+        match = re.fullmatch(rf"({re.escape(self.layers_name)}\.\d+)\.(.*)", self.canonical(disk))
         if match is None:
             return None
         layer, name = f"{self.decoder_path}.{match[1]}", match[2]
-        for memory, stack in self.stacked.items():
-            first = 0
-            for disk, rows_of in stack:
-                stop = first + len(known.get(f"{layer}.{rows_of}.weight", ()))
-                if name == disk and f"{layer}.{memory}" in known:
-                    return Place(f"{layer}.{memory}", (slice(first, stop),))
-                first = stop
+        for memory, stack in self.stacked.items() if shape else ():
+            if name in stack and f"{layer}.{memory}" in known:
+                before = [disk.removesuffix(name) + other for other in stack[: stack.index(name)]]
+                first = sum(shape(other)[0] for other in before)
+                return Place(f"{layer}.{memory}", (slice(first, first + shape(disk)[0]),))
         at = self.experts_at
         stem = re.escape(below(at.block, "experts")) if at else None
         expert = re.fullmatch(rf"{stem}\.(\d+)\.(\w+)\.weight", name) if at else None

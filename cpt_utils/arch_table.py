@@ -47,6 +47,34 @@ LINEAR = {"mixers": {"linear_attention": "linear_attn"}}
 GATED = "`q_proj` holds an output gate for every head beside its queries."
 # Layers behind the last one, or a module of their own, predict further tokens.
 AHEAD = r"mtp\."
+# Layers that attend to another layer's keys and values have none of their own; some files hold them all the same.
+SHARED_KV = LLAMA_ATTENTION | {
+    "k_proj": Slot("self_attn.k_proj", when=lambda c, layer: own_keys(c, layer)),
+    "v_proj": Slot("self_attn.v_proj", when=lambda c, layer: own_keys(c, layer) and not keys_are_values(c, layer)),
+}
+UNUSED_KV = r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
+
+
+def own_keys(config, layer: int) -> bool:
+    """Whether a layer of a Gemma has keys of its own."""
+    return config.kv_sharing_modes[layer] != "reuse"
+
+
+def keys_are_values(config, layer: int) -> bool:
+    """Whether a global layer of a Gemma 4 takes its keys for values."""
+    return getattr(config, "attention_k_eq_v", False) and config.layer_types[layer] == "full_attention"
+
+
+def gemma4_width(config, layer: int) -> int:
+    """The neurons of a Gemma 4's dense FFN; perhaps twice as many where the layer has no keys of its own."""
+    return config.intermediate_size * (1 + (config.use_double_wide_mlp and not own_keys(config, layer)))
+
+
+def gemma4_heads(config, layer: int) -> tuple[int, int, int]:
+    """The heads of a layer, which are larger, and perhaps share keys more, where attention is global."""
+    wide = config.layer_types[layer] == "full_attention"
+    kv_heads = config.num_global_key_value_heads if keys_are_values(config, layer) else config.num_key_value_heads
+    return config.num_attention_heads, kv_heads, config.global_head_dim if wide else config.head_dim
 
 
 def by_kind(config, layer: int) -> bool:
@@ -67,6 +95,11 @@ def beside(stem: str, width, activation: str = "act_fn") -> dict:
 def as_experts(config, _layer: int) -> int:
     """As wide as so many experts."""
     return config.moe_intermediate_size * config.n_shared_experts
+
+
+def convolutions(stem: str) -> dict[str, tuple[str, ...]]:
+    """Three convolutions on disk that are one in memory."""
+    return {f"{stem}.conv1d.weight": tuple(f"{stem}.{name}_conv1d.weight" for name in "qkv")}
 
 
 SHARED_EXPERTS = beside("mlp.shared_experts", as_experts)
@@ -339,6 +372,158 @@ ARCHS: dict[str, Arch] = {
         "weights are in 4 bits (MXFP4), and refused; converted to 16 bits they are read.",
     ),
     "llama4_text": LLAMA4,
+    "bitnet": Arch(
+        examples=("microsoft/bitnet-b1.58-2B-4T-bf16",),
+        notes="A norm before the output and down projections; silenced neurons are set to zero behind it.",
+    ),
+    "cwm": Arch(examples=("facebook/cwm",)),
+    "internlm3": Arch(examples=("internlm/internlm3-8b-instruct",)),
+    "iquestcoder": Arch(examples=("IQuestLab/IQuest-Coder-V1-40B-Base",)),
+    "vaultgemma": Arch(examples=("google/vaultgemma-1b",)),
+    "granite_swa": Arch(notes="Attention sinks move with whole layers."),
+    "diffllama": Arch(
+        examples=("kajuma/DiffLlama-0.3B-handcut",), notes="The lambdas of its attention move with whole layers."
+    ),
+    "cohere_compass_text": Arch(norms=PARALLEL),
+    "nanochat": Arch(
+        projections_at=LLAMA_ATTENTION | named("mlp", "fc1", "fc2"),
+        activation="mlp.activation_fn",
+        examples=("karpathy/nanochat-d32",),
+        notes="Norms without parameters.",
+    ),
+    "doge": Arch(
+        examples=("SmallDoge/Doge-20M", "SmallDoge/Doge-160M"),
+        unless={"is_moe": "the experts that it has with is_moe are looked up in embeddings"},
+        notes="The mask's `dt_proj` and the scales of the residual stream move with whole layers.",
+    ),
+    "minicpm3": Arch(projections_at=LATENT_FFN, examples=("openbmb/MiniCPM3-4B",), notes=LATENT_NOTE),
+    "youtu": Arch(projections_at=LATENT_FFN, examples=("tencent/Youtu-LLM-2B-Base",), notes=LATENT_NOTE),
+    "persimmon": Arch(
+        projections_at={
+            **fused("self_attn.query_key_value", *QKV, by_group=True),
+            "o_proj": Slot("self_attn.dense"),
+            **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        },
+        norm="final_layernorm",
+        activation="mlp.act",
+        examples=("adept/persimmon-8b-base",),
+        notes="Norms on q and k.",
+    ),
+    "codegen": Arch(
+        projections_at={
+            **fused("attn.qkv_proj", "q_proj", "v_proj", "k_proj", groups=4),
+            "o_proj": Slot("attn.out_proj"),
+            **named("mlp", "fc_in", "fc_out"),
+        },
+        **GPT,
+        embeddings=("wte",),
+        activation="mlp.act",
+        norms=PARALLEL,
+        examples=("Salesforce/codegen-350M-multi",),
+        notes="q, v, k alternate in four groups. The output matrix has a bias.",
+    ),
+    "gpt_neox_japanese": Arch(
+        projections_at={
+            **fused("attention.query_key_value", *QKV, by_group=True),
+            "o_proj": Slot("attention.dense"),
+            **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        },
+        decoder_path="gpt_neox_japanese",
+        prefixes=("gpt_neox_japanese.",),
+        norm="final_layer_norm",
+        embeddings=("embed_in",),
+        head="embed_out",
+        activation="mlp.act",
+        dense_width=lambda c, _: c.intermediate_multiple_size * c.hidden_size,
+        examples=("abeja/gpt-neox-japanese-2.7b",),
+        notes="The one bias of the last layer's attention moves with the whole layer.",
+    ),
+    "biogpt": Arch(
+        projections_at=FAIRSEQ,
+        decoder_path="biogpt",
+        prefixes=("biogpt.",),
+        norm="layer_norm",
+        embeddings=("embed_tokens", "embed_positions"),
+        head="output_projection",
+        activation="activation_fn",
+        examples=("microsoft/biogpt",),
+    ),
+    "ctrl": Arch(
+        projections_at=named("multi_head_attention", "Wq", "Wk", "Wv", "dense") | named("ffn", "0", "2"),
+        **GPT | {"norm": "layernorm"},
+        embeddings=("w",),
+        activation="ffn.1",
+        dense_width=lambda c, _: c.dff,
+        examples=("Salesforce/ctrl",),
+        notes="The output matrix has a bias.",
+    ),
+    "openai-gpt": Arch(
+        projections_at={
+            **fused("attn.c_attn", *QKV),
+            "o_proj": Slot("attn.c_proj"),
+            **named("mlp", "c_fc", "c_proj"),
+        },
+        **GPT | {"norm": ""},
+        embeddings=("tokens_embed", "positions_embed"),
+        activation="",  # all layers have the same module
+        function="gelu_new",
+        transposed=True,
+        norms="after",
+        dense_width=lambda c, _: 4 * c.n_embd,
+        examples=("openai-community/openai-gpt",),
+        notes="Weights are stored [in, out]; no norm behind the last layer.",
+    ),
+    "modernbert-decoder": Arch(
+        projections_at={
+            **named("attn", "q_proj", "k_proj", "v_proj", "Wo"),
+            **fused("mlp.Wi", "gate_proj", "up_proj"),
+            "down_proj": Slot("mlp.Wo"),
+        },
+        norm="final_norm",
+        embeddings=("embeddings.tok_embeddings", "embeddings.norm"),
+        head="decoder",
+        activation="mlp.act",
+        examples=("jhu-clsp/ettin-decoder-150m",),
+        notes="A layer and a norm stand before the output matrix, which has a bias; they stay the target's.",
+    ),
+    "olmo_hybrid": Arch(
+        mixers={"linear_attention": "linear_attn"},
+        inner=(
+            (".attention_layer_norm.", ".input_layernorm."),
+            (".feedforward_layer_norm.", ".post_attention_layernorm."),
+        ),
+        stacked=convolutions("linear_attn"),
+        norms="after attention and FFN; before both in a layer with linear attention",
+        examples=("allenai/Olmo-Hybrid-7B",),
+        notes="Norms on q and k.",
+    ),
+    "gemma3n_text": Arch(
+        projections_at=SHARED_KV | named("mlp", *FFN),
+        before=False,
+        streams=True,
+        dense_width=lambda c, layer: c.intermediate_size[layer],
+        beyond=UNUSED_KV,
+        norms=SANDWICH,
+        notes="Norms on q and k. Of the four streams that a layer hands on, the first is the hidden state. Layers with "
+        "`num_kv_shared_layers` have no k and v of their own. Where the gate is sparse, activations are those that "
+        "pass. LAuReL, AltUp and the inputs of each layer move with whole layers, their embeddings stay the target's.",
+    ),
+    "gemma4_text": Arch(
+        projections_at=SHARED_KV | named("mlp", *FFN),
+        experts_at=Experts(
+            block="",
+            router="router.proj",
+            sparse=lambda c, _: c.enable_moe_block,
+            **beside("mlp", gemma4_width),
+        ),
+        dense_width=gemma4_width,
+        heads_at=gemma4_heads,
+        beyond=UNUSED_KV,
+        norms=SANDWICH,
+        notes="Norms on q and k. k and v are the same matrix in global layers with `attention_k_eq_v`, and missing in "
+        "layers that use another's (`num_kv_shared_layers`). With `enable_moe_block` the dense FFN stands beside "
+        "experts. The inputs of each layer move with whole layers, their embeddings stay the target's.",
+    ),
     "flex_olmo": Arch(
         experts_at=Experts(), norms="after", examples=("allenai/FlexOlmo-7x7B-1T",), notes="Norms on q and k."
     ),

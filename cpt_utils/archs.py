@@ -51,7 +51,11 @@ def for_config(config) -> Arch:
             f"model type {model_type!r} is not in the table of architectures (nearest: {', '.join(near)}); "
             + _entry_to_add(values)
         )
-    return ARCHS[model_type]
+    arch = ARCHS[model_type]
+    for key, why in arch.unless.items():
+        if values.get(key):
+            raise InputError(f"config.json of a {model_type} sets {key}, which is not read: {why}")
+    return arch
 
 
 def _entry_to_add(config: dict) -> str:

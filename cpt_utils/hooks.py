@@ -99,16 +99,17 @@ def _states(model: torch.nn.Module, arch, input_ids, attention_mask, pool: Calla
     """`pool` of every hidden state [batch, tokens, hidden] of one forward pass, stacked on the device of the input."""
     import torch
 
-    layers, norm = arch.layers(model), arch.final_norm(model)
+    layers = arch.layers(model)
     pooled: list[torch.Tensor | None] = [None] * (len(layers) + 1)
 
     def into(index: int):
         def put(hidden: torch.Tensor) -> None:
+            hidden = hidden[0] if arch.streams and hidden.dim() == 4 else hidden
             pooled[index] = pool(hidden).to(input_ids.device)
 
         return put
 
-    hooks = [(layers[0], "input", into(0)), (norm, "output", into(len(layers)))]
+    hooks = [(layers[0], "input", into(0)), (arch.last(model), "output", into(len(layers)))]
     hooks += [(layer, "output", into(i + 1)) for i, layer in enumerate(layers[:-1])]
     with hooked(*hooks), torch.inference_mode():
         arch.decoder(model)(

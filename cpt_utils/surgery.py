@@ -199,9 +199,10 @@ class Pair:
             mine = self.arch.layer_tensors(self.target.names(), layer)
             meanings = {self.arch.canonical(name) for name in mine}
             for name in self.arch.layer_tensors(self.base.names(), layer):
-                if self.arch.canonical(name) not in meanings:
+                if self.arch.canonical(name) not in meanings and not self.arch.may_lack(name):
                     raise InputError(f"{self.target_ref.spec} has no tensor {name}, which {self.base_ref.spec} has")
-            self._layer_edits[layer] = [self.edit(name) for name in mine]
+            held = [n for n in mine if self.arch.canonical(n) in self._base_names or not self.arch.may_lack(n)]
+            self._layer_edits[layer] = [self.edit(name) for name in held]
         return self._layer_edits[layer]
 
     def unlike(self, recipe: Recipe) -> dict[str, str]:
@@ -611,7 +612,7 @@ class Swapper:
     def applied(self, recipe: Recipe) -> Iterator[nn.Module]:
         """The model with the recipe's edits, until the block ends (also by an exception)."""
         grouped = recipe.by_tensor()
-        places = self.pair.arch.module_places(grouped, self.model)
+        places = self.pair.arch.module_places(grouped, self.model, self.pair.target.shape)
         replaced: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # name in memory -> (tensor, its own values)
         try:
             for name, edits in grouped.items():

@@ -35,8 +35,8 @@ class Found:
     """Of every projection the weights and biases (experts in order, then others), and the layer's nonlinearities.
 
     Attributes:
-        activation, width: the nonlinearity of a dense FFN (None where no module computes it) and its neurons; in a MoE
-            layer those of the FFN beside the experts, if there is one.
+        activation, width: the nonlinearity of a dense FFN (None where no module of the layer computes it) and its
+            neurons; in a MoE layer those of the FFN beside the experts, if there is one.
         experts, expert_activation: the module that holds the experts, and their nonlinearity.
     """
 
@@ -95,12 +95,10 @@ class Recording:
 
     def _cut(self, name):
         def hook(_module, args, output):
-            if not args or not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            if not self.inside or not args or not isinstance(output, torch.Tensor):
                 return None
-            if name in self.linears or args[0].shape == output.shape:
-                self.inputs[name], self.outputs[name] = args[0], output.detach().requires_grad_()
-                return self.outputs[name].clone()  # some layers add to it in place
-            return None
+            self.inputs[name], self.outputs[name] = args[0], passed_on(output)
+            return self.outputs[name].clone()  # some layers add to it in place
 
         return hook
 
@@ -110,7 +108,7 @@ class Recording:
             return output
         name = f"function {len(self.functions)}"
         self.functions.append(name)
-        self.inputs[name], self.outputs[name] = x, output.detach().requires_grad_()
+        self.inputs[name], self.outputs[name] = x, passed_on(output)
         return self.outputs[name]
 
     def result(self, shape, like: torch.Tensor) -> torch.Tensor:
@@ -132,6 +130,12 @@ class Recording:
     def depends(self, arrived: torch.Tensor, on: torch.Tensor) -> bool:
         (grad,) = gradients(arrived, [on])
         return grad is not None and bool(grad.ne(0).any())
+
+
+def passed_on(output: torch.Tensor) -> torch.Tensor:
+    """An output as a leaf; without zeros, which would hide what they are multiplied with."""
+    output = output.detach()
+    return torch.where(output == 0, 0.5, output).requires_grad_()
 
 
 def gradients(arrived: torch.Tensor, leaves: list[torch.Tensor]) -> tuple:
@@ -182,9 +186,10 @@ def matrix_products(_model, recording):
                 found = own(*args, **kwargs)
                 if not recording.inside or len(recording.caught) == 3:
                     return found
-                a, b = (
-                    (args + tuple(kwargs.values()))[-2:] if name != "baddbmm" else (kwargs["batch1"], kwargs["batch2"])
-                )
+                several = (*args, *kwargs.values())
+                a, b = several[-2:]
+                if name == "baddbmm":
+                    a, b = kwargs.get("batch1", several[1]), kwargs.get("batch2", several[2])
                 recording.caught += [b] if recording.caught else [a, b]
                 return recording.result(found.shape, found) if len(recording.caught) == 3 else found
 
@@ -192,6 +197,7 @@ def matrix_products(_model, recording):
 
         watch(torch, "matmul")
         watch(torch, "bmm")
+        watch(torch, "baddbmm")
         watch(torch.Tensor, "baddbmm")
         yield
 
@@ -204,6 +210,8 @@ def found_in(model, block) -> Found:
     seen, found, places = Recording(model, block), Found(), {}
     attention_of(seen, places)
     ffn_of(seen, places, found)
+    if [m for _, m in model.named_modules(remove_duplicate=False)].count(found.activation) > 1:
+        found.activation = None  # one module for all layers is none of this one's own
     found.experts = experts_of(block)
     if found.experts is not None:
         experts_in(found)
@@ -227,8 +235,11 @@ def attention_of(seen: Recording, places: dict) -> None:
     taken: dict[str, torch.Tensor] = {}
     for projection, arrived in zip(("q_proj", "k_proj", "v_proj"), seen.caught, strict=True):
         waiting, mine = [arrived], {}
+        owners = {name.rpartition(".")[0] for name in seen.features(arrived)}
         while waiting:
             for name, rows in seen.features(waiting.pop()).items():
+                if name.rpartition(".")[0] not in owners:
+                    continue  # before the attention
                 known = mine.get(name, torch.zeros_like(rows))
                 if (rows & ~known).any():
                     waiting.append(seen.inputs[name])

@@ -18,6 +18,7 @@ from looking import Found, experts_of, found_in
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from cpt_utils import archs, compare, refs, surgery
 from cpt_utils.batching import padded
@@ -136,11 +137,11 @@ def check_neurons(model, arch, layer: int, found: Found) -> None:
 def test_every_tensor_on_disk_has_its_place(case):
     model, disk = case.models[1], read_tensors(case.target)
     state, covered = model.state_dict(), {}
-    for name, place in case.arch.module_places(disk, model).items():
+    for name, place in case.arch.module_places(disk, model, lambda name: disk[name].shape).items():
         own = place.view(state[place.name])
         assert torch.equal(own, disk[name]), name
         covered[place.name] = covered.get(place.name, 0) + own.numel()
-    tied = {"lm_head.weight"} - set(disk)
+    tied = set(model._tied_weights_keys or ()) - set(disk)
     assert {name: tensor.numel() for name, tensor in state.items() if name not in tied} == {
         name: count for name, count in covered.items() if name not in tied
     }
@@ -255,8 +256,11 @@ def test_hidden_states(case, side):
     assert pooled.shape == (len(blocks_of(model)) + 1, len(sentences), 32)
     for i, ids in enumerate(sentences):
         with torch.inference_mode():
-            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-        slow = torch.stack([(state[0] if state.dim() == 4 else state)[0].mean(0) for state in states])
+            out = model.base_model(torch.tensor([ids]), output_hidden_states=True)
+        states = list(out.hidden_states)
+        if states[-1].dim() == 4:  # streams, of which the first is the hidden state until the last norm merges them
+            states = [*(state[0] for state in states[:-1]), out.last_hidden_state]
+        slow = torch.stack([state[0].mean(0) for state in states])
         torch.testing.assert_close(pooled[:, i], slow, rtol=1e-4, atol=1e-5)
 
 
@@ -305,7 +309,7 @@ def activations_of(model, block, found: Found, projection: str, ids) -> list[tor
     kept, at = [], found.activation
     view, rows = found.weights[projection][-1]
     if at is None:
-        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
         (at,) = [m for m in linears if m.weight.data_ptr() == view.data_ptr()]
     handle = at.register_forward_hook(lambda _m, _a, out: kept.append(out if found.activation else out[..., rows]))
     with torch.no_grad():

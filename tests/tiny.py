@@ -20,6 +20,9 @@ SMALL = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
 HYBRID = {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
+GEMMA_SHARING = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1,
+}  # fmt: skip
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 # What a tiny config of a type needs beyond the sizes that `tiny_config` gives to all.
 TINY = {
@@ -35,6 +38,29 @@ TINY = {
     "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": HYBRID,
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "youtu": {"pad_token_id": None},
+    "codegen": {"rotary_dim": 4},
+    "ctrl": {"dff": 48},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
+    "gemma3n_text": GEMMA_SHARING
+    | {
+        "intermediate_size": [48, 40, 48],
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        "vocab_size_per_layer_input": 272,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
+    "gemma4_text": GEMMA_SHARING
+    | {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 272,
+        "hidden_size_per_layer_input": 8,
+    },
     "llama4_text": {"moe_layers": [0, 2], "intermediate_size_mlp": 40},
 }
 
