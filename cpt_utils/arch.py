@@ -289,7 +289,8 @@ class Arch:
                 disk_name = disk_name.removeprefix(prefix)
                 break
         for piece, new in self.inner:
-            disk_name = disk_name.replace(piece, new, 1)
+            if new not in disk_name:
+                disk_name = disk_name.replace(piece, new, 1)
         return disk_name
 
     def disk_name(self, canonical: str, disk_names: Collection[str]) -> str:
@@ -546,14 +547,20 @@ class Arch:
 @lru_cache(maxsize=64)
 def _settled(model_type: str, values: str):
     """`Arch.settled`, from the JSON of a config."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    given = {key: value for key, value in json.loads(values).items() if key not in ("model_type", "auto_map")}
+    given = json.loads(values, object_hook=_number_or_dict)
+    given = {key: value for key, value in given.items() if key not in ("model_type", "auto_map")}
     try:
-        return AutoConfig.for_model(model_type, **given).get_text_config(decoder=True)
+        return CONFIG_MAPPING[model_type].from_dict(given).get_text_config(decoder=True)
     except Exception as error:  # transformers and its validation raise half a dozen types
         reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
         raise InputError(f"the installed transformers cannot read this {model_type} configuration: {reason}") from None
+
+
+def _number_or_dict(found: dict) -> dict | float:
+    """Infinity, as transformers spells it in a config.json, or what was found."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def is_buffer(disk_name: str) -> bool:

@@ -26,9 +26,9 @@ GPT = {"decoder_path": "transformer", "prefixes": ("transformer.",), "layers_nam
 # with the keys, so that every entry of a matrix belongs to one projection.
 LATENT = {
     "q_proj": (
-        Slot("self_attn.q_proj", when=lambda c, _: c.q_lora_rank is None),
-        Slot("self_attn.q_a_proj", when=lambda c, _: c.q_lora_rank is not None),
-        Slot("self_attn.q_b_proj", when=lambda c, _: c.q_lora_rank is not None),
+        Slot("self_attn.q_proj", when=lambda c, _: not narrow_queries(c)),
+        Slot("self_attn.q_a_proj", when=lambda c, _: narrow_queries(c)),
+        Slot("self_attn.q_b_proj", when=lambda c, _: narrow_queries(c)),
     ),
     "k_proj": (
         Slot("self_attn.kv_a_proj_with_mqa"),
@@ -53,6 +53,11 @@ SHARED_KV = LLAMA_ATTENTION | {
     "v_proj": Slot("self_attn.v_proj", when=lambda c, layer: own_keys(c, layer) and not keys_are_values(c, layer)),
 }
 UNUSED_KV = r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
+
+
+def narrow_queries(config) -> bool:
+    """Whether the queries of a latent attention come from a narrow layer, too."""
+    return getattr(config, "q_lora_rank", None) is not None
 
 
 def own_keys(config, layer: int) -> bool:
@@ -109,6 +114,59 @@ W123 = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 SPARSE_BLOCK = ((".block_sparse_moe.", ".mlp."),)
 PARALLEL = "before, one for attention and FFN side by side"
 SANDWICH = "before and after"
+# Granite's experts: all in one tensor on disk, too.
+GRANITE = Experts(block="block_sparse_moe", router="router")
+GRANITE_NAMES = (
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+    (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
+)
+GRANITE_FFN = {
+    **fused("shared_mlp.input_linear", "gate_proj", "up_proj"),
+    "down_proj": Slot("shared_mlp.output_linear"),
+}
+GRANITE_SHARED = replace(
+    GRANITE,
+    shared=GRANITE_FFN,
+    shared_width=lambda c, _: c.shared_intermediate_size,
+    shared_activation="shared_mlp.activation",
+)
+INDEXER = "The indexer of its sparse attention moves with whole layers."
+FEED_FORWARD = named("feed_forward", *FFN)
+LFM2 = named("self_attn", "q_proj", "k_proj", "v_proj", "out_proj") | named("feed_forward", "w1", "w3", "w2")
+FORGET_GATE = tuple(
+    (f".self_attn.{name}", f".self_attn.forget_gate.{name}") for name in ("f_a_proj.", "f_b_proj.", "dt_bias", "A_log")
+)
+
+
+def lfm2_width(config, _layer: int) -> int:
+    """The neurons of an LFM2, which may be two thirds of what its config states, rounded up."""
+    width = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            width, of = int(config.block_ffn_dim_multiplier * width), config.block_multiple_of
+            width = of * ((width + of - 1) // of)
+    return width
+
+
+def mimo_heads(config, layer: int) -> tuple[int, int, int]:
+    """The heads of a layer, which differ where attention is local."""
+    local = "swa_" if config.layer_types[layer] == "sliding_attention" else ""
+    return tuple(
+        getattr(config, f"{local}{key}", None) or getattr(config, key)
+        for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+
+
+def as_shared_experts(config, _layer: int) -> int:
+    """As wide as so many experts."""
+    return config.moe_intermediate_size * config.num_shared_experts
+
+
+def silu(_experts, gate):
+    """SiLU, where it is no module."""
+    return gate * gate.sigmoid()
 
 
 def swiglu_of_gpt_oss(experts, gate):
@@ -523,6 +581,290 @@ ARCHS: dict[str, Arch] = {
         notes="Norms on q and k. k and v are the same matrix in global layers with `attention_k_eq_v`, and missing in "
         "layers that use another's (`num_kv_shared_layers`). With `enable_moe_block` the dense FFN stands beside "
         "experts. The inputs of each layer move with whole layers, their embeddings stay the target's.",
+    ),
+    "granitemoe": Arch(experts_at=GRANITE, inner=GRANITE_NAMES, examples=("ibm-granite/granite-3.1-3b-a800m-base",)),
+    "granitemoe_swa": Arch(
+        projections_at=LLAMA_ATTENTION | GRANITE_FFN,
+        experts_at=GRANITE_SHARED,
+        inner=GRANITE_NAMES,
+        notes="Attention sinks move with whole layers.",
+    ),
+    "granitemoeshared": Arch(
+        projections_at=LLAMA_ATTENTION | GRANITE_FFN,
+        experts_at=GRANITE_SHARED,
+        inner=GRANITE_NAMES,
+        examples=("ibm-research/moe-7b-1b-active-shared-experts",),
+    ),
+    "granitemoehybrid": Arch(
+        projections_at=LLAMA_ATTENTION | GRANITE_FFN,
+        experts_at=GRANITE_SHARED,
+        mixers={"linear_attention": "mamba"},
+        inner=GRANITE_NAMES,
+        activation="shared_mlp.activation",
+        dense_width=lambda c, _: c.shared_intermediate_size,
+        examples=("ibm-granite/granite-4.0-h-tiny-base", "ibm-granite/granite-4.0-micro-base"),
+        notes="Without experts (`num_local_experts` 0) the FFN is the shared one.",
+    ),
+    "minimax": Arch(
+        experts_at=Experts(names=W123),
+        mixers={"linear_attention": "self_attn"},
+        inner=SPARSE_BLOCK,
+        examples=("MiniMaxAI/MiniMax-Text-01-hf",),
+    ),
+    "minimax_m2": Arch(
+        experts_at=Experts(names=W123),
+        inner=SPARSE_BLOCK,
+        examples=("MiniMaxAI/MiniMax-M2",),
+        notes="Norms on q and k.",
+    ),
+    "phimoe": Arch(
+        experts_at=Experts(names=W123, router="router"),
+        inner=(*SPARSE_BLOCK, (".mlp.gate.weight", ".mlp.router.weight")),
+        examples=("microsoft/Phi-3.5-MoE-instruct",),
+        notes="Biases on q, k, v, o, norms and the output matrix.",
+    ),
+    "mellum": Arch(experts_at=Experts(sparse=by_kind), beyond=AHEAD, notes="Norms on q and k."),
+    "cohere2_moe": Arch(
+        experts_at=Experts(
+            sparse=by_kind,
+            width=lambda c, _: c.intermediate_size,
+            **beside("mlp.shared_experts", lambda c, _: c.intermediate_size * c.num_shared_experts),
+        ),
+        dense_width=lambda c, _: c.prefix_dense_intermediate_size or c.intermediate_size,
+        norms=PARALLEL,
+    ),
+    "hunyuan_v1_moe": Arch(
+        experts_at=Experts(router="gate.wg", **beside("mlp.shared_mlp", lambda c, _: c.intermediate_size)),
+        examples=("tencent/Hunyuan-A13B-Instruct",),
+        notes="Norms on q and k.",
+    ),
+    "ernie4_5_moe": Arch(
+        experts_at=Experts(
+            sparse=lambda c, layer: (
+                (layer + 1) % c.moe_layer_interval == 0 and c.moe_layer_start_index <= layer <= c.moe_layer_end_index
+            ),
+            **beside("mlp.shared_experts", lambda c, _: c.moe_intermediate_size * c.moe_num_shared_experts),
+        ),
+        inner=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
+        beyond=AHEAD,
+        examples=("baidu/ERNIE-4.5-21B-A3B-Base-PT",),
+    ),
+    "exaone_moe": Arch(
+        experts_at=Experts(sparse=by_kind, **beside("mlp.shared_experts", as_shared_experts)),
+        inner=((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
+        beyond=AHEAD,
+        notes="Norms on q and k.",
+    ),
+    "afmoe": Arch(
+        experts_at=Experts(
+            router="router.gate",
+            sparse=lambda c, layer: layer >= c.num_dense_layers,
+            **beside("mlp.shared_experts", as_shared_experts),
+        ),
+        norms=SANDWICH,
+        examples=("arcee-ai/Trinity-Mini",),
+        notes="Norms on q and k. The output gate `self_attn.gate_proj` moves with whole layers.",
+    ),
+    "aria_text": Arch(
+        experts_at=Experts(
+            router="router",
+            transposed=True,
+            width=lambda c, _: c.intermediate_size,
+            **beside("mlp.shared_experts", lambda c, _: c.intermediate_size * c.moe_num_shared_experts),
+        ),
+        inner=(
+            (".mlp.experts.fc1.weight", ".mlp.experts.gate_up_proj"),
+            (".mlp.experts.fc2.weight", ".mlp.experts.down_proj"),
+        ),
+    ),
+    "solar_open": Arch(experts_at=Experts(**SHARED_EXPERTS), examples=("upstage/Solar-Open-100B",)),
+    "hy_v3": Arch(
+        experts_at=Experts(sparse=by_kind, **beside("mlp.shared_experts", as_shared_experts)),
+        inner=(
+            (".mlp.router.gate.", ".mlp.gate."),
+            (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+            (".mlp.shared_mlp.", ".mlp.shared_experts."),
+        ),
+        beyond=AHEAD,
+        notes="Norms on q and k.",
+    ),
+    "kolibri1": Arch(
+        experts_at=Experts(**beside("mlp.shared_experts", lambda c, _: c.shared_expert_intermediate_size)),
+        inner=(
+            (".moe.router.expert_bias", ".mlp.gate.e_score_correction_bias"),
+            (".post_attn_norm.", ".post_self_attn_layernorm."),
+            (".post_ffn_norm.", ".post_mlp_layernorm."),
+        ),
+        norms=SANDWICH,
+        notes="Norms on q and k.",
+    ),
+    "laguna": Arch(
+        experts_at=Experts(
+            sparse=by_kind, **beside("mlp.shared_experts", lambda c, _: c.shared_expert_intermediate_size)
+        ),
+        inner=(
+            (".mlp.experts.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+            (".mlp.shared_expert.", ".mlp.shared_experts."),
+        ),
+        heads_at=lambda c, layer: (c.num_attention_heads_per_layer[layer], c.num_key_value_heads, c.head_dim),
+        notes="Norms on q and k. The output gate `self_attn.g_proj` moves with whole layers.",
+    ),
+    "flint": Arch(
+        experts_at=Experts(**ONE_SHARED),
+        inner=((".softmax_offset", ".sinks"),),
+        notes="Norms on q and k; attention sinks move with whole layers.",
+    ),
+    "mimo_v2_flash": Arch(
+        experts_at=Experts(sparse=by_kind),
+        inner=((".attention_sink_bias", ".sinks"),),
+        beyond=AHEAD,
+        heads_at=mimo_heads,
+        examples=("XiaomiMiMo/MiMo-V2-Flash",),
+        notes="Values are narrower than keys; attention sinks move with whole layers.",
+    ),
+    "beam": Arch(
+        experts_at=Experts(sparse=by_kind),
+        norms=SANDWICH,
+        notes="Norms on q and k. The output gate `self_attn.gate_proj` moves with whole layers.",
+    ),
+    "glm4_moe_lite": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
+        beyond=AHEAD,
+        examples=("zai-org/GLM-4.7-Flash",),
+        notes=LATENT_NOTE,
+    ),
+    "glm_moe_dsa": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
+        beyond=AHEAD,
+        examples=("zai-org/GLM-5",),
+        notes=f"{LATENT_NOTE} {INDEXER}",
+    ),
+    "deepseek_v32": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
+        beyond=AHEAD,
+        examples=("deepseek-ai/DeepSeek-V3.2-Exp-Base",),
+        notes=f"{LATENT_NOTE} {INDEXER}",
+    ),
+    "mistral4": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=after_dense, **SHARED_EXPERTS),
+        notes=LATENT_NOTE,
+    ),
+    "axk1": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
+        inner=((".post_mlp_layernorm.", ".mlp.post_mlp_layernorm."),),
+        examples=("skt/A.X-K1",),
+        notes=LATENT_NOTE,
+    ),
+    "axk2": Arch(
+        projections_at=LATENT_FFN | {"q_proj": (Slot("self_attn.q_a_proj"), Slot("self_attn.q_gate_proj"))},
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
+        inner=((".self_attn.q_b_proj.", ".self_attn.q_gate_proj."), (".W_down.", ".mlp.fc1."), (".W_up.", ".mlp.fc2.")),
+        notes=f"{LATENT_NOTE} An output gate is in `q_gate_proj`. {INDEXER}",
+    ),
+    "bamba": Arch(
+        projections_at=LLAMA_ATTENTION | FEED_FORWARD,
+        mixers={"linear_attention": "mamba"},
+        norm="final_layernorm",
+        activation="feed_forward.act_fn",
+        examples=("ibm-ai-platform/Bamba-9B-v2",),
+    ),
+    "jamba": Arch(
+        projections_at=LLAMA_ATTENTION | FEED_FORWARD,
+        experts_at=Experts(
+            block="feed_forward",
+            router="router",
+            sparse=lambda c, layer: c.layers_num_experts[layer] > 1,
+            width=lambda c, _: c.intermediate_size,
+        ),
+        mixers={"linear_attention": "mamba"},
+        norm="final_layernorm",
+        activation="feed_forward.act_fn",
+        examples=("ai21labs/Jamba-v0.1", "ai21labs/AI21-Jamba-Mini-1.5"),
+    ),
+    "falcon_h1": Arch(
+        projections_at=LLAMA_ATTENTION | FEED_FORWARD,
+        norm="final_layernorm",
+        activation="feed_forward.act_fn",
+        examples=("tiiuae/Falcon-H1-1.5B-Base",),
+        notes="Every layer has Mamba beside its attention, which moves with whole layers.",
+    ),
+    "lfm2": Arch(
+        projections_at=LFM2,
+        mixers={"conv": "conv"},
+        norm="embedding_norm",
+        activation="",
+        function="silu",
+        dense_width=lfm2_width,
+        examples=("LiquidAI/LFM2-1.2B",),
+        notes="Norms on q and k.",
+    ),
+    "lfm2_moe": Arch(
+        projections_at=LFM2,
+        experts_at=Experts(
+            block="feed_forward",
+            names=W123,
+            sparse=lambda c, layer: layer >= c.num_dense_layers,
+            activation="",
+            function=silu,
+        ),
+        mixers={"conv": "conv"},
+        norm="embedding_norm",
+        activation="",
+        function="silu",
+        examples=("LiquidAI/LFM2-8B-A1B",),
+        notes="Norms on q and k.",
+    ),
+    "lfm3": Arch(
+        projections_at=LFM2 | {"o_proj": Slot("self_attn.o_proj")},
+        mixers={"conv": "conv"},
+        inner=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
+        norm="embedding_norm",
+        activation="",
+        function="silu",
+        norms=SANDWICH,
+        notes="Norms on q and k. The output gate `self_attn.g_proj` moves with whole layers.",
+    ),
+    "nemotron_h": Arch(
+        projections_at=named("mixer", *ATTENTION) | named("mixer", "up_proj", "down_proj"),
+        experts_at=Experts(
+            block="mixer",
+            names={"up_proj": "up_proj", "down_proj": "down_proj"},
+            sparse=lambda c, layer: c.layer_types[layer] == "moe",
+            shared=named("mixer.shared_experts", "up_proj", "down_proj"),
+            shared_width=lambda c, _: c.moe_shared_expert_intermediate_size,
+            shared_activation="mixer.shared_experts.act_fn",
+        ),
+        mixers={"linear_attention": "mixer", "moe": "mixer", "mlp": "mixer"},
+        bare=("linear_attention", "full_attention"),
+        prefixes=("backbone.", "model."),
+        norm="norm_f",
+        embeddings=("embeddings",),
+        activation="mixer.act_fn",
+        beyond=AHEAD,
+        examples=("nvidia/Nemotron-H-8B-Base-8K", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"),
+        notes="A layer is one thing: Mamba, attention, an FFN or a mixture of experts.",
+    ),
+    "kimi_linear": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(names=W123, sparse=by_kind, **SHARED_EXPERTS),
+        mixers={"linear_attention": "self_attn"},
+        inner=(*SPARSE_BLOCK, *FORGET_GATE),
+        stacked=convolutions("self_attn"),
+        examples=("moonshotai/Kimi-Linear-48B-A3B-Base",),
+        notes=LATENT_NOTE,
+    ),
+    "gemma4_unified_text": Arch(
+        projections_at=SHARED_KV | named("mlp", *FFN),
+        dense_width=gemma4_width,
+        heads_at=gemma4_heads,
+        beyond=UNUSED_KV,
+        norms=SANDWICH,
+        notes="Norms on q and k. As gemma4_text.",
     ),
     "flex_olmo": Arch(
         experts_at=Experts(), norms="after", examples=("allenai/FlexOlmo-7x7B-1T",), notes="Norms on q and k."

@@ -25,12 +25,19 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
 
+def auto_class(config):
+    """The class of transformers that makes the model of a config: for causal language models, where it knows the type,
+    else for those with an image tower, whose language model is what counts here."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
 def attention(config) -> str:
     """The attention implementation: sdpa, or eager for the types that have no other (Gemma 2). Never what happens to be
     installed, so that numbers do not depend on it."""
-    from transformers import AutoModelForCausalLM
-
-    known = AutoModelForCausalLM._model_mapping
+    known = auto_class(config)._model_mapping
     return "sdpa" if type(config) not in known or known[type(config)]._supports_sdpa else "eager"
 
 
@@ -66,7 +73,7 @@ def load_model(
         InputError: missing folder, damaged files, unknown architecture, or tensors that do not fit the configuration.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if ref.is_adapter:
         from cpt_utils import adapters
@@ -87,7 +94,7 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         more |= experts(config, dtype)
         with _quiet_loader():  # the load report is read below, and said in our own words
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True,
                 trust_remote_code=False, **more,
             )  # fmt: skip
@@ -206,7 +213,7 @@ def load_untrained(
     With a `device_map` ("auto") it is initialised on the CPU, then spread.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(ref.config_folder(), trust_remote_code=False)
     if ref.is_adapter:
@@ -215,7 +222,7 @@ def load_untrained(
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config,
             dtype=dtype,
             attn_implementation=attention(config),

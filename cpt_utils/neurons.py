@@ -200,20 +200,26 @@ class _Reader:
 
 
 class _Intercepted:
-    """Hands the gates' outputs to `see` where experts go through their gate in `_apply_gate`, until it is removed."""
+    """Hands the gates' outputs to `see` where experts have a function in the place of a module, until it is removed."""
 
     def __init__(self, experts: nn.Module, see: Callable):
-        own = experts._apply_gate
+        self.experts, self.name = experts, "act_fn" if callable(vars(experts).get("act_fn")) else "_apply_gate"
+        self.own = own = getattr(experts, self.name)
 
-        def apply(gate_up):
-            width = gate_up.shape[-1] // 2
-            see(gate_up[..., :width] if experts.is_concatenated else gate_up[..., ::2])
-            return own(gate_up)
+        def apply(x):
+            if self.name == "_apply_gate":  # gate and up together
+                see(x[..., : x.shape[-1] // 2] if experts.is_concatenated else x[..., ::2])
+            else:
+                see(x)
+            return own(x)
 
-        self.experts, experts._apply_gate = experts, apply
+        setattr(experts, self.name, apply)
 
     def remove(self) -> None:
-        del self.experts._apply_gate  # the class's own is seen again
+        if self.name == "act_fn":
+            self.experts.act_fn = self.own
+        else:
+            del self.experts._apply_gate  # the class's own is seen again
 
 
 def _function(name: str) -> Callable:

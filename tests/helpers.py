@@ -61,12 +61,14 @@ def load_script(path: str) -> ModuleType:
 def tiny_model(model_type: str, seed: int = 0, dtype="float32", **config):
     """A random model in eval mode. Norms and biases are random too, so that a swap that forgets one shows."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from cpt_utils import models
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **config), dtype=torch.float32)
+        made = tiny_config(model_type, **config)
+        model = models.auto_class(made).from_config(made, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)

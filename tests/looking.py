@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 View = tuple[torch.Tensor, torch.Tensor | slice]  # a matrix [out, in] or bias [out], and the rows that belong to it
 # Mixers that are no attention, by the names of their classes, and what else in a layer looks like an FFN.
-MIXERS = re.compile("Mamba|DeltaNet|DeltaAttention|Lightning|ShortConv|RecurrentBlock")
+MIXERS = re.compile("Mamba|BambaMixer|FalconH1Mixer|DeltaNet|DeltaAttention|Lightning|ShortConv|RecurrentBlock")
 NO_FFN = re.compile(r"per_layer|norm|indexer")
 NONLINEAR = re.compile(r"transformers\.activations|torch\.nn\.modules\.activation|BloomGelu")
 TOKEN = 7
@@ -64,11 +64,11 @@ class Recording:
     """
 
     def __init__(self, model, block):
-        mixers = [name for name, module in block.named_modules() if MIXERS.search(type(module).__name__)]
+        mixers = [name for name, module in block.named_modules() if name and MIXERS.search(type(module).__name__)]
         modules = {
             name: module
             for name, module in block.named_modules()
-            if not any(name == mixer or name.startswith(f"{mixer}.") for mixer in mixers)
+            if not any(f"{name}.".startswith(f"{mixer}.") for mixer in mixers)
         }
         self.linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
         self.plain = {n: m for n, m in modules.items() if NONLINEAR.search(f"{type(m).__module__}.{type(m).__name__}")}
@@ -76,7 +76,7 @@ class Recording:
             self.inputs, self.outputs, self.caught, self.attended = {}, {}, [], None
             self.functions: list[str] = []
             self._run(model, block, catch)
-            if self.caught:
+            if self.caught or mixers:  # a mixer's products are no attention's
                 break
         self.linears = {name: m for name, m in self.linears.items() if name in self.outputs}
 
@@ -329,6 +329,9 @@ def fed(experts, acts: list[nn.Module]) -> list[torch.Tensor]:
         if not acts:
             patch, own = stack.enter_context(pytest.MonkeyPatch.context()), torch.sigmoid
             patch.setattr(torch, "sigmoid", lambda x: arrived.append(x) or own(x))
+            if callable(vars(experts).get("act_fn")):
+                act = experts.act_fn
+                patch.setattr(experts, "act_fn", lambda x: arrived.append(x) or act(x))
         stack.enter_context(torch.enable_grad())
         if "top_k_index" in experts.forward.__code__.co_varnames or hasattr(experts, "is_transposed"):
             experts(token, torch.tensor([[2]]), torch.ones(1, 1))

@@ -17,10 +17,10 @@ from helpers import EVERY_ARCHITECTURE, ROOT, bits, load_script, read_tensors, s
 from looking import Found, experts_of, found_in
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from cpt_utils import archs, compare, refs, surgery
+from cpt_utils import archs, compare, models, refs, surgery
 from cpt_utils.batching import padded
 from cpt_utils.errors import InputError
 from cpt_utils.hooks import pooled_states
@@ -40,7 +40,8 @@ IDS = torch.arange(3, 40)[None]
 
 
 def load(folder) -> nn.Module:
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    kind = models.auto_class(AutoConfig.from_pretrained(folder))
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     return model.eval()
 

@@ -11,6 +11,7 @@ from cpt_utils import archs
 TOKENS = 259
 VOCAB = 272
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # types whose default rescales positions beyond 512
+MINISTRAL = ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
 # What a type that has the key gets: a mixture, a latent attention and other mixers as small as the rest.
 SMALL = {
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "moe_intermediate_size": 24,
@@ -23,6 +24,11 @@ HYBRID = {"layer_types": ["full_attention", "linear_attention", "full_attention"
 GEMMA_SHARING = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1,
 }  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_expand": 2,
+    "mamba_d_ssm": 64, "mamba_chunk_size": 8,
+}  # fmt: skip
+INDEXER = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 # What a tiny config of a type needs beyond the sizes that `tiny_config` gives to all.
 TINY = {
@@ -30,7 +36,8 @@ TINY = {
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "gptj": {"rotary_dim": 4},
     "opt": {"word_embed_proj_dim": 32},
-    "ministral3": {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}},
+    "ministral3": {"rope_parameters": MINISTRAL},
+    "mistral4": {"rope_parameters": MINISTRAL | {"partial_rotary_factor": 1.0}},
     "apertus": {"rope_parameters": ROPE},
     "qwen3_moe": {"mlp_only_layers": [1]},
     "qwen2_moe": {"mlp_only_layers": [0]},
@@ -61,6 +68,44 @@ TINY = {
         "vocab_size_per_layer_input": 272,
         "hidden_size_per_layer_input": 8,
     },
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"]},
+    "minimax": {"layer_types": ["full_attention", "linear_attention", "full_attention"], "block_size": 8},
+    "mellum": DENSE_FIRST,
+    "cohere2_moe": DENSE_FIRST | {"num_shared_experts": 1, "prefix_dense_intermediate_size": 40},
+    "exaone_moe": DENSE_FIRST,
+    "hy_v3": DENSE_FIRST,
+    "aria_text": {"moe_num_experts": 4},
+    "laguna": DENSE_FIRST | {"num_attention_heads_per_layer": [4, 4, 2]},
+    "flint": {"mlp_only_layers": [0]},
+    "mimo_v2_flash": DENSE_FIRST
+    | {
+        "head_dim": 8,
+        "v_head_dim": 6,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 8,
+        "swa_v_head_dim": 6,
+    },
+    "beam": DENSE_FIRST,
+    "glm4_moe_lite": DENSE_FIRST,
+    "glm_moe_dsa": DENSE_FIRST | INDEXER,
+    "deepseek_v32": DENSE_FIRST | INDEXER,
+    "axk1": DENSE_FIRST,
+    "axk2": DENSE_FIRST | INDEXER,
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "falcon_h1": MAMBA,
+    "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "block_multiple_of": 8},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+    "kimi_linear": DENSE_FIRST
+    | {
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
+    "gemma4_unified_text": GEMMA_SHARING | {"global_head_dim": 16},
     "llama4_text": {"moe_layers": [0, 2], "intermediate_size_mlp": 40},
 }
 
