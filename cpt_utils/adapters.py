@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, refs, tensors
+from cpt_utils import archs, cli, formats, refs, tensors
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ class AdapterFolder:
     """
 
     kind = "adapter"
+    quantised = None  # a base that is, is refused
 
     def __init__(self, ref: refs.ModelRef, base: refs.ModelRef | None = None, lazy: bool = False):
         self.ref, self.spec = ref, ref.spec
@@ -212,7 +213,13 @@ class AdapterFolder:
         self.base_ref = ref.adapted if ref.base or base is None else ref.with_base(base).adapted
         self.arch = archs.for_config(self.base_ref.config())
         self.own = _Own(self.path)
-        self.base = tensors.TensorFolder(self.base_ref, lazy)
+        try:
+            self.base = tensors.open_folder(self.base_ref, lazy=lazy)
+        except formats.Quantised as error:
+            raise formats.Quantised(
+                f"{self.spec} is an adapter of a quantised base. {error}; write where that is into "
+                f"base_model_name_or_path of its {refs.ADAPTER_CONFIG}"
+            ) from None
         self.files = self.base.files
         self.changes: dict[str, LowRank | Whole] = self._plan()
 

@@ -10,6 +10,7 @@ import errno
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,11 +171,11 @@ def say(text: str) -> None:
 _said: set[str] = set()
 
 
-def once(text: str) -> None:
-    """Say what holds for many models alike a single time."""
+def once(text: str, how: Callable[[str], None] | None = None) -> None:
+    """Say what holds for many models alike a single time; `how`: `warn` instead of `say`."""
     if text not in _said:
         _said.add(text)
-        say(text)
+        (how or say)(text)
 
 
 def warn(text: str) -> None:

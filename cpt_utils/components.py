@@ -494,6 +494,7 @@ def run(args, own: str, step: str) -> None:
     base = refs.model(study.value(args.base_model, "--base-model", "base"))
     spec = study.value(args.checkpoint_dir, "--checkpoint-dir", "run")
     checkpoints = refs.run(spec, args.steps)
+    refs.look_over(checkpoints)
     # Folders are a checkpoint's each, whichever of the run there are; the controls are of its last one.
     part = {"steps": args.steps, "limit": args.limit, "last": True} if args.controls else {}
     out = study.output(args.output_dir, "--output-dir", step, study.other(args.base_model, args.checkpoint_dir, **part))

@@ -34,7 +34,7 @@ class _Revision:
     commit: str | None = None
     folder: Path | None = None
     asked: set[tuple[str, ...]] = field(default_factory=set)
-    names: frozenset[str] | None = None
+    files: dict[str, str] | None = None
 
 
 _revisions: dict[tuple[str, str | None], _Revision] = {}
@@ -72,16 +72,23 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
 def names(repository: str, revision: str | None) -> frozenset[str]:
     """The files of a revision, by their paths: those of the repository, or, where nobody knows them (offline), those in
     the cache."""
+    return frozenset(contents(repository, revision))
+
+
+def contents(repository: str, revision: str | None) -> dict[str, str]:
+    """Path -> what identifies the contents, which is the same for the same bytes, of the files that `names` names."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     folder, known = fetch(repository, revision, ["config.json", "adapter_config.json"]), _known(repository, revision)
-    if known.names is None:
+    if known.files is None:
         try:
-            known.names = frozenset(file.path for file in get_cached_repo_tree(repository, revision=known.commit))
-        except CachedRepoTreeNotFoundError:
-            known.names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return known.names
+            tree = get_cached_repo_tree(repository, revision=known.commit)
+            known.files = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree}
+        except CachedRepoTreeNotFoundError:  # the cache links to files that are named after their contents
+            there = [path for path in folder.rglob("*") if path.is_file()]
+            known.files = {path.relative_to(folder).as_posix(): path.resolve().name for path in there}
+    return known.files
 
 
 def commit(repository: str, revision: str | None) -> str | None:

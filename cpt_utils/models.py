@@ -12,12 +12,12 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, refs, tensors
+from cpt_utils import archs, cli, formats, refs, settings, tensors
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Files of SentencePiece, and the packages that transformers reads them with, by the modules they bring.
@@ -65,6 +65,7 @@ def load_model(
 
     transformers fills a tensor that is missing from a checkpoint with random numbers and logs a line; here that is an
     error, and so is a tensor that the model does not know or whose shape differs. No code of a model folder is run.
+    A quantised model runs where transformers can run it, which is said.
 
     Args:
         device_map: spreads the model over several devices, see `--device-map`; `device` is not looked at then.
@@ -73,44 +74,83 @@ def load_model(
         InputError: missing folder, damaged files, unknown architecture, or tensors that do not fit the configuration.
     """
     import torch
-    from transformers import AutoConfig
 
     if ref.is_adapter:
         from cpt_utils import adapters
 
+        tensors.open_folder(ref).close()  # what cannot be merged is said before its base is loaded
         model = load_model(ref.adapted, dtype, device, device_map)
         adapters.apply(model, ref)
         return model
     folder = ref.folder((*refs.WEIGHT_PATTERNS, "*.json"))
-    with tensors.TensorFolder(folder) as stored:  # damaged or missing shards: one line instead of a loader's traceback
-        stored.names()
+    with tensors.open_folder(ref, codes=True) as stored:  # one line instead of a loader's traceback or a random tensor
+        settings.say_head(stored, ref.config())
+        settings.say_own_code(ref.spec, ref.config())
     more = {}
     if device_map is not None:
         offload = tempfile.TemporaryDirectory(prefix="offload-")  # what fits nowhere, and is not so on the disk
         more = {"device_map": device_map, "offload_folder": offload.name}
     elif device.type != "cpu":
         more = {"device_map": {"": device}}  # tensor by tensor onto the device, no second copy in memory
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        more |= experts(config, dtype)
-        with _quiet_loader():  # the load report is read below, and said in our own words
-            model, report = auto_class(config).from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True,
-                trust_remote_code=False, **more,
-            )  # fmt: skip
-    except InputError:
-        raise
-    except Exception as error:  # a damaged configuration raises half a dozen types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{ref.spec} cannot be loaded: {reason}") from error
-    _check(report, ref)
-    model = model.eval().requires_grad_(False)
+    with _in_one_line(ref, stored.quantised):  # the load report is read in `_check`, and said in our own words
+        config = read_configuration(folder)
+        if not stored.quantised and formats.stated(stored.config) and not formats.on_the_fly(stored.config):
+            config = formats.without_quantisation(config)
+        model, report = auto_class(config).from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True, **experts(config, dtype), **more,
+        )  # fmt: skip
+        _check(report, ref)
+        model = model.eval().requires_grad_(False)
+        if stored.quantised:
+            _run_quantised(model, ref, stored.quantised, dtype)
     if device_map is not None:
         weakref.finalize(model, offload.cleanup)
     if any(parameter.is_cuda for parameter in model.parameters()):
         # TF32 would round float32 products to 10 bits; a float32 run is asked for to have float32 numbers.
         torch.backends.cuda.matmul.allow_tf32 = False
     return model
+
+
+def read_configuration(folder: Path) -> PretrainedConfig:
+    """The configuration in `folder` as transformers reads it: with the type's defaults, and in its present spelling."""
+    from transformers import AutoConfig
+
+    with _quiet_loader():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _in_one_line(ref: refs.ModelRef, quantised: str | None = None):
+    """Quiet the loader, and say in one line of InputError what it raises: half a dozen types for a configuration."""
+    try:
+        with _quiet_loader():
+            yield
+    except Exception as error:
+        if isinstance(error, InputError) and not quantised:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix(f"{ref.spec}: ")
+        reason = settings.unknown_rope(ref.config()) or reason.rstrip(".")
+        if not quantised:
+            raise InputError(f"{ref.spec} cannot be loaded: {reason}") from error
+        remedy = formats.way_back(ref.spec, ref.config())
+        raise InputError(f"{ref.spec} is quantised ({quantised}) and does not run here: {reason}; {remedy}") from error
+
+
+def _run_quantised(model: PreTrainedModel, ref: refs.ModelRef, how: str, dtype: torch.dtype) -> None:
+    """Say how a model with quantised weights runs; what transformers cannot run here shows at the first token."""
+    import torch
+
+    if not formats.for_transformers(ref.config()):
+        raise InputError("config.json does not tell transformers so, which would take the codes for weights")
+    runs = "which transformers runs as they are"
+    if not getattr(model, "is_quantized", False):  # some types are where there is no GPU
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        runs = "which transformers has dequantised while loading"
+    cli.once(f"{formats.run_of(ref.spec)}: quantised weights ({how}), {runs}")
+    with torch.inference_mode():
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=input_device(model)))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -213,14 +253,13 @@ def load_untrained(
     With a `device_map` ("auto") it is initialised on the CPU, then spread.
     """
     import torch
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(ref.config_folder(), trust_remote_code=False)
+    config = read_configuration(ref.config_folder())
     if ref.is_adapter:
         config.get_text_config().vocab_size = refs.vocabulary_size(ref.config())
     device = torch.device("cpu") if device_map else device
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), torch.device(device):
+    with _in_one_line(ref), torch.random.fork_rng(devices=gpus), torch.device(device):
         torch.manual_seed(seed)
         model = auto_class(config).from_config(
             config,
@@ -265,8 +304,12 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         InputError: files that are damaged, or that transformers does not know, or a SentencePiece model alone where
             what reads it is not installed.
     """
+    from logging import getLogger
+
     from transformers import AutoTokenizer
 
+    getLogger("transformers.modeling_rope_utils").setLevel("ERROR")  # `load_model` says it
+    formats.refuse_pointer_tokenizer(folder, refs.TOKENIZER_FILES)
     piece = next((folder / name for name in SENTENCEPIECE if (folder / name).is_file()), None)
     if piece and not (folder / "tokenizer.json").is_file() and b"\0" in piece.read_bytes():  # one of tiktoken is text
         missing = [package for package, module in READERS.items() if not _installed(module)]

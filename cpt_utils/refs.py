@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from cpt_utils import archs, cli, hub, tensors
+from cpt_utils import archs, cli, formats, hub, tensors
 from cpt_utils.errors import InputError
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -266,6 +266,16 @@ class ModelRef:
             facts["adapter_of"] = {key: base.get(key) for key in ("spec", "model_id", "revision", "weights_sample")}
         return facts
 
+    @property
+    def contents(self) -> str | None:
+        """What two models with the same weight files have in common; None where nothing is known of them."""
+        if self.is_local:
+            return self._weights_sample
+        files = hub.contents(self.repository, self.revision)
+        kinds = ADAPTER_PATTERNS if self.is_adapter else WEIGHT_PATTERNS
+        own = sorted(name for name in self.names if any(fnmatch.fnmatch(name, kind) for kind in kinds))
+        return str([(name, files[os.path.join(self.subfolder, name)]) for name in own]) if own else None
+
     @cached_property
     def _config_hash(self) -> str | None:
         """A short hash of what decides the arithmetic in config.json; None where there is none."""
@@ -349,6 +359,7 @@ def read_config(folder: Path, name: str) -> dict:
     file = folder / "config.json"
     if not file.exists():
         hint = "it is a run of checkpoints; name one of them" if checkpoints(folder) else "it is no model folder"
+        hint += formats.cut_off(folder)
         raise InputError(f"{name} has no config.json: {hint}")
     config = read_json(file)
     text = config.get("text_config")
@@ -367,6 +378,7 @@ def read_json(file: Path) -> dict:
     Raises:
         InputError: it is no file, no JSON, or holds no object.
     """
+    formats.refuse_pointer(file)
     try:
         if not file.is_file():
             raise InputError(f"{file} is not there, or no file")
@@ -519,6 +531,31 @@ def _say_final_model(folder: str, found: list[ModelRef]) -> None:
             cli.once(
                 f"{folder}: its own model is none of its checkpoints (trained on after the last one was saved?) and is "
                 "left out; to have it in the run, put its files into a folder checkpoint-<step> beside the others"
+            )
+
+
+def look_over(found: Iterable[ModelRef]) -> None:
+    """Look at the checkpoints of a run before anything is measured: that all can be read, and which are the same.
+
+    Branches made in advance, and folders copied in haste, hold one model several times; each time it would count.
+
+    Raises:
+        InputError: a checkpoint here is not whole, or not to be read as a model.
+    """
+    alike: dict[str, list[ModelRef]] = {}
+    for ref in found:
+        if ref.is_local and not ref.is_adapter:  # whose base the caller may have to give
+            ref.config()
+            tensors.open_folder(ref, codes=True).close()
+        sample = ref.contents
+        if ref.step is not None and sample:
+            alike.setdefault(sample, []).append(ref)
+    for same in alike.values():
+        if len(same) > 1:
+            steps = ", ".join(str(ref.step) for ref in same)
+            cli.once(
+                f"the checkpoints of steps {steps} hold the same weights; each counts as one of its own unless --steps "
+                "leaves it out"
             )
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, folders, refs, results, tensors, tokenizer_id
+from cpt_utils import archs, cli, folders, refs, results, settings, tensors, tokenizer_id
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,32 +40,6 @@ CONFIG_FILES = (
     "chat_template.json",
 )
 BLOCK = 32 << 20  # bytes of a tensor worked on at a time
-# Config values under which the same weights compute something else.
-ARITHMETIC = (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "attention_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "multi_query",
-    "new_decoder_architecture",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "head_dim",
-    "hidden_act",
-    "activation_function",
-    "activation",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
-    "sliding_window",
-)
-
 Function = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
@@ -152,12 +126,12 @@ class Pair:
         self.base = tensors.open_folder(self.base_ref, lazy=True)  # of a hub model only the shards that are swapped
         self._layer_edits: dict[int, list[Edit]] = {}
         self._base_names = {self.arch.canonical(name): name for name in self.base.names()}
-        for key in ARITHMETIC:
-            mine, theirs = _config_value(self.config, key), _config_value(base_config, key)
-            if None not in (mine, theirs) and mine != theirs:
-                cli.warn(
-                    f"{key} is {theirs} in the base and {mine} in the target; swapped weights run under the target's"
-                )
+        settings.say_head(self.target, self.config)
+        settings.say_own_code(self.target_ref.spec, self.config)
+        differ = settings.unlike(self.base_ref, self.target_ref)
+        if differ:
+            each = [f"{key} is {theirs} in the base and {mine} in the target" for key, (theirs, mine) in differ.items()]
+            cli.once(f"{'; '.join(each)}; swapped weights run under the target's", cli.warn)
 
     def __enter__(self) -> Pair:
         return self
@@ -170,8 +144,11 @@ class Pair:
         self.target.close()
 
     def base_name(self, target_name: str) -> str:
-        """What the target's tensor is called in the base."""
-        found = self._base_names.get(self.arch.canonical(target_name))
+        """What the target's tensor is called in the base; the head of a base that ties it is its embeddings."""
+        meaning = self.arch.canonical(target_name)
+        found = self._base_names.get(meaning)
+        if found is None and meaning == f"{self.arch.head}.weight" and settings.tied(self.base_ref.config()):
+            found = self._base_names.get(f"{self.arch.embeddings[0]}.weight")
         if found is None:
             raise InputError(f"{self.base_ref.spec} has no tensor {target_name}, which {self.target_ref.spec} has")
         return found
@@ -511,6 +488,9 @@ def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
     """Configuration and tokenizer files to copy: name -> path."""
     own = Path(pair.target_ref.config_folder())
     found = {name: own / name for name in CONFIG_FILES if (own / name).is_file()}
+    if pair.config.get("auto_map"):  # for those who run it; nothing here does
+        code = Path((pair.target_ref.adapted or pair.target_ref).folder(["*.py"]))
+        found |= {path.name: path for path in sorted(code.glob("*.py"))}
     folder = Path(refs.tokenizer_folder(pair.target_ref, os.fspath(run) if run else None, pair.base_ref))
     found |= {name: folder / name for name in refs.TOKENIZER_FILES if (folder / name).is_file()}
     return found
@@ -613,16 +593,19 @@ class Swapper:
         """The model with the recipe's edits, until the block ends (also by an exception)."""
         grouped = recipe.by_tensor()
         places = self.pair.arch.module_places(grouped, self.model, self.pair.target.shape)
-        replaced: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # name in memory -> (tensor, its own values)
+        replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (tensor, its own values)
+        self._refuse_untying(set(grouped))
         try:
             for name, edits in grouped.items():
                 place = places[name]
-                if place.name not in replaced:
-                    held = _held(self.model, place.name)
-                    replaced[place.name] = held, held.data
-                held, own = replaced[place.name]
+                held = _held(self.model, place.name)
+                again = id(held) in replaced  # a head that is tied to the embeddings
+                held, own = replaced.setdefault(id(held), (held, held.data))
                 if place.whole:
-                    held.data = self._values(name, edits, held)
+                    values = self._values(name, edits, own)
+                    if again and not values.equal(held.data):
+                        raise InputError(_untied(self.pair.base_ref, name))
+                    held.data = values
                     continue
                 values = self._values(name, edits, place.view(own))
                 if held.data_ptr() == own.data_ptr():
@@ -632,6 +615,18 @@ class Swapper:
         finally:
             for held, own in replaced.values():
                 held.data = own
+
+    def _refuse_untying(self, edited: set[str]) -> None:
+        """Refuse an edit of one of two tensors on disk that are one in memory: the written folder would have two."""
+        names = self.pair.arch.embedding_tensors(self.pair.target.names())
+        if edited.isdisjoint(names):
+            return
+        together: dict[int, set[str]] = {}
+        for name, place in self.pair.arch.module_places(names, self.model).items():
+            together.setdefault(id(_held(self.model, place.name)), set()).add(name)
+        for group in together.values():
+            if edited & group and group - edited:
+                raise InputError(_untied(self.pair.target_ref, min(group - edited)))
 
     def _values(self, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
         key = (name, own.dtype, str(own.device), json.dumps([edit.describe() for edit in edits]))
@@ -644,6 +639,13 @@ class Swapper:
             while sum(held.nbytes for held in self._cache.values()) > self.cache_bytes:
                 self._cache.popitem(last=False)
         return values
+
+
+def _untied(ref: refs.ModelRef, name: str) -> str:
+    return (
+        f"{name} of {ref.spec} would differ from the embeddings that it is tied to in memory; write the swap as a "
+        "folder, which loaders then do not tie"
+    )
 
 
 def _held(model: nn.Module, name: str) -> torch.Tensor:
@@ -700,7 +702,3 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _config_value(config: dict, key: str):
-    return (config.get("text_config") or config).get(key)

@@ -15,23 +15,21 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli
+from cpt_utils import cli, formats
 from cpt_utils.errors import InputError
+from cpt_utils.formats import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE
 
 if TYPE_CHECKING:
     import torch
 
     from cpt_utils.adapters import AdapterFolder
     from cpt_utils.refs import ModelRef
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 # safetensors dtype -> (torch dtype, bytes per element)
 DTYPES = {
@@ -48,6 +46,7 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+BITS = {name: 8 * size for name, (_, size) in DTYPES.items()} | formats.ONLY_NAMED  # of an entry
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 FIRST_BYTES = 1 << 17  # of a remote file asked for at first: most headers are shorter
 MOST_DIMENSIONS = 16
@@ -77,6 +76,7 @@ def read_header(path: Path) -> Header:
     Raises:
         InputError: no such file, or one that is cut short, damaged, or whose header does not describe its bytes.
     """
+    formats.refuse_pointer(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -90,7 +90,9 @@ def header_length(start: bytes, size: int, path: Path | str) -> int:
     """Bytes of the JSON in a safetensors file of `size` bytes whose first eight are `start`."""
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
-        raise InputError(f"{path} is cut short or damaged ({size} bytes, less than its header); copy it again")
+        raise InputError(
+            f"{path} is cut short or damaged ({size} bytes, less than its header); copy it again{_cut_off(path)}"
+        )
     return length
 
 
@@ -117,8 +119,13 @@ def parse_header(data: bytes, size: int, path: Path | str) -> Header:
         position = entry.stop
     if position != size:
         what = "cut short" if size < position else "longer than its header says"
-        raise InputError(f"{path} is {what}: {size} bytes, {position} expected; copy or download the file again")
+        again = f"copy or download the file again{_cut_off(path)}"
+        raise InputError(f"{path} is {what}: {size} bytes, {position} expected; {again}")
     return Header(entries, metadata)
+
+
+def _cut_off(path: Path | str) -> str:
+    return formats.cut_off(Path(path).parent)
 
 
 def _no_doubles(pairs: list[tuple[str, object]]) -> dict:
@@ -134,18 +141,25 @@ def _entry(fields: dict, data_start: int) -> Entry:
     start, stop = fields["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or len(shape) > MOST_DIMENSIONS:
         raise ValueError("negative or broken sizes")
-    if fields["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {fields['dtype']}, which is not one of {', '.join(DTYPES)}")
-    size = DTYPES[fields["dtype"]][1] * numel(shape)
+    bits = BITS.get(fields["dtype"])
+    if bits is None:
+        raise ValueError(f"dtype {fields['dtype']}, which is not one of {', '.join(BITS)}")
+    size = bits * numel(shape) // 8
     if stop - start != size:
         raise ValueError(f"{stop - start} bytes for a tensor of {size}")
     return Entry(fields["dtype"], shape, data_start + start, data_start + stop)
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
+    """The torch dtype of a safetensors dtype name.
+
+    Raises:
+        InputError: one that nothing here computes with.
+    """
     import torch
 
+    if name not in DTYPES:
+        raise InputError(f"tensors of dtype {name} are not read here; convert the model to {', '.join(DTYPES)}")
     return getattr(torch, DTYPES[name][0])
 
 
@@ -163,14 +177,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def open_folder(
-    where: ModelRef | str | os.PathLike, base: ModelRef | None = None, lazy: bool = False
+    where: ModelRef | str | os.PathLike, base: ModelRef | None = None, lazy: bool = False, codes: bool = False
 ) -> TensorFolder | AdapterFolder:
-    """The tensors of a model, or of an adapter merged into its base.
+    """The tensors of a model, or of an adapter merged into its base: plain weights that fit its config.json.
 
     Args:
         base: what an adapter is merged into where the base that it names is not here.
         lazy: of a hub model, fetch only configuration and index now and shards when they are read (or `fetch` is
             called). Whoever reads the files themselves (`path`, `entry`) calls `fetch` first.
+        codes: open a quantised model, too, for whoever leaves its weights to transformers.
+
+    Raises:
+        InputError: see `formats`; formats.Quantised for codes, of a model that is not fetched when a shard is read.
     """
     if not hasattr(where, "folder") and os.path.isdir(where):
         from cpt_utils.refs import ModelRef
@@ -180,14 +198,18 @@ def open_folder(
         from cpt_utils import adapters
 
         return adapters.AdapterFolder(where, base, lazy)
-    return TensorFolder(where, lazy)
+    return TensorFolder(where, lazy).refuse_unfit(codes)
 
 
 class TensorFolder:
     """The tensors of one model folder, by their names on disk.
 
     At most one shard is open (memory-mapped) at a time; tensors got from it keep their own hold on it. A tensor is a
-    view of the file: do not write into it. `lazy`: see `open_folder`; pickles are fetched at once.
+    view of the file: do not write into it. `lazy`: see `open_folder`, which also refuses what this class reads as it
+    is: quantised weights, and files of another model than config.json says. Pickles are fetched at once.
+
+    Attributes:
+        quantised: what the codes in the files are, in words, once `refuse_unfit` has seen some.
 
     Raises:
         InputError: on opening, when there is no such folder or no complete set of weights in it.
@@ -195,6 +217,7 @@ class TensorFolder:
 
     def __init__(self, where: ModelRef | str | os.PathLike, lazy: bool = False):
         self._remote: ModelRef | None = None
+        self._names = None  # of all files of a hub model
         if hasattr(where, "folder"):
             from cpt_utils.refs import WEIGHT_PATTERNS
 
@@ -204,12 +227,15 @@ class TensorFolder:
                 self.path = Path(where.fetch(["config.json", *([] if SINGLE in where.names else [INDEX])]))
             else:
                 self.path = Path(where.folder((*WEIGHT_PATTERNS, "config.json")))
+            self._names = None if where.is_local else where.names
         else:
             self.spec = os.fspath(where)
             self.path = Path(where)
         if not self.path.is_dir():
             raise InputError(f"{self.spec}: no such folder")
         self._lock = threading.Lock()
+        self.quantised: str | None = None
+        self._watch: bool | None = None  # whether codes are refused in what is opened; None: nothing is looked for
         self._headers: dict[str, Header] = {}
         self._open: tuple[str, object] | None = None
         try:
@@ -230,13 +256,55 @@ class TensorFolder:
             if not (self.path / file).is_file() and file not in there:
                 raise InputError(
                     f"{self.path}: the index names the shard {file}, which is not there; copy or download it again"
+                    f"{formats.cut_off(self.path)}"
                 )
 
     def _look(self) -> tuple[str, list[str], dict[str, str] | None]:
         """(kind, files in order, tensor -> file; None when there is a single file, which says it itself)."""
         if self._remote and SINGLE in self._remote.names:
             return "safetensors", [SINGLE], None
-        return _inventory(self.path)
+        return _inventory(self.path, self.spec, self._names)
+
+    def refuse_unfit(self, codes: bool = False) -> TensorFolder:
+        """Refuse what is no plain weight of the model in config.json (see `formats`); returns itself.
+
+        Of a model that is not fetched yet the headers are looked at when they are asked for, or now where config.json
+        speaks of codes. With `codes` those are no fault, only noted in `quantised`.
+        """
+        stated = formats.stated(self.config)
+        formats.refuse_names(self.spec, self.config, self.names())
+        for file in self.files if self.kind == "safetensors" else ():
+            if stated or self._remote is None or (self.path / file).is_file():
+                self._look_at(file, not codes)
+        if self.kind == "bin" and self._open:
+            self._look_at(self._open[0], not codes)
+        self._watch = not codes
+        if stated and not self.quantised and self.kind == "safetensors":
+            cli.once(
+                f"{formats.run_of(self.spec)}: quantised by config.json ({stated}), but the files hold plain weights, "
+                "which are read as they are"
+            )
+        return self
+
+    def _look_at(self, file: str, refuse: bool) -> None:
+        if self.kind == "safetensors":
+            held = {name: (entry.dtype, entry.shape) for name, entry in self.header(file).entries.items()}
+        else:
+            held = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self._open[1].items()}
+        if formats.codes(held):
+            if refuse:
+                raise formats.Quantised(formats.quantised(self.spec, self.config, held))
+            self.quantised = formats.kind(self.config, held)
+        formats.refuse_empty(self.spec, {name: shape for name, (_, shape) in held.items()})
+
+    @cached_property
+    def config(self) -> dict:
+        """What config.json says; {} where there is none that can be read, which others will say."""
+        try:
+            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def __enter__(self) -> TensorFolder:
         return self
@@ -296,6 +364,8 @@ class TensorFolder:
                     f"{self.path}: the index places {lost[0]} in {file}, which does not hold it; copy the model again"
                 )
             self._headers[file] = header
+            if self._watch is not None:
+                self._look_at(file, self._watch)
         return self._headers[file]
 
     def entry(self, name: str) -> Entry:
@@ -317,6 +387,8 @@ class TensorFolder:
             if self._open is None or self._open[0] != file:
                 self._open = None  # the old shard goes before the new one comes
                 self._open = (file, self._map(file))
+                if self.kind == "bin" and self._watch is not None:
+                    self._look_at(file, self._watch)
             held = self._open[1]
         if self.kind == "bin":
             return held[name]
@@ -353,7 +425,7 @@ class TensorFolder:
             # Private: a stray write would stay in this process's memory and never reach the model's file.
             size = path.stat().st_size
             return torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
-        loaded = _load_bin(path)
+        loaded = _load_bin(path, self.spec, self.config)
         self._refuse_lost(file, loaded)
         return loaded
 
@@ -365,9 +437,10 @@ class TensorFolder:
                 )
 
 
-def _load_bin(path: Path) -> dict:
+def _load_bin(path: Path, spec: str, config: dict) -> dict:
     import torch
 
+    formats.refuse_pointer(path)
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -375,13 +448,18 @@ def _load_bin(path: Path) -> dict:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types, for damage and for code in the pickle
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        if formats.stated(config):  # objects of torchao and the like, no plain tensors
+            raise formats.Quantised(formats.quantised(spec, config, {})) from None
         raise InputError(
             f"{path} cannot be read as plain tensors ({reason}); copy it again or use safetensors"
+            f"{formats.cut_off(path.parent)}"
         ) from None
     if isinstance(loaded, dict) and "state_dict" in loaded:
         loaded = loaded["state_dict"]
     size = path.stat().st_size
     plain = isinstance(loaded, dict) and all(_is_plain(name, tensor, size) for name, tensor in loaded.items())
+    if not plain and formats.stated(config):
+        raise formats.Quantised(formats.quantised(spec, config, {}))
     if not plain:
         raise InputError(f"{path} holds more than plain tensors; save the model with save_pretrained")
     return loaded
@@ -395,8 +473,11 @@ def _is_plain(name, tensor, size: int) -> bool:
     return dense and tensor.device.type == "cpu" and not tensor.is_quantized and tensor.nbytes <= size
 
 
-def _inventory(folder: Path) -> tuple[str, list[str], dict[str, str] | None]:
-    """(kind, files in order, tensor -> file; None when there is a single file, which says it itself)."""
+def _inventory(folder: Path, spec: str, names: Collection[str] | None) -> tuple[str, list[str], dict[str, str] | None]:
+    """(kind, files in order, tensor -> file; None when there is a single file, which says it itself).
+
+    `names`: of all files of the hub model `spec`, of which few are in the folder.
+    """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         _refuse_two_sets(folder)
@@ -408,7 +489,9 @@ def _inventory(folder: Path) -> tuple[str, list[str], dict[str, str] | None]:
         return "bin", [BIN_SINGLE], None
     if (folder / BIN_INDEX).is_file():
         return "bin", *read_index(folder / BIN_INDEX)
-    raise InputError(_no_weights(folder))
+    if names is None:
+        raise InputError(formats.no_weights(folder, formats.listing(folder)))
+    raise InputError(formats.no_weights(spec, names))
 
 
 def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
@@ -417,6 +500,7 @@ def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         InputError: damaged, or it names anything but weight files of its own folder.
     """
+    formats.refuse_pointer(index)
     suffix = f".{index.name.split('.')[1]}"
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)["weight_map"]
@@ -468,26 +552,6 @@ def _same_sample(a: Path, at: Entry, b: Path, bt: Entry, block: int = 4096) -> b
             if first.read(length) != second.read(length):
                 return False
     return True
-
-
-def _no_weights(folder: Path) -> str:
-    names = sorted(os.listdir(folder))
-    steps = [n for n in names if n.startswith("global_step") and (folder / n).is_dir()]
-    if steps or any(n.endswith("_model_states.pt") or n == "zero_to_fp32.py" for n in names):
-        return (
-            f"{folder} holds only DeepSpeed shards; convert them: "
-            f"python {folder}/zero_to_fp32.py {folder} {folder} --safe_serialization"
-        )
-    fsdp = next((n for n in names if n.startswith("pytorch_model_fsdp") and (folder / n).is_dir()), None)
-    if fsdp or any(n.endswith(".distcp") for n in names):
-        return (
-            f"{folder} holds only FSDP shards; convert them: accelerate merge-weights {folder / (fsdp or '')} {folder}"
-        )
-    if any(n.startswith("checkpoint-") for n in names):
-        return f"{folder} holds no weights itself, only checkpoints; name one of them"
-    if "adapter_model.safetensors" in names or "adapter_config.json" in names:
-        return f"{folder} holds only a PEFT adapter; merge it into its base first (merge_and_unload, save_pretrained)"
-    return f"{folder} holds no weights ({SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}); is it a model folder?"
 
 
 def chunks(rows: int, row_bytes: int, limit: int = 32 << 20) -> Iterator[tuple[int, int]]:

@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [refs.model(study.value(None, "MODEL", "base"))]
         chosen += refs.run(study.get("run"), args.steps) if study.get("run") else []
     chosen = [refs.model(ref.spec) for ref in chosen]  # one model is the same model, named alone or as part of a run
+    refs.look_over(chosen)
     tasks = study.value(args.tasks, "--tasks", "data.task.name")
     args.tasks = tasks if isinstance(tasks, list) else str(tasks).split(",")
     swap = swaps.Swap.from_arguments(args, study)

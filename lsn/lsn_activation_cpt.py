@@ -155,6 +155,7 @@ def main(argv=None) -> None:
     # A study's run may be a single checkpoint; what --model names as one is one.
     is_run = args.model is None or refs.is_run(target)
     models = refs.run(target, args.steps) if is_run else [refs.model(target)]
+    refs.look_over(models)
     base = args.base_model or (study.get("base") if is_run else None)
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.output(args.save_folder, "--save_folder", "lsn_activation")

@@ -418,6 +418,7 @@ def main(argv=None) -> None:
     base, target = sides(args, study)
     pairs = data.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
     cli.say(pairs.summary())
+    refs.look_over(models)
 
     process = processes.Process(args.device, args.device_map)
     given = args.artifact_out or (None if study else "artifacts")

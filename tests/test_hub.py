@@ -456,6 +456,66 @@ def test_an_index_that_names_a_shard_the_repository_lacks(online, tmp_path, mode
             tensors.open_folder(refs.model("org/broken"), lazy=lazy)
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_quantised_weights_are_refused_before_they_are_fetched(online, tmp_path, models, stated):
+    """By config.json or the names in the index; else by the headers, which are read alone."""
+    from safetensors.torch import load_file, save_file
+
+    from cpt_utils import compare, formats
+
+    folder = shutil.copytree(models["main"], tmp_path / "codes")
+    file = folder / "model-q_proj.safetensors"
+    save_file({n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    if stated:
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    online.repositories["org/model-FP8"] = Repository({"step9": folder})
+    ref = refs.model("org/model-FP8@step9")
+    if stated:
+        with pytest.raises(
+            formats.Quantised, match=r"org/model-FP8@step9 is quantised \(fp8\).*by its name org/model\)"
+        ):
+            tensors.open_folder(ref, lazy=True)
+    for base, other in ((refs.model("org/base"), ref), (ref, refs.model("org/olmo@stage1-step512"))):
+        with pytest.raises(formats.Quantised, match=r"q_proj.weight is stored as F8_E4M3"):
+            compare.changes(base, [other])
+    assert not weights(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["x-Q8_0.gguf"], "org/odd holds x-Q8_0.gguf, the format of llama.cpp"),
+        (["consolidated.safetensors", "params.json"], "org/odd holds consolidated.safetensors, the format of Mistral"),
+        (["hf/model.safetensors"], "in its folder hf: give org/odd/hf"),
+    ],
+)
+def test_repositories_of_other_formats(online, tmp_path, models, names, match):
+    folder = tmp_path / "odd"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    shutil.copyfile(models["main"] / "config.json", folder / "config.json")
+    online.repositories["org/odd"] = Repository({"main": folder, "v2": folder})
+    for lazy in (True, False):
+        with pytest.raises(InputError, match=match):
+            tensors.open_folder(refs.model("org/odd"), lazy=lazy)
+    with pytest.raises(InputError, match=match.replace("org/odd holds", "org/odd@v2 holds").replace("/hf", "/hf@v2")):
+        tensors.open_folder(refs.model("org/odd@v2"))
+
+
+def test_branches_with_the_same_weights_are_said(online, tmp_path, models, capsys, monkeypatch):
+    """Branches that were made before their training went on (allenai/OLMo#915); nothing is fetched to know it."""
+    first, last = (models[REVISION.format(step)] for step in STEPS[:2])
+    online.repositories["org/early"] = Repository({"step100": first, "step200": first, "step300": last, "step99": last})
+    refs.look_over(refs.run("org/early@step*"))
+    said = capsys.readouterr().out
+    assert "the checkpoints of steps 100, 200 hold the same weights" in said and "of steps 99, 300 hold" in said
+    assert not weights(tmp_path / "cache")
+    refs.look_over(refs.run("org/olmo@stage2-*"))
+    assert capsys.readouterr().out.count("hold the same weights") == 0
+
+
 # --- faults of the line ---
 
 

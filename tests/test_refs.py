@@ -266,3 +266,24 @@ def test_a_repository_that_is_not_cached_says_so_offline(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: org/none: no such folder here, not in the hub cache")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_checkpoints_with_the_same_weights_are_said(tmp_path, capsys):
+    import shutil
+
+    run = tmp_path / "run"
+    for step in (1, 20, 300):
+        save_tiny("llama", run / f"checkpoint-{step}", seed=step)
+    refs.look_over(refs.run(run))
+    assert capsys.readouterr().out == ""
+    shutil.copytree(run / "checkpoint-20", run / "checkpoint-1000")
+    shutil.copytree(run / "checkpoint-1", run / "checkpoint-2")
+    for _ in range(2):  # said once
+        refs.look_over(refs.run(run))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all("hold the same weights" in line for line in said)
+    assert "steps 1, 2 hold" in said[0] and "steps 20, 1000 hold" in said[1]
+    refs.look_over(refs.run(run, [2, 20, 300]))
+    base = save_tiny("llama", tmp_path / "base", seed=20)  # a base is no checkpoint
+    refs.look_over([refs.model(base), *refs.run(run, [20])])
+    assert capsys.readouterr().out == ""

@@ -588,3 +588,55 @@ def test_another_configuration_or_tokenizer_is_another_request(tmp_path):
         (target / file).write_text(content.replace(old, new))
         with surgery.Pair(base, target) as pair, pytest.raises(InputError, match="holds another swap"):
             surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / f"out{number}")
+
+
+# --- embeddings and a head that are one in memory ---
+
+
+def tied(folder, seed, head=None):
+    """A model whose config ties the head, and, with `head`, a head on disk: that of the embeddings."""
+    save_tiny("qwen2", folder, seed=seed, tie_word_embeddings=True)
+    if head is not None:
+        held = read_tensors(folder)
+        save_file(held | {"lm_head.weight": head(held["model.embed_tokens.weight"])}, folder / "model.safetensors")
+    return folder
+
+
+def same_head(embeddings):
+    return embeddings.clone()
+
+
+def other_head(embeddings):
+    return embeddings.flip(0)
+
+
+@pytest.mark.parametrize("base_head", [None, same_head, other_head])
+@pytest.mark.parametrize("head", [None, same_head, other_head])
+@pytest.mark.parametrize("what", ["layers", "embeddings", "embeddings alone"])
+def test_tied_heads_in_memory_and_in_the_folder(tmp_path, base_head, head, what):
+    """A swap in memory computes what the written folder does when it is loaded, or is refused by name."""
+    base, target = tied(tmp_path / "base", 0, base_head), tied(tmp_path / "target", 1, head)
+    model = load(target)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with surgery.Pair(base, target) as pair:
+        names = pair.arch.embedding_tensors(pair.target.names())
+        recipe = {
+            "layers": lambda: surgery.layers_from_base(pair, [1]),
+            "embeddings": lambda: surgery.tensors_from_base(pair, names),
+            "embeddings alone": lambda: surgery.tensors_from_base(pair, names[:1]),
+        }[what]()
+        surgery.write_model(pair, recipe, tmp_path / "out")
+        truth = logits(load(tmp_path / "out"))
+        unties = head is same_head and (
+            what == "embeddings alone" or (what == "embeddings" and base_head is other_head)
+        )
+        if unties:
+            with (
+                pytest.raises(InputError, match=r"lm_head.weight of .* tied to in memory; write the swap as a folder"),
+                surgery.apply_in_memory(model, recipe, pair),
+            ):
+                pass
+        else:
+            with surgery.apply_in_memory(model, recipe, pair) as swapped:
+                assert logits(swapped).equal(truth)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

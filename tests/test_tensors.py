@@ -319,7 +319,7 @@ def test_bin_runs_no_code(tmp_path):
         (["pytorch_model_fsdp_0/__0_0.distcp"], "accelerate merge-weights .*pytorch_model_fsdp_0"),
         (["__0_0.distcp", ".metadata"], "accelerate merge-weights"),
         (["adapter_config.json", "adapter_model.safetensors"], "only a PEFT adapter"),
-        (["model.gguf"], "holds no weights"),
+        (["model.gguf"], "the format of llama.cpp"),
     ],
 )
 def test_other_kinds_of_folders(tmp_path, files, match):

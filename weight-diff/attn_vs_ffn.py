@@ -233,6 +233,7 @@ def run_facts(base: refs.ModelRef, run: list[refs.ModelRef], available: int, lim
     """What the header of a weight comparison says of its models."""
     if base.is_local and base.step is not None and all(ref.step == 0 for ref in run):
         cli.warn(f"{base.spec} is given as the base, but is called a checkpoint: is it the other way round?")
+    refs.look_over(run)
     return {
         "models": {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in run}},
         "n_layers": archs.for_config(base.config()).n_layers(base.config()),

@@ -123,6 +123,7 @@ def main(argv=None) -> None:
     from cpt_utils import compare
 
     n_layers = archs.for_config(base.config()).n_layers(base.config())
+    refs.look_over(chosen)
     described = {ref.step: ref.describe() for ref in run}
     files = {
         group: study.input(given, flag, "layers", "layer-specialize/layer_specialize.py")
