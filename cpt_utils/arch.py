@@ -225,11 +225,22 @@ class Arch:
 
     # --- on disk ---
 
-    def parts(self, config, layer: int, projection: str, disk_names: Collection[str]) -> list[Part]:
+    def parts(
+        self,
+        config,
+        layer: int,
+        projection: str,
+        disk_names: Collection[str],
+        shape: Callable[[str], tuple[int, ...]] | None = None,
+    ) -> list[Part]:
         """The weights and, where there are some, the biases of `projection` in `layer`, among the tensors `disk_names`.
 
         Of a MoE layer's gate, up or down one weight for each expert, in order, then that of the FFN beside them;
         of a latent attention one for each step. `projection` may be ROUTER, too.
+
+        Args:
+            shape: the shape of a tensor on disk, for types whose files hold experts in one of two ways; without it
+                they are taken to lie as in memory.
 
         Raises:
             InputError: the type or the layer has no such projection, or no tensor of that name is on disk (near misses
@@ -244,7 +255,7 @@ class Arch:
                 f"model type {self.model_type} has no {projection} in layer {layer}; it has "
                 f"{', '.join(self.projections(config, layer)) or 'neither attention nor an FFN there'}"
             )
-        parts = self._expert_parts(config, layer, projection, disk_names) if sparse else []
+        parts = self._expert_parts(config, layer, projection, disk_names, shape) if sparse else []
         for slot in slots:
             width = self._dense_width(config, layer, beside_experts=sparse) if projection in FFN else 0
             index = self._features(config, layer, projection, slot, width)
@@ -284,7 +295,7 @@ class Arch:
             if disk_name.startswith(start):
                 disk_name = new + disk_name.removeprefix(start)
                 break
-        for prefix in (f"{self.decoder_path}.", *self.prefixes):
+        for prefix in self._prefixes:
             if disk_name.startswith(prefix):
                 disk_name = disk_name.removeprefix(prefix)
                 break
@@ -374,10 +385,12 @@ class Arch:
             canonical = self.canonical(disk)
             names = (disk, f"{self.decoder_path}.{canonical}", canonical)
             name = next((name for name in names if name in known), None)
-            place = Place(name, flipped=self._is_flipped(name)) if name else self._place_within(disk, known, shape)
+            place = self._place_within(disk, known, shape)
+            if name:
+                place = Place(name, flipped=self._is_flipped(disk, known[name], shape))
             if place is not None:
                 found[disk] = place
-            elif not is_buffer(disk) and not self._is_beyond(canonical, known):
+            elif not is_buffer(disk) and not self._is_beyond(canonical, known) and not self._of_other_tower(disk):
                 near = _near(f"{self.decoder_path}.{canonical}", known)
                 raise InputError(f"tensor {disk} has no place in the loaded {type(model).__name__}; nearest: {near}")
         return found
@@ -419,6 +432,11 @@ class Arch:
         return _settled(values.get("model_type") or self.model_type, json.dumps(values, sort_keys=True, default=str))
 
     @cached_property
+    def _prefixes(self) -> list[str]:
+        """What may stand in front of the decoder's names, the longest first: one may begin another."""
+        return sorted({f"{self.decoder_path}.", *self.prefixes}, key=len, reverse=True)
+
+    @cached_property
     def _layer_pattern(self) -> re.Pattern:
         return re.compile(rf"{re.escape(self.layers_name)}\.(\d+)\.")
 
@@ -452,7 +470,9 @@ class Arch:
             return own(self.settled(config), layer)
         return self._number(config, "ffn", required=False) or 4 * self._number(config, "hidden")
 
-    def _expert_parts(self, config, layer: int, projection: str, disk_names: Collection[str]) -> list[Part]:
+    def _expert_parts(
+        self, config, layer: int, projection: str, disk_names: Collection[str], shape: Callable | None
+    ) -> list[Part]:
         at, numbers = self.experts_at, range(self.experts(config, layer))
         block = below(f"{self.layers_name}.{layer}", at.block) if at.block else f"{self.layers_name}.{layer}"
         if projection == ROUTER:
@@ -462,16 +482,23 @@ class Arch:
         width, together = self.expert_width(config, layer), f"{block}.experts.{at.in_memory(projection)}"
         index, name = at.features(projection, width), self._find(together, disk_names)
         if name:
-            dim = int(at.transposed != at.flipped)
+            inputs = width if projection == "down_proj" else self._number(config, "hidden")
+            dim = int(at.transposed != (at.flipped and shape is not None and shape(name)[-1] != inputs))
             parts = [Part(name, "weight", dim, index, number) for number in numbers]
             bias = self._find(f"{together}_bias", disk_names)
             return parts + ([Part(bias, "bias", 0, index, number) for number in numbers] if bias else [])
         name = f"{block}.experts.{{}}.{at.names[projection]}.weight"
         return [Part(self.disk_name(name.format(number), disk_names), "weight") for number in numbers]
 
-    def _is_flipped(self, name: str) -> bool:
-        at = self.experts_at
-        return at is not None and at.flipped and bool(re.search(r"\.experts\.(gate_up|up|down)_proj$", name))
+    def _is_flipped(self, disk: str, held: torch.Tensor, shape: Callable | None) -> bool:
+        """Whether a file holds a tensor of experts the other way round than memory."""
+        flips = self.experts_at is not None and self.experts_at.flipped and held.dim() == 3 and shape is not None
+        return flips and tuple(shape(disk)) != tuple(held.shape)
+
+    def _of_other_tower(self, disk: str) -> bool:
+        """Whether a tensor is not the language model's, of a type with other towers."""
+        own = (self.layers_name, self.norm, *self.embeddings, self.head)
+        return bool(self.text_type) and not self.canonical(disk).startswith(tuple(f"{name}." for name in own))
 
     def _is_beyond(self, canonical: str, known: Mapping[str, torch.Tensor]) -> bool:
         """Whether a tensor is one that files of the type hold beside what the model has."""

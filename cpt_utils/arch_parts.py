@@ -83,7 +83,7 @@ class Experts:
         router: module of the router below the block.
         sparse: which layers have experts; the others are dense, and `Arch.projections_at` says where.
         transposed: both parameters are [E, in, out], in memory and on disk.
-        flipped: files hold the last two dimensions of both the other way round than memory.
+        flipped: files may hold the last two dimensions of both the other way round than memory; their shape says so.
         interleaved: gate and up alternate, feature by feature, instead of one half each.
         activation: the nonlinearity below `<block>.experts`; empty where it is no module and `function` is used.
         function: (the experts' module, gate's output) -> the activation, where no module computes it.

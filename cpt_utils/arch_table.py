@@ -6,7 +6,7 @@ The tests of every type and docs/architectures.md (`python docs/architectures.py
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from cpt_utils.arch import LLAMA_ATTENTION, Arch
 from cpt_utils.arch_parts import ATTENTION, FFN, Experts, Slot, fused, named
@@ -196,27 +196,12 @@ ARCHS: dict[str, Arch] = {
     "llama": Arch(examples=("meta-llama/Llama-3.1-8B", "TinyLlama/TinyLlama_v1.1", "utter-project/EuroLLM-1.7B")),
     "mistral": Arch(examples=("mistralai/Mistral-7B-v0.3",)),
     "ministral": Arch(examples=("mistralai/Ministral-8B-Instruct-2410",)),
-    "ministral3": Arch(notes="The language model alone; with its vision tower it is a mistral3, which is not here."),
+    "ministral3": Arch(notes="The language model alone; with its vision tower it is a mistral3."),
     "qwen2": Arch(examples=("Qwen/Qwen2.5-7B", "Qwen/Qwen2-1.5B"), notes="Biases on q, k, v."),
     "qwen3": Arch(examples=("Qwen/Qwen3-8B-Base",), notes="Norms on q and k."),
     "gemma": Arch(examples=("google/gemma-2b",)),
     "gemma2": Arch(norms=SANDWICH, examples=("google/gemma-2-9b",)),
     "gemma3_text": Arch(norms=SANDWICH, examples=("google/gemma-3-1b-pt",), notes="Norms on q and k."),
-    # Gemma 3 from 4B on has a vision tower; the language model stands one level deeper.
-    "gemma3": Arch(
-        decoder_path="model.language_model",
-        prefixes=("language_model.model.", "model.language_model."),
-        renames=(
-            ("language_model.lm_head.", "lm_head."),
-            ("vision_tower.vision_model.", "model.vision_tower."),
-            ("vision_tower.", "model.vision_tower."),
-            ("multi_modal_projector.", "model.multi_modal_projector."),
-        ),
-        defaults={"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
-        norms=SANDWICH,
-        examples=("google/gemma-3-4b-pt",),
-        notes="With vision tower, which stays the target's in a swap and is not compared. Norms on q and k.",
-    ),
     "olmo": Arch(examples=("allenai/OLMo-7B-hf",), notes="Norms without parameters."),
     "olmo2": Arch(norms="after", examples=("allenai/OLMo-2-1124-7B",), notes="Norms on q and k."),
     "olmo3": Arch(norms="after", examples=("allenai/Olmo-3-1025-7B",), notes="Norms on q and k."),
@@ -870,4 +855,95 @@ ARCHS: dict[str, Arch] = {
         experts_at=Experts(), norms="after", examples=("allenai/FlexOlmo-7x7B-1T",), notes="Norms on q and k."
     ),
 }
+# --- language models with other towers beside them ---
+
+HEAD = ("language_model.lm_head.", "lm_head.")
+LLAVA = (
+    HEAD,
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A type whose language model has other towers, for images, beside it: these stay the target's, and no numbers
+    come from them.
+
+    Attributes:
+        text: the table's entry for its language model; a config that names another type of the table has that one.
+        own: what configs call the language model where it is of no type of its own.
+        prefixes, renames, decoder_path, head: as those of `Arch`.
+        more: what else differs from `text`.
+    """
+
+    text: str
+    own: str = ""
+    decoder_path: str = "model.language_model"
+    prefixes: tuple[str, ...] = ("language_model.model.", "model.language_model.")
+    renames: tuple[tuple[str, str], ...] = LLAVA
+    more: dict = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+
+    def around(self, text: Arch, name: str) -> Arch:
+        """The entry of this type, with this language model."""
+        kind = self.own if text.model_type == self.text and self.own else text.model_type
+        return replace(
+            text, text_type=kind, decoder_path=self.decoder_path, prefixes=self.prefixes, renames=self.renames,
+            examples=self.examples, model_type=name, **self.more,
+        )  # fmt: skip
+
+
+# What the first Qwen VLs call their parts on disk; later ones are named as in memory.
+QWEN_VL = {"prefixes": ("model.language_model.", "model."), "renames": (("visual.", "model.visual."),)}
+AS_IN_MEMORY = {"prefixes": ("model.language_model.",), "renames": ()}
+TEXT_MODEL = {"decoder_path": "model.text_model", "prefixes": ("model.text_model.",), "renames": ()}
+
+TOWERS: dict[str, Tower] = {
+    "gemma3": Tower(
+        "gemma3_text",
+        more={"defaults": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}},
+        examples=("google/gemma-3-4b-pt",),
+    ),
+    "gemma4": Tower("gemma4_text", **AS_IN_MEMORY, examples=("google/gemma-4-E2B",)),
+    "gemma4_unified": Tower("gemma4_unified_text", **AS_IN_MEMORY),
+    "qwen2_vl": Tower("qwen2", "qwen2_vl_text", **QWEN_VL, examples=("Qwen/Qwen2-VL-2B",)),
+    "qwen2_5_vl": Tower("qwen2", "qwen2_5_vl_text", **QWEN_VL, examples=("Qwen/Qwen2.5-VL-3B-Instruct",)),
+    "qwen3_vl": Tower("qwen3", "qwen3_vl_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3-VL-4B-Instruct",)),
+    "qwen3_vl_moe": Tower(
+        "qwen3_moe",
+        "qwen3_vl_moe_text",
+        **AS_IN_MEMORY,
+        more={"experts_at": Experts(flipped=True)},
+        examples=("Qwen/Qwen3-VL-30B-A3B-Instruct",),
+    ),
+    "qwen3_5": Tower("qwen3_5_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3.5-4B-Base",)),
+    "qwen3_5_moe": Tower("qwen3_5_moe_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3.5-35B-A3B-Base",)),
+    "llama4": Tower(
+        "llama4_text",
+        decoder_path="language_model.model",
+        prefixes=("language_model.model.",),
+        renames=(),
+        more={"head": "language_model.lm_head"},
+        examples=("meta-llama/Llama-4-Scout-17B-16E",),
+    ),
+    "mistral3": Tower("mistral", examples=("mistralai/Mistral-Small-3.1-24B-Base-2503",)),
+    "llava": Tower("llama", examples=("llava-hf/llava-1.5-7b-hf",)),
+    "llava_next": Tower("llama", examples=("llava-hf/llava-v1.6-mistral-7b-hf",)),
+    "llava_onevision": Tower("qwen2", examples=("llava-hf/llava-onevision-qwen2-7b-ov-hf",)),
+    "internvl": Tower("qwen2", examples=("OpenGVLab/InternVL3-8B-hf",)),
+    "aya_vision": Tower("cohere2", examples=("CohereLabs/aya-vision-8b",)),
+    "cohere2_vision": Tower("cohere2", **AS_IN_MEMORY, examples=("CohereLabs/command-a-vision-07-2025",)),
+    "idefics3": Tower("llama", **TEXT_MODEL, examples=("HuggingFaceM4/Idefics3-8B-Llama3",)),
+    "smolvlm": Tower("llama", **TEXT_MODEL, examples=("HuggingFaceTB/SmolVLM2-2.2B-Instruct",)),
+    "aria": Tower("aria_text", examples=("rhymes-ai/Aria",)),
+    "exaone4_5": Tower("exaone4", **AS_IN_MEMORY),
+    "lfm2_vl": Tower("lfm2", **AS_IN_MEMORY, examples=("LiquidAI/LFM2-VL-1.6B",)),
+    "glm4v": Tower("glm4", "glm4v_text", **AS_IN_MEMORY, examples=("zai-org/GLM-4.1V-9B-Base",)),
+    "glm4v_moe": Tower("glm4_moe", "glm4v_moe_text", **AS_IN_MEMORY, examples=("zai-org/GLM-4.5V",)),
+    # transformers saves its layers as `blocks`, a name that it has for those of the image tower.
+    "kimi_k25": Tower("deepseek_v3", more={"inner": (("blocks.", "layers."),)}, examples=("moonshotai/Kimi-K2.5",)),
+}
 ARCHS = {name: replace(arch, model_type=name) for name, arch in ARCHS.items()}
+ARCHS |= {name: tower.around(ARCHS[tower.text], name) for name, tower in TOWERS.items()}

@@ -14,7 +14,7 @@ import re
 
 from cpt_utils.arch import FIELDS, Arch, is_buffer
 from cpt_utils.arch_parts import ATTENTION, FFN, PROJECTIONS, ROUTER, Neurons, Part, Place, as_slots, take
-from cpt_utils.arch_table import ARCHS
+from cpt_utils.arch_table import ARCHS, TOWERS
 from cpt_utils.errors import InputError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "for_config",
     "is_buffer",
     "take",
+    "text_type",
 ]
 
 
@@ -51,11 +52,37 @@ def for_config(config) -> Arch:
             f"model type {model_type!r} is not in the table of architectures (nearest: {', '.join(near)}); "
             + _entry_to_add(values)
         )
-    arch = ARCHS[model_type]
+    arch = _with_text_model(values)
     for key, why in arch.unless.items():
         if values.get(key):
             raise InputError(f"config.json of a {model_type} sets {key}, which is not read: {why}")
     return arch
+
+
+def text_type(config) -> str:
+    """The model type of the language model alone: where it has a vision tower beside it, that of its text model.
+
+    Two models are compared and swapped where these are the same: layers have the same tensors then, by their canonical
+    names.
+    """
+    arch = for_config(config)
+    return arch.text_type or arch.model_type
+
+
+def _with_text_model(values: dict) -> Arch:
+    """The entry of a type; with other towers, around the language model that the config names."""
+    name = values["model_type"]
+    text = values.get("text_config")
+    stated = text.get("model_type") if isinstance(text, dict) else None
+    tower = TOWERS.get(name)
+    if tower is None or stated in (None, tower.text, tower.own):
+        return ARCHS[name]
+    if stated not in ARCHS:
+        raise InputError(
+            f"the language model of this {name} is of type {stated!r}, which is not in the table of architectures; "
+            + _entry_to_add(text)
+        )
+    return tower.around(ARCHS[stated], name)
 
 
 def _entry_to_add(config: dict) -> str:

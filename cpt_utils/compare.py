@@ -252,7 +252,7 @@ class _Side:
 
     def weights(self, layer: int, projection: str) -> list[archs.Part]:
         """Where the weight of `projection` in `layer` is on disk: one part, or one for each expert or step."""
-        parts = self.arch.parts(self.config, layer, projection, self.names)
+        parts = self.arch.parts(self.config, layer, projection, self.names, self.stored.shape)
         return [part for part in parts if part.role == "weight"]
 
 

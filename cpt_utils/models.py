@@ -26,12 +26,17 @@ READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
 
 def auto_class(config):
-    """The class of transformers that makes the model of a config: for causal language models, where it knows the type,
-    else for those with an image tower, whose language model is what counts here."""
+    """The class of transformers that makes the model of a config: with its image tower, where it has one, and for
+    causal language models else. What counts here is the language model, but all of a file's tensors are to be read."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if known else AutoModelForImageTextToText
+    whole = type(config) in AutoModelForImageTextToText._model_mapping
+    alone = type(config) in AutoModelForCausalLM._model_mapping
+    return (
+        AutoModelForImageTextToText
+        if whole and (hasattr(config, "vision_config") or not alone)
+        else AutoModelForCausalLM
+    )
 
 
 def attention(config) -> str:

@@ -242,7 +242,7 @@ def parts_from_base(pair: Pair, projections: Iterable[str], layers: Iterable[int
         pair.edit(part.tensor, part.dim, part.index, expert=part.expert)
         for layer in layers
         for projection in _those_of(pair, layer, wanted)
-        for part in pair.arch.parts(pair.config, layer, projection, names)
+        for part in pair.arch.parts(pair.config, layer, projection, names, pair.target.shape)
     ]
     words = f"{', '.join(wanted)} of the base in layers {_listed(layers)}"
     return Recipe(words, {"projections": wanted, "layers": layers}, tuple(edits))

@@ -12,6 +12,7 @@ TOKENS = 259
 VOCAB = 272
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # types whose default rescales positions beyond 512
 MINISTRAL = ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
+MROPE = ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 # What a type that has the key gets: a mixture, a latent attention and other mixers as small as the rest.
 SMALL = {
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "moe_intermediate_size": 24,
@@ -30,6 +31,19 @@ MAMBA = {
 }  # fmt: skip
 INDEXER = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+# An image tower, of which nothing is measured.
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "depth": 1, "embed_dim": 16, "num_heads": 2, "out_hidden_size": 32, "head_dim": 8,
+    "num_key_value_heads": 2, "deepstack_visual_indexes": [0], "projection_dim": 32, "vision_output_dim": 32,
+}  # fmt: skip
+OTHER_TOWER = {
+    "qwen2_vl": {"hidden_size": 32},
+    "gemma4": VISION | {"position_embedding_size": 16},
+    "gemma4_unified": {"mm_embed_dim": 16, "mm_posemb_size": 16, "output_proj_dims": 16, "patch_size": 14},
+    "llama4": {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    "kimi_k25": {"pos_emb_height": 4, "pos_emb_width": 4},
+}
 # What a tiny config of a type needs beyond the sizes that `tiny_config` gives to all.
 TINY = {
     "gemma2": {"query_pre_attn_scalar": 8},
@@ -37,6 +51,10 @@ TINY = {
     "gptj": {"rotary_dim": 4},
     "opt": {"word_embed_proj_dim": 32},
     "ministral3": {"rope_parameters": MINISTRAL},
+    "qwen2_vl": {"rope_parameters": MROPE},
+    "qwen2_5_vl": {"rope_parameters": MROPE},
+    "glm4v": {"rope_parameters": MROPE},
+    "glm4v_moe": {"rope_parameters": MROPE},
     "mistral4": {"rope_parameters": MINISTRAL | {"partial_rotary_factor": 1.0}},
     "apertus": {"rope_parameters": ROPE},
     "qwen3_moe": {"mlp_only_layers": [1]},
@@ -129,20 +147,19 @@ def tiny_config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, **
     }
     whole = AutoConfig.for_model(model_type).to_dict()
     known = whole.get("text_config") or whole
+    text = known.get("model_type", model_type)
     fields = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     fields |= {key: value for name, value in wanted.items() for key in keys[name] if key in known}
     fields |= {key: value for key, value in SMALL.items() if key in known}
     if "kv_lora_rank" in known:  # all heads have keys and values of their own, and turn only a part of their features
         fields |= {"num_key_value_heads": 4} | ({"head_dim": SMALL["qk_rope_head_dim"]} if "head_dim" in known else {})
-    fields |= TINY.get(model_type, {}) | overrides
-    if "vision_config" in whole:
-        vision = {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
+    fields |= TINY.get(text, {}) | TINY.get(model_type, {}) | overrides
+    if "text_config" in whole:
+        vision = {key: value for key, value in VISION.items() if key in (whole.get("vision_config") or {})}
+        fields = {
+            "text_config": fields | {"model_type": text},
+            "vision_config": vision | OTHER_TOWER.get(model_type, {}),
         }
-        fields = {"text_config": fields, "vision_config": vision, "mm_tokens_per_image": 4}
+        fields |= {"mm_tokens_per_image": 4} if "mm_tokens_per_image" in whole else {}
+        fields |= {"audio_config": None} if "audio_config" in whole else {}
     return AutoConfig.for_model(model_type, **fields)
