@@ -385,8 +385,9 @@ class Arch:
             canonical = self.canonical(disk)
             names = (disk, f"{self.decoder_path}.{canonical}", canonical)
             name = next((name for name in names if name in known), None)
-            place = self._place_within(disk, known, shape)
-            if name:
+            if name is None:
+                place = self._place_within(disk, known, shape)
+            else:
                 place = Place(name, flipped=self._is_flipped(disk, known[name], shape))
             if place is not None:
                 found[disk] = place
@@ -515,7 +516,8 @@ class Arch:
         layer, name = f"{self.decoder_path}.{match[1]}", match[2]
         for memory, stack in self.stacked.items() if shape else ():
             if name in stack and f"{layer}.{memory}" in known:
-                before = [disk.removesuffix(name) + other for other in stack[: stack.index(name)]]
+                stem = disk.rpartition(".")[0].rpartition(".")[0]
+                before = [f"{stem}.{'.'.join(other.split('.')[-2:])}" for other in stack[: stack.index(name)]]
                 first = sum(shape(other)[0] for other in before)
                 return Place(f"{layer}.{memory}", (slice(first, first + shape(disk)[0]),))
         at = self.experts_at

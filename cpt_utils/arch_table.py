@@ -843,6 +843,23 @@ ARCHS: dict[str, Arch] = {
         examples=("moonshotai/Kimi-Linear-48B-A3B-Base",),
         notes=LATENT_NOTE,
     ),
+    "bailing_hybrid": Arch(
+        projections_at=LATENT_FFN,
+        experts_at=Experts(sparse=by_kind, **beside("mlp.shared_experts", as_shared_experts)),
+        mixers={"linear_attention": "self_attn"},
+        inner=(
+            (".attention.", ".self_attn."),
+            (".self_attn.f_proj.", ".self_attn.forget_gate.f_proj."),
+            (".self_attn.dt_bias", ".self_attn.forget_gate.dt_bias"),
+            (".self_attn.A_log", ".self_attn.forget_gate.A_log"),
+            (".self_attn.dense.", ".self_attn.o_proj."),
+            (".mlp.gate.expert_bias", ".mlp.gate.e_score_correction_bias"),
+            ("word_embeddings.", "embed_tokens."),
+        ),
+        stacked=convolutions("self_attn"),
+        beyond=AHEAD,
+        notes=f"{LATENT_NOTE} The output gate `self_attn.g_proj` moves with whole layers.",
+    ),
     "gemma4_unified_text": Arch(
         projections_at=SHARED_KV | named("mlp", *FFN),
         dense_width=gemma4_width,
@@ -944,6 +961,22 @@ TOWERS: dict[str, Tower] = {
     "glm4v_moe": Tower("glm4_moe", "glm4v_moe_text", **AS_IN_MEMORY, examples=("zai-org/GLM-4.5V",)),
     # transformers saves its layers as `blocks`, a name that it has for those of the image tower.
     "kimi_k25": Tower("deepseek_v3", more={"inner": (("blocks.", "layers."),)}, examples=("moonshotai/Kimi-K2.5",)),
+    "fuyu": Tower(
+        "persimmon", renames=(HEAD, ("vision_embed_tokens.", "model.vision_embed_tokens.")), examples=("adept/fuyu-8b",)
+    ),
+    "llava_next_video": Tower("llama"),
+    "vipllava": Tower("llama"),
+    "video_llava": Tower("llama"),
+    "video_llama_3": Tower("qwen2", **QWEN_VL),
+    "deepseek_vl": Tower("llama", **AS_IN_MEMORY),
+    "idefics2": Tower("mistral", **TEXT_MODEL),
+    "lighton_ocr": Tower("qwen3", **AS_IN_MEMORY),
+    "glm46v": Tower("glm4", "glm4v_text", **AS_IN_MEMORY),
+    "lfm3_vl": Tower("lfm3", **AS_IN_MEMORY),
+    "cohere_compass": Tower("cohere_compass_text", **AS_IN_MEMORY),
+    "hyperclovax_vision_v2": Tower("hyperclovax", **AS_IN_MEMORY),
+    "minicpmv4_6": Tower("qwen3_5_text", **AS_IN_MEMORY),
+    "minicpmv4_7": Tower("qwen3_5_text", **AS_IN_MEMORY),
 }
 ARCHS = {name: replace(arch, model_type=name) for name, arch in ARCHS.items()}
 ARCHS |= {name: tower.around(ARCHS[tower.text], name) for name, tower in TOWERS.items()}

@@ -35,7 +35,7 @@ VARIANTS = {
 }
 CASES = {name: (name, {}) for name in EVERY_ARCHITECTURE} | VARIANTS
 MIXTURES = [name for name in EVERY_ARCHITECTURE if archs.ARCHS[name].experts_at]
-TOWER = re.compile("vision|visual|audio|projector|connector|merger|image_newline")
+TOWER = re.compile("vision|visual|audio|projector|connector|merger|aligner|image_newline|image_tower|video_tower")
 IDS = torch.arange(3, 40)[None]
 
 

@@ -53,6 +53,14 @@ TINY = {
     "ministral3": {"rope_parameters": MINISTRAL},
     "qwen2_vl": {"rope_parameters": MROPE},
     "qwen2_5_vl": {"rope_parameters": MROPE},
+    "glm46v": {"rope_parameters": MROPE},
+    "bailing_hybrid": DENSE_FIRST
+    | {
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "num_expert_group": 1,
+    },
     "glm4v": {"rope_parameters": MROPE},
     "glm4v_moe": {"rope_parameters": MROPE},
     "mistral4": {"rope_parameters": MINISTRAL | {"partial_rotary_factor": 1.0}},
