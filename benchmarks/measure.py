@@ -206,6 +206,8 @@ def shape_of(gigabytes: float) -> Shape:
 def write_model(folder: Path, shape: Shape, seed: int, shards: int, dtype: str) -> int:
     """A random model in `shards` files, two bytes a parameter, written block by block; returns its bytes."""
     import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
 
     folder.mkdir(parents=True)
     every = shape.tensors()
@@ -229,7 +231,7 @@ def write_model(folder: Path, shape: Shape, seed: int, shards: int, dtype: str) 
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / tensors.INDEX).write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(shape.config(dtype)))
-    (folder / "tokenizer.json").write_text("{}")
+    Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     return total
 
 

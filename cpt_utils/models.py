@@ -149,13 +149,13 @@ def _run_quantised(model: PreTrainedModel, ref: refs.ModelRef, how: str, dtype: 
     if not formats.for_transformers(ref.config()):
         raise InputError("config.json does not tell transformers so, which would take the codes for weights")
     runs = "which transformers runs as they are"
-    if not getattr(model, "is_quantized", False):  # some types are where there is no GPU
+    if not getattr(model, "is_quantized", False):  # FP8 without a GPU: into several dtypes
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         runs = "which transformers has dequantised while loading"
-    cli.once(f"{formats.run_of(ref.spec)}: quantised weights ({how}), {runs}")
     with torch.inference_mode():
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=input_device(model)))
+    cli.once(f"{formats.run_of(ref.spec)}: quantised weights ({how}), {runs}")
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

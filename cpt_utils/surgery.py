@@ -622,7 +622,7 @@ class Swapper:
         if edited.isdisjoint(names):
             return
         together: dict[int, set[str]] = {}
-        for name, place in self.pair.arch.module_places(names, self.model).items():
+        for name, place in self.pair.arch.module_places(names, self.model, self.pair.target.shape).items():
             together.setdefault(id(_held(self.model, place.name)), set()).add(name)
         for group in together.values():
             if edited & group and group - edited:

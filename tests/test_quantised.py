@@ -333,3 +333,12 @@ def test_adapter_of_a_quantised_base(plain, tmp_path):
         plain, adapter, "adapter of a quantised base.*16-bit.*by its name .*llama\\).*adapter_config", False
     )
     assert refused(load, adapter) == refused(pair, plain, adapter) == said
+
+
+def test_bitnet_keeps_its_plain_weights(plain, tmp_path):
+    """They are what is trained, and made codes of each time the model runs: compared as they are, run as BitNet's."""
+    folder = shutil.copytree(plain, tmp_path / "m")
+    bitnet = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit(folder, quantization_config=bitnet)
+    assert changes(plain, folder)[0][0]["q_proj"].sum_abs == 0
+    assert type(load(folder).model.layers[0].mlp.up_proj).__name__ == "AutoBitLinear"
