@@ -74,7 +74,8 @@ results: results
 
 def test_a_failed_gate_goes_on_and_is_said(study, capsys):
     """Both files of layers carry it: said once, and in the header of what is written."""
-    for path in study.glob("results/**/*.json"):
+    for name in ("layer-specialize/layers.json", "lsn/result/tiny.layers.facts.json"):
+        path = study / "results" / name
         content = json.loads(path.read_text())
         content["_header"]["gate"] = failed_gate()
         path.write_text(json.dumps(content))

@@ -129,6 +129,8 @@ def test_later_steps_hand_it_on_and_say_that_it_failed(tmp_path, capsys):
     assert gate.carried(file("null.json", gate=None)) is gate.carried(file("before.json")) is None
     (tmp_path / "bare.json").write_text("[1, 2]")
     assert gate.carried(tmp_path / "bare.json") is gate.carried(tmp_path / "none.json") is None
+    results.write_list(tmp_path / "list.json", "layers", {"layers": [1]}, results.header("lsn-layers", gate=passed))
+    assert gate.carried(tmp_path / "list.json") == passed  # its header stands beside it
     assert capsys.readouterr() == ("", "")
     bad = file("bad.json", gate=failed_gate("run/checkpoint-5"))
     assert gate.carried(tmp_path / "bare.json", bad, bad) == json.loads(bad.read_text())["_header"]["gate"]

@@ -243,7 +243,7 @@ def test_results_under_the_earlier_name_are_finished(study, capsys):
     SCRIPT.main([])
     assert capsys.readouterr().out.count("finished before") == 3
     assert before == {path.name: path.read_bytes() for path in place.iterdir()}
-    with pytest.raises(InputError, match=r"r\.checkpoint-30.ga.288.json is of another request \(other: dtype\)"):
+    with pytest.raises(InputError, match=r"r\.checkpoint-30.ga.288.json is of another request \(dtype: torch"):
         (place / "checkpoint-5.ga.288.json").unlink()
         (place / "checkpoint-30.ga.288.json").unlink()
         (place / "r.checkpoint-5.ga.288.json").unlink()
