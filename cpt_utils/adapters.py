@@ -1,23 +1,18 @@
-"""LoRA adapters (PEFT) as checkpoints: the base's tensors with the low-rank change added, computed tensor by tensor.
+"""LoRA adapters (PEFT) as checkpoints: what they say of themselves, their base, and a loaded base with one merged in.
 
-    with tensors.open_folder("run/checkpoint-90") as stored:         # adapter_config.json, adapter_model.safetensors
-        weight = stored.get("model.layers.0.mlp.up_proj.weight")     # W_B + scale * B A, in the base's dtype
-
-The merged weight is what PEFT's `merge_and_unload` leaves: B A and the sum in float32, then the dtype that the base has
-on disk. scale is alpha / r, or alpha / sqrt(r) with `use_rslora`. Modules trained whole (`modules_to_save`, biases)
-replace the base's, and may have more rows (an extended vocabulary). Anything else that changes what a model computes
-(DoRA, other PEFT types, changed bases as of PiSSA) is refused.
+An adapter stands for the model that PEFT's `merge_and_unload` leaves; `merged.AdapterFolder` computes its tensors.
+What is not merged here (DoRA, other PEFT types, changed bases as of PiSSA, quantised bases) is refused by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +20,8 @@ from cpt_utils import archs, cli, formats, refs, tensors
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-ROWS = 256  # rows merged at a time, from row 0 on: a row has the same bits however it is asked for
 # Keys of adapter_config.json that do not change what the merged model computes, or that are read below. Any other key
 # with a value is refused.
 KNOWN = {
@@ -36,19 +29,27 @@ KNOWN = {
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
+    "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_rslora", "velora_config",
 }  # fmt: skip
 # Initialisations that leave the base as it is. The others (PiSSA, OLoRA, LoftQ, ..) train on a changed base.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 PREFIX = "base_model.model."
-LOW_RANK = re.compile(
-    r"(.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|lora_B\.(?P<bias>bias))"
-)
+# What PEFT puts into the name of a tensor that it saves whole: of a module trained whole (`modules_to_save`), of one
+# that also has a product or trained rows. What it also saves of the first kind as it was before does not count.
+WRAPPERS = (".modules_to_save.", ".token_adapter.base_layer.", ".base_layer.")
+BEFORE = ".original_module."
+TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an adapter_config.json says of the arithmetic."""
+    """What an adapter_config.json says of the arithmetic.
+
+    Attributes:
+        whole: modules trained whole (`modules_to_save`), by the ends of their names.
+        tying: tied embeddings that are trained whole stay tied (`ensure_weight_tying`).
+        tokens: rows of embeddings that were trained alone, by the end of the module's name; "" for any module.
+    """
 
     base: str
     rank: int
@@ -57,6 +58,9 @@ class Settings:
     ranks: dict[str, int]
     alphas: dict[str, float]
     targets: tuple[str, ...]
+    whole: tuple[str, ...]
+    tying: bool
+    tokens: dict[str, list[int]]
 
     def scale(self, module: str, rank: int) -> float:
         """The factor of B A in `module` (dotted name in memory), whose tensors have `rank`."""
@@ -64,6 +68,16 @@ class Settings:
         if stated != rank:
             raise InputError(f"the adapter's {module} has rank {rank}, and its configuration says {stated}")
         return _by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def rows(self, module: str) -> list[int]:
+        """The rows that were trained of the embeddings `module`, or of an output matrix that is tied to them."""
+        found = [rows for end, rows in self.tokens.items() if module.endswith(end)]
+        return (found or list(self.tokens.values()) or [[]])[0]
+
+    def unties(self, kin: tuple[archs.Arch, ...]) -> bool:
+        """Whether embeddings and output matrix, tied or not, are two after merging: one of them was trained whole."""
+        names = [f"{arch.decoder_path}.{arch.embeddings[0]}" for arch in kin] + [arch.head for arch in kin]
+        return not self.tying and any(name.endswith(end) for name in names for end in self.whole)
 
 
 def _by_pattern(patterns: dict, module: str, default):
@@ -87,7 +101,6 @@ def read_settings(folder: Path) -> Settings:
         other.append(f"init_lora_weights {values['init_lora_weights']!r}")
     if other:
         raise InputError(f"{file} sets {other[0]}, which is not merged here; merge the adapter with PEFT")
-    targets = values.get("target_modules")
     ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
     numbers = [values.get("r"), values.get("lora_alpha"), *_values(ranks), *_values(alphas)]
     if not all(type(n) in (int, float) and 0 < n < 1e6 for n in numbers):
@@ -102,42 +115,76 @@ def read_settings(folder: Path) -> Settings:
             re.compile(pattern)
     except re.error:
         raise InputError(f"{file}: {pattern!r} in a pattern of modules is no regular expression") from None
-    named = tuple(targets) if isinstance(targets, list) and not values.get("exclude_modules") else ()
-    return Settings(base or "", values["r"], values["lora_alpha"], bool(values.get("use_rslora")), ranks, alphas, named)
+    targets, whole = values.get("target_modules"), values.get("modules_to_save")
+    return Settings(
+        base or "", values["r"], values["lora_alpha"], bool(values.get("use_rslora")), ranks, alphas,
+        tuple(targets) if isinstance(targets, list) and not values.get("exclude_modules") else (),
+        tuple(whole) if isinstance(whole, list) else (),
+        bool(values.get("ensure_weight_tying")),
+        _tokens(values.get("trainable_token_indices"), file),
+    )  # fmt: skip
 
 
 def _values(patterns) -> list:
     return list(patterns.values()) if isinstance(patterns, dict) else [None]
 
 
+def _tokens(given, file: Path) -> dict[str, list[int]]:
+    """`trainable_token_indices`: rows by the end of the module's name; a bare list is of the embeddings."""
+    found = given if isinstance(given, dict) else {"": given} if given else {}
+    for rows in found.values():
+        if not (
+            isinstance(rows, list) and all(type(n) is int and n >= 0 for n in rows) and len(set(rows)) == len(rows)
+        ):
+            raise InputError(f"{file}: trainable_token_indices must be lists of different rows, 0 or more")
+    return found
+
+
 def base_of(ref: refs.ModelRef, settings: Settings) -> refs.ModelRef:
     """The model that an adapter was trained on: the one its configuration names, else the one given with the reference.
 
-    The one it names comes first: merged into another model, the same adapter is no checkpoint of anything.
+    The one it names comes first: merged into another model, the same adapter is no checkpoint of anything. But a
+    quantised one holds codes, to which nothing can be added.
     """
-    named = settings.base
-    try:
-        if not named:
-            raise InputError(f"{ref.spec} is an adapter that does not name its base")
-        base = refs.model(named)
-    except InputError as error:
+    named = settings.base or "a base that it does not name"
+    place = f"base_model_name_or_path of its {refs.ADAPTER_CONFIG}"
+    base, why = None, "which is not here" if settings.base else ""
+    if settings.base:
+        with contextlib.suppress(InputError):
+            base = refs.model(settings.base)
+    remedy = f"write where its base is into {place}"
+    if _is_quantised(base, settings.base):
+        base, why, original = None, "which is quantised", formats.original_of(settings.base)
+        by_name = f" (by its name {original})" if original else ""
+        remedy = f"write the 16-bit model that it was made from{by_name} into {place}"
+    if base is None:
+        told = f"{ref.spec} is an adapter of {named}{f', {why}' if why else ''}"
         if ref.base is None:
-            raise InputError(
-                f"{ref.spec} is an adapter of {named or 'a base it does not name'}, which is not here; write where its "
-                f"base is into base_model_name_or_path of its {refs.ADAPTER_CONFIG}"
-            ) from error
+            raise InputError(f"{told}; {remedy}")
         base = ref.base
-        cli.say(f"{ref.spec} is an adapter of {named or 'an unnamed base'}, which is not here; {base.spec} is taken")
+        cli.say(f"{told}; {base.spec} is taken")
     if base.is_adapter:
         raise InputError(f"{ref.spec} is an adapter of {base.spec}, which is an adapter itself; merge that one first")
     return base
 
 
+def _is_quantised(base: refs.ModelRef | None, name: str) -> bool:
+    """Whether a base holds codes: by its configuration, or by its name where that cannot be had."""
+    if base is not None:
+        with contextlib.suppress(InputError):
+            return not base.is_adapter and formats.stated(base.config()) is not None
+    return formats.original_of(name) is not None
+
+
 def config(ref: refs.ModelRef) -> dict:
-    """The configuration of the merged model: the base's, with the vocabulary that the adapter brings."""
+    """The configuration of the merged model: the base's, with the vocabulary that the adapter brings; untied where one
+    of two tied matrices was trained whole."""
     values = ref.adapted.config()
-    with _Own(ref.folder(refs.ADAPTER_PATTERNS)) as own:
-        rows = _vocabulary(own, archs.for_config(values))
+    kin, folder = archs.kin(values), ref.folder(refs.ADAPTER_PATTERNS)
+    with OwnFile(folder) as own:
+        rows = own.vocabulary(kin)
+    if read_settings(folder).unties(kin) and values.get("tie_word_embeddings") is not False:
+        values |= {"tie_word_embeddings": False}
     if rows is None or rows == refs.vocabulary_size(values):
         return values
     if isinstance(values.get("text_config"), dict) and "vocab_size" not in values:
@@ -153,11 +200,12 @@ def sample(ref: refs.ModelRef) -> str:
         refs.weights_sample(folder, refs.ADAPTER_PATTERNS),
         [settings.rank, settings.alpha, settings.rslora, settings.ranks, settings.alphas],
         base.get("weights_sample") or [base["model_id"], base["revision"]],
+        *([settings.tokens] if settings.tokens else []),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Own(tensors.TensorFolder):
+class OwnFile(tensors.TensorFolder):
     """The adapter's own file of tensors."""
 
     def _look(self):
@@ -166,245 +214,72 @@ class _Own(tensors.TensorFolder):
                 return kind, [name], None
         raise InputError(f"{self.path} holds {refs.ADAPTER_CONFIG} but no {refs.ADAPTER_WEIGHTS[0]}; copy it again")
 
+    def replaced(self) -> dict[str, str]:
+        """Tensors saved whole: name in the base's state dict -> name here.
 
-def _in_memory(name: str) -> str:
-    """What a tensor of the adapter that replaces one of the base is called in the base's state dict."""
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
-
-
-def _vocabulary(own: _Own, arch: archs.Arch) -> int | None:
-    """Rows of the embeddings where the adapter brings its own; None where it does not."""
-    wanted = f"{arch.embeddings[0]}.weight"
-    return next((own.shape(name)[0] for name in own.names() if arch.canonical(_in_memory(name)) == wanted), None)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """scale * B A, to be added to a weight; `flipped`: (B A)^T, for weights stored [in, out] and for embeddings."""
-
-    a: str
-    b: str
-    scale: float
-    flipped: bool
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A tensor trained whole, that replaces the base's; or, with `scale`, one that is added to it."""
-
-    tensor: str
-    scale: float | None = None
-
-
-class AdapterFolder:
-    """The tensors of base and adapter merged, by the base's names on disk: what `TensorFolder` is for a model folder.
-
-    A tensor that the adapter leaves alone is the base's own, with its `entry` in the base's file (`folder_of`); one
-    that it changes is computed, `ROWS` rows at a time, and has none.
-    """
-
-    kind = "adapter"
-    quantised = None  # a base that is, is refused
-
-    def __init__(self, ref: refs.ModelRef, base: refs.ModelRef | None = None, lazy: bool = False):
-        self.ref, self.spec = ref, ref.spec
-        self.path = Path(ref.folder(refs.ADAPTER_PATTERNS))
-        self.settings = read_settings(self.path)
-        self.base_ref = ref.adapted if ref.base or base is None else ref.with_base(base).adapted
-        self.arch = archs.for_config(self.base_ref.config())
-        self.own = _Own(self.path)
-        try:
-            self.base = tensors.open_folder(self.base_ref, lazy=lazy)
-        except formats.Quantised as error:
-            raise formats.Quantised(
-                f"{self.spec} is an adapter of a quantised base. {error}; write where that is into "
-                f"base_model_name_or_path of its {refs.ADAPTER_CONFIG}"
-            ) from None
-        self.files = self.base.files
-        self.changes: dict[str, LowRank | Whole] = self._plan()
-
-    def __enter__(self) -> AdapterFolder:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.own.close()
-        self.base.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.base
-
-    def names(self) -> list[str]:
-        return self.base.names()
-
-    def shard_of(self, name: str) -> str:
-        return self.base.shard_of(name)
-
-    def header(self, file: str) -> tensors.Header:
-        return self.base.header(file)
-
-    def folder_of(self, name: str) -> tensors.TensorFolder | None:
-        """The folder with a tensor's bytes, the base's; None for one that is computed."""
-        return None if name in self.changes else self.base
-
-    def entry(self, name: str) -> tensors.Entry:
-        """Where the bytes of a tensor are in the base's file.
-
-        Raises:
-            InputError: the adapter changes it, so that it is in no file.
+        PEFT 0.21 writes a module trained whole under its own name, and where the vocabulary was resized the whole
+        wrapper beside it: once more the same, and the module as it was before.
         """
-        if name in self.changes:
-            raise InputError(f"{name} of {self.spec} is computed from an adapter and is in no file")
-        return self.base.entry(name)
-
-    def fetch(self, names=None) -> None:
-        self.base.fetch(names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        change = self.changes.get(name)
-        if isinstance(change, Whole) and change.scale is None:
-            return self.own.shape(change.tensor)
-        return self.base.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.base.dtype(name)
-
-    def get(self, name: str) -> torch.Tensor:
-        """The merged tensor. The base's own where the adapter leaves it alone: do not write into it."""
-        shape = self.shape(name)
-        return self.rows(name, 0, shape[0]) if name in self.changes and shape else self.base.get(name)
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` (first dimension) of the merged tensor, in the base's dtype."""
-        import torch
-
-        change = self.changes.get(name)
-        if change is None:
-            return self.base.rows(name, start, stop)
-        if isinstance(change, Whole) and change.scale is None:
-            return self.own.rows(change.tensor, start, stop).to(self.dtype(name))
-        stop = min(stop, self.shape(name)[0])
-        wide = torch.promote_types(self.dtype(name), torch.float32)
-        merged = torch.empty((max(0, stop - start), *self.shape(name)[1:]), dtype=self.dtype(name))
-        for first in range(start - start % ROWS, stop, ROWS):
-            last = min(first + ROWS, self.shape(name)[0])
-            block = self.base.rows(name, first, last).to(wide) + self._added(change, first, last)
-            a, b = max(first, start), min(last, stop)
-            merged[a - start : b - start] = block[a - first : b - first]
-        return merged
-
-    def _added(self, change: LowRank | Whole, first: int, last: int) -> torch.Tensor:
-        """What is added to rows `first` to `last`, in float32."""
-        if isinstance(change, Whole):
-            return self.own.rows(change.tensor, first, last).float() * change.scale
-        a, b = self.own.get(change.a).float(), self.own.get(change.b).float()
-        product = a[:, first:last].T @ b.T if change.flipped else b[first:last] @ a
-        return product * change.scale
-
-    def _plan(self) -> dict[str, LowRank | Whole]:
-        """What the adapter does to each tensor of the base."""
-        pairs: dict[str, dict[str, str]] = {}
-        found: dict[str, LowRank | Whole] = {}
-        for name in self.own.names():
+        found = {}
+        for name in sorted(self.names(), key=len, reverse=True):  # the shortest stays
             module = name.removeprefix(PREFIX)
-            match = LOW_RANK.fullmatch(module)
-            if match is None:
-                if "lora_" in module or not module.endswith((".weight", ".bias")):
-                    raise InputError(f"{self.spec}: the adapter's tensor {name} is of a kind that is not merged here")
-                self._add(found, name, _in_memory(name), Whole(name))
-            elif match["bias"]:
-                pairs.setdefault(match[1], {})["bias"] = name
-            else:
-                pairs.setdefault(match[1], {})[match["side"] or match["embedding"]] = name
-        for module, own in pairs.items():
-            if "A" not in own or "B" not in own:
-                raise InputError(f"{self.spec}: the adapter holds only one of A and B of {module}; copy it again")
-            scale = self._scale(module, own)
-            embedding = "lora_embedding" in own["A"]
-            layer = self.arch.layer_of(f"{module}.weight")
-            flipped = embedding or (self.arch.transposed and layer is not None)
-            self._add(found, own["A"], f"{module}.weight", LowRank(own["A"], own["B"], scale, flipped))
-            if "bias" in own:
-                self._add(found, own["bias"], f"{module}.bias", Whole(own["bias"], scale))
-        self._refuse_gaps(pairs)
-        self._refuse_half(found)
-        self._warn_tied(found)
+            if ".lora_" in module or TOKENS in module or BEFORE in module:
+                continue
+            for wrapper in WRAPPERS:
+                module = module.replace(wrapper, ".")
+            found[module] = name
         return found
 
-    def _refuse_half(self, found: dict[str, LowRank | Whole]) -> None:
-        """Refuse embeddings and an output matrix of different sizes: what is missing would be made up at random."""
-        names = [f"{self.arch.embeddings[0]}.weight", f"{self.arch.head}.weight"]
-        rows = {}
-        for name in names:
-            disk = self._places.get(name)
-            if disk:  # a tied head is not there
-                change = found.get(disk)
-                whole = isinstance(change, Whole) and change.scale is None
-                rows[name] = (self.own.shape(change.tensor) if whole else self.base.shape(disk))[0]
-        if len(set(rows.values())) > 1 and any(self._places.get(name) in found for name in names):
-            sizes = " and ".join(f"{name} of {n} rows" for name, n in rows.items())
-            raise InputError(f"{self.spec}: with the adapter there is {sizes}; save both with it (modules_to_save)")
-
-    def _scale(self, module: str, own: dict[str, str]) -> float:
-        a, b = self.own.shape(own["A"]), self.own.shape(own["B"])
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
-            raise InputError(f"{self.spec}: A {list(a)} and B {list(b)} of {module} make no product; copy it again")
-        return self.settings.scale(module, a[0])
-
-    def _add(self, found: dict, own: str, name: str, change: LowRank | Whole) -> None:
-        """Put `change` at the base's tensor that is called `name` in memory; shapes checked."""
-        disk = self._places.get(self.arch.canonical(name))
-        if disk is None:
-            tied = " (the base ties it to its embeddings)" if name == f"{self.arch.head}.weight" else ""
-            raise InputError(f"{self.spec}: the adapter changes {name}, which {self.base_ref.spec} does not have{tied}")
-        mine, theirs = self.own.shape(own), self.base.shape(disk)
-        if isinstance(change, LowRank):
-            a, b = self.own.shape(change.a), self.own.shape(change.b)
-            mine = (a[1], b[0]) if change.flipped else (b[0], a[1])
-        rows = isinstance(change, Whole) and change.scale is None and disk in self.arch.embedding_tensors(self._disk)
-        if mine[int(rows) :] != theirs[int(rows) :] or len(mine) != len(theirs):
-            raise InputError(
-                f"{self.spec}: the adapter's change of {name} has shape {list(mine)}, and {self.base_ref.spec} has "
-                f"{list(theirs)}; is it an adapter of another base?"
-            )
-        if disk in found:
-            raise InputError(f"{self.spec}: the adapter changes {name} twice, by a product and as a whole")
-        found[disk] = change
-
-    @cached_property
-    def _disk(self) -> frozenset[str]:
-        return frozenset(self.base.names())
-
-    @cached_property
-    def _places(self) -> dict[str, str]:
-        return {self.arch.canonical(name): name for name in self._disk}
-
-    def _refuse_gaps(self, pairs: dict) -> None:
-        """What the configuration targets by name, and the base has, must be in the file at least once."""
-        for target in self.settings.targets:
-            there = any(f".{name}".endswith(f".{target}.weight") for name in self._disk)
-            if there and not any(f".{module}".endswith(f".{target}") for module in pairs):
-                raise InputError(f"{self.spec}: the adapter targets {target}, but its file holds nothing of it")
-
-    def _warn_tied(self, found: dict) -> None:
-        names = self.arch.embedding_tensors(self._disk)
-        if names[0] in found and f"{self.arch.head}.weight" not in self._places:
-            cli.warn(f"{self.spec}: the base ties its head to the embeddings, so the merged embeddings change both")
+    def vocabulary(self, kin: tuple[archs.Arch, ...]) -> int | None:
+        """Rows of embeddings or output matrix where the adapter brings its own; None where it does not."""
+        whole, arch = self.replaced(), kin[0]
+        rows = {each.canonical(name): self.shape(own)[0] for each in kin for name, own in whole.items()}
+        return rows.get(f"{arch.embeddings[0]}.weight", rows.get(f"{arch.head}.weight"))
 
 
 def apply(model: nn.Module, ref: refs.ModelRef) -> None:
     """Give a loaded base the weights of the merged model, as if it had been saved and loaded in the model's dtype."""
     import torch
 
-    with AdapterFolder(ref) as stored, torch.no_grad():
-        rows = _vocabulary(stored.own, stored.arch)
+    from cpt_utils import merged
+
+    with merged.AdapterFolder(ref) as stored, torch.no_grad():
+        rows = stored.own.vocabulary(stored.kin)
         if rows and model.get_input_embeddings().weight.shape[0] != rows:
             model.resize_token_embeddings(rows, mean_resizing=False)
+        _refuse_lost_rows(ref, stored.path, model.get_input_embeddings().weight.shape[0])
+        if stored.new_head:
+            _untie(model)
         for disk, place in stored.arch.module_places(stored.changes, model).items():
             parameter = model.get_parameter(place.name)
             if parameter.is_meta:
                 raise InputError(f"{ref.spec}: an adapter cannot be merged into layers that are kept on the disk")
             (parameter if place.index is None else parameter[place.index]).copy_(stored.get(disk))
     model.requires_grad_(False)
+
+
+def _refuse_lost_rows(ref: refs.ModelRef, folder: Path, rows: int) -> None:
+    """Refuse an adapter whose own tokenizer has more tokens than the merged embeddings have rows.
+
+    PEFT leaves the embeddings of a resized vocabulary out where it is told to, or does not notice (of models with a
+    vision tower).
+    """
+    from cpt_utils import models
+
+    tokens = len(models.open_tokenizer(folder)) if refs.has_tokenizer(folder) else 0
+    if tokens > rows:
+        raise InputError(
+            f"{ref.spec}: its tokenizer has {tokens} tokens and the embeddings have {rows} rows; those of the new "
+            "tokens are not in the adapter, save it again with save_embedding_layers=True"
+        )
+
+
+def _untie(model: nn.Module) -> None:
+    """Give the output matrix, which was that of the embeddings, memory of its own."""
+    import torch
+
+    head = model.get_output_embeddings()
+    device = getattr(getattr(head, "_hf_hook", None), "execution_device", None) or head.weight.device
+    head.weight = torch.nn.Parameter(head.weight.to(device, copy=True))
+    for values in (model.config, model.config.get_text_config()):
+        values.tie_word_embeddings = False

@@ -31,6 +31,7 @@ __all__ = [
     "as_slots",
     "for_config",
     "is_buffer",
+    "kin",
     "take",
     "text_type",
 ]
@@ -66,6 +67,9 @@ def text_type(config) -> str:
     names.
     """
     arch = for_config(config)
+    tower = TOWERS.get(arch.model_type)
+    if tower is not None and arch.text_type == tower.own:  # the same model under a name that only configs have
+        return tower.text
     return arch.text_type or arch.model_type
 
 
@@ -83,6 +87,14 @@ def _with_text_model(values: dict) -> Arch:
             + _entry_to_add(text)
         )
     return tower.around(ARCHS[stated], name)
+
+
+def kin(config) -> tuple[Arch, ...]:
+    """The architectures under whose names this language model may be: its own, and those of the same one alone, or with
+    other towers beside it."""
+    own, text = for_config(config), text_type(config)
+    found = {text: ARCHS.get(text)} | {name: ARCHS[name] for name, tower in TOWERS.items() if tower.text == text}
+    return (own, *(arch for name, arch in found.items() if arch is not None and name != own.model_type))
 
 
 def _entry_to_add(config: dict) -> str:

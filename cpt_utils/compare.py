@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, refs, tensors
+from cpt_utils import archs, cli, refs, stacking, tensors
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ def changes(
         for other in others:
             _refuse_unlike(one, other)
         sides = [one, *others]
+        _lay_alike(sides)
         plan = [
             matrix
             for layer in range(one.n_layers)
@@ -221,7 +222,21 @@ def unlike(base: refs.ModelRef, checkpoint: refs.ModelRef) -> dict[str, str]:
             shapes = one.stored.shape(ours[key]), other.stored.shape(theirs[key])
             if shapes[0] != shapes[1]:
                 found[ours[key]] = f"{list(shapes[0])} in the base, {list(shapes[1])} in the checkpoint"
-        return {name: why for name, why in sorted(found.items()) if not archs.is_buffer(name)}
+        return _gathered({name: why for name, why in sorted(found.items()) if not archs.is_buffer(name)})
+
+
+def _gathered(found: dict[str, str], most: int = 3) -> dict[str, str]:
+    """The same with one entry for what one side has of a whole part that the other has not, such as a vision tower."""
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name, why in found.items():
+        parts.setdefault((name.partition(".")[0], why), []).append(name)
+    gathered = {}
+    for (part, why), names in parts.items():
+        if len(names) > most:
+            gathered[f"{part}.*"] = f"{len(names)} tensors, {why}"
+        else:
+            gathered |= dict.fromkeys(names, why)
+    return gathered
 
 
 # ---------------------------------------------------------------- what is compared
@@ -243,6 +258,22 @@ class _Side:
 
     def __exit__(self, *_) -> None:
         self.stored.close()
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether a tensor holds all experts of a layer."""
+        arch, config = self.arch, self.config
+        sparse = next((layer for layer in range(self.n_layers) if arch.experts(config, layer)), None)
+        return (
+            sparse is not None
+            and arch.parts(config, sparse, "down_proj", self.names, self.stored.shape)[0].expert is not None
+        )
+
+    def lay_like(self, other: _Side) -> None:
+        """Let the experts be read as if they were laid out as on another side."""
+        whose = (other.stored, other.arch, other.config)
+        self.stored = stacking.like(self.stored, self.arch, self.config, *whose)
+        self.names = set(self.stored.names())
 
     def names_of(self, layer: int, wanted: Collection[str] | None) -> list[str]:
         """The projections that a layer has, and its router; of these only the `wanted` ones."""
@@ -474,7 +505,7 @@ def _empty(pieces: list[_Piece]) -> Change:
 
 
 def _refuse_unlike(one: _Side, other: _Side) -> None:
-    if one.arch != other.arch:
+    if archs.text_type(one.config) != archs.text_type(other.config):
         raise InputError(
             f"{one.ref.spec} is a {one.arch.model_type} and {other.ref.spec} a {other.arch.model_type}; "
             "base and checkpoints must be one architecture"
@@ -491,6 +522,13 @@ def _refuse_unlike(one: _Side, other: _Side) -> None:
                 f"layer {layer} has {experts[0]} experts in {one.ref.spec} and {experts[1]} in {other.ref.spec}; "
                 "base and checkpoints must have the same"
             )
+
+
+def _lay_alike(sides: list[_Side]) -> None:
+    """Let the experts be laid out alike on all sides: where one has each in tensors of its own, on all of them."""
+    apart = next((side for side in sides if not side.is_stacked), None)
+    for side in sides if apart else ():
+        side.lay_like(apart)
 
 
 def _refuse_shapes(one: _Side, ours: archs.Part, other: _Side, theirs: archs.Part) -> None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
+# Where PEFT is installed, transformers adds an adapter that it finds beside a model to it, a second time if that one
+# was merged. It is told to look where none can be: in a folder that has the name of the file.
+NO_ADAPTER = {"subfolder": refs.ADAPTER_CONFIG}
+
 
 def auto_class(config):
     """The class of transformers that makes the model of a config: with its image tower, where it has one, and for
@@ -103,8 +107,13 @@ def load_model(
             config = formats.without_quantisation(config)
         model, report = auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True,
-            trust_remote_code=False, ignore_mismatched_sizes=True, **experts(config, dtype), **more,
+            trust_remote_code=False, ignore_mismatched_sizes=True, adapter_kwargs=NO_ADAPTER, **experts(config, dtype),
+            **more,
         )  # fmt: skip
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                f"{ref.spec}: the installed transformers applied the adapter beside it; move {refs.ADAPTER_CONFIG}"
+            )
         _check(report, ref)
         model = model.eval().requires_grad_(False)
         if stored.quantised:
@@ -262,6 +271,8 @@ def load_untrained(
     config = read_configuration(ref.config_folder())
     if ref.is_adapter:
         config.get_text_config().vocab_size = refs.vocabulary_size(ref.config())
+        for values in (config, config.get_text_config()):
+            values.tie_word_embeddings = ref.config().get("tie_word_embeddings", values.tie_word_embeddings)
     device = torch.device("cpu") if device_map else device
     gpus = [device] if device.type == "cuda" else []
     with _in_one_line(ref), torch.random.fork_rng(devices=gpus), torch.device(device):

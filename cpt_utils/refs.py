@@ -162,6 +162,14 @@ class ModelRef:
         names = self.names
         return ADAPTER_CONFIG in names and not any(fnmatch.fnmatch(n, p) for n in names for p in WEIGHT_PATTERNS)
 
+    def say_adapter_beside(self) -> None:
+        """Say of a model whose folder also holds an adapter what is made of the two; once for a run."""
+        if ADAPTER_CONFIG in self.names and not self.is_adapter:
+            cli.once(
+                f"{formats.run_of(self.spec)}: beside the model there is an adapter ({ADAPTER_CONFIG}); the model is "
+                "taken as it is, and the adapter as merged into it already"
+            )
+
     @cached_property
     def adapted(self) -> ModelRef | None:
         """The model that an adapter was trained on; None for what is a model itself."""
@@ -360,6 +368,12 @@ def read_config(folder: Path, name: str) -> dict:
     if not file.exists():
         hint = "it is a run of checkpoints; name one of them" if checkpoints(folder) else "it is no model folder"
         hint += formats.cut_off(folder)
+        named = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if named and not checkpoints(folder):  # as PEFT saves adapters that were given names
+            hint = (
+                f"adapters are in its sub-folders {', '.join(named)}; give {name}/{named[0]}, or, for a run, move the "
+                "files of one adapter up into each checkpoint"
+            )
         raise InputError(f"{name} has no config.json: {hint}")
     config = read_json(file)
     text = config.get("text_config")

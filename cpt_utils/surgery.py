@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, folders, refs, results, settings, tensors, tokenizer_id
+from cpt_utils import archs, cli, folders, refs, results, settings, stacking, tensors, tokenizer_id
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Recipe:
 
 
 class Pair:
-    """Base and target opened side by side: one architecture, the same number of layers.
+    """Base and target opened side by side: one architecture (one of them may have a vision tower beside it), the same
+    number of layers.
 
     Raises:
         InputError: unknown architecture, different architectures or layer counts, missing or damaged weights.
@@ -109,23 +110,24 @@ class Pair:
         self.target_ref = target if isinstance(target, refs.ModelRef) else refs.model(target)
         self.config = self.target_ref.config()
         base_config = self.base_ref.config()
-        self.arch = archs.for_config(self.config)
-        other = archs.for_config(base_config)
-        if other != self.arch:
+        self.arch, self.base_arch = archs.for_config(self.config), archs.for_config(base_config)
+        if archs.text_type(base_config) != archs.text_type(self.config):
             raise InputError(
-                f"{self.base_ref.spec} is a {other.model_type} and {self.target_ref.spec} a {self.arch.model_type}; "
-                "base and target must be one architecture"
+                f"{self.base_ref.spec} is a {self.base_arch.model_type} and {self.target_ref.spec} a "
+                f"{self.arch.model_type}; base and target must be one architecture"
             )
         self.n_layers = self.arch.n_layers(self.config)
-        if other.n_layers(base_config) != self.n_layers:
+        if self.base_arch.n_layers(base_config) != self.n_layers:
             raise InputError(
-                f"{self.base_ref.spec} has {other.n_layers(base_config)} layers and {self.target_ref.spec} "
+                f"{self.base_ref.spec} has {self.base_arch.n_layers(base_config)} layers and {self.target_ref.spec} "
                 f"{self.n_layers}; base and target must have the same"
             )
         self.target = tensors.open_folder(self.target_ref, self.base_ref)
         self.base = tensors.open_folder(self.base_ref, lazy=True)  # of a hub model only the shards that are swapped
+        of_target = (self.target, self.arch, self.config)
+        self.base = stacking.like(self.base, self.base_arch, base_config, *of_target)
         self._layer_edits: dict[int, list[Edit]] = {}
-        self._base_names = {self.arch.canonical(name): name for name in self.base.names()}
+        self._base_names = {self.base_arch.canonical(name): name for name in self.base.names()}
         settings.say_head(self.target, self.config)
         settings.say_own_code(self.target_ref.spec, self.config)
         differ = settings.unlike(self.base_ref, self.target_ref)
@@ -175,8 +177,8 @@ class Pair:
         if layer not in self._layer_edits:
             mine = self.arch.layer_tensors(self.target.names(), layer)
             meanings = {self.arch.canonical(name) for name in mine}
-            for name in self.arch.layer_tensors(self.base.names(), layer):
-                if self.arch.canonical(name) not in meanings and not self.arch.may_lack(name):
+            for name in self.base_arch.layer_tensors(self.base.names(), layer):
+                if self.base_arch.canonical(name) not in meanings and not self.base_arch.may_lack(name):
                     raise InputError(f"{self.target_ref.spec} has no tensor {name}, which {self.base_ref.spec} has")
             held = [n for n in mine if self.arch.canonical(n) in self._base_names or not self.arch.may_lack(n)]
             self._layer_edits[layer] = [self.edit(name) for name in held]

@@ -28,7 +28,7 @@ from cpt_utils.formats import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE
 if TYPE_CHECKING:
     import torch
 
-    from cpt_utils.adapters import AdapterFolder
+    from cpt_utils.merged import AdapterFolder
     from cpt_utils.refs import ModelRef
 
 # safetensors dtype -> (torch dtype, bytes per element)
@@ -195,9 +195,11 @@ def open_folder(
 
         where = ModelRef(os.fspath(where))
     if hasattr(where, "folder") and where.is_adapter:
-        from cpt_utils import adapters
+        from cpt_utils import merged
 
-        return adapters.AdapterFolder(where, base, lazy)
+        return merged.AdapterFolder(where, base, lazy)
+    if hasattr(where, "folder"):
+        where.say_adapter_beside()
     return TensorFolder(where, lazy).refuse_unfit(codes)
 
 

@@ -13,8 +13,8 @@ PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Architectures
 
 Written by `python docs/architectures.py` from `ARCHS` in `cpt_utils/arch_table.py`; a test compares the two. {count}
-model types (`model_type` in config.json). For each one `tests/test_architectures.py` makes tiny random models and checks,
-against slow references that look into the running model: where every projection, bias, router and expert is, the weight
+model types (`model_type` in config.json). For each one `tests/test_architectures.py` makes tiny random models and
+checks against slow references that look into the running model: where every projection, bias, router and expert is, the weight
 change of each, swaps of layers, attention, FFN and single experts on disk and in memory, pooled hidden states, and
 counts of active neurons. The models named as examples are of these types; their own weights are not part of the tests.
 

@@ -11,7 +11,8 @@ import torch
 from helpers import load_script, read_tensors, save_tiny
 from safetensors.torch import load_file, save_file
 
-from cpt_utils import adapters, refs, tensors
+from cpt_utils import merged as merging
+from cpt_utils import refs, tensors
 from cpt_utils.errors import InputError
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,7 +94,7 @@ def assert_equal(adapter, truth: dict[str, torch.Tensor]) -> None:
         for name, tensor in truth.items():
             assert stored.shape(name) == tuple(tensor.shape) and stored.dtype(name) == tensor.dtype and name in stored
             found = stored.get(name)
-            tight = {"rtol": 0, "atol": 0} if found.shape[0] <= adapters.ROWS else {}
+            tight = {"rtol": 0, "atol": 0} if found.shape[0] <= merging.ROWS else {}
             torch.testing.assert_close(found, tensor, **tight)
             for start, stop in ((0, 1), (3, 7), (0, found.shape[0])):
                 assert torch.equal(stored.rows(name, start, stop), found[start:stop])
@@ -225,7 +226,7 @@ def test_low_rank_embeddings(tmp_path, capsys):
     save_file({f"{stem}A": a, f"{stem}B": b}, adapter / "adapter_model.safetensors")
     with tensors.open_folder(adapter) as stored:
         torch.testing.assert_close(stored.get("model.embed_tokens.weight"), weight + (b @ a).T * 4)
-    assert "ties its head to the embeddings" in capsys.readouterr().err
+    assert "ties its output matrix to its embeddings" in capsys.readouterr().err
 
 
 def test_pickled_and_half_precision_adapters(tmp_path):
@@ -263,7 +264,10 @@ def test_a_run_of_adapters(tmp_path):
     save_adapter(base, tmp_path / "again")
     for path in (tmp_path / "again").iterdir():
         path.rename(tmp_path / "run" / path.name)
-    assert [ref.step for ref in refs.models(tmp_path / "run")] == [None]  # the last adapter, as with whole models
+    assert [ref.step for ref in refs.models(tmp_path / "run")] == [
+        2,
+        10,
+    ]  # the last adapter beside them, as with models
 
 
 def test_the_base_that_is_not_here(tmp_path, capsys):
@@ -283,6 +287,56 @@ def test_the_base_that_is_not_here(tmp_path, capsys):
     own = save_adapter(base, tmp_path / "own")
     with tensors.open_folder(own, refs.model(other)) as stored:
         assert stored.base_ref.spec == str(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "original"),
+    [
+        ("unsloth/llama-3-8b-bnb-4bit", "unsloth/llama-3-8b"),
+        ("unsloth/gemma-3-4b-it-unsloth-bnb-4bit", "unsloth/gemma-3-4b-it"),
+        ("TheBloke/Llama-2-7B-GPTQ", "TheBloke/Llama-2-7B"),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "Qwen/Qwen2.5-7B-Instruct"),
+        ("Qwen/Qwen2.5-7B-AWQ", "Qwen/Qwen2.5-7B"),
+        ("/trained/on/base-bnb-4bit", "/trained/on/base"),
+    ],
+)
+def test_a_quantised_base_by_its_name(tmp_path, monkeypatch, name, original):
+    """Not here, and the hub is not asked for more than its configuration: what to give instead is said at once."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = save_tiny("llama", tmp_path / "base", tokenizer=False)
+    ref = refs.model(save_adapter(base, tmp_path / "adapter", base_model_name_or_path=name))
+    said = f"is an adapter of {name}, which is quantised; write the 16-bit model that it was made from "
+    said += rf"\(by its name {original}\) into base_model_name_or_path of its adapter_config.json"
+    with pytest.raises(InputError, match=said):
+        ref.config()
+    assert ref.with_base(refs.model(base)).config() == refs.model(base).config()
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization": {"group_size": 64, "bits": 4}},
+    ],
+)
+def test_a_quantised_base_by_its_configuration(tmp_path, stated):
+    base = save_tiny("llama", tmp_path / "base", tokenizer=False)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | stated))
+    with pytest.raises(InputError, match="which is quantised; write the 16-bit model that it was made from into base_"):
+        tensors.open_folder(adapter)
+
+
+def test_adapters_in_sub_folders_are_named(tmp_path):
+    base = save_tiny("llama", tmp_path / "base", tokenizer=False)
+    for name in ("second", "first"):
+        save_adapter(base, tmp_path / "run/checkpoint-10" / name)
+    given = "its sub-folders first, second; give .*checkpoint-10/first, or, for a run, move the files of one adapter up"
+    with pytest.raises(InputError, match=given):
+        refs.run(tmp_path / "run")[0].config()
+    assert refs.model(tmp_path / "run/checkpoint-10/first").config()["model_type"] == "llama"
 
 
 def config_with(**changes):
@@ -311,7 +365,9 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
         (config_with(peft_type="IA3"), "adapter of type IA3; only LORA is merged"),
         (config_with(use_dora=True), "sets use_dora, which is not merged here"),
         (config_with(target_parameters=["experts.gate_up_proj"]), "sets target_parameters"),
-        (config_with(trainable_token_indices=[1, 2]), "sets trainable_token_indices"),
+        (config_with(trainable_token_indices=[1, 1]), "must be lists of different rows"),
+        (config_with(trainable_token_indices={"embed_tokens": -1}), "must be lists of different rows"),
+        (config_with(modules_to_save=["embed_tokens"]), "trained embed_tokens whole, but its file holds nothing of it"),
         (config_with(layer_replication=[[0, 2]]), "sets layer_replication"),
         (config_with(something_new={"a": 1}), "sets something_new"),
         (config_with(init_lora_weights="pissa"), "sets init_lora_weights 'pissa'"),
@@ -321,7 +377,7 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
         (config_with(rank_pattern=[1]), "must be positive numbers"),
         (config_with(alpha_pattern={"(": 2}), "is no regular expression"),
         (config_with(target_modules=["q_proj", "k_proj", "lm_head"]), "targets lm_head, but its file holds nothing"),
-        (config_with(base_model_name_or_path=None), "which is not here; write where its base is"),
+        (config_with(base_model_name_or_path=None), "a base that it does not name; write where its base is"),
         (config_with(base_model_name_or_path=7), "is no name of a model"),
         (tensors_with(lambda own: own.pop(f"{STEM}.lora_A.weight")), "only one of A and B of model.layers.0"),
         (tensors_with(lambda own: own.update({f"{STEM}.lora_A.weight": torch.ones(4, 31)})), r"\[32, 31\], and .* has"),
@@ -425,32 +481,6 @@ def test_a_swap_into_an_adapter_with_new_tokens(tmp_path):
     found = read_tensors(tmp_path / "out")
     assert found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in truth)
     assert refs.model(tmp_path / "out").config()["vocab_size"] == 280
-
-
-def test_against_peft_where_it_is_installed(tmp_path):
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    base = save_tiny("llama", tmp_path / "base", dtype="bfloat16")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=12, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"], use_rslora=True,
-        rank_pattern={"layers.1.mlp.up_proj": 2}, alpha_pattern={"q_proj": 5}, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    model = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "adapter")
-    again = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").merge_and_unload()
-    again.save_pretrained(tmp_path / "merged")
-    truth = read_tensors(tmp_path / "merged")
-    with tensors.open_folder(tmp_path / "adapter") as stored:
-        assert sorted(stored.names()) == sorted(truth) and len(stored.changes) == 3 * 2 + 1
-        for name, tensor in truth.items():
-            assert torch.equal(stored.get(name), tensor), name
 
 
 def test_new_embeddings_need_a_new_output_matrix(tmp_path):

@@ -26,7 +26,7 @@ def parquet(path: Path, rows: list[dict]) -> Path:
 
 def json_lines(path: Path, rows: list) -> Path:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     return path
 
 
@@ -146,7 +146,7 @@ def test_pieces_of_other_shapes():
         ("a.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object; one object a line"),
         ("a.txt", "é".encode("latin-1"), "cannot be read as UTF-8 text .*save it as UTF-8"),
         ("a.txt", "é".encode("utf-16"), "cannot be read as UTF-8 text"),
-        ("a.txt.gz", gzip.compress(b"text\n" * 99)[:-9], "cannot be read as UTF-8 text"),
+        ("a.txt.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-9], "cannot be read as UTF-8 text"),
         ("a.parquet", b"PAR1 no more", "not a readable parquet file"),
     ],
 )

@@ -1,0 +1,148 @@
+"""A model with a vision tower against its language model alone: what is compared and swapped is the language model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EVERY_ARCHITECTURE, load_script, read_tensors, save_tiny, tiny_config, tiny_tokenizer
+from safetensors.torch import save_file
+
+from cpt_utils import archs, compare, models, refs, surgery, tensors
+from cpt_utils.errors import InputError
+
+WRAPPERS = [name for name in EVERY_ARCHITECTURE if "text_config" in tiny_config(name).to_dict()]
+CPU = torch.device("cpu")
+
+
+def text_only(wrapper: Path, folder: Path) -> Path:
+    """The language model of `wrapper` as a folder of its own, under the names that its type has."""
+    config = json.loads((wrapper / "config.json").read_text())
+    arch = archs.for_config(config)
+    text = config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}
+    text["model_type"] = archs.text_type(config)
+    of_text = archs.for_config(text)
+    parts = (f"{of_text.layers_name}.", f"{of_text.norm}.", *(f"{name}." for name in of_text.embeddings))
+    held = {}
+    for name, tensor in read_tensors(wrapper).items():
+        canonical = arch.canonical(name)
+        if canonical.startswith(parts):
+            held[of_text.prefixes[0] + canonical] = tensor
+        elif canonical.startswith(f"{of_text.head}."):
+            held[canonical] = tensor
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(text))
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=WRAPPERS)
+def pair(tmp_path, request) -> dict[str, Path]:
+    """Base and checkpoint of a type, with the vision tower and without."""
+    found = {}
+    for seed, name in enumerate(("base", "checkpoint-5")):
+        found[f"whole-{name}"] = save_tiny(request.param, tmp_path / "whole" / name, seed=seed, dtype="bfloat16")
+        found[f"text-{name}"] = text_only(found[f"whole-{name}"], tmp_path / "text" / name)
+    return found
+
+
+def numbers(base: Path, checkpoint: Path):
+    found = compare.changes(refs.model(base), [refs.model(checkpoint)], details=True)[5]
+    return {
+        (layer, name): (change.mean_abs, change.relative, change.max_abs, change.cosine_distance)
+        for layer, here in found.items()
+        for name, change in here.items()
+    }
+
+
+def test_changes(pair):
+    whole = numbers(pair["whole-base"], pair["whole-checkpoint-5"])
+    assert len(whole) >= 18 and all(mean > 0.01 for mean, *_ in whole.values())
+    assert numbers(pair["whole-base"], pair["text-checkpoint-5"]) == whole
+    assert numbers(pair["text-base"], pair["whole-checkpoint-5"]) == whole
+    assert numbers(pair["text-base"], pair["text-checkpoint-5"]) == whole
+    left = compare.unlike(refs.model(pair["whole-base"]), refs.model(pair["text-checkpoint-5"]))
+    assert 0 < len(left) < 8 and all(why.endswith("not in the checkpoint") for why in left.values())
+
+
+@pytest.mark.parametrize("sides", [("whole", "text"), ("text", "whole")])
+def test_swaps(pair, tmp_path, sides):
+    base, target = pair[f"{sides[0]}-base"], pair[f"{sides[1]}-checkpoint-5"]
+    own, like = read_tensors(target), read_tensors(pair[f"{sides[1]}-base"])  # the base in the target's own layout
+    with surgery.Pair(refs.model(base), refs.model(target)) as both:
+        arch, found = both.arch, {}
+        recipes = {
+            "layers": surgery.layers_from_base(both, [0, 2]),
+            "attention": surgery.parts_from_base(both, archs.ATTENTION, [1]),
+        }
+        for name, recipe in recipes.items():
+            surgery.write_model(both, recipe, tmp_path / name)
+            found[name] = read_tensors(tmp_path / name)
+            model = models.load_model(refs.model(target), torch.float32, CPU)
+            with surgery.apply_in_memory(model, recipe, both) as swapped:
+                held = {key: tensor.clone() for key, tensor in swapped.state_dict().items()}
+            written = models.load_model(refs.model(tmp_path / name), torch.float32, CPU).state_dict()
+            assert all(torch.equal(tensor, written[key]) for key, tensor in held.items())
+    taken = dict.fromkeys(recipes, 0)
+    for name, tensor in own.items():
+        layer = arch.layer_of(name)
+        assert torch.equal(found["layers"][name], like[name] if layer in (0, 2) else tensor), name
+        attention = layer == 1 and any(f".{p}." in name for p in archs.ATTENTION) and name.endswith("proj.weight")
+        for kind in recipes:
+            taken[kind] += not torch.equal(found[kind][name], tensor)
+        if attention:
+            assert torch.equal(found["attention"][name], like[name]), name
+    assert taken["layers"] >= 14 and taken["attention"] >= 3
+    assert (tmp_path / "layers/config.json").read_bytes() == (target / "config.json").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_language_model_whose_base_has_a_tower(tmp_path):
+    """As PEFT writes it where the text class was loaded from the whole model: names without the tower's."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = save_tiny("gemma3", tmp_path / "base", dtype="bfloat16", tokenizer=False)
+    text = text_only(base, tmp_path / "text")
+    model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.bfloat16)
+    model.resize_token_embeddings(290)
+    wanted = ["embed_tokens", "lm_head"]
+    settings = {"target_modules": "all-linear", "modules_to_save": wanted, "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    arch, of_text = archs.ARCHS["gemma3"], archs.ARCHS["gemma3_text"]
+    truth = {of_text.canonical(name): tensor for name, tensor in model.merge_and_unload().state_dict().items()}
+    held = read_tensors(base)
+    with tensors.open_folder(tmp_path / "adapter") as stored:
+        assert set(stored.names()) == {*held, "lm_head.weight"} and len(stored.changes) == 3 * 7 + 2
+        for name in stored.names():
+            tensor = truth.get(arch.canonical(name), held.get(name))
+            assert torch.equal(stored.get(name), tensor), name
+    config = refs.model(tmp_path / "adapter").config()
+    assert config["text_config"]["vocab_size"] == 290 and config["tie_word_embeddings"] is False
+    loaded = models.load_model(refs.model(tmp_path / "adapter"), torch.float32, CPU)
+    assert torch.equal(loaded.lm_head.weight, truth["lm_head.weight"].float())
+
+
+def test_other_text_models_are_refused(tmp_path):
+    wrapper = save_tiny("gemma3", tmp_path / "a", tokenizer=False)
+    other = save_tiny("gemma2", tmp_path / "b", tokenizer=False)
+    with pytest.raises(InputError, match=r"is a gemma3 and .* a gemma2; base and checkpoints must be one architecture"):
+        compare.changes(refs.model(wrapper), [refs.model(other)])
+    with pytest.raises(InputError, match=r"is a gemma2 and .* a gemma3; base and target must be one architecture"):
+        surgery.Pair(refs.model(other), refs.model(wrapper))
+
+
+def test_the_script_names_the_tower_in_one_line(tmp_path, capsys):
+    base = save_tiny("gemma3", tmp_path / "base", tokenizer=False)
+    text = text_only(save_tiny("gemma3", tmp_path / "w", seed=1, tokenizer=False), tmp_path / "run/checkpoint-5")
+    script = load_script("weight-diff/attn_vs_ffn.py")
+    script.main(["--base-model", str(base), "--ckpt-model", str(text.parent), "--output", str(tmp_path / "o.json")])
+    said = capsys.readouterr().out.splitlines()
+    assert sum("not compared: vision_tower.* (" in line and "not in the checkpoint)" in line for line in said) == 1
+    assert sum("not compared" in line for line in said) <= 3
