@@ -41,8 +41,19 @@ def deviation(lsn: Series, control: Series, base: tuple[float, float]) -> list[f
 
 
 def attention_change(layers: dict[str, dict], interface: list[int]) -> float:
-    """The mean over interface layers of the largest mean |dW| among the attention's projections."""
-    largest = [max(layers[f"layer_{i}"][name] for name in archs.ATTENTION) for i in interface]
+    """The mean over interface layers of the largest mean |dW| among the attention's projections.
+
+    A layer without attention (of a hybrid, whose `attention_max` is null) enters no mean; one that uses another's keys
+    and values has q and o.
+
+    Raises:
+        InputError: no interface layer has attention.
+    """
+    rows = [layers[f"layer_{i}"] for i in interface]
+    rows = [row for row in rows if row.get("attention_max", 0) is not None]
+    if not rows:
+        raise InputError(f"none of the interface layers {interface} has attention: there is no change to correlate")
+    largest = [max(row[name] for name in archs.ATTENTION if name in row or "attention_max" not in row) for row in rows]
     return sum(largest) / len(largest)
 
 

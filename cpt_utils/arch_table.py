@@ -1,6 +1,6 @@
 """The table of architectures: one entry for each model type that this collection knows.
 
-To add one, write what differs from Llama (`Arch` lists what can): plain `Arch()` where the module names are Llama's.
+To add one, write what differs from Llama (`Layers` lists what can): plain `Arch()` where the module names are Llama's.
 The tests of every type and docs/architectures.md (`python docs/architectures.py`) follow from the entry.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from cpt_utils.arch import LLAMA_ATTENTION, Arch
+from cpt_utils.arch import Arch
+from cpt_utils.arch_layers import LLAMA_ATTENTION
 from cpt_utils.arch_parts import ATTENTION, FFN, Experts, Slot, fused, named
 
 # Slots that several types share.
@@ -38,10 +39,7 @@ LATENT = {
     "o_proj": Slot("self_attn.o_proj"),
 }
 LATENT_FFN = LATENT | named("mlp", *FFN)
-LATENT_NOTE = (
-    "Latent attention: q is `q_a_proj` and `q_b_proj` (or `q_proj` alone), k is `kv_a_proj_with_mqa` and the key rows "
-    "of `kv_b_proj`, v its value rows."
-)
+LATENT_NOTE = "Latent attention."
 # Linear attention in most layers of a hybrid.
 LINEAR = {"mixers": {"linear_attention": "linear_attn"}}
 GATED = "`q_proj` holds an output gate for every head beside its queries."
@@ -121,6 +119,7 @@ GRANITE_NAMES = (
     (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
     (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
 )
+GRANITE_NOTE = "All experts are in one tensor on disk (`input_linear`, `output_linear`)."
 GRANITE_FFN = {
     **fused("shared_mlp.input_linear", "gate_proj", "up_proj"),
     "down_proj": Slot("shared_mlp.output_linear"),
@@ -567,18 +566,24 @@ ARCHS: dict[str, Arch] = {
         "layers that use another's (`num_kv_shared_layers`). With `enable_moe_block` the dense FFN stands beside "
         "experts. The inputs of each layer move with whole layers, their embeddings stay the target's.",
     ),
-    "granitemoe": Arch(experts_at=GRANITE, inner=GRANITE_NAMES, examples=("ibm-granite/granite-3.1-3b-a800m-base",)),
+    "granitemoe": Arch(
+        experts_at=GRANITE,
+        inner=GRANITE_NAMES,
+        examples=("ibm-granite/granite-3.1-3b-a800m-base",),
+        notes=GRANITE_NOTE,
+    ),
     "granitemoe_swa": Arch(
         projections_at=LLAMA_ATTENTION | GRANITE_FFN,
         experts_at=GRANITE_SHARED,
         inner=GRANITE_NAMES,
-        notes="Attention sinks move with whole layers.",
+        notes=f"{GRANITE_NOTE} Attention sinks move with whole layers.",
     ),
     "granitemoeshared": Arch(
         projections_at=LLAMA_ATTENTION | GRANITE_FFN,
         experts_at=GRANITE_SHARED,
         inner=GRANITE_NAMES,
         examples=("ibm-research/moe-7b-1b-active-shared-experts",),
+        notes=GRANITE_NOTE,
     ),
     "granitemoehybrid": Arch(
         projections_at=LLAMA_ATTENTION | GRANITE_FFN,
@@ -588,7 +593,7 @@ ARCHS: dict[str, Arch] = {
         activation="shared_mlp.activation",
         dense_width=lambda c, _: c.shared_intermediate_size,
         examples=("ibm-granite/granite-4.0-h-tiny-base", "ibm-granite/granite-4.0-micro-base"),
-        notes="Without experts (`num_local_experts` 0) the FFN is the shared one.",
+        notes=f"{GRANITE_NOTE} Without experts (`num_local_experts` 0) the FFN is the shared one.",
     ),
     "minimax": Arch(
         experts_at=Experts(names=W123),
@@ -736,7 +741,7 @@ ARCHS: dict[str, Arch] = {
     "mistral4": Arch(
         projections_at=LATENT_FFN,
         experts_at=Experts(sparse=after_dense, **SHARED_EXPERTS),
-        notes=LATENT_NOTE,
+        notes=f"{LATENT_NOTE} All experts are in one tensor on disk.",
     ),
     "axk1": Arch(
         projections_at=LATENT_FFN,
@@ -972,6 +977,7 @@ TOWERS: dict[str, Tower] = {
     "idefics2": Tower("mistral", **TEXT_MODEL),
     "lighton_ocr": Tower("qwen3", **AS_IN_MEMORY),
     "glm46v": Tower("glm4", "glm4v_text", **AS_IN_MEMORY),
+    "glmga": Tower("glm4", "glm4v_text", **AS_IN_MEMORY),
     "lfm3_vl": Tower("lfm3", **AS_IN_MEMORY),
     "cohere_compass": Tower("cohere_compass_text", **AS_IN_MEMORY),
     "hyperclovax_vision_v2": Tower("hyperclovax", **AS_IN_MEMORY),

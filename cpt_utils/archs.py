@@ -4,7 +4,7 @@
     arch.parts(config, 3, "q_proj", names)      # where it is on disk
     arch.module(model, 3, "q_proj")             # and in memory
 
-What an entry can say stands in `arch.Arch`.
+What an entry can say stands in `arch_layers.Layers`; `arch_left_out` lists the types that have none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import difflib
 import re
 
-from cpt_utils.arch import FIELDS, Arch, is_buffer
+from cpt_utils.arch import Arch, is_buffer
+from cpt_utils.arch_layers import FIELDS
+from cpt_utils.arch_left_out import LEFT_OUT
 from cpt_utils.arch_parts import ATTENTION, FFN, PROJECTIONS, ROUTER, Neurons, Part, Place, as_slots, take
 from cpt_utils.arch_table import ARCHS, TOWERS
 from cpt_utils.errors import InputError
@@ -41,12 +43,15 @@ def for_config(config) -> Arch:
     """The table's entry for a config (a `PretrainedConfig`, or the dict of a config.json).
 
     Raises:
-        InputError: no `model_type`, or one that the table does not have; names the nearest ones and the entry to add.
+        InputError: no `model_type`, or one that the table does not have; says why it is left out, or names the nearest
+            ones and the entry to add.
     """
     values = config if isinstance(config, dict) else config.to_dict()
     model_type = values.get("model_type")
     if not model_type:
         raise InputError("config.json has no model_type; is this the folder of a Hugging Face causal language model?")
+    if model_type in LEFT_OUT:
+        raise InputError(f"model type {model_type!r} is not in the table of architectures: {LEFT_OUT[model_type]}")
     if model_type not in ARCHS:
         near = difflib.get_close_matches(model_type, ARCHS, n=3, cutoff=0.4) or sorted(ARCHS)
         raise InputError(

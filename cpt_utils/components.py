@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -114,7 +114,8 @@ def say_places(lists: dict[str, list[int]], n_layers: int) -> dict:
 class Condition:
     """A component (None: none) in the layers of a place, perhaps with embeddings and lm_head.
 
-    `also` are the names of conditions that are the same swap, because both places have the same layers.
+    `also` are the names of conditions that are the same swap, because both places have the same layers. `asked` are the
+    layers of the place where some of them lack the component, and are not among `layers`.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Condition:
     layers: tuple[int, ...] = ()
     embeddings: bool = False
     also: tuple[str, ...] = ()
+    asked: tuple[int, ...] = ()
 
     @property
     def moved(self) -> str:
@@ -129,28 +131,55 @@ class Condition:
         return "+".join(filter(None, (self.component, EMBEDDINGS if self.embeddings else None)))
 
 
-def conditions(own: str, lists: dict[str, list[int]]) -> list[Condition]:
+def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[Condition]:
     """`own` ("attention_interface", "ffn_lsn_rich"), then the crossed ones, then all with embeddings.
 
-    With the layers of one place only, there is nothing to cross: `own` alone.
+    With the layers of one place only, there is nothing to cross: `own` alone. A crossed pair none of whose layers has
+    the component is left out.
+
+    Args:
+        having: the layers that have each component; the others of a place have nothing of it to swap.
+
+    Raises:
+        InputError: no layer of the script's own place has its component.
     """
     component, _, place = own.partition("_")
     others = [name for name in COMPONENTS if name != component]
     places = [place, *(name for name in lists if name != place)]
+
+    def layers_of(kind: str, where: str) -> tuple[int, ...]:
+        return tuple(layer for layer in lists[where] if layer in having[kind])
+
+    def asked(kind: str, where: str) -> tuple[int, ...]:
+        return () if layers_of(kind, where) == tuple(lists[where]) else tuple(lists[where])
+
+    if not layers_of(component, place):
+        raise InputError(f"none of the layers {lists[place]} has {component}: there is nothing to swap")
     if len(places) == 1:
-        return [Condition(own, component, tuple(lists[place]))]
+        return [Condition(own, component, layers_of(component, place), asked=asked(component, place))]
     found: dict[tuple, Condition] = {}
     for embeddings in (False, True):
         for kind in [component, *others]:
             for where in places:
                 name = f"{kind}_{where}" + (f"_{EMBEDDINGS}" if embeddings else "")
-                key = (kind, tuple(lists[where]), embeddings)
+                key = (kind, layers_of(kind, where), embeddings)
                 if key in found:
-                    first = found[key]
-                    found[key] = Condition(first.name, *key, also=(*first.also, name))
-                else:
-                    found[key] = Condition(name, *key)
+                    found[key] = replace(found[key], also=(*found[key].also, name))
+                elif key[1]:
+                    found[key] = Condition(name, *key, asked=asked(kind, where))
     return [*found.values(), Condition(EMBEDDINGS, None, embeddings=True)]
+
+
+def layers_having(config: dict) -> dict[str, list[int]]:
+    """The layers that have attention, and those that have an FFN; says which have not."""
+    arch, having = archs.for_config(config), {}
+    for component, projections in COMPONENTS.items():
+        lacking = arch.lacking(config, projections)
+        having[component] = sorted({*range(arch.n_layers(config))} - {*lacking})
+        if lacking:
+            instead = f" ({arch.instead(config, lacking)} in its place)" if component == "attention" else ""
+            cli.say(f"layers {lacking} have no {component}{instead}: nothing of it is swapped there")
+    return having
 
 
 def find(sets: list[dict], name: str) -> int | None:
@@ -309,7 +338,7 @@ def refuse_other(path: Path, payload: dict) -> None:
 
 def measure(
     pair: surgery.Pair, wanted: list[Condition], test: evaluation.Test, out: Path, number: str | int, process, dtype,
-    facts: dict, overwrite: bool, seed: int, passed: dict | None,
+    facts: dict, overwrite: bool, seed: int, passed: dict | None, having: dict[str, list[int]],
 ) -> None:  # fmt: skip
     """OUT/controls.json, .pt and figure: base, target, the conditions (the first is compared), random sets of layers.
 
@@ -317,11 +346,13 @@ def measure(
         number: of random sets: "all", or how many.
         facts: payload beside what is written here.
         passed: the gate of the layers.
+        having: the layers that have each component: random sets are drawn from those of the first condition's.
     """
     recipes, own = Recipes(pair), wanted[0]
-    others, possible = controls.layer_sets(pair.n_layers, own.layers, number, seed)
+    there = having[own.component]
+    others, possible = controls.layer_sets(there, own.layers, number, seed)
     cli.say(
-        f"{own.name}: {len(own.layers)} of {pair.n_layers} layers; of the {possible - 1} other sets of that size "
+        f"{own.name}: {len(own.layers)} of {len(there)} layers; of the {possible - 1} other sets of that size "
         f"{len(others)} are measured"
     )
     swaps, left_out = [], {}
@@ -334,6 +365,7 @@ def measure(
             left_out[condition.name] = str(error)
             continue
         more = {"also": list(condition.also)} if condition.also else {}
+        more |= {"asked": list(condition.asked)} if condition.asked else {}
         swaps.append(_swap(pair, condition.name, condition.layers, condition.moved, recipe, more))
         cli.say(f"{condition.name}: {swaps[-1].facts['share']:.1%} of the parameters")
     if left_out:
@@ -345,6 +377,7 @@ def measure(
         "own": own.name,
         "step": pair.target_ref.step,
         "n_layers": pair.n_layers,
+        **({"n_layers_having": len(there)} if len(there) < pair.n_layers else {}),
         **facts,
         "n_possible_sets": possible,
         "enumerated": len(others) == possible - 1,
@@ -397,7 +430,9 @@ def draw(path: Path, payload: dict) -> None:
         axes[0, 0].set_yticks(heights, [_label(row) for row in named])
         axes[0, 0].set_ylim(max(heights) + 0.7, min(heights) - 0.7)
         layers = next(row for row in payload["sets"] if row["name"] == payload["own"])["layers"]
-        random_label = f"{len(drawn)} random sets of {len(layers)} of {payload['n_layers']} layers"
+        random_label = (
+            f"{len(drawn)} random sets of {len(layers)} of {payload.get('n_layers_having', payload['n_layers'])} layers"
+        )
         legend = [
             Line2D([], [], color=figures.colour("base"), linestyle=":", label="base"),
             Line2D([], [], color=figures.colour("target"), linestyle="--", label="checkpoint"),
@@ -502,11 +537,11 @@ def run(args, own: str, step: str) -> None:
     n_layers = archs.for_config(base.config()).n_layers(base.config())
     models = [base.describe(), *(ref.describe() for ref in refs.run(spec))]
     lists, known = read_lists(args, study, own, n_layers, models)
-    facts = say_places(lists, n_layers)
+    facts, having = say_places(lists, n_layers), layers_having(base.config())
     if not args.controls:
         processes.Process.refuse_several("writing model folders")
-        written = {out: conditions(own, lists)[0]}
-        written |= crossed_folders(args.crossed_folders, own, lists, out)
+        named = conditions(own, lists, having)
+        written = {out: named[0]} | crossed_folders(args.crossed_folders, named, out)
         plans = [plan_run(base, checkpoints, what, place, spec, args.overwrite) for place, what in written.items()]
         for plan in plans:
             write_run(base, checkpoints, plan, args.overwrite, known["gate"])
@@ -515,8 +550,10 @@ def run(args, own: str, step: str) -> None:
         test = evaluation.test_from_arguments(args, study, known)
         process = processes.Process(args.device, args.device_map)
         dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
-        number, wanted = controls.wanted(args.controls, study), conditions(own, lists)
-        measure(pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed, known["gate"])
+        number, wanted = controls.wanted(args.controls, study), conditions(own, lists, having)
+        measure(
+            pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed, known["gate"], having
+        )
 
 
 def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) -> tuple[dict[str, list[int]], dict]:
@@ -547,17 +584,15 @@ def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) 
     return lists, known | {"gate": gate.carried(*paths)}
 
 
-def crossed_folders(
-    names: list[str] | None, own: str, lists: dict[str, list[int]], out: Path
-) -> dict[Path, Condition]:  # fmt: skip
-    """Where to write which crossed controls.
+def crossed_folders(names: list[str] | None, known: list[Condition], out: Path) -> dict[Path, Condition]:
+    """Where to write which crossed controls, of the `known` conditions; the first is the script's own.
 
     Raises:
         InputError: a name that is no crossed condition.
     """
     if names is None:
         return {}
-    there = {condition.name: condition for condition in conditions(own, lists) if condition.component}
+    own, there = known[0].name, {condition.name: condition for condition in known if condition.component}
     same = {other: condition.name for condition in there.values() for other in condition.also}
     crossed = {name: condition for name, condition in there.items() if name != own}
     for name in names:

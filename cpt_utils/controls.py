@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,13 +52,16 @@ def wanted(given: str, study) -> str | int:
     return (study.get("controls") or "all") if given == "study" else given
 
 
-def layer_sets(n_layers: int, own: Iterable[int], wanted: str | int, seed: int) -> tuple[list[list[int]], int]:
+def layer_sets(
+    layers: int | Sequence[int], own: Iterable[int], wanted: str | int, seed: int
+) -> tuple[list[list[int]], int]:
     """The sets of layers to compare `own` with, and how many sets of its size there are (itself among them).
 
     All others of that size where that is asked for and they are few, else distinct seeded draws. `own` itself is never
     among them.
 
     Args:
+        layers: those that sets are drawn from, or, of layers 0 to n - 1, their number n.
         wanted: "all", or the number of sets; "all" stops at SMALL sets.
 
     Raises:
@@ -66,18 +69,18 @@ def layer_sets(n_layers: int, own: Iterable[int], wanted: str | int, seed: int) 
     """
     from itertools import combinations
 
-    own = sorted(set(own))
-    possible = math.comb(n_layers, len(own))
+    own, layers = sorted(set(own)), range(layers) if isinstance(layers, int) else sorted(layers)
+    possible = math.comb(len(layers), len(own))
     if possible < 2:
-        raise InputError(f"{len(own)} of {n_layers} layers are swapped: there is no other set of that size")
+        raise InputError(f"{len(own)} of {len(layers)} layers are swapped: there is no other set of that size")
     if possible - 1 < DISTINCT:
         cli.warn(f"only {possible - 1} other sets of {len(own)} layers exist: p cannot be below {1 / possible:.2f}")
     limit = SMALL if wanted == "all" else int(wanted)
     if possible - 1 <= limit:
-        return [list(s) for s in combinations(range(n_layers), len(own)) if list(s) != own], possible
+        return [list(s) for s in combinations(layers, len(own)) if list(s) != own], possible
     draw, found = random.Random(seed), []
     while len(found) < limit:
-        drawn = sorted(draw.sample(range(n_layers), len(own)))
+        drawn = sorted(draw.sample(layers, len(own)))
         if drawn != own and drawn not in found:
             found.append(drawn)
     return found, possible

@@ -7,34 +7,60 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils import archs
+from cpt_utils import arch_left_out, arch_table, archs
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Architectures
 
 Written by `python docs/architectures.py` from `ARCHS` in `cpt_utils/arch_table.py`; a test compares the two. {count}
 model types (`model_type` in config.json). For each one `tests/test_architectures.py` makes tiny random models and
-checks against slow references that look into the running model: where every projection, bias, router and expert is, the weight
-change of each, swaps of layers, attention, FFN and single experts on disk and in memory, pooled hidden states, and
-counts of active neurons. The models named as examples are of these types; their own weights are not part of the tests.
+checks, against slow references that look into the running model: where every projection, bias, router and expert is,
+the weight change of each, swaps of layers, attention, FFN and single experts on disk and in memory, pooled hidden
+states, and counts of active neurons. The models named as examples are of these types; their own weights are not part
+of the tests.
 
 - **attention, FFN**: modules of a layer, in the order q, k, v, o and gate, up, down. "q+k+v in" a module: fused,
   several projections in one tensor, of which a swap or a comparison takes its slice; "per KV head" if their rows
-  alternate with the KV heads.
+  alternate with the KV heads. Of **latent attention** (MLA) q is `q_a_proj` and `q_b_proj` (or `q_proj` alone); k is
+  `kv_a_proj_with_mqa` and the key rows of `kv_b_proj`, v its value rows: what both come from counts with k, so that
+  every entry is counted, and swapped, once. A projection of several matrices has the sums over all of their entries,
+  and no sums by head. What else an attention has (norms, sinks, an output gate of its own, an indexer) is none of the
+  four, and moves with whole layers.
+- **in its place**: hybrids have layers without attention. What stands there (linear attention, Mamba, a short
+  convolution) is no attention: it moves with whole layers only. Such a layer enters no mean of attention and has
+  nothing of it to swap, and every script says which layers these are; so it is with layers without an FFN.
 - **gate**: without one the neurons are those of the up projection, and a layer has six projections.
-- **experts**: a mixture of experts (MoE). Experts are separate on disk and one parameter in memory (files that hold
-  them as memory does are swapped, too); the router is a component of its own, neither attention nor FFN; neurons are
-  counted over the tokens routed to their expert.
+- **experts**: a mixture of experts (MoE): how many there are, and which layers are dense, says the config. On disk
+  they are separate (`experts.N`) or all in one tensor, transposed or not, gate and up one after the other or in turns:
+  a file is read as it is. The router is a component of its own, neither attention nor FFN. An FFN beside the experts
+  (shared experts) is a part of the layer's FFN. Neurons: expert e's are e I to e I + I - 1, counted over the tokens
+  routed to it, and those beside the experts come last, counted over all tokens.
 - **norms**: where the norms of a layer stand on the way from and to the residual stream. They move with whole layers.
 
-| model type | attention | FFN | gate | experts | norms | for example | notes |
-|---|---|---|---|---|---|---|---|
+| model type | attention | in its place | FFN | gate | experts | norms | for example | notes |
+|---|---|---|---|---|---|---|---|---|
+"""
+WITH_TOWERS = """
+## Language models with image towers
+
+Compared, swapped and measured is the language model; the other towers stay the target's. It is of the type named here,
+or of whichever type of the table the config's `text_config` names. A model of these types and its language model alone
+are one architecture.
+
+| model type | language model | below | for example |
+|---|---|---|---|
+"""
+NOT_HERE = """
+## Types that are not here
+
+All others that transformers {release} makes causal language models of, alone or with towers beside them:
+
 """
 FOOT = """
-A type that is not here stops with a message that says which entry to add and what `transformers` calls the modules of
-its layers. Where these are Llama's names the entry is `"the_type": Arch()`; what can differ is listed at `Arch`. Then
-run `pytest tests/test_architectures.py -k the_type` (what its tiny config needs beyond the usual sizes stands in `TINY`
-in `tests/helpers.py`) and write this page anew.
+A type that is not here stops with a message that gives the reason, or says which entry to add and what `transformers`
+calls the modules of its layers. Where these are Llama's names in all layers the entry is `"the_type": Arch()`; what can
+differ is listed at `Layers` in `cpt_utils/arch_layers.py`. Then run `pytest tests/test_architectures.py -k the_type`
+(what its tiny config needs beyond the usual sizes stands in `TINY` in `tests/tiny.py`) and write this page anew.
 
 `--dtype float64` makes results independent of the batch, bit by bit, where the whole arithmetic is in float64. Gemma 2,
 Bloom and MPT take their attention's softmax in float32 even then (differences of 4e-7 and less); XGLM has no float64.
@@ -48,7 +74,9 @@ def modules(arch: archs.Arch, projections: tuple[str, ...]) -> str:
         found[slot.module] = slot.module
         if slot.order:
             parts = "+".join(part.removesuffix("_proj") for part in slot.order)
-            found[slot.module] = parts + (" per KV head" if slot.by_group else "") + f" in `{slot.module}`"
+            groups = f" in {slot.groups} groups" if slot.groups else " per head" if "q_proj" not in slot.order else ""
+            groups = groups or " per KV head"
+            found[slot.module] = parts + (groups if slot.by_group else "") + f" in `{slot.module}`"
     plain = [name for name, text in found.items() if text == name]
     stems = {name.rpartition(".")[0] for name in plain}
     if len(plain) > 1 and len(stems) == 1:
@@ -60,16 +88,23 @@ def modules(arch: archs.Arch, projections: tuple[str, ...]) -> str:
 
 
 def experts(arch: archs.Arch) -> str:
-    if arch.experts_at is None:
+    at = arch.experts_at
+    if at is None:
         return ""
-    names = ", ".join(arch.experts_at.names[name] for name in archs.FFN)
-    return f"`{arch.experts_at.block}.experts.N`: {names}; router `{arch.experts_at.block}.gate`"
+    block = f"{at.block}." if at.block else ""
+    how = [how for how, true in (("[in, out]", at.transposed), ("gate and up in turns", at.interleaved)) if true]
+    names = ", ".join(at.names[name] for name in archs.FFN if name in at.names)
+    each = f"in one tensor `{block}experts` ({', '.join(how)})" if how else f"`{block}experts.N`: {names}"
+    slots = [slot for slots in at.shared.values() for slot in archs.as_slots(slots)]
+    beside = f"; beside them `{slots[0].module.rpartition('.')[0]}`" if slots else ""
+    return f"{each}; router `{block}{at.router}`{beside}"
 
 
 def row(arch: archs.Arch) -> str:
     cells = (
         f"`{arch.model_type}`",
         modules(arch, archs.ATTENTION),
+        ", ".join(f"`{name}`" for name in dict.fromkeys(arch.mixers.values())),
         modules(arch, archs.FFN),
         "yes" if "gate_proj" in arch.projections() else "no",
         experts(arch),
@@ -80,9 +115,27 @@ def row(arch: archs.Arch) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def tower(name: str) -> str:
+    own, arch = arch_table.TOWERS[name], archs.ARCHS[name]
+    text = f"{own.own} (as `{own.text}`)" if own.own else f"`{own.text}`"
+    return f"| `{name}` | {text} | `{arch.decoder_path}` | {', '.join(arch.examples)} |"
+
+
 def page() -> str:
     """The whole page; types in the order of the table."""
-    return HEAD.format(count=len(archs.ARCHS)) + "\n".join(map(row, archs.ARCHS.values())) + "\n" + FOOT
+    rows = [row(arch) for name, arch in archs.ARCHS.items() if name not in arch_table.TOWERS]
+    left = [f"- {why}: {', '.join(f'`{t}`' for t in sorted(types))}" for why, types in arch_left_out.REASONS.items()]
+    return "".join(
+        (
+            HEAD.format(count=len(archs.ARCHS)),
+            "\n".join(rows) + "\n",
+            WITH_TOWERS,
+            "\n".join(map(tower, arch_table.TOWERS)) + "\n",
+            NOT_HERE.format(release=arch_left_out.TRIED),
+            "\n".join(left) + "\n",
+            FOOT,
+        )
+    )
 
 
 if __name__ == "__main__":

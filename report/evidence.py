@@ -261,7 +261,7 @@ def judge_c3(found: Results) -> Verdict:
     ):
         both = row.get(summary) or {}
         if None not in (both.get("attn"), both.get("ffn")):
-            made.beside.append(number(f"attention minus FFN, {words}", both["attn"] - both["ffn"], n=len(layers)))
+            made.beside.append(number(f"attention minus FFN, {words}", both["attn"] - both["ffn"], n=len(by_max)))
     return made
 
 
@@ -287,8 +287,12 @@ def judge_c5(found: Results) -> Verdict:
     if attention["units"].shape[1] != ffn["units"].shape[1]:
         raise InputError(f"{attention['path']} and {ffn['path']} have different numbers of sentences; run one again")
     own, rich = (swap["sets"][swap["own"]] for swap in (attention, ffn))
-    found.refuse_other_layers(attention["path"], own["layers"], "layers", "interface_layers")
-    found.refuse_other_layers(ffn["path"], rich["layers"], "lsn_layers", "layers")
+    # Of layers that were asked for, those are swapped that have the component.
+    for swap, row, key, name in (
+        (attention, own, "layers", "interface_layers"),
+        (ffn, rich, "lsn_layers", "layers"),
+    ):
+        found.refuse_other_layers(swap["path"], row.get("asked", row["layers"]), key, name)
     sides = [
         rules.Swapped(
             own=swap["values"][swap["own"]],

@@ -32,7 +32,7 @@ def change_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
     for seed, found in seeds.items():
         last = found["change"]["checkpoints"][max(found["change"]["checkpoints"], key=int)]
         above = last["attention_above_ffn"]
-        n = len(last["layers"])
+        n = sum(layer.get("delta_attn_ffn") is not None for layer in last["layers"].values())
         rows.append([
             seed, f"{last['summary']['attn']:.2e}", f"{last['summary']['ffn']:.2e}",
             f"{last['summary_mean']['attn']:.2e}", f"{last['summary_mean']['ffn']:.2e}",

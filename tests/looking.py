@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -37,15 +38,18 @@ class Found:
     Attributes:
         activation, width: the nonlinearity of a dense FFN (None where no module of the layer computes it) and its
             neurons; in a MoE layer those of the FFN beside the experts, if there is one.
-        experts, expert_activation: the module that holds the experts, and their nonlinearity.
+        function: what that nonlinearity does to a tensor, whoever computes it.
+        experts, expert_activation, expert_function: the module that holds the experts, and the same of theirs.
     """
 
     weights: dict[str, list[View]] = field(default_factory=dict)
     biases: dict[str, list[View]] = field(default_factory=dict)
     activation: nn.Module | None = None
+    function: Callable | None = None
     width: int = 0
     experts: nn.Module | None = None
     expert_activation: nn.Module | None = None
+    expert_function: Callable | None = None
 
 
 def matrix(module) -> torch.Tensor:
@@ -282,6 +286,7 @@ def ffn_of(seen: Recording, places: dict, found: Found) -> None:
             places[projection] = [(name, rows.nonzero()[:, 0]) for name, rows in parts.items()]
         places["down_proj"] = [(downs[0], slice(None))]
         found.activation, found.width = seen.plain.get(act), seen.outputs[act].shape[-1]
+        found.function = found.activation or functional.silu  # the one function that is watched
 
 
 def experts_of(block) -> nn.Module | None:
@@ -298,6 +303,7 @@ def experts_in(found: Found) -> None:
     biases = dict(experts.named_parameters(recurse=False))
     acts = [m for m in experts.children() if not list(m.parameters())]
     found.expert_activation = acts[0] if acts else None
+    found.expert_function = acts[0] if acts else vars(experts).get("act_fn") or gpt_oss
     (arrived,) = fed(experts, acts)
     grads = dict(zip(tensors, gradients(arrived, list(tensors.values())), strict=True))
     ((first, grad),) = [(name, grad) for name, grad in grads.items() if grad is not None]
@@ -315,6 +321,12 @@ def experts_in(found: Found) -> None:
         if f"{name}_bias" in biases:
             found.biases.setdefault(projection, [])
             found.biases[projection] += [(each, own) for each in biases[f"{name}_bias"].data]
+
+
+def gpt_oss(x: torch.Tensor) -> torch.Tensor:
+    """The activation of gpt-oss, as its model card says: x, at most 7, times a sigmoid of 1.702 x."""
+    x = x.clamp(max=7.0)
+    return x / (1 + torch.exp(-1.702 * x))
 
 
 def fed(experts, acts: list[nn.Module]) -> list[torch.Tensor]:

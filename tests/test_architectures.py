@@ -20,11 +20,11 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from cpt_utils import archs, compare, models, refs, surgery
+from cpt_utils import arch_table, archs, compare, models, refs, surgery
 from cpt_utils.batching import padded
 from cpt_utils.errors import InputError
 from cpt_utils.hooks import pooled_states
-from cpt_utils.neurons import Counter
+from cpt_utils.neurons import Activations, Counter, silenced
 
 # Other layouts of the same type, by config.
 VARIANTS = {
@@ -34,8 +34,17 @@ VARIANTS = {
     "stablelm, norms on q and k": ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
 }
 CASES = {name: (name, {}) for name in EVERY_ARCHITECTURE} | VARIANTS
-MIXTURES = [name for name in EVERY_ARCHITECTURE if archs.ARCHS[name].experts_at]
-TOWER = re.compile("vision|visual|audio|projector|connector|merger|aligner|image_newline|image_tower|video_tower")
+# Types with image towers differ from their language models in names only: what their layers compute is tested once.
+LAYERS_OF_THEIR_OWN = [name for name in CASES if name not in arch_table.TOWERS]
+EXPERTS = [
+    (name, what)
+    for name in EVERY_ARCHITECTURE
+    if name not in arch_table.TOWERS
+    or archs.ARCHS[name].experts_at != archs.ARCHS[arch_table.TOWERS[name].text].experts_at
+    for what in ("router", "gate", "up", "down")
+    if (at := archs.ARCHS[name].experts_at) and (what == "router" or f"{what}_proj" in at.names)
+]
+TOWER = re.compile("vision|visual|image_|video_|audio|projector|connector|merger|aligner")
 IDS = torch.arange(3, 40)[None]
 
 
@@ -178,7 +187,15 @@ def test_weight_change(case):
             assert change.relative == pytest.approx(float((theirs - ours).norm() / ours.norm()), rel=1e-6)
 
 
-@pytest.mark.parametrize("what", ["layer", "attention", "ffn"])
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        (name, what)
+        for name in CASES
+        for what in ("layer", "attention", "ffn")[: 3 if name in LAYERS_OF_THEIR_OWN else 1]
+    ],
+    indirect=["case"],
+)
 def test_surgery(case, what, tmp_path):
     """The last layer of the base, or the attention or FFN of the last one that has it."""
     base, slow = case.models[0], load(case.target)
@@ -197,15 +214,12 @@ def test_surgery(case, what, tmp_path):
         check_swap(case, pair, recipe, slow, tmp_path / "out")
 
 
-@pytest.mark.parametrize("case", MIXTURES, indirect=True)
-@pytest.mark.parametrize("what", ["router", "gate", "up", "down"])
+@pytest.mark.parametrize(("case", "what"), EXPERTS, indirect=["case"])
 def test_surgery_of_experts(case, what, tmp_path):
     """The router, or one matrix of expert 3: a tensor on disk or a part of one, and mostly a part of one in memory."""
     base, slow = case.models[0], load(case.target)
     name = "router" if what == "router" else f"{what}_proj"
     layer = max(layer for layer in range(len(blocks_of(base))) if case.arch.has_router(base.config, layer))
-    if name == "gate_proj" and "gate_proj" not in case.arch.experts_at.names:
-        pytest.skip("experts without a gate")
     with surgery.Pair(case.base, case.target) as pair:
         parts = pair.arch.parts(pair.config, layer, name, pair.target.names())
         number = 0 if what == "router" else 3
@@ -267,58 +281,94 @@ def test_hidden_states(case, side):
         torch.testing.assert_close(pooled[:, i], slow, rtol=1e-4, atol=1e-5)
 
 
-def test_counts(case):
-    """Tokens with an activation above zero, token by token; far from zero, where xIELU is positive on both sides."""
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+def test_counts_and_means(case):
+    """Tokens with an activation above zero, token by token; far from zero, where xIELU is positive on both sides. Mean
+    activations of the first, the middle and the last neuron of every layer."""
     model, ids = load(case.target), torch.arange(4, 100).view(3, 32)
     layers = layers_of(model)
     for found in layers:
         for view, rows in found.weights.get(case.arch.neuron_projection, []):
             view[rows] *= 8
-    counter = Counter(model, case.arch)
-    counter.add(ids[:2])
-    counter.add(ids[2:])
+    mask = {layer: chosen_of(case, model, layer) for layer in range(len(layers))}
+    counter, means = Counter(model, case.arch), Activations(model, case.arch, {"own": mask})
+    for measured in (counter, means):
+        measured.add(ids[:2])
+        measured.add(ids[2:])
     for layer, found in enumerate(layers):
-        slow, routed = slow_counts(model, blocks_of(model)[layer], found, case.arch.neuron_projection, ids)
+        values = slow_activations(model, blocks_of(model)[layer], found, case.arch.neuron_projection, ids)
         width = case.arch.ffn_width(model.config, layer)
-        assert width == len(slow) and torch.equal(counter.counts[layer][:width], slow), layer
+        counts = [(own > 0).sum(0) for own in values]
+        assert counter.counts[layer][:width].tolist() == [int(n) for own in counts for n in own], layer
         assert not counter.counts[layer][width:].any()
-        assert torch.equal(counter.routed[layer][: len(routed)], routed)
+        routed = [len(own) for own in values[: case.arch.experts(model.config, layer)]]
+        assert counter.routed[layer][: len(routed)].tolist() == routed
+        slow = [float(own.mean(0)[i]) if len(own) else 0.0 for own in values for i in range(own.shape[1])]
+        if width:
+            expected = sum(slow[neuron] for neuron in mask[layer]) / len(mask[layer])
+            assert means.layer_means("own")[layer] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def slow_counts(model, block, found: Found, projection: str, ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """(active tokens of each neuron, tokens of each expert) of a layer, one token at a time."""
-    counts, routed = [], torch.zeros(0, dtype=torch.long)
+def chosen_of(case, model, layer: int) -> list[int]:
+    """The first, the middle and the last neuron of a layer; none of a layer without an FFN."""
+    width = case.arch.ffn_width(model.config, layer)
+    return sorted({0, width // 2, width - 1}) if width else []
+
+
+def slow_activations(model, block, found: Found, projection: str, ids) -> list[torch.Tensor]:
+    """Activations [tokens, I] of each expert on the tokens routed to it, then of a dense FFN on all."""
+    values = []
     if found.experts is not None:
         units, biases = found.weights[projection], found.biases.get(projection) or []
         units = units[: len(units) - bool(found.width)]
-        width, routed = len(units[0][0][units[0][1]]), torch.zeros(len(units), dtype=torch.long)
-        counts = [torch.zeros(width, dtype=torch.long) for _ in units]
-        act = found.expert_activation or (lambda x: x)  # without a module: one that keeps the sign
-        with torch.no_grad():
-            for token, expert in tokens_of_experts(model, block, ids):
-                view, rows = units[expert]
+        routed = [[] for _ in units]
+        for token, expert in tokens_of_experts(model, block, ids):
+            view, rows = units[expert]
+            with torch.no_grad():
                 value = view[rows] @ token + (biases[expert][0][rows] if biases else 0)
-                counts[expert] += act(value) > 0
-                routed[expert] += 1
+                routed[expert].append(found.expert_function(value))
+        width = len(units[0][0][units[0][1]])
+        values += [torch.stack(own) if own else torch.zeros(0, width) for own in routed]
     if found.width:
-        counts.append(torch.zeros(found.width, dtype=torch.long))
-        for token in torch.cat(activations_of(model, block, found, projection, ids)).view(-1, found.width):
-            counts[-1] += token > 0
-    return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.long), routed
+        values.append(torch.cat(dense_activations(model, block, found, projection, ids)).view(-1, found.width))
+    return values
 
 
-def activations_of(model, block, found: Found, projection: str, ids) -> list[torch.Tensor]:
-    """What comes out of the nonlinearity of a dense FFN; without a module, its input, which has the same sign."""
+def dense_activations(model, block, found: Found, projection: str, ids) -> list[torch.Tensor]:
+    """What comes out of the nonlinearity of a dense FFN, a pass at a time."""
     kept, at = [], found.activation
     view, rows = found.weights[projection][-1]
     if at is None:
         linears = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
         (at,) = [m for m in linears if m.weight.data_ptr() == view.data_ptr()]
-    handle = at.register_forward_hook(lambda _m, _a, out: kept.append(out if found.activation else out[..., rows]))
+
+    def keep(_module, _args, output):
+        kept.append(output if found.activation is not None else found.function(output[..., rows]))
+
+    handle = at.register_forward_hook(keep)
     with torch.no_grad():
         model(ids)
     handle.remove()
     return kept
+
+
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+def test_silenced_neurons(case):
+    """As if the neurons' columns of the down projections were zero."""
+    model = load(case.target)
+    layers, ids = layers_of(model), torch.arange(4, 36).view(2, 16)
+    mask = {layer: chosen_of(case, model, layer) for layer in range(len(layers))}
+    with torch.no_grad():
+        whole = model(ids).logits
+        with silenced(model, case.arch, mask):
+            found = model(ids).logits
+        assert torch.equal(model(ids).logits, whole) and not torch.allclose(found, whole)
+        for layer, here in enumerate(layers):
+            columns = [(view, i) for view, _ in here.weights.get("down_proj", []) for i in range(view.shape[1])]
+            for neuron in mask[layer]:
+                view, i = columns[neuron]
+                view[:, i] = 0
+        torch.testing.assert_close(model(ids).logits, found, rtol=1e-4, atol=1e-5)
 
 
 def tokens_of_experts(model, block, ids) -> list[tuple[torch.Tensor, int]]:

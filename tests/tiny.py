@@ -54,6 +54,7 @@ TINY = {
     "qwen2_vl": {"rope_parameters": MROPE},
     "qwen2_5_vl": {"rope_parameters": MROPE},
     "glm46v": {"rope_parameters": MROPE},
+    "glmga": {"rope_parameters": MROPE},
     "bailing_hybrid": DENSE_FIRST
     | {
         "layer_types": ["full_attention", "linear_attention", "full_attention"],

@@ -53,16 +53,21 @@ DETAILS = "mean_abs norm base_norm cosine_distance"
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean; None where a value is missing (a base matrix of zeros has no relative change)."""
-    return None if None in values else sum(values) / len(values)
+    """The mean; None of none, and where a value is missing (a base matrix of zeros has no relative change)."""
+    return None if None in values or not values else sum(values) / len(values)
+
+
+def has(values: dict, side: str) -> bool:
+    """Whether a layer with these values by projection has attention, or an FFN (`side`)."""
+    return any(name in values for name in SIDES[side])
 
 
 def sides(values: dict[str, float | None]) -> dict[str, float | None]:
-    """`attention_max, ffn_max, attention_mean, ffn_mean` of one layer's values by projection."""
+    """`attention_max, ffn_max, attention_mean, ffn_mean` of one layer's values by projection; None of what it lacks."""
     found = {}
     for side, projections in SIDES.items():
         own = [values[name] for name in projections if name in values]
-        found |= {f"{side}_max": None if None in own else max(own), f"{side}_mean": mean(own)}
+        found |= {f"{side}_max": None if None in own else max(own, default=None), f"{side}_mean": mean(own)}
     return found
 
 
@@ -71,31 +76,42 @@ def layer_row(changes: dict[str, Change]) -> dict:
     absolute = {name: change.mean_abs for name, change in changes.items()}
     relative = {name: change.relative for name, change in changes.items()}
     row = sides(absolute)
-    row["delta_attn_ffn"] = row["attention_max"] - row["ffn_max"]
+    both = has(absolute, "attention") and has(absolute, "ffn")
+    row["delta_attn_ffn"] = row["attention_max"] - row["ffn_max"] if both else None
     rest = {key: {name: read(change) for name, change in changes.items()} for key, read in REST.items()}
     return row | absolute | {"relative": sides(relative) | relative} | rest
 
 
 def pairs(rows: list[dict], summary: str) -> list[tuple[float | None, float | None]]:
-    """(attention, FFN) of each layer, read as `summary` (a key of SUMMARIES) reads them."""
+    """(attention, FFN) of each layer that has both, read as `summary` (a key of SUMMARIES) reads them."""
+    attention, ffn = (by_layer(rows, summary, side) for side in SIDES)
+    return [(attention[layer], ffn[layer]) for layer in attention if layer in ffn]
+
+
+def by_layer(rows: list[dict], summary: str, side: str) -> dict[int, float | None]:
+    """Layer -> attention's or the FFN's change, of the layers that have it, read as `summary` reads it."""
     relative, how = SUMMARIES[summary]
     rows = [row["relative"] if relative else row for row in rows]
-    return [(row[f"attention_{how}"], row[f"ffn_{how}"]) for row in rows]
+    return {layer: row[f"{side}_{how}"] for layer, row in enumerate(rows) if has(row, side)}
 
 
 def checkpoint_row(layers: dict[int, dict[str, Change]]) -> dict:
     """All that is written of one checkpoint: its layers, the four summaries, and the layers where attention is ahead.
 
-    A summary is the mean over layers, `{"attn", "ffn"}`; `attention_above_ffn` counts layers by summary.
+    A summary is the mean over layers, `{"attn", "ffn"}`; `attention_above_ffn` counts layers by summary. A layer
+    without attention, or without an FFN, enters no mean of what it lacks, and no count; `without` names such layers.
     """
     rows = {f"layer_{layer}": layer_row(layers[layer]) for layer in sorted(layers)}
     found: dict = {"layers": rows}
     ahead = {}
     for summary in SUMMARIES:
-        attention, ffn = (list(side) for side in zip(*pairs(list(rows.values()), summary), strict=True))
-        found[summary] = {"attn": mean(attention), "ffn": mean(ffn)}
-        both = None in attention or None in ffn
-        ahead[summary] = None if both else sum(a > b for a, b in zip(attention, ffn, strict=True))
+        attention, ffn = (by_layer(list(rows.values()), summary, side) for side in SIDES)
+        found[summary] = {"attn": mean(list(attention.values())), "ffn": mean(list(ffn.values()))}
+        both = pairs(list(rows.values()), summary)
+        missing = any(None in pair for pair in both)
+        ahead[summary] = None if missing else sum(a > b for a, b in both)
+    without = {side: [i for i, row in enumerate(rows.values()) if not has(row, side)] for side in SIDES}
+    found |= {"without": without} if any(without.values()) else {}
     return found | {"attention_above_ffn": ahead}
 
 
@@ -129,16 +145,17 @@ def draw(path: Path, payload: dict) -> None:
         "summary": "largest projection (of 4 against {n})",
         "summary_mean": "mean of the projections",
     }
-    count = sum(name in rows[0] for name in archs.FFN)
+    count = max(sum(name in row for name in archs.FFN) for row in rows)
     looks = (("attention", "attention", "s", "-"), ("FFN", "ffn", "o", "--"))
     with figures.style() as plt:
         figure, axes = plt.subplots(1, 2, figsize=(figures.PAGE, 2.5), sharey=True)
         for axis, (summary, title) in zip(axes, titles.items(), strict=True):
-            values = zip(*pairs(rows, summary), strict=True)
-            for own, (label, meaning, marker, line) in zip(values, looks, strict=True):
-                axis.plot(range(len(rows)), own, line, marker=marker, color=figures.colour(meaning), label=label)
+            for side, (label, meaning, marker, line) in zip(SIDES, looks, strict=True):
+                own = by_layer(rows, summary, side)
+                axis.plot([*own], [*own.values()], line, marker=marker, color=figures.colour(meaning), label=label)
             above = payload["checkpoints"][step]["attention_above_ffn"][summary]
-            axis.set_title(f"{title.format(n=count)}\nattention above FFN in {above} of {len(rows)} layers")
+            n = len(pairs(rows, summary))
+            axis.set_title(f"{title.format(n=count)}\nattention above FFN in {above} of {n} layers")
             figures.layer_axis(axis, len(rows))
             axis.set_ylim(bottom=0)
         axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
@@ -193,6 +210,7 @@ def main(argv=None) -> None:
 
     from cpt_utils import compare
 
+    cli.sibling("weight-diff/int_and_sem.py").say_lacking(base)
     found: compare.Changes = {}
     for group in refs.one_at_a_time(run, args.drop_revisions, base):
         cli.sibling("weight-diff/int_and_sem.py").say_left_out(base, group)
@@ -218,8 +236,9 @@ def describe(row: dict) -> str:
     names = {"summary": "max", "summary_mean": "mean"}
     names |= {"summary_relative": "relative max", "summary_relative_mean": "relative mean"}
     above = ", ".join(f"{row['attention_above_ffn'][key]} ({name})" for key, name in names.items())
-    attention, ffn = row["summary"]["attn"], row["summary"]["ffn"]
-    return f"attention {attention:.3e}, FFN {ffn:.3e}; attention above FFN in {above} of {len(row['layers'])} layers"
+    attention, ffn = ("none" if value is None else f"{value:.3e}" for value in row["summary"].values())
+    n = len(pairs(list(row["layers"].values()), "summary"))
+    return f"attention {attention}, FFN {ffn}; attention above FFN in {above} of {n} layers"
 
 
 def default_output(target: str | list[str]) -> Path:

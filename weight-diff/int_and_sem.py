@@ -31,18 +31,26 @@ GROUPS = {"interface": "interface_layers", "semantic_hub": "semantic_layers"}
 # ---------------------------------------------------------------- the method
 
 
-def layer_changes(layers: dict[int, dict[str, Change]]) -> list[float]:
+def layer_changes(layers: dict[int, dict[str, Change]]) -> list[float | None]:
     """The change of each layer [L]: the mean over its projections of the mean |dW|, each projection counting alike.
 
-    The router of a mixture of experts is no projection, and all experts together are one.
+    The router of a mixture of experts is no projection, and all experts together are one. A layer without attention has
+    those of its FFN, and the other way round; None of one that has neither.
     """
     own = [[change for name, change in layers[i].items() if name in archs.PROJECTIONS] for i in sorted(layers)]
-    return [sum(change.mean_abs for change in here) / len(here) for here in own]
+    return [sum(change.mean_abs for change in here) / len(here) if here else None for here in own]
 
 
-def group_mean(change: list[float], layers: list[int]) -> float:
-    """The mean change of a group of layers."""
-    return sum(change[layer] for layer in layers) / len(layers)
+def group_mean(change: list[float | None], layers: list[int]) -> float:
+    """The mean change of a group of layers, of those that have projections.
+
+    Raises:
+        InputError: none of them has.
+    """
+    found = [change[layer] for layer in layers if change[layer] is not None]
+    if not found:
+        raise InputError(f"none of the layers {layers} has attention or an FFN: there is no change to average")
+    return sum(found) / len(found)
 
 
 # ---------------------------------------------------------------- files
@@ -156,6 +164,7 @@ def main(argv=None) -> None:
     if finished:
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
+    say_lacking(base)
     found: compare.Changes = {}
     for group in refs.one_at_a_time(chosen, args.drop_revisions, base):
         say_left_out(base, group)
@@ -196,6 +205,17 @@ def made_already(output: Path, facts: dict, overwrite: bool) -> bool:
             f"{output} is of other layers than asked for; give --overwrite to redo it, or another --output"
         )
     return True
+
+
+def say_lacking(base: refs.ModelRef) -> None:
+    """Name the layers without attention, or without an FFN: they enter no mean of what they lack."""
+    config = base.config()
+    arch = archs.for_config(config)
+    for what, projections in (("attention", archs.ATTENTION), ("FFN", archs.FFN)):
+        layers = arch.lacking(config, projections)
+        if layers:
+            instead = f" ({arch.instead(config, layers)} in its place)" if what == "attention" else ""
+            cli.say(f"layers {layers} have no {what}{instead}; they enter no mean of it")
 
 
 def say_left_out(base: refs.ModelRef, run: list[refs.ModelRef]) -> None:
