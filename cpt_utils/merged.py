@@ -363,7 +363,7 @@ class AdapterFolder:
         both = found.get(self._places.get(self._embedding)) if self._is_tied and not self.new_head else None
         if both and any(isinstance(step, LowRank) for step in both.steps):
             cli.once(
-                f"{formats.run_of(self.spec)}: the base ties its output matrix to its embeddings; what the adapter adds "
-                "to one of them is in both once merged, as after merge_and_unload: not quite the model that was trained",
+                f"{formats.run_of(self.spec)}: the base ties its output matrix to its embeddings; what the adapter "
+                "adds to one is in both once merged, as after merge_and_unload: not quite the model that was trained",
                 cli.warn,
             )
