@@ -21,8 +21,8 @@ PLAIN = ("mixtral", "qwen3_moe", "olmoe", "flex_olmo")  # gates and ups in halve
 
 
 def save_both(model_type: str, place: Path, name: str, seed: int, **config) -> None:
-    """A model as `save_pretrained` writes it (`apart/name`), and with its experts as a trainer leaves them that saves the
-    model's state (`one/name`)."""
+    """A model as `save_pretrained` writes it (`apart/name`), and with its experts as a trainer leaves them that saves
+    the model's state (`one/name`)."""
     model = tiny_model(model_type, seed=seed, dtype="bfloat16", **config)
     apart = save_tiny(model_type, place / "apart" / name, model=model)
     one = shutil.copytree(apart, place / "one" / name)
