@@ -75,9 +75,8 @@ def gemma4_width(config, layer: int) -> int:
 
 def gemma4_heads(config, layer: int) -> tuple[int, int, int]:
     """The heads of a layer, which are larger, and perhaps share keys more, where attention is global."""
-    wide = config.layer_types[layer] == "full_attention"
-    kv_heads = config.num_global_key_value_heads if keys_are_values(config, layer) else config.num_key_value_heads
-    return config.num_attention_heads, kv_heads, config.global_head_dim if wide else config.head_dim
+    own = config.per_layer_config[layer]
+    return config.num_attention_heads, own.num_key_value_heads, own.head_dim
 
 
 def by_kind(config, layer: int) -> bool:

@@ -87,9 +87,9 @@ def _with_text_model(values: dict) -> Arch:
     if tower is None or stated in (None, tower.text, tower.own):
         return ARCHS[name]
     if stated not in ARCHS:
+        why = f": {LEFT_OUT[stated]}" if stated in LEFT_OUT else f"; {_entry_to_add(text)}"
         raise InputError(
-            f"the language model of this {name} is of type {stated!r}, which is not in the table of architectures; "
-            + _entry_to_add(text)
+            f"the language model of this {name} is of type {stated!r}, which is not in the table of architectures{why}"
         )
     return tower.around(ARCHS[stated], name)
 

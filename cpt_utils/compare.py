@@ -361,8 +361,8 @@ class _Piece:
 class _Matrix:
     """A tensor of one layer on disk, what it holds, and the sums of it while it is being read.
 
-    One that holds all experts, [E, .., ..], is read as a matrix of all their rows. Columns that alternate between two
-    projections come sorted: those of the first, then those of the second.
+    Of one that holds all experts, [E, .., ..], a matrix is one expert's, and its rows are counted over all of them.
+    Columns that alternate between two projections come sorted: those of the first, then those of the second.
 
     Attributes:
         names: of the tensor in B and in each checkpoint.
@@ -446,7 +446,7 @@ def _matrices(
         InputError: the models differ in the shape of a tensor, or in how it is cut.
     """
     one = sides[0]
-    found: dict[str, _Matrix] = {}
+    found: dict[tuple[str, int | None], _Matrix] = {}
     for name in names:
         before = (0, 0)
         several = list(zip(*(side.weights(layer, name) for side in sides), strict=True))
@@ -456,7 +456,8 @@ def _matrices(
             for side, other in zip(sides, parts, strict=True):
                 _refuse_shapes(one, part, side, other)
             flat = (math.prod(shape[:-1]), shape[-1])
-            matrix = found.setdefault(part.tensor, _Matrix(layer, [each.tensor for each in parts], flat))
+            key = part.tensor, part.expert
+            matrix = found.setdefault(key, _Matrix(layer, [each.tensor for each in parts], flat))
             place = _place(part, shape, matrix)
             piece = _Piece(name, part.dim, *place, before, name in rows, heads, details and name in archs.FFN)
             if piece.heads and piece.n_grouped % piece.heads:

@@ -39,6 +39,7 @@ class Found:
         activation, width: the nonlinearity of a dense FFN (None where no module of the layer computes it) and its
             neurons; in a MoE layer those of the FFN beside the experts, if there is one.
         function: what that nonlinearity does to a tensor, whoever computes it.
+        heads: (query heads, heads of keys), where a function of transformers' attends.
         experts, expert_activation, expert_function: the module that holds the experts, and the same of theirs.
     """
 
@@ -47,6 +48,7 @@ class Found:
     activation: nn.Module | None = None
     function: Callable | None = None
     width: int = 0
+    heads: tuple[int, int] | None = None
     experts: nn.Module | None = None
     expert_activation: nn.Module | None = None
     expert_function: Callable | None = None
@@ -79,6 +81,7 @@ class Recording:
         for catch in (attention_functions, matrix_products):
             self.inputs, self.outputs, self.caught, self.attended = {}, {}, [], None
             self.functions: list[str] = []
+            self.heads: tuple[int, int] | None = None
             self._run(model, block, catch)
             if self.caught or mixers:  # a mixer's products are no attention's
                 break
@@ -157,6 +160,7 @@ def attention_functions(model, recording):
     def attention(_module, query, key, value, *_, **__):
         if recording.inside and not recording.caught:
             recording.caught = [query, key, value]
+            recording.heads = query.shape[1], key.shape[1]
         batch, heads, tokens = query.shape[:3]
         return recording.result((batch, tokens, heads, value.shape[-1]), query), None
 
@@ -216,7 +220,7 @@ def found_in(model, block) -> Found:
     ffn_of(seen, places, found)
     if [m for _, m in model.named_modules(remove_duplicate=False)].count(found.activation) > 1:
         found.activation = None  # one module for all layers is none of this one's own
-    found.experts = experts_of(block)
+    found.heads, found.experts = seen.heads, experts_of(block)
     if found.experts is not None:
         experts_in(found)
         router_in(block, found)

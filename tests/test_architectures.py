@@ -125,6 +125,8 @@ def test_parts_are_what_the_model_computes_with(case):
                 assert same_tensors(taken, wanted), (layer, projection, role)
                 if projection not in archs.ATTENTION:  # neurons and experts are numbered by their order
                     assert all(map(torch.equal, taken, wanted)), (layer, projection, role)
+        if found.heads and "k_proj" in found.weights:
+            assert arch.heads(config, layer)[:2] == found.heads
         check_neurons(model, arch, layer, found)
     widths = [arch.ffn_width(config, layer) for layer in range(len(blocks_of(model)))]
     assert arch.ffn_width(config) == max(widths) and arch.n_layers(config) == len(widths)
@@ -171,9 +173,9 @@ def test_every_tensor_on_disk_has_its_place(case):
 
 
 def test_weight_change(case):
-    """Sums over float64 differences of the loaded models, expert by expert."""
+    """Sums over float64 differences of the loaded models, expert by expert, and of every neuron."""
     base, target = case.models
-    found = compare.changes(refs.model(case.base), [refs.model(case.target)])
+    found = compare.changes(refs.model(case.base), [refs.model(case.target)], details=True)
     (found,) = found.values()
     for layer, (before, after) in enumerate(zip(layers_of(base), layers_of(target), strict=True)):
         assert set(found[layer]) == {name for name, views in before.weights.items() if views}
@@ -185,6 +187,13 @@ def test_weight_change(case):
             assert change.n == ours.numel()
             assert change.mean_abs == pytest.approx(float((theirs - ours).abs().mean()), rel=1e-6)
             assert change.relative == pytest.approx(float((theirs - ours).norm() / ours.norm()), rel=1e-6)
+            if projection in archs.FFN:
+                pairs = zip(before.weights[projection], after.weights[projection], strict=True)
+                moved = [
+                    (b[r].double() - a[r].double()).abs().mean(int(projection != "down_proj"))
+                    for (a, r), (b, _) in pairs
+                ]
+                torch.testing.assert_close(change.neurons.mean_abs, torch.cat(moved).float(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +446,26 @@ def test_experts_in_one_tensor_on_disk(tmp_path):
                 found.append(load(tmp_path / f"{name} {kind}").state_dict())
         for state in found:
             assert all(torch.equal(bits(tensor), bits(found[0][key])) for key, tensor in state.items())
+
+
+def test_experts_the_other_way_round_on_disk(tmp_path):
+    """Files of qwen3_vl_moe hold experts [E, in, out], as published, or [E, out, in], as transformers saves them."""
+    found = {}
+    for kind in ("saved", "published"):
+        folders = [save_tiny("qwen3_vl_moe", tmp_path / kind / name, seed=seed) for seed, name in enumerate("bt")]
+        for folder in folders if kind == "published" else ():
+            held = read_tensors(folder)
+            turned = {name: t.transpose(1, 2).contiguous() if "experts" in name else t for name, t in held.items()}
+            assert [name for name in held if "experts" in name and turned[name].shape != held[name].shape]
+            save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
+        (changes,) = compare.changes(refs.model(folders[0]), [refs.model(folders[1])]).values()
+        found[kind] = [changes[1][name].mean_abs for name in archs.FFN]
+        base, slow = load(folders[0]), load(folders[1])
+        copy_by_hand(base, slow, 1, archs.FFN)
+        with surgery.Pair(*folders) as pair:
+            case = Case("qwen3_vl_moe", *folders)
+            check_swap(case, pair, surgery.parts_from_base(pair, archs.FFN, [1]), slow, tmp_path / kind / "out")
+    assert found["saved"] == pytest.approx(found["published"], rel=1e-6)
 
 
 def test_the_page_is_what_the_table_gives():
