@@ -34,6 +34,7 @@ __all__ = [
     "for_config",
     "is_buffer",
     "kin",
+    "meaning",
     "take",
     "text_type",
 ]
@@ -76,6 +77,13 @@ def text_type(config) -> str:
     if tower is not None and arch.text_type == tower.own:  # the same model under a name that only configs have
         return tower.text
     return arch.text_type or arch.model_type
+
+
+def meaning(arch: Arch, disk_name: str) -> str:
+    """The name by which a tensor is found in another model of the same language model: the canonical one, and `lm_head`
+    for the output matrix, which some types call otherwise."""
+    canonical = arch.canonical(disk_name)
+    return f"lm_head{canonical.removeprefix(arch.head)}" if canonical.startswith(f"{arch.head}.") else canonical
 
 
 def _with_text_model(values: dict) -> Arch:

@@ -214,8 +214,8 @@ def changes(
 def unlike(base: refs.ModelRef, checkpoint: refs.ModelRef) -> dict[str, str]:
     """Tensors outside the layers that differ in shape, or that one side has not: they are not compared. Name -> why."""
     with _Side(base) as one, _Side(checkpoint, base) as other:
-        ours = {one.arch.canonical(name): name for name in one.names if one.arch.layer_of(name) is None}
-        theirs = {other.arch.canonical(name): name for name in other.names if other.arch.layer_of(name) is None}
+        ours = {archs.meaning(one.arch, name): name for name in one.names if one.arch.layer_of(name) is None}
+        theirs = {archs.meaning(other.arch, name): name for name in other.names if other.arch.layer_of(name) is None}
         found = {ours[key]: "not in the checkpoint" for key in ours.keys() - theirs.keys()}
         found |= {theirs[key]: "not in the base" for key in theirs.keys() - ours.keys()}
         for key in ours.keys() & theirs.keys():

@@ -127,7 +127,7 @@ class Pair:
         of_target = (self.target, self.arch, self.config)
         self.base = stacking.like(self.base, self.base_arch, base_config, *of_target)
         self._layer_edits: dict[int, list[Edit]] = {}
-        self._base_names = {self.base_arch.canonical(name): name for name in self.base.names()}
+        self._base_names = {archs.meaning(self.base_arch, name): name for name in self.base.names()}
         settings.say_head(self.target, self.config)
         settings.say_own_code(self.target_ref.spec, self.config)
         differ = settings.unlike(self.base_ref, self.target_ref)
@@ -147,9 +147,9 @@ class Pair:
 
     def base_name(self, target_name: str) -> str:
         """What the target's tensor is called in the base; the head of a base that ties it is its embeddings."""
-        meaning = self.arch.canonical(target_name)
+        meaning = archs.meaning(self.arch, target_name)
         found = self._base_names.get(meaning)
-        if found is None and meaning == f"{self.arch.head}.weight" and settings.tied(self.base_ref.config()):
+        if found is None and meaning == "lm_head.weight" and settings.tied(self.base_ref.config()):
             found = self._base_names.get(f"{self.arch.embeddings[0]}.weight")
         if found is None:
             raise InputError(f"{self.base_ref.spec} has no tensor {target_name}, which {self.target_ref.spec} has")
@@ -176,18 +176,18 @@ class Pair:
         """Edits that put the whole layer of the base in place; made once, because controls ask for hundreds of sets."""
         if layer not in self._layer_edits:
             mine = self.arch.layer_tensors(self.target.names(), layer)
-            meanings = {self.arch.canonical(name) for name in mine}
+            meanings = {archs.meaning(self.arch, name) for name in mine}
             for name in self.base_arch.layer_tensors(self.base.names(), layer):
-                if self.base_arch.canonical(name) not in meanings and not self.base_arch.may_lack(name):
+                if archs.meaning(self.base_arch, name) not in meanings and not self.base_arch.may_lack(name):
                     raise InputError(f"{self.target_ref.spec} has no tensor {name}, which {self.base_ref.spec} has")
-            held = [n for n in mine if self.arch.canonical(n) in self._base_names or not self.arch.may_lack(n)]
+            held = [n for n in mine if archs.meaning(self.arch, n) in self._base_names or not self.arch.may_lack(n)]
             self._layer_edits[layer] = [self.edit(name) for name in held]
         return self._layer_edits[layer]
 
     def unlike(self, recipe: Recipe) -> dict[str, str]:
         """Tensors outside the recipe that differ in shape, or that only one model has: name -> why."""
         edited, found = {edit.tensor for edit in recipe.edits}, {}
-        canonical = {self.arch.canonical(name): name for name in self.target.names()}
+        canonical = {archs.meaning(self.arch, name): name for name in self.target.names()}
         for meaning, name in canonical.items():
             theirs = self._base_names.get(meaning)
             if name in edited or archs.is_buffer(name):

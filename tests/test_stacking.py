@@ -35,8 +35,14 @@ def save_both(model_type: str, place: Path, name: str, seed: int, **config) -> N
 MIXTURES = [name for name in EVERY_ARCHITECTURE if archs.ARCHS[name].experts_at is not None]
 
 
-@pytest.fixture(params=MIXTURES)
-def place(tmp_path, request) -> Path:
+# Each way of holding experts, the rest of the layer as various: for tests that load models.
+KINDS = ["mixtral", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v3", "qwen3_next", "laguna", "nemotron_h"]
+
+
+@pytest.fixture(params=MIXTURES, scope="module")
+def place(tmp_path_factory, request) -> Path:
+    """Base and checkpoint of a type, in both layouts."""
+    tmp_path = tmp_path_factory.mktemp(request.param)
     for seed, name in enumerate(("base", "checkpoint-5")):
         save_both(request.param, tmp_path, name, seed)
     if not any(EXPERT.search(key) for key in read_tensors(tmp_path / "apart/base")):
@@ -82,6 +88,7 @@ def assert_gate(kind: str, written: dict, base: Path, target: Path) -> None:
     assert seen >= 2
 
 
+@pytest.mark.parametrize("place", KINDS, indirect=True, scope="module")
 @pytest.mark.parametrize("sides", [("apart", "one"), ("one", "apart")])
 def test_swaps(place, tmp_path, sides):
     base, target = place / sides[0] / "base", place / sides[1] / "checkpoint-5"

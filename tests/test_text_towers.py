@@ -22,7 +22,8 @@ def text_only(wrapper: Path, folder: Path) -> Path:
     config = json.loads((wrapper / "config.json").read_text())
     arch = archs.for_config(config)
     text = config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}
-    text |= {"model_type": archs.text_type(config), "head_dim": arch.heads(config)[2]}
+    if archs.text_type(config) != text["model_type"]:  # whose default may be another
+        text |= {"model_type": archs.text_type(config), "head_dim": arch.heads(config)[2]}
     of_text = archs.for_config(text)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(text))
@@ -42,10 +43,14 @@ def text_only(wrapper: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=WRAPPERS)
-def pair(tmp_path, request) -> dict[str, Path]:
+# Each way of naming the parts, and of making the language model: for tests that load models.
+KINDS = ["gemma3", "qwen2_vl", "qwen3_vl_moe", "llama4", "mistral3", "idefics3", "qwen3_5", "kimi_k25"]
+
+
+@pytest.fixture(params=WRAPPERS, scope="module")
+def pair(tmp_path_factory, request) -> dict[str, Path]:
     """Base and checkpoint of a type, with the vision tower and without."""
-    found = {}
+    found, tmp_path = {}, tmp_path_factory.mktemp(request.param)
     for seed, name in enumerate(("base", "checkpoint-5")):
         found[f"whole-{name}"] = save_tiny(request.param, tmp_path / "whole" / name, seed=seed, dtype="bfloat16")
         found[f"text-{name}"] = text_only(found[f"whole-{name}"], tmp_path / "text" / name)
@@ -71,6 +76,7 @@ def test_changes(pair):
     assert 0 < len(left) < 8 and all(why.endswith("not in the checkpoint") for why in left.values())
 
 
+@pytest.mark.parametrize("pair", KINDS, indirect=True, scope="module")
 @pytest.mark.parametrize("sides", [("whole", "text"), ("text", "whole")])
 def test_swaps(pair, tmp_path, sides):
     """What is written is what a swap with the base in the target's own layout writes; in memory the same."""
@@ -130,6 +136,28 @@ def test_an_adapter_of_the_language_model_whose_base_has_a_tower(tmp_path):
     assert config["text_config"]["vocab_size"] == 290 and config["tie_word_embeddings"] is False
     loaded = models.load_model(refs.model(tmp_path / "adapter"), torch.float32, CPU)
     assert torch.equal(loaded.lm_head.weight, truth["lm_head.weight"].float())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_whole_model_on_its_language_model(tmp_path):
+    """Its base is not here any more, but its language model is: the names of the adapter are the whole model's."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = save_tiny("gemma3", tmp_path / "base", dtype="bfloat16", tokenizer=False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    settings = {"target_modules": r".*language_model.*(q_proj|down_proj)", "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    model.save_pretrained(tmp_path / "adapter")
+    text = text_only(base, tmp_path / "text")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(text)}))
+    arch, of_text = archs.ARCHS["gemma3"], archs.ARCHS["gemma3_text"]
+    truth = {arch.canonical(name): tensor for name, tensor in model.merge_and_unload().state_dict().items()}
+    with tensors.open_folder(tmp_path / "adapter") as stored:
+        assert len(stored.changes) == 3 * 2
+        for name in stored.names():
+            assert torch.equal(stored.get(name), truth[of_text.canonical(name)]), name
 
 
 def test_other_text_models_are_refused(tmp_path):
