@@ -319,10 +319,18 @@ def test_the_language_model_is_the_one_that_the_config_names():
     assert archs.for_config(config) == archs.for_config(dict(config))
     with pytest.raises(InputError, match=r"language model of this llava is of type 'rwkv'.*: its layers have neither"):
         archs.for_config({"model_type": "llava", "text_config": {"model_type": "rwkv"}})
-    assert (
-        archs.text_type({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}}) == "qwen2_vl_text"
-    )
+    # A name that only configurations have: without its tower the model is saved, and loaded, as a Qwen 2.
+    whole = {"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}}
+    assert archs.text_type(whole) == archs.text_type({"model_type": "qwen2"}) == "qwen2"
     assert archs.text_type({"model_type": "llama"}) == "llama"
+
+
+def test_output_matrices_of_other_names_are_found_in_each_other():
+    llama4, text = archs.ARCHS["llama4"], archs.ARCHS["llama4_text"]
+    assert archs.meaning(llama4, "language_model.lm_head.weight") == archs.meaning(text, "lm_head.weight")
+    assert archs.meaning(text, "model.layers.0.mlp.x.weight") == text.canonical("model.layers.0.mlp.x.weight")
+    for arch in archs.ARCHS.values():
+        assert archs.meaning(arch, f"{arch.head}.weight") == "lm_head.weight"
 
 
 def test_layers_that_predict_further_tokens_are_no_part_of_the_model(saved):
