@@ -169,10 +169,17 @@ def base_of(ref: refs.ModelRef, settings: Settings) -> refs.ModelRef:
 
 
 def _is_quantised(base: refs.ModelRef | None, name: str) -> bool:
-    """Whether a base holds codes: by its configuration, or by its name where that cannot be had."""
+    """Whether a base holds codes: where its configuration speaks of some, its files decide; where it cannot be had, its
+    name."""
     if base is not None:
-        with contextlib.suppress(InputError):
-            return not base.is_adapter and formats.stated(base.config()) is not None
+        try:
+            if not base.is_adapter and formats.stated(base.config()) is not None:
+                tensors.open_folder(base, lazy=True).close()
+            return False
+        except formats.Quantised:
+            return True
+        except InputError:
+            pass
     return formats.original_of(name) is not None
 
 

@@ -32,9 +32,10 @@ of the tests.
 - **gate**: without one the neurons are those of the up projection, and a layer has six projections.
 - **experts**: a mixture of experts (MoE): how many there are, and which layers are dense, says the config. On disk
   they are separate (`experts.N`) or all in one tensor, transposed or not, gate and up one after the other or in turns:
-  a file is read as it is. The router is a component of its own, neither attention nor FFN. An FFN beside the experts
-  (shared experts) is a part of the layer's FFN. Neurons: expert e's are e I to e I + I - 1, counted over the tokens
-  routed to it, and those beside the experts come last, counted over all tokens.
+  a file is read as it is, and base and checkpoint may differ in that. The router is a component of its own, neither
+  attention nor FFN. An FFN beside the experts (shared experts) is a part of the layer's FFN. Neurons: expert e's are
+  e I to e I + I - 1, counted over the tokens routed to it, and those beside the experts come last, counted over all
+  tokens.
 - **norms**: where the norms of a layer stand on the way from and to the residual stream. They move with whole layers.
 
 | model type | attention | in its place | FFN | gate | experts | norms | for example | notes |

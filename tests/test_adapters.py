@@ -320,12 +320,22 @@ def test_a_quantised_base_by_its_name(tmp_path, monkeypatch, name, original):
         {"quantization": {"group_size": 64, "bits": 4}},
     ],
 )
-def test_a_quantised_base_by_its_configuration(tmp_path, stated):
+def test_a_quantised_base_by_its_files(tmp_path, stated, capsys):
+    """Its name says nothing. A configuration that has outlived the codes does not count."""
     base = save_tiny("llama", tmp_path / "base", tokenizer=False)
     adapter = save_adapter(base, tmp_path / "adapter")
+    truth = merged(base, adapter)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | stated))
+    assert_equal(adapter, truth)
+    held = read_tensors(base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    held[name] = torch.randint(0, 255, (held[name].numel() // 2, 1), dtype=torch.uint8)
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="which is quantised; write the 16-bit model that it was made from into base_"):
+        tensors.open_folder(adapter)
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"is an adapter of a quantised base.*base_model_name_or_path of its adapter"):
         tensors.open_folder(adapter)
 
 

@@ -330,7 +330,7 @@ def test_adapter_of_a_quantised_base(plain, tmp_path):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
     said = everywhere(
-        plain, adapter, "adapter of a quantised base.*16-bit.*by its name .*llama\\).*adapter_config", False
+        plain, adapter, "which is quantised; write the 16-bit model .*by its name .*llama\\).*adapter_config", False
     )
     assert refused(load, adapter) == refused(pair, plain, adapter) == said
 
