@@ -419,7 +419,7 @@ ARCHS: dict[str, Arch] = {
     ),
     "cwm": Arch(examples=("facebook/cwm",)),
     "internlm3": Arch(examples=("internlm/internlm3-8b-instruct",)),
-    "iquestcoder": Arch(examples=("IQuestLab/IQuest-Coder-V1-40B-Base",)),
+    "iquestcoder": Arch(examples=("IQuestLab/IQuest-Coder-V1-40B-Instruct",)),
     "vaultgemma": Arch(examples=("google/vaultgemma-1b",)),
     "granite_swa": Arch(notes="Attention sinks move with whole layers."),
     "diffllama": Arch(
@@ -433,12 +433,12 @@ ARCHS: dict[str, Arch] = {
         notes="Norms without parameters.",
     ),
     "doge": Arch(
-        examples=("SmallDoge/Doge-20M", "SmallDoge/Doge-160M"),
+        examples=("SmallDoge/Doge-320M",),
         unless={"is_moe": "the experts that it has with is_moe are looked up in embeddings"},
         notes="The mask's `dt_proj` and the scales of the residual stream move with whole layers.",
     ),
     "minicpm3": Arch(projections_at=LATENT_FFN, examples=("openbmb/MiniCPM3-4B",), notes=LATENT_NOTE),
-    "youtu": Arch(projections_at=LATENT_FFN, examples=("tencent/Youtu-LLM-2B-Base",), notes=LATENT_NOTE),
+    "youtu": Arch(projections_at=LATENT_FFN, examples=("tencent/Youtu-LLM-2B",), notes=LATENT_NOTE),
     "persimmon": Arch(
         projections_at={
             **fused("self_attn.query_key_value", *QKV, by_group=True),
@@ -591,7 +591,7 @@ ARCHS: dict[str, Arch] = {
         inner=GRANITE_NAMES,
         activation="shared_mlp.activation",
         dense_width=lambda c, _: c.shared_intermediate_size,
-        examples=("ibm-granite/granite-4.0-h-tiny-base", "ibm-granite/granite-4.0-micro-base"),
+        examples=("ibm-granite/granite-4.0-h-tiny",),
         notes=f"{GRANITE_NOTE} Without experts (`num_local_experts` 0) the FFN is the shared one.",
     ),
     "minimax": Arch(
@@ -636,7 +636,7 @@ ARCHS: dict[str, Arch] = {
         ),
         inner=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
         beyond=AHEAD,
-        examples=("baidu/ERNIE-4.5-21B-A3B-Base-PT",),
+        examples=("baidu/ERNIE-4.5-21B-A3B-PT",),
     ),
     "exaone_moe": Arch(
         experts_at=Experts(sparse=by_kind, **beside("mlp.shared_experts", as_shared_experts)),
@@ -835,7 +835,7 @@ ARCHS: dict[str, Arch] = {
         embeddings=("embeddings",),
         activation="mixer.act_fn",
         beyond=AHEAD,
-        examples=("nvidia/Nemotron-H-8B-Base-8K", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"),
+        examples=("nvidia/Nemotron-H-8B-Base-8K", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
         notes="A layer is one thing: Mamba, attention, an FFN or a mixture of experts.",
     ),
     "kimi_linear": Arch(
@@ -929,8 +929,8 @@ TOWERS: dict[str, Tower] = {
     ),
     "gemma4": Tower("gemma4_text", **AS_IN_MEMORY, examples=("google/gemma-4-E2B",)),
     "gemma4_unified": Tower("gemma4_unified_text", **AS_IN_MEMORY),
-    "qwen2_vl": Tower("qwen2", "qwen2_vl_text", **QWEN_VL, examples=("Qwen/Qwen2-VL-2B",)),
-    "qwen2_5_vl": Tower("qwen2", "qwen2_5_vl_text", **QWEN_VL, examples=("Qwen/Qwen2.5-VL-3B-Instruct",)),
+    "qwen2_vl": Tower("qwen2", "qwen2_vl_text", **QWEN_VL, examples=("Qwen/Qwen2-VL-7B-Instruct",)),
+    "qwen2_5_vl": Tower("qwen2", "qwen2_5_vl_text", **QWEN_VL, examples=("Qwen/Qwen2.5-VL-7B-Instruct",)),
     "qwen3_vl": Tower("qwen3", "qwen3_vl_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3-VL-4B-Instruct",)),
     "qwen3_vl_moe": Tower(
         "qwen3_moe",
@@ -939,8 +939,8 @@ TOWERS: dict[str, Tower] = {
         more={"experts_at": Experts(flipped=True)},
         examples=("Qwen/Qwen3-VL-30B-A3B-Instruct",),
     ),
-    "qwen3_5": Tower("qwen3_5_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3.5-4B-Base",)),
-    "qwen3_5_moe": Tower("qwen3_5_moe_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3.5-35B-A3B-Base",)),
+    "qwen3_5": Tower("qwen3_5_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3.5-27B",)),
+    "qwen3_5_moe": Tower("qwen3_5_moe_text", **AS_IN_MEMORY, examples=("Qwen/Qwen3.5-35B-A3B",)),
     "llama4": Tower(
         "llama4_text",
         decoder_path="language_model.model",
@@ -949,11 +949,11 @@ TOWERS: dict[str, Tower] = {
         more={"head": "language_model.lm_head"},
         examples=("meta-llama/Llama-4-Scout-17B-16E",),
     ),
-    "mistral3": Tower("mistral", examples=("mistralai/Mistral-Small-3.1-24B-Base-2503",)),
+    "mistral3": Tower("mistral", examples=("mistralai/Mistral-Small-3.1-24B-Instruct-2503",)),
     "llava": Tower("llama", examples=("llava-hf/llava-1.5-7b-hf",)),
     "llava_next": Tower("llama", examples=("llava-hf/llava-v1.6-mistral-7b-hf",)),
     "llava_onevision": Tower("qwen2", examples=("llava-hf/llava-onevision-qwen2-7b-ov-hf",)),
-    "internvl": Tower("qwen2", examples=("OpenGVLab/InternVL3-8B-hf",)),
+    "internvl": Tower("qwen2", examples=("OpenGVLab/InternVL3-1B-hf",)),
     "aya_vision": Tower("cohere2", examples=("CohereLabs/aya-vision-8b",)),
     "cohere2_vision": Tower("cohere2", **AS_IN_MEMORY, examples=("CohereLabs/command-a-vision-07-2025",)),
     "idefics3": Tower("llama", **TEXT_MODEL, examples=("HuggingFaceM4/Idefics3-8B-Llama3",)),
