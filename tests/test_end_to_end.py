@@ -130,13 +130,14 @@ def test_each_step_of_part_two_read_what_the_step_before_wrote(finished):
 
     last = finished / "build/tiny/cpt/checkpoint-40"
     mask, control, rich = (read(f"lsn/result/tiny{kind}.json") for kind in ("", ".control", ".layers"))
+    facts = read("lsn/result/tiny.layers.facts.json")
     assert mask["_header"]["models"]["model"]["spec"] == str(last.relative_to(finished))
     sizes = {lang: [len(mask[lang][layer]) for layer in mask[lang]] for lang in mask if lang != "_header"}
-    assert list(sizes) == ["eng_Latn", "qab_Latn", "qaa_Latn"] and rich["counts"] == sizes["qaa_Latn"]
+    assert list(sizes) == ["eng_Latn", "qab_Latn", "qaa_Latn"] and facts["counts"] == sizes["qaa_Latn"]
     assert sizes == {lang: [len(control[lang][layer]) for layer in control[lang]] for lang in sizes}
     layers = read("layer-specialize/layers.json")
-    assert len(rich["layers"]) == len(layers["interface_layers"])
-    for swap, own in (("attn_int_swap", layers["interface_layers"]), ("ffn_lsn_swap", rich["layers"])):
+    assert len(rich) == len(layers["interface_layers"])
+    for swap, own in (("attn_int_swap", layers["interface_layers"]), ("ffn_lsn_swap", rich)):
         assert read(f"component-swap/{swap}/metadata.json")["layers"] == sorted(own)
         named = {row["name"]: row for row in read(f"component-swap/{swap}/controls.json")["sets"]}
         folder = read(f"sentence-retrieval/{PAIR}/{swap}__checkpoint-40.json")
