@@ -81,8 +81,18 @@ def words(found: dict) -> str:
     )
 
 
-def tell(found: dict) -> None:
-    (cli.say if found["passed"] else cli.warn)(words(found))
+def tell(*found: dict) -> None:
+    """A line for the models that pass and a line for the others, each with the numbers of the model nearest to the bar."""
+    for passed in (True, False):
+        alike = [one for one in found if one["passed"] is passed]
+        if not alike:
+            continue
+        nearest = min(alike, key=lambda one: abs(one["ci_low"]))
+        others = [one["model"] for one in alike if one is not nearest]
+        line = words(nearest)
+        if others:
+            line += f"; likewise {', '.join(others)}"
+        (cli.say if passed else cli.warn)(line)
 
 
 # --- files ---

@@ -458,8 +458,9 @@ def main(argv=None) -> None:
     if not process.is_main:
         return
     lines = [(job.ref, found[job.path]) for job in jobs if not job.untrained]
-    for job in jobs[: len(models)] if twins else []:
-        gate.tell(gate.of_results(job.path, twins[job.ref].path, job.ref.spec, study.seed))
+    if twins:
+        measured = jobs[: len(models)]
+        gate.tell(*(gate.of_results(job.path, twins[job.ref].path, job.ref.spec, study.seed) for job in measured))
     untrained = found[twins[models[0]].path] if twins else None
     name = "accuracy" if is_whole(study, args, models) else figure_name(args.model_path, models)
     draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")

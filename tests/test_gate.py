@@ -139,3 +139,16 @@ def test_later_steps_hand_it_on_and_say_that_it_failed(tmp_path, capsys):
         "warning: run/checkpoint-5 does not retrieve clearly better than its untrained twin (+0.000 [+0.000, +0.000] "
         "at 99%, 20 sentences): its layers, its hub and everything built on them mean nothing"
     ]
+
+
+def test_many_models_are_told_in_one_line_for_each_outcome(capsys):
+    def found(model, low):
+        return failed_gate(model) | {"passed": low > 0, "ci_low": low}
+
+    gate.tell(found("a", 0.3), found("b", -0.5), found("c", 0.1), found("d", -0.2), found("e", -0.4))
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "c retrieves better than its untrained twin (+0.000 [+0.100, +0.000] at 99%, 20 sentences); likewise a"
+    ]
+    (warning,) = said.err.splitlines()
+    assert warning.startswith("warning: d does not retrieve clearly better") and warning.endswith("; likewise b, e")
