@@ -8,6 +8,7 @@ reads the layers hands it on.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +83,7 @@ def words(found: dict) -> str:
 
 
 def tell(*found: dict) -> None:
-    """A line for the models that pass and a line for the others, each with the numbers of the model nearest to the bar."""
+    """A line for the models that pass and one for the others, each with the numbers of the model nearest to the bar."""
     for passed in (True, False):
         alike = [one for one in found if one["passed"] is passed]
         if not alike:
@@ -119,7 +120,9 @@ def twin_beside(path: Path, header: dict) -> Path | None:
         sentences = [(head.get("data") or {}).get("pairs_sha256") for head in (header, other)]
         alike = sentences[0] == sentences[1] and all(header.get(key) == other.get(key) for key in ALIKE)
         # Of a model on the hub the configuration's hash is not known: the number of layers must do.
-        if shape and alike and model.get("config_sha256") in (None, refs.shape_hash(shape)):
+        known = model.get("untrained_sha256"), model.get("config_sha256")
+        hashes = refs.shape_hash(refs.untrained_like(shape or {})), refs.shape_hash(shape or {})
+        if shape and alike and (not any(known) or any(map(operator.eq, known, hashes))):
             return file
     return None
 

@@ -267,6 +267,7 @@ class ModelRef:
         if self.is_local:
             try:
                 facts |= {"weights_sample": self._weights_sample, "config_sha256": self._config_hash}
+                facts["untrained_sha256"] = shape_hash(untrained_like(self.config())) if self._config_hash else None
             except OSError as error:
                 raise InputError(f"{error.filename or self.spec} cannot be read: {error.strerror or error}") from None
         if self.is_adapter:
@@ -306,8 +307,18 @@ def shape_of(config: dict) -> dict:
     return {key: value for key, value in config.items() if key not in passing}
 
 
+def untrained_like(config: dict) -> dict:
+    """What of a configuration decides an untrained model: `shape_of` without the ids of special tokens.
+
+    A Trainer takes these from its tokenizer, so that they differ between a base and its checkpoints.
+    """
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kept = {key: value for key, value in shape_of(config).items() if key not in ids}
+    return {key: untrained_like(value) if key == "text_config" and value else value for key, value in kept.items()}
+
+
 def shape_hash(shape: dict) -> str:
-    """A short hash of what `shape_of` gives."""
+    """A short hash of what `shape_of` or `untrained_like` gives."""
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 

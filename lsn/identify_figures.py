@@ -62,7 +62,7 @@ def draw_overlap(path: Path, shared: dict) -> None:
     np.fill_diagonal(values, np.nan)
     size = figures.COLUMN if n <= 8 else figures.PAGE * 0.65
     # Not below 0.1, or next to no overlap would look like much.
-    top = max(0.1, *values[np.isfinite(values)])
+    top = max([0.1, *values[np.isfinite(values)]])
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(size, size * 0.85))
         axis.set_facecolor("0.92")

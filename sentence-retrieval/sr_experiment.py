@@ -216,6 +216,8 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
     known = tokenizer_id.comparable(header.get("tokenizer"), wanted["tokenizer"])
     wanted = {key: value for key, value in wanted.items() if known or key != "tokenizer"}
     before = {key: header.get(key) for key in wanted} if header else {}
+    if twin := (before.get("models") or {}).get("untrained_like"):  # files from before hold ids of special tokens
+        before["models"] = {"untrained_like": refs.untrained_like(twin)}
     if not results.same(before, wanted):
         raise InputError(
             f"{path} is of another request ({results.unlike(before, wanted)}); give --overwrite to redo it, or "
@@ -329,7 +331,7 @@ class Bench:
 
         base, target = (languages.canonical(code, any_tag=True) for code in self.languages)
         return {
-            "models": {"untrained_like": refs.shape_of(ref.config())} if untrained else {"model": ref.describe()},
+            "models": {"untrained_like": refs.untrained_like(ref.config())} if untrained else {"model": ref.describe()},
             "n_layers": for_config(ref.config()).n_layers(ref.config()),
             "base_lang": base,
             "target_lang": target,
@@ -482,7 +484,7 @@ def untrained_twins(models: list[refs.ModelRef], folder: Path) -> dict[refs.Mode
     untrained.<model id>.json.
     """
     there = {path: shape_in(path) for path in sorted(folder.glob("untrained*.json"))}
-    shapes = {ref: refs.shape_hash(refs.shape_of(ref.config())) for ref in models}
+    shapes = {ref: refs.shape_hash(refs.untrained_like(ref.config())) for ref in models}
     made: dict[str, Job] = {}
     for ref, shape in shapes.items():
         if shape not in made:
@@ -497,7 +499,7 @@ def shape_in(path: Path) -> str | None:
     """The hash of the configuration that the untrained model at `path` has; None where nothing says it."""
     try:
         models = results.read_json(path, SCHEMA, allow_limited=True)[1]["models"]
-        return refs.shape_hash(models["untrained_like"])
+        return refs.shape_hash(refs.untrained_like(models["untrained_like"]))
     except (InputError, KeyError):  # said where the file is looked at as a result
         return None
 

@@ -132,10 +132,10 @@ def test_what_is_trained_first_is_no_problem(study, tmp_path, capsys):
     assert "trained first, by demo/cpt.yaml" in out and "made first" in out and "not known before" in out
 
 
-def dry_run(path: Path) -> subprocess.CompletedProcess:
+def dry_run(path: Path, *flags: str) -> subprocess.CompletedProcess:
     pytest.importorskip("snakemake")
     command = [str(Path(sys.executable).with_name("snakemake")), "--snakefile", "workflow/Snakefile"]
-    command += ["--config", f"study={path}", "--dry-run", "--quiet", "rules"]
+    command += ["--config", f"study={path}", *(flags or ("--dry-run", "--quiet", "rules"))]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
@@ -152,3 +152,15 @@ def test_part_one_alone_gets_its_verdicts_and_figures(study):
     rules = {line.split()[0] for line in said.splitlines() if line.strip() and line.split()[-1].isdigit()}
     assert {"claims", "figures", "attn_vs_ffn", "layer_swap_controls"} <= rules
     assert not {"identify", "activation_counts", "component_swap"} & rules
+
+
+def test_models_that_are_yet_to_be_swapped_have_the_names_that_step_1_gives_them(study):
+    """In a study of one's own the swapped folders do not exist when the workflow is drawn up."""
+    path = study()
+    results_in = Path(study.whole["results"])
+    done = dry_run(path, "--summary")
+    assert done.returncode == 0, done.stderr
+    planned = {Path(line.split("\t")[0]).name for line in done.stdout.splitlines()}
+    assert not (ROOT / results_in / "layer-swap").exists()
+    assert {f"layer-swap__{method}.json" for method in ("semantic_hub", "random")} <= planned
+    assert {f"{swap}__checkpoint-40.json" for swap in ("attn_int_swap", "ffn_lsn_swap")} <= planned

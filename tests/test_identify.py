@@ -14,8 +14,8 @@ import pytest
 import torch
 from helpers import ROOT, failed_gate, load_script, save_tiny, shared_dir
 
+from cpt_utils import cli, figures, masks, refs, results
 from cpt_utils import counts as activations
-from cpt_utils import figures, masks, refs, results
 from cpt_utils import lape as method
 from cpt_utils.errors import InputError
 from cpt_utils.study import RESULTS
@@ -49,6 +49,14 @@ def by_definition(over_zero: dict, n: dict, rate: float = 0.01, quantile: float 
 
 def lape(over_zero: dict, n: dict, **rates):
     return method.select([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
+
+
+def test_languages_without_neurons_have_a_figure_of_their_overlap(tmp_path):
+    """Jaccard is undefined then: None off the diagonal."""
+    identify_figures = cli.sibling("lsn/identify_figures.py")
+    shared = {"languages": ["en", "ga"], "jaccard": [[None, None], [None, None]], "shared": [[0, 0], [0, 0]]}
+    identify_figures.draw_overlap(tmp_path / "overlap", shared)
+    assert (tmp_path / "overlap.png").stat().st_size > 1000
 
 
 def some_counts(seed: int, n_layers=3, width=40, langs=("en", "ga", "eu"), high=60) -> tuple[dict, dict]:

@@ -8,7 +8,7 @@ import torch
 from helpers import load_script, save_tiny, tiny_model, tiny_tokenizer
 from launch import launch
 
-from cpt_utils import results
+from cpt_utils import gate, results
 from cpt_utils.archs import for_config
 from cpt_utils.batching import encode
 from cpt_utils.errors import InputError
@@ -498,6 +498,28 @@ def test_each_configuration_has_a_twin(sr, project, monkeypatch, capsys):
         sr.main([])
     sr.main(["--overwrite"])
     assert {path.name for path in here.glob("untrained*.json")} == twins
+
+
+def test_ids_of_special_tokens_make_no_other_twin(sr, project, monkeypatch):
+    """A Trainer sets them in the checkpoints' configurations to those of its tokenizer."""
+    monkeypatch.chdir(project)
+    (project / "study.yaml").write_text(STUDY.replace("RESULTS", "r"))
+    for step in (5, 10):
+        path = project / f"run/checkpoint-{step}/config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 2, "eos_token_id": 1}))
+    here = project / "r/sentence-retrieval/eng_Latn-gle_Latn"
+    sr.main([])
+    assert {path.name for path in here.glob("untrained*")} == {"untrained.json", "untrained.pt"}
+    twin, header = results.read_json(here / "untrained.json")
+    for name in (f"{project.name}__base", "run__checkpoint-10"):
+        path = here / f"{name}.json"
+        assert gate.twin_beside(path, results.read_json(path)[1]) == here / "untrained.json"
+    # A file of before, whose configuration holds the base's ids, is the same twin.
+    header["models"]["untrained_like"] |= {"pad_token_id": 0, "bos_token_id": 1}
+    (here / "untrained.json").write_text(json.dumps(twin | {"_header": header}))
+    before = (here / "untrained.json").read_bytes()
+    sr.main([])
+    assert (here / "untrained.json").read_bytes() == before
 
 
 def test_repeated_sentences_are_said(sr, project, capsys):
