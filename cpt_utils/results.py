@@ -287,7 +287,7 @@ def unlike(before: dict | None, now: dict) -> str:
     """In words, where a request differs from an earlier one: "dtype: float32 asked for, bfloat16 in the file"."""
     if not before:
         return "how the file was made is not known"
-    found = list(_differences(essential(plain(before)), essential(plain(now)), ""))
+    found = list(_differences(plain(before), plain(now), ""))
     told = [
         f"{name}: {shown(new)} asked for, {shown(old)} in the file" if shown(new) != shown(old) else f"another {name}"
         for name, old, new in found
@@ -296,19 +296,24 @@ def unlike(before: dict | None, now: dict) -> str:
 
 
 def _differences(before, now, name: str) -> Iterator[tuple]:
-    """(dotted name, before, now) of the smallest parts in which two requests differ."""
+    """(dotted name, before, now) of the smallest parts in which two requests differ; of models at two places these."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         yield name, before, now
         return
-    for key in dict.fromkeys([*now, *before]):
-        if before.get(key) != now.get(key):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+    places = before.get("spec"), now.get("spec")
+    if all(places) and len({*map(os.path.abspath, places)}) == 2:
+        yield name, *places
+        return
+    for key in {**essential(now), **essential(before)}:
+        old, new = before.get(key), now.get(key)
+        if essential(old) != essential(new):
+            yield from _differences(old, new, f"{name}.{key}".removeprefix("."))
 
 
 def shown(value) -> str:
-    """A value of a request for people, cut where it is long."""
+    """A value of a request for people; of a long one both ends, as paths differ in either."""
     text = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-29:]}"
 
 
 def made_by(path: str | os.PathLike, schema: str, request: dict, instead: str) -> bool:

@@ -145,7 +145,7 @@ def test_details_are_made_afterwards_and_never_of_other_models(tmp_path, capsys,
     for more in ((), ("--details",)):
         command(base, tmp_path / "run", tmp_path / "out.json", *more)
         assert "is finished" in capsys.readouterr().out and (tmp_path / "out.pt").read_bytes() == before
-    with pytest.raises(InputError, match="is of other models or steps"):
+    with pytest.raises(InputError, match=r"steps: \[1\] asked for, "):
         command(base, tmp_path / "run", tmp_path / "out.json", "--details", "--steps", "1")
     command(base, tmp_path / "run", tmp_path / "out.json", "--overwrite", "--steps", "1")
     assert not (tmp_path / "out.pt").exists()  # those of both steps do not stay beside the file of one
@@ -204,12 +204,17 @@ def test_steps_limits_and_finished_results(tmp_path, capsys, no_figure):
     before = (tmp_path / "one.json").read_bytes()
     command(base, tmp_path / "run", tmp_path / "one.json", "--steps", "80")
     assert "is finished" in capsys.readouterr().out and (tmp_path / "one.json").read_bytes() == before
-    with pytest.raises(InputError, match="is of other models or steps than asked for; give --overwrite"):
+    both = r"one.json is of another request \(steps: \[9, 80\] asked for, \[80\] in the file\); give --overwrite"
+    with pytest.raises(InputError, match=both):
         command(base, tmp_path / "run", tmp_path / "one.json")
+    with pytest.raises(InputError, match=r"request \(limit: 1 asked for, none in the file\)"):
+        command(base, tmp_path / "run" / "checkpoint-80", tmp_path / "one.json", "--limit", "1")
+    with pytest.raises(InputError, match=r"request \(base: \S+run/checkpoint-9 asked for, \S+base in the file\)"):
+        command(tmp_path / "run" / "checkpoint-9", tmp_path / "run", tmp_path / "one.json", "--steps", "80")
     command(base, tmp_path / "run", tmp_path / "one.json", "--overwrite", "--limit", "1")
     with pytest.raises(InputError, match="--limit 1"):
         results.read_json(tmp_path / "one.json", "attn_vs_ffn")
-    with pytest.raises(InputError, match="is of other models or steps"):  # limited to what would be the whole
+    with pytest.raises(InputError, match=r"limit: none asked for, 1 in the file"):  # limited to what would be the whole
         command(base, tmp_path / "run", tmp_path / "one.json", "--steps", "9")
     with pytest.raises(InputError, match="no checkpoint of step 5; the run has 9, 80"):
         command(base, tmp_path / "run", tmp_path / "x.json", "--steps", "5")

@@ -136,10 +136,10 @@ def test_steps_lists_and_finished_results(tmp_path, capsys, no_figure):
     capsys.readouterr()
     command(base, tmp_path / "run", layers, tmp_path / "list.json")
     assert "is finished" in capsys.readouterr().out and (tmp_path / "list.json").read_bytes() == before
-    with pytest.raises(InputError, match="is of other models or steps than asked for; give --overwrite"):
+    with pytest.raises(InputError, match=r"\(steps: \[9, 80\] asked for, \[80\] in the file\); give --overwrite"):
         command(base, tmp_path / "run", layers, tmp_path / "one.json")
     other = layers_file(tmp_path / "other.json", interface=(0, 1), hub=(2,))
-    with pytest.raises(InputError, match="is of other layers than asked for"):
+    with pytest.raises(InputError, match=r"\(interface layers: \[0, 1\] asked for, \[.*\] in the file"):
         command(base, tmp_path / "run", other, tmp_path / "list.json")
     command(base, tmp_path / "run", other, tmp_path / "list.json", "--overwrite")
     again = {key: value for key, value in json.loads((tmp_path / "list.json").read_text()).items() if key != "_header"}

@@ -25,6 +25,8 @@ from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from cpt_utils.compare import Change, Changes, Sums
@@ -262,8 +264,13 @@ def run_facts(base: refs.ModelRef, run: list[refs.ModelRef], available: int, lim
     }
 
 
-def made_already(output: Path, schema: str, facts: dict, overwrite: bool, alike: tuple[str, ...] = ()) -> bool:
-    """Whether `output` is a finished result of the same models, steps and header facts `alike`.
+def made_already(
+    output: Path, schema: str, facts: dict, overwrite: bool, more: Callable[[dict], dict] = lambda head: {}
+) -> bool:
+    """Whether `output` is a finished result of the same models and steps.
+
+    Args:
+        more: what else must be the same, read from a header (or `facts`).
 
     Raises:
         InputError: it is a result of something else, or no result of this script.
@@ -271,17 +278,25 @@ def made_already(output: Path, schema: str, facts: dict, overwrite: bool, alike:
     if overwrite or not output.exists():
         return False
     _, header = results.read_json(output, schema, allow_limited=True)
-    before, now = (part.get("models", {}) for part in (header, facts))
-    checkpoints = before.get("checkpoints", {})
-    same = checkpoints.keys() == now["checkpoints"].keys()
-    same = same and all(refs.same_model(checkpoints[step], ref) for step, ref in now["checkpoints"].items())
-    same = same and refs.same_model(before.get("base", {}), now["base"])
-    same = same and (header.get("limit") is None) == (facts["limit"] is None)
-    other = [fact for fact in alike if header.get(fact) != results.plain(facts[fact])]
-    if same and not other:
+    before, now = (_request(head) | more(head) for head in (header, facts))
+    if before["steps"] != now["steps"]:  # that says it; which models of these there are is no news
+        before["checkpoints"] = now["checkpoints"]
+    if None not in (before["limit"], now["limit"]):  # the steps are what a limit decides
+        before["limit"] = now["limit"]
+    if results.same(before, now):
         return True
-    what = f"another {other[0]}" if same else "other models or steps"
-    raise InputError(f"{output} is of {what} than asked for; give --overwrite to redo it, or another --output")
+    raise InputError(
+        f"{output} is of another request ({results.unlike(before, now)}); give --overwrite to redo it, or another "
+        "--output"
+    )
+
+
+def _request(head: dict) -> dict:
+    """What a header, or `run_facts`, says that was asked for."""
+    models = head.get("models") or {}
+    checkpoints = models.get("checkpoints") or {}
+    request = {"steps": sorted(map(int, checkpoints)), "base": models.get("base"), "checkpoints": checkpoints}
+    return request | {"limit": head.get("limit")}
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ def build_parser():
     return p
 
 
+def what_of(head: dict) -> dict:
+    """Which neurons a header is about."""
+    return {fact: head.get(fact) for fact in ("language", "mask", "control")}
+
+
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
@@ -134,7 +139,7 @@ def main(argv=None) -> None:
         "control_file": control_file,
         "seed": study.seed,
     }
-    if weights.made_already(output, SCHEMA, facts, args.overwrite, alike=("language", "mask", "control")):
+    if weights.made_already(output, SCHEMA, facts, args.overwrite, what_of):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
 

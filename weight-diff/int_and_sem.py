@@ -160,8 +160,8 @@ def main(argv=None) -> None:
         "limit": args.limit,
         "seed": study.seed,
     }
-    finished = made_already(output, facts, args.overwrite)
-    if finished:
+    weights = cli.sibling("weight-diff/attn_vs_ffn.py")
+    if weights.made_already(output, SCHEMA, facts, args.overwrite, groups_of):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
     say_lacking(base)
@@ -188,23 +188,9 @@ def main(argv=None) -> None:
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
-def made_already(output: Path, facts: dict, overwrite: bool) -> bool:
-    """Whether `output` is a finished result of the same models and layers.
-
-    Raises:
-        InputError: it is a result of something else, or no result of this script.
-    """
-    if not cli.sibling("weight-diff/attn_vs_ffn.py").made_already(output, SCHEMA, facts, overwrite):
-        return False
-    _, header = results.read_json(output, SCHEMA, allow_limited=True)
-    before, now = (
-        {group: chosen.get("layers") for group, chosen in head.get("layers", {}).items()} for head in (header, facts)
-    )
-    if before != now:  # from whichever file they were read
-        raise InputError(
-            f"{output} is of other layers than asked for; give --overwrite to redo it, or another --output"
-        )
-    return True
+def groups_of(head: dict) -> dict:
+    """The layers of both groups as a header has them, from whichever file they were read."""
+    return {f"{group} layers": chosen.get("layers") for group, chosen in head.get("layers", {}).items()}
 
 
 def say_lacking(base: refs.ModelRef) -> None:
