@@ -114,25 +114,35 @@ def identity(
     }
 
 
-def finished(folder: Path, wanted: dict) -> Path | None:
-    """A result file in `folder` whose header agrees with `wanted`, the newest first; None where there is none.
+def finished(output: Path, wanted: dict) -> Path | None:
+    """A result file below `output` whose header agrees with `wanted`, the newest first; None where there is none.
 
-    A limited run never stands for a full one. Batch size and device may differ: they move nothing but the last digits.
+    It must be of the same folder, however that was spelled: checkpoints with the same weights have a result each. A
+    limited run never stands for a full one. Batch size and device may differ: they move nothing but the last digits.
     """
-    for path in sorted(folder.glob("results_*.json"), reverse=True):
+    place = _place(wanted)
+    for path in sorted(output.glob("*/results_*.json"), key=lambda path: path.name, reverse=True):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             head = content.get(results.HEADER) or {}
         except (json.JSONDecodeError, UnicodeDecodeError):
-            cli.warn(f"{path} is not valid JSON and is ignored")
+            cli.once(f"{path} is not valid JSON and is ignored", cli.warn)
+            continue
+        if _place(head) != place:
             continue
         done = {"prompts": head.get("data", {}).get("prompts", {}), "versions": content.get("versions", {})}
         same = all(done[kind].get(task) == one for kind in done for task, one in wanted["data"][kind].items())
         # Headers from before it was written down do not name the tokenizer.
-        facts = [fact for fact in wanted if fact != "data" and (fact != "tokenizer" or fact in head)]
-        if same and all(head.get(fact) == wanted[fact] for fact in facts):
+        facts = {*wanted, "swap"} - {"data"} - ({"tokenizer"} - {*head})
+        if same and all(results.same(head.get(fact), wanted.get(fact)) for fact in facts):
             return path
     return None
+
+
+def _place(head: dict) -> str | None:
+    """Where the model of a header is: its folder, or its name on the hub."""
+    spec = ((head.get("models") or {}).get("model") or {}).get("spec")
+    return spec and (os.path.realpath(spec) if os.path.isdir(spec) else spec)
 
 
 def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtype, device, swap=None) -> tuple:
@@ -298,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             with surgery.Pair(swap.base, ref) as pair:
                 recipe = swap.recipe(pair)
                 cli.say(f"  with {recipe.words}, swapped in memory")
-                made = pair, recipe, swap.facts(pair, recipe)
+                made = pair, recipe, swap.facts(pair, recipe), swap.gate
                 return evaluate_once(ref, study, manager, data, output, args, dtype, process, made)
 
         # Every process evaluates whole models: their results are files of their own, and the same as one process's.
@@ -312,21 +322,18 @@ def evaluate_once(
 ) -> str:
     """Evaluate one model and save its result, unless the same evaluation is finished; returns what to print.
 
-    `swap`: (pair, recipe, facts for the header) of a swap in memory.
+    `swap`: (pair, recipe, facts and gate for the header) of a swap in memory.
     """
-    from lm_eval.utils import sanitize_model_name
-
     base = refs.model(study.get("base")) if study.get("base") else None
     if swap:
         base = swap[0].base_ref
     wanted = identity(ref, base, data, args, dtype, swap and swap[2])
-    place = ref.spec.partition("@")[0] if not ref.is_local else ref.spec
-    name = sanitize_model_name(place + (f"+{args.swap}" if swap else ""))
-    done = None if args.overwrite else finished(output / name, wanted)
+    done = None if args.overwrite else finished(output, wanted)
     if done:
         return f"  finished before: {done}"
     found, tracker = evaluate(ref, base, manager, args, dtype, process.device, swap and swap[:2])
-    place = save(found, tracker, output, results.header(SCHEMA, **wanted, device=str(process.device)))
+    more = {"gate": swap[3]} if swap else {}
+    place = save(found, tracker, output, results.header(SCHEMA, **wanted, **more, device=str(process.device)))
     return "\n".join([*scores(found), f"  {place}"])
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils import cli, components, refs, surgery
+from cpt_utils import cli, components, gate, refs, surgery
 from cpt_utils.errors import InputError
 from cpt_utils.study import Study
 
@@ -19,12 +19,14 @@ KINDS = ("semantic_hub", "random", "layers", "attention", "ffn")
 
 @dataclass(frozen=True)
 class Swap:
-    """A swap asked for: its kind, the base's reference, where its layers are listed, and the seed of `random`."""
+    """A swap asked for: its kind, the base's reference, where its layers are listed, the seed of `random`, and the gate
+    that goes with the layers (`gate.carried`)."""
 
     kind: str
     base: refs.ModelRef
     layers: str
     seed: int
+    gate: dict | None = None
 
     @classmethod
     def from_arguments(cls, args, study: Study) -> Swap | None:
@@ -46,7 +48,7 @@ class Swap:
                 raise InputError("--swap layers needs --layers with their numbers, like 3,4,5")
             file = components.FILES["lsn_rich" if args.swap == "ffn" else "interface"]
             layers = str(study.input(None, "--layers", file.step, file.made_by))
-        return cls(args.swap, base, layers, study.seed)
+        return cls(args.swap, base, layers, study.seed, gate.carried(layers))
 
     def recipe(self, pair: surgery.Pair) -> surgery.Recipe:
         """The edits for one target.

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from helpers import ROOT, load_script, save_tiny, shared_dir
 from launch import launch
 
 from cpt_utils import data as data_module
+from cpt_utils import results
 from cpt_utils.errors import InputError
 
 generate = load_script("lm_eval_sib200/generate.py")
@@ -462,6 +464,51 @@ def test_finished_models_are_left_alone(data, models, tmp_path, monkeypatch):
     assert len(files) == 8 and not list((tmp_path / "out").glob(".*"))
 
 
+def test_another_spelling_of_a_folder_is_the_same_model(data, tmp_path, monkeypatch):
+    """And a copy of a checkpoint is another one: each step of a run has its own result."""
+    monkeypatch.chdir(tmp_path)
+    done = count_evaluations(monkeypatch)
+    save_tiny("llama", tmp_path / "base", seed=1, layers=2)
+    shutil.copytree("base", "run/checkpoint-5")
+    shutil.copytree("base", "run/checkpoint-10")
+    Path("link").symlink_to("base")
+    common = ["--tasks", "sib200_qaa_Latn", "--tsv-dir", str(data), "-o", "out"]
+    evaluate.main(["base", "run", *common])
+    assert done == ["base", "checkpoint-5", "checkpoint-10"]
+    evaluate.main(["./base/", str(tmp_path / "base"), "link", "run/../base", str(tmp_path / "run"), *common])
+    assert len(done) == 3
+    swap = ["--swap", "layers", "--base", "base", "--layers", "1"]
+    evaluate.main(["run/checkpoint-5", *swap, *common])
+    evaluate.main(["./run/checkpoint-5", *swap[:2], "--base", str(tmp_path / "base"), "--layers", "1", *common])
+    assert (
+        len(done) == 4
+    )  # that of the model as it is does not stand for it, and the base may be spelled otherwise, too
+    evaluate.main(["./run/checkpoint-5", *swap[:4], "--layers", "0", *common])
+    assert len(done) == 5 and len(list(Path("out").glob("*/results_*.json"))) == 5
+
+
+@pytest.mark.parametrize("kind", ["semantic_hub", "random", "layers", "attention", "ffn"])
+def test_a_swap_carries_the_gate_of_its_layers(data, models, tmp_path, capsys, kind):
+    passed = {
+        "passed": False, "model": "m", "difference": 0.01, "ci_low": -0.02, "ci_high": 0.04, "level": 0.99, "n": 50
+    }  # fmt: skip
+    payload, file = {"interface_layers": [0]}, tmp_path / "layers.json"
+    if kind == "ffn":
+        results.write_list(file, "layers", {"layers": [0]}, results.header("lsn-layers", gate=passed))
+    else:
+        results.write_json(file, payload, results.header("layer-specialize", gate=passed))
+    common = ["--tasks", "sib200_qaa_Latn", "--tsv-dir", str(data), "-o", str(tmp_path / "out"), "--limit", "2"]
+    common += [str(models / "run" / "checkpoint-5"), "--swap", kind, "--base", str(models / "base")]
+    evaluate.main([*common, "--layers", str(file)])
+    (found,) = (tmp_path / "out").glob("*/results_*.json")
+    assert json.loads(found.read_text())["_header"]["gate"] == passed
+    assert capsys.readouterr().err.count("does not retrieve clearly better than its untrained twin") == 1
+    found.unlink()
+    evaluate.main([*common, "--layers", "0"])  # of numbers nothing is known
+    (found,) = (tmp_path / "out").glob("*/results_*.json")
+    assert json.loads(found.read_text())["_header"]["gate"] is None
+
+
 def generate_of_evaluate():
     from cpt_utils import cli
 
@@ -558,7 +605,7 @@ def test_a_swap_in_memory_gives_the_numbers_of_the_written_folder(data, models, 
     one, two = (samples(tmp_path / "out", str(n), "sib200_qaa_Latn") for n in (name, written))
     assert len(one) == 12 and all(len(row["resps"]) == len(generate.CHOICES) for row in one)
     assert one == two
-    assert set(ours) == set(disk) and set(ours["_header"]) - set(disk["_header"]) == {"swap"}
+    assert set(ours) == set(disk) and set(ours["_header"]) - set(disk["_header"]) == {"swap", "gate"}
     facts = ours["_header"]["swap"]
     record = json.loads((written / "swap.json").read_text())
     for key in ("parameters_from_base", "parameters", "recipe"):
