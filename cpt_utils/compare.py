@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, refs, stacking, tensors
+from cpt_utils import archs, cli, refs, settings, stacking, tensors
 from cpt_utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ def changes(
         others = [stack.enter_context(_Side(ref, base)) for ref in checkpoints]
         for other in others:
             _refuse_unlike(one, other)
+        for ref in (base, *checkpoints):  # it might use the weights in another way than their names say
+            settings.say_own_code(ref.spec, ref.config())
         sides = [one, *others]
         _lay_alike(sides)
         plan = [

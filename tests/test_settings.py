@@ -10,7 +10,7 @@ import torch
 from helpers import EVERY_ARCHITECTURE, read_tensors, save_tiny, tiny_config
 from safetensors.torch import save_file
 
-from cpt_utils import models, refs, settings, surgery
+from cpt_utils import compare, models, refs, settings, surgery
 from cpt_utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -208,6 +208,9 @@ def test_own_code_is_said_and_goes_along(tmp_path, capsys):
     assert said[0].endswith("transformers' own mistral")
     models.load_model(refs.model(out), torch.float32, CPU)  # and the swap is loaded without it
     assert capsys.readouterr().out == said[0].replace("/run:", "/out:") + "\n"
+    other = own_code(save_tiny("mistral", tmp_path / "other"))  # and where weights are compared
+    compare.changes(refs.model(other), refs.run(tmp_path / "out"))
+    assert capsys.readouterr().out == said[0].replace("the checkpoints in ", "").replace("/run:", "/other:") + "\n"
     settings.say_own_code("x", {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}})  # no model's
     settings.say_own_code("x", {"auto_map": "broken"})
     assert capsys.readouterr().out == ""
