@@ -142,7 +142,7 @@ def finished(output: Path, wanted: dict) -> Path | None:
 def _place(head: dict) -> str | None:
     """Where the model of a header is: its folder, or its name on the hub."""
     spec = ((head.get("models") or {}).get("model") or {}).get("spec")
-    return spec and (os.path.realpath(spec) if os.path.isdir(spec) else spec)
+    return spec and (os.path.abspath(spec) if os.path.isdir(spec) else spec)
 
 
 def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtype, device, swap=None) -> tuple:
