@@ -181,6 +181,7 @@ def test_layer_files_that_are_refused(tmp_path, no_figure):
     trained_again = refs.model(other).describe() | {"weights_sample": "0" * 16}
     fails("checkpoint-1, which is neither .* trained again since", models={"model": trained_again})
     fails("names layer 3, but the model has layers 0 to 2", interface=[0, 3])
+    fails("names layer -1, but the model has layers 0 to 2", interface=[-1, 0])
     fails("names a layer twice", interface=[0, 0])
     fails(r"layers \[1\] are in both groups", interface=[0, 1])
     fails("the list of interface layers is empty", interface=[])

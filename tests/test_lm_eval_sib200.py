@@ -483,7 +483,11 @@ def test_another_spelling_of_a_folder_is_the_same_model(data, tmp_path, monkeypa
         len(done) == 4
     )  # that of the model as it is does not stand for it, and the base may be spelled otherwise, too
     evaluate.main(["./run/checkpoint-5", *swap[:4], "--layers", "0", *common])
-    assert len(done) == 5 and len(list(Path("out").glob("*/results_*.json"))) == 5
+    assert len(done) == 5
+    shutil.copytree("base", "run/checkpoint-20")
+    evaluate.main(["run/checkpoint-20", *swap, *common])
+    evaluate.main(["run/checkpoint-20", *common])  # nor does a swap's for the model as it is
+    assert len(done) == 7 and len(list(Path("out").glob("*/results_*.json"))) == 7
 
 
 @pytest.mark.parametrize("kind", ["semantic_hub", "random", "layers", "attention", "ffn"])
