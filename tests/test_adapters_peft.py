@@ -81,7 +81,7 @@ def assert_same(adapter: Path, merged: Path) -> None:
         {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
         {"target_modules": ["q_proj", *BOTH], "ensure_weight_tying": True, "use_rslora": True},
-        {"trainable_token_indices": [5, 263]},
+        {"trainable_token_indices": [263, 5]},
         {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [7]}},
     ],
     ids=lambda settings: "-".join(settings),
