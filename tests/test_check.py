@@ -84,6 +84,18 @@ def test_two_types_are_no_pair(study, tmp_path):
         check.main([str(study(base=str(other)))])
 
 
+def test_another_number_of_layers_is_no_pair(study, tmp_path):
+    other = save_tiny("llama", tmp_path / "deep", layers=4)
+    with pytest.raises(InputError, match="4 problems"):
+        check.main([str(study(base=str(other)))])
+
+
+def test_a_language_model_is_a_pair_with_or_without_its_image_tower(study, tmp_path):
+    base = save_tiny("gemma3", tmp_path / "with")
+    save_tiny("gemma3_text", tmp_path / "run/checkpoint-5", seed=5)
+    assert check.main([str(study(base=str(base), run=str(tmp_path / "run")))]) == 0
+
+
 def test_other_tokenizers_are_said(study, models, tmp_path, capsys):
     from test_tokenizer_id import hub_form
 

@@ -141,15 +141,19 @@ def models(study: Study, report: Report) -> list[Model]:
             report.say(f"with {len(steps)} of them a correlation (C4, C6) has no interval; four or more give one")
     one = first or next(iter(found), None)
     for model in found:
-        if archs.for_config(model.config) != archs.for_config(one.config):
-            report.tried(_refuse_other_type, one, model)
+        report.tried(_refuse_unlike, one, model)
     if first and found:
         tokenizers(study, [first, *found], report)
     return [model for model in [first, *found] if model]
 
 
-def _refuse_other_type(base: Model, other: Model) -> None:
-    raise InputError(f"{base.ref.spec} is a {base.shape[0]}, {other.ref.spec} a {other.shape[0]}: they are no pair")
+def _refuse_unlike(base: Model, other: Model) -> None:
+    """Refuse what is no pair for the scripts. One of the two may have a vision tower beside the same language model."""
+    kinds, layers = zip(base.shape, other.shape, strict=True)
+    if archs.text_type(base.config) != archs.text_type(other.config):
+        raise InputError(f"{base.ref.spec} is a {kinds[0]}, {other.ref.spec} a {kinds[1]}: they are no pair")
+    if layers[0] != layers[1]:
+        raise InputError(f"{base.ref.spec} has {layers[0]} layers, {other.ref.spec} {layers[1]}: they are no pair")
 
 
 def _is_there(study: Study, key: str, report: Report) -> bool:
