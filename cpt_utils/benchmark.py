@@ -95,6 +95,7 @@ def read_file(path: Path, tasks: list[str] | None, metric: str) -> dict[str, Ser
     scale = _scale(values, metric, path)
     series = {}
     for task, taken in found.items():
+        _check_rows(taken, task, path)
         errors = {step: metric_of(row, metric)[1] for step, row in taken.items()}
         errors = {step: error * scale for step, error in errors.items() if is_number(error)}
         points = {step: Point(values[task, step] * scale, row.get("n"), str(path)) for step, row in taken.items()}
@@ -102,6 +103,12 @@ def read_file(path: Path, tasks: list[str] | None, metric: str) -> dict[str, Ser
         series[task] = Series(points)
     _say_rows(series, path)
     return series
+
+
+def _check_rows(taken: dict[int, dict], task: str, path: Path) -> None:
+    for step, row in taken.items():
+        if (n := row.get("n")) is not None and (type(n) is not int or n < 1):
+            raise InputError(f"{path}: n of {task} at step {step} is {n!r}, no number of rows; correct it")
 
 
 def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> float:

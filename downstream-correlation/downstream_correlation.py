@@ -13,6 +13,7 @@ Out:  OUT (JSON): per layer type the correlation over checkpoints, with interval
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,10 @@ def read_changes(path: Path) -> tuple[dict, dict, dict[int, dict[str, float]]]:
     for name, row in payload["checkpoints"].items():
         step = benchmark.step_key(name)
         row = {kind: row.get(key) for kind, key in LAYER_TYPES.items()} if isinstance(row, dict) else {}
-        if step is None or not row or not all(isinstance(v, int | float) for v in row.values()):
+        if step is None or not row or not all(isinstance(v, int | float) and math.isfinite(v) for v in row.values()):
             raise InputError(f"{path}: checkpoint {name!r} lacks a step, interface_avg or semantic_hub_avg")
+        if step in changes:
+            raise InputError(f"{path}: step {step} comes twice; keep one of its entries")
         changes[step] = {kind: float(value) for kind, value in row.items()}
     return payload, header, dict(sorted(changes.items()))
 

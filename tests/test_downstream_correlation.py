@@ -427,6 +427,26 @@ def test_weight_file_of_another_step_is_named(tmp_path):
         correlate(tmp_path, bench(tmp_path / "b.json"), diff)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('"15": {"interface_avg": NaN, "semantic_hub_avg": 1}', "lacks a step, interface_avg or semantic_hub_avg"),
+        ('"step15": {"interface_avg": 1, "semantic_hub_avg": 1}', "step 15 comes twice"),
+    ],
+)
+def test_a_change_that_is_no_number_or_comes_twice(tmp_path, row, said):
+    diff = tmp_path / "d.json"
+    diff.write_text('{"checkpoints": {"15": {"interface_avg": 1, "semantic_hub_avg": 2}, ' + row + "}}")
+    with pytest.raises(InputError, match=said):
+        correlate(tmp_path, bench(tmp_path / "b.json"), diff)
+
+
+@pytest.mark.parametrize("n", ["204", -3, 0, 2.5])
+def test_a_number_of_rows_that_is_none(tmp_path, n):
+    with pytest.raises(InputError, match=f"n of {TASK} at step 15 is {n!r}, no number of rows"):
+        correlate(tmp_path, bench(tmp_path / "b.json", n=n), weight_diff(tmp_path / "d.json"))
+
+
 def test_no_arguments_inside_a_study(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.yaml").write_text(f"name: s\nresults: results\ndata:\n  task:\n    name: {TASK}\n")
