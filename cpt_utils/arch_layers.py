@@ -243,8 +243,10 @@ class Layers:
         else:
             values = self.defaults | {k: value for k, value in _decoder_values(config).items() if value is not None}
         for key in FIELDS[name]:
-            if values.get(key) is not None:
+            if isinstance(values.get(key), int | float):
                 return int(values[key])
+            if values.get(key) is not None:
+                raise InputError(f"config.json: {key} is {str(values[key])[:40]}, where one number is needed")
         if required:
             raise InputError(f"config.json has none of the keys {', '.join(FIELDS[name])}; add the one the model has")
         return None

@@ -338,8 +338,20 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+        wrong = _wrong_configuration(folder)  # the tokenizer's class is found through it
+        reason = " ".join(str(wrong or error).split())[:200] or type(error).__name__
+        what = folder / "config.json" if wrong else f"the tokenizer in {folder}"
+        raise InputError(f"{what} cannot be loaded: {reason}") from error
+
+
+def _wrong_configuration(folder: Path) -> Exception | None:
+    """What transformers says of the config.json in a folder that it does not accept."""
+    try:
+        if (folder / "config.json").is_file():
+            read_configuration(folder)
+    except Exception as error:  # half a dozen types
+        return error
+    return None
 
 
 def _installed(module: str) -> bool:

@@ -369,6 +369,9 @@ def _tensor_places(file, size: int) -> list[int]:
     return sorted(place for place in places if 0 <= place < size)
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions")
+
+
 def read_config(folder: Path, name: str) -> dict:
     """The `config.json` of a model folder.
 
@@ -388,8 +391,11 @@ def read_config(folder: Path, name: str) -> dict:
         raise InputError(f"{name} has no config.json: {hint}")
     config = read_json(file)
     text = config.get("text_config")
-    for values in (config, text if isinstance(text, dict) else {}):
-        for key in sorted({key for keys in archs.FIELDS.values() for key in keys} | {"vocab_size"}):
+    for key, value, kind in (("model_type", config.get("model_type"), str), ("text_config", text, dict)):
+        if not isinstance(value, kind | None):
+            raise InputError(f"{file}: {key} is {str(value)[:40]}, which no model has; copy it again")
+    for values in (config, text or {}):
+        for key in sorted({key for keys in archs.FIELDS.values() for key in keys} | {"vocab_size", *_POSITIONS}):
             value = values.get(key)
             number = isinstance(value, int | float) and 0 <= value < 1 << 31 and value == int(value)
             if isinstance(value, str | bool) or (isinstance(value, int | float) and not number):

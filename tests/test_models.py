@@ -34,6 +34,27 @@ def test_a_wrong_shape_is_refused(tmp_path):
         models.load_model(refs.model(folder), torch.float32, CPU)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rms_norm_eps": "x"}, r"config.json cannot be loaded: Validation error for field 'rms_norm_eps'.*'x'"),
+        ({"layer_types": ["full_attention"]}, "config.json cannot be loaded: .*layer_types"),
+        ({"num_hidden_layers": [3]}, r"num_hidden_layers is \[3\], where one number is needed"),
+        ({"max_position_embeddings": "4k"}, "max_position_embeddings is 4k, which is no size of a model"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\], which no model has"),
+        ({"text_config": 5}, "text_config is 5, which no model has"),
+    ],
+)
+def test_a_damaged_configuration_is_what_is_named(tmp_path, change, said):
+    """And not the tokenizer, whose class transformers finds through it."""
+    folder = save_tiny("llama", tmp_path / "m")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=said):
+        archs.for_config(refs.model(folder).config()).n_layers(refs.model(folder).config())
+        models.open_tokenizer(folder)
+
+
 SPREAD = {
     "cpu": {"": "cpu"},
     "disk": {
