@@ -66,7 +66,7 @@ def step_of(name: str) -> int | None:
     `run-a/step100` -> 100. Always an integer: as text, `step1000` would come before `step512`.
     """
     for word in _STEP_WORDS:
-        found = re.findall(rf"(?:^|[-_/]|global)(?:{word})[-_]?(\d+)([km]?)(?=$|[-_/])", name, re.IGNORECASE)
+        found = re.findall(rf"(?:^|[-_/]|global)(?:{word})[-_=]?(\d+)([km]?)(?=$|[-_/])", name, re.IGNORECASE)
         if found:
             number, unit = found[-1]
             return int(number) * _UNITS[unit.lower()]

@@ -36,6 +36,7 @@ def a_run(tmp_path):
         ("ckpt_100", 100),
         ("iter_0001000", 1000),
         ("global_step100", 100),
+        ("epoch=1-step=100", 100),  # as Lightning names them
         ("step-50K", 50_000),
         ("step2M-tokens5B", 2_000_000),
         ("epoch-2-step-500", 500),
