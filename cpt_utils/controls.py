@@ -389,9 +389,10 @@ def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict 
     for name, row in (compared or {}).items():
         label, gain = MEASURES[name].label, row["gain"]
         if gain and not gain["ci_low"] > 0:
+            what = "CPT lost, and gained nothing" if gain["ci_high"] < 0 else "that CPT gained anything is not clear"
             cli.say(
-                f"{label}: that CPT gained anything is not clear ({gain['gain']:+.4f} [{gain['ci_low']:+.4f}, "
-                f"{gain['ci_high']:+.4f}]), so no share of it is given"
+                f"{label}: {what} ({gain['gain']:+.4f} [{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]), so no share "
+                "of it is given"
             )
         interval = f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" if "ci_low" in row else ""
         shared = f" (with {row['n_equal']} others)" if row["n_equal"] else ""

@@ -406,7 +406,7 @@ def write_model(
     if unlike:
         named = "; ".join(f"{name} ({why})" for name, why in list(unlike.items())[:4])
         more = f" and {len(unlike) - 4} more" if len(unlike) > 4 else ""
-        cli.say(f"outside the swap base and target differ; the target's are kept: {named}{more}")
+        cli.once(f"outside the swap base and target differ; the target's are kept: {named}{more}")
     side = _side_files(pair, run)
     edits = recipe.by_tensor()
     pair.base.fetch({edit.base_tensor for edit in recipe.edits})

@@ -374,7 +374,8 @@ def test_outside_a_study_and_another_vocabulary(shared, tmp_path, monkeypatch, c
     payload, _ = results.read_json("alone/controls.json", allow_limited=True)
     assert [row["name"] for row in payload["sets"]] == ["base", "target", "attention_interface", "random"]
 
-    save_tiny("llama", tmp_path / "wide" / "checkpoint-3", seed=3, layers=4, vocab_size=280)
+    for step in (3, 4):
+        save_tiny("llama", tmp_path / "wide" / f"checkpoint-{step}", seed=step, layers=4, vocab_size=280)
     arguments = attention(shared, "wider", *measured, "--layer-list", shared / "rich.json")
     arguments[arguments.index("--checkpoint-dir") + 1] = str(tmp_path / "wide")
     ATTENTION.main(arguments)
@@ -382,6 +383,10 @@ def test_outside_a_study_and_another_vocabulary(shared, tmp_path, monkeypatch, c
     payload, _ = results.read_json("wider/controls.json", allow_limited=True)
     assert set(payload["left_out"]) == {name for name in NAMED if "embeddings" in name}
     assert [row["name"] for row in payload["sets"]] == ["base", "target", *NAMED[:4], "random"]
+    given = {flag: arguments[arguments.index(flag) + 1] for flag in ("--base-model", "--layer-selection")}
+    flags = [str(word) for pair in given.items() for word in pair]
+    ATTENTION.main([*flags, "--checkpoint-dir", str(tmp_path / "wide"), "--output-dir", "written"])
+    assert capsys.readouterr().out.count("outside the swap base and target differ") == 1  # of two checkpoints
 
 
 def test_tied_heads_and_crossed_folders(tmp_path):

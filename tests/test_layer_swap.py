@@ -382,6 +382,10 @@ def test_a_gain_that_may_be_nothing_has_no_share(capsys):
     said = capsys.readouterr().out
     assert "retrieval accuracy, mean over layers: that CPT gained anything is not clear (+0.0200 [-0.0" in said
     assert "nll_per_byte 1.694" in said and said.count("of the gain lost") == 1 and "(40% of the gain lost)" in said
+    ends = {"base": target, "target": target - 0.2, "semantic_hub": target, "random": target}
+    worse = [record(name, units) for name, units in ends.items()]
+    controls.say(controls.summary(worse, 7), controls.compare(worse, "semantic_hub", 7))
+    assert "CPT lost, and gained nothing (-0.2000 [-0.2000, -0.2000]), so no share" in capsys.readouterr().out
     # The same difference in four times the sentences is clear, and so is what is lost of it.
     many = [record(row["name"], np.repeat(row["units"]["retrieval_mean"], 40)) for row in records]
     assert controls.compare(many, "semantic_hub", 7)["retrieval_mean"]["own_gain_lost"] == pytest.approx(1.4)
