@@ -218,9 +218,13 @@ def metric_of(row: dict, metric: str) -> tuple[object, object]:
 
 
 def metrics_in(row: dict) -> list[str]:
-    """The names of the metrics in the row of a task."""
-    names = {key.partition(",")[0] for key, value in row.items() if is_number(value)}
-    return sorted(name for name in names if not name.endswith("_stderr") and name not in ("n", "sample_len"))
+    """The names of the metrics in the row of a task, with the filters of those whose value `metric_of` cannot tell."""
+    found = set()
+    for key in (key for key, value in row.items() if is_number(value)):
+        name = key.partition(",")[0]
+        if not name.endswith("_stderr") and name not in ("n", "sample_len"):
+            found.add(key if metric_of(row, name)[0] is None else name)
+    return sorted(found)
 
 
 def is_number(value) -> bool:

@@ -480,3 +480,8 @@ def test_a_lora_does_not_become_the_base(written, tmp_path):
         shutil.copy(written / "out" / name, tmp_path)
     points = benchmark.read(tmp_path, None, "acc", str(written / "run"), str(written / "base"))[TASK].points
     assert {step: point.source.rsplit("/", 1)[1] for step, point in points.items()} == {0: names[0], 10: names[1]}
+
+
+def test_metrics_with_several_filters_are_named_with_them():
+    row = {"acc,strict": 0.1, "acc_stderr,strict": 0.1, "acc,flex": 0.2, "f1,none": 0.3, "f1,x": 0.4, "n": 5}
+    assert lm.metrics_in(row) == ["acc,flex", "acc,strict", "f1"]
