@@ -335,8 +335,10 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 f"({' and '.join(missing)} not installed); pip install {' '.join(READERS)}, or put the tokenizer.json "
                 "of the same model into the folder"
             )
+    place = refs.configuration_of_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = read_configuration(place) if place not in (None, folder) else None
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         wrong = _wrong_configuration(folder)  # the tokenizer's class is found through it
         reason = " ".join(str(wrong or error).split())[:200] or type(error).__name__

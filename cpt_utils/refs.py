@@ -657,6 +657,21 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
+def configuration_of_tokenizer(folder: Path) -> Path | None:
+    """The folder with the config.json of the model that the tokenizer in `folder` is of; None where there is none here.
+
+    transformers chooses the class of a tokenizer by it, too: of a Qwen 2 it is Qwen2Tokenizer, which splits text in its
+    own way, whatever tokenizer_config.json says. An adapter's configuration is its base's, and a run's that of its
+    checkpoints, so that the same files are the same tokenizer wherever they lie.
+    """
+    steps = sorted(path for path in folder.iterdir() if path.is_dir() and step_of(path.name) is not None)
+    for ref in (ModelRef(os.fspath(path)) for path in (folder, *steps)):
+        with contextlib.suppress(InputError):  # a base that is not here
+            if {"config.json", ADAPTER_CONFIG} & ref.names:
+                return ref.config_folder()
+    return None
+
+
 def tokenizer_folder(ref: ModelRef, run: str | None = None, base: ModelRef | None = None) -> Path:
     """The folder whose tokenizer belongs to `ref`: its own, else the run folder's, else the base's, and says so.
 

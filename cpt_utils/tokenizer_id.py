@@ -50,9 +50,10 @@ def comparable(a: str | None, b: str | None) -> bool:
 def _files(folder: Path) -> str:
     """A hash of the files that decide which tokenizer is loaded: equal ones are loaded once a process."""
     digest = hashlib.sha256()
-    for name in ("config.json", *refs.TOKENIZER_FILES):
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
+    config = (refs.configuration_of_tokenizer(folder) or folder) / "config.json"
+    for file in (config, *(folder / name for name in refs.TOKENIZER_FILES)):
+        if file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -8,9 +8,9 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers import tiny_tokenizer
+from helpers import save_tiny, tiny_tokenizer
 
-from cpt_utils import tokenizer_id
+from cpt_utils import models, refs, tokenizer_id
 
 
 def hub_form(kind: str, folder: Path, texts: list[str], **settings) -> Path:
@@ -127,3 +127,22 @@ def test_added_tokens_leave_the_ids_of_plain_text(tmp_path):
 def test_hashes_of_before_are_not_compared():
     assert tokenizer_id.comparable("ids:a", "ids:b")
     assert not tokenizer_id.comparable("json:a", "ids:b") and not tokenizer_id.comparable(None, "ids:b")
+
+
+def test_the_same_files_are_the_same_tokenizer_wherever_they_lie(tmp_path):
+    """Beside a config.json of Qwen 2, in the folder of a run without one, and in an adapter's."""
+    base = save_tiny("qwen2", tmp_path / "base")  # its tokenizer is of no class of its own, as one trained from scratch
+    save_tiny("qwen2", tmp_path / "run/checkpoint-5", seed=5, tokenizer=False)
+    tiny_tokenizer().save_pretrained(tmp_path / "run")
+    adapter = tmp_path / "lora/checkpoint-5"
+    tiny_tokenizer().save_pretrained(adapter)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert "tokenizer_class" in (base / "tokenizer_config.json").read_text()
+    for folder in (tmp_path / "run", adapter):
+        assert not (folder / "config.json").exists()
+        assert tokenizer_id.of(folder) == tokenizer_id.of(base)
+        assert tokenizer_id.of_plain_text(folder) == tokenizer_id.of_plain_text(base)
+        assert type(models.open_tokenizer(folder)) is type(models.open_tokenizer(base))
+    tiny_tokenizer().save_pretrained(tmp_path / "alone")
+    assert refs.configuration_of_tokenizer(tmp_path / "alone") is None
