@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import random
 import shutil
 import subprocess
 import sys
@@ -62,6 +64,17 @@ def test_a_whole_study_is_ready(study, capsys):
     assert "tokenizers: all alike" in out and "30 sentence pairs eng_Latn-deu_Latn" in out
     assert "nothing is left out" in out and "on the CPU (" in out and "GB free" in out and "ready to run" in out
     assert "PROBLEM" not in out
+
+
+def test_short_texts_are_no_hundred_million_tokens(study, tmp_path):
+    packed = tmp_path / "c.txt.gz"
+    packed.write_bytes(gzip.compress(random.Random(0).randbytes(700).hex().encode(), mtime=0))
+    texts = {"eng_Latn": str(tmp_path / "c.txt"), "deu_Latn": str(packed), "fra_Latn": None}  # the third is of mOSCAR
+    path = study(lsn={}, languages=study.whole["languages"] | {"lsn": list(texts)}, data={"lsn_text": texts})
+    here = Study.find(path)
+    found = check.files(here, check.plan(here), check.Report())
+    text = (tmp_path / "c.txt").stat().st_size + check.PACKED * packed.stat().st_size
+    assert found["neurons"] == pytest.approx(text / check.BYTES_PER_TOKEN + 99_999_744)
 
 
 def test_every_problem_is_said_and_the_code_is_two(study, models, tmp_path, capsys):

@@ -24,6 +24,7 @@ from cpt_utils.study import Study
 ENOUGH = 19  # random sets: with fewer no p can reach .05
 SHARE = 0.4  # of a matrix product's speed that a forward pass reaches
 BYTES_PER_TOKEN = 3.5
+PACKED = 3  # bytes of text in one of a packed file
 
 
 # ---------------------------------------------------------------- which parts there will be
@@ -199,7 +200,7 @@ def tokenizers(study: Study, found: list[Model], report: Report) -> None:
 def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
     """The texts, opened as the scripts open them; how many tokens, roughly, each kind has."""
     report.head("data")
-    sizes = {"pairs": 0.0, "heldout": 0.0, "target": 0.0}
+    sizes = {"pairs": 0.0, "heldout": 0.0, "target": 0.0, "neurons": 0.0}
     pairs = report.tried(_pairs, study)
     if pairs:
         report.say(pairs.summary())
@@ -213,7 +214,9 @@ def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
         for code, file in texts.items():
             found = report.tried(_text, study, file)
             report.say(f"{what}, {code}: {file or 'mOSCAR, from the hub'}{found or ''}")
-            if what == "held-out text" and Path(str(file)).is_file():
+            if what == "text of neurons":
+                sizes["neurons"] += _at_most(study, file)
+            elif Path(str(file)).is_file():
                 tokens = sum(len(line.encode()) for line in textfiles.texts(Path(file))) / BYTES_PER_TOKEN
                 sizes["heldout"] += tokens
                 sizes["target"] += tokens * languages.same(code, str(study.get("languages.target")))
@@ -241,6 +244,15 @@ def _lsn_texts(study: Study, chosen: Plan) -> dict[str, str | None]:
     texts = study.get("data.lsn_text", {})
     named = {code: languages.find(texts, code, default=None) for code in chosen.lsn}
     return {code: texts[name] if name else None for code, name in named.items()}
+
+
+def _at_most(study: Study, file: str | None) -> float:
+    """Tokens of a language that neurons are counted on: as many as the study asks for, or as a local text holds."""
+    wanted = int(study.get("lsn.tokens") or 99_999_744)
+    if not Path(str(file)).is_file():
+        return wanted
+    packed = PACKED if str(file).endswith((".gz", ".parquet")) else 1  # not unpacked for this: it may be gigabytes
+    return min(wanted, packed * Path(file).stat().st_size / BYTES_PER_TOKEN)
 
 
 def _text(study: Study, file: str | None) -> str:
@@ -276,9 +288,9 @@ def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, floa
     yield "the task", (n_checkpoints + 3) * rows
     yield f"layer swaps, up to {sets} sets", (sets + 3) * (pairs + heldout + rows)
     if chosen.lsn:
-        tokens = int(study.get("lsn.tokens") or 99_999_744)
-        yield f"neuron counts, {tokens:,} tokens a language", len(chosen.lsn) * tokens
-        yield "activation over CPT", (n_checkpoints + 1) * min(tokens, 98_304)
+        each = sizes["neurons"] / len(chosen.lsn)
+        yield f"neuron counts, {each:,.0f} tokens a language", sizes["neurons"]
+        yield "activation over CPT", (n_checkpoints + 1) * min(each, 98_304)
         yield f"component swaps, up to {sets} sets each", 2 * (sets + 11) * (pairs + heldout)
     if chosen.deactivation:
         yield "deactivation", (len(chosen.lsn) + 21) * sizes["heldout"]
@@ -296,9 +308,8 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
     total = sum(seconds for seconds, _ in parts)
     largest = "; ".join(f"{name}: {_time(seconds)}" for seconds, name in parts[:-4:-1])
     report.say(f"forward passes: {_time(total)} on {where} (most of it {largest})")
-    tokens = len(chosen.lsn) * int(study.get("lsn.tokens") or 99_999_744) * 4
     fetched = sum(model.size for model in found if not model.here)
-    written = (4 if chosen.lsn else 2) * found[-1].size + tokens
+    written = (4 if chosen.lsn else 2) * found[-1].size + 4 * sizes["neurons"]
     out = study.result("claims").parent
     free = folders.free_bytes(next(path for path in (out, *out.parents) if path.is_dir()))
     report.say(
@@ -322,9 +333,8 @@ def machine() -> tuple[float, str]:
         start = time.perf_counter()
         float((a @ a)[0, 0])  # waits for a GPU, too
         times.append(time.perf_counter() - start)
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({torch.get_num_threads()} threads)"
-    )
+    threads = torch.get_num_threads()
+    name = f"the CPU ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else torch.cuda.get_device_name()
     return SHARE * 2 * 1024**3 / min(times), name
 
 
