@@ -19,10 +19,13 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils import activation_files, archs, cli, figures, languages, refs, results, stats
-from cpt_utils import gate as retrieval_gate
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study, dotted
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, languages, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.measures import activation_files
+from cpt_utils.measures import gate as retrieval_gate
 
 SCHEMA = "activation_correlation"
 ACTIVATIONS = activation_files.MADE_BY
@@ -347,7 +350,11 @@ def main(argv=None) -> None:
     sources = Sources(folder, name, args.base_tag, *files)
     folder = study.output(args.output_dir, "--output-dir", "activation_correlation")
     series, facts = gather(sources, lang, args.steps)
-    called = name if args.output_dir else dotted(name, study.other(lang=args.lang), part_of_run(facts, series["steps"]))
+    called = (
+        name
+        if args.output_dir
+        else dotted(name, beside.name(study, lang=args.lang), part_of_run(facts, series["steps"]))
+    )
     output = folder / f"{called}_correlation_strength.json"
     refuse_other_output(output, lang, args.steps, args.overwrite)
     payload = strengths(series) | {"series": series, "note": None}

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils import cli, folders
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import folders
 
 measure = cli.sibling("benchmarks/measure.py")
 

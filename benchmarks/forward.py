@@ -10,7 +10,10 @@ import random
 import string
 from collections.abc import Callable, Iterator
 
-from cpt_utils import archs, batching, cli, neurons, scoring
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli
+from cpt_utils.measures import neurons
+from cpt_utils.models import batching, scoring
 
 measure = cli.sibling("benchmarks/measure.py")
 obvious = cli.sibling("benchmarks/obvious.py")

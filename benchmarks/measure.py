@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils import cli, folders, results, tensors
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import folders, tensors
 
 INTERVAL = 0.02  # seconds between two readings
 SCHEMA = "benchmark"

@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 import time
 
-from cpt_utils import cli
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

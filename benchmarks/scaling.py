@@ -16,8 +16,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from cpt_utils import cli, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
 
 measure = cli.sibling("benchmarks/measure.py")
 

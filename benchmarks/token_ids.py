@@ -27,8 +27,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cpt_utils import cli, refs, results, textfiles, tokenids
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenization
+from cpt_utils.measures import tokenids
 
 measure = cli.sibling("benchmarks/measure.py")
 load_oscar = cli.sibling("lsn/load_oscar.py")
@@ -52,9 +54,8 @@ def write_text(source: Path, path: Path, size: int) -> None:
 def ways(path: Path, tokenizer: Path, language: str, judges: dict, batch: int) -> dict[str, Callable[[], int]]:
     """What is timed; each returns the number of tokens that it took from the file, or of documents where it looks at
     no token."""
-    from cpt_utils import models
 
-    whole = models.load_tokenizer(refs.model(tokenizer))
+    whole = tokenization.load_tokenizer(refs.model(tokenizer))
     texts = list(textfiles.lines(path))
     parts = [texts[i : i + batch] for i in range(0, len(texts), batch)]
     encode, splitter = load_oscar.encoder(tokenizer)

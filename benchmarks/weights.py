@@ -14,14 +14,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cpt_utils import archs, cli, compare, folders, refs, surgery
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli
+from cpt_utils.checkpoints import folders, refs
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import compare
 
 measure = cli.sibling("benchmarks/measure.py")
 PYTHON = sys.executable
 # What the obvious way does and no more: the script also draws and writes a header.
-ALONE = (
-    "import sys; from cpt_utils import compare, refs; compare.changes(refs.model(sys.argv[1]), refs.run(sys.argv[2]))"
-)
+ALONE = """
+import sys
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import compare
+compare.changes(refs.model(sys.argv[1]), refs.run(sys.argv[2]))
+"""
 
 
 class Pair:

@@ -15,7 +15,8 @@ Tiny: python component-swap/attn_int_swap.py --study demo/tiny.yaml --controls 1
 
 from __future__ import annotations
 
-from cpt_utils import cli, components
+from cpt_utils.base import cli
+from cpt_utils.measures import components
 
 OWN = "attention_interface"  # q, k, v, o in the layers of --layer-selection
 

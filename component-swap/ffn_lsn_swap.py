@@ -15,7 +15,8 @@ Tiny: python component-swap/ffn_lsn_swap.py --study demo/tiny.yaml --controls 10
 
 from __future__ import annotations
 
-from cpt_utils import cli, components
+from cpt_utils.base import cli
+from cpt_utils.measures import components
 
 OWN = "ffn_lsn_rich"  # gate, up, down in the layers of --layer-list
 

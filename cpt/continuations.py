@@ -17,9 +17,9 @@ import json
 import random
 from pathlib import Path
 
-from cpt_utils import cli, languages, results, textfiles
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study, expand_environment
+from cpt_utils.base import cli, languages, results, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, expand_environment
 
 SCHEMA = "continuations"
 SHORTEST = 6  # words: less leaves halves that many sentences share

@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, results, study, textfiles
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results, study, textfiles
+from cpt_utils.base.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, encoding, refs, textfiles
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenization
+from cpt_utils.models import encoding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -189,7 +191,6 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
         start: the model that is trained further, if any; its tokenizer is the default.
         state: a newly trained tokenizer is kept here, so that a continued run trains none.
     """
-    from cpt_utils import models
 
     for key, kind in (("vocab_size", int), ("special", dict), ("whole", list)):
         if wanted.get(key) is not None and not isinstance(wanted[key], kind):
@@ -197,7 +198,7 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
     runs.refuse_unknown(wanted.get("special") or {}, ("eos", "pad", "bos", "unk"), where, "tokenizer.special.")
     source = wanted.get("from") or start
     if source:
-        folder = refs.tokenizer_folder(refs.model(source))
+        folder = tokenization.tokenizer_folder(refs.model(source))
     else:
         folder = state / "tokenizer"
         if not folder.is_dir():
@@ -210,7 +211,7 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
             shutil.rmtree(state / "tokenizer.tmp", ignore_errors=True)
             tokenizer.save_pretrained(state / "tokenizer.tmp")
             os.replace(state / "tokenizer.tmp", folder)
-    tokenizer = models.open_tokenizer(folder)
+    tokenizer = tokenization.open_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{where}: the tokenizer in {folder} has no eos token; documents could not be told apart")
     return tokenizer, folder

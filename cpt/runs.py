@@ -15,8 +15,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, refs, results, study
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results, study
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
 
 if TYPE_CHECKING:
     import torch

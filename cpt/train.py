@@ -20,8 +20,9 @@ import math
 import shutil
 from pathlib import Path
 
-from cpt_utils import cli, refs, results, study, textfiles, tokenizer_id
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results, study, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
 
 runs = cli.sibling("cpt/runs.py")
 packing = cli.sibling("cpt/packing.py")
@@ -172,9 +173,9 @@ def prepare_model(config: dict, tokenizer, path: Path):
 
     set_seed(config["seed"])
     if config["from"]:
-        from cpt_utils import models
+        from cpt_utils.models import loading
 
-        model = models.load_model(refs.model(config["from"]), torch.float32, torch.device("cpu"))
+        model = loading.load_model(refs.model(config["from"]), torch.float32, torch.device("cpu"))
         model.requires_grad_(True)
     else:
         settings = model_config(config, tokenizer, path)
@@ -227,11 +228,10 @@ def vocabularies(base: refs.ModelRef, tokenizer, rows: int) -> tuple[list[int], 
 
     All are old where the base has no tokenizer: then nothing tells them apart, which is said.
     """
-    from cpt_utils import models
 
     now = tokenizer.get_vocab()
     try:
-        before = models.open_tokenizer(refs.tokenizer_folder(base)).get_vocab()
+        before = tokenization.open_tokenizer(tokenization.tokenizer_folder(base)).get_vocab()
     except InputError as error:
         cli.warn(f"which tokens are new is not known, and none is initialised: {error}")
         before = now

@@ -17,8 +17,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from cpt_utils import cli
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
 
 runs = cli.sibling("cpt/runs.py")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from cpt_utils import cli
+from cpt_utils.base import cli
 
 meanings = cli.sibling("demo/meanings.py")
 

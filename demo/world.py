@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from cpt_utils import cli, results
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 
 meanings, grammar = cli.sibling("demo/meanings.py"), cli.sibling("demo/grammar.py")
 runs = cli.sibling("cpt/runs.py")

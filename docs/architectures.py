@@ -1,4 +1,4 @@
-"""Write docs/architectures.md from the table in cpt_utils/arch_table.py: one row for each model type.
+"""Write docs/architectures.md from the table in cpt_utils/architectures/arch_table.py: one row for each model type.
 
 python docs/architectures.py
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils import arch_left_out, arch_table, archs
+from cpt_utils.architectures import arch_left_out, arch_table, archs
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Architectures
 
-Written by `python docs/architectures.py` from `ARCHS` in `cpt_utils/arch_table.py`; a test compares the two. {count}
-model types (`model_type` in config.json). For each one `tests/test_architectures.py` makes tiny random models and
-checks, against slow references that look into the running model: where every projection, bias, router and expert is,
-the weight change of each, swaps of layers, attention, FFN and single experts on disk and in memory, pooled hidden
-states, and counts of active neurons. The models named as examples are of these types; their own weights are not part
-of the tests.
+Written by `python docs/architectures.py` from `ARCHS` in `cpt_utils/architectures/arch_table.py`; a test compares the
+two. {count} model types (`model_type` in config.json). For each one `tests/test_architectures.py` makes tiny random
+models and checks, against slow references that look into the running model: where every projection, bias, router and
+expert is, the weight change of each, swaps of layers, attention, FFN and single experts on disk and in memory, pooled
+hidden states, and counts of active neurons. The models named as examples are of these types; their own weights are not
+part of the tests.
 
 - **attention, FFN**: modules of a layer, in the order q, k, v, o and gate, up, down. "q+k+v in" a module: fused,
   several projections in one tensor, of which a swap or a comparison takes its slice; "per KV head" if their rows
@@ -60,8 +60,9 @@ All others that transformers {release} makes causal language models of, alone or
 FOOT = """
 A type that is not here stops with a message that gives the reason, or says which entry to add and what `transformers`
 calls the modules of its layers. Where these are Llama's names in all layers the entry is `"the_type": Arch()`; what can
-differ is listed at `Layers` in `cpt_utils/arch_layers.py`. Then run `pytest tests/test_architectures.py -k the_type`
-(what its tiny config needs beyond the usual sizes stands in `TINY` in `tests/tiny.py`) and write this page anew.
+differ is listed at `Layers` in `cpt_utils/architectures/arch_layers.py`. Then run
+`pytest tests/test_architectures.py -k the_type` (what its tiny config needs beyond the usual sizes stands in `TINY` in
+`tests/tiny.py`) and write this page anew.
 
 `--dtype float64` makes results independent of the batch, bit by bit, where the whole arithmetic is in float64. Gemma 2,
 Bloom and MPT take their attention's softmax in float32 even then (differences of 4e-7 and less); XGLM has no float64.

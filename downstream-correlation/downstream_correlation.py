@@ -17,14 +17,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import benchmark, cli, figures, gate, results, stats
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, figures, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.measures import benchmark, gate
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cpt_utils.benchmark import Point, Series
+    from cpt_utils.measures.benchmark import Point, Series
 
 SCHEMA = "downstream_correlation"
 LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}

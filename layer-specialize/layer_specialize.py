@@ -22,9 +22,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, figures, gate, languages, refs, results, stats
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, figures, languages, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.measures import gate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -322,7 +324,7 @@ def checked(path: Path, header: dict, hits: np.ndarray | None, seed: int) -> dic
 def other_than(study: Study, given: str | None, steps: list[int] | None) -> str:
     """What tells the split of another model from the study's own, that of its last checkpoint; mostly nothing."""
     if given is None:
-        return study.other(steps=steps, last=True)
+        return beside.name(study, steps=steps, last=True)
     with contextlib.suppress(InputError, OSError):  # the study's own may not be measured yet
         if last_result(study, None).samefile(given):
             return ""

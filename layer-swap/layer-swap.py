@@ -21,9 +21,12 @@ import random
 import re
 from pathlib import Path
 
-from cpt_utils import cli, components, controls, data, evaluation, gate, processes, refs, results, surgery
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, data, processes, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import components, controls, evaluation, gate
 
 SCHEMA = "layer-swap"
 METHODS = ("semantic_hub", "random")
@@ -153,7 +156,7 @@ def main(argv=None) -> None:
     target = refs.model(args.target) if args.target else refs.run(study.value(None, "TARGET", "run"), args.steps)[-1]
     limit = args.limit if args.controls or args.in_memory else None
     out = study.output(
-        args.output, "-o", "layer_swap", study.other(args.base, args.target, args.steps, limit, last=True)
+        args.output, "-o", "layer_swap", beside.name(study, args.base, args.target, args.steps, limit, last=True)
     )
     refuse_foreign(out)
     path = study.input(args.layers, "LAYERS.json", "layers", "layer-specialize/layer_specialize.py")

@@ -24,9 +24,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cpt_utils import cli, processes, refs, results, surgery
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, processes, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import opening, refs, tokenization, tokenizer_id
+from cpt_utils.interventions import surgery
 
 swaps = cli.sibling("lm_eval_sib200/swaps.py")
 
@@ -105,7 +107,7 @@ def identity(
     """
     return {
         "models": {"model": ref.describe()},
-        "tokenizer": refs.tokenizer_used(ref, base=base),
+        "tokenizer": tokenizer_id.tokenizer_used(ref, base=base),
         "data": data,
         "num_fewshot": args.num_fewshot,
         "dtype": str(dtype).removeprefix("torch."),
@@ -154,10 +156,10 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
-    from cpt_utils import models
+    from cpt_utils.models import loading
 
-    model = models.load_model(ref, dtype, device, args.device_map)
-    tokenizer = models.load_tokenizer(ref, base=base)
+    model = loading.load_model(ref, dtype, device, args.device_map)
+    tokenizer = tokenization.load_tokenizer(ref, base=base)
     with _quiet("lm_eval"):  # it warns that a loaded model ignores the arguments of the loader
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
     model_args = {"pretrained": ref.spec if ref.is_local else ref.repository}
@@ -279,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [refs.model(study.value(None, "MODEL", "base"))]
         chosen += refs.run(study.get("run"), args.steps) if study.get("run") else []
     chosen = [refs.model(ref.spec) for ref in chosen]  # one model is the same model, named alone or as part of a run
-    refs.look_over(chosen)
+    opening.look_over(chosen)
     tasks = study.value(args.tasks, "--tasks", "data.task.name")
     args.tasks = tasks if isinstance(tasks, list) else str(tasks).split(",")
     swap = swaps.Swap.from_arguments(args, study)

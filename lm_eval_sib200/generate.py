@@ -20,8 +20,8 @@ import re
 import shutil
 from pathlib import Path
 
-from cpt_utils import cli, textfiles
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, textfiles
+from cpt_utils.base.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 CHOICES = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")

@@ -10,9 +10,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils import cli, components, gate, refs, surgery
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import refs
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import components, gate
 
 KINDS = ("semantic_hub", "random", "layers", "attention", "ffn")
 

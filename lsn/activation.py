@@ -25,9 +25,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, processes, refs, results, tokenizer_id
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study, dotted
+from cpt_utils.base import cli, processes, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ class Partial:
 
 def count(model, arch, blocks: torch.Tensor, plan, partial: Partial, rank: int, world: int, save_every: float) -> None:
     """Run this process's share of the plan over `blocks` [blocks, size], saving every `save_every` seconds."""
-    from cpt_utils import neurons
+    from cpt_utils.measures import neurons
 
     counted = partial.done | partial.others
     left = [(segment, rows) for segment, rows in plan if not bool(counted[rows.start : rows.stop].all())][rank::world]
@@ -219,14 +220,15 @@ def main(argv=None) -> None:
     files = id_files(args.id_path, study)
     refuse_twice([language_of(path) for path in files])
     folder = study.output(args.save_folder, "-s", "lsn_counts")
-    other = study.other(run=args.model, steps=args.steps, limit=args.limit, last=True)
+    other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
     name = args.name or (dotted(study.name, other) if study else None)
     if name is None:
         raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
     process = processes.Process(args.device, args.device_map)
     config = ref.config()
 
-    from cpt_utils import archs, neurons
+    from cpt_utils.architectures import archs
+    from cpt_utils.measures import neurons
 
     arch = archs.for_config(config)
     size = neurons.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
@@ -250,10 +252,10 @@ def main(argv=None) -> None:
     if not todo:
         return
 
-    from cpt_utils import models
+    from cpt_utils.models import loading
 
-    model = models.load_model(ref, dtype, process.device, process.device_map)
-    models.announce(model, ref)
+    model = loading.load_model(ref, dtype, process.device, process.device_map)
+    loading.announce(model, ref)
     groups = [arch.neurons(config, layer) for layer in range(arch.n_layers(config))]
     widths = {
         "width": neurons.widths(arch, config),
@@ -291,14 +293,14 @@ def id_files(given: list[str] | None, study: Study) -> list[Path]:
     folder = study.value(None, "-i", "tokens")
     codes = study.value(None, "-i", "languages.lsn")
 
-    from cpt_utils import tokenids
+    from cpt_utils.measures import tokenids
 
     return [Path(folder) / tokenids.file_name(str(code), study.name) for code in codes]
 
 
 def refuse_twice(codes: list[str]) -> None:
     """Two files of one language would write one result."""
-    from cpt_utils import languages
+    from cpt_utils.base import languages
 
     for i, code in enumerate(codes):
         twice = next((other for other in codes[:i] if other == code or languages.same(other, code)), None)
@@ -324,10 +326,10 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     Raises:
         InputError: no such file, ids beyond the vocabulary, another tokenizer than the model's, not one whole block.
     """
-    from cpt_utils import neurons, tokenids
+    from cpt_utils.measures import neurons, tokenids
 
-    vocabulary = refs.vocabulary_size(ref.config())
-    own = tokenizer_id.of_plain_text(refs.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
+    vocabulary = identity.vocabulary_size(ref.config())
+    own = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
     ids, head = tokenids.read(path, vocab_size=vocabulary, vocabulary_sha256=own)
     blocks = neurons.blocks(ids, size, tokens, str(path))
     limited = limit if limit is not None and limit < len(blocks) else None
@@ -341,7 +343,7 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
 def has_tokenizer(ref: refs.ModelRef, run: str | None) -> bool:
     """Whether the model, or its run, has tokenizer files; without them the id file is taken on trust."""
     try:
-        refs.tokenizer_folder(ref, run)
+        tokenization.tokenizer_folder(ref, run)
     except InputError:
         cli.warn(f"{ref.spec} has no tokenizer files: that the token ids are of its tokenizer is taken on trust")
         return False
@@ -382,7 +384,7 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
 
 
 def header_of(request: dict, ref: refs.ModelRef, path: Path, shape: tuple[int, int], blocks: torch.Tensor) -> dict:
-    from cpt_utils import tokenids
+    from cpt_utils.measures import tokenids
 
     return results.header(
         SCHEMA,

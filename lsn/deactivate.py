@@ -24,22 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import (
-    cli,
-    data,
-    encoding,
-    evaluation,
-    figures,
-    journal,
-    languages,
-    processes,
-    refs,
-    results,
-    tokenizer_id,
-)
-from cpt_utils.errors import InputError
-from cpt_utils.masks import Layers
-from cpt_utils.study import Study
+from cpt_utils.base import cli, data, figures, journal, languages, processes, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
+from cpt_utils.measures import evaluation
+from cpt_utils.measures.masks import Layers
+from cpt_utils.models import encoding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +53,7 @@ def seen(documents: list[list[int]], ids: np.ndarray, chunk: int = 1 << 20) -> l
     """
     import numpy as np
 
-    from cpt_utils.tokenids import RUN, run_hashes
+    from cpt_utils.measures.tokenids import RUN, run_hashes
 
     by_length: dict[int, list[int]] = {}
     for number, document in enumerate(documents):
@@ -124,7 +115,7 @@ class Loss:
 
 def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int | None) -> dict[str, list]:
     """The `scoring.TextScore` of every document, by language."""
-    from cpt_utils import scoring
+    from cpt_utils.models import scoring
 
     found = {}
     for lang, documents in texts.items():
@@ -148,7 +139,7 @@ def resampled(changes: dict, tokens: dict, seed: int, draws: int = 2000) -> dict
     """
     import numpy as np
 
-    from cpt_utils import stats
+    from cpt_utils.base import stats
 
     found: dict[str, dict] = {d: {} for d in changes}
     for number, (e, counts) in enumerate(tokens.items()):
@@ -285,7 +276,7 @@ def main(argv=None) -> None:
     n_random = random_sets(args.random, study)
     ref = refs.model(args.model) if args.model else refs.run(study.value(None, "MODEL", "run"), args.steps)[-1]
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-    other = study.other(run=args.model, steps=args.steps, limit=args.limit, last=True)
+    other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
     output = study.output(args.output, "-o", "deactivation", other)
     masks = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), study)
     texts, facts = heldout_texts(args, study, list(masks.own))
@@ -342,7 +333,7 @@ def random_sets(given: int | None, study: Study) -> int:
 
 def wanted_languages(given: str | None, study: Study, mask_file: Path) -> list[str]:
     """The languages of --lang, of the study or of the mask, as they are written there."""
-    from cpt_utils import masks
+    from cpt_utils.measures import masks
 
     chosen = given.split(",") if given else study.get("languages.lsn") or masks.languages_in(mask_file)
     if len(chosen) < 2:
@@ -360,7 +351,7 @@ class Masks:
 
     def sets(self, n_random: int, seed: int) -> dict[str, Layers]:
         """What is to be silenced: "none", "<lang>" and "<lang> random <i>"; nothing of a language without neurons."""
-        from cpt_utils.masks import random_control
+        from cpt_utils.measures.masks import random_control
 
         found = {"none": {}} | {lang: mask for lang, mask in self.own.items() if any(mask.values())}
         for number in range(n_random):
@@ -377,7 +368,8 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], study: Stud
     Raises:
         InputError: a mask of another model, or no neuron of any of the languages.
     """
-    from cpt_utils import archs, masks, neurons
+    from cpt_utils.architectures import archs
+    from cpt_utils.measures import masks, neurons
 
     widths = neurons.widths(archs.for_config(ref.config()), ref.config())
     described = refs.relatives([ref], study.get("base"), study.get("run"))
@@ -427,21 +419,21 @@ def id_paths(args, study: Study) -> list[Path]:
 
 def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
     """The tokenizer and its hash, the held-out texts that the id files do not hold, and how many were left out."""
-    from cpt_utils import models, tokenids
+    from cpt_utils.measures import tokenids
 
     run = study.get("run") if isinstance(study.get("run"), str) else None
     base = refs.model(study.get("base")) if study.get("base") else None
-    tokenizer = models.load_tokenizer(ref, run, base)
-    own = tokenizer_id.of_plain_text(refs.tokenizer_folder(ref, run, base))
+    tokenizer = tokenization.load_tokenizer(ref, run, base)
+    own = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run, base))
     ids = [
-        (path, tokenids.read(path, vocab_size=refs.vocabulary_size(ref.config()), vocabulary_sha256=own)[0])
+        (path, tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=own)[0])
         for path in id_files
     ]
     texts, left_out = disjoint(texts, ids, tokenizer)
     for lang, n in left_out.items():
         if n:
             cli.say(f"{n} held-out documents of {lang} are in the text the neurons were found on, and are left out")
-    return tokenizer, refs.tokenizer_used(ref, run, base), texts, left_out
+    return tokenizer, tokenizer_id.tokenizer_used(ref, run, base), texts, left_out
 
 
 def measure(
@@ -449,15 +441,17 @@ def measure(
     notes: journal.Journal | None,
 ) -> None:  # fmt: skip
     """The losses with each set silenced, into the journal, which the first process has; a killed run goes on."""
-    from cpt_utils import archs, models, neurons
+    from cpt_utils.architectures import archs
+    from cpt_utils.measures import neurons
+    from cpt_utils.models import loading
 
     model = None
 
     def losses_without(key: str) -> dict:
         nonlocal model
         if model is None:
-            model = models.load_model(ref, dtype, process.device, process.device_map)
-            models.announce(model, ref)
+            model = loading.load_model(ref, dtype, process.device, process.device_map)
+            loading.announce(model, ref)
         with neurons.silenced(model, archs.for_config(ref.config()), sets[key]):
             scores = losses(model, tokenizer, texts, batch_size)
         record = {e: {"nll": [s.nll for s in row], "tokens": [s.tokens for s in row]} for e, row in scores.items()}

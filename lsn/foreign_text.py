@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cpt_utils import languages
-from cpt_utils.errors import InputError
+from cpt_utils.base import languages
+from cpt_utils.base.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

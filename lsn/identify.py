@@ -23,13 +23,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, gate, languages, lape, masks, refs, results
-from cpt_utils import counts as activations
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study, dotted
+from cpt_utils.base import cli, languages, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import counts as activations
+from cpt_utils.measures import gate, lape, masks
 
 if TYPE_CHECKING:
-    from cpt_utils.counts import Counts
+    from cpt_utils.measures.counts import Counts
 
 drawn = cli.sibling("lsn/identify_figures.py")
 draw = drawn.draw

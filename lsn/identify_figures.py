@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from cpt_utils import figures
+from cpt_utils.base import figures
 
 
 def draw(path: Path, report: dict) -> list[Path]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils import cli, data, languages, masks, results
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, data, languages, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.measures import masks
 
 
 def read(path: Path, langs: list[str]) -> dict[str, masks.Layers]:

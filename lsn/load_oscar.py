@@ -29,9 +29,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, encoding, languages, refs, results, textfiles, tokenids, tokenizer_id
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, languages, results, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
+from cpt_utils.measures import tokenids
+from cpt_utils.models import encoding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,9 +55,8 @@ COUNTS = (
 def encoder(folder: Path) -> tuple[Callable[[list[str]], list], encoding.Splitter]:
     """The tokenizer in `folder` as a function from pieces to encodings (lists of ids, or objects with `ids`), and what
     tokenizes again the pieces in which it finds special tokens."""
-    from cpt_utils import models
 
-    tokenizer = models.load_tokenizer(refs.model(folder))
+    tokenizer = tokenization.load_tokenizer(refs.model(folder))
     splitter = encoding.splitter_of(tokenizer)
     if not tokenizer.is_fast:
         return lambda pieces: tokenizer(pieces, add_special_tokens=False)["input_ids"], splitter
@@ -266,7 +268,7 @@ def child() -> None:
 
 def in_process(task: dict, report: Callable[[int], None], threads: int, running: list) -> dict:
     """`outcome` in a new process with its own share of threads."""
-    code = "from cpt_utils import cli; cli.sibling('lsn/load_oscar.py').child()"
+    code = "from cpt_utils.base import cli; cli.sibling('lsn/load_oscar.py').child()"
     defaults = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
     # -P: modules are not looked up in the current folder, which may hold one called `datasets`.
     process = subprocess.Popen(
@@ -439,7 +441,7 @@ def tasks(args, study: Study) -> list[dict]:
             foreign.langid_labels(canonical)
         elif args.filter == "script":
             foreign.judge_of(canonical, "script")
-    tokenizer_folder = refs.tokenizer_folder(ref)
+    tokenizer_folder = tokenization.tokenizer_folder(ref)
     tokenizer = {
         "tokenizer": ref.spec,
         "tokenizer_revision": ref.resolved_revision(),

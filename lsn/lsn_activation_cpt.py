@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import activation_files, cli, figures, masks, processes, refs, results
-from cpt_utils.errors import InputError
-from cpt_utils.masks import Layers
-from cpt_utils.study import Study, dotted
+from cpt_utils.base import cli, figures, processes, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import beside, opening, refs
+from cpt_utils.measures import activation_files, masks
+from cpt_utils.measures.masks import Layers
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +42,7 @@ TOKENS = 100_000
 
 def measure(model, arch, blocks, followed: dict[str, Layers], batch_size: int, process: processes.Process):
     """Mean activations of the masks `followed` on `blocks` [blocks, size]: `neurons.Activations`, in every process."""
-    from cpt_utils import neurons
+    from cpt_utils.measures import neurons
 
     own, found = (neurons.Activations(model, arch, followed) for _ in range(2))
     for part in process.share(blocks.split(batch_size)):
@@ -155,7 +157,7 @@ def main(argv=None) -> None:
     # A study's run may be a single checkpoint; what --model names as one is one.
     is_run = args.model is None or refs.is_run(target)
     models = refs.run(target, args.steps) if is_run else [refs.model(target)]
-    refs.look_over(models)
+    opening.look_over(models)
     base = args.base_model or (study.get("base") if is_run else None)
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.output(args.save_folder, "--save_folder", "lsn_activation")
@@ -174,7 +176,7 @@ def main(argv=None) -> None:
     process.wait()  # no process may see a result that another is about to write
     means = measure_all(todo, chosen, process, args.drop_revisions)
     if len(todo) > 1 and "language" in means and process.is_main:
-        part = study.other(steps=args.steps, limit=args.limit)  # the study's figure is of all that there is
+        part = beside.name(study, steps=args.steps, limit=args.limit)  # the study's figure is of all that there is
         figure = folder / dotted(name, part)
         draw(figure, means, lang, sum(map(len, chosen.layers["language"].values())), todo[0].blocks.numel())
         cli.say(f"wrote {figure}.pdf and .png")
@@ -186,12 +188,12 @@ def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> t
     Raises:
         InputError: nothing says it, or a name that means another step than the model's.
     """
-    base_tag = study.other(base=args.base_model) or "base"
+    base_tag = beside.name(study, base=args.base_model) or "base"
     name = args.name
     if name is None and not study:
         raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
     if name is None:
-        name = dotted(study.name, study.other(run=args.model)) if is_run else models[0].model_id
+        name = dotted(study.name, beside.name(study, run=args.model)) if is_run else models[0].model_id
     step = None if is_run else activation_files.step_in(name)
     if step is not None and models[0].step not in (None, step):
         raise InputError(f"--name {name} means step {step}, but {models[0].spec} is of step {models[0].step}")
@@ -277,7 +279,8 @@ class Job:
 
 def id_file(study: Study, lang: str) -> Path:
     """The study's token ids of a language."""
-    from cpt_utils import languages, tokenids
+    from cpt_utils.base import languages
+    from cpt_utils.measures import tokenids
 
     folder = Path(study.value(None, "--id_path", "tokens"))
     codes = [str(code) for code in study.get("languages.lsn", [])]
@@ -291,7 +294,8 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
     Raises:
         InputError: models of different sizes, or masks that do not belong to them.
     """
-    from cpt_utils import archs, neurons
+    from cpt_utils.architectures import archs
+    from cpt_utils.measures import neurons
 
     widths = [neurons.widths(archs.for_config(ref.config()), ref.config()) for ref, _ in todo]
     for (ref, _), theirs in zip(todo, widths, strict=True):
@@ -307,7 +311,7 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
 
 def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, device: torch.device) -> list[Job]:
     """Everything there is to measure; all is checked before the first model is loaded."""
-    from cpt_utils import neurons
+    from cpt_utils.measures import neurons
 
     counting = cli.sibling("lsn/activation.py")
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
@@ -335,16 +339,17 @@ def measure_all(
 
     `drop`: weights of a checkpoint on the hub go from the disk when it is done.
     """
-    from cpt_utils import archs, models
+    from cpt_utils.architectures import archs
+    from cpt_utils.models import loading
 
     means: dict[str, dict[int, float]] = {mask: {} for mask in chosen.layers}
     following = [job.ref for job in todo if job.left]
     for job in todo:
         if job.left:
-            model = models.load_model(job.ref, job.dtype, process.device, process.device_map)
+            model = loading.load_model(job.ref, job.dtype, process.device, process.device_map)
             following.pop(0)
             if following and process.is_main and not drop:
-                models.prefetch(following[0])  # read while this one computes
+                loading.prefetch(following[0])  # read while this one computes
             followed = {mask: chosen.layers[mask] for mask in job.left}
             found = measure(model, archs.for_config(job.ref.config()), job.blocks, followed, job.batch_size, process)
             del model
@@ -361,7 +366,7 @@ def measure_all(
 
 
 def header(job: Job, mask: str, chosen: Masks) -> dict:
-    from cpt_utils import languages
+    from cpt_utils.base import languages
 
     request = job.requests[mask]
     return results.header(

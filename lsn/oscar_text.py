@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cpt_utils import cli, data, languages, textfiles
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, data, languages, textfiles
+from cpt_utils.base.errors import InputError
 
 MOSCAR = "oscar-corpus/mOSCAR"
 BATCH_CHARACTERS = 1 << 20  # a batch ends here whatever its number of documents, so that memory stays bounded

@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cpt_utils import cli, results
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 
 rules = cli.sibling("report/rules.py")
 evidence = cli.sibling("report/evidence.py")

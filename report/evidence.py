@@ -6,9 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, components, controls, evaluation, gate, languages, refs, results
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, languages, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import components, controls, evaluation, gate
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils import activation_files, cli, components, evaluation, figures
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, figures
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.measures import activation_files, components, evaluation
 
 evidence = cli.sibling("report/evidence.py")
 shown = cli.sibling("report/shown.py")

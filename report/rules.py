@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cpt_utils import controls, stats
+from cpt_utils.base import stats
+from cpt_utils.measures import controls
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from cpt_utils import cli, figures
+from cpt_utils.base import cli, figures
 
 rules = cli.sibling("report/rules.py")
 shown_p = rules.shown_p

@@ -21,16 +21,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import cli, data, figures, gate, languages, processes, refs, results, stats, tokenizer_id
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base import cli, data, figures, languages, processes, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, identity, opening, refs, tokenization, tokenizer_id
+from cpt_utils.measures import gate
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cpt_utils.archs import Arch
-    from cpt_utils.batching import Encoded
+    from cpt_utils.architectures.archs import Arch
+    from cpt_utils.models.batching import Encoded
 
 SCHEMA = "sentence-retrieval"
 MARGINS = ("ratio", "distance", "absolute")
@@ -52,11 +54,11 @@ def sentence_vectors(
     """
     import torch
 
-    from cpt_utils import models
-    from cpt_utils.batching import for_each, padded
-    from cpt_utils.hooks import pooled_states
+    from cpt_utils.models import loading
+    from cpt_utils.models.batching import for_each, padded
+    from cpt_utils.models.hooks import pooled_states
 
-    vectors, device = None, models.input_device(model)
+    vectors, device = None, loading.input_device(model)
 
     def pool(rows: list[int]) -> None:
         nonlocal vectors
@@ -217,7 +219,7 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
     wanted = {key: value for key, value in wanted.items() if known or key != "tokenizer"}
     before = {key: header.get(key) for key in wanted} if header else {}
     if twin := (before.get("models") or {}).get("untrained_like"):  # files from before hold ids of special tokens
-        before["models"] = {"untrained_like": refs.untrained_like(twin)}
+        before["models"] = {"untrained_like": identity.untrained_like(twin)}
     if not results.same(before, wanted):
         raise InputError(
             f"{path} is of another request ({results.unlike(before, wanted)}); give --overwrite to redo it, or "
@@ -306,9 +308,9 @@ class Bench:
         def measured(job: Job) -> tuple[dict, dict]:
             following = next(own, None)
             if following is not None and not following.untrained and not self.drop:
-                from cpt_utils import models
+                from cpt_utils.models import loading
 
-                models.prefetch(following.ref)
+                loading.prefetch(following.ref)
             return self.measured(job)
 
         for found in self.process.rounds(left, measured):
@@ -327,11 +329,13 @@ class Bench:
 
     def facts(self, ref: refs.ModelRef, untrained: bool) -> dict:
         """What the header says, and what a finished file must agree with."""
-        from cpt_utils.archs import for_config
+        from cpt_utils.architectures.archs import for_config
 
         base, target = (languages.canonical(code, any_tag=True) for code in self.languages)
         return {
-            "models": {"untrained_like": refs.untrained_like(ref.config())} if untrained else {"model": ref.describe()},
+            "models": {"untrained_like": identity.untrained_like(ref.config())}
+            if untrained
+            else {"model": ref.describe()},
             "n_layers": for_config(ref.config()).n_layers(ref.config()),
             "base_lang": base,
             "target_lang": target,
@@ -345,20 +349,20 @@ class Bench:
             "margin_variant": self.margin,
             "k": self.k,
             "special_tokens": self.special_tokens,
-            "tokenizer": refs.tokenizer_used(ref, *self.homes),
+            "tokenizer": tokenizer_id.tokenizer_used(ref, *self.homes),
         }
 
     def retrieval(self, ref: refs.ModelRef, untrained: bool) -> Retrieval:
         """Load the model, measure, and let go of it."""
-        from cpt_utils import models
-        from cpt_utils.archs import for_config
+        from cpt_utils.architectures.archs import for_config
+        from cpt_utils.models import loading
 
         if untrained:
-            model = models.load_untrained(ref, self.dtype, self.process.device, self.seed, self.process.device_map)
+            model = loading.load_untrained(ref, self.dtype, self.process.device, self.seed, self.process.device_map)
         else:
-            model = models.load_model(ref, self.dtype, self.process.device, self.process.device_map)
-            models.announce(model, ref)
-        tokenizer = models.load_tokenizer(ref, *self.homes)
+            model = loading.load_model(ref, self.dtype, self.process.device, self.process.device_map)
+            loading.announce(model, ref)
+        tokenizer = tokenization.load_tokenizer(ref, *self.homes)
         sides = encode_pairs(model, tokenizer, self.pairs, ref.spec)
         name = "untrained" if untrained else ref.model_id
         return measure(
@@ -375,7 +379,7 @@ def encode_pairs(
     Raises:
         InputError: a token id that the model has no embedding for.
     """
-    from cpt_utils.batching import encode, positions
+    from cpt_utils.models.batching import encode, positions
 
     sides = tuple(encode(tokenizer, texts, positions(model)) for texts in (pairs.base, pairs.target))
     largest = max(max(ids) for side in sides for ids in side.ids)
@@ -420,11 +424,11 @@ def main(argv=None) -> None:
     base, target = sides(args, study)
     pairs = data.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
     cli.say(pairs.summary())
-    refs.look_over(models)
+    opening.look_over(models)
 
     process = processes.Process(args.device, args.device_map)
     given = args.artifact_out or (None if study else "artifacts")
-    place = study.output(given, "--artifact-out", "retrieval", study.other(limit=pairs.facts["limit"]))
+    place = study.output(given, "--artifact-out", "retrieval", beside.name(study, limit=pairs.facts["limit"]))
     folder = place / f"{base}-{target}"
     bench = Bench(
         pairs=pairs,
@@ -484,7 +488,7 @@ def untrained_twins(models: list[refs.ModelRef], folder: Path) -> dict[refs.Mode
     untrained.<model id>.json.
     """
     there = {path: shape_in(path) for path in sorted(folder.glob("untrained*.json"))}
-    shapes = {ref: refs.shape_hash(refs.untrained_like(ref.config())) for ref in models}
+    shapes = {ref: identity.shape_hash(identity.untrained_like(ref.config())) for ref in models}
     made: dict[str, Job] = {}
     for ref, shape in shapes.items():
         if shape not in made:
@@ -499,7 +503,7 @@ def shape_in(path: Path) -> str | None:
     """The hash of the configuration that the untrained model at `path` has; None where nothing says it."""
     try:
         models = results.read_json(path, SCHEMA, allow_limited=True)[1]["models"]
-        return refs.shape_hash(refs.untrained_like(models["untrained_like"]))
+        return identity.shape_hash(identity.untrained_like(models["untrained_like"]))
     except (InputError, KeyError):  # said where the file is looked at as a result
         return None
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cpt_utils import cli, figures, languages, refs, results
-from cpt_utils.study import Study
+from cpt_utils.base import cli, figures, languages, results
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import refs
 
 
 def read_seed(study: Study) -> dict:

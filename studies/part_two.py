@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils import components, figures, results
-from cpt_utils.study import Study
+from cpt_utils.base import figures, results
+from cpt_utils.base.study import Study
+from cpt_utils.measures import components
 
 CONDITIONS = ("attention_interface", "attention_lsn_rich", "ffn_interface", "ffn_lsn_rich")
 

@@ -23,6 +23,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 @pytest.fixture(autouse=True)
 def _nothing_said_before():
     """What a script says once is said again in the next test."""
-    from cpt_utils import cli
+    from cpt_utils.base import cli
 
     cli._said.clear()

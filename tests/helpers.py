@@ -16,7 +16,7 @@ from types import ModuleType
 
 from tiny import VOCAB, tiny_config
 
-from cpt_utils import archs
+from cpt_utils.architectures import archs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,13 +62,13 @@ def tiny_model(model_type: str, seed: int = 0, dtype="float32", **config):
     """A random model in eval mode. Norms and biases are random too, so that a swap that forgets one shows."""
     import torch
 
-    from cpt_utils import models
+    from cpt_utils.models import loading
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = tiny_config(model_type, **config)
-        model = models.auto_class(made).from_config(made, dtype=torch.float32)
+        model = loading.auto_class(made).from_config(made, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -143,7 +143,8 @@ def failed_gate(model: str = "run/checkpoint-20") -> dict:
     """What the header of step 2's file says of a model that retrieves nothing, as its untrained twin."""
     import numpy as np
 
-    from cpt_utils import gate, results
+    from cpt_utils.base import results
+    from cpt_utils.measures import gate
 
     never = np.zeros((4, 20), dtype=np.uint8)
     return results.plain({"model": model, **gate.compare(never, never), "untrained": "untrained.json"})

@@ -11,8 +11,12 @@ import torch
 from helpers import load_script, save_tiny, tiny_tokenizer
 from launch import launch
 
-from cpt_utils import archs, models, neurons, refs, results, tokenids, tokenizer_id
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenizer_id
+from cpt_utils.measures import neurons, tokenids
+from cpt_utils.models import loading
 
 ACTIVATION = load_script("lsn/activation.py")
 
@@ -40,7 +44,7 @@ def count(*more) -> dict:
 def test_counts_snapshots_and_header(place):
     path, ids = write_ids(place)
     found = count("-i", str(path))
-    model = models.load_model(refs.model("model"), torch.float64, torch.device("cpu"))
+    model = loading.load_model(refs.model("model"), torch.float64, torch.device("cpu"))
     arch = archs.for_config(model.config)
     blocks = ids[: 700 // 32 * 32].view(-1, 32)
 
@@ -122,7 +126,7 @@ def test_experts_routed_tokens_and_widths(place):
     found = results.read_tensors("counts/tiny.ga.pt")
     assert found["width"].tolist() == [96, 48, 96] and found["over_zero"].shape == (3, 96)
     assert found["routed"].shape == (3, 4) and found["routed"].sum(1).tolist() == [2 * 672, 0, 2 * 672]
-    model = models.load_model(refs.model("model"), torch.float32, torch.device("cpu"))
+    model = loading.load_model(refs.model("model"), torch.float32, torch.device("cpu"))
     counter = neurons.Counter(model, archs.for_config(model.config))
     blocks, done = ids[:672].view(-1, 32), 0
     for n, routed, counts in zip((3, 5, 10), found["snapshots_routed"], found["snapshots"], strict=True):

@@ -11,8 +11,8 @@ import pytest
 from helpers import failed_gate, load_script
 from scipy import stats as scipy_stats
 
-from cpt_utils import results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
 
 script = load_script("activation-correlation/activation-correlation.py")
 

@@ -11,9 +11,9 @@ import torch
 from helpers import load_script, read_tensors, save_tiny
 from safetensors.torch import load_file, save_file
 
-from cpt_utils import merged as merging
-from cpt_utils import refs, tensors
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import identity, opening, refs, tokenization
+from cpt_utils.checkpoints import merged as merging
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GPT2 = ("c_attn", "c_proj", "c_fc")
@@ -89,7 +89,7 @@ def save_merged(base: Path, adapter: Path, folder: Path) -> Path:
 
 
 def assert_equal(adapter, truth: dict[str, torch.Tensor]) -> None:
-    with tensors.open_folder(adapter) as stored:
+    with opening.open_folder(adapter) as stored:
         assert stored.kind == "adapter" and sorted(stored.names()) == sorted(truth)
         for name, tensor in truth.items():
             assert stored.shape(name) == tuple(tensor.shape) and stored.dtype(name) == tensor.dtype and name in stored
@@ -124,7 +124,7 @@ def test_a_tensor_of_many_rows_has_the_same_bits_however_it_is_read(tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter", rank=8)
     truth = merged(base, adapter)
     name = "model.layers.1.mlp.up_proj.weight"
-    with tensors.open_folder(adapter) as stored:
+    with opening.open_folder(adapter) as stored:
         whole = stored.get(name)
         torch.testing.assert_close(whole, truth[name])
         for start, stop in ((0, 700), (255, 257), (300, 690), (699, 700), (690, 900), (5, 5)):
@@ -145,7 +145,7 @@ def test_fused_and_transposed_modules(tmp_path, model_type, targets, settings):
 
     base = save_tiny(model_type, tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base)
-    from cpt_utils import archs
+    from cpt_utils.architectures import archs
 
     memory = archs.for_config(refs.model(base).config()).module_names(read_tensors(base), model)
     whole = {}
@@ -158,10 +158,11 @@ def test_fused_and_transposed_modules(tmp_path, model_type, targets, settings):
 @pytest.mark.parametrize("model_type", ["gemma3", "mixtral", "qwen3_moe", "bloom", "opt", "gptj", "phi3"])
 def test_a_loaded_adapter_of_every_linear_module(tmp_path, model_type):
     """Names as PEFT takes them, from the modules in memory, where those on disk may differ."""
-    from cpt_utils import archs, models
+    from cpt_utils.architectures import archs
+    from cpt_utils.models import loading
 
     base = save_tiny(model_type, tmp_path / "base", tokenizer=False)
-    model = models.load_model(refs.model(base), torch.float32, torch.device("cpu"))
+    model = loading.load_model(refs.model(base), torch.float32, torch.device("cpu"))
     arch = archs.for_config(refs.model(base).config())
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     linear = [name for name in linear if arch.layer_of(f"{name}.weight") is not None]
@@ -172,7 +173,7 @@ def test_a_loaded_adapter_of_every_linear_module(tmp_path, model_type):
         own[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, inputs)
         own[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, 4)
     save_file(own, adapter / "adapter_model.safetensors")
-    ours = models.load_model(refs.model(adapter), torch.float32, torch.device("cpu"))
+    ours = loading.load_model(refs.model(adapter), torch.float32, torch.device("cpu"))
     for name, weight in model.state_dict().items():
         stem = f"base_model.model.{name.removesuffix('.weight')}.lora_"
         if f"{stem}A.weight" in own:
@@ -183,7 +184,7 @@ def test_a_loaded_adapter_of_every_linear_module(tmp_path, model_type):
 
 def test_an_adapter_of_experts_that_are_fused_in_memory(tmp_path):
     """As older releases trained it, a product for each expert: on disk a tensor, in memory a part of one."""
-    from cpt_utils import models
+    from cpt_utils.models import loading
 
     base = save_tiny("mixtral", tmp_path / "base", tokenizer=False)
     adapter = save_adapter(base, tmp_path / "adapter", ("w1", "w2", "w3", "q_proj"))
@@ -194,7 +195,7 @@ def test_an_adapter_of_experts_that_are_fused_in_memory(tmp_path):
     saved.mkdir()
     (saved / "config.json").write_bytes((base / "config.json").read_bytes())
     save_file(truth, saved / "model.safetensors", metadata={"format": "pt"})
-    ours, wanted = (models.load_model(refs.model(f), torch.float32, torch.device("cpu")) for f in (adapter, saved))
+    ours, wanted = (loading.load_model(refs.model(f), torch.float32, torch.device("cpu")) for f in (adapter, saved))
     for name, weight in wanted.state_dict().items():
         assert torch.equal(ours.state_dict()[name], weight)
 
@@ -208,11 +209,11 @@ def test_embeddings_and_head_trained_whole_with_new_tokens(tmp_path):
     assert_equal(adapter, merged(base, adapter))
     ref = refs.model(adapter)
     assert ref.config() == refs.model(base).config() | {"vocab_size": 280}
-    from cpt_utils import models
+    from cpt_utils.models import loading
 
     saved = save_merged(base, adapter, tmp_path / "merged")
     ids = torch.tensor([[1, 5, 279]])
-    ours, truth = (models.load_model(refs.model(f), torch.float32, torch.device("cpu")) for f in (adapter, saved))
+    ours, truth = (loading.load_model(refs.model(f), torch.float32, torch.device("cpu")) for f in (adapter, saved))
     assert torch.equal(ours(ids).logits, truth(ids).logits)
     assert ours.config.vocab_size == 280 and not any(p.requires_grad for p in ours.parameters())
 
@@ -224,7 +225,7 @@ def test_low_rank_embeddings(tmp_path, capsys):
     adapter = save_adapter(base, tmp_path / "adapter", ())
     stem = "base_model.model.model.embed_tokens.lora_embedding_"
     save_file({f"{stem}A": a, f"{stem}B": b}, adapter / "adapter_model.safetensors")
-    with tensors.open_folder(adapter) as stored:
+    with opening.open_folder(adapter) as stored:
         torch.testing.assert_close(stored.get("model.embed_tokens.weight"), weight + (b @ a).T * 4)
     assert "ties its output matrix to its embeddings" in capsys.readouterr().err
 
@@ -247,12 +248,12 @@ def test_an_adapter_describes_itself_and_its_base(tmp_path):
         ref = refs.model(save_adapter(base, tmp_path / f"run{number}" / "checkpoint-5", **settings))
         assert ref.is_adapter and ref.step == 5 and ref.config() == refs.model(base).config()
         facts = ref.describe()
-        assert facts["adapter_of"]["weights_sample"] == refs.weights_sample(base) and facts["config_sha256"]
+        assert facts["adapter_of"]["weights_sample"] == identity.weights_sample(base) and facts["config_sha256"]
         found.append(facts["weights_sample"])
     assert found[0] == found[3] and len(set(found)) == 3
     save_tiny("llama", tmp_path / "base", seed=9)  # the same adapter of other weights is another model
     assert refs.model(tmp_path / "run0" / "checkpoint-5").describe()["weights_sample"] != found[0]
-    assert refs.tokenizer_folder(refs.model(tmp_path / "run0" / "checkpoint-5")) == base
+    assert tokenization.tokenizer_folder(refs.model(tmp_path / "run0" / "checkpoint-5")) == base
 
 
 def test_a_run_of_adapters(tmp_path):
@@ -278,14 +279,14 @@ def test_the_base_that_is_not_here(tmp_path, capsys):
         ref.config()
     given = ref.with_base(refs.model(base))
     assert given.config()["model_type"] == "llama" and given.describe()["adapter_of"]["spec"] == str(base)
-    with tensors.open_folder(ref, refs.model(base)) as stored:
+    with opening.open_folder(ref, refs.model(base)) as stored:
         truth = merged(base, adapter)
         assert torch.equal(stored.get("model.layers.0.mlp.up_proj.weight"), truth["model.layers.0.mlp.up_proj.weight"])
     assert "is taken" in capsys.readouterr().out
     # The base that the adapter names wins over the one a script compares with: merged elsewhere it means nothing.
     other = save_tiny("llama", tmp_path / "other", seed=5)
     own = save_adapter(base, tmp_path / "own")
-    with tensors.open_folder(own, refs.model(other)) as stored:
+    with opening.open_folder(own, refs.model(other)) as stored:
         assert stored.base_ref.spec == str(base)
 
 
@@ -333,10 +334,10 @@ def test_a_quantised_base_by_its_files(tmp_path, stated, capsys):
     held[name] = torch.randint(0, 255, (held[name].numel() // 2, 1), dtype=torch.uint8)
     save_file(held, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="which is quantised; write the 16-bit model that it was made from into base_"):
-        tensors.open_folder(adapter)
+        opening.open_folder(adapter)
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"is an adapter of a quantised base.*base_model_name_or_path of its adapter"):
-        tensors.open_folder(adapter)
+        opening.open_folder(adapter)
 
 
 def test_adapters_in_sub_folders_are_named(tmp_path):
@@ -406,7 +407,7 @@ def test_what_is_not_merged_is_refused(tmp_path, change, match):
     folder = save_adapter(base, tmp_path / "adapter")
     change(folder, base)
     with pytest.raises(InputError, match=match) as caught:
-        tensors.open_folder(folder)
+        opening.open_folder(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -415,10 +416,10 @@ def test_an_adapter_of_an_adapter_and_a_folder_with_both(tmp_path):
     first = save_adapter(base, tmp_path / "first")
     second = save_adapter(base, tmp_path / "second", base_model_name_or_path=str(first))
     with pytest.raises(InputError, match="which is an adapter itself; merge that one first"):
-        tensors.open_folder(second)
+        opening.open_folder(second)
     both = save_tiny("llama", tmp_path / "both", tokenizer=False)
     (both / "adapter_config.json").write_bytes((first / "adapter_config.json").read_bytes())
-    assert not refs.model(both).is_adapter and tensors.open_folder(both).kind == "safetensors"
+    assert not refs.model(both).is_adapter and opening.open_folder(both).kind == "safetensors"
 
 
 # --- whole scripts: adapters, and the same models merged by hand ---
@@ -473,13 +474,13 @@ def test_layer_swap(runs):
     base = read_tensors(runs / "base")
     assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
     assert not torch.equal(found["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
-    assert refs.model(ours).config() == refs.model(truth).config() and refs.has_tokenizer(ours)
+    assert refs.model(ours).config() == refs.model(truth).config() and tokenization.has_tokenizer(ours)
 
 
 def test_a_swap_into_an_adapter_with_new_tokens(tmp_path):
     from helpers import tiny_tokenizer
 
-    from cpt_utils import surgery
+    from cpt_utils.interventions import surgery
 
     base = save_tiny("llama", tmp_path / "base")
     whole = {"model.embed_tokens.weight": (280, 32), "lm_head.weight": (280, 32)}
@@ -498,7 +499,7 @@ def test_new_embeddings_need_a_new_output_matrix(tmp_path):
     base = save_tiny("llama", tmp_path / "base", tie_word_embeddings=False)
     one = save_adapter(base, tmp_path / "one", whole={"model.embed_tokens.weight": (280, 32)})
     with pytest.raises(InputError, match=r"embed_tokens.weight of 280 rows and lm_head.weight of 272 rows"):
-        tensors.open_folder(refs.model(one)).names()
+        opening.open_folder(refs.model(one)).names()
 
 
 def test_a_hub_adapter_of_a_base_that_was_trained_again_is_another_model():

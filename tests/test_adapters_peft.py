@@ -13,8 +13,10 @@ from helpers import read_tensors, save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cpt_utils import models, refs, surgery, tensors
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import identity, opening, refs
+from cpt_utils.interventions import surgery
+from cpt_utils.models import loading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers|checkpointing|tied)")
 BOTH = ["embed_tokens", "lm_head"]
@@ -46,7 +48,7 @@ def trained(
 def assert_same(adapter: Path, merged: Path) -> None:
     """Names, bits, dtypes and configuration of every tensor, however they are read, and the loaded models."""
     truth = read_tensors(merged)
-    with tensors.open_folder(adapter) as stored:
+    with opening.open_folder(adapter) as stored:
         assert sorted(stored.names()) == sorted(truth)
         for name, tensor in truth.items():
             found = stored.get(name)
@@ -58,9 +60,9 @@ def assert_same(adapter: Path, merged: Path) -> None:
                 assert torch.equal(stored.rows(name, start, stop), tensor[start:stop])
     config = json.loads((merged / "config.json").read_text())
     own = refs.model(adapter).config()
-    assert refs.vocabulary_size(own) == refs.vocabulary_size(config)
+    assert identity.vocabulary_size(own) == identity.vocabulary_size(config)
     assert own["tie_word_embeddings"] == config["tie_word_embeddings"]
-    ours, wanted = (models.load_model(refs.model(f), torch.float32, CPU) for f in (adapter, merged))
+    ours, wanted = (loading.load_model(refs.model(f), torch.float32, CPU) for f in (adapter, merged))
     ids = torch.tensor([[1, 5, 7, 263]])
     assert torch.equal(ours(ids).logits, wanted(ids).logits)
     assert ours.state_dict().keys() == wanted.state_dict().keys()
@@ -154,7 +156,7 @@ def test_a_swap_into_an_adapter_equals_a_swap_into_the_merged_model(tmp_path, ca
                 surgery.write_model(pair, surgery.layers_from_base(pair, [1]), out)
             written.append(read_tensors(out))
             assert not any(path.name.startswith("adapter") for path in out.iterdir())
-            models.load_model(refs.model(out), torch.float32, CPU)  # strictly
+            loading.load_model(refs.model(out), torch.float32, CPU)  # strictly
         assert written[0].keys() == written[1].keys()
         assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
         assert "lm_head.weight" in written[0]
@@ -163,7 +165,7 @@ def test_a_swap_into_an_adapter_equals_a_swap_into_the_merged_model(tmp_path, ca
 def test_the_untrained_twin_is_tied_as_the_merged_model_is(tmp_path):
     base = save_tiny("llama", tmp_path / "base", tie_word_embeddings=True, tokenizer=False)
     adapter, merged = trained(base, 300, modules_to_save=list(BOTH), dtype=torch.float32)
-    ours, wanted = (models.load_untrained(refs.model(f), torch.float32, CPU, seed=3) for f in (adapter, merged))
+    ours, wanted = (loading.load_untrained(refs.model(f), torch.float32, CPU, seed=3) for f in (adapter, merged))
     ids = torch.tensor([[1, 5, 299]])
     assert torch.equal(ours(ids).logits, wanted(ids).logits)
 
@@ -171,7 +173,7 @@ def test_the_untrained_twin_is_tied_as_the_merged_model_is(tmp_path):
 def test_what_is_added_to_one_of_two_tied_matrices_is_in_both_and_said(tmp_path, capsys):
     base = save_tiny("llama", tmp_path / "base", tie_word_embeddings=True, tokenizer=False)
     adapter, _ = trained(base, target_modules=["lm_head"], dtype=torch.float32)
-    with tensors.open_folder(adapter) as stored:
+    with opening.open_folder(adapter) as stored:
         assert list(stored.changes) == ["model.embed_tokens.weight"]
     assert "ties its output matrix to its embeddings" in capsys.readouterr().err
 
@@ -190,7 +192,7 @@ def test_new_rows_that_peft_left_out_are_refused(tmp_path, settings, match):
     base = save_tiny("llama", tmp_path / "base", tokenizer=False, tie_word_embeddings=False)
     adapter, _ = trained(base, 300, {"save_embedding_layers": False}, dtype=torch.float32, **settings)
     with pytest.raises(InputError, match=match):
-        tensors.open_folder(adapter)
+        opening.open_folder(adapter)
 
 
 def test_more_tokens_than_rows(tmp_path):
@@ -203,7 +205,7 @@ def test_more_tokens_than_rows(tmp_path):
     with pytest.raises(
         InputError, match=r"tokenizer has 289 tokens and the embeddings have 272 rows.*save_embedding_lay"
     ):
-        models.load_model(refs.model(adapter), torch.float32, CPU)
+        loading.load_model(refs.model(adapter), torch.float32, CPU)
 
 
 # --- an adapter beside the model that it was merged into ---
@@ -211,7 +213,7 @@ def test_more_tokens_than_rows(tmp_path):
 
 def test_an_adapter_beside_the_merged_model_is_left_alone(tmp_path, monkeypatch, capsys):
     """transformers would add it a second time, wherever PEFT is installed."""
-    from cpt_utils import cli
+    from cpt_utils.base import cli
 
     monkeypatch.setattr(cli, "_said", set())
     base = save_tiny("llama", tmp_path / "base", tie_word_embeddings=False)
@@ -223,14 +225,14 @@ def test_an_adapter_beside_the_merged_model_is_left_alone(tmp_path, monkeypatch,
             shutil.copy(adapter / name, tmp_path / f"run/checkpoint-{step}" / name)
         tiny_tokenizer().save_pretrained(tmp_path / f"run/checkpoint-{step}")
     both = refs.run(tmp_path / "run")
-    truth = models.load_model(refs.model(merged), torch.float32, CPU)
+    truth = loading.load_model(refs.model(merged), torch.float32, CPU)
     twice = AutoModelForCausalLM.from_pretrained(both[0].spec, dtype=torch.float32)
     ids = torch.tensor([[1, 5, 7]])
     assert not torch.allclose(twice(ids).logits, truth(ids).logits, atol=0.01)
     capsys.readouterr()
     for ref in both:
         assert not ref.is_adapter
-        ours = models.load_model(ref, torch.float32, CPU)
+        ours = loading.load_model(ref, torch.float32, CPU)
         assert torch.equal(ours(ids).logits, truth(ids).logits)
         assert ours.state_dict().keys() == truth.state_dict().keys()
     with surgery.Pair(refs.model(base), both[1]) as pair:
@@ -239,7 +241,7 @@ def test_an_adapter_beside_the_merged_model_is_left_alone(tmp_path, monkeypatch,
         with surgery.apply_in_memory(ours, recipe, pair) as swapped:
             logits = swapped(ids).logits
     assert not any(path.name.startswith("adapter") for path in (tmp_path / "out").iterdir())
-    assert torch.equal(models.load_model(refs.model(tmp_path / "out"), torch.float32, CPU)(ids).logits, logits)
+    assert torch.equal(loading.load_model(refs.model(tmp_path / "out"), torch.float32, CPU)(ids).logits, logits)
     said = capsys.readouterr().out
     assert said.count("beside the model there is an adapter (adapter_config.json)") == 1
 
@@ -253,10 +255,10 @@ def test_without_peft_the_numbers_are_the_same(tmp_path, monkeypatch):
     shutil.copy(adapter / "adapter_config.json", merged)
     shutil.copy(adapter / "adapter_model.safetensors", merged)
     ids = torch.tensor([[1, 5, 7]])
-    found = [models.load_model(refs.model(merged), torch.float32, CPU)(ids).logits]
+    found = [loading.load_model(refs.model(merged), torch.float32, CPU)(ids).logits]
     monkeypatch.setattr(integration, "is_peft_available", lambda: False)
     monkeypatch.setattr(auto_factory, "is_peft_available", lambda: False)
-    found.append(models.load_model(refs.model(merged), torch.float32, CPU)(ids).logits)
+    found.append(loading.load_model(refs.model(merged), torch.float32, CPU)(ids).logits)
     assert torch.equal(*found)
 
 
@@ -265,6 +267,6 @@ def test_transformers_that_would_not_listen_is_noticed(tmp_path, monkeypatch):
     adapter, merged = trained(base, dtype=torch.float32)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapter / name, merged)
-    monkeypatch.setattr(models, "NO_ADAPTER", {})
+    monkeypatch.setattr(loading, "NO_ADAPTER", {})
     with pytest.raises(InputError, match=r"applied the adapter beside it; move adapter_config\.json"):
-        models.load_model(refs.model(merged), torch.float32, CPU)
+        loading.load_model(refs.model(merged), torch.float32, CPU)

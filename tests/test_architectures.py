@@ -20,11 +20,15 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from cpt_utils import arch_table, archs, compare, models, refs, surgery
-from cpt_utils.batching import padded
-from cpt_utils.errors import InputError
-from cpt_utils.hooks import pooled_states
-from cpt_utils.neurons import Activations, Counter, silenced
+from cpt_utils.architectures import arch_table, archs
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import compare
+from cpt_utils.measures.neurons import Activations, Counter, silenced
+from cpt_utils.models import loading
+from cpt_utils.models.batching import padded
+from cpt_utils.models.hooks import pooled_states
 
 # Other layouts of the same type, by config.
 VARIANTS = {
@@ -49,7 +53,7 @@ IDS = torch.arange(3, 40)[None]
 
 
 def load(folder) -> nn.Module:
-    kind = models.auto_class(AutoConfig.from_pretrained(folder))
+    kind = loading.auto_class(AutoConfig.from_pretrained(folder))
     model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     return model.eval()

@@ -8,9 +8,10 @@ import torch
 from helpers import read_tensors, save_tiny, tiny_config, tiny_model
 from safetensors.torch import save_file
 
-from cpt_utils import archs, surgery
-from cpt_utils.arch_left_out import LEFT_OUT, REASONS, TRIED
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.architectures.arch_left_out import LEFT_OUT, REASONS, TRIED
+from cpt_utils.base.errors import InputError
+from cpt_utils.interventions import surgery
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_llama_like_type_is_one_entry(monkeypatch):
 
 
 def test_unknown_type_names_near_ones():
-    with pytest.raises(InputError, match=r"qwen2_5.*nearest: .*qwen2.*ARCHS in cpt_utils/arch_table.py"):
+    with pytest.raises(InputError, match=r"qwen2_5.*nearest: .*qwen2.*ARCHS in cpt_utils/architectures/arch_table.py"):
         archs.for_config({"model_type": "qwen2_5"})
     with pytest.raises(InputError, match="no model_type"):
         archs.for_config({})

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers import load_script, read_tensors, save_tiny
 
-from cpt_utils import results
-from cpt_utils.compare import Change
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.measures.compare import Change
 
 script = load_script("weight-diff/attn_vs_ffn.py")
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers import load_script
 
-from cpt_utils import cli, compare, refs, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import compare
 
 bench = load_script("benchmarks/bench.py")
 scaling = load_script("benchmarks/scaling.py")
@@ -79,7 +81,7 @@ def test_ours_and_obvious_weights_agree(tmp_path):
     """The two comparisons give the same numbers, and the two swaps the same tensors."""
     from helpers import read_tensors
 
-    from cpt_utils import surgery
+    from cpt_utils.interventions import surgery
 
     measure.write_model(tmp_path / "base", TINY, 0, 1, "bfloat16")
     measure.write_model(tmp_path / "target", TINY, 1, 2, "bfloat16")

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from helpers import ROOT, load_script, save_tiny
 
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 
 check = load_script("workflow/check.py")
 

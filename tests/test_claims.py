@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers import failed_gate, load_script
 
-from cpt_utils import compare, controls, refs, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import compare, controls
 
 script = load_script("report/claims.py")
 rules, shown = script.rules, script.shown

@@ -15,8 +15,10 @@ import torch
 from helpers import ARCHITECTURES, read_tensors, save_tiny, tiny_model
 from safetensors.torch import save_file
 
-from cpt_utils import archs, compare, refs
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import compare
 
 # Of the tiny models: query and key/value heads, features per head, FFN neurons.
 HEADS, KV, DIM, FFN = 4, 2, 8, 48

@@ -15,8 +15,13 @@ import torch
 from helpers import bits, failed_gate, load_script, read_tensors, save_tiny
 from launch import launch
 
-from cpt_utils import archs, cli, components, data, evaluation, models, refs, results, stats, surgery
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, data, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenization
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import components, evaluation
+from cpt_utils.models import loading
 
 ATTENTION = load_script("component-swap/attn_int_swap.py")
 FFN = load_script("component-swap/ffn_lsn_swap.py")
@@ -164,7 +169,7 @@ def test_every_bit_of_the_written_models(arch, tmp_path):
         told = json.loads((out / "metadata.json").read_text())
         assert told["parameters_from_base"] >= moved  # equal numbers in both models are moved, too
         assert told["parameters_from_base"] - moved < 20
-        models.load_model(refs.model(out / "checkpoint-7"), torch.float32, torch.device("cpu"))
+        loading.load_model(refs.model(out / "checkpoint-7"), torch.float32, torch.device("cpu"))
 
 
 def test_a_run_on_disk(shared, tmp_path, capsys):
@@ -246,8 +251,8 @@ def test_controls_against_written_folders(shared, study):
             recipe = components.Recipes(pair).condition(condition)
             surgery.write_model(pair, recipe, study / name)
             ref = refs.model(study / name)
-            model = models.load_model(ref, torch.float32, torch.device("cpu"))
-            found = test.on(model, pair.arch, models.load_tokenizer(ref), "x")
+            model = loading.load_model(ref, torch.float32, torch.device("cpu"))
+            found = test.on(model, pair.arch, tokenization.load_tokenizer(ref), "x")
             assert found["values"] == row["values"] and found["layer_accuracy"] == row["layer_accuracy"], name
             moved, total = pair.share(recipe)
             assert row["share"] == moved / total

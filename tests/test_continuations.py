@@ -5,7 +5,8 @@ import json
 import pytest
 from helpers import load_script, save_tiny
 
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import tokenization
 
 WORDS = "sun moon river stone tree bird cloud road house lamp door bread".split()  # noqa: SIM905
 
@@ -68,10 +69,11 @@ def test_lm_eval_runs_the_task(script, tmp_path, monkeypatch):
 
     import torch
 
-    from cpt_utils import models, refs, scoring
+    from cpt_utils.checkpoints import refs
+    from cpt_utils.models import loading, scoring
 
-    loaded = models.load_model(refs.model(model), torch.float32, torch.device("cpu"))
-    tokenizer = models.load_tokenizer(refs.model(model))
+    loaded = loading.load_model(refs.model(model), torch.float32, torch.device("cpu"))
+    tokenizer = tokenization.load_tokenizer(refs.model(model))
     right = 0
     for row in rows:
         (values,) = scoring.choice_logliks(loaded, tokenizer, [row["context"]], row["choices"])

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers import load_script
 
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
 
 
 @pytest.fixture(scope="module")

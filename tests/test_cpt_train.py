@@ -19,8 +19,9 @@ import pytest
 import yaml
 from helpers import ROOT, bits, load_script, read_tensors
 
-from cpt_utils import cli, refs
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenization
 
 STEPS, BLOCK, BATCH = 12, 16, 4
 
@@ -278,7 +279,7 @@ def test_losses_and_weights_equal_a_plain_loop(train, packing, base, texts, tmp_
 def test_a_base_is_a_model_folder(base):
     ref = refs.model(base)
     assert ref.config()["dtype"] == "float32" and ref.config()["use_cache"] is True
-    assert not refs.is_run(base) and refs.has_tokenizer(base)
+    assert not refs.is_run(base) and tokenization.has_tokenizer(base)
     assert not (base / ".state").exists()
     record = json.loads((base / "train.json").read_text())
     assert len(record["losses"]) == record["steps"] == STEPS
@@ -290,7 +291,7 @@ def test_a_run_holds_whole_bfloat16_checkpoints(train, base, texts, tmp_path, ca
     """Continued pre-training: strictly loadable folders, lower loss, a seed in the path, nothing done twice."""
     import torch
 
-    from cpt_utils import models
+    from cpt_utils.models import loading
 
     values = settings(texts, save_steps=[2, 7, 12], dtype_on_disk="bfloat16", output=str(tmp_path / "cpt-{seed}"))
     values = values | {"from": str(base), "sources": values["sources"][2:]}
@@ -307,7 +308,7 @@ def test_a_run_holds_whole_bfloat16_checkpoints(train, base, texts, tmp_path, ca
     ]
     assert [ref.step for ref in refs.run(run)] == [2, 7, 12]
     for ref in refs.run(run):
-        model = models.load_model(ref, torch.float32, torch.device("cpu"))
+        model = loading.load_model(ref, torch.float32, torch.device("cpu"))
         assert {t.dtype for t in read_tensors(ref.spec).values()} == {torch.bfloat16}
         assert ref.config()["dtype"] == "bfloat16" and model.generation_config.eos_token_id == 0
         assert (Path(ref.spec) / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
@@ -472,7 +473,7 @@ def test_killed_at_every_rename_it_ends_with_the_same_bits(train, base, texts, t
             break
         for checkpoint in (tmp_path / "killed").glob("checkpoint-*"):  # whatever is visible is whole
             assert len(read_tensors(checkpoint)) == len(read_tensors(base))
-            assert refs.has_tokenizer(checkpoint) and refs.model(checkpoint).config()
+            assert tokenization.has_tokenizer(checkpoint) and refs.model(checkpoint).config()
     assert codes[-1] == 0 and len(codes) > 6 and set(codes[:-1]) == {-signal.SIGKILL}
     same_files(tmp_path / "whole", tmp_path / "killed")
 

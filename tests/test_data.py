@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import shared_dir
 
-from cpt_utils import data
-from cpt_utils.errors import InputError
+from cpt_utils.base import data
+from cpt_utils.base.errors import InputError
 
 PAIRS = {"3": ("three", "trí"), "1": ("one", "aon"), "10": ("ten", "deich"), "2": ("two", "dó")}
 
@@ -188,7 +188,7 @@ def test_pairs_with_an_empty_side_are_dropped_where_asked(tmp_path):
 def test_drop_empty_from_the_command_line_and_the_study(tmp_path):
     import argparse
 
-    from cpt_utils.study import Study
+    from cpt_utils.base.study import Study
 
     write(tmp_path / "a", "one\n\n")
     write(tmp_path / "b", "aon\ndó\n")

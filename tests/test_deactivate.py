@@ -12,8 +12,12 @@ import torch
 from helpers import load_script, save_tiny, tiny_tokenizer
 from launch import launch
 
-from cpt_utils import archs, masks, models, refs, results, tokenids
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import masks, tokenids
+from cpt_utils.models import loading
 
 SCRIPT = load_script("lsn/deactivate.py")
 OWN = {"en": {0: [3, 4], 1: [], 2: [9]}, "ga": {0: [1, 7], 1: [2], 2: []}, "sw": {0: [], 1: [], 2: []}}
@@ -47,7 +51,7 @@ def study(tmp_path, monkeypatch):
 
 def slow_nll(lang: str, mask: dict) -> float:
     """Mean NLL per token with the neurons' columns of the down projections set to zero."""
-    model = models.load_model(refs.model("run/checkpoint-30"), torch.float64, torch.device("cpu"))
+    model = loading.load_model(refs.model("run/checkpoint-30"), torch.float64, torch.device("cpu"))
     arch, tokenizer = archs.for_config(model.config), tiny_tokenizer()
     for layer, neurons in mask.items():
         arch.module(model, layer, "down_proj").weight.data[:, neurons] = 0

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from helpers import ROOT, load_script
 
-from cpt_utils import data
-from cpt_utils.errors import InputError
+from cpt_utils.base import data
+from cpt_utils.base.errors import InputError
 
 ENGLISH, SECOND, NEW = "eng_Latn", "qab_Latn", "qaa_Latn"
 LABELS = {"science/technology", "travel", "politics", "sports", "health", "entertainment", "geography"}

@@ -10,7 +10,7 @@ import pytest
 from helpers import failed_gate, load_script
 from scipy import stats as scipy_stats
 
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
 
 script = load_script("downstream-correlation/downstream_correlation.py")
 TASK = "sib200_gle_Latn"

@@ -9,7 +9,7 @@ from helpers import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cpt_utils import encoding
+from cpt_utils.models import encoding
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 ADDED = "<ga>"  # added by somebody who goes on training, and not special

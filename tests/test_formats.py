@@ -10,8 +10,11 @@ import torch
 from helpers import read_tensors, save_tiny, tiny_tokenizer
 from safetensors.torch import save_file
 
-from cpt_utils import compare, models, refs, surgery
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import opening, refs, tokenization
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import compare
+from cpt_utils.models import loading
 
 CPU = torch.device("cpu")
 F8 = torch.float8_e4m3fn
@@ -27,7 +30,7 @@ def pair(base, ckpt):
 
 
 def load(folder):
-    return models.load_model(refs.model(folder), torch.float32, CPU)
+    return loading.load_model(refs.model(folder), torch.float32, CPU)
 
 
 def refused(call, *args, match=None):
@@ -99,15 +102,15 @@ def test_pointers_of_other_weights(plain, tmp_path, name):
 def test_pointers_of_the_tokenizer(plain, tmp_path):
     folder = shutil.copytree(plain, tmp_path / "m")
     (folder / "tokenizer.model").write_text(POINTER)  # not read where tokenizer.json is whole
-    assert models.load_tokenizer(refs.model(folder))("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
+    assert tokenization.load_tokenizer(refs.model(folder))("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
     (folder / "tokenizer.json").write_text(POINTER)
-    refused(models.load_tokenizer, refs.model(folder), match="tokenizer.json is a Git LFS pointer")
+    refused(tokenization.load_tokenizer, refs.model(folder), match="tokenizer.json is a Git LFS pointer")
     with surgery.Pair(plain, folder) as both:  # a swap copies it
         recipe = surgery.layers_from_base(both, [0])
         refused(surgery.write_model, both, recipe, tmp_path / "out", match="tokenizer.json is a Git LFS pointer")
     assert not (tmp_path / "out").exists()
     (folder / "tokenizer.json").unlink()
-    refused(models.load_tokenizer, refs.model(folder), match="tokenizer.model is a Git LFS pointer")
+    refused(tokenization.load_tokenizer, refs.model(folder), match="tokenizer.model is a Git LFS pointer")
 
 
 # ---------------------------------------------------------------- other formats, shards, names
@@ -209,7 +212,7 @@ def test_another_number_of_layers(plain, tmp_path, layers, match):
     refused(changes, other, folder, match=match)
     refused(pair, other, folder, match=match)
     refused(load, folder, match=match)
-    refused(refs.look_over, [refs.model(folder)], match=match)
+    refused(opening.look_over, [refs.model(folder)], match=match)
 
 
 def test_lost_layers_and_layers_beyond(plain, tmp_path):
@@ -233,11 +236,11 @@ def test_a_checkpoint_that_was_cut_off(plain, tmp_path):
     hint = "if its saving was cut off, remove the folder, or name the other steps with --steps"
     for size in (5, 700, len(whole) - 3):
         file.write_bytes(whole[:size])
-        assert refused(refs.look_over, refs.run(run), match="checkpoint-20/model.safetensors is cut short").endswith(
+        assert refused(opening.look_over, refs.run(run), match="checkpoint-20/model.safetensors is cut short").endswith(
             hint
         )
     file.unlink()
-    assert refused(refs.look_over, refs.run(run), match="checkpoint-20 holds no weights").endswith(hint)
+    assert refused(opening.look_over, refs.run(run), match="checkpoint-20 holds no weights").endswith(hint)
     (file.parent / "config.json").unlink()
-    assert refused(refs.look_over, refs.run(run), match="checkpoint-20 has no config.json").endswith(hint)
-    refs.look_over(refs.run(run, [10]))
+    assert refused(opening.look_over, refs.run(run), match="checkpoint-20 has no config.json").endswith(hint)
+    opening.look_over(refs.run(run, [10]))

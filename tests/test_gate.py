@@ -9,7 +9,9 @@ import pytest
 import torch
 from helpers import failed_gate
 
-from cpt_utils import gate, refs, results, stats
+from cpt_utils.base import results, stats
+from cpt_utils.checkpoints import identity
+from cpt_utils.measures import gate
 
 LAYERS, SENTENCES = 12, 200
 
@@ -102,7 +104,7 @@ def measured(path, model=None, shape=None, hits=None, sentences="same", **facts)
 
 
 def test_the_twin_is_found_by_what_it_is(tmp_path):
-    model = {"spec": "run/checkpoint-5", "config_sha256": refs.shape_hash(CONFIG)}
+    model = {"spec": "run/checkpoint-5", "config_sha256": identity.shape_hash(CONFIG)}
     path = measured(tmp_path / "run__checkpoint-5.json", model)
     header = results.read_json(path)[1]
     other = CONFIG | {"vocab_size": 7}

@@ -7,8 +7,10 @@ import pytest
 from helpers import load_script, read_tensors, save_tiny
 from test_attn_vs_ffn import on_disk
 
-from cpt_utils import masks, refs, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import masks
 
 script = load_script("weight-diff/gate_lsn.py")
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, tiny_model
 
-from cpt_utils import batching
-from cpt_utils.archs import for_config
-from cpt_utils.batching import batches, for_each, padded
-from cpt_utils.errors import InputError
-from cpt_utils.hooks import hooked, pooled_states, submodule, untuple
+from cpt_utils.architectures.archs import for_config
+from cpt_utils.base.errors import InputError
+from cpt_utils.models import batching
+from cpt_utils.models.batching import batches, for_each, padded
+from cpt_utils.models.hooks import hooked, pooled_states, submodule, untuple
 
 SEQUENCES = [[5, 9, 17, 40, 3], [7, 8], [30, 31, 32, 33, 34, 35, 36, 37], [250]]
 

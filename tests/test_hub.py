@@ -20,8 +20,8 @@ import pytest
 import torch
 from helpers import ROOT, read_tensors, save_tiny
 
-from cpt_utils import hub, refs, tensors
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import formats, hub, opening, refs, tensors, tokenization
 
 STEPS = (512, 1000, 10000)
 REVISION = "stage2-ingredient1-step{}-tokens5B"
@@ -292,13 +292,13 @@ def test_folders_of_a_repository_are_a_run(online, nested, models):
     )  # fmt: skip
     assert last.resolved_revision() == hashlib.sha1(b"main").hexdigest()
     name = "model.layers.1.self_attn.q_proj.weight"
-    with tensors.open_folder(last, lazy=True) as stored:
+    with opening.open_folder(last, lazy=True) as stored:
         assert stored.get(name).equal(read_tensors(models[REVISION.format(max(STEPS))])[name])
     assert [file for file in online.fetched() if file.endswith(".safetensors")] == [
         f"checkpoint-{max(STEPS)}/model-q_proj.safetensors"
     ]
     assert not any("trainer_state" in file for file in online.fetched() if file.count("/") > 1)
-    assert refs.tokenizer_folder(last).name == last.resolved_revision()  # that of the repository
+    assert tokenization.tokenizer_folder(last).name == last.resolved_revision()  # that of the repository
     with pytest.raises(InputError, match=r"org/cpt has no folder checkpoint-7; it has checkpoint-"):
         refs.model("org/cpt/checkpoint-7").config()
     with pytest.raises(InputError, match="has no folder of that pattern with a step"):
@@ -338,15 +338,15 @@ def test_offline_a_pattern_means_the_revisions_in_the_cache(online, tmp_path, mo
     forget()
     run = refs.run("org/olmo@stage2-*")
     assert [ref.step for ref in run] == list(STEPS[:2])
-    with tensors.open_folder(run[0]) as stored:
+    with opening.open_folder(run[0]) as stored:
         assert len(stored.names()) == len(stored.header("model-rest.safetensors").entries) + 5 * 3
     missing = run[0].folder() / "model-rest.safetensors"
     missing.unlink()
-    with tensors.open_folder(run[0], lazy=True) as stored, pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+    with opening.open_folder(run[0], lazy=True) as stored, pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         stored.shape("model.norm.weight")
     forget()
     with pytest.raises(InputError, match="only a part is in the hub cache, and the hub cannot be reached"):
-        tensors.open_folder(run[0])
+        opening.open_folder(run[0])
     with pytest.raises(InputError, match=r"not in the hub cache, and the hub cannot be reached .HF_HUB_OFFLINE is set"):
         refs.model(f"org/olmo@{REVISION.format(STEPS[2])}").config()
 
@@ -357,7 +357,7 @@ def test_a_revision_stays_one_commit(online, models):
     ref = refs.model(f"org/olmo@{name}")
     first = ref.resolved_revision()
     olmo.commits[name], olmo.folders["f" * 40] = "f" * 40, models["main"]
-    with tensors.open_folder(refs.model(ref.spec)) as stored:
+    with opening.open_folder(refs.model(ref.spec)) as stored:
         assert stored.path.name == first
         assert torch.equal(stored.get("model.norm.weight"), read_tensors(models[name])["model.norm.weight"])
     assert refs.model(ref.spec).describe()["revision"] == first
@@ -371,7 +371,7 @@ def test_a_revision_stays_one_commit(online, models):
 def test_only_the_shards_of_the_tensors_asked_for_are_fetched(online, models):
     ref = refs.model(f"org/olmo@{REVISION.format(512)}")
     truth = read_tensors(models[REVISION.format(512)])
-    with tensors.open_folder(ref, lazy=True) as stored:
+    with opening.open_folder(ref, lazy=True) as stored:
         assert set(stored.names()) == set(truth)
         assert sorted(set(online.fetched())) == ["config.json", tensors.INDEX]
         for name in truth:
@@ -388,12 +388,12 @@ def test_only_the_shards_of_the_tensors_asked_for_are_fetched(online, models):
         name = "model.layers.1.mlp.gate_proj.weight"  # without `fetch`: when it is first read
         assert torch.equal(stored.rows(name, 3, 9), truth[name][3:9])
         assert online.fetched()[2:] == ["model-gate_proj.safetensors"]
-    with tensors.open_folder(ref) as stored:  # not lazy: the files may be read by whoever opens them
+    with opening.open_folder(ref) as stored:  # not lazy: the files may be read by whoever opens them
         assert weights(stored.path.parent.parent) == sorted(stored.files)
 
 
 def test_a_comparison_of_some_projections_fetches_their_shards(online, models):
-    from cpt_utils import compare
+    from cpt_utils.measures import compare
 
     base, run = refs.model("org/base"), refs.run("org/olmo@stage2-*")[:2]
     found = compare.changes(base, run, projections=("q_proj", "up_proj"))
@@ -416,7 +416,7 @@ def test_an_adapter_on_the_hub_and_its_base(online, tmp_path, models):
     ref = refs.model("org/lora@step7")
     assert ref.is_adapter and ref.step == 7 and ref.config() == refs.model(models["main"]).config()
     assert ref.describe()["adapter_of"]["revision"] == online.repositories["org/base"].commit("main")
-    with tensors.open_folder(ref, lazy=True) as stored:
+    with opening.open_folder(ref, lazy=True) as stored:
         name = "model.layers.2.mlp.gate_proj.weight"
         assert torch.equal(stored.get(name), merged(models["main"], adapter)[name])
     fetched = {file for file, part in ((f, p) for m, f, p in online.log if m == "GET") if part is None}
@@ -431,7 +431,7 @@ def test_one_format_of_several_is_fetched(online, tmp_path, models):
     (both / "model.fp16.safetensors").write_bytes(b"another variant")
     (both / "consolidated.safetensors").write_bytes(b"another layout")
     online.repositories["org/both"] = Repository({"main": both})
-    with tensors.open_folder(refs.model("org/both")) as stored:
+    with opening.open_folder(refs.model("org/both")) as stored:
         assert stored.kind == "safetensors" and stored.files == ["model.safetensors"]
     assert sorted(set(online.fetched())) == ["config.json", "model.safetensors"]
 
@@ -440,7 +440,7 @@ def test_shapes_of_a_single_file_are_read_without_it(online, tmp_path):
     one = save_tiny("llama", tmp_path / "one")
     online.repositories["org/one"] = Repository({"main": one})
     truth = read_tensors(one)
-    with tensors.open_folder(refs.model("org/one"), lazy=True) as stored:
+    with opening.open_folder(refs.model("org/one"), lazy=True) as stored:
         assert {name: stored.shape(name) for name in stored.names()} == {n: tuple(t.shape) for n, t in truth.items()}
         assert not weights(tmp_path / "cache")
         assert torch.equal(stored.get("model.norm.weight"), truth["model.norm.weight"])
@@ -453,7 +453,7 @@ def test_an_index_that_names_a_shard_the_repository_lacks(online, tmp_path, mode
     online.repositories["org/broken"] = Repository({"main": broken})
     for lazy in (True, False):
         with pytest.raises(InputError, match=r"names the shard model-rest.safetensors, which is not there"):
-            tensors.open_folder(refs.model("org/broken"), lazy=lazy)
+            opening.open_folder(refs.model("org/broken"), lazy=lazy)
 
 
 @pytest.mark.parametrize("stated", [True, False])
@@ -461,7 +461,8 @@ def test_quantised_weights_are_refused_before_they_are_fetched(online, tmp_path,
     """By config.json or the names in the index; else by the headers, which are read alone."""
     from safetensors.torch import load_file, save_file
 
-    from cpt_utils import compare, formats
+    from cpt_utils.checkpoints import formats
+    from cpt_utils.measures import compare
 
     folder = shutil.copytree(models["main"], tmp_path / "codes")
     file = folder / "model-q_proj.safetensors"
@@ -475,7 +476,7 @@ def test_quantised_weights_are_refused_before_they_are_fetched(online, tmp_path,
         with pytest.raises(
             formats.Quantised, match=r"org/model-FP8@step9 is quantised \(fp8\).*by its name org/model\)"
         ):
-            tensors.open_folder(ref, lazy=True)
+            opening.open_folder(ref, lazy=True)
     for base, other in ((refs.model("org/base"), ref), (ref, refs.model("org/olmo@stage1-step512"))):
         with pytest.raises(formats.Quantised, match=r"q_proj.weight is stored as F8_E4M3"):
             compare.changes(base, [other])
@@ -499,20 +500,20 @@ def test_repositories_of_other_formats(online, tmp_path, models, names, match):
     online.repositories["org/odd"] = Repository({"main": folder, "v2": folder})
     for lazy in (True, False):
         with pytest.raises(InputError, match=match):
-            tensors.open_folder(refs.model("org/odd"), lazy=lazy)
+            opening.open_folder(refs.model("org/odd"), lazy=lazy)
     with pytest.raises(InputError, match=match.replace("org/odd holds", "org/odd@v2 holds").replace("/hf", "/hf@v2")):
-        tensors.open_folder(refs.model("org/odd@v2"))
+        opening.open_folder(refs.model("org/odd@v2"))
 
 
 def test_branches_with_the_same_weights_are_said(online, tmp_path, models, capsys, monkeypatch):
     """Branches that were made before their training went on (allenai/OLMo#915); nothing is fetched to know it."""
     first, last = (models[REVISION.format(step)] for step in STEPS[:2])
     online.repositories["org/early"] = Repository({"step100": first, "step200": first, "step300": last, "step99": last})
-    refs.look_over(refs.run("org/early@step*"))
+    opening.look_over(refs.run("org/early@step*"))
     said = capsys.readouterr().out
     assert "the checkpoints of steps 100, 200 hold the same weights" in said and "of steps 99, 300 hold" in said
     assert not weights(tmp_path / "cache")
-    refs.look_over(refs.run("org/olmo@stage2-*"))
+    opening.look_over(refs.run("org/olmo@stage2-*"))
     assert capsys.readouterr().out.count("hold the same weights") == 0
 
 
@@ -522,7 +523,7 @@ def test_branches_with_the_same_weights_are_said(online, tmp_path, models, capsy
 def test_a_connection_that_ends_in_the_middle_goes_on_from_there(online, models):
     name = "model-rest.safetensors"
     online.cuts[name] = [5000, 9000]
-    folder = refs.model("org/base").folder(refs.WEIGHT_PATTERNS)
+    folder = refs.model("org/base").folder(formats.WEIGHT_PATTERNS)
     assert (folder / name).read_bytes() == (models["main"] / name).read_bytes()
     assert [part for _, file, part in online.log if file == name] == [None, None, "bytes=5000-", "bytes=9000-"]
 
@@ -531,7 +532,7 @@ def test_a_connection_that_is_reset_is_tried_again(online, models, monkeypatch, 
     monkeypatch.setattr(hub, "PAUSE", 0)
     name = "model-rest.safetensors"
     online.cuts[name] = [-5000]
-    folder = refs.model("org/base").folder(refs.WEIGHT_PATTERNS)
+    folder = refs.model("org/base").folder(formats.WEIGHT_PATTERNS)
     assert (folder / name).read_bytes() == (models["main"] / name).read_bytes()
     assert "trying again" in capsys.readouterr().err
     others = [file for file in online.fetched() if file != name]
@@ -544,7 +545,7 @@ def test_a_connection_that_never_holds_leaves_nothing_that_looks_finished(online
     name = "model-rest.safetensors"
     online.wall[name] = -5000 if reset else 5000
     with pytest.raises(InputError, match=r"org/base could not be fetched \(.+\); run the same command again") as caught:
-        tensors.open_folder(refs.model("org/base"))
+        opening.open_folder(refs.model("org/base"))
     assert "\n" not in str(caught.value)
     assert name not in weights(tmp_path / "cache")
     sizes = {path.stat().st_size for path in (tmp_path / "cache").rglob("blobs/*")}
@@ -552,7 +553,7 @@ def test_a_connection_that_never_holds_leaves_nothing_that_looks_finished(online
     assert sizes <= whole
     online.wall.clear()
     forget()
-    with tensors.open_folder(refs.model("org/base")) as stored:
+    with opening.open_folder(refs.model("org/base")) as stored:
         assert name in stored.files and stored.get("model.norm.weight").shape == (32,)
 
 
@@ -560,7 +561,7 @@ def test_a_process_that_is_killed_while_fetching(server, tmp_path, models):
     server.stall = "model-rest.safetensors"
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE" and not k.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    code = "from cpt_utils import refs, tensors\ntensors.open_folder(refs.model('org/base'))\nprint('done')"
+    code = "from cpt_utils.checkpoints import opening, refs\nopening.open_folder(refs.model('org/base'))\nprint('done')"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
         assert server.stalled.wait(60)
         process.kill()
@@ -588,7 +589,7 @@ def folder_commit(server: FakeHub) -> str:
 )
 def test_what_the_hub_refuses(online, tmp_path, spec, match):
     ref = refs.model(spec)
-    for ask in (ref.config, lambda: tensors.open_folder(ref), lambda: ref.describe()):
+    for ask in (ref.config, lambda: opening.open_folder(ref), lambda: ref.describe()):
         with pytest.raises(InputError, match=match) as caught:
             ask()
         assert "\n" not in str(caught.value)
@@ -618,12 +619,12 @@ def test_an_unreachable_hub(online, tmp_path, monkeypatch):
 def test_dropping_leaves_what_was_there_before(online, tmp_path):
     cache = tmp_path / "cache"
     run = refs.run("org/olmo@stage2-*")
-    kept = run[1].folder(refs.WEIGHT_PATTERNS)  # fetched by an earlier process
+    kept = run[1].folder(formats.WEIGHT_PATTERNS)  # fetched by an earlier process
     forget()
     most = 0
     for group in refs.one_at_a_time(run, drop=True):
         for ref in group:
-            with tensors.open_folder(ref) as stored:
+            with opening.open_folder(ref) as stored:
                 assert len(stored.get("model.norm.weight")) == 32
         most = max(most, len(weights(cache)))
     assert most == 2 * len(weights(cache)) == 12
@@ -631,12 +632,12 @@ def test_dropping_leaves_what_was_there_before(online, tmp_path):
     blobs = {path.resolve() for path in cache.rglob("snapshots/*/*")}
     assert blobs == {path for path in cache.rglob("blobs/*") if path.is_file()}  # nothing without a name is left
     assert all(ref.config()["vocab_size"] for ref in run)  # the small files stay
-    run[0].folder(refs.WEIGHT_PATTERNS)  # and it can be fetched again
+    run[0].folder(formats.WEIGHT_PATTERNS)  # and it can be fetched again
     assert len(weights(cache)) == 12
 
 
 def test_a_comparison_one_checkpoint_at_a_time(online, tmp_path):
-    from cpt_utils import compare
+    from cpt_utils.measures import compare
 
     base, run, cache = refs.model("org/base"), refs.run("org/olmo@stage2-*"), tmp_path / "cache"
     found, most = {}, 0
@@ -654,11 +655,11 @@ def test_dropping_spares_the_base_and_what_others_use(online, tmp_path, models):
     cache, base = tmp_path / "cache", refs.model("org/olmo@main")
     twin = refs.model("org/olmo@stage1-step512")  # the base's own files
     for ref in (base, twin):
-        ref.folder(refs.WEIGHT_PATTERNS)
+        ref.folder(formats.WEIGHT_PATTERNS)
     assert len(list(refs.one_at_a_time([base], True, base))) == 1 and len(weights(cache)) == 12
     twin.drop()
     assert len(weights(cache)) == 6
-    with tensors.open_folder(base) as stored:
+    with opening.open_folder(base) as stored:
         assert torch.equal(stored.get("model.norm.weight"), read_tensors(models["main"])["model.norm.weight"])
     assert [len(group) for group in refs.one_at_a_time([base, twin], drop=False)] == [2]
     refs.model(models["main"]).drop()

@@ -14,8 +14,12 @@ import torch
 from helpers import load_script, read_tensors, save_tiny
 from test_activation import ACTIVATION, write_ids
 
-from cpt_utils import archs, components, controls, counts, lape, masks, models, neurons, refs, results
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import components, controls, counts, lape, masks, neurons
+from cpt_utils.models import loading
 
 ATTN_VS_FFN = load_script("weight-diff/attn_vs_ffn.py")
 INT_AND_SEM = load_script("weight-diff/int_and_sem.py")
@@ -147,7 +151,7 @@ def test_neurons_beside_experts_and_layers_without_any(tmp_path, monkeypatch):
     assert tokens[1].tolist() == [n for n in found["routed"][1].tolist() for _ in range(24)] + [672] * 16
     assert (one.over_zero <= tokens).all() and one.over_zero[1, 96:].any()
     # A slow loop over the tokens of the FFN beside the experts.
-    model = models.load_model(refs.model("model"), torch.float32, torch.device("cpu"))
+    model = loading.load_model(refs.model("model"), torch.float32, torch.device("cpu"))
     kept, act = [], dict(model.named_modules())["model.layers.1.mixer.shared_experts.act_fn"]
     act.register_forward_hook(lambda _m, _a, out: kept.append(out.reshape(-1, 16)))
     with torch.no_grad():
@@ -281,7 +285,7 @@ def test_conditions_and_sets_by_hand():
 
 
 def test_silencing_reads_no_layer_without_an_ffn(tmp_path):
-    model = models.load_model(refs.model(save_tiny("nemotron_h", tmp_path)), torch.float32, torch.device("cpu"))
+    model = loading.load_model(refs.model(save_tiny("nemotron_h", tmp_path)), torch.float32, torch.device("cpu"))
     arch, ids = archs.for_config(model.config), torch.arange(4, 36).view(2, 16)
     with torch.no_grad(), neurons.silenced(model, arch, {0: [], 1: [], 2: [], 3: []}):
         whole = model(ids).logits

@@ -14,11 +14,13 @@ import pytest
 import torch
 from helpers import ROOT, failed_gate, load_script, save_tiny, shared_dir
 
-from cpt_utils import cli, figures, masks, refs, results
-from cpt_utils import counts as activations
-from cpt_utils import lape as method
-from cpt_utils.errors import InputError
-from cpt_utils.study import RESULTS
+from cpt_utils.base import cli, figures, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import RESULTS
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import counts as activations
+from cpt_utils.measures import lape as method
+from cpt_utils.measures import masks
 
 script = load_script("lsn/identify.py")
 REAL = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "th", "zh")
@@ -622,8 +624,8 @@ def test_help_answers_without_heavy_imports_and_commands_parse():
 
 def test_one_part_that_agrees_is_no_convergence():
     """An eighth that happens to agree says nothing where a half does not, or where the halves disagree."""
-    from cpt_utils import lape
-    from cpt_utils.counts import Counts
+    from cpt_utils.measures import lape
+    from cpt_utils.measures.counts import Counts
 
     def made(*parts):
         arrays = [np.array([part], dtype=np.int64) for part in parts]

@@ -9,8 +9,9 @@ import pytest
 from helpers import ARCHITECTURES, failed_gate, load_script, read_tensors, save_tiny
 from test_compare import load, reference
 
-from cpt_utils import refs, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
 
 script = load_script("weight-diff/int_and_sem.py")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import shared_dir
 
-from cpt_utils import languages
-from cpt_utils.errors import InputError
+from cpt_utils.base import languages
+from cpt_utils.base.errors import InputError
 
 OLDER = {
     "zho_Hans": "cmn_Hans",

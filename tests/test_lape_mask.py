@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import load_script
 
-from cpt_utils import masks, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.measures import masks
 
 script = load_script("lsn/lape_mask.py")
 # As LAPE's identify.py builds it, List[List[LongTensor]]: languages, layers, neurons.

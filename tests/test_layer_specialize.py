@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from helpers import load_script
 
-from cpt_utils import gate, refs, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import identity
+from cpt_utils.measures import gate
 
 script = load_script("layer-specialize/layer_specialize.py")
 
@@ -277,7 +279,7 @@ CONFIG = {"model_type": "llama", "num_hidden_layers": 5}
 
 def with_twin(folder, hits, n=None, **facts):
     """A checkpoint's retrieval with `hits`, and beside it an untrained model's of the same configuration."""
-    model = {"spec": "run/checkpoint-10", "config_sha256": refs.shape_hash(CONFIG)}
+    model = {"spec": "run/checkpoint-10", "config_sha256": identity.shape_hash(CONFIG)}
     facts = {"data": {"pairs_sha256": "p"}, "k": 4} | facts
     path = retrieval(folder / "run__checkpoint-10.json", hits.mean(1), hits, models={"model": model}, **facts)
     accuracy, twin = measured(n or hits.shape[1], [0.1] * 6, seed=3)

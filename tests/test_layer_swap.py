@@ -14,8 +14,12 @@ import torch
 from helpers import failed_gate, load_script, read_tensors, save_tiny
 from launch import launch
 
-from cpt_utils import cli, controls, data, evaluation, models, refs, results, stats, surgery
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, data, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenization
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import controls, evaluation
+from cpt_utils.models import loading
 
 SWAP = load_script("layer-swap/layer-swap.py")
 LAYERS = {"interface_layers": [0, 3], "semantic_layers": [1, 2]}
@@ -95,8 +99,8 @@ def test_folders_and_metadata(shared, tmp_path, capsys):
             source = base if any(f"layers.{layer}." in name for layer in layers) else target
             assert torch.equal(made[name], source[name])
         ref = refs.model(tmp_path / "out" / method)
-        models.load_model(ref, torch.float32, torch.device("cpu"))
-        models.load_tokenizer(ref)
+        loading.load_model(ref, torch.float32, torch.device("cpu"))
+        tokenization.load_tokenizer(ref)
     capsys.readouterr()
     SWAP.main(arguments(shared, tmp_path / "out"))
     assert capsys.readouterr().out.count(": kept") == 2
@@ -174,8 +178,8 @@ def test_controls_against_written_folders(shared, study):
                 folder = study / f"written{row['layers']}"
                 surgery.write_model(pair, surgery.layers_from_base(pair, row["layers"]), folder)
             ref = refs.model(folder)
-            model = models.load_model(ref, torch.float32, torch.device("cpu"))
-            found = test.on(model, pair.arch, models.load_tokenizer(ref), "x")
+            model = loading.load_model(ref, torch.float32, torch.device("cpu"))
+            found = test.on(model, pair.arch, tokenization.load_tokenizer(ref), "x")
             assert found["values"] == row["values"]
             assert found["layer_accuracy"] == row["layer_accuracy"]
     retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")

@@ -13,9 +13,9 @@ import statistics
 import pytest
 from helpers import load_script, save_tiny, tiny_tokenizer
 
-from cpt_utils import benchmark
-from cpt_utils import lm_eval_results as lm
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.measures import benchmark
+from cpt_utils.measures import lm_eval_results as lm
 
 TASK = "sib200_gle_Latn"
 RUN, BASE = "runs/gle", "org/base"

@@ -17,9 +17,9 @@ import pytest
 from helpers import ROOT, load_script, save_tiny, shared_dir
 from launch import launch
 
-from cpt_utils import data as data_module
-from cpt_utils import results
-from cpt_utils.errors import InputError
+from cpt_utils.base import data as data_module
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
 
 generate = load_script("lm_eval_sib200/generate.py")
 evaluate = load_script("lm_eval_sib200/evaluate.py")
@@ -366,7 +366,7 @@ def test_choices_scored_in_batches_equal_the_direct_loop(data, models):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cpt_utils import scoring
+    from cpt_utils.models import scoring
 
     test = data / "gle_Latn" / "test.tsv"
     model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32).eval()
@@ -513,7 +513,7 @@ def test_a_swap_carries_the_gate_of_its_layers(data, models, tmp_path, capsys, k
 
 
 def generate_of_evaluate():
-    from cpt_utils import cli
+    from cpt_utils.base import cli
 
     return cli.sibling("lm_eval_sib200/generate.py")
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from helpers import ROOT, load_script, save_tiny, tiny_tokenizer
 
-from cpt_utils import results, tokenids, tokenizer_id
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import tokenizer_id
+from cpt_utils.measures import tokenids
 
 script = load_script("lsn/load_oscar.py")
 corpus, foreign = script.corpus, script.foreign
@@ -273,7 +275,7 @@ def test_killed_half_way_leaves_nothing_and_a_rerun_writes_the_same(tmp_path, to
     arguments = ["--languages", "ga", "--model-id", "m", "--tokenizer", str(tokenizer), "--text", f"ga={file}"]
     arguments += ["--tokens", "2000", "--batch-documents", "5", "--output-dir"]
     killed = (
-        "import itertools, os, sys; from cpt_utils import cli; s = cli.sibling('lsn/load_oscar.py')\n"
+        "import itertools, os, sys; from cpt_utils.base import cli; s = cli.sibling('lsn/load_oscar.py')\n"
         "read = s.corpus.batches\n"
         "def dies(*a):\n"
         "    yield from itertools.islice(read(*a), 4)\n"
@@ -337,7 +339,7 @@ def test_scripts_by_letters_against_a_slow_loop():
 
 
 def test_every_language_of_the_table_names_a_script():
-    from cpt_utils import languages
+    from cpt_utils.base import languages
 
     assert [code for code in languages.known() if not foreign.scripts_of(code)] == []
     assert foreign.scripts_of("qaa_Latn") == ("Latn",)

@@ -9,8 +9,12 @@ import torch
 from helpers import load_script, save_tiny
 from launch import launch
 
-from cpt_utils import activation_files, archs, masks, models, neurons, refs, results, tokenids
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import activation_files, masks, neurons, tokenids
+from cpt_utils.models import loading
 
 SCRIPT = load_script("lsn/lsn_activation_cpt.py")
 OWN = {"en": {0: [], 1: [], 2: []}, "ga": {0: [1, 7], 1: [], 2: [5]}}
@@ -36,7 +40,7 @@ def study(tmp_path, monkeypatch):
 
 
 def slow_mean(folder, ids, mask) -> float:
-    model = models.load_model(refs.model(folder), torch.float64, torch.device("cpu"))
+    model = loading.load_model(refs.model(folder), torch.float64, torch.device("cpu"))
     arch, values = archs.for_config(model.config), []
     for layer, chosen in mask.items():
         handle = arch.activation_module(model, layer).register_forward_hook(
@@ -102,7 +106,7 @@ def test_neurons_of_experts(study):
     flags = ["--model", "moe", "--run", "moe", "--name", "moe", "--mask_file", "moe.json", "--save_folder", "out"]
     SCRIPT.main(flags)
     found, head = results.read_json("out/moe.ga.288.json", SCRIPT.SCHEMA)
-    model = models.load_model(refs.model("moe"), torch.float32, torch.device("cpu"))
+    model = loading.load_model(refs.model("moe"), torch.float32, torch.device("cpu"))
     slow = neurons.Activations(model, archs.for_config(model.config), {"own": mask["ga"]})
     for block in ids[:288].view(-1, 16):
         slow.add(block[None])

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny
 
-from cpt_utils import masks, refs
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import masks
 
 MASK = {"en": {0: [3, 1], 1: [], 2: [7]}, "ga": {0: [0], 1: [2, 4, 5], 2: []}, "eu": {0: [], 1: [], 2: []}}
 FACTS = {"n_layers": 3, "ffn_width": 8}

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
-from cpt_utils import archs, hooks, models, refs, scoring
-from cpt_utils.batching import padded
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, tokenization
+from cpt_utils.models import hooks, loading, scoring
+from cpt_utils.models.batching import padded
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat sat", "dearg", "seven birds sing loud today", "b c"]
@@ -20,7 +22,7 @@ TEXTS = ["a cat sat", "dearg", "seven birds sing loud today", "b c"]
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_folder_loads_as_the_model_that_wrote_it(model_type, tmp_path):
     folder = save_tiny(model_type, tmp_path / "m", seed=3)
-    loaded = models.load_model(refs.model(folder), torch.float32, CPU)
+    loaded = loading.load_model(refs.model(folder), torch.float32, CPU)
     ids = torch.tensor([[5, 9, 17]])
     assert torch.equal(loaded(ids).logits, tiny_model(model_type, seed=3)(ids).logits)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
@@ -31,7 +33,7 @@ def test_a_wrong_shape_is_refused(tmp_path):
     config = (folder / "config.json").read_text().replace('"intermediate_size": 48', '"intermediate_size": 64')
     (folder / "config.json").write_text(config)
     with pytest.raises(InputError, match="m"):
-        models.load_model(refs.model(folder), torch.float32, CPU)
+        loading.load_model(refs.model(folder), torch.float32, CPU)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_a_damaged_configuration_is_what_is_named(tmp_path, change, said):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(InputError, match=said):
         archs.for_config(refs.model(folder).config()).n_layers(refs.model(folder).config())
-        models.open_tokenizer(folder)
+        tokenization.open_tokenizer(folder)
 
 
 SPREAD = {
@@ -71,15 +73,15 @@ SPREAD = {
 def test_a_model_that_is_spread_computes_the_same(place, dtype, tmp_path, capsys):
     """The disk stands for what a second GPU is: layers that are elsewhere, and brought together by accelerate."""
     ref = refs.model(save_tiny("llama", tmp_path / "m", seed=3))
-    whole, spread = (models.load_model(ref, dtype, CPU, device_map) for device_map in (None, SPREAD[place]))
+    whole, spread = (loading.load_model(ref, dtype, CPU, device_map) for device_map in (None, SPREAD[place]))
     assert any(p.is_meta for p in spread.parameters()) == ("disk" in place)
-    assert models.input_device(spread) == CPU
+    assert loading.input_device(spread) == CPU
     ids, mask = padded([[5, 9, 17, 40, 3], [7, 8]], 0)
     arch = archs.for_config(whole.config)
     one, other = (hooks.pooled_states(model, arch, ids, mask) for model in (whole, spread))
     assert torch.equal(one, other)
     assert scoring.text_nlls(whole, tiny_tokenizer(), TEXTS) == scoring.text_nlls(spread, tiny_tokenizer(), TEXTS)
-    models.announce(spread, ref)
+    loading.announce(spread, ref)
     assert ("read from the disk" in capsys.readouterr().err) == ("disk" in place)
 
 
@@ -91,7 +93,7 @@ def test_a_missing_tensor_is_refused_when_spread_too(tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"the checkpoint lacks model\.layers\.1\.mlp\.up_proj\.weight"):
-        models.load_model(refs.model(tmp_path / "m"), torch.float32, CPU, "auto")
+        loading.load_model(refs.model(tmp_path / "m"), torch.float32, CPU, "auto")
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -108,26 +110,26 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, known):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     ref = refs.model(folder)
     with contextlib.suppress(InputError):
-        models.load_tokenizer(ref)
+        tokenization.load_tokenizer(ref)
     if known:
-        models.load_model(ref, torch.float32, CPU)
-        models.load_untrained(ref, torch.float32, CPU, seed=0)
+        loading.load_model(ref, torch.float32, CPU)
+        loading.load_untrained(ref, torch.float32, CPU, seed=0)
     else:
         with pytest.raises(InputError, match="cannot be loaded"):
-            models.load_model(ref, torch.float32, CPU)
+            loading.load_model(ref, torch.float32, CPU)
     assert not trace.exists() and "custom" not in sys.modules
 
 
 def test_the_next_model_is_read_ahead(tmp_path, monkeypatch):
     ref = refs.model(save_tiny("llama", tmp_path / "m", shards=3))
     whole = sum(path.stat().st_size for path in (tmp_path / "m").glob("model*"))
-    assert models._read_ahead(ref) == whole
-    monkeypatch.setattr(models, "available_memory", lambda: 2 * whole - 1)
-    assert models._read_ahead(ref) == 0  # no more than half of what is free
+    assert loading._read_ahead(ref) == whole
+    monkeypatch.setattr(loading, "available_memory", lambda: 2 * whole - 1)
+    assert loading._read_ahead(ref) == 0  # no more than half of what is free
     monkeypatch.undo()
-    assert models.available_memory() > 1 << 20
+    assert loading.available_memory() > 1 << 20
     for wrong in (refs.ModelRef(str(tmp_path / "none")), refs.ModelRef("org/name")):  # the load says it
-        thread = models.prefetch(wrong)
+        thread = loading.prefetch(wrong)
         thread.join(20)
         assert thread.daemon and not thread.is_alive()
 
@@ -136,12 +138,12 @@ def test_an_untrained_model_is_seeded_and_leaves_the_random_state_alone(tmp_path
     ref = refs.model(save_tiny("llama", tmp_path / "m"))
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    one, two = (models.load_untrained(ref, torch.float32, CPU, seed=1) for _ in range(2))
+    one, two = (loading.load_untrained(ref, torch.float32, CPU, seed=1) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     weight = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(one.state_dict()[weight], two.state_dict()[weight])
     assert not torch.equal(
-        one.state_dict()[weight], models.load_untrained(ref, torch.float32, CPU, seed=2).state_dict()[weight]
+        one.state_dict()[weight], loading.load_untrained(ref, torch.float32, CPU, seed=2).state_dict()[weight]
     )
 
 
@@ -150,11 +152,11 @@ def test_a_tokenizer_without_pad_token_pads_with_eos_else_unk(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
-    assert models.load_tokenizer(refs.model(folder)).pad_token == "</s>"
+    assert tokenization.load_tokenizer(refs.model(folder)).pad_token == "</s>"
     tokenizer.eos_token = None
     tokenizer.unk_token = "a"
     tokenizer.save_pretrained(folder)
-    assert models.load_tokenizer(refs.model(folder)).pad_token == "a"
+    assert tokenization.load_tokenizer(refs.model(folder)).pad_token == "a"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere", "granite"])
@@ -236,9 +238,9 @@ def test_texts_too_short_to_score_are_refused():
 def test_a_mixture_of_experts_runs_in_float64(tmp_path):
     ref = refs.model(save_tiny("mixtral", tmp_path / "m"))
     ids = torch.tensor([[5, 9, 17]])
-    wide = models.load_model(ref, torch.float64, CPU)(ids).logits
-    assert torch.allclose(wide.float(), models.load_model(ref, torch.float32, CPU)(ids).logits, atol=1e-5)
-    assert models.load_untrained(ref, torch.float64, CPU, seed=1)(ids).logits.dtype == torch.float64
+    wide = loading.load_model(ref, torch.float64, CPU)(ids).logits
+    assert torch.allclose(wide.float(), loading.load_model(ref, torch.float32, CPU)(ids).logits, atol=1e-5)
+    assert loading.load_untrained(ref, torch.float64, CPU, seed=1)(ids).logits.dtype == torch.float64
 
 
 def test_a_sentencepiece_model_alone_names_what_reads_it(tmp_path, monkeypatch):
@@ -247,35 +249,37 @@ def test_a_sentencepiece_model_alone_names_what_reads_it(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 272}')
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    for name in models.SENTENCEPIECE:
+    for name in tokenization.SENTENCEPIECE:
         piece = folder / name
         piece.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
         for absent in ({"sentencepiece", "google.protobuf"}, {"google.protobuf"}, {"sentencepiece"}):
-            monkeypatch.setattr(models, "_installed", lambda module, absent=absent: module not in absent)
-            named = " and ".join(package for package, module in models.READERS.items() if module in absent)
+            monkeypatch.setattr(tokenization, "_installed", lambda module, absent=absent: module not in absent)
+            named = " and ".join(package for package, module in tokenization.READERS.items() if module in absent)
             message = (
                 rf"{name} is a SentencePiece model without tokenizer.json, which needs sentencepiece and protobuf "
                 rf"\({named} not installed\); pip install sentencepiece protobuf, or put the tokenizer.json"
             )
             with pytest.raises(InputError, match=message) as error:
-                models.open_tokenizer(folder)
+                tokenization.open_tokenizer(folder)
             assert "\n" not in str(error.value)
         piece.unlink()
     piece = folder / "tokenizer.model"
     for content, there in ((b"\n\x0e\n\x05<unk>\x15\x00", True), (b"IQ== 0\nIg== one\n", False)):
         # A stump of a model with both packages, a file as tiktoken writes without them: transformers has its say.
         piece.write_bytes(content)
-        monkeypatch.setattr(models, "_installed", lambda module, there=there: there)
+        monkeypatch.setattr(tokenization, "_installed", lambda module, there=there: there)
         with pytest.raises(InputError, match="cannot be loaded"):
-            models.open_tokenizer(folder)
+            tokenization.open_tokenizer(folder)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(b"\x00")
-    assert len(models.open_tokenizer(folder)) == 259  # tokenizer.json is read first
+    assert len(tokenization.open_tokenizer(folder)) == 259  # tokenizer.json is read first
 
 
 def test_installed_packages_are_found_by_their_modules():
-    assert models._installed("json") and models._installed("importlib.util")
-    assert not models._installed("no_such_package_of_ours") and not models._installed("no_such_package.of_ours")
+    assert tokenization._installed("json") and tokenization._installed("importlib.util")
+    assert not tokenization._installed("no_such_package_of_ours") and not tokenization._installed(
+        "no_such_package.of_ours"
+    )
 
 
 def test_special_tokens_in_a_text_are_scored_as_text():

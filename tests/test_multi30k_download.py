@@ -6,7 +6,7 @@ import json
 import pytest
 from helpers import load_script
 
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
 
 
 @pytest.fixture

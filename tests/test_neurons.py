@@ -6,8 +6,11 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, bits, save_tiny, tiny_model
 
-from cpt_utils import archs, models, neurons, refs
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import neurons
+from cpt_utils.models import loading
 
 MOE = ("mixtral", "qwen3_moe", "olmoe")  # qwen3_moe: layer 1 is dense
 
@@ -226,7 +229,7 @@ def test_a_model_that_is_spread_over_places(model_type, tmp_path):
     ref = refs.model(save_tiny(model_type, tmp_path / "model", seed=3))
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
-    whole, spread = (models.load_model(ref, torch.float32, torch.device("cpu"), where) for where in (None, places))
+    whole, spread = (loading.load_model(ref, torch.float32, torch.device("cpu"), where) for where in (None, places))
     arch, mask = archs.for_config(whole.config), {0: [1, 2], 1: [3], 2: [4]}
     assert next(arch.layers(spread)[1].parameters()).is_meta
     ids = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(2))

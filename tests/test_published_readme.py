@@ -16,8 +16,8 @@ from helpers import load_script, save_tiny, shared_dir
 from test_downstream_correlation import lm_eval_file
 from test_tokenizer_id import hub_form
 
-from cpt_utils import figures, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import figures, results
+from cpt_utils.base.errors import InputError
 
 # In the README's order; `lm_eval` is another project's command, whose results the fixture holds.
 README = """

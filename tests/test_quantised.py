@@ -12,7 +12,8 @@ from helpers import read_tensors, save_tiny
 from safetensors.torch import load_file, save_file
 from test_formats import CPU, LAYER, changes, edit, everywhere, load, pair, refused, rewrite
 
-from cpt_utils import formats, models, refs, tensors
+from cpt_utils.checkpoints import formats, refs, tensors
+from cpt_utils.models import loading
 
 F8 = torch.float8_e4m3fn
 
@@ -301,8 +302,8 @@ def test_fp8_runs_where_transformers_dequantises_it(plain, tmp_path, capsys):
     with torch.no_grad():
         assert load(folder)(ids).logits.equal(load(truth)(ids).logits)
         assert "quantised weights (fp8)" in capsys.readouterr().out
-        models.load_model(refs.model(folder), torch.bfloat16, CPU)(ids)
-        models.load_model(refs.model(folder), torch.float64, CPU)(ids)
+        loading.load_model(refs.model(folder), torch.bfloat16, CPU)(ids)
+        loading.load_model(refs.model(folder), torch.float64, CPU)(ids)
 
 
 def test_the_remedy_of_fp8(tmp_path):

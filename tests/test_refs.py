@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny
 
-from cpt_utils import refs
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import identity, opening, refs, tokenization
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_one_line_says_whose_tokenizer_a_run_uses(tmp_path, capsys):
     base = save_tiny("llama", tmp_path / "base")
     for step in (5, 10, 15):
         bare = save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", tokenizer=False)
-        refs.tokenizer_folder(refs.model(bare), None, refs.model(base))
+        tokenization.tokenizer_folder(refs.model(bare), None, refs.model(base))
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and f"no tokenizer files in the checkpoints in {tmp_path / 'run'}; using those" in out
 
@@ -185,9 +185,9 @@ def test_the_sample_of_weights_tells_two_trainings_apart(tmp_path):
     one = save_tiny("llama", tmp_path / "a", seed=0, tokenizer=False)
     same = save_tiny("llama", tmp_path / "b", seed=0, tokenizer=False)
     other = save_tiny("llama", tmp_path / "c", seed=1, tokenizer=False)
-    assert refs.weights_sample(one) == refs.weights_sample(same) != refs.weights_sample(other)
-    assert refs.model(one).describe()["weights_sample"] == refs.weights_sample(one)
-    assert refs.weights_sample(tmp_path) is None
+    assert identity.weights_sample(one) == identity.weights_sample(same) != identity.weights_sample(other)
+    assert refs.model(one).describe()["weights_sample"] == identity.weights_sample(one)
+    assert identity.weights_sample(tmp_path) is None
 
 
 def test_a_change_to_one_tensor_changes_the_sample(tmp_path):
@@ -195,13 +195,13 @@ def test_a_change_to_one_tensor_changes_the_sample(tmp_path):
     from safetensors.torch import save_file
 
     folder = save_tiny("llama", tmp_path / "a", tokenizer=False, hidden_size=256, intermediate_size=768)
-    before = refs.weights_sample(folder)
+    before = identity.weights_sample(folder)
     tensors = read_tensors(folder)
     assert sum(t.nbytes for t in tensors.values()) > 4 * 64 * 16384  # far more than the evenly spaced blocks cover
     for name in tensors:
         changed = tensors | {name: tensors[name] + 1}
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        assert refs.weights_sample(folder) != before, name
+        assert identity.weights_sample(folder) != before, name
 
 
 def test_a_model_of_another_run_gets_the_tokenizer_of_its_own(tmp_path):
@@ -209,22 +209,22 @@ def test_a_model_of_another_run_gets_the_tokenizer_of_its_own(tmp_path):
     save_tiny("llama", tmp_path / "study-run")
     save_tiny("llama", tmp_path / "other")
     bare = save_tiny("llama", tmp_path / "other" / "checkpoint-1", tokenizer=False)
-    assert refs.tokenizer_folder(refs.model(bare), str(tmp_path / "study-run")) == tmp_path / "other"
+    assert tokenization.tokenizer_folder(refs.model(bare), str(tmp_path / "study-run")) == tmp_path / "other"
 
 
 def test_a_checkpoint_without_tokenizer_uses_the_runs_then_the_bases(tmp_path, capsys):
     base = save_tiny("llama", tmp_path / "base")
     bare = save_tiny("llama", tmp_path / "run" / "checkpoint-1", tokenizer=False)
     ref = refs.model(bare)
-    assert refs.tokenizer_folder(ref, None, refs.model(base)) == base
+    assert tokenization.tokenizer_folder(ref, None, refs.model(base)) == base
     assert "using those of the base" in capsys.readouterr().out
     wider = save_tiny("llama", tmp_path / "other" / "checkpoint-1", tokenizer=False, vocab_size=300)
     with pytest.raises(InputError, match=r"do not fit \(272 tokens, 300 needed\)"):
-        refs.tokenizer_folder(refs.model(wider), None, refs.model(base))
+        tokenization.tokenizer_folder(refs.model(wider), None, refs.model(base))
     with pytest.raises(InputError, match="has no tokenizer files"):
-        refs.tokenizer_folder(ref)
+        tokenization.tokenizer_folder(ref)
     (tmp_path / "run" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
-    assert refs.tokenizer_folder(ref, None, refs.model(base)) == tmp_path / "run"
+    assert tokenization.tokenizer_folder(ref, None, refs.model(base)) == tmp_path / "run"
 
 
 def fabricated_cache(folder, repository, revision, files):
@@ -251,18 +251,19 @@ def test_a_hub_revision_is_read_from_the_cache_and_its_commit_recorded(tmp_path)
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     commit = fabricated_cache(tmp_path / "cache", "org/tiny", "step1000", files)
     code = (
-        "from cpt_utils import refs, models, cli; import torch\n"
+        "from cpt_utils.checkpoints import refs, tokenization\nfrom cpt_utils.models import loading\nimport torch\n"
         "ref = refs.model('org/tiny@step1000')\n"
         "print(ref.step, ref.describe()['revision'], ref.config()['model_type'])\n"
-        "print(models.load_model(ref, torch.float32, torch.device('cpu')).num_parameters() > 0)\n"
-        "print(len(models.load_tokenizer(ref)))\n"
+        "print(loading.load_model(ref, torch.float32, torch.device('cpu')).num_parameters() > 0)\n"
+        "print(len(tokenization.load_tokenizer(ref)))\n"
     )
     done = in_offline_process(tmp_path / "cache", code)
     assert done.stdout.split() == ["1000", commit, "llama", "True", "259"], done.stderr
 
 
 def test_a_repository_that_is_not_cached_says_so_offline(tmp_path):
-    code = "from cpt_utils import cli, refs\ncli.run(lambda: refs.model('org/none').folder())"
+    code = "from cpt_utils.base import cli\nfrom cpt_utils.checkpoints import refs\n"
+    code += "cli.run(lambda: refs.model('org/none').folder())"
     done = in_offline_process(tmp_path, code)
     assert done.returncode == 2
     assert done.stderr.startswith("error: org/none: no such folder here, not in the hub cache")
@@ -275,16 +276,16 @@ def test_checkpoints_with_the_same_weights_are_said(tmp_path, capsys):
     run = tmp_path / "run"
     for step in (1, 20, 300):
         save_tiny("llama", run / f"checkpoint-{step}", seed=step)
-    refs.look_over(refs.run(run))
+    opening.look_over(refs.run(run))
     assert capsys.readouterr().out == ""
     shutil.copytree(run / "checkpoint-20", run / "checkpoint-1000")
     shutil.copytree(run / "checkpoint-1", run / "checkpoint-2")
     for _ in range(2):  # said once
-        refs.look_over(refs.run(run))
+        opening.look_over(refs.run(run))
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and all("hold the same weights" in line for line in said)
     assert "steps 1, 2 hold" in said[0] and "steps 20, 1000 hold" in said[1]
-    refs.look_over(refs.run(run, [2, 20, 300]))
+    opening.look_over(refs.run(run, [2, 20, 300]))
     base = save_tiny("llama", tmp_path / "base", seed=20)  # a base is no checkpoint
-    refs.look_over([refs.model(base), *refs.run(run, [20])])
+    opening.look_over([refs.model(base), *refs.run(run, [20])])
     assert capsys.readouterr().out == ""

@@ -6,8 +6,8 @@ import pytest
 from helpers import load_script
 from test_claims import HUB, INTERFACE, STEPS, L, MadeUp
 
-from cpt_utils import results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
 
 script = load_script("report/figures.py")
 LANGUAGES = ["eng_Latn", "fra_Latn", "gle_Latn"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cpt_utils import results
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
 
 
 def test_round_trip_and_header(tmp_path):

@@ -10,8 +10,11 @@ import torch
 from helpers import EVERY_ARCHITECTURE, read_tensors, save_tiny, tiny_config
 from safetensors.torch import save_file
 
-from cpt_utils import compare, models, refs, settings, surgery
-from cpt_utils.errors import InputError
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs, settings
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import compare
+from cpt_utils.models import loading
 
 CPU = torch.device("cpu")
 V4 = {
@@ -104,14 +107,14 @@ def test_saving_again_changes_no_setting(tmp_path, model_type):
     whole = config.to_dict()
     short = {key: value for key, value in whole.items() if value != type(config)().to_dict().get(key)}
     ref = written(tmp_path / "base", short | {"model_type": model_type})
-    models.read_configuration(tmp_path / "base").save_pretrained(tmp_path / "target")
+    settings.read_configuration(tmp_path / "base").save_pretrained(tmp_path / "target")
     target = refs.model(tmp_path / "target")
     assert settings.unlike(ref, target) == settings.unlike(target, ref) == {}
     assert target.config() != ref.config()
 
 
 def test_alike_files_need_no_transformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "read_configuration", None)
+    monkeypatch.setattr(settings, "read_configuration", None)
     assert (
         unlike(tmp_path, V4 | {"rope_theta": 5.0}, V4 | {"rope_theta": 5.0, "vocab_size": 9, "use_cache": False}) == {}
     )
@@ -152,7 +155,7 @@ def test_heads_that_are_tied_or_not(tmp_path, capsys):
     with_head(tied, lambda e: e.flip(0), tmp_path / "other")
     with_head(tied, lambda e: e.flip(0), tmp_path / "untied", tie_word_embeddings=False)
     for name, says in (("tied", False), ("same", False), ("other", True), ("untied", False)):
-        model = models.load_model(refs.model(tmp_path / name), torch.float32, CPU)
+        model = loading.load_model(refs.model(tmp_path / name), torch.float32, CPU)
         surgery.Pair(tied, tmp_path / name).close()
         said = capsys.readouterr().out
         assert said.count("differs; it counts, as for transformers") == says, name
@@ -171,7 +174,7 @@ def test_no_head_where_none_is_tied(tmp_path, config):
     values.pop("tie_word_embeddings")
     (folder / "config.json").write_text(json.dumps(values | config))
     for call in (
-        lambda: models.load_model(refs.model(folder), torch.float32, CPU),
+        lambda: loading.load_model(refs.model(folder), torch.float32, CPU),
         lambda: surgery.Pair(base, folder),
     ):
         with pytest.raises(
@@ -180,7 +183,7 @@ def test_no_head_where_none_is_tied(tmp_path, config):
             call()
     surgery.Pair(folder, base).close()  # of the base only layers are taken
     (folder / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
-    models.load_model(refs.model(folder), torch.float32, CPU)
+    loading.load_model(refs.model(folder), torch.float32, CPU)
 
 
 # ---------------------------------------------------------------- code of the model's own, unknown RoPE
@@ -198,7 +201,7 @@ def test_own_code_is_said_and_goes_along(tmp_path, capsys):
     for step in (5, 6):
         own_code(save_tiny("mistral", tmp_path / "run" / f"checkpoint-{step}", seed=step))
     for ref in refs.run(tmp_path / "run"):
-        models.load_model(ref, torch.float32, CPU)
+        loading.load_model(ref, torch.float32, CPU)
         with surgery.Pair(base, ref) as both:
             out = tmp_path / "out" / f"checkpoint-{ref.step}"
             surgery.write_model(both, surgery.layers_from_base(both, [1]), out)
@@ -206,7 +209,7 @@ def test_own_code_is_said_and_goes_along(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "which is not run" in line]
     assert len(said) == 1 and "run: config.json names code of its own (modeling_own.OwnForCausalLM)" in said[0]
     assert said[0].endswith("transformers' own mistral")
-    models.load_model(refs.model(out), torch.float32, CPU)  # and the swap is loaded without it
+    loading.load_model(refs.model(out), torch.float32, CPU)  # and the swap is loaded without it
     assert capsys.readouterr().out == said[0].replace("/run:", "/out:") + "\n"
     other = own_code(save_tiny("mistral", tmp_path / "other"))  # and where weights are compared
     compare.changes(refs.model(other), refs.run(tmp_path / "out"))
@@ -223,7 +226,7 @@ def test_rope_that_transformers_does_not_know(tmp_path, key):
     values.pop("rope_parameters")
     scaling = {"max_factor": 16, "type": "clex", "factor": 1.0, "rope_theta": 10000.0}
     (folder / "config.json").write_text(json.dumps(values | {key: scaling}))
-    for call in (models.load_model, lambda *args: models.load_untrained(*args, seed=0)):
+    for call in (loading.load_model, lambda *args: loading.load_untrained(*args, seed=0)):
         with pytest.raises(
             InputError, match=f"{key} in config.json is of type 'clex', which transformers .*own code"
         ) as e:

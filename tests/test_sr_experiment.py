@@ -8,10 +8,11 @@ import torch
 from helpers import load_script, save_tiny, tiny_model, tiny_tokenizer
 from launch import launch
 
-from cpt_utils import gate, results
-from cpt_utils.archs import for_config
-from cpt_utils.batching import encode
-from cpt_utils.errors import InputError
+from cpt_utils.architectures.archs import for_config
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.measures import gate
+from cpt_utils.models.batching import encode
 
 WORDS_A = "the cat dog sees a red house runs fast seven birds sing loud today rivers".split()  # noqa: SIM905
 WORDS_B = "an cait madra feic dearg teach rith mear seacht ean can ard inniu aibhneacha".split()  # noqa: SIM905

@@ -11,8 +11,12 @@ import torch
 from helpers import EVERY_ARCHITECTURE, read_tensors, save_tiny, tiny_model
 from safetensors.torch import save_file
 
-from cpt_utils import archs, compare, models, refs, stacking, surgery, tensors
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import opening, refs, stacking
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import compare
+from cpt_utils.models import loading
 
 CPU = torch.device("cpu")
 EXPERT, STACK = re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.(gate_up|up|down)_proj$")
@@ -75,7 +79,7 @@ def test_changes(place):
 
 def assert_gate(kind: str, written: dict, base: Path, target: Path) -> None:
     """Gates and ups as memory has them: the base's where they were swapped, by their definition."""
-    ours, theirs = (models.load_model(refs.model(f), torch.float32, CPU).state_dict() for f in (target, base))
+    ours, theirs = (loading.load_model(refs.model(f), torch.float32, CPU).state_dict() for f in (target, base))
     seen = 0
     for name, tensor in ours.items():
         if not name.endswith("experts.gate_up_proj"):
@@ -116,10 +120,10 @@ def test_swaps(place, tmp_path, sides):
                 surgery.write_model(pair, recipe, out)
                 found.append(read_tensors(out))
                 if source == base:
-                    model = models.load_model(refs.model(target), torch.float32, CPU)
+                    model = loading.load_model(refs.model(target), torch.float32, CPU)
                     with surgery.apply_in_memory(model, recipe, pair) as swapped:
                         held = {key: tensor.clone() for key, tensor in swapped.state_dict().items()}
-                    written = models.load_model(refs.model(out), torch.float32, CPU).state_dict()
+                    written = loading.load_model(refs.model(out), torch.float32, CPU).state_dict()
                     assert all(torch.equal(tensor, written[key]) for key, tensor in held.items())
                     if pair.arch.model_type in PLAIN:
                         assert_gate(kind, written, base, target)
@@ -137,7 +141,7 @@ def test_every_tensor_and_row(place):
         ref, other = refs.model(place / this / "base"), refs.model(place / that / "base")
         truth = read_tensors(place / that / "base")
         config, arch = ref.config(), archs.for_config(ref.config())
-        folders = tensors.open_folder(ref), tensors.open_folder(other)
+        folders = opening.open_folder(ref), opening.open_folder(other)
         view = stacking.like(folders[0], arch, config, folders[1], arch, config)
         assert {arch.canonical(name) for name in view.names()} == {arch.canonical(name) for name in truth}
         seen = 0

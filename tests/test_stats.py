@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from cpt_utils import stats
+from cpt_utils.base import stats
 
 
 def test_correlations_equal_scipy():

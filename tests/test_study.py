@@ -2,8 +2,9 @@
 
 import pytest
 
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside
 
 
 def write(folder, text):
@@ -75,19 +76,19 @@ def test_what_is_not_the_study_s_own_has_another_place(tmp_path, monkeypatch, ca
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to("run")
     study = Study.find(write(tmp_path, "name: s\nbase: base\nrun: run\nlanguages: {target: ga}\nresults: r\n"))
-    assert study.other() == study.other("base/", ["./run"], [5, 20, 100], None, "gle_Latn") == ""
-    assert study.other(run="link") == study.other(run="run/checkpoint-100", last=True) == ""
+    assert beside.name(study) == beside.name(study, "base/", ["./run"], [5, 20, 100], None, "gle_Latn") == ""
+    assert beside.name(study, run="link") == beside.name(study, run="run/checkpoint-100", last=True) == ""
     assert (
-        study.other(steps=[100], last=True)
-        == study.other(run=["run/checkpoint-5", "run/checkpoint-100"], last=True)
+        beside.name(study, steps=[100], last=True)
+        == beside.name(study, run=["run/checkpoint-5", "run/checkpoint-100"], last=True)
         == ""
     )
-    assert study.other(run="run/checkpoint-5") == study.other(steps=[5]) == "run__checkpoint-5"
-    assert study.other(run="one", last=True) == study.other(run="one") == "one__checkpoint-5"
-    assert study.other(steps=[5, 100]) == "run__checkpoint-5-to-run__checkpoint-100.2"
+    assert beside.name(study, run="run/checkpoint-5") == beside.name(study, steps=[5]) == "run__checkpoint-5"
+    assert beside.name(study, run="one", last=True) == beside.name(study, run="one") == "one__checkpoint-5"
+    assert beside.name(study, steps=[5, 100]) == "run__checkpoint-5-to-run__checkpoint-100.2"
     other = f"base-run__checkpoint-5.{tmp_path.name}__base.eu.limit-3"
-    assert study.other("run/checkpoint-5", "base", limit=3, lang="eu") == other
-    assert Study().other("base", "run", [5], 3, "eu") == ""  # outside a study there is nothing to compare with
+    assert beside.name(study, "run/checkpoint-5", "base", limit=3, lang="eu") == other
+    assert beside.name(Study(), "base", "run", [5], 3, "eu") == ""  # outside a study there is nothing to compare with
 
     assert study.output("given.json", "--output", "layers", "x").as_posix() == "given.json"
     assert study.output(None, "--output", "layers").as_posix() == "r/layer-specialize/layers.json"

@@ -12,8 +12,11 @@ import torch
 from helpers import ARCHITECTURES, bits, read_tensors, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
-from cpt_utils import archs, folders, results, surgery, tensors
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import folders, tensors
+from cpt_utils.interventions import surgery
 
 IDS = torch.arange(3, 40)[None]
 

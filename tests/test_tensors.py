@@ -12,9 +12,9 @@ import torch
 from helpers import read_tensors, save_tiny
 from safetensors.torch import load_file, save_file
 
-from cpt_utils import refs, tensors
-from cpt_utils.errors import InputError
-from cpt_utils.tensors import TensorFolder
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import opening, refs, tensors
+from cpt_utils.checkpoints.tensors import TensorFolder
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -262,7 +262,7 @@ def test_several_threads_read_one_folder(tmp_path):
 
 def test_no_code_of_a_model_folder_is_run(tmp_path):
     """Files that name code of their own: the reader reads tensors, the loader refuses, nothing is executed."""
-    from cpt_utils import models
+    from cpt_utils.models import loading
 
     folder = save_tiny("llama", tmp_path / "m")
     code = f"open({str(tmp_path / 'executed')!r}, 'w')\n"
@@ -270,13 +270,13 @@ def test_no_code_of_a_model_folder_is_run(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     names = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": names}))
-    with tensors.open_folder(folder) as stored:
+    with opening.open_folder(folder) as stored:
         assert "model.norm.weight" in stored
     ref = refs.model(folder)
     with pytest.raises(InputError, match="cannot be loaded"):
-        models.load_model(ref, torch.float32, torch.device("cpu"))
+        loading.load_model(ref, torch.float32, torch.device("cpu"))
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))  # a known type: its own code is used
-    assert type(models.load_model(ref, torch.float32, torch.device("cpu"))).__name__ == "LlamaForCausalLM"
+    assert type(loading.load_model(ref, torch.float32, torch.device("cpu"))).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "executed").exists()
 
 

@@ -10,8 +10,12 @@ import torch
 from helpers import EVERY_ARCHITECTURE, load_script, read_tensors, save_tiny, tiny_config, tiny_tokenizer
 from safetensors.torch import save_file
 
-from cpt_utils import archs, compare, models, refs, surgery, tensors
-from cpt_utils.errors import InputError
+from cpt_utils.architectures import archs
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import opening, refs
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import compare
+from cpt_utils.models import loading
 
 WRAPPERS = [name for name in EVERY_ARCHITECTURE if "text_config" in tiny_config(name).to_dict()]
 CPU = torch.device("cpu")
@@ -29,7 +33,7 @@ def text_only(wrapper: Path, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(text))
     known = {
         of_text.canonical(name)
-        for name in models.load_untrained(refs.model(folder), torch.float32, CPU, 0).state_dict()
+        for name in loading.load_untrained(refs.model(folder), torch.float32, CPU, 0).state_dict()
     }
     held = {}
     for name, tensor in read_tensors(wrapper).items():
@@ -95,10 +99,10 @@ def test_swaps(pair, tmp_path, sides):
                 out = tmp_path / f"{kind}-{base.parent.name}"
                 surgery.write_model(both, recipe, out)
                 found.append(read_tensors(out))
-                model = models.load_model(refs.model(target), torch.float32, CPU)
+                model = loading.load_model(refs.model(target), torch.float32, CPU)
                 with surgery.apply_in_memory(model, recipe, both) as swapped:
                     held = {key: tensor.clone() for key, tensor in swapped.state_dict().items()}
-            written = models.load_model(refs.model(out), torch.float32, CPU).state_dict()
+            written = loading.load_model(refs.model(out), torch.float32, CPU).state_dict()
             assert all(torch.equal(tensor, written[key]) for key, tensor in held.items())
         assert list(found[0]) == list(found[1]) == list(own)
         assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
@@ -127,14 +131,14 @@ def test_an_adapter_of_the_language_model_whose_base_has_a_tower(tmp_path):
     arch, of_text = archs.ARCHS["gemma3"], archs.ARCHS["gemma3_text"]
     truth = {of_text.canonical(name): tensor for name, tensor in model.merge_and_unload().state_dict().items()}
     held = read_tensors(base)
-    with tensors.open_folder(tmp_path / "adapter") as stored:
+    with opening.open_folder(tmp_path / "adapter") as stored:
         assert set(stored.names()) == {*held, "lm_head.weight"} and len(stored.changes) == 3 * 7 + 2
         for name in stored.names():
             tensor = truth.get(arch.canonical(name), held.get(name))
             assert torch.equal(stored.get(name), tensor), name
     config = refs.model(tmp_path / "adapter").config()
     assert config["text_config"]["vocab_size"] == 290 and config["tie_word_embeddings"] is False
-    loaded = models.load_model(refs.model(tmp_path / "adapter"), torch.float32, CPU)
+    loaded = loading.load_model(refs.model(tmp_path / "adapter"), torch.float32, CPU)
     assert torch.equal(loaded.lm_head.weight, truth["lm_head.weight"].float())
 
 
@@ -154,7 +158,7 @@ def test_an_adapter_of_the_whole_model_on_its_language_model(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(text)}))
     arch, of_text = archs.ARCHS["gemma3"], archs.ARCHS["gemma3_text"]
     truth = {arch.canonical(name): tensor for name, tensor in model.merge_and_unload().state_dict().items()}
-    with tensors.open_folder(tmp_path / "adapter") as stored:
+    with opening.open_folder(tmp_path / "adapter") as stored:
         assert len(stored.changes) == 3 * 2
         for name in stored.names():
             assert torch.equal(stored.get(name), truth[of_text.canonical(name)]), name

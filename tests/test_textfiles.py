@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cpt_utils import textfiles
-from cpt_utils.errors import InputError
+from cpt_utils.base import textfiles
+from cpt_utils.base.errors import InputError
 
 TEXTS = ["one", "", "  two ", "thr\u2028ee", "fo\rur", 'quo"ted"', "fünf\tfive"]
 

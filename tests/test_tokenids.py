@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from cpt_utils import results, tokenids
-from cpt_utils.errors import InputError
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.measures import tokenids
 
 
 def write(path, ids, **facts):

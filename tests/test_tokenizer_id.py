@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny, tiny_tokenizer
 
-from cpt_utils import models, refs, tokenizer_id
+from cpt_utils.checkpoints import tokenization, tokenizer_id
 
 
 def hub_form(kind: str, folder: Path, texts: list[str], **settings) -> Path:
@@ -143,6 +143,6 @@ def test_the_same_files_are_the_same_tokenizer_wherever_they_lie(tmp_path):
         assert not (folder / "config.json").exists()
         assert tokenizer_id.of(folder) == tokenizer_id.of(base)
         assert tokenizer_id.of_plain_text(folder) == tokenizer_id.of_plain_text(base)
-        assert type(models.open_tokenizer(folder)) is type(models.open_tokenizer(base))
+        assert type(tokenization.open_tokenizer(folder)) is type(tokenization.open_tokenizer(base))
     tiny_tokenizer().save_pretrained(tmp_path / "alone")
-    assert refs.configuration_of_tokenizer(tmp_path / "alone") is None
+    assert tokenization.configuration_of_tokenizer(tmp_path / "alone") is None

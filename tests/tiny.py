@@ -5,7 +5,7 @@ tiny_config("qwen2", layers=4)
 
 from __future__ import annotations
 
-from cpt_utils import archs
+from cpt_utils.architectures import archs
 
 # 256 bytes and three special tokens; a model may have more rows than its tokenizer has tokens.
 TOKENS = 259

@@ -20,16 +20,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, figures, refs, results
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, opening, refs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from cpt_utils.compare import Change, Changes, Sums
+    from cpt_utils.measures.compare import Change, Changes, Sums
 
 SCHEMA = "attn_vs_ffn"
 SIDES = {"attention": archs.ATTENTION, "ffn": archs.FFN}
@@ -201,7 +203,7 @@ def main(argv=None) -> None:
     available = len(refs.run(target))
     run = refs.run(target, args.steps)[: args.limit]
     device = cli.device(args.device)
-    other = study.other(args.base_model, args.ckpt_model, args.steps, args.limit)
+    other = beside.name(study, args.base_model, args.ckpt_model, args.steps, args.limit)
     output = study.output(args.output or (None if study else default_output(target)), "--output", "attn_vs_ffn", other)
 
     facts = run_facts(base, run, available, args.limit) | {"seed": study.seed}
@@ -210,7 +212,7 @@ def main(argv=None) -> None:
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
 
-    from cpt_utils import compare
+    from cpt_utils.measures import compare
 
     cli.sibling("weight-diff/int_and_sem.py").say_lacking(base)
     found: compare.Changes = {}
@@ -254,7 +256,7 @@ def run_facts(base: refs.ModelRef, run: list[refs.ModelRef], available: int, lim
     """What the header of a weight comparison says of its models."""
     if base.is_local and base.step is not None and all(ref.step == 0 for ref in run):
         cli.warn(f"{base.spec} is given as the base, but is called a checkpoint: is it the other way round?")
-    refs.look_over(run)
+    opening.look_over(run)
     return {
         "models": {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in run}},
         "n_layers": archs.for_config(base.config()).n_layers(base.config()),

@@ -19,11 +19,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, figures, languages, masks, refs, results
-from cpt_utils.study import Study
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, languages, results
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.measures import masks
 
 if TYPE_CHECKING:
-    from cpt_utils.compare import Change
+    from cpt_utils.measures.compare import Change
 
 SCHEMA = "gate_lsn"
 # The key in the file, also where there is no gate and the rows are those of the up projection: step 10 reads this one.
@@ -117,7 +120,7 @@ def main(argv=None) -> None:
         control_file = masks.control_beside(mask_file)
     if control_file is None:
         cli.say("no control mask: the language's neurons are compared with nothing")
-    other = study.other(args.base_model, args.target_model, args.steps, args.limit, args.lang)
+    other = beside.name(study, args.base_model, args.target_model, args.steps, args.limit, args.lang)
     output = study.output(args.output, "--output", "gate_lsn", other)
 
     config = base.config()
@@ -143,7 +146,7 @@ def main(argv=None) -> None:
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
 
-    from cpt_utils import compare
+    from cpt_utils.measures import compare
 
     changes: compare.Changes = {}
     for group in refs.one_at_a_time(run, args.drop_revisions, base):

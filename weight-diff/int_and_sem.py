@@ -16,12 +16,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils import archs, cli, figures, gate, refs, results
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, opening, refs
+from cpt_utils.measures import gate
 
 if TYPE_CHECKING:
-    from cpt_utils.compare import Change
+    from cpt_utils.measures.compare import Change
 
 SCHEMA = "int_and_sem"
 # Group of layers -> its key in step 2's file; the published scripts write a file for each group, with the key `layers`.
@@ -125,13 +128,13 @@ def main(argv=None) -> None:
     run = refs.run(target)
     chosen = refs.run(target, args.steps)[: args.limit]
     device = cli.device(args.device)
-    other = study.other(args.base_model, args.target_dir, args.steps, args.limit)
+    other = beside.name(study, args.base_model, args.target_dir, args.steps, args.limit)
     output = study.output(args.output, "--output", "int_and_sem", other)
 
-    from cpt_utils import compare
+    from cpt_utils.measures import compare
 
     n_layers = archs.for_config(base.config()).n_layers(base.config())
-    refs.look_over(chosen)
+    opening.look_over(chosen)
     described = {ref.step: ref.describe() for ref in run}
     files = {
         group: study.input(given, flag, "layers", "layer-specialize/layer_specialize.py")
@@ -206,7 +209,7 @@ def say_lacking(base: refs.ModelRef) -> None:
 
 def say_left_out(base: refs.ModelRef, run: list[refs.ModelRef]) -> None:
     """Name the tensors outside the layers that cannot be compared, such as an extended vocabulary's embeddings."""
-    from cpt_utils import compare
+    from cpt_utils.measures import compare
 
     said: dict[str, list[str]] = {}
     for ref in run:

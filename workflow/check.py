@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils import archs, cli, data, folders, languages, refs, tensors, textfiles
-from cpt_utils.errors import InputError
-from cpt_utils.study import Study
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, data, languages, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import folders, identity, opening, refs, tensors, tokenizer_id
 
 ENOUGH = 19  # random sets: with fewer no p can reach .05
 SHARE = 0.4  # of a matrix product's speed that a forward pass reaches
@@ -118,7 +120,7 @@ def look_at(ref: refs.ModelRef, base: refs.ModelRef | None = None) -> Model:
     """
     config = ref.config()
     archs.for_config(config)
-    with tensors.open_folder(ref, base, lazy=True) as stored:
+    with opening.open_folder(ref, base, lazy=True) as stored:
         shapes = {name: stored.shape(name) for name in stored.names()}
         size = sum(tensors.numel(shape) * stored.dtype(name).itemsize for name, shape in shapes.items())
         here = ref.is_local or all((Path(stored.path) / file).is_file() for file in stored.files)
@@ -171,7 +173,7 @@ def _is_there(study: Study, key: str, report: Report) -> bool:
 
 def _described(model: Model) -> str:
     kind, layers = model.shape
-    rows = refs.vocabulary_size(model.config)
+    rows = identity.vocabulary_size(model.config)
     return (
         f"{kind}, {layers} layers, {model.parameters / 1e6:,.1f} M parameters, {model.size / 1e9:.2f} GB, "
         f"{rows:,} tokens{'' if model.here else ', yet to be fetched'}"
@@ -184,7 +186,7 @@ def tokenizers(study: Study, found: list[Model], report: Report) -> None:
     home = run if isinstance(run, str) else None
     kinds: dict[str, list[str]] = {}
     for model in found:
-        kind = report.tried(refs.tokenizer_used, model.ref, home, base)
+        kind = report.tried(tokenizer_id.tokenizer_used, model.ref, home, base)
         if kind:
             kinds.setdefault(kind, []).append("base" if model is found[0] else str(model.ref.step))
     if len(kinds) == 1:

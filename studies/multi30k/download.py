@@ -15,8 +15,8 @@ import argparse
 import gzip
 from pathlib import Path
 
-from cpt_utils import cli, results, textfiles
-from cpt_utils.errors import InputError
+from cpt_utils.base import cli, results, textfiles
+from cpt_utils.base.errors import InputError
 
 HUB = "bentrevett/multi30k"
 RAW = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"

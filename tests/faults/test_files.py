@@ -9,8 +9,8 @@ import os
 
 import pytest
 
-from cpt_utils import journal, results
-from cpt_utils.errors import InputError
+from cpt_utils.base import journal, results
+from cpt_utils.base.errors import InputError
 
 FORK = multiprocessing.get_context("fork")
 REQUEST = {"sets": [1, 2], "dtype": "float32"}

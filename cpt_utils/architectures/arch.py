@@ -1,0 +1,327 @@
+"""One architecture: the projections of its layers, on disk and in memory, and the sizes that its config states.
+
+A *projection* is q, k, v, o, gate, up or down of one layer. On disk it is a tensor, or a slice of a fused one (Phi-3,
+GPT-NeoX, GPT-2), several (latent attention), or one for each expert of a mixture of experts (MoE), perhaps all in one
+tensor; `Arch.parts` says which. In memory it is a module; `Arch.module` returns it. Names on disk and in memory differ
+(prefixes, `embed_out` against `lm_head`, experts that are one parameter in memory); `Arch.module_places` maps one to
+the other. Layers may differ: a layer without attention or without an FFN has none of its projections.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cpt_utils.architectures.arch_layers import Layers
+from cpt_utils.architectures.arch_parts import FFN, ROUTER, Part, Place, as_slots, below
+from cpt_utils.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Constants that old checkpoints carry (causal masks, rotary frequencies, sinusoidal positions): no parameters, never
+# compared or swapped.
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias)|embed_positions\.weights)$")
+
+
+@dataclass(frozen=True)
+class Arch(Layers):
+    """One model type: where everything of its layers is, on disk and in memory. The fields are those of `Layers`."""
+
+    # --- on disk ---
+
+    def parts(
+        self,
+        config,
+        layer: int,
+        projection: str,
+        disk_names: Collection[str],
+        shape: Callable[[str], tuple[int, ...]] | None = None,
+    ) -> list[Part]:
+        """The weights and, where there are some, the biases of `projection` in `layer`, among the tensors `disk_names`.
+
+        Of a MoE layer's gate, up or down one weight for each expert, in order, then that of the FFN beside them;
+        of a latent attention one for each step. `projection` may be ROUTER, too.
+
+        Args:
+            shape: the shape of a tensor on disk, for types whose files hold experts in one of two ways; without it
+                they are taken to lie as in memory.
+
+        Raises:
+            InputError: the type or the layer has no such projection, or no tensor of that name is on disk (near misses
+                are named).
+        """
+        sparse = projection in (*FFN, ROUTER) and self.has_router(config, layer)
+        slots = () if projection == ROUTER else self.slots(config, layer, projection, beside_experts=sparse)
+        if sparse and slots and not self._dense_width(config, layer, beside_experts=True):
+            slots = ()
+        if not slots and not (sparse and projection in (*self.experts_at.names, ROUTER)):
+            raise InputError(
+                f"model type {self.model_type} has no {projection} in layer {layer}; it has "
+                f"{', '.join(self.projections(config, layer)) or 'neither attention nor an FFN there'}"
+            )
+        parts = self._expert_parts(config, layer, projection, disk_names, shape) if sparse else []
+        for slot in slots:
+            width = self._dense_width(config, layer, beside_experts=sparse) if projection in FFN else 0
+            index = self._features(config, layer, projection, slot, width)
+            stem = f"{self.layers_name}.{layer}.{slot.module}"
+            parts.append(
+                Part(self.disk_name(f"{stem}.weight", disk_names), "weight", 1 if self.transposed else 0, index)
+            )
+            bias = self._find(f"{stem}.bias", disk_names)
+            if bias:
+                parts.append(Part(bias, "bias", 0, index))
+        return parts
+
+    def layer_tensors(self, disk_names: Iterable[str], layer: int) -> list[str]:
+        """Every parameter of `layer` on disk: projections, biases, norms.
+
+        Raises:
+            InputError: there is none; names the layers and the nearest names that are there.
+        """
+        disk_names = list(disk_names)
+        found = [name for name in disk_names if self.layer_of(name) == layer and not is_buffer(name)]
+        if not found:
+            raise InputError(_no_match(f"{self.prefixes[0]}{self.layers_name}.{layer}.", disk_names, self.model_type))
+        return found
+
+    def layer_of(self, disk_name: str) -> int | None:
+        """The layer a tensor on disk belongs to; None for embeddings, final norm and head."""
+        match = self._layer_pattern.match(self.canonical(disk_name))
+        return int(match[1]) if match else None
+
+    def may_lack(self, disk_name: str) -> bool:
+        """Whether a tensor is one that a model of the type does not use, though some files hold it."""
+        return bool(self.beyond) and re.match(self.beyond, self.canonical(disk_name)) is not None
+
+    def canonical(self, disk_name: str) -> str:
+        """The name without what varies between files of one model: base and target are matched by it."""
+        for start, new in self.renames:
+            if disk_name.startswith(start):
+                disk_name = new + disk_name.removeprefix(start)
+                break
+        for prefix in self._prefixes:
+            if disk_name.startswith(prefix):
+                disk_name = disk_name.removeprefix(prefix)
+                break
+        for piece, new in self.inner:
+            if new not in disk_name:
+                disk_name = disk_name.replace(piece, new, 1)
+        return disk_name
+
+    def disk_name(self, canonical: str, disk_names: Collection[str]) -> str:
+        """The name on disk of a canonical one.
+
+        Raises:
+            InputError: there is none; near misses are named.
+        """
+        name = self._find(canonical, disk_names)
+        if name is None:
+            raise InputError(_no_match(f"{self.prefixes[0]}{canonical}", disk_names, self.model_type))
+        return name
+
+    def embedding_tensors(self, disk_names: Collection[str]) -> list[str]:
+        """Input embeddings with what belongs to them (learned positions, their norm) and, where it is on disk (not
+        tied), the output matrix; biases too."""
+        found = [self.disk_name(f"{name}.weight", disk_names) for name in self.embeddings]
+        others = [f"{name}.bias" for name in self.embeddings] + [f"{self.head}.weight", f"{self.head}.bias"]
+        return found + [name for name in (self._find(other, disk_names) for other in others) if name]
+
+    # --- in memory ---
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module that holds embeddings, layers and final norm; running it alone leaves the head out."""
+        return self._submodule(model, self.decoder_path)
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        return self._submodule(model, f"{self.decoder_path}.{self.layers_name}")
+
+    def last(self, model: nn.Module) -> nn.Module:
+        """The module whose output is the last hidden state: the final norm, or the last layer where there is none."""
+        return self._submodule(model, f"{self.decoder_path}.{self.norm}") if self.norm else self.layers(model)[-1]
+
+    def layer_path(self, layer: int) -> str:
+        """Dotted name of a layer from the causal LM."""
+        return f"{self.decoder_path}.{self.layers_name}.{layer}"
+
+    def module_path(self, layer: int, projection: str) -> str:
+        """Dotted name of the module that computes `projection` (perhaps with others) from the causal LM."""
+        return f"{self.layer_path(layer)}.{as_slots(self.projections_at[projection])[0].module}"
+
+    def module(self, model: nn.Module, layer: int, projection: str) -> nn.Module:
+        return self._submodule(model, self.module_path(layer, projection))
+
+    def in_layer(self, model: nn.Module, layer: int, path: str) -> nn.Module:
+        """The module at a path below a layer."""
+        return self._submodule(model, f"{self.layer_path(layer)}.{path}")
+
+    def down_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """The last module of a dense FFN, or of the FFN beside a layer's experts."""
+        slots = self.slots(model.config, layer, "down_proj", beside_experts=self.has_router(model.config, layer))
+        return self.in_layer(model, layer, slots[0].module)
+
+    def experts_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """The module of a MoE layer's experts; called with (tokens [n, hidden], experts [n, top k], weights)."""
+        return self.in_layer(model, layer, below(self.experts_at.block, "experts"))
+
+    def activation_module(self, model: nn.Module, layer: int) -> nn.Module:
+        """The nonlinearity of a layer's FFN: its output is act(W_gate x), or act(W_up x) where there is no gate.
+
+        That of a MoE layer sees only the tokens that are routed, expert by expert.
+        """
+        return self.in_layer(model, layer, self.neurons(model.config, layer)[0].activation)
+
+    def module_places(
+        self, disk_names: Iterable[str], model: nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
+    ) -> dict[str, Place]:
+        """Tensor on disk -> its place in `model.state_dict()`. Buffers that only files have are left out, and what
+        they hold beside the model (`beyond`).
+
+        Args:
+            shape: the shape of a tensor on disk, by which those that are stacked in memory find their places: files of
+                one model may cut them differently.
+
+        Raises:
+            InputError: a tensor has no place in the model; near misses are named.
+        """
+        known = model.state_dict()
+        found = {}
+        for disk in disk_names:
+            canonical = self.canonical(disk)
+            names = (disk, f"{self.decoder_path}.{canonical}", canonical)
+            name = next((name for name in names if name in known), None)
+            if name is None:
+                place = self._place_within(disk, known, shape)
+            else:
+                place = Place(name, flipped=self._is_flipped(disk, known[name], shape))
+            if place is not None:
+                found[disk] = place
+            elif not is_buffer(disk) and not self._is_beyond(canonical, known) and not self._of_other_tower(disk):
+                near = _near(f"{self.decoder_path}.{canonical}", known)
+                raise InputError(f"tensor {disk} has no place in the loaded {type(model).__name__}; nearest: {near}")
+        return found
+
+    def module_names(self, disk_names: Iterable[str], model: nn.Module) -> dict[str, str]:
+        """`module_places` by name alone, for tensors on disk that are whole ones in memory.
+
+        Raises:
+            InputError: as `module_places`, and for an expert's tensor.
+        """
+        places = self.module_places(disk_names, model)
+        for disk, place in places.items():
+            if not place.whole:
+                raise InputError(
+                    f"{disk} is a part of {place.name} in the loaded model and has no name of its own there"
+                )
+        return {disk: place.name for disk, place in places.items()}
+
+    # --- inside ---
+
+    @cached_property
+    def _prefixes(self) -> list[str]:
+        """What may stand in front of the decoder's names, the longest first: one may begin another."""
+        return sorted({f"{self.decoder_path}.", *self.prefixes}, key=len, reverse=True)
+
+    @cached_property
+    def _layer_pattern(self) -> re.Pattern:
+        return re.compile(rf"{re.escape(self.layers_name)}\.(\d+)\.")
+
+    def _find(self, canonical: str, disk_names: Collection[str]) -> str | None:
+        spelled = canonical
+        for piece, new in reversed(self.inner):
+            spelled = spelled.replace(new, piece, 1)
+        candidates = [prefix + name for name in dict.fromkeys((canonical, spelled)) for prefix in (*self.prefixes, "")]
+        for start, new in self.renames:
+            if canonical.startswith(new):
+                candidates.append(start + canonical.removeprefix(new))
+        return next((name for name in candidates if name in disk_names), None)
+
+    def _expert_parts(
+        self, config, layer: int, projection: str, disk_names: Collection[str], shape: Callable | None
+    ) -> list[Part]:
+        at, numbers = self.experts_at, range(self.experts(config, layer))
+        block = below(f"{self.layers_name}.{layer}", at.block) if at.block else f"{self.layers_name}.{layer}"
+        if projection == ROUTER:
+            parts = [Part(self.disk_name(f"{block}.{at.router}.weight", disk_names), "weight")]
+            bias = self._find(f"{block}.{at.router}.bias", disk_names)
+            return parts + ([Part(bias, "bias")] if bias else [])
+        width, together = self.expert_width(config, layer), f"{block}.experts.{at.in_memory(projection)}"
+        index, name = at.features(projection, width), self._find(together, disk_names)
+        if name:
+            inputs = width if projection == "down_proj" else self._number(config, "hidden")
+            dim = int(at.transposed != (at.flipped and shape is not None and shape(name)[-1] != inputs))
+            parts = [Part(name, "weight", dim, index, number) for number in numbers]
+            bias = self._find(f"{together}_bias", disk_names)
+            return parts + ([Part(bias, "bias", 0, index, number) for number in numbers] if bias else [])
+        name = f"{block}.experts.{{}}.{at.names[projection]}.weight"
+        return [Part(self.disk_name(name.format(number), disk_names), "weight") for number in numbers]
+
+    def _is_flipped(self, disk: str, held: torch.Tensor, shape: Callable | None) -> bool:
+        """Whether a file holds a tensor of experts the other way round than memory."""
+        flips = self.experts_at is not None and self.experts_at.flipped and held.dim() == 3 and shape is not None
+        return flips and tuple(shape(disk)) != tuple(held.shape)
+
+    def _of_other_tower(self, disk: str) -> bool:
+        """Whether a tensor is not the language model's, of a type with other towers."""
+        own = (self.layers_name, self.norm, *self.embeddings, self.head)
+        return bool(self.text_type) and not self.canonical(disk).startswith(tuple(f"{name}." for name in own))
+
+    def _is_beyond(self, canonical: str, known: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a tensor is one that files of the type hold beside what the model has."""
+        layer = self._layer_pattern.match(canonical)
+        if not self.beyond or re.match(self.beyond, canonical) or layer is None:
+            return self.may_lack(canonical)
+        return not any(name.startswith(f"{self.decoder_path}.{self.layers_name}.{layer[1]}.") for name in known)
+
+    def _place_within(self, disk: str, known: Mapping[str, torch.Tensor], shape: Callable | None) -> Place | None:
+        """The place of a tensor that is a part of one in memory: an expert's, or one of several that are stacked."""
+        match = re.fullmatch(rf"({re.escape(self.layers_name)}\.\d+)\.(.*)", self.canonical(disk))
+        if match is None:
+            return None
+        layer, name = f"{self.decoder_path}.{match[1]}", match[2]
+        for memory, stack in self.stacked.items() if shape else ():
+            if name in stack and f"{layer}.{memory}" in known:
+                stem = disk.rpartition(".")[0].rpartition(".")[0]
+                before = [f"{stem}.{'.'.join(other.split('.')[-2:])}" for other in stack[: stack.index(name)]]
+                first = sum(shape(other)[0] for other in before)
+                return Place(f"{layer}.{memory}", (slice(first, first + shape(disk)[0]),))
+        at = self.experts_at
+        stem = re.escape(below(at.block, "experts")) if at else None
+        expert = re.fullmatch(rf"{stem}\.(\d+)\.(\w+)\.weight", name) if at else None
+        projection = {own: meaning for meaning, own in at.names.items()}.get(expert[2]) if expert else None
+        if projection is None:
+            return None
+        place, number = f"{layer}.{below(at.block, 'experts')}.{at.in_memory(projection)}", int(expert[1])
+        if place not in known or number >= len(known[place]):
+            return None
+        rows = at.features(projection, known[place].shape[1] // 2)
+        return Place(place, (number,) if rows is None else (number, rows))
+
+    def _submodule(self, model: nn.Module, path: str) -> nn.Module:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            near = _near(path, {name for name, _ in model.named_modules()})
+            raise InputError(f"{type(model).__name__} has no module {path}; nearest: {near}") from None
+
+
+def is_buffer(disk_name: str) -> bool:
+    """Whether a tensor on disk is a constant of an old checkpoint and not a parameter."""
+    return BUFFERS.search(disk_name) is not None
+
+
+def _near(wanted: str, names: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(wanted, list(names), n=3, cutoff=0.3)) or "none"
+
+
+def _no_match(wanted: str, disk_names: Iterable[str], model_type: str) -> str:
+    return (
+        f"no tensor {wanted} on disk, where a model of type {model_type} has one (nearest: "
+        f"{_near(wanted, disk_names)}); check the folder, or the entry {model_type!r} of ARCHS in "
+        "cpt_utils/architectures/arch_table.py"
+    )

@@ -1,0 +1,160 @@
+"""Parameters by meaning: `for_config` finds a model type's entry in the table of architectures (`arch_table.ARCHS`).
+
+    arch = archs.for_config(ref.config())
+    arch.parts(config, 3, "q_proj", names)      # where it is on disk
+    arch.module(model, 3, "q_proj")             # and in memory
+
+What an entry can say stands in `arch_layers.Layers`; `arch_left_out` lists the types that have none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from cpt_utils.architectures.arch import Arch, is_buffer
+from cpt_utils.architectures.arch_layers import FIELDS
+from cpt_utils.architectures.arch_left_out import LEFT_OUT
+from cpt_utils.architectures.arch_parts import ATTENTION, FFN, PROJECTIONS, ROUTER, Neurons, Part, Place, as_slots, take
+from cpt_utils.architectures.arch_table import ARCHS, TOWERS
+from cpt_utils.base.errors import InputError
+
+__all__ = [
+    "ARCHS",
+    "ATTENTION",
+    "FFN",
+    "FIELDS",
+    "PROJECTIONS",
+    "ROUTER",
+    "Arch",
+    "Neurons",
+    "Part",
+    "Place",
+    "as_slots",
+    "for_config",
+    "is_buffer",
+    "kin",
+    "meaning",
+    "take",
+    "text_type",
+]
+
+
+def for_config(config) -> Arch:
+    """The table's entry for a config (a `PretrainedConfig`, or the dict of a config.json).
+
+    Raises:
+        InputError: no `model_type`, or one that the table does not have; says why it is left out, or names the nearest
+            ones and the entry to add.
+    """
+    values = config if isinstance(config, dict) else config.to_dict()
+    model_type = values.get("model_type")
+    if not model_type:
+        raise InputError("config.json has no model_type; is this the folder of a Hugging Face causal language model?")
+    if model_type in LEFT_OUT:
+        raise InputError(f"model type {model_type!r} is not in the table of architectures: {LEFT_OUT[model_type]}")
+    if model_type not in ARCHS:
+        near = difflib.get_close_matches(model_type, ARCHS, n=3, cutoff=0.4) or sorted(ARCHS)
+        raise InputError(
+            f"model type {model_type!r} is not in the table of architectures (nearest: {', '.join(near)}); "
+            + _entry_to_add(values)
+        )
+    arch = _with_text_model(values)
+    for key, why in arch.unless.items():
+        if values.get(key):
+            raise InputError(f"config.json of a {model_type} sets {key}, which is not read: {why}")
+    return arch
+
+
+def text_type(config) -> str:
+    """The model type of the language model alone: where it has a vision tower beside it, that of its text model.
+
+    Two models are compared and swapped where these are the same: layers have the same tensors then, by their canonical
+    names.
+    """
+    arch = for_config(config)
+    tower = TOWERS.get(arch.model_type)
+    if tower is not None and arch.text_type == tower.own:  # the same model under a name that only configs have
+        return tower.text
+    return arch.text_type or arch.model_type
+
+
+def meaning(arch: Arch, disk_name: str) -> str:
+    """The name by which a tensor is found in another model of the same language model: the canonical one, and `lm_head`
+    for the output matrix, which some types call otherwise."""
+    canonical = arch.canonical(disk_name)
+    return f"lm_head{canonical.removeprefix(arch.head)}" if canonical.startswith(f"{arch.head}.") else canonical
+
+
+def _with_text_model(values: dict) -> Arch:
+    """The entry of a type; with other towers, around the language model that the config names."""
+    name = values["model_type"]
+    text = values.get("text_config")
+    stated = text.get("model_type") if isinstance(text, dict) else None
+    tower = TOWERS.get(name)
+    if tower is None or stated in (None, tower.text, tower.own):
+        return ARCHS[name]
+    if stated not in ARCHS:
+        why = f": {LEFT_OUT[stated]}" if stated in LEFT_OUT else f"; {_entry_to_add(text)}"
+        raise InputError(
+            f"the language model of this {name} is of type {stated!r}, which is not in the table of architectures{why}"
+        )
+    return tower.around(ARCHS[stated], name)
+
+
+def kin(config) -> tuple[Arch, ...]:
+    """The architectures under whose names this language model may be: its own, and those of the same one alone, or with
+    other towers beside it."""
+    own, text = for_config(config), text_type(config)
+    found = {text: ARCHS.get(text)} | {name: ARCHS[name] for name, tower in TOWERS.items() if tower.text == text}
+    return (own, *(arch for name, arch in found.items() if arch is not None and name != own.model_type))
+
+
+def _entry_to_add(config: dict) -> str:
+    """What the table's entry for an unknown type must say, from the modules that transformers makes for it.
+
+    They are made on the meta device, which costs neither memory nor time worth mentioning. All layers are looked at:
+    the first ones of many mixtures of experts are dense, and hybrids have attention in some layers only.
+    """
+    model_type, where = config["model_type"], "ARCHS in cpt_utils/architectures/arch_table.py"
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        given = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given))
+        modules = {name for name, module in model.named_modules() if not list(module.children())}
+    except Exception:  # whatever transformers says of a type or a config that it cannot build
+        return f"add an entry {model_type!r}: Arch(...) to {where}, plain Arch() where the module names are Llama's"
+    llama = ARCHS["llama"]
+    wanted = {slot.module for slots in llama.projections_at.values() for slot in as_slots(slots)} | {llama.activation}
+    kinds = _kinds_of_layers(modules)
+    plain = [inside for (stem, inside) in kinds if stem == "model.layers" and wanted <= inside]
+    if kinds and len(plain) == len(kinds) and {"model.embed_tokens", "model.norm"} <= modules:
+        others = sorted(set().union(*plain) - wanted - {name for inside in plain for name in inside if "norm" in name})
+        more = f" (beside them a layer has {', '.join(others[:8])})" if others else ""
+        return f"its modules are named as Llama's{more}: add {model_type!r}: Arch() to {where}, then run its tests"
+    listed = "; ".join(
+        f"{_listed(layers)} of {stem} {'has' if len(layers) == 1 else 'have'} {', '.join(sorted(inside)[:16])}"
+        for (stem, inside), layers in list(kinds.items())[:4]
+    )
+    return f"add an entry {model_type!r}: Arch(...) to {where} that says what differs from Llama: {listed}"
+
+
+def _kinds_of_layers(modules: set[str]) -> dict[tuple[str, frozenset[str]], list[int]]:
+    """(path of a list of layers, what a layer of it has) -> the layers that have it, first kinds first."""
+    layers: dict[tuple[str, int], set[str]] = {}
+    for name in modules:
+        match = re.match(r"(.*?)\.(\d+)\.(.*)", name)
+        if match:
+            layers.setdefault((match[1], int(match[2])), set()).add(re.sub(r"\.\d+\.", ".N.", match[3]))
+    kinds: dict[tuple[str, frozenset[str]], list[int]] = {}
+    for (stem, number), inside in sorted(layers.items()):
+        kinds.setdefault((stem, frozenset(inside)), []).append(number)
+    return kinds
+
+
+def _listed(layers: list[int]) -> str:
+    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:3]))}{more}"

@@ -1,0 +1,353 @@
+"""Result files: JSON with a header that identifies them, plain tensors, whole files only.
+
+A file is written under a temporary name in its own folder and renamed, so a file that exists is finished. The header
+stands under the one key `_header`; a reader refuses a file whose header contradicts what it expects, and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER = "_header"
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")  # the names that `replacing` gives
+SHOWN = 4  # differences of two requests that a message names
+LIBRARIES = ("torch", "transformers", "datasets", "lm_eval", "numpy", "scipy")
+
+
+def now() -> str:
+    """This moment in UTC, to the second, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def header(schema: str, version: int = 1, **facts) -> dict:
+    """The header of a result: `schema`, everything in `facts`, and what every result records.
+
+    Usual facts: `models` ({role: ModelRef.describe()}), `n_layers`, `base_lang`, `target_lang`, `data` (describe() of a
+    source), `n_used`, `n_available`, `limit`, `seed`, `dtype`, `device`.
+    """
+    return {
+        "schema": schema,
+        "version": version,
+        **{key: plain(value) for key, value in facts.items()},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": git_commit(),
+        "libraries": libraries(),
+        "time": now(),
+    }
+
+
+@lru_cache(maxsize=1)
+def git_commit() -> str | None:
+    """The commit of this repository, with `+changes` where the working tree differs; None outside git."""
+    git = ["git", "-C", str(cli.REPOSITORY)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+@lru_cache(maxsize=1)
+def libraries() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """A temporary path beside `path`; renamed to it when the block ends well, removed when it does not.
+
+    What killed processes left in the folder goes first: their temporary files are no longer locked.
+
+    Raises:
+        InputError: the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    # The suffix stays last, so that writers that look at it (matplotlib) see the right one.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    handle = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)
+        handle = _locked(temporary)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if path.is_dir():  # os.replace would say only that
+            raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {cli.os_reason(error)}") from error
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):  # where even this fails, the next writer of the file removes it
+                temporary.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _locked(temporary: Path) -> int:
+    """Create a temporary file and lock it for as long as the descriptor is open, which a kill ends."""
+    while True:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        with contextlib.suppress(OSError):  # file systems without locks: nobody will think it abandoned there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)  # removed by another process, before it was locked
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove temporary files of `replacing` in `folder` that no living process has locked."""
+    for name in filter(TEMPORARY.fullmatch, os.listdir(folder)):
+        with contextlib.suppress(OSError):  # locked, gone, or on a file system without locks
+            handle = os.open(folder / name, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(folder / name)
+            finally:
+                os.close(handle)
+
+
+def write_json(path: str | os.PathLike, payload: dict, header: dict) -> None:
+    """Write `{"_header": header, **payload}`; numbers that are not finite become null (JSON has no NaN)."""
+    if HEADER in payload:
+        raise ValueError(f"{HEADER} belongs to the header")
+    text = json.dumps(plain({HEADER: header, **payload}), ensure_ascii=False, indent=1, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_list(path: str | os.PathLike, key: str, payload: dict, header: dict) -> None:
+    """Write `payload[key]` as a bare list, which the published scripts read, and all the rest of the result beside it.
+
+    `read_json` on the list gives the whole payload and its header.
+    """
+    write_json(facts_beside(path), payload, header | {"list": key})
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(plain(payload[key])) + "\n", encoding="utf-8")
+
+
+def facts_beside(path: str | os.PathLike) -> Path:
+    """Where the facts of a bare list stand."""
+    return Path(path).with_suffix(".facts.json")
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str | int | float]) -> None:
+    """Save a dict of plain tensors, numbers and strings that `torch.load(weights_only=True)` reads."""
+    import io
+
+    import torch
+
+    # Through memory: torch.save names the archive after the file, here a temporary one, and a rerun must give the same
+    # bytes; and a full disk is an OSError only when Python writes.
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def read_tensors(path: str | os.PathLike) -> dict:
+    """Read what `write_tensors` wrote, on the CPU, running no code from the file."""
+    found = load(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no named tensors; give a file that these scripts wrote")
+    return found
+
+
+def load(path: str | os.PathLike):
+    """Whatever `torch.save` put into a file, on the CPU, running no code from it."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise InputError(f"{path} cannot be read as tensors ({type(error).__name__}); write it again") from None
+
+
+def read_json(
+    path: str | os.PathLike, schema: str | None = None, allow_limited: bool = False, **expect
+) -> tuple[dict, dict]:
+    """Read a result file: its payload (without the header) and its header (`{}` where there is none).
+
+    Of a list that `write_list` wrote, the payload and header beside it; not where somebody has changed the list.
+
+    `expect` names header facts that must agree where the file states them, e.g. `n_layers=32, base_lang="eng_Latn"`.
+    Language facts (`*_lang`) agree when they mean the same language.
+
+    Raises:
+        InputError: no such file, no JSON, another schema, a fact that disagrees, or a run made with `--limit`.
+    """
+    path = Path(path)
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; a JSON file is needed") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(payload, dict):
+        why = "has no header"
+        if facts_beside(path).is_file():
+            facts, head = read_json(facts_beside(path), schema, allow_limited, **expect)
+            if isinstance(facts, dict) and facts.get(head.get("list")) == payload:
+                return facts, head
+            why = f"is not the list of {facts_beside(path).name} beside it"
+        cli.warn(f"{path} {why}: its model and settings are taken on trust")
+        return payload, {}
+    head = payload.pop(HEADER, None)
+    if head is None:
+        cli.warn(f"{path} has no header: its model and settings are taken on trust")
+        return payload, {}
+    if not isinstance(head, dict):
+        raise InputError(f"{path} has a {HEADER} that is no header; write the file again")
+    if schema is not None and head.get("schema") != schema:
+        raise InputError(f"{path} holds {head.get('schema')!r}, but {schema!r} is needed; give the file of that step")
+    if head.get("limit") is not None and not allow_limited:
+        raise InputError(f"{path} was made with --limit {head['limit']}; run that step again without --limit")
+    for fact, wanted in expect.items():
+        found = head.get(fact)
+        if found is None or wanted is None or _agree(fact, found, wanted):
+            continue
+        raise InputError(
+            f"{path} was made for {fact} {found}, but {wanted} is needed; give the file of the right model and data"
+        )
+    return payload, head
+
+
+def _agree(fact: str, found, wanted) -> bool:
+    if found == plain(wanted):
+        return True
+    if fact.endswith("_lang"):
+        from cpt_utils.base import languages
+
+        return languages.same(found, wanted)
+    return False
+
+
+def essential(request):
+    """What decides a request: a model is its weights and configuration, a text its hash, wherever they are.
+
+    So a path that is spelled in another way, or a file that was moved, makes no other request. None counts as absent.
+    """
+    if isinstance(request, list):
+        return [essential(part) for part in request]
+    if not isinstance(request, dict):
+        return request
+    kept = set(request)
+    if request.get("weights_sample"):
+        kept = {"weights_sample", "config_sha256", "adapter_of"}
+    elif {"spec", "model_id"} <= kept:
+        kept = {"model_id", "revision", "adapter_of"}
+    elif "pairs_sha256" in kept:
+        kept = {"pairs_sha256", "repeated"}
+    elif request.get("sha256"):
+        kept -= {"file"}
+    return {key: essential(part) for key, part in request.items() if key in kept and part is not None}
+
+
+def same(before, now) -> bool:
+    """Whether two requests ask for the same, see `essential`."""
+    return essential(plain(before)) == essential(plain(now))
+
+
+def unlike(before: dict | None, now: dict) -> str:
+    """In words, where a request differs from an earlier one: "dtype: float32 asked for, bfloat16 in the file"."""
+    if not before:
+        return "how the file was made is not known"
+    found = list(_differences(plain(before), plain(now), ""))
+    told = [
+        f"{name}: {shown(new)} asked for, {shown(old)} in the file" if shown(new) != shown(old) else f"another {name}"
+        for name, old, new in found
+    ]
+    return "; ".join(told[:SHOWN] + ([f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []))
+
+
+def _differences(before, now, name: str) -> Iterator[tuple]:
+    """(dotted name, before, now) of the smallest parts in which two requests differ; of models at two places these."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        yield name, before, now
+        return
+    places = before.get("spec"), now.get("spec")
+    if all(places) and len({*map(os.path.abspath, places)}) == 2:
+        yield name, *places
+        return
+    for key in {**essential(now), **essential(before)}:
+        old, new = before.get(key), now.get(key)
+        if essential(old) != essential(new):
+            yield from _differences(old, new, f"{name}.{key}".removeprefix("."))
+
+
+def shown(value) -> str:
+    """A value of a request for people; of a long one both ends, as paths differ in either."""
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-29:]}"
+
+
+def made_by(path: str | os.PathLike, schema: str, request: dict, instead: str) -> bool:
+    """Whether there is a result at `path` and it answers `request`, which its header holds.
+
+    Args:
+        instead: what one may give to write elsewhere, for the message ("another -o").
+
+    Raises:
+        InputError: it is the result of another request.
+    """
+    if not Path(path).exists():
+        return False
+    _, head = read_json(path, schema, allow_limited=True)
+    if same(head.get("request"), request):
+        return True
+    raise InputError(
+        f"{path} is of another request ({unlike(head.get('request'), request)}); give --overwrite to redo it, "
+        f"or {instead}"
+    )
+
+
+def plain(value):
+    """`value` as JSON can hold it: paths as text, array scalars as numbers, NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(below) for below in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return plain(value.tolist())
+    return str(value)

@@ -1,0 +1,242 @@
+"""Study files: one YAML that tells every script of the collection about models, languages, data and where results go.
+
+A value given on the command line wins over the study's, which wins over the script's default. Strings may hold
+`{seed}` and `{name}`, which the study's own values replace, and `${VARIABLE}` from the environment.
+Paths are relative to the folder a command is run in (the repository root), like paths on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+
+REQUIRED = object()
+
+# Which keys a study may hold; None: any value, a dict: these keys below it.
+KEYS = {
+    "name": None,
+    "base": None,
+    "run": None,
+    "languages": {"base": None, "target": None, "lsn": None},
+    "data": {
+        "source": None,
+        "dir": None,
+        "base_file": None,
+        "target_file": None,
+        "split": None,
+        "drop_empty": None,
+        "heldout": "any",
+        "heldout_lines": None,
+        "task": {"name": None, "dir": None},
+        "lsn_text": "any",
+    },
+    "tokens": None,
+    "lsn": {"rate": None, "layers": None, "tokens": None, "block_size": None},
+    "results": None,
+    "seed": None,
+    "dtype": None,
+    "controls": None,
+    "train": {"world": None, "documents": None, "base": None, "cpt": None, "task": None},
+}
+
+# Where each step leaves its result below `results`, and where the next one looks for it.
+RESULTS = {
+    "retrieval": "sentence-retrieval",
+    "layers": "layer-specialize/layers.json",
+    "int_and_sem": "weight-diff/int_and_sem.json",
+    "attn_vs_ffn": "weight-diff/attn_vs_ffn.json",
+    "lm_eval": "lm_eval",
+    "downstream": "downstream-correlation/correlation.json",
+    "layer_swap": "layer-swap",
+    "gate_lsn": "weight-diff/gate_lsn.json",
+    "lsn_counts": "lsn/activation_count",
+    "lsn_mask": "lsn/result/{name}.json",
+    "lsn_control": "lsn/result/{name}.control.json",
+    "lsn_layers": "lsn/result/{name}.layers.json",
+    "lsn_activation": "lsn/lsn_activation",
+    "deactivation": "lsn/deactivate.json",
+    "activation_correlation": "activation-correlation",
+    "attn_int_swap": "component-swap/attn_int_swap",
+    "ffn_lsn_swap": "component-swap/ffn_lsn_swap",
+    "claims": "report/claims.json",
+    "figures": "report/figures",
+}
+
+
+class Study:
+    """The values of one study file; an empty one (falsy) where there is no file."""
+
+    def __init__(self, values: dict | None = None, path: Path | None = None, seed: int | None = None):
+        self.path = path
+        self.values = dict(values or {})
+        if seed is not None:
+            self.values["seed"] = seed
+        _check_keys(self.values, KEYS, "", path)
+        _check_types(self.values, path)
+        places = {"seed": self.values.get("seed", 42), "name": self.values.get("name", path.stem if path else "study")}
+        self.values = _expand(self.values, lambda text: _in_place(text, places))
+
+    def __bool__(self) -> bool:
+        return self.path is not None
+
+    @classmethod
+    def find(cls, path: str | os.PathLike | None = None, seed: int | None = None) -> Study:
+        """The study at `path`, else `study.yaml` in the current folder, else an empty one."""
+        import yaml
+
+        file = Path(path) if path else Path("study.yaml")
+        if not file.is_file():
+            if path:
+                raise InputError(f"study file {file} does not exist; give --study the path of a YAML file")
+            return cls(seed=seed)
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"study file {file} is not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"study file {file} holds no keys; it needs at least base, run, languages and results")
+        return cls(values, file, seed)
+
+    @property
+    def name(self) -> str:
+        return str(self.values.get("name", self.path.stem if self.path else "study"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.values.get("seed", 42))
+
+    def get(self, key: str, default=None):
+        """The value at a dotted key such as `languages.base`, or `default`."""
+        value = self.values
+        for part in key.split("."):
+            if not isinstance(value, dict) or value.get(part) is None:
+                return default
+            value = value[part]
+        # Only what is asked for: a step that needs no data runs without the variable that names their place.
+        return _expand(value, lambda text: expand_environment(text, self.path))
+
+    def value(self, given, flag: str, key: str, default=REQUIRED):
+        """`given` (command line), else the study's `key`, else `default`.
+
+        Raises:
+            InputError: nothing provides the value; names the flag and the key that would.
+        """
+        if given is not None:
+            return given
+        value = self.get(key)
+        if value is not None:
+            return value
+        if default is REQUIRED:
+            raise InputError(
+                f"nothing says {key.replace('.', ' ')}: give {flag}, or the key {key} in a study file {self._where()}"
+            )
+        return default
+
+    def result(self, step: str) -> Path | None:
+        """Where `step` (a key of RESULTS) leaves its result in this study; None outside a study."""
+        if not self:
+            return None
+        folder = self.get("results") or f"results/{self.name}"
+        return Path(folder) / RESULTS[step].replace("{name}", self.name)
+
+    def output(self, given, flag: str, step: str, other: str = "") -> Path:
+        """The path to write to: `given`, else the study's place for `step`.
+
+        Where `other` says that the result is not the study's own, it goes beside that place, which stays free.
+        """
+        if given is not None:
+            return Path(given)
+        place = self.result(step)
+        if place is None:
+            raise InputError(
+                f"nothing says where the result goes: give {flag}, or the key results in a study file {self._where()}"
+            )
+        if not other:
+            return place
+        here = place.with_name(f"{place.stem}.{other}{place.suffix}")
+        cli.say(f"{place} is kept for the study's own base, whole run and language; this goes to {here}")
+        return here
+
+    def input(self, given, flag: str, step: str, made_by: str) -> Path:
+        """The file or folder of an earlier step: `given`, else the study's place; it must exist."""
+        path = Path(given) if given is not None else self.result(step)
+        if path is None:
+            raise InputError(
+                f"nothing says where the result of {made_by} is: give {flag}, or run inside a study {self._where()}"
+            )
+        if not path.exists():
+            raise InputError(f"{path} does not exist; run {made_by} first, or give {flag}")
+        return path
+
+    def _where(self) -> str:
+        return f"({self.path} has none)" if self else "(--study FILE, or study.yaml in this folder)"
+
+
+def dotted(*parts: str) -> str:
+    """The parts that are not empty, with dots between: `demo`, or `demo.<other>` of what is not the study's own."""
+    return ".".join(filter(None, parts))
+
+
+def _check_keys(values: dict, allowed: dict, prefix: str, path: Path | None) -> None:
+    for key, value in values.items():
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), list(allowed), n=1, cutoff=0.5)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; the keys are {', '.join(allowed)}"
+            raise InputError(f"{path}: unknown key {prefix}{key}{hint}")
+        below = allowed[key]
+        if isinstance(below, dict) and value is not None:
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: {prefix}{key} must hold the keys {', '.join(below)}")
+            _check_keys(value, below, f"{prefix}{key}.", path)
+        elif below == "any" and value is not None and not isinstance(value, dict):
+            raise InputError(f"{path}: {prefix}{key} must map language codes to files")
+
+
+def _check_types(values: dict, path: Path | None) -> None:
+    """Refuse values that YAML read as something else: `no` is a boolean, and a seed in quotes is a text."""
+    if type(values.get("seed", 0)) is not int:
+        raise InputError(f"{path}: seed is {values['seed']!r}; it must be a whole number")
+    controls = values.get("controls", "all")
+    if controls != "all" and not (type(controls) is int and controls > 0):
+        raise InputError(f"{path}: controls is {controls!r}; it is all, or the number of random sets")
+    for key in ("base", "target"):
+        code = (values.get("languages") or {}).get(key, "")
+        if code is not None and not isinstance(code, str):
+            raise InputError(f"{path}: languages.{key} is {code!r}; put the code in quotes (no is false in YAML)")
+    for key in ("name", "base", "results", "dtype"):
+        if not isinstance(values.get(key, ""), str):
+            raise InputError(f"{path}: {key} is {values[key]!r}; it must be a text")
+
+
+def _expand(value, change):
+    """`value` with `change` applied to every string in it."""
+    if isinstance(value, dict):
+        return {key: _expand(below, change) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_expand(below, change) for below in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _in_place(text: str, places: dict) -> str:
+    for name, value in places.items():
+        text = text.replace("{" + name + "}", str(value))
+    return text
+
+
+def expand_environment(text: str, path: Path | None) -> str:
+    """`text` with every `${NAME}` replaced from the environment; InputError where one is not set."""
+
+    def from_environment(match: re.Match) -> str:
+        found = os.environ.get(match[1])
+        if not found:
+            raise InputError(
+                f"{path}: the environment variable {match[1]} is not set; export {match[1]}=<folder or file>"
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", from_environment, text)

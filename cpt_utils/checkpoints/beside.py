@@ -1,0 +1,52 @@
+"""How what a command measures differs from the study: such a result stands beside the study's, not in its place."""
+
+from __future__ import annotations
+
+import os
+
+from cpt_utils.base import languages
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import refs
+
+
+def name(study: Study, base=None, run=None, steps=None, limit=None, lang=None, last: bool = False) -> str:
+    """The difference as part of a file's name; empty where there is none, and outside a study.
+
+    Every argument is what the command line says, None where it says nothing: then it is the study's.
+
+    Args:
+        base, run: model references, `run` also a list.
+        steps, limit: of --steps and --limit, parts of a run or of the data.
+        lang: a language in the place of the study's target.
+        last: the result is of one model, in the study that of the run's last checkpoint.
+    """
+    if not study:
+        return ""
+    words = []
+    if base is not None and _real_path(base) != _real_path(study.get("base", "")):
+        words.append(f"base-{refs.model(base).model_id}")
+    if run is not None or steps is not None:
+        part = slice(-1 if last else 0, None)
+        chosen = refs.run(run or study.value(None, "--study", "run"), steps)[part]
+        if [_real_path(ref.spec) for ref in chosen] != _run_of(study)[part]:
+            ids = [ref.model_id for ref in chosen]
+            words.append(ids[0] if len(ids) == 1 else f"{ids[0]}-to-{ids[-1]}.{len(ids)}")
+    if lang is not None and not languages.same(lang, study.get("languages.target", lang)):
+        words.append(lang)
+    if limit is not None:
+        words.append(f"limit-{limit}")
+    return dotted(*words)
+
+
+def _run_of(study: Study) -> list[str]:
+    """Where the checkpoints of the study's run are; nowhere while it is yet to be made."""
+    try:
+        return [_real_path(ref.spec) for ref in refs.run(study.get("run") or [])]
+    except InputError:
+        return []
+
+
+def _real_path(spec: str | os.PathLike) -> str:
+    """What a reference to a model points at, however it is spelled; a hub name stays as it is."""
+    return os.path.realpath(spec) if os.path.isdir(spec) else os.fspath(spec)

@@ -1,0 +1,409 @@
+"""What lies in model folders and is no plain weight: named, with what to do about it.
+
+Quantised codes, Git LFS pointers, other programs' formats and shards, tensors that a wrapper renamed, files and
+config.json that disagree about the layers. `opening.open_folder` asks here, so that comparing, swapping and loading
+say the same. docs/checkpoints.md lists it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHT_PATTERNS = (*SAFETENSORS, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
+PAGE = "docs/checkpoints.md"
+
+
+class Quantised(InputError):
+    """The weights are codes, which nothing here compares or swaps."""
+
+
+def run_of(spec: str) -> str:
+    """What a message that is said once names: a checkpoint stands for its run."""
+    place, _, name = spec.rpartition("/")
+    return f"the checkpoints in {place}" if place and _CHECKPOINT.search(name) else spec
+
+
+# ---------------------------------------------------------------- Git LFS
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is what Git leaves in the place of a large one that was not fetched."""
+    try:
+        if not os.path.isfile(path):  # a pipe would block
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def refuse_pointer(path: str | os.PathLike) -> None:
+    """Raise InputError where `path` is a Git LFS pointer."""
+    if is_pointer(path):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download it"
+        )
+
+
+def refuse_pointer_tokenizer(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a pointer among the tokenizer files `names` of a folder.
+
+    A whole tokenizer.json is all that is read; what lies beside it may well be a pointer.
+    """
+    if (folder / "tokenizer.json").is_file() and not is_pointer(folder / "tokenizer.json"):
+        return
+    for name in names:
+        refuse_pointer(folder / name)
+
+
+# ---------------------------------------------------------------- quantised weights
+
+# dtypes that safetensors knows and nothing here computes with -> bits an entry
+ONLY_NAMED = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "U32": 32,
+    "U64": 64, "C64": 64,
+}  # fmt: skip
+_CODES = re.compile(r"F[468](_\w+)?|[IU](8|16|32)|float[48]_\w+|u?int(8|16|32)")  # as safetensors or torch spell it
+# Integers of two dimensions that are no codes: positions, masks, tables.
+_PLAIN_INTEGERS = re.compile(r"(ids|index|indices|mask|bias|eid|table|tracked)$")
+# How the tensors beside codes are called -> what they are of. The first that matches is said.
+_SIGNS = (
+    (r"\.SCB$", "int8 of bitsandbytes"),
+    (r"\.quant_state\.bitsandbytes__", "4-bit of bitsandbytes"),
+    (r"\.(nested_)?(absmax|quant_map)$", "4-bit of bitsandbytes"),
+    (r"\.g_idx$", "GPTQ"),
+    (r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
+    (r"_proj\.scales$", "MLX"),
+    (r"\.weight_packed$", "compressed-tensors"),
+    (r"\.weight_scale_2$", "NVFP4 of ModelOpt"),
+    (r"_proj_blocks$", "MXFP4"),
+    (r"\.W_q$", "HQQ"),
+    (r"_proj\.(codebooks|codes)$", "AQLM"),
+    (r"\.weight\._(data|scale)$", "quanto"),
+    (r"weight[:_]qdata$", "torchao"),
+    (r"\.(weight_scale_inv|qscale_weight)$", "FP8 in blocks"),
+    (r"\.weight_scale$", "with scales"),
+)
+_ANY_SIGN = re.compile("|".join(pattern for pattern, _ in _SIGNS))
+# Without the last argument transformers 5.23 writes the codes again, and a config.json that does not speak of them.
+_SAVED = ", then save_pretrained(<new folder>, save_original_format=False)"
+_LOADED = "load it with transformers, quantization_config={}(dequantize=True)" + _SAVED
+_CALLED = "load it with transformers, call model.dequantize()" + _SAVED
+# quant_method -> how 16-bit weights are made of it; of the others they are not, or not by transformers.
+_WAYS_BACK = {
+    "fp8": _LOADED.format("FineGrainedFP8Config"),
+    "mxfp8": _LOADED.format("FineGrainedFP8Config"),
+    "mxfp4": _LOADED.format("Mxfp4Config"),
+    "metal": _LOADED.format("MetalConfig"),
+    "compressed-tensors": _LOADED.format("CompressedTensorsConfig"),
+    "bitsandbytes": _CALLED,
+    "higgs": _CALLED,
+    "mlx": "mlx_lm.convert --hf-path {} --dequantize",
+}
+_ENDINGS = re.compile(
+    r"([-_.](unsloth|bnb|fp8|dynamic|block|gptq|awq|int[48]|[48]bit|nf4|mxfp4|nvfp4|mlx|hqq|eetq|quantized|w\d+a\d+))+$",
+    re.IGNORECASE,
+)
+
+
+def stated(config: Mapping) -> str | None:
+    """The quantisation that a configuration names, in a word or two; None where it names none."""
+    for values in (config, config.get("text_config")):
+        if not isinstance(values, Mapping):
+            continue
+        if isinstance(values.get("quantization"), Mapping):
+            return "mlx"
+        for key in ("quantization_config", "compression_config"):
+            found = values.get(key)
+            if isinstance(found, Mapping) and found:
+                bits = next((n for n in (4, 8) if found.get(f"load_in_{n}bit")), None)
+                method = str(found.get("quant_method") or ("bitsandbytes" if bits else key))
+                more = [f"{bits or found.get('bits')}-bit"] if bits or found.get("bits") else []
+                return " ".join([method, *more])
+    return None
+
+
+def for_transformers(config: Mapping) -> bool:
+    """Whether transformers learns from a configuration that the weights are quantised. MLX says it in its own way."""
+    found = config.get("quantization_config") or config.get("compression_config") or {}
+    return "quant_method" in found or "load_in_4bit" in found or "load_in_8bit" in found
+
+
+def on_the_fly(config: Mapping) -> bool:
+    """Whether plain weights belong to the configuration: BitNet's are made codes of each time it runs."""
+    return (stated(config) or "").startswith("bitnet")
+
+
+def without_quantisation(config):
+    """A configuration of transformers that loads weights as they are stored."""
+    for values in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(values, key):
+                delattr(values, key)
+    return config
+
+
+def codes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, str] | None:
+    """(name, what it is) of a tensor that holds codes or lies beside some, among `tensors`: name -> (dtype, shape).
+
+    Norms, biases and constants are no codes, whatever their dtype.
+    """
+    for name, (dtype, shape) in tensors.items():
+        known = archs.is_buffer(name) or _PLAIN_INTEGERS.search(name) or len(shape) < 2
+        if not known and _CODES.fullmatch(dtype):
+            return name, f"is stored as {dtype}"
+    name = next(filter(_ANY_SIGN.search, tensors), None)
+    return (name, "belongs to codes") if name else None
+
+
+def kind(config: Mapping, names: Iterable[str]) -> str:
+    """What a quantised model is, from its configuration, else from the names of its tensors."""
+    signs = "\n".join(filter(_ANY_SIGN.search, names))
+    named = next((words for pattern, words in _SIGNS if re.search(pattern, signs, re.MULTILINE)), None)
+    return stated(config) or named or "its config.json does not say how"
+
+
+def quantised(spec: str, config: Mapping, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """Why a quantised model is not compared or swapped, and what to do. `tensors`: see `codes`."""
+    name, what = codes(tensors) or ("its file", "holds codes")
+    how, remedy = kind(config, tensors), way_back(spec, config)
+    return f"{spec} is quantised ({how}): {name} {what}, and codes are not compared or swapped; {remedy}"
+
+
+def way_back(spec: str, config: Mapping) -> str:
+    """What to do about a quantised model: its original, and where there is a way, how to dequantise it."""
+    original = original_of(spec)
+    way = _WAYS_BACK.get((stated(config) or "").partition(" ")[0], "").format(spec)
+    given = "give the 16-bit model that it was made from" + (f" (by its name {original})" if original else "")
+    return given + (f", or dequantise it: {way}" if way else "")
+
+
+def original_of(name: str) -> str | None:
+    """What a quantised model's name says that it was made from: `org/x-bnb-4bit` -> `org/x`; None where nothing."""
+    plain = _ENDINGS.sub("", name.partition("@")[0])
+    return plain if plain != name.partition("@")[0] else None
+
+
+# ---------------------------------------------------------------- folders without weights
+
+_CHECKPOINT = re.compile(r"(checkpoint|ckpt|step|iter)[-_]?\d+")
+
+
+def cut_off(folder: Path) -> str:
+    """What a message adds where a checkpoint is not whole: a trainer may have been stopped while it saved it."""
+    if not _CHECKPOINT.search(folder.name):
+        return ""
+    return "; if its saving was cut off, remove the folder, or name the other steps with --steps"
+
+
+def listing(folder: Path) -> set[str]:
+    """The names in a folder and in the folders below it: `config.json`, `hf/config.json`, `hf/`."""
+    found = set()
+    for path in folder.iterdir():
+        if path.is_dir():
+            found |= {f"{path.name}/"} | {f"{path.name}/{below}" for below in os.listdir(path)}
+        elif path.is_file():
+            found.add(path.name)
+    return found
+
+
+def no_weights(where: str | os.PathLike, names: Collection[str]) -> str:
+    """Why nothing can be read from the model at `where`, whose files are `names`, and what to do.
+
+    Folders have a slash at the end; what is one level down is named, too.
+    """
+    here = sorted(name.rstrip("/") for name in names if "/" not in name.rstrip("/"))
+    return next(
+        (words for find in (_shards, _foreign, _unindexed, _below) if (words := find(where, here, names))),
+        f"{where} holds no weights ({SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}); is it a model folder?"
+        f"{cut_off(Path(where))}",
+    )
+
+
+def _shards(where: str, here: list[str], names: Collection[str]) -> str | None:
+    """What trainers leave that split a model over processes."""
+    if any(re.match(r"global_step\d+$|zero_to_fp32.py$|.*_model_states.pt$", name) for name in here):
+        return (
+            f"{where} holds only DeepSpeed shards; convert them: "
+            f"python {where}/zero_to_fp32.py {where} {where} --safe_serialization"
+        )
+    if "pytorch_model_fsdp.bin" in here:
+        return (
+            f"{where} holds pytorch_model_fsdp.bin, which is the whole model as FSDP saves it; rename it: "
+            f"mv {where}/pytorch_model_fsdp.bin {where}/{BIN_SINGLE}"
+        )
+    fsdp = next((name for name in here if name.startswith("pytorch_model_fsdp") and f"{name}/" in names), None)
+    if fsdp or any(name.endswith(".distcp") for name in here):
+        return f"{where} holds only FSDP shards; convert them: accelerate merge-weights {where}/{fsdp or ''} {where}"
+    if any(re.match(r"(mp_rank|tp_rank)_\d+", name) or name == "model_optim_rng.pt" for name in here):
+        return f"{where} holds only Megatron shards; convert them with the trainer's own tool (Megatron Bridge, NeMo)"
+    return None
+
+
+def _foreign(where: str, here: list[str], names: Collection[str]) -> str | None:
+    """What other programs read."""
+    own = next((name for name in here if re.match(r"consolidated\S*\.(safetensors|pth?)$", name)), None)
+    if own:
+        return (
+            f"{where} holds {own}, the format of Mistral and Meta, with names of its own; take {SINGLE} from the same "
+            "repository, or convert it with transformers' convert_mistral_weights_to_hf or convert_llama_weights_to_hf"
+        )
+    gguf = next((name for name in here if name.endswith(".gguf")), None)
+    if gguf:
+        return (
+            f"{where} holds {gguf}, the format of llama.cpp; give the model that it was made from, or convert it: "
+            f'AutoModelForCausalLM.from_pretrained("{where}", gguf_file="{gguf}").save_pretrained("<new folder>")'
+        )
+    other = next((name for name in here if re.search(r"\.(h5|msgpack|ckpt|nemo|onnx|ot|npz)$", name)), None)
+    if other:
+        return f"{where} holds {other}, which is not read here; save the model with transformers' save_pretrained"
+    return None
+
+
+def _unindexed(where: str, here: list[str], names: Collection[str]) -> str | None:
+    """Weight files of other names than loaders look for."""
+    shards = {
+        match[0]: match for name in here if (match := re.match(r"(\S+)-(\d+)-of-(\d+)\.(safetensors|bin)$", name))
+    }
+    if shards:
+        first = next(iter(shards.values()))
+        missing = sorted(set(range(1, int(first[3]) + 1)) - {int(match[2]) for match in shards.values()})
+        single, index = (SINGLE, INDEX) if first[4] == "safetensors" else (BIN_SINGLE, BIN_INDEX)
+        if missing:
+            return f"{where} holds no {index}, and of {first[3]} shards number {missing[0]} is missing; copy it again"
+        if len(shards) == 1:
+            return f"{where} holds {first[0]} but no {index}; it is the only shard, rename it: {single}"
+        return f"{where} holds {len(shards)} shards but no {index}; copy that file, too, or write it ({PAGE} says how)"
+    weights = [name for name in here if re.search(r"\.(safetensors|bin|pth?)$", name) and not _KNOWN.match(name)]
+    if weights and "adapter_config.json" not in here:
+        kind = f"; if it is the model, rename it: {SINGLE}" if weights[0].endswith(".safetensors") else ""
+        return f"{where} holds {weights[0]}, under which name no loader looks for weights{kind}"
+    return None
+
+
+_KNOWN = re.compile(r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states|adapter_model)\S*$")
+
+
+def _below(where: str, here: list[str], names: Collection[str]) -> str | None:
+    """A model one level down, or a run."""
+    if any(name.startswith("checkpoint-") for name in here):
+        return f"{where} holds no weights itself, only checkpoints; name one of them"
+    nested = sorted(
+        {n.rpartition("/")[0] for n in names if n.rpartition("/")[2] in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)}
+    )
+    if nested:
+        more = f" (also {', '.join(nested[1:4])})" if len(nested) > 1 else ""
+        place, at, revision = str(where).partition("@") if not os.path.isdir(where) else (where, "", "")
+        inside = f"{place}/{nested[0]}{at}{revision}"
+        return f"{where} holds no weights itself; they are in its folder {nested[0]}{more}: give {inside}"
+    if "adapter_config.json" in here or "adapter_model.safetensors" in here:
+        return f"{where} holds only a PEFT adapter; merge it into its base first (merge_and_unload, save_pretrained)"
+    return None
+
+
+# ---------------------------------------------------------------- files against config.json
+
+_WRAPPERS = {
+    "_orig_mod": "torch.compile; save the model inside: model._orig_mod.save_pretrained",
+    "_fsdp_wrapped_module": "FSDP; gather the whole state first: FULL_STATE_DICT, or accelerator.get_state_dict",
+    "_checkpoint_wrapped_module": "activation checkpointing; save the model inside it",
+    "_forward_module": "Lightning; save the model inside it",
+    "base_layer": "PEFT; merge first: model.merge_and_unload().save_pretrained",
+    "base_model": "PEFT; merge first: model.merge_and_unload().save_pretrained",
+    "module": "DataParallel or DeepSpeed; save the model inside: model.module.save_pretrained",
+}
+
+
+def refuse_names(spec: str, config: Mapping, names: Collection[str]) -> None:
+    """Refuse files whose tensors `names` are not those of a model of this configuration.
+
+    Raises:
+        InputError: a wrapper's prefix, or another number of layers.
+    """
+    _refuse_wrapped(spec, config, names)
+    _refuse_other_layers(spec, config, names)
+
+
+def refuse_empty(spec: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse placeholders without entries."""
+    name = next((name for name, shape in shapes.items() if 0 in shape and not archs.is_buffer(name)), None)
+    if name:
+        raise InputError(
+            f"{spec}: {name} is empty (shape {list(shapes[name])}), as ZeRO-3 leaves it where the shards are not "
+            "gathered; save with stage3_gather_16bit_weights_on_model_save, or convert the shards with zero_to_fp32.py"
+        )
+
+
+def _refuse_wrapped(spec: str, config: Mapping, names: Collection[str]) -> None:
+    for name in names:
+        parts = name.split(".")
+        wrapper = next((part for part in parts if part in _WRAPPERS and part not in ("module", "base_model")), None)
+        wrapper = wrapper or (parts[0] if parts[0] in _WRAPPERS else None)
+        if wrapper:
+            raise InputError(
+                f"{spec}: its tensors have a wrapper's names ({name}); {wrapper} is of {_WRAPPERS[wrapper]}, or take "
+                f"it off the names in the file ({PAGE} says how)"
+            )
+    arch = archs.ARCHS.get(config.get("model_type"))
+    if arch is None:
+        return
+    wanted = [f"{prefix}{arch.embeddings[0]}.weight" for prefix in (*arch.prefixes, "")]
+    for name in names if not any(each in names for each in wanted) else ():
+        end = next((each for each in wanted if name.endswith(f".{each}")), None)
+        if end:
+            raise InputError(
+                f"{spec}: its tensors are called {name}, where {end} is meant; take {name.removesuffix(end)!r} off the "
+                f"names in the file ({PAGE} says how)"
+            )
+
+
+def _refuse_other_layers(spec: str, config: Mapping, names: Iterable[str]) -> None:
+    arch = archs.ARCHS.get(config.get("model_type"))
+    found = {arch.layer_of(name) for name in names} - {None} if arch else set()
+    if not found:
+        return
+    said = arch.n_layers(config)
+    values = config.get("text_config") or config
+    beyond = int(values.get("num_nextn_predict_layers") or 0)  # layers for predicting several tokens, which no LM has
+    missing = sorted(set(range(said)) - found)
+    if max(found) >= said + beyond or missing:
+        hold = f"hold {max(found) + 1}" if found == set(range(max(found) + 1)) else f"lack layer {missing[0]}"
+        raise InputError(
+            f"{spec}: config.json says {said} layers, and its weight files {hold}; one of the two is another model's: "
+            "put the right number into config.json, or copy the model again"
+        )
+
+
+def read_json(file: Path) -> dict:
+    """A configuration file.
+
+    Raises:
+        InputError: it is no file, no JSON, or holds no object.
+    """
+    refuse_pointer(file)
+    try:
+        if not file.is_file():
+            raise InputError(f"{file} is not there, or no file")
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not valid JSON ({error}); copy the model again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds no configuration; copy the model again")
+    return config

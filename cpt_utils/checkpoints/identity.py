@@ -1,0 +1,85 @@
+"""What makes two models the same: hashes of what decides a configuration, and of samples of the weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from cpt_utils.checkpoints.formats import WEIGHT_PATTERNS
+
+
+def shape_of(config: dict) -> dict:
+    """A configuration without what saving adds to it: a model saved by another release stays the same model."""
+    passing = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
+    return {key: value for key, value in config.items() if key not in passing}
+
+
+def untrained_like(config: dict) -> dict:
+    """What of a configuration decides an untrained model: `shape_of` without the ids of special tokens.
+
+    A Trainer takes these from its tokenizer, so that they differ between a base and its checkpoints.
+    """
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kept = {key: value for key, value in shape_of(config).items() if key not in ids}
+    return {key: untrained_like(value) if key == "text_config" and value else value for key, value in kept.items()}
+
+
+def shape_hash(shape: dict) -> str:
+    """A short hash of what `shape_of` or `untrained_like` gives."""
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_sample(
+    folder: Path, patterns: Iterable[str] = WEIGHT_PATTERNS, blocks: int = 64, block: int = 1 << 14
+) -> str | None:
+    """A short hash of a model folder's weights: of every safetensors tensor its first, middle and last bytes, of every
+    file its size and `blocks` evenly spaced blocks.
+
+    Reads a megabyte or two a file, so it costs nothing beside loading. Two trainings differ in every block, and a
+    change of a whole tensor shows in that tensor; that of a few rows inside a large one may not. None where the folder
+    holds no weights.
+    """
+    names = sorted(name for name in os.listdir(folder) if any(fnmatch.fnmatch(name, p) for p in patterns))
+    names = [name for name in names if (folder / name).is_file()]
+    if not names:
+        return None
+    digest = hashlib.sha256()
+    for name in names:
+        path = folder / name
+        size = path.stat().st_size
+        digest.update(f"{name}:{size}".encode())
+        with open(path, "rb") as file:
+            for position in sorted({size * i // blocks for i in range(blocks)} | {max(0, size - block)}):
+                file.seek(position)
+                digest.update(file.read(block))
+            for position in _tensor_places(file, size) if name.endswith(".safetensors") else ():
+                file.seek(position)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:16]
+
+
+def _tensor_places(file, size: int) -> list[int]:
+    """Where the first, middle and last bytes of the tensors of a safetensors file are; [] for a damaged header."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        return []
+    try:
+        header = json.loads(file.read(length))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        places = {8 + length + p for a, b in spans for p in (a, (a + b) // 2, max(a, b - _PIECE))}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return sorted(place for place in places if 0 <= place < size)
+
+
+_PIECE = 1 << 12  # bytes read at each place of a tensor
+
+
+def vocabulary_size(config: dict) -> int | None:
+    """The vocabulary size that a `config.json` states, also below `text_config`."""
+    return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))

@@ -1,0 +1,189 @@
+"""What config.json says beside sizes: under which settings the same weights compute something else.
+
+Files of transformers 4 and 5 write one setting in two ways (`rope_theta`, `rope_parameters`), and what a file leaves
+out is the type's default: 10,000 for the RoPE base of a Llama 2. So two models are compared in what transformers makes
+of their files, and only in what its own classes know: a file may hold more, which nothing reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import formats, refs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Settings without influence on what a forward pass computes from a layer's weights.
+PASSING = re.compile(
+    r"_.*|.*token_ids?|vocab_size|.*(dropout|pdrop)(_prob|_p)?|initializer_.*|use_cache|(torch_)?dtype|architectures|"
+    r"transformers_version|auto_map|model_type|quantization_config|tie_word_embeddings|output_.*|return_dict|"
+    r"is_encoder_decoder|chunk_size_feed_forward|(id2label|label2id|problem_type)|pretraining_tp|router_aux_loss_coef|"
+    r"router_z_loss_coef|router_jitter_noise|.*_implementation|gradient_checkpointing|summary_.*|"
+    r"num_nextn_predict_layers|mtp_.*"
+)
+# What transformers turns into others: into `layer_types`, and into a window of None.
+DERIVED = ("use_sliding_window", "max_window_layers", "sliding_window_pattern")
+LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # matter to some scalings of RoPE only
+
+
+def unlike(base: refs.ModelRef, target: refs.ModelRef) -> dict[str, tuple]:
+    """Settings in which two models of one type differ: name -> (the base's value, the target's), "unset" for none."""
+    raw = [_decoder(ref.config()) for ref in (base, target)]
+    if _stated(raw[0]) == _stated(raw[1]):  # saves an import of transformers
+        return {}
+    arch = archs.for_config(target.config())
+    try:
+        values = [_read(ref, arch) for ref in (base, target)]
+    except Exception as error:  # a configuration that transformers does not accept raises half a dozen types
+        cli.warn(f"{target.spec}: its settings are not compared with the base's ({' '.join(str(error).split())[:120]})")
+        return {}
+    scaled = {each.get(name) for each in values for name in each if name.endswith("rope_type")} - {"default"}
+    names = sorted((values[0].keys() | values[1].keys()) - set(() if scaled else LENGTH))
+    pairs = {name: tuple(each.get(name, "unset") for each in values) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _decoder(config: Mapping) -> Mapping:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def _stated(config: Mapping) -> dict:
+    return {key: value for key, value in config.items() if not PASSING.fullmatch(key)}
+
+
+def _read(ref: refs.ModelRef, arch: archs.Arch) -> dict:
+    """The settings that count, flat (`rope_theta`, `full_attention.rope_theta`), and heads as the table reads them."""
+    whole = read_configuration(Path(ref.config_folder()))
+    config = whole.get_text_config(decoder=True)
+    known = type(config)().to_dict()
+    others = {key for name in ("heads", "kv_heads", "head_dim") for key in archs.FIELDS[name]} | {*DERIVED}
+    found = {key: value for key, value in _stated(config.to_dict()).items() if key in known and key not in others}
+    found |= dict(zip(("attention heads", "KV heads", "head size"), arch.heads(whole), strict=True))
+    rope = found.pop("rope_parameters", None)
+    flat = _flat(rope) if isinstance(rope, Mapping) else {}
+    return {key: value for key, value in (found | flat).items() if value is not None}
+
+
+def _flat(values: Mapping, start: str = "") -> dict:
+    found = {}
+    for key, value in values.items():
+        name = f"{start}{key}"
+        if key != "type" or "rope_type" not in values:  # the old name of the same
+            found |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def say_head(stored, config: Mapping) -> None:
+    """Say where a head on disk is another one than the embeddings that config.json ties it to.
+
+    Args:
+        stored: the open folder, see `opening.open_folder`.
+
+    Raises:
+        InputError: there is no head, and config.json ties none.
+    """
+    names, arch = stored.names(), archs.ARCHS.get(config.get("model_type"))
+    if arch is None:  # whoever needs the architecture says so
+        return
+    embeddings, *others = arch.embedding_tensors(names)
+    wanted = f"{arch.head}.weight"
+    head = next((name for name in others if arch.canonical(name) == wanted), None)
+    if head is None and not tied(config):
+        raise InputError(
+            f"{stored.spec}: config.json does not tie the head to the embeddings, and the files hold none ({wanted}); "
+            "set tie_word_embeddings to true if the model ties it, else save it again with its head"
+        )
+    if head and tied(config) and not stored.quantised and not _equal(stored, head, embeddings):
+        cli.once(
+            f"{formats.run_of(stored.spec)}: config.json ties the head to the embeddings, but {head} on disk differs; "
+            "it counts, as for transformers, which then ties nothing"
+        )
+
+
+def tied(config: Mapping) -> bool:
+    """Whether a configuration ties the head to the embeddings; where it says nothing, as its type does."""
+    for values in (config, config.get("text_config") or {}):
+        if isinstance(values.get("tie_word_embeddings"), bool):
+            return values["tie_word_embeddings"]
+    from transformers import AutoConfig
+
+    return bool(getattr(AutoConfig.for_model(config["model_type"]), "tie_word_embeddings", True))
+
+
+def _equal(stored, one: str, other: str) -> bool:
+    if stored.shape(one) != stored.shape(other) or stored.dtype(one) != stored.dtype(other):
+        return False
+    rows = stored.shape(one)[0]
+    parts = [(start, min(rows, start + 4096)) for start in range(0, rows, 4096)]
+    return all(stored.rows(one, *part).equal(stored.rows(other, *part)) for part in parts)
+
+
+def say_own_code(spec: str, config: Mapping) -> None:
+    """Say once that the code which a model brings along is not run."""
+    named = config.get("auto_map")
+    named = named if isinstance(named, Mapping) else {}
+    code = next((named[key] for key in ("AutoModelForCausalLM", "AutoModel", "AutoConfig") if named.get(key)), None)
+    if code:
+        cli.once(
+            f"{formats.run_of(spec)}: config.json names code of its own ({code}), which is not run; all numbers are "
+            f"those of transformers' own {config.get('model_type')}"
+        )
+
+
+def unknown_rope(config: Mapping) -> str | None:
+    """What to say where a configuration asks for rotary embeddings of a kind that transformers does not know."""
+    from transformers import __version__
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = ["default", *ROPE_INIT_FUNCTIONS]
+    for values in (config, config.get("text_config") or {}):
+        for key in ("rope_parameters", "rope_scaling"):
+            found = values.get(key)
+            kinds = [found, *found.values()] if isinstance(found, Mapping) else []
+            for each in kinds:
+                kind = each.get("rope_type", each.get("type")) if isinstance(each, Mapping) else None
+                if kind is not None and kind not in known:
+                    own = "; the model's own code computes it, which is not run" if config.get("auto_map") else ""
+                    return (
+                        f"{key} in config.json is of type {kind!r}, which transformers {__version__} does not know (it "
+                        f"knows {', '.join(known)}){own}"
+                    )
+    return None
+
+
+def read_configuration(folder: Path) -> PretrainedConfig:
+    """The configuration in `folder` as transformers reads it: with the type's defaults, and in its present spelling."""
+    from transformers import AutoConfig
+
+    with quiet_loader():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def quiet_loader():
+    """Silence the loader's log lines and its progress bar, one per model, for the length of a block."""
+    from logging import getLogger
+
+    from transformers.utils import logging
+
+    offload = getLogger("accelerate.big_modeling")  # says that layers are offloaded; `announce` says it, too
+    offload_level, level, bar = offload.level, logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offload.setLevel("ERROR")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        offload.setLevel(offload_level)
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

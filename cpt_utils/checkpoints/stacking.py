@@ -1,0 +1,163 @@
+"""Experts of a mixture laid out as another folder has them: each in tensors of its own, or all in one.
+
+    base = stacking.like(base, base_arch, base_config, target, target_arch, target_config)
+
+transformers computes with all experts in one tensor, [E, 2 I, hidden] and [E, hidden, I], and saves them as the model
+was published: mostly one tensor for each; trainers that write the state of the model itself save them as they are.
+Values are only moved, never computed: every bit is the original's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.architectures import archs
+from cpt_utils.checkpoints import tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from cpt_utils.checkpoints.merged import AdapterFolder
+
+    Folder = tensors.TensorFolder | AdapterFolder
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Where the bytes of one tensor are: what `folder_of` says of a part of a larger one."""
+
+    path: Path
+    file: str
+    found: tensors.Entry
+
+    def shard_of(self, name: str) -> str:
+        return self.file
+
+    def entry(self, name: str) -> tensors.Entry:
+        return self.found
+
+
+def like(
+    folder: Folder, arch: archs.Arch, config: dict, other: Folder, other_arch: archs.Arch, other_config: dict
+) -> Folder | Restacked:
+    """`folder` with its experts as `other` has them; itself where they lie alike already, or there are none.
+
+    Tensors that move get the other's names, with the prefix of `arch`. Another number of experts is left as it is: who
+    compares shapes refuses it.
+    """
+    held, wanted = set(folder.names()), set(other.names())
+    pairs: dict[str, list[tuple[archs.Part, archs.Part]]] = {}
+    for layer in range(arch.n_layers(config)):
+        if not arch.experts(config, layer) or arch.experts(config, layer) != other_arch.experts(other_config, layer):
+            continue
+        for projection in (name for name in archs.FFN if name in arch.experts_at.names):
+            mine = arch.parts(config, layer, projection, held, folder.shape)
+            theirs = other_arch.parts(other_config, layer, projection, wanted, other.shape)
+            for own, aim in zip(
+                *([part for part in each if part.role == "weight"] for each in (mine, theirs)), strict=True
+            ):
+                if (own.expert is None) != (aim.expert is None):
+                    name = arch.prefixes[0] + other_arch.canonical(aim.tensor)
+                    pairs.setdefault(name, []).append((own, aim))
+    return Restacked(folder, pairs) if pairs else folder
+
+
+class Restacked:
+    """A folder some of whose tensors hold the matrices of others: what `TensorFolder` is for its own tensors.
+
+    Args:
+        pairs: name -> (a matrix of the folder, where it belongs in the tensor of that name), for all that it holds.
+    """
+
+    def __init__(self, folder: Folder, pairs: dict[str, list[tuple[archs.Part, archs.Part]]]):
+        self.folder, self.pairs = folder, pairs
+        self.spec, self.path, self.kind = folder.spec, folder.path, folder.kind
+        self._moved = {own.tensor for held in pairs.values() for own, _ in held}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.pairs or (name in self.folder and name not in self._moved)
+
+    def close(self) -> None:
+        self._last = None
+        self.folder.close()
+
+    def names(self) -> list[str]:
+        return [*(name for name in self.folder.names() if name not in self._moved), *self.pairs]
+
+    def fetch(self, names=None) -> None:
+        held = None if names is None else {t for name in names for t in self._sources(name)}
+        self.folder.fetch(held)
+
+    def _sources(self, name: str) -> set[str]:
+        return {own.tensor for own, _ in self.pairs[name]} if name in self.pairs else {name}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.folder.dtype(next(iter(self._sources(name))))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.pairs:
+            return self.folder.shape(name)
+        own, aim = self.pairs[name][0]
+        if aim.expert is None:
+            return self._size(own, aim)
+        experts, matrix = max(aim.expert for _, aim in self.pairs[name]) + 1, list(self._size(own, aim))
+        if aim.index is not None:
+            matrix[aim.dim] = max(aim.index.stop for _, aim in self.pairs[name])
+        return (experts, *matrix)
+
+    def _size(self, own: archs.Part, aim: archs.Part) -> tuple[int, int]:
+        """(rows, columns) of a matrix of the folder, as it belongs into the other tensor."""
+        size = list(self.folder.shape(own.tensor)[-2:])
+        if own.index is not None:
+            size[own.dim] = len(range(*own.index.indices(size[own.dim])))
+        return tuple(size if own.dim == aim.dim else reversed(size))
+
+    def _matrix(self, own: archs.Part, aim: archs.Part) -> torch.Tensor:
+        found = own.take(self.folder.get(own.tensor))
+        return found if own.dim == aim.dim else found.T
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor; of one that is put together here the last one is kept."""
+        if name not in self.pairs:
+            return self.folder.get(name)
+        own, aim = self.pairs[name][0]
+        if aim.expert is None:
+            return self._matrix(own, aim)
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self.rows(name, 0, self.shape(name)[0])
+        return self._last[1]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` (first dimension: of all experts in one tensor the experts)."""
+        import torch
+
+        if name not in self.pairs:
+            return self.folder.rows(name, start, stop)
+        if self.pairs[name][0][1].expert is None:
+            return self.get(name)[start:stop]
+        experts, *matrix = self.shape(name)
+        stop = min(stop, experts)
+        found = torch.empty((max(0, stop - start), *matrix), dtype=self.dtype(name))
+        for own, aim in self.pairs[name]:
+            if start <= aim.expert < stop:
+                archs.take(found[aim.expert - start], aim.dim, aim.index).copy_(self._matrix(own, aim))
+        return found
+
+    def folder_of(self, name: str) -> tensors.TensorFolder | _Bytes | None:
+        """Where a tensor's bytes are; None where it is in no plain file, or not in one piece."""
+        if name not in self.pairs:
+            return self.folder.folder_of(name)
+        own, aim = self.pairs[name][0]
+        plain = self.folder.folder_of(own.tensor)
+        rows = own.index is None or (own.dim == 0 and own.index.step in (None, 1))
+        if plain is None or aim.expert is not None or own.dim != aim.dim or not rows:
+            return None
+        whole, size = plain.entry(own.tensor), self._size(own, aim)
+        row = tensors.numel(whole.shape[2:]) * (whole.stop - whole.start) // max(1, tensors.numel(whole.shape))
+        start = whole.start + (own.expert * whole.shape[1] + (own.index.start if own.index else 0)) * row
+        entry = tensors.Entry(whole.dtype, size, start, start + size[0] * row)
+        return _Bytes(Path(plain.path), plain.shard_of(own.tensor), entry)

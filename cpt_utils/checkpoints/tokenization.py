@@ -1,0 +1,158 @@
+"""The tokenizer of a model: in which folder it lies, and opened as transformers reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import formats, identity, refs, settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Files of SentencePiece, and the packages that transformers reads them with, by the modules they bring.
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+# Any one of these makes a folder a tokenizer folder.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def configuration_of_tokenizer(folder: Path) -> Path | None:
+    """The folder with the config.json of the model that the tokenizer in `folder` is of; None where there is none here.
+
+    transformers chooses the class of a tokenizer by it, too: of a Qwen 2 it is Qwen2Tokenizer, which splits text in its
+    own way, whatever tokenizer_config.json says. An adapter's configuration is its base's, and a run's that of its
+    checkpoints, so that the same files are the same tokenizer wherever they lie.
+    """
+    steps = sorted(path for path in folder.iterdir() if path.is_dir() and refs.step_of(path.name) is not None)
+    for ref in (refs.ModelRef(os.fspath(path)) for path in (folder, *steps)):
+        with contextlib.suppress(InputError):  # a base that is not here
+            if {"config.json", formats.ADAPTER_CONFIG} & ref.names:
+                return ref.config_folder()
+    return None
+
+
+def tokenizer_folder(ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None) -> Path:
+    """The folder whose tokenizer belongs to `ref`: its own, else the run folder's, else the base's, and says so.
+
+    The base's is taken only when both configurations state the same vocabulary size.
+
+    Raises:
+        InputError: none of them has tokenizer files, or the base's does not fit.
+    """
+    folder, why = folder_and_whose(ref, run, base)
+    if why:
+        whose = ref.spec if ref.step is None else f"the checkpoints in {os.path.dirname(ref.spec) or ref.repository}"
+        cli.once(f"no tokenizer files in {whose}; using those of {why}")
+    return folder
+
+
+def folder_and_whose(ref: refs.ModelRef, run: str | None, base: refs.ModelRef | None) -> tuple[Path, str]:
+    """The folder, and in words whose it is where it is not the model's own."""
+    own = ref.side_files()
+    if has_tokenizer(own):
+        return own, ""
+    # Its own run comes first: the study's run may be another one, with other tokens.
+    if ref.is_local:
+        parent = Path(ref.spec).resolve().parent
+    elif ref.subfolder:
+        parent = refs.ModelRef(f"{ref.repository}@{ref.revision}" if ref.revision else ref.repository).side_files()
+    else:
+        parent = Path(run) if run and os.path.isdir(run) else None
+    base = ref.adapted or base
+    if parent is not None and has_tokenizer(parent):
+        return parent, f"{parent.name}/" if ref.is_local else ref.repository
+    if base is not None and has_tokenizer(base.side_files()):
+        have, want = identity.vocabulary_size(base.config()), identity.vocabulary_size(ref.config())
+        if have == want:
+            return base.side_files(), f"the base {base.spec} (both have {want} tokens)"
+        raise InputError(
+            f"{ref.spec} has no tokenizer files, and the base's do not fit ({have} tokens, {want} needed); add them"
+        )
+    raise InputError(
+        f"{ref.spec} has no tokenizer files (tokenizer.json or tokenizer.model); copy them into the folder"
+    )
+
+
+def load_tokenizer(
+    ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `ref` (see `tokenizer_folder`), padding on the right, with pad token (else eos, else unk).
+
+    Raises:
+        InputError: no tokenizer files, or a tokenizer without any token to pad with.
+    """
+    folder = tokenizer_folder(ref, run, base)
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise InputError(f"the tokenizer in {folder} has no pad, eos or unk token to pad with")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, as it is saved there.
+
+    Raises:
+        InputError: files that are damaged, or that transformers does not know, or a SentencePiece model alone where
+            what reads it is not installed.
+    """
+    from logging import getLogger
+
+    from transformers import AutoTokenizer
+
+    getLogger("transformers.modeling_rope_utils").setLevel("ERROR")  # `load_model` says it
+    formats.refuse_pointer_tokenizer(folder, refs.TOKENIZER_FILES)
+    piece = next((folder / name for name in SENTENCEPIECE if (folder / name).is_file()), None)
+    if piece and not (folder / "tokenizer.json").is_file() and b"\0" in piece.read_bytes():  # one of tiktoken is text
+        missing = [package for package, module in READERS.items() if not _installed(module)]
+        if missing:  # transformers would ask for tiktoken, which does not read it
+            raise InputError(
+                f"{piece} is a SentencePiece model without tokenizer.json, which needs sentencepiece and protobuf "
+                f"({' and '.join(missing)} not installed); pip install {' '.join(READERS)}, or put the tokenizer.json "
+                "of the same model into the folder"
+            )
+    place = configuration_of_tokenizer(folder)
+    try:
+        config = settings.read_configuration(place) if place not in (None, folder) else None
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        wrong = _wrong_configuration(folder)  # the tokenizer's class is found through it
+        reason = " ".join(str(wrong or error).split())[:200] or type(error).__name__
+        what = folder / "config.json" if wrong else f"the tokenizer in {folder}"
+        raise InputError(f"{what} cannot be loaded: {reason}") from error
+
+
+def _wrong_configuration(folder: Path) -> Exception | None:
+    """What transformers says of the config.json in a folder that it does not accept."""
+    try:
+        if (folder / "config.json").is_file():
+            settings.read_configuration(folder)
+    except Exception as error:  # half a dozen types
+        return error
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False

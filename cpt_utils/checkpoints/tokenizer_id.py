@@ -1,0 +1,91 @@
+"""What makes two tokenizers the same: what they do to text, not how their files are written.
+
+A tokenizer that is loaded and saved again has other files (transformers 5 rewrites the normalizer and pre-tokenizer of
+`tokenizer.json`), though every text gives the same ids. So two tokenizers count as one when they give the same ids on a
+fixed probe of many scripts (`probe.json`) and have the same vocabulary. Nothing else decides it anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+from cpt_utils.checkpoints import refs, tokenization
+
+KIND = "ids:"  # what these hashes start with; others stem from before and cannot be compared with them
+
+
+@lru_cache(maxsize=1)
+def probe() -> list[str]:
+    """Short texts in some 60 languages and 30 scripts, with digits, white space, emoji, code and combining marks."""
+    return json.loads(resources.files("cpt_utils.checkpoints").joinpath("probe.json").read_text(encoding="utf-8"))
+
+
+def of(folder: Path) -> str:
+    """A short hash of what the tokenizer in `folder` makes of texts, with the special tokens that it adds by itself,
+    and of its vocabulary. Padding and chat template do not count.
+
+    Raises:
+        InputError: a tokenizer that cannot be loaded.
+    """
+    return _hashes(Path(folder), _files(Path(folder)))[0]
+
+
+def of_plain_text(folder: Path) -> str:
+    """The same of plain text alone: without special tokens, and without tokens that were added to the vocabulary.
+
+    CPT often adds tokens, and the ids of a text that has none of them stay valid.
+    """
+    return _hashes(Path(folder), _files(Path(folder)))[1]
+
+
+def tokenizer_used(ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None) -> str:
+    """`of` the folder that `tokenization.tokenizer_folder` gives: what a request says of the tokenizer."""
+    return of(tokenization.folder_and_whose(ref, run, base)[0])
+
+
+def comparable(a: str | None, b: str | None) -> bool:
+    """Whether both are such hashes; those of results from before this module are not."""
+    return bool(a and b) and a.startswith(KIND) and b.startswith(KIND)
+
+
+def _files(folder: Path) -> str:
+    """A hash of the files that decide which tokenizer is loaded: equal ones are loaded once a process."""
+    digest = hashlib.sha256()
+    config = (tokenization.configuration_of_tokenizer(folder) or folder) / "config.json"
+    for file in (config, *(folder / name for name in refs.TOKENIZER_FILES)):
+        if file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+_known: dict[str, tuple[str, str]] = {}
+
+
+def _hashes(folder: Path, files: str) -> tuple[str, str]:
+    if files not in _known:
+        loaded = tokenization.open_tokenizer(folder)
+        ids = [loaded(text, add_special_tokens=True)["input_ids"] for text in probe()]
+        added = {token.content for token in loaded.added_tokens_decoder.values()}
+        entries = sorted(loaded.get_vocab().items())
+        own = [(token, number) for token, number in entries if token not in added]
+        _known[files] = _short([ids, entries]), _short([_plain_ids(loaded), own])
+    return _known[files]
+
+
+def _plain_ids(loaded) -> list[list[int]]:
+    """The ids of the probe where nothing was added to the vocabulary."""
+    if not loaded.is_fast:
+        return [loaded(text, add_special_tokens=False)["input_ids"] for text in probe()]
+    from tokenizers import Tokenizer
+
+    saved = json.loads(loaded.backend_tokenizer.to_str())
+    bare = Tokenizer.from_str(json.dumps(saved | {"added_tokens": [], "truncation": None, "padding": None}))
+    return [encoding.ids for encoding in bare.encode_batch(probe(), add_special_tokens=False)]
+
+
+def _short(value) -> str:
+    return KIND + hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

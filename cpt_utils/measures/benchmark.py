@@ -1,0 +1,425 @@
+"""Accuracies on benchmark tasks at the checkpoints of a run: from lm_eval's result files, or from a plain JSON file.
+
+lm_eval writes `<folder>/<model>/results_<time>.json`, one more file each run, with rows for groups among those for
+tasks, and with nothing in the name that tells a run made with `--limit`. Reading the folder means choosing:
+see `read_folder`. What a single file says is in `lm_eval_results`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures.lm_eval_results import ResultFile, is_number, is_result, metric_of, metrics_in, rows_behind
+
+SIB200_ROWS = 204
+FORM = '{"<step>": {"<task>": {"acc": x}}}'
+
+
+@dataclass
+class Point:
+    """The metric of one model: `value` in 0..1 and the number of rows `n` behind it (None where unknown).
+
+    `rows_by` says where `n` is from, where the source does not hold it.
+    """
+
+    value: float
+    n: int | None
+    source: str
+    settings: dict = field(default_factory=dict)
+    rows_by: str = ""
+
+    @property
+    def stderr(self) -> float | None:
+        """The binomial standard error sqrt(p (1 - p) / n) of an accuracy over n rows."""
+        return (self.value * (1 - self.value) / self.n) ** 0.5 if self.n else None
+
+
+@dataclass
+class Series:
+    """A task over the steps of a run: the points in step order, and what was left out, with the reason."""
+
+    points: dict[int, Point]
+    left_out: list[str] = field(default_factory=list)
+
+
+def made_by(place: str | os.PathLike | None) -> str:
+    """What writes the results that are read here. By itself lm_eval prints a table and saves nothing."""
+    flag = f"--output_path {place or 'FOLDER'}"
+    return f"lm_eval_sib200/evaluate.py (or lm_eval {flag}; without that flag it saves nothing)"
+
+
+def read(
+    path: Path, tasks: list[str] | None, metric: str, run=None, base: str | None = None, described: dict | None = None
+) -> dict[str, Series]:
+    """{task: Series} from a JSON file or a folder of lm_eval results.
+
+    Args:
+        path: `{"<step>": {"<task>": {"acc": x, "n": rows}}}` (`n` may be absent), or a folder of result files.
+        tasks: the tasks; None takes all that have the metric.
+        metric: `acc` or `acc_norm`.
+        run: the run whose checkpoints count (folder, hub repository, or a list of models).
+        base: the model that counts as step 0.
+        described: the header entry `models` of what the points will be compared with; other weights are refused.
+    """
+    if path.is_dir():
+        return read_folder(path, tasks, metric, run, base, described or {})
+    return read_file(path, tasks, metric)
+
+
+# --- a plain JSON file ---
+
+
+def read_file(path: Path, tasks: list[str] | None, metric: str) -> dict[str, Series]:
+    """`read` for a JSON file. Values above 1 are percent, all of them alike."""
+    content, _ = results.read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path} holds no steps; the form is {FORM}")
+    if is_result(content):
+        raise InputError(f"{path} is one result file of lm_eval; give the folder that holds those of all checkpoints")
+    rows: dict[int, dict] = {}
+    for name, row in content.items():
+        step = step_key(name)
+        if step is None or not isinstance(row, dict):
+            raise InputError(f"{path}: {name!r} is no step; the form is {FORM}")
+        if step in rows:
+            raise InputError(f"{path}: step {step} comes twice; keep one of its entries")
+        rows[step] = {task: value if isinstance(value, dict) else {} for task, value in row.items()}
+    tasks = _the_tasks(tasks, [row for _, row in sorted(rows.items())], metric, path)
+    found = {task: {step: rows[step][task] for step in sorted(rows) if task in rows[step]} for task in tasks}
+    values = {(task, step): metric_of(row, metric)[0] for task in found for step, row in found[task].items()}
+    scale = _scale(values, metric, path)
+    series = {}
+    for task, taken in found.items():
+        _check_rows(taken, task, path)
+        errors = {step: metric_of(row, metric)[1] for step, row in taken.items()}
+        errors = {step: error * scale for step, error in errors.items() if is_number(error)}
+        points = {step: Point(values[task, step] * scale, row.get("n"), str(path)) for step, row in taken.items()}
+        _fill_rows(points, errors, task)
+        series[task] = Series(points)
+    _say_rows(series, path)
+    return series
+
+
+def _check_rows(taken: dict[int, dict], task: str, path: Path) -> None:
+    for step, row in taken.items():
+        if (n := row.get("n")) is not None and (type(n) is not int or n < 1):
+            raise InputError(f"{path}: n of {task} at step {step} is {n!r}, no number of rows; correct it")
+
+
+def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> float:
+    """What makes shares of the values: 1, or 1/100 where they are percent.
+
+    Raises:
+        InputError: a value that is neither, or shares and percent in one file.
+    """
+    for (task, step), value in values.items():
+        if not is_number(value) or not 0 <= value <= 100:
+            raise InputError(
+                f"{path}: {metric} of {task} at step {step} is {value!r}, not a number from 0 to 1 (or 100)"
+            )
+    if max(values.values()) <= 1:
+        return 1.0
+    # Half a percent is no accuracy that anybody reports among others of 60: such a file mixes the two.
+    shares = {place: value for place, value in values.items() if 0 < value <= 1}
+    if shares:
+        (low, value), (high, other) = next(iter(shares.items())), max(values.items(), key=lambda item: item[1])
+        raise InputError(
+            f"{path}: {metric} is {value} for {low[0]} at step {low[1]} and {other} for {high[0]} at step {high[1]}; "
+            "write all of them as shares (0.61) or all as percent (61)"
+        )
+    cli.say(f"{path}: {metric} goes above 1 and is taken for percent")
+    return 0.01
+
+
+def step_key(name: str) -> int | None:
+    """The step that a key of a JSON file names: `15`, `checkpoint-15` or `step15`; None for any other text."""
+    return refs.step_of(f"step{name}" if name.isdecimal() else name)
+
+
+# --- a folder of result files ---
+
+
+def read_folder(
+    folder: Path, tasks: list[str] | None, metric: str, run, base: str | None, described: dict
+) -> dict[str, Series]:
+    """`read` for a folder of lm_eval result files, at any depth.
+
+    Only the checkpoints of `run` count, and `base` as step 0; where no result is of that run (folders were moved),
+    every model with a step in its name does. An adapter counts as the checkpoint that it is, not as the model that it
+    was put on. Of several files for one model the newest counts, limited ones never; quantised ones only where all are.
+
+    Raises:
+        InputError: no results; a group in place of a task; a model with limited runs only; two models of one step;
+            checkpoints evaluated with other settings, prompts or weights than the rest.
+    """
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*.json"))]
+    # Hidden folders are what an interrupted evaluate.py left behind.
+    files = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
+    found = [result for file in files if (result := ResultFile.read(file)) is not None]
+    if not found:
+        raise InputError(f"{folder} holds no result files of lm_eval (results_<time>.json); run {made_by(folder)}")
+    for task in tasks or ():
+        if all(task not in result.tasks for result in found) and any(task in r.content["results"] for r in found):
+            raise InputError(f"{task} is a group, whose row is a mean over tasks; name one of its tasks")
+    chosen = _of_run(found, run, base)
+    if not any(step for step, _ in chosen):
+        chosen = _by_name(found, base)
+        if not any(step for step, _ in chosen):
+            raise InputError(f"no model evaluated in {folder} has a step in its name (checkpoint-<step>, step<N>)")
+        if run is not None:
+            cli.warn(f"no result in {folder} is of {run}: taking every model with a step in its name")
+    _say_base(chosen, base)
+    _say_releases(chosen)
+    rows = [{task: r.content["results"].get(task, {}) for task in r.tasks} for step, r in chosen if step]
+    series = {}
+    for task in _the_tasks(tasks, rows, metric, folder):
+        taken, left_out = _newest([(step, result) for step, result in chosen if task in result.tasks], task)
+        used = {result.path for _, result in chosen}
+        left_out += [f"{r.path}: another model, {_words(r)}" for r in found if task in r.tasks and r.path not in used]
+        series[task] = Series(_points(taken, task, metric, _weights_samples(described)), left_out)
+    _say_rows(series, folder)
+    return series
+
+
+def _of_run(found: list[ResultFile], run, base: str | None) -> list[tuple[int, ResultFile]]:
+    """(step, result) of the results that are checkpoints of `run`, and of `base` as step 0."""
+    runs = [run] if isinstance(run, str) else list(run or [])
+    models = [result for result in found if not _is_changed(result, runs, base)]
+    # The base first: it may be a revision of the run's own repository, and is step 0 whatever its name says.
+    is_base = {r.path: base is not None and _place(r.name) == _place(base) for r in models}
+    own = [r for r in models if not is_base[r.path] and any(_belongs(r.name, one) for one in runs)]
+    return [(0, r) for r in models if is_base[r.path]] + _steps(own)
+
+
+def _by_name(found: list[ResultFile], base: str | None) -> list[tuple[int, ResultFile]]:
+    """(step, result) of all that have a step in their names, and of `base` as step 0."""
+    bases = _of_run(found, None, base)
+    taken = {result.path for _, result in bases}
+    rest = [r for r in found if not _is_changed(r, [], base) and r.path not in taken]
+    return bases + _steps([r for r in rest if refs.step_of(_last(r.name)) is not None])
+
+
+def _steps(found: list[ResultFile]) -> list[tuple[int, ResultFile]]:
+    """(step, result) of those of one run that are named after a step."""
+    steps = refs.steps_of({_last(result.name) for result in found})
+    return [(steps[_last(result.name)], result) for result in found if _last(result.name) in steps]
+
+
+def _is_changed(result: ResultFile, runs: list[str], base: str | None) -> bool:
+    """Whether something was put on or into a model that is a checkpoint itself: then it is neither's result."""
+    if result.adapter is None or (base is not None and _place(result.model) == _place(base)):
+        return result.is_swapped
+    return any(_belongs(result.model, one) for one in runs) or refs.step_of(_last(result.model)) is not None
+
+
+def _belongs(name: str, run: str) -> bool:
+    """Whether the model `name` is `run` itself, a folder directly below it, or a revision of the same repository."""
+    if refs.is_pattern(run):
+        return fnmatch.fnmatchcase(name, run)
+    (place, revision), (whole, branch) = _place(name), _place(run)
+    if os.path.dirname(place) == whole:
+        return revision == branch
+    # Of `org/name` any revision is, of `org/name@run-a/step100` those that start with `run-a/`.
+    alike = not branch or os.path.dirname(revision) == os.path.dirname(branch)
+    return place == whole and (revision == branch or (revision != "" and alike))
+
+
+def _last(name: str) -> str:
+    """The part of a model's name that holds its step: the folder, or the revision of a repository."""
+    place, revision = _place(name)
+    folder = os.path.basename(refs.ModelRef(name).subfolder)
+    return revision if revision and refs.step_of(folder) is None else os.path.basename(place)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(one spelling for relative and absolute paths, revision); a name on the hub stays as distinct as it was."""
+    place, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    return os.path.abspath(place), "" if revision == "main" else revision
+
+
+def _words(result: ResultFile) -> str:
+    """The model of a result as a person would say it."""
+    words = f"{result.adapter} on {result.model}" if result.adapter else result.model
+    return f"{words} ({result.quantised})" if result.quantised else words
+
+
+def _say_base(chosen: list[tuple[int, ResultFile]], base: str | None) -> None:
+    """Say on which model adapters were put, where it is not by its name the base of the comparison."""
+    under = {result.model for _, result in chosen if result.adapter}
+    for model in sorted(under) if base is not None else ():
+        if _place(model) != _place(base):
+            cli.warn(f"the adapters were evaluated on {model}, the weights compared with {base}: taken for one model")
+
+
+def _say_releases(chosen: list[tuple[int, ResultFile]]) -> None:
+    releases = sorted({result.release for _, result in chosen})
+    if len(releases) > 1:
+        cli.warn(
+            f"the models were evaluated with lm_eval {' and '.join(releases)}, which may ask differently: only since "
+            "0.4.9.2 a BOS token that the tokenizer adds stands before the prompts"
+        )
+
+
+def _newest(found: list[tuple[int, ResultFile]], task: str) -> tuple[list[tuple[int, ResultFile]], list[str]]:
+    """The newest unlimited result of every model for `task`, and a note on each file passed over.
+
+    A quantised model is another one than that of the files. Where all checkpoints are quantised alike, it is said.
+    """
+    kinds = {result.quantised for step, result in found if step}
+    if "" not in kinds and len(kinds) > 1:
+        raise InputError(f"the checkpoints were quantised in different ways for {task}: {'; '.join(sorted(kinds))}")
+    kind = "" if "" in kinds or not kinds else kinds.pop()
+    if kind:
+        cli.once(f"all checkpoints were quantised when they were evaluated ({kind})")
+    notes = [
+        f"{r.path}: {_words(r)}, {'' if r.quantised else 'not '}quantised unlike the checkpoints"
+        for _, r in found
+        if r.quantised != kind
+    ]
+    newest: dict[tuple, tuple[int, ResultFile]] = {}
+    limited: dict[tuple, str] = {}
+    # `date` is the start of the run in seconds; the file name holds the local time of its end.
+    for step, result in sorted(found, key=lambda pair: (pair[1].date or 0, pair[1].path)):
+        if result.quantised != kind:
+            continue
+        model = _place(result.name)
+        if limit := result.limit(task):
+            limited[model] = f"{result.path}: {limit}"
+            continue
+        if model in newest:
+            older = newest[model][1]
+            if older.date is None or result.date is None:
+                raise InputError(
+                    f"two results of {result.name}, {older.path} and {result.path}, and not both say when they were "
+                    "made; keep one of them"
+                )
+            notes.append(f"{older.path}: there is a newer result of this model")
+        newest[model] = step, result
+    for model, text in limited.items():
+        if model not in newest:
+            raise InputError(f"{text}; evaluate that model without --limit, or delete the file")
+        notes.append(text)
+    return list(newest.values()), notes
+
+
+def _points(
+    taken: list[tuple[int, ResultFile]], task: str, metric: str, compared: dict[tuple, str]
+) -> dict[int, Point]:
+    """{step: Point} in step order, once all agree on how they were asked."""
+    points: dict[int, Point] = {}
+    errors = {}
+    for step, result in sorted(taken, key=lambda pair: pair[0]):
+        if step in points:
+            raise InputError(f"step {step} comes twice: {points[step].source} and {result.path}; keep one of them")
+        _check_weights(result, compared)
+        row = result.content["results"].get(task, {})
+        value, error = metric_of(row, metric)
+        if not is_number(value):
+            raise InputError(
+                f"{result.path}: {task} has no metric {metric}; it has {', '.join(metrics_in(row)) or 'none'}"
+            )
+        if not 0 <= value <= 1:
+            raise InputError(f"{result.path}: {metric} of {task} is {value}, no share of rows from 0 to 1")
+        points[step] = Point(float(value), result.rows(task), result.path, result.settings(task))
+        errors[step] = error
+    _fill_rows(points, errors, task)
+    _check_settings(points, task)
+    return points
+
+
+def _check_settings(points: dict[int, Point], task: str) -> None:
+    """Refuse points whose settings differ where both state them: such differences are no effect of training."""
+    first: dict[str, tuple[int, object]] = {}
+    for step, point in points.items():
+        for setting, value in [*point.settings.items(), ("number of rows", point.n)]:
+            if value is None:
+                continue
+            before, other = first.setdefault(setting, (step, value))
+            if other != value:
+                raise InputError(
+                    f"{task} was evaluated with different {setting}: {_short(other)} at step {before}, {_short(value)} "
+                    f"at step {step}; evaluate all of them alike ({points[before].source}, {point.source})"
+                )
+
+
+def _short(value) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_weights(result: ResultFile, compared: dict[tuple, str]) -> None:
+    """Refuse a result whose header names other weights than `compared` ({place: weights_sample}) does."""
+    evaluated = result.header.get("models", {}).get("model", {}).get("weights_sample")
+    expected = compared.get(_place(result.name))
+    if evaluated and expected and evaluated != expected:
+        raise InputError(
+            f"{result.name} changed between its evaluation and the comparison of its weights; run both again"
+        )
+
+
+def _weights_samples(described) -> dict[tuple, str]:
+    """{place of a model: weights_sample} of every model described at any depth of a header's `models`."""
+    if isinstance(described, list):
+        described = dict(enumerate(described))
+    if not isinstance(described, dict):
+        return {}
+    if described.get("spec") and described.get("weights_sample"):
+        return {_place(described["spec"]): described["weights_sample"]}
+    return {place: sample for below in described.values() for place, sample in _weights_samples(below).items()}
+
+
+# --- both ---
+
+
+def _the_tasks(tasks: list[str] | None, rows: list[dict[str, dict]], metric: str, source: Path) -> list[str]:
+    """The tasks asked for, or all of `rows` (one {task: row} a model) that have the metric."""
+    known = list(dict.fromkeys(task for row in rows for task in row))
+    for task in tasks or ():
+        if task not in known:
+            raise InputError(f"{source} holds no task {task}; it holds {', '.join(sorted(known)) or 'none'}")
+    if tasks:
+        return tasks
+    found = [task for task in known if any(metric_of(row.get(task, {}), metric)[0] is not None for row in rows)]
+    if not found:
+        have = sorted({name for row in rows for below in row.values() for name in metrics_in(below)})
+        raise InputError(f"{source} has no metric {metric} in any task; it has {', '.join(have) or 'none'}")
+    if without := [task for task in known if task not in found]:
+        cli.say(f"left out, for they have no {metric}: {', '.join(without)}")
+    if len(found) == 1:
+        cli.say(f"task: {found[0]}, the only one in {source}")
+    else:
+        names = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        cli.say(f"tasks: {names}, all in {source} (--task a,b chooses)")
+    return found
+
+
+def _fill_rows(points: dict[int, Point], errors: dict[int, object], task: str) -> None:
+    """Where the number of rows is not said: what the standard error gives, that of the other steps, or SIB-200's."""
+    silent = {step: rows_behind(points[step].value, errors.get(step)) for step in points if points[step].n is None}
+    said = {point.n for point in points.values()} - {None}
+    if derived := set(silent.values()) - {None}:
+        usual, how = derived, "by the standard errors"
+    elif said:
+        usual, how = said, "as at other steps"
+    else:
+        usual, how = {SIB200_ROWS} if task.startswith("sib200_") else set(), "the size of SIB-200's test split"
+    rows = next(iter(usual)) if len(usual) == 1 else None
+    for step, n in silent.items():
+        points[step].n = n or rows
+        points[step].rows_by = how if points[step].n else ""
+
+
+def _say_rows(series: dict[str, Series], source: Path) -> None:
+    """Say where numbers of rows are from that the source does not hold, in one line a way."""
+    ways: dict[str, set[int]] = {}
+    for point in (point for one in series.values() for point in one.points.values() if point.rows_by):
+        ways.setdefault(point.rows_by, set()).add(point.n)
+    for how, rows in ways.items():
+        number = f"{min(rows)} to {max(rows)}" if len(rows) > 1 else f"{max(rows)}"
+        cli.say(f"{source} does not say the number of rows: taken as {number}, {how}")

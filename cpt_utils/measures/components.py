@@ -1,0 +1,596 @@
+"""One component of the base (attention or FFN) in some layers of a checkpoint: what both component swaps share.
+
+A *condition* is a component in a place: attention or FFN, in the interface layers or in the LSN-rich layers, with or
+without embeddings and lm_head. Each script has its own condition; the others are its crossed controls, which tell what
+the component does from what the place does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, data, figures, languages, processes, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, folders, opening, refs
+from cpt_utils.interventions import surgery
+from cpt_utils.measures import controls, evaluation, gate
+
+SCHEMA = "component-swap"
+COMPONENTS = {"attention": archs.ATTENTION, "ffn": archs.FFN}
+EMBEDDINGS = "embeddings"
+# What these scripts leave in OUT, finished or not.
+OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|controls\..+|\..+")
+
+
+# --- layers ---
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """A file that says where to swap: the key of its list, its schema, our flag for it, its place in a study."""
+
+    key: str
+    schema: str
+    flag: str
+    step: str
+    made_by: str
+
+
+FILES = {
+    "interface": LayerFile(
+        "interface_layers", "layer-specialize", "--layer-selection", "layers", "layer-specialize/layer_specialize.py"
+    ),
+    "lsn_rich": LayerFile("layers", "lsn-layers", "--layer-list", "lsn_layers", "lsn/identify.py"),
+}
+
+
+def read_layers(path: Path, place: str, n_layers: int, models: list[dict]) -> tuple[list[int], dict, dict]:
+    """The layers of `place` (a key of FILES) in order, and the file's payload and header; `{}` where it has none.
+
+    The file is the step's own, one with the same key, or a bare list.
+
+    Args:
+        models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
+
+    Raises:
+        InputError: no such list, layers the model does not have, or a file made from a model of another run.
+    """
+    expected = FILES[place]
+    payload, head = results.read_json(path, schema=expected.schema, n_layers=n_layers)
+    if not isinstance(payload, dict):
+        payload = {expected.key: payload}
+    layers = payload.get(expected.key)
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise InputError(f"{path} has no list {expected.key}; give the file of {expected.made_by}")
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+    if wrong:
+        raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {n_layers - 1}")
+    measured = (head.get("models") or {}).get("model")
+    if measured and not refs.belongs(measured, models):
+        raise InputError(
+            f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
+            "file of this pair"
+        )
+    return sorted(set(layers)), payload, head
+
+
+def say_places(lists: dict[str, list[int]], n_layers: int) -> dict:
+    """Print, and return for the result, what decides how the conditions are to be read."""
+    facts: dict = {"layers": lists}
+    if "lsn_rich" in lists:
+        rich = lists["lsn_rich"]
+        facts["lsn_rich_holds"] = {"first_layer": 0 in rich, "last_layer": n_layers - 1 in rich}
+        ends = [f"the {name} layer ({at})" for name, at in (("first", 0), ("last", n_layers - 1)) if at in rich]
+        cli.say(f"LSN-rich layers {rich}: {' and '.join(ends) or 'neither the first nor the last layer'} among them")
+    if len(lists) == 2:
+        facts["places_coincide"] = lists["interface"] == lists["lsn_rich"]
+        if facts["places_coincide"]:
+            cli.say("interface and LSN-rich layers are the same: each crossed pair is one swap, measured once")
+    return facts
+
+
+# --- conditions ---
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A component (None: none) in the layers of a place, perhaps with embeddings and lm_head.
+
+    `also` are the names of conditions that are the same swap, because both places have the same layers. `asked` are the
+    layers of the place where some of them lack the component, and are not among `layers`.
+    """
+
+    name: str
+    component: str | None
+    layers: tuple[int, ...] = ()
+    embeddings: bool = False
+    also: tuple[str, ...] = ()
+    asked: tuple[int, ...] = ()
+
+    @property
+    def moved(self) -> str:
+        """What is moved, whatever the layers; random sets are compared with sets that move the same."""
+        return "+".join(filter(None, (self.component, EMBEDDINGS if self.embeddings else None)))
+
+
+def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[Condition]:
+    """`own` ("attention_interface", "ffn_lsn_rich"), then the crossed ones, then all with embeddings.
+
+    With the layers of one place only, there is nothing to cross: `own` alone. A crossed pair none of whose layers has
+    the component is left out.
+
+    Args:
+        having: the layers that have each component; the others of a place have nothing of it to swap.
+
+    Raises:
+        InputError: no layer of the script's own place has its component.
+    """
+    component, _, place = own.partition("_")
+    others = [name for name in COMPONENTS if name != component]
+    places = [place, *(name for name in lists if name != place)]
+
+    def layers_of(kind: str, where: str) -> tuple[int, ...]:
+        return tuple(layer for layer in lists[where] if layer in having[kind])
+
+    def asked(kind: str, where: str) -> tuple[int, ...]:
+        return () if layers_of(kind, where) == tuple(lists[where]) else tuple(lists[where])
+
+    if not layers_of(component, place):
+        raise InputError(f"none of the layers {lists[place]} has {component}: there is nothing to swap")
+    if len(places) == 1:
+        return [Condition(own, component, layers_of(component, place), asked=asked(component, place))]
+    found: dict[tuple, Condition] = {}
+    for embeddings in (False, True):
+        for kind in [component, *others]:
+            for where in places:
+                name = f"{kind}_{where}" + (f"_{EMBEDDINGS}" if embeddings else "")
+                key = (kind, layers_of(kind, where), embeddings)
+                if key in found:
+                    found[key] = replace(found[key], also=(*found[key].also, name))
+                elif key[1]:
+                    found[key] = Condition(name, *key, asked=asked(kind, where))
+    return [*found.values(), Condition(EMBEDDINGS, None, embeddings=True)]
+
+
+def layers_having(config: dict) -> dict[str, list[int]]:
+    """The layers that have attention, and those that have an FFN; says which have not."""
+    arch, having = archs.for_config(config), {}
+    for component, projections in COMPONENTS.items():
+        lacking = arch.lacking(config, projections)
+        having[component] = sorted({*range(arch.n_layers(config))} - {*lacking})
+        if lacking:
+            instead = f" ({arch.instead(config, lacking)} in its place)" if component == "attention" else ""
+            cli.say(f"layers {lacking} have no {component}{instead}: nothing of it is swapped there")
+    return having
+
+
+def find(sets: list[dict], name: str) -> int | None:
+    """Where the condition `name` stands in the `sets` of a controls.json, and in the rows of its .pt; None: nowhere."""
+    return next((i for i, row in enumerate(sets) if name in (row["name"], *row.get("also", ()))), None)
+
+
+class Recipes:
+    """The recipes of one pair; the edits of a layer are made once, because controls ask for hundreds of sets."""
+
+    def __init__(self, pair: surgery.Pair):
+        self.pair = pair
+        self._layers: dict[tuple[str, int], tuple[surgery.Edit, ...]] = {}
+
+    def component(self, component: str, layers: Iterable[int]) -> surgery.Recipe:
+        """The weights and biases of a component of the base in `layers`."""
+        layers = sorted(layers)
+        wanted = [name for name in self.pair.arch.projections(self.pair.config) if name in COMPONENTS[component]]
+        edits = tuple(edit for layer in layers for edit in self._layer(component, layer))
+        words = f"{', '.join(wanted)} of the base in layers {', '.join(map(str, layers))}"
+        return surgery.Recipe(words, {"projections": wanted, "layers": layers}, edits)
+
+    def condition(self, condition: Condition) -> surgery.Recipe:
+        """Raises InputError where base and target have no embeddings of the same shape."""
+        parts = [self.component(condition.component, condition.layers)] if condition.component else []
+        if condition.embeddings:
+            names = self.pair.arch.embedding_tensors(self.pair.target.names())
+            parts.append(surgery.tensors_from_base(self.pair, names))
+        return combined(parts)
+
+    def _layer(self, component: str, layer: int) -> tuple[surgery.Edit, ...]:
+        if (component, layer) not in self._layers:
+            made = surgery.parts_from_base(self.pair, COMPONENTS[component], [layer])
+            self._layers[component, layer] = made.edits
+        return self._layers[component, layer]
+
+
+def combined(recipes: list[surgery.Recipe]) -> surgery.Recipe:
+    """All edits of several recipes that touch different tensors."""
+    if len(recipes) == 1:
+        return recipes[0]
+    edits = tuple(edit for recipe in recipes for edit in recipe.edits)
+    words = "; ".join(recipe.words for recipe in recipes)
+    return surgery.Recipe(words, {"parts": [recipe.facts for recipe in recipes]}, edits)
+
+
+# --- folders ---
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A swapped run to be written: the condition, the folder, and the content of its metadata.json."""
+
+    condition: Condition
+    out: Path
+    payload: dict
+
+
+def plan_run(
+    base: refs.ModelRef, checkpoints: list[refs.ModelRef], condition: Condition, out: Path, spec, overwrite: bool
+) -> Plan:
+    """Everything that can be refused before a byte is written.
+
+    Args:
+        spec: the run as the user gave it, for metadata.json.
+
+    Raises:
+        InputError: models that do not fit together, or an OUT that holds anything but this swap.
+    """
+    refuse_foreign(out, checkpoints)
+    for ref in checkpoints:
+        with surgery.Pair(base, ref) as pair:
+            recipe = Recipes(pair).condition(condition)
+            moved, total = pair.share(recipe)
+    stay = refuse_leftover(out, checkpoints, base, recipe)
+    payload = {
+        "base_model": base.spec,
+        "run": spec[0] if isinstance(spec, list) and len(spec) == 1 else spec,
+        "condition": condition.name,
+        "component": condition.moved,
+        "layers": list(condition.layers),
+        "projections": [name for name in pair.arch.projections(pair.config) if name in COMPONENTS[condition.component]],
+        "steps": sorted({ref.step for ref in checkpoints} | stay),
+        "parameters_from_base": moved,
+        "parameters": total,
+        "share": moved / total,
+    }
+    if not overwrite:
+        refuse_other(out / "metadata.json", payload)
+    return Plan(condition, out, payload)
+
+
+def write_run(
+    base: refs.ModelRef, checkpoints: list[refs.ModelRef], plan: Plan, overwrite: bool, passed: dict | None
+) -> None:
+    """OUT/checkpoint-<step>/ for every checkpoint, and OUT/metadata.json; finished ones of the same swap are kept.
+
+    `passed` is the gate of the layers.
+    """
+    what, payload = plan.condition, plan.payload
+    cli.say(f"{what.name}: {what.moved} of the base in layers {payload['layers']}, {payload['share']:.1%} of all")
+    for ref in checkpoints:
+        with surgery.Pair(base, ref) as pair:
+            recipe = Recipes(pair).condition(what)
+            surgery.write_model(pair, recipe, plan.out / f"checkpoint-{ref.step}", overwrite=overwrite)
+    models = {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in checkpoints}}
+    header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, gate=passed)
+    results.write_json(plan.out / "metadata.json", payload, header)
+    cli.say(f"{plan.out}: {len(checkpoints)} checkpoints, each read back and equal to its sources")
+
+
+def refuse_foreign(out: Path, checkpoints: list[refs.ModelRef]) -> None:
+    """Refuse an OUT that is the run itself, or that holds anything these scripts do not write."""
+    if any(ref.is_local and Path(ref.spec).resolve().parent == out.resolve() for ref in checkpoints):
+        raise InputError(f"{out} is the run that is swapped; give another --output-dir")
+    foreign = [name for name in sorted(os.listdir(out)) if not OURS.fullmatch(name)] if out.is_dir() else []
+    if foreign or (out.exists() and not out.is_dir()):
+        what = f"holds {foreign[0]}, which is not of a component swap" if foreign else "is a file"
+        raise InputError(f"{out} {what}; give another --output-dir")
+
+
+def refuse_leftover(
+    out: Path, checkpoints: list[refs.ModelRef], base: refs.ModelRef, recipe: surgery.Recipe
+) -> set[int]:
+    """The steps of OUT that are not asked for now and were made by the same swap.
+
+    Raises:
+        InputError: one of them was not; OUT would mix two swaps, and be no run.
+    """
+    there = {ref.step: Path(ref.spec) for ref in refs.checkpoints(out)} if out.is_dir() else {}
+    stay = set(there) - {ref.step for ref in checkpoints}
+    wanted = results.plain({"base": surgery.identity(base), "recipe": recipe.facts})
+    for step in sorted(stay):
+        record = there[step] / folders.RECORD
+        made = results.read_json(record)[0].get("request", {}) if record.is_file() else {}
+        if any(made.get(key) != wanted[key] for key in wanted):
+            raise InputError(f"{there[step]} would stay, but is not of this swap; remove it or give another place")
+    return stay
+
+
+def refuse_other(path: Path, payload: dict) -> None:
+    """Refuse an OUT whose metadata.json describes another swap."""
+    if not path.is_file():
+        return
+    found, _ = results.read_json(path, schema=SCHEMA)
+    for key in ("base_model", "run", "component", "layers", "projections"):
+        if found.get(key) != results.plain(payload[key]):
+            raise InputError(
+                f"{path} describes another swap ({key} {found.get(key)}, now {payload[key]}); give another "
+                "--output-dir, or --overwrite"
+            )
+
+
+# --- controls ---
+
+
+def measure(
+    pair: surgery.Pair, wanted: list[Condition], test: evaluation.Test, out: Path, number: str | int, process, dtype,
+    facts: dict, overwrite: bool, seed: int, passed: dict | None, having: dict[str, list[int]],
+) -> None:  # fmt: skip
+    """OUT/controls.json, .pt and figure: base, target, the conditions (the first is compared), random sets of layers.
+
+    Args:
+        number: of random sets: "all", or how many.
+        facts: payload beside what is written here.
+        passed: the gate of the layers.
+        having: the layers that have each component: random sets are drawn from those of the first condition's.
+    """
+    recipes, own = Recipes(pair), wanted[0]
+    there = having[own.component]
+    others, possible = controls.layer_sets(there, own.layers, number, seed)
+    cli.say(
+        f"{own.name}: {len(own.layers)} of {len(there)} layers; of the {possible - 1} other sets of that size "
+        f"{len(others)} are measured"
+    )
+    swaps, left_out = [], {}
+    for condition in wanted:
+        try:
+            recipe = recipes.condition(condition)
+        except InputError as error:
+            if not condition.embeddings:
+                raise
+            left_out[condition.name] = str(error)
+            continue
+        more = {"also": list(condition.also)} if condition.also else {}
+        more |= {"asked": list(condition.asked)} if condition.asked else {}
+        swaps.append(_swap(pair, condition.name, condition.layers, condition.moved, recipe, more))
+        cli.say(f"{condition.name}: {swaps[-1].facts['share']:.1%} of the parameters")
+    if left_out:
+        cli.say(f"left out: {', '.join(left_out)} ({next(iter(left_out.values()))})")
+    for layers in others:
+        recipe = recipes.component(own.component, layers)
+        swaps.append(_swap(pair, "random", layers, own.component, recipe, {}))
+    facts = {
+        "own": own.name,
+        "step": pair.target_ref.step,
+        "n_layers": pair.n_layers,
+        **({"n_layers_having": len(there)} if len(there) < pair.n_layers else {}),
+        **facts,
+        "n_possible_sets": possible,
+        "enumerated": len(others) == possible - 1,
+        "left_out": left_out,
+    }
+    path = out / "controls.json"
+    controls.measure(
+        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, figure=draw, passed=passed
+    )  # fmt: skip
+
+
+def _swap(pair, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> controls.Swap:
+    parameters, total = pair.share(recipe)
+    return controls.Swap(name, list(layers), recipe, {"component": moved, "share": parameters / total, **more})
+
+
+def draw(path: Path, payload: dict) -> None:
+    """A bar for each condition, from the target's value to its own, and the random sets as dots; a panel per measure.
+
+    Bars carry the bootstrap interval of the difference from the target. Everything comes from `payload`, the content
+    of a controls.json.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    named = _in_order([row for row in payload["sets"] if row["name"] not in ("base", "target", "random")])
+    drawn = [row for row in payload["sets"] if row["name"] == "random"]
+    heights = _heights(named, payload["own"])
+    grey = figures.colour("random")
+    with figures.style() as plt:
+        names = list(payload["comparison"])
+        width = figures.COLUMN if len(names) == 1 else figures.PAGE
+        size = (width, 1.15 + 0.2 * (heights[-1] + 2))
+        fig, axes = plt.subplots(1, len(names), sharey=True, figsize=size, squeeze=False)
+        for axis, name in zip(axes[0], names, strict=True):
+            end = payload["comparison"][name]
+            for row, y in zip(named, heights, strict=True):
+                own = row["name"] == payload["own"]
+                if own:
+                    around = [y + 1.1 * ((i + 0.5) / len(drawn) - 0.5) for i in range(len(drawn))]
+                    dots = sorted(random_set["values"][name] for random_set in drawn)
+                    axis.scatter(dots, _scattered(around), s=5, color=grey, linewidths=0, zorder=1)
+                _bar(axis, row, name, y, end["target"], 0.3 if own else 0.62)
+            axis.axvline(end["base"], color=figures.colour("base"), linestyle=":", zorder=0)
+            axis.axvline(end["target"], color=figures.colour("target"), linestyle="--", zorder=3)
+            axis.set_xlabel(textwrap.fill(evaluation.MEASURES[name].label, 19 if len(names) > 2 else 30))
+            axis.use_sticky_edges = False  # a bar starts at the target, which may be the end of the axis
+            axis.margins(x=0.08)
+            axis.locator_params(axis="x", nbins=4)
+        axes[0, 0].set_yticks(heights, [_label(row) for row in named])
+        axes[0, 0].set_ylim(max(heights) + 0.7, min(heights) - 0.7)
+        layers = next(row for row in payload["sets"] if row["name"] == payload["own"])["layers"]
+        random_label = (
+            f"{len(drawn)} random sets of {len(layers)} of {payload.get('n_layers_having', payload['n_layers'])} layers"
+        )
+        legend = [
+            Line2D([], [], color=figures.colour("base"), linestyle=":", label="base"),
+            Line2D([], [], color=figures.colour("target"), linestyle="--", label="checkpoint"),
+            Line2D([], [], color=grey, marker="o", linestyle="", markersize=3, label=random_label),
+        ]
+        if any("+" in row["component"] for row in named):
+            legend.append(Patch(facecolor="white", edgecolor="black", hatch="/////", label="with embeddings, lm_head"))
+        fig.legend(handles=legend, loc="outside lower center", ncols=2 if len(names) == 1 else 4)
+        figures.save(fig, path)
+
+
+def _in_order(named: list[dict]) -> list[dict]:
+    """Attention, FFN, embeddings; each condition followed by itself with embeddings, whichever was measured first."""
+    return sorted(named, key=lambda row: (list("afe").index(row["component"][0]), row["name"]))
+
+
+def _heights(named: list[dict], own: str) -> list[float]:
+    """Where the bars stand: one apart, more between components, and around `own`, which has the dots behind it."""
+    heights = [0.0]
+    for above, below in pairwise(named):
+        apart = 1.0 if above["component"][0] == below["component"][0] else 1.4
+        heights.append(heights[-1] + apart + (0.3 if own in (above["name"], below["name"]) else 0))
+    return heights
+
+
+def _scattered(values: list[float]) -> list[float]:
+    """The values in another fixed order, so that dots sorted by value do not form a line."""
+    import random
+
+    return random.Random(0).sample(values, len(values))
+
+
+def _bar(axis, row: dict, name: str, y: float, target: float, height: float) -> None:
+    component, _, extra = row["component"].partition("+")
+    colour = figures.colour("random" if component == EMBEDDINGS else component)
+    face = {"facecolor": "white", "hatch": "/////"} if extra else {"facecolor": colour}
+    value, change = row["values"][name], (row.get("change") or {}).get(name)
+    axis.barh(y, value - target, height, target, edgecolor=colour, linewidth=0.6, zorder=2, **face)
+    if change:
+        error = [[change["mean"] - change["ci_low"]], [change["ci_high"] - change["mean"]]]
+        axis.errorbar(value, y, xerr=error, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5, zorder=4)
+
+
+def _label(row: dict) -> str:
+    """ "attention, interface (8 %)": component, place, share of the parameters."""
+    names = [name.removesuffix(f"_{EMBEDDINGS}") for name in (row["name"], *row.get("also", ()))]
+    component, _, place = names[0].partition("_")
+    words = {"interface": "interface", "lsn_rich": "LSN-rich"}
+    where = " = ".join(words[name.partition("_")[2]] for name in names) if place else ""
+    shown = {"attention": "attention", "ffn": "FFN", EMBEDDINGS: "embeddings, lm_head"}[component]
+    more = " + emb." if "+" in row["component"] else ""
+    return f"{shown}{', ' + where if where else ''}{more} ({100 * row['share']:.0f} %)"
+
+
+# --- the command ---
+
+
+def add_flags(p, own_file: str) -> None:
+    """The flags of both scripts; `own_file` ("interface", "lsn_rich") says which layers the swap itself needs."""
+    add = p.add_argument
+    add("--base-model", metavar="B", help="base model; default: the study's base")
+    add("--checkpoint-dir", nargs="+", metavar="RUN", help="run of checkpoints, or one; default: the study's run")
+    for place, words in (
+        ("interface", "file of step 2 with interface_layers"),
+        ("lsn_rich", 'LSN-rich layers: a list, {"layers": [..]}, or the file of lsn/identify.py --layers-out'),
+    ):
+        when = "" if place == own_file else "; only for the crossed controls"
+        add(FILES[place].flag, metavar="F", help=f"{words}; default: the study's{when}")
+    add("--output-dir", metavar="OUT", help="folder for the swapped run; default: the study's folder of this script")
+    controls.add_flag(p, "this swap, in memory on the last checkpoint,")
+    add(
+        "--crossed-folders",
+        nargs="*",
+        metavar="CONDITION",
+        help="beside OUT also write OUT.<condition>/ for these crossed controls; without a value all of them that "
+        "leave the embeddings alone",
+    )
+    cli.add_run_flags(p)
+    evaluation.add_flags(p)
+    data.add_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+
+
+def run(args, own: str, step: str) -> None:
+    """What both scripts do with their arguments.
+
+    Args:
+        own: the script's condition.
+        step: its place in a study.
+    """
+    if args.controls and args.crossed_folders is not None:
+        raise InputError("--controls writes no folders: give --crossed-folders in a command of its own")
+    study = Study.find(args.study, args.seed)
+    base = refs.model(study.value(args.base_model, "--base-model", "base"))
+    spec = study.value(args.checkpoint_dir, "--checkpoint-dir", "run")
+    checkpoints = refs.run(spec, args.steps)
+    opening.look_over(checkpoints)
+    # Folders are a checkpoint's each, whichever of the run there are; the controls are of its last one.
+    part = {"steps": args.steps, "limit": args.limit, "last": True} if args.controls else {}
+    out = study.output(
+        args.output_dir, "--output-dir", step, beside.name(study, args.base_model, args.checkpoint_dir, **part)
+    )
+    refuse_foreign(out, checkpoints)
+    n_layers = archs.for_config(base.config()).n_layers(base.config())
+    models = [base.describe(), *(ref.describe() for ref in refs.run(spec))]
+    lists, known = read_lists(args, study, own, n_layers, models)
+    facts, having = say_places(lists, n_layers), layers_having(base.config())
+    if not args.controls:
+        processes.Process.refuse_several("writing model folders")
+        named = conditions(own, lists, having)
+        written = {out: named[0]} | crossed_folders(args.crossed_folders, named, out)
+        plans = [plan_run(base, checkpoints, what, place, spec, args.overwrite) for place, what in written.items()]
+        for plan in plans:
+            write_run(base, checkpoints, plan, args.overwrite, known["gate"])
+        return
+    with surgery.Pair(base, checkpoints[-1]) as pair:
+        test = evaluation.test_from_arguments(args, study, known)
+        process = processes.Process(args.device, args.device_map)
+        dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+        number, wanted = controls.wanted(args.controls, study), conditions(own, lists, having)
+        measure(
+            pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed, known["gate"], having
+        )
+
+
+def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) -> tuple[dict[str, list[int]], dict]:
+    """The layers of the places that are needed, the script's own first; languages and gate of the files' headers."""
+    given = {"interface": args.layer_selection, "lsn_rich": args.layer_list}
+    mine = own.partition("_")[2]
+    lists, known, paths = {}, {}, []
+    for place in sorted(FILES, key=lambda name: name != mine):
+        file = FILES[place]
+        if place != mine and not args.controls and args.crossed_folders is None:
+            continue
+        if place != mine and args.controls and given[place] is None and not study:
+            cli.say(f"without {file.flag} the crossed controls are left out: only random layers are compared")
+            continue
+        path = study.input(given[place], file.flag, file.step, file.made_by)
+        lists[place], payload, head = read_layers(path, place, n_layers, models)
+        paths.append(path)
+        if not lists[place]:
+            raise InputError(f"{path} names no layer: there is nothing to swap")
+        counts = payload.get("counts") or []
+        bare = [layer for layer in lists[place] if layer < len(counts) and not counts[layer]]
+        if bare:
+            cli.warn(f"{path}: layers {bare} have no neuron of the language; they only fill up the number of layers")
+        target = study.value(args.target_lang, "--target-lang", "languages.target", None)
+        if target and payload.get("language") and not languages.same(payload["language"], target):
+            cli.warn(f"{path} is about the neurons of {payload['language']}, not of {target}")
+        known |= {key: head[key] for key in ("base_lang", "target_lang") if key in head}
+    return lists, known | {"gate": gate.carried(*paths)}
+
+
+def crossed_folders(names: list[str] | None, known: list[Condition], out: Path) -> dict[Path, Condition]:
+    """Where to write which crossed controls, of the `known` conditions; the first is the script's own.
+
+    Raises:
+        InputError: a name that is no crossed condition.
+    """
+    if names is None:
+        return {}
+    own, there = known[0].name, {condition.name: condition for condition in known if condition.component}
+    same = {other: condition.name for condition in there.values() for other in condition.also}
+    crossed = {name: condition for name, condition in there.items() if name != own}
+    for name in names:
+        if name in same:
+            raise InputError(f"--crossed-folders: {name} is the same swap as {same[name]}; leave it out")
+        if name not in crossed:
+            raise InputError(f"--crossed-folders: no condition {name}; there are {', '.join(crossed)}")
+    chosen = names or [name for name, condition in crossed.items() if not condition.embeddings]
+    return {out.with_name(f"{out.name}.{name}"): crossed[name] for name in chosen}

@@ -1,0 +1,450 @@
+"""The place of one swap among random swaps of the same size, measured in one process on in-memory swaps.
+
+`measure` runs base, target and every set, goes on after a kill, and writes the result; `compare`, `place`, `intervals`
+and `places` are the statistics. The scripts that swap layers or components choose the sets.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpt_utils.base import cli, figures, journal, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.processes import Process
+from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
+from cpt_utils.interventions import surgery
+from cpt_utils.measures.evaluation import MEASURES, Test
+from cpt_utils.models import loading
+
+SCHEMA = "swap-controls"
+SMALL = 300  # so many sets or fewer are all evaluated
+DISTINCT = 20  # fewer other sets than this tell little: said in words
+
+
+# --- which sets ---
+
+
+def add_flag(p, own: str) -> None:
+    """The flag --controls; `wanted` reads it. `own` says in its help what is compared with the random sets."""
+    p.add_argument(
+        "--controls",
+        nargs="?",
+        const="study",
+        type=_number_of_sets,
+        metavar="all|N",
+        help=f"compare {own} with random sets of its size: all of them where they are 300 or fewer (else 300), or N "
+        "seeded draws; without a value the study's `controls`, else all",
+    )
+
+
+def _number_of_sets(text: str) -> str:
+    if text not in ("all", "study") and not (text.isdecimal() and int(text) > 0):
+        raise ValueError
+    return text
+
+
+_number_of_sets.__name__ = "all, or a positive number"  # what argparse calls it in its error
+
+
+def wanted(given: str, study) -> str | int:
+    """How many random sets: what --controls says, without a value the study's `controls`, else "all"."""
+    return (study.get("controls") or "all") if given == "study" else given
+
+
+def layer_sets(
+    layers: int | Sequence[int], own: Iterable[int], wanted: str | int, seed: int
+) -> tuple[list[list[int]], int]:
+    """The sets of layers to compare `own` with, and how many sets of its size there are (itself among them).
+
+    All others of that size where that is asked for and they are few, else distinct seeded draws. `own` itself is never
+    among them.
+
+    Args:
+        layers: those that sets are drawn from, or, of layers 0 to n - 1, their number n.
+        wanted: "all", or the number of sets; "all" stops at SMALL sets.
+
+    Raises:
+        InputError: `own` is empty or all layers, so that there is nothing to compare it with.
+    """
+    from itertools import combinations
+
+    own, layers = sorted(set(own)), range(layers) if isinstance(layers, int) else sorted(layers)
+    possible = math.comb(len(layers), len(own))
+    if possible < 2:
+        raise InputError(f"{len(own)} of {len(layers)} layers are swapped: there is no other set of that size")
+    if possible - 1 < DISTINCT:
+        cli.warn(f"only {possible - 1} other sets of {len(own)} layers exist: p cannot be below {1 / possible:.2f}")
+    limit = SMALL if wanted == "all" else int(wanted)
+    if possible - 1 <= limit:
+        return [list(s) for s in combinations(layers, len(own)) if list(s) != own], possible
+    draw, found = random.Random(seed), []
+    while len(found) < limit:
+        drawn = sorted(draw.sample(layers, len(own)))
+        if drawn != own and drawn not in found:
+            found.append(drawn)
+    return found, possible
+
+
+# --- measuring ---
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One thing to measure: a name ("semantic_hub", "random"), the layers it concerns, and its recipe.
+
+    `facts` stand in its row of the result. Sets are compared within one `component`, where the facts name one.
+    """
+
+    name: str
+    layers: list[int]
+    recipe: surgery.Recipe | None
+    facts: dict = field(default_factory=dict)
+
+
+def measure(
+    pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, process: Process, dtype, run: str | None = None,
+    overwrite: bool = False, own: str | None = None, facts: dict | None = None, seed: int = 42,
+    figure: Callable[[Path, dict], None] | None = None, passed: dict | None = None,
+) -> None:  # fmt: skip
+    """Measure base, target and all `swaps`, and write `path`; one that holds the same request is kept.
+
+    Of several processes each measures its share of the swaps; the first alone writes.
+
+    Args:
+        run: folder of the target's run, for tokenizer files.
+        own: name of the swap to compare with those named "random"; None for no comparison. With it, a figure and the
+            per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside `path`.
+        facts: payload of the result beside comparison and sets.
+        figure: draws the payload in the place of `draw`: (path without suffix, payload) -> None.
+        passed: the gate of the layers that are swapped (`gate.carried`), for the header.
+
+    Raises:
+        InputError: `path` is the result of another request, or a model cannot be measured.
+    """
+    spelled = str(dtype).removeprefix("torch.")
+    request = {
+        "base": surgery.identity(pair.base_ref),
+        "target": surgery.identity(pair.target_ref),
+        "tokenizers": [
+            tokenizer_id.tokenizer_used(ref, run, pair.base_ref) for ref in (pair.base_ref, pair.target_ref)
+        ],
+        "sets": [[swap.name, swap.layers, swap.recipe.facts] for swap in swaps],
+        "measures": test.measures(),
+        "test": test.facts,
+        "dtype": spelled,
+        "device": process.device.type,
+    }
+    partial = path.with_name(path.stem + ".partial.jsonl")
+    if path.is_file() and not overwrite:
+        payload, _ = results.read_json(path, schema=SCHEMA, allow_limited=True)
+        if results.same(payload.get("request"), request):
+            if process.is_main:
+                partial.unlink(missing_ok=True)  # of a run that was killed between its result and this
+            cli.say(f"{path} is there already, from the same models, data and sets: kept")
+            return
+        raise InputError(
+            f"{path} is the result of another request ({results.unlike(payload.get('request'), request)}); "
+            "give --overwrite to replace it, or another output folder"
+        )
+
+    def load(ref: refs.ModelRef):
+        tokenizer = tokenization.load_tokenizer(ref, run, pair.base_ref)
+        model = loading.load_model(ref, dtype, process.device, process.device_map)
+        loading.announce(model, ref)
+        return model, tokenizer
+
+    surgery.say_conversions(pair, swaps[0].recipe)
+    records = run_sets(pair, swaps, test, partial, request, load, process)
+    if not process.is_main:
+        return
+    compared = compare(records, own, seed) if own else None
+    payload = {**(facts or {}), "comparison": compared, "sets": summary(records, seed), "request": request}
+    if own:
+        import torch
+
+        intervals(payload["sets"], records, seed)
+        places(payload["sets"], own)
+        units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
+        results.write_tensors(path.with_suffix(".pt"), units)
+        if figure is not None:
+            figure(path.with_suffix(""), payload)
+        else:
+            draw(path.with_suffix(""), payload["sets"], compared, pair.n_layers, own)
+    described = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
+    head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "gate": passed}
+    results.write_json(path, payload, results.header(SCHEMA, **head, device=str(process.device)))
+    partial.unlink(missing_ok=True)
+    say(payload["sets"], compared, passed)
+
+
+def run_sets(
+    pair: surgery.Pair, swaps: list[Swap], test: Test, partial: Path, request: dict, load: Callable,
+    process: Process,
+) -> list[dict]:  # fmt: skip
+    """Measure base, target and every swap; the records in that order, each with `name` and `layers`; [] on all
+    processes but the first.
+
+    After every round of sets, one a process, lines are added to `partial`; a killed run goes on from there when
+    `request` is the same, with any number of processes.
+
+    Args:
+        load: ModelRef -> (model, tokenizer).
+    """
+    swaps = [Swap("base", [], None), Swap("target", [], None), *swaps]
+    by_key = {_key(swap.name, swap.layers): swap for swap in swaps}
+    notes = journal.Journal(partial, request) if process.is_main else None
+    loaded: tuple = ()
+
+    def measured(swap: Swap) -> dict:
+        nonlocal loaded
+        if swap.name == "base":
+            loading.prefetch(pair.target_ref)
+            return test.on(*_with_arch(pair, load(pair.base_ref)), pair.base_ref.spec)
+        if not loaded:
+            model, tokenizer = load(pair.target_ref)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise InputError(f"{pair.target_ref.spec} does not fit on the GPUs whole, as swaps in memory need it")
+            loaded = model, tokenizer, surgery.Swapper(model, pair)
+        model, tokenizer, swapper = loaded
+        if swap.recipe is None:
+            return test.on(model, pair.arch, tokenizer, pair.target_ref.spec)
+        with swapper.applied(swap.recipe):
+            return test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
+
+    def named(key: str) -> dict:
+        swap = by_key[key]
+        return {"name": swap.name, "layers": swap.layers, **swap.facts} | measured(swap)
+
+    journal.complete(notes, process, by_key, named, "swapped sets")
+    return [notes.done[key] for key in by_key] if process.is_main else []
+
+
+def _with_arch(pair: surgery.Pair, loaded: tuple) -> tuple:
+    model, tokenizer = loaded
+    return model, pair.arch, tokenizer
+
+
+def _key(name: str, layers: list[int]) -> str:
+    return f"{name} {layers}"
+
+
+# --- what it says ---
+
+
+def gain_lost(
+    value: float, base: float, target: float, higher_is_better: bool, interval: dict | None = None
+) -> float | None:
+    """The share of what CPT gained that a swap takes back: 0 = as good as the target, 1 = as bad as the base.
+
+    None where CPT gained nothing, or where the `interval` of what it gained includes 0 (see `gains`): a share of what
+    may be nothing can be anything, 140 % too.
+    """
+    gain = target - base if higher_is_better else base - target
+    if gain <= 0 or (interval is not None and not interval["ci_low"] > 0):
+        return None
+    return (target - value if higher_is_better else value - target) / gain
+
+
+def gains(records: list[dict], seed: int) -> dict[str, dict]:
+    """What CPT gained by each measure, above 0 where the target is better: `gain, ci_low, ci_high`.
+
+    The interval is a bootstrap over units (sentences, documents, rows) of target minus base. A measure without units
+    of its own (the best layer's retrieval) takes that of its kind.
+    """
+    import numpy as np
+
+    base, target = (next(r for r in records if r["name"] == name) for name in ("base", "target"))
+    found = {}
+    for name in target["units"]:
+        sign = 1 if MEASURES[name].higher_is_better else -1
+        units = sign * (np.asarray(target["units"][name]) - np.asarray(base["units"][name]))
+        low, high = stats.bootstrap_mean(units, seed)
+        found[MEASURES[name].kind] = {"gain": float(units.mean()), "ci_low": low, "ci_high": high}
+    return {name: found[MEASURES[name].kind] for name in target["values"] if MEASURES[name].kind in found}
+
+
+def place(own: float, others: list[float], higher_is_better: bool) -> dict:
+    """Where `own` stands among the random sets.
+
+    `rank` 1 is the best; `n_equal` random sets share it. `quantile` is the share of random sets that are better (ties
+    count half), 0 where none is.
+    The p values are one-sided: `p_value` for costing less than random sets, (1 + random sets at least as good) /
+    (1 + random sets); `p_worse` for costing more, the same with at least as bad.
+    """
+    sign = 1 if higher_is_better else -1
+    better = sum(sign * other > sign * own for other in others)
+    equal = sum(other == own for other in others)
+    n, mean = len(others), math.fsum(others) / len(others)
+    deviation = math.sqrt(math.fsum((other - mean) ** 2 for other in others) / (n - 1)) if n > 1 else None
+    return {
+        "own": own,
+        "random_mean": mean,
+        "random_sd": deviation,
+        "random_min": min(others),
+        "random_max": max(others),
+        "own_minus_random": own - mean,
+        "rank": 1 + better,
+        "n_equal": equal,
+        "n_random": n,
+        "quantile": (better + equal / 2) / n,
+        "share_at_least_as_good": (better + equal) / n,
+        "p_value": (1 + better + equal) / (1 + n),
+        "p_worse": (1 + n - better) / (1 + n),
+    }
+
+
+def compare(records: list[dict], own: str, seed: int) -> dict[str, dict]:
+    """For each measure: gain lost by `own` and by the random sets, its place, and an interval of the difference.
+
+    The interval is a bootstrap over sentences (documents, rows) of `own` minus the mean of the random sets, which are
+    held fixed.
+    """
+    import numpy as np
+
+    base, target, mine = (next(r for r in records if r["name"] == name) for name in ("base", "target", own))
+    others = [r for r in records if r["name"] == "random"]
+    found, gained = {}, gains(records, seed)
+    for name, value in mine["values"].items():
+        measure = MEASURES[name]
+        ends = base["values"][name], target["values"][name], measure.higher_is_better
+        row = {"base": ends[0], "target": ends[1], "higher_is_better": measure.higher_is_better}
+        row["gain"] = gained.get(name)
+        row |= place(value, [r["values"][name] for r in others], measure.higher_is_better)
+        row["own_gain_lost"] = gain_lost(value, *ends, row["gain"])
+        row["random_gain_lost"] = gain_lost(row["random_mean"], *ends, row["gain"])
+        if name in mine["units"]:
+            units = np.asarray(mine["units"][name]) - np.mean([r["units"][name] for r in others], axis=0)
+            row["ci_low"], row["ci_high"] = stats.bootstrap_mean(units, seed)
+            row["n_units"] = len(units)
+        found[name] = row
+    return found
+
+
+def summary(records: list[dict], seed: int = 42) -> list[dict]:
+    """The records as they go into a result: values, accuracies by hidden state, gain lost."""
+    base, target = (next(r for r in records if r["name"] == name)["values"] for name in ("base", "target"))
+    shown, gained = [], gains(records, seed)
+    for record in records:
+        row = {key: value for key, value in record.items() if key != "units"}
+        row["gain_lost"] = {
+            name: gain_lost(value, base[name], target[name], MEASURES[name].higher_is_better, gained.get(name))
+            for name, value in record["values"].items()
+        }
+        shown.append(row)
+    return shown
+
+
+def intervals(rows: list[dict], records: list[dict], seed: int) -> None:
+    """Add bootstrap intervals over units to the rows of all sets that are not random, per measure that has units.
+
+    `ci_low` and `ci_high` are those of the value; `change` is the value minus the target's, with an interval that
+    keeps the pairing: the same sentences (documents, rows) are drawn for both.
+    """
+    import numpy as np
+
+    target = next(record for record in records if record["name"] == "target")
+    named = [(row, record) for row, record in zip(rows, records, strict=True) if row["name"] != "random"]
+    for row, _ in named:
+        row |= {"ci_low": {}, "ci_high": {}, "change": {}}
+    for name in target["units"]:
+        units = np.asarray([record["units"][name] for _, record in named])
+        change = units - np.asarray(target["units"][name])
+        low, high = stats.bootstrap_means(np.stack([units, change]), seed)
+        for i, (row, _) in enumerate(named):
+            row["ci_low"][name], row["ci_high"][name] = float(low[0, i]), float(high[0, i])
+            mean = float(change[i].mean())
+            row["change"][name] = {"mean": mean, "ci_low": float(low[1, i]), "ci_high": float(high[1, i])}
+
+
+def places(rows: list[dict], own: str) -> None:
+    """Add `place` to the rows of all named sets that have the component of `own` and as many layers: see `place`.
+
+    Another set than `own` is compared with the random ones and `own`, never with itself.
+    """
+    mine = next(row for row in rows if row["name"] == own)
+
+    def alike(row: dict) -> bool:
+        return row.get("component") == mine.get("component") and len(row["layers"]) == len(mine["layers"])
+
+    drawn = [row for row in rows if row["name"] == "random"]
+    for row in rows:
+        if row["name"] in ("base", "target", "random") or not alike(row):
+            continue
+        others = [other for other in [*drawn, mine] if other["layers"] != row["layers"]]
+        row["place"] = {
+            name: place(value, [other["values"][name] for other in others], MEASURES[name].higher_is_better)
+            for name, value in row["values"].items()
+        }
+
+
+def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict | None = None) -> None:
+    """Print the outcome, a line a measure: `sets` are those of the result, `passed` the gate of the layers."""
+    for row in [row for row in sets if row["name"] != "random" or compared is None]:
+        lost = {name: share for name, share in row["gain_lost"].items() if share is not None}
+        swapped = row["name"] not in ("base", "target")
+        parts = [
+            f"{name} {value:.4f}" + (f" ({lost[name]:.0%} of the gain lost)" if name in lost and swapped else "")
+            for name, value in row["values"].items()
+        ]
+        cli.say(f"{row['name']} {row['layers'] or ''}: {', '.join(parts)}")
+    for name, row in (compared or {}).items():
+        label, gain = MEASURES[name].label, row["gain"]
+        if gain and not gain["ci_low"] > 0:
+            what = "CPT lost, and gained nothing" if gain["ci_high"] < 0 else "that CPT gained anything is not clear"
+            cli.say(
+                f"{label}: {what} ({gain['gain']:+.4f} [{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]), so no share "
+                "of it is given"
+            )
+        interval = f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" if "ci_low" in row else ""
+        shared = f" (with {row['n_equal']} others)" if row["n_equal"] else ""
+        cli.say(
+            f"{label}: own {row['own']:.4f}, {row['n_random']} random sets {row['random_mean']:.4f}, "
+            f"difference {row['own_minus_random']:+.4f}{interval}; "
+            f"rank {row['rank']} of {row['n_random'] + 1}{shared}, "
+            f"p = {row['p_value']:.3f} for costing less, {row['p_worse']:.3f} for costing more"
+        )
+    if compared and passed and not passed["passed"]:
+        cli.say("none of these places says anything: the layers did not pass the gate")
+
+
+def draw(path: Path, sets: list[dict], compared: dict[str, dict], n_layers: int, own: str) -> None:
+    """Each measure as a strip of random sets, with the set `own` and lines at the base and the target.
+
+    Open circles are sets that hold the first or the last layer, which often decides what a swap costs.
+    """
+    others = [r for r in sets if r["name"] == "random"]
+    mine = next(r for r in sets if r["name"] == own)
+    meaning = "hub" if own == "semantic_hub" else own.partition("_")[0]
+    scatter = random.Random(0)
+    height = [scatter.uniform(-0.35, 0.35) for _ in others]
+    outer = [0 in r["layers"] or n_layers - 1 in r["layers"] for r in others]
+    with figures.style() as plt:
+        fig, axes = plt.subplots(len(compared), figsize=(figures.COLUMN, 0.45 + 0.85 * len(compared)), squeeze=False)
+        for axis, name in zip(axes[:, 0], compared, strict=True):
+            for is_outer, face, label in (
+                (False, figures.colour("random"), "random set"),
+                (True, "none", f"random set with layer 0 or {n_layers - 1}"),
+            ):
+                chosen = [i for i, found in enumerate(outer) if found == is_outer]
+                axis.scatter(
+                    [others[i]["values"][name] for i in chosen],
+                    [height[i] for i in chosen],
+                    s=8, facecolors=face, edgecolors=figures.colour("random"), linewidths=0.5, label=label,
+                )  # fmt: skip
+            for end, line in (("base", ":"), ("target", "--")):
+                axis.axvline(compared[name][end], color=figures.colour(end), linestyle=line, label=end)
+            label = own.replace("_", " ")
+            axis.plot(mine["values"][name], 0, "D", color=figures.colour(meaning), markersize=5, label=label)
+            axis.set_xlabel(MEASURES[name].label)
+            axis.set_ylim(-0.6, 0.6)
+            axis.set_yticks([])
+            axis.spines["left"].set_visible(False)
+        title = f"{len(mine['layers'])} of {n_layers} layers from the base, {len(others)} random sets"
+        axes[0, 0].set_title(title)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=2)
+        figures.save(fig, path)

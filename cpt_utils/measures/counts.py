@@ -1,0 +1,240 @@
+"""Counts of active tokens per FFN neuron and language, `<tag>.<lang>.pt`: read, checked, refused where they do not mix.
+
+`lsn/activation.py` writes them with snapshots and a header; the published scripts' files hold `n` and `over_zero` only,
+as do those of the original LAPE code, `activation.<lang>.train.<tag>`.
+Those of a mixture of experts (MoE) say besides how many tokens were routed to each expert, and how wide each layer is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import cli, languages, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA = "activation-counts"
+_NAMES = (
+    re.compile(r"(?P<tag>[^.].*)\.(?P<lang>[^.]+)\.pt"),
+    re.compile(r"activation\.(?P<lang>[^.]+)\.train\.(?P<tag>.+)"),
+)
+
+
+@dataclass
+class Counts:
+    """The counts of one language: `over_zero` [L, I], `snapshots` [K, L, I] cumulative, and where they come from.
+
+    Where layers differ, `width` [L] are the neurons of each, perhaps none: those behind are padding. Else None.
+    Of a MoE `routed` [L, E] are the tokens that each expert got (in a dense layer none), `snapshots_routed` [K, L, E]
+    those of the snapshots, and `routed_width` [L] the experts' neurons, which come first; else None.
+    """
+
+    path: Path
+    lang: str
+    n: int
+    over_zero: np.ndarray
+    snapshots_n: list[int] = field(default_factory=list)
+    snapshots: list[np.ndarray] = field(default_factory=list)
+    header: dict = field(default_factory=dict)
+    routed: np.ndarray | None = None
+    snapshots_routed: list[np.ndarray] = field(default_factory=list)
+    width: np.ndarray | None = None
+    routed_width: np.ndarray | None = None
+
+    @property
+    def exists(self) -> np.ndarray | None:
+        """Which neurons there are, bool [L, I]; None where all are."""
+        import numpy as np
+
+        return None if self.width is None else np.arange(self.over_zero.shape[1]) < self.width[:, None]
+
+    @property
+    def n_neurons(self) -> int:
+        return self.over_zero.size if self.width is None else int(self.width.sum())
+
+    def tokens(self, snapshot: int | None = None) -> int | np.ndarray:
+        """The tokens each neuron could be active on, of all or of a snapshot: one number, or int64 [L, I].
+
+        A neuron of an expert: those routed to it; of a dense layer, or beside the experts: all; padding: none.
+        """
+        import numpy as np
+
+        n = self.n if snapshot is None else self.snapshots_n[snapshot]
+        if self.width is None:
+            return n
+        found = np.where(self.exists, n, 0)
+        if self.routed is None:
+            return found
+        routed = self.routed if snapshot is None else self.snapshots_routed[snapshot]
+        for layer in np.flatnonzero(self.routed.any(-1)):
+            width = self.routed_width[layer]
+            found[layer, :width] = np.repeat(routed[layer], width // routed.shape[1])
+        return found
+
+    def hash(self) -> str:
+        """A short hash of the counts themselves, the same for the same counts of another day."""
+        digest = hashlib.sha256(f"{self.n} {self.snapshots_n}".encode())
+        moe = () if self.routed is None else (self.routed, *self.snapshots_routed)
+        widths = () if self.width is None else (self.width,)
+        if moe and (self.routed_width != self.width).any():
+            widths += (self.routed_width,)
+        for array in (self.over_zero, *self.snapshots, *moe, *widths):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def tags(folder: Path) -> dict[str, list[tuple[str, Path]]]:
+    """`{tag: [(language, file)]}` of the counts in a folder."""
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for path in sorted(folder.iterdir()):
+        for name in _NAMES:
+            if match := name.fullmatch(path.name):
+                found.setdefault(match["tag"], []).append((match["lang"], path))
+    return found
+
+
+def files(folder: Path, tag: str) -> dict[str, Path]:
+    """The counts of `tag` in a folder by language.
+
+    Raises:
+        InputError: no such folder, no counts of that tag, or two files of one language.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of counts; give -a the folder that lsn/activation.py wrote")
+    there, found = tags(folder), {}
+    for lang, path in there.get(tag, []):
+        if found.setdefault(lang, path) != path:
+            raise InputError(f"{found[lang]} and {path.name} are both counts of {lang}; move one of them elsewhere")
+    if not found:
+        named = f"its tags are {', '.join(sorted(there)[:8])}: give one with -t"
+        raise InputError(f"{folder} has no counts {tag}.<lang>.pt; {named if there else 'run lsn/activation.py first'}")
+    return found
+
+
+def read(path: Path, lang: str) -> Counts:
+    """One language's counts.
+
+    Raises:
+        InputError: not such a file, a limited or foreign one, or counts that cannot be.
+    """
+    import numpy as np
+
+    tensors = results.read_tensors(path)
+    try:
+        n, over_zero = int(tensors["n"]), tensors["over_zero"].numpy().astype(np.int64)
+        header = json.loads(tensors.get("header") or "{}")
+        snapshots_n = [int(tokens) for tokens in tensors.get("snapshots_n", ())]
+        snapshots = [one.numpy().astype(np.int64) for one in tensors.get("snapshots", ())]
+        moe = "routed" in tensors
+        routed = tensors["routed"].numpy() if moe else None
+        width = tensors["width"].numpy() if moe or "width" in tensors else None
+        routed_width = tensors.get("routed_width", tensors["width"]).numpy() if moe else None
+        snapshots_routed = [one.numpy() for one in tensors["snapshots_routed"]] if moe else []
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{path} has no counts (n, over_zero [layers, neurons]); write it with lsn/activation.py"
+        ) from None
+    if header and header.get("schema") != SCHEMA:
+        raise InputError(f"{path} holds {header.get('schema')!r}, not {SCHEMA!r}; give a file of lsn/activation.py")
+    if header.get("limit") is not None:
+        raise InputError(f"{path} was made with --limit {header['limit']}; run lsn/activation.py again without --limit")
+    if header.get("language") and not languages.same(header["language"], lang):
+        raise InputError(f"{path} counts {header['language']}, not {lang}; give each language its own file")
+    if over_zero.ndim != 2 or not over_zero.size:
+        raise InputError(f"{path}: over_zero is {list(over_zero.shape)}, not [layers, neurons]; write it again")
+    if n < 1:
+        raise InputError(f"{path} counts {n} tokens; run lsn/activation.py on more text")
+    found = Counts(
+        path, lang, n, over_zero, snapshots_n, snapshots, header, routed, snapshots_routed, width, routed_width
+    )
+    if width is not None:
+        _check_widths(found)
+    if over_zero.min() < 0 or over_zero.max() > n:
+        raise InputError(f"{path}: a neuron is active on {over_zero.max()} of {n} tokens; write the counts again")
+    whole = [np.zeros_like(over_zero), *snapshots, over_zero]
+    rising = all(a.shape == b.shape and (a <= b).all() for a, b in itertools.pairwise(whole))
+    marks = [0, *snapshots_n, n]
+    if len(snapshots) != len(snapshots_n) or not rising or any(a >= b for a, b in itertools.pairwise(marks)):
+        raise InputError(f"{path}: its snapshots are no parts of its counts; run lsn/activation.py again")
+    return found
+
+
+def _check_widths(one: Counts) -> None:
+    """Refuse counts of layers of several widths, or of experts, that do not go together.
+
+    Raises:
+        InputError: shapes that do not fit, more active tokens than were routed, or counts in the padding.
+    """
+    layers, neurons = one.over_zero.shape
+    fits = one.width.shape == (layers,) and one.width.min() >= 0 and 1 <= one.width.max() <= neurons
+    what = "neurons by layer do"
+    if fits and one.routed is not None:
+        what, own = "experts' tokens do", one.routed_width
+        fits = one.routed.ndim == 2 and len(one.routed) == layers and own.shape == (layers,)
+        fits = fits and (own <= one.width).all() and own[one.routed.any(-1)].min(initial=1) >= 1
+        fits = fits and not any(own[one.routed.any(-1)] % one.routed.shape[1])
+        fits = fits and [part.shape for part in one.snapshots_routed] == [one.routed.shape] * len(one.snapshots)
+    if not fits or (one.over_zero > one.tokens()).any():
+        raise InputError(f"{one.path}: its {what} not fit its counts; run lsn/activation.py again")
+
+
+def refuse_mixed(counts: list[Counts]) -> None:
+    """Refuse counts that are not of one model read by one tokenizer; files without a header are taken on trust.
+
+    Raises:
+        InputError: shapes, models or tokenizers differ.
+    """
+    first = counts[0]
+    for one in counts[1:]:
+        if one.over_zero.shape != first.over_zero.shape:
+            (a, b), (c, d) = first.over_zero.shape, one.over_zero.shape
+            raise InputError(
+                f"counts of different models: {first.path.name} has {a} layers of {b} neurons, {one.path.name} has {c} "
+                f"of {d}; count every language with the same model"
+            )
+        widths = [None if x.width is None else (x.width.tolist(), *_experts(x)) for x in (first, one)]
+        if widths[0] != widths[1]:
+            raise InputError(
+                f"counts of different models: {first.path.name} and {one.path.name} differ in experts, or in how many "
+                "neurons a layer has; count every language with the same model"
+            )
+    bare = [one.path.name for one in counts if not one.header]
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        cli.warn(f"no header in {bare[0]}{more}: model, tokenizer and text are taken on trust")
+    stated = [one for one in counts if one.header]
+    for one in stated[1:]:
+        ours, theirs = (x.header.get("models", {}).get("model", {}) for x in (stated[0], one))
+        if not refs.same_model(ours, theirs):
+            raise InputError(
+                f"counts of different models: {stated[0].path.name} is of {ours.get('spec')}, {one.path.name} of "
+                f"{theirs.get('spec')}{' (trained again)' if ours.get('spec') == theirs.get('spec') else ''}; "
+                "count every language with the same model"
+            )
+        hashes = [tokenizer_of(x.header) for x in (stated[0], one)]
+        if all(hashes) and hashes[0] != hashes[1]:
+            raise InputError(
+                f"{stated[0].path.name} and {one.path.name} come from tokens of different tokenizers; "
+                "run lsn/load_oscar.py with one tokenizer for all languages, then lsn/activation.py"
+            )
+        if stated[0].header.get("dtype") != one.header.get("dtype"):
+            cli.warn(f"{stated[0].path.name} and {one.path.name} were counted in different dtypes")
+
+
+def _experts(one: Counts) -> tuple:
+    """What must be the same in counts of one mixture of experts; () of other models."""
+    return () if one.routed is None else (one.routed.shape[1], one.routed_width.tolist())
+
+
+def tokenizer_of(header: dict) -> str | None:
+    """The hash of the tokenizer that made the tokens, where a counts header states it."""
+    return (header.get("tokens") or {}).get("vocabulary_sha256") or header.get("vocabulary_sha256")

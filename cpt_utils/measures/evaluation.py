@@ -1,0 +1,200 @@
+"""What is measured on a model that was changed: retrieval, loss on held-out text, accuracy on a classification task.
+
+The scripts that change models (layer and component swaps, deactivation) measure each change with one `Test`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, data, languages, textfiles
+from cpt_utils.base.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number measured on a model: what it is, whether more is better, and which per-unit values its mean is of."""
+
+    label: str
+    higher_is_better: bool
+    kind: str
+    units: bool = True
+
+
+MEASURES = {
+    "retrieval_mean": Measure("retrieval accuracy, mean over layers", True, "retrieval"),
+    "retrieval_best": Measure("retrieval accuracy, best layer", True, "retrieval", units=False),
+    "nll_per_byte": Measure("NLL of held-out text (nats per byte)", False, "nll"),
+    "task_accuracy": Measure("task accuracy", True, "task"),
+}
+KINDS = ("retrieval", "nll", "task")
+
+
+# --- what is measured ---
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is measured on every model: parallel sentences, held-out text, rows of a classification task (any of them).
+
+    `heldout` holds (context, text) pairs, of which the text is scored, `task` (text, category) pairs; `facts` go into
+    the header and identify the request.
+    """
+
+    pairs: data.ParallelText | None = None
+    heldout: list[tuple[str, str]] | None = None
+    task: list[tuple[str, str]] | None = None
+    batch_size: int | None = None  # sequences; None: by tokens and memory
+    seed: int = 42
+    facts: dict = field(default_factory=dict)
+
+    def measures(self) -> list[str]:
+        kinds = {"retrieval": self.pairs, "nll": self.heldout, "task": self.task}
+        return [name for name, measure in MEASURES.items() if kinds[measure.kind] is not None]
+
+    def on(self, model: PreTrainedModel, arch: archs.Arch, tokenizer: PreTrainedTokenizerBase, name: str) -> dict:
+        """`values` (a number each), `units` (what they are means of), `layer_accuracy` and `reverse_accuracy` [L+1]."""
+        found: dict = {"values": {}, "units": {}}
+        if self.pairs is not None:
+            found |= self._retrieval(model, arch, tokenizer, name, found)
+        if self.heldout is not None:
+            from cpt_utils.models import scoring
+
+            contexts, texts = zip(*self.heldout, strict=True)
+            scores = scoring.text_nlls(model, tokenizer, list(texts), self.batch_size, list(contexts))
+            mean_bytes = sum(score.bytes for score in scores) / len(scores)
+            found["units"]["nll_per_byte"] = [score.nll / mean_bytes for score in scores]
+        if self.task is not None:
+            found["units"]["task_accuracy"] = self._task(model, tokenizer)
+        means = {measure: math.fsum(values) / len(values) for measure, values in found["units"].items()}
+        found["values"] = {name: (means | found["values"])[name] for name in self.measures()}
+        wrong = [measure for measure, value in found["values"].items() if not math.isfinite(value)]
+        if wrong:
+            raise InputError(f"{name}: {wrong[0]} is not finite; try --dtype float32")
+        return found
+
+    def _retrieval(self, model, arch, tokenizer, name: str, found: dict) -> dict:
+        """Base -> target retrieval at every hidden state; a sentence's unit is its share of hits over h_1 .. h_L."""
+        step_1 = cli.sibling("sentence-retrieval/sr_experiment.py")
+        sides = step_1.encode_pairs(model, tokenizer, self.pairs, name)
+        measured = step_1.measure(model, arch, tokenizer, *sides, seed=self.seed, batch_size=self.batch_size)
+        accuracy = measured.hits.double().mean(1).tolist()
+        found["units"]["retrieval_mean"] = measured.hits[1:].double().mean(0).tolist()
+        found["values"]["retrieval_best"] = max(accuracy[1:])
+        reverse = measured.hits_reverse.double().mean(1).tolist()
+        return {"layer_accuracy": accuracy, "reverse_accuracy": reverse}
+
+    def _task(self, model, tokenizer) -> list[float]:
+        """1 for every row whose category is the most likely one after the prompt, as lm_eval's `acc`; else 0."""
+        from cpt_utils.models import scoring
+
+        tasks = cli.sibling("lm_eval_sib200/generate.py")
+        prompts = [tasks.PROMPT.replace("{{text}}", text) for text, _ in self.task]
+        logliks = scoring.choice_logliks(model, tokenizer, prompts, list(tasks.CHOICES), self.batch_size)
+        best = [row.index(max(row)) for row in logliks]
+        return [float(tasks.CHOICES[at] == right) for at, (_, right) in zip(best, self.task, strict=True)]
+
+
+def add_flags(p) -> None:
+    """The flags that say what is measured; `test_from_arguments` reads them."""
+    g = p.add_argument_group("what is measured")
+    g.add_argument(
+        "--measures", nargs="+", choices=KINDS, metavar="M", help="retrieval, nll, task; default: all that have data"
+    )
+    g.add_argument("--base-lang", metavar="LANG", help="default: the study's languages.base, else that of LAYERS.json")
+    g.add_argument("--target-lang", metavar="LANG", help="the same for the language that CPT brought")
+    g.add_argument(
+        "--heldout",
+        metavar="FILE",
+        help="text in the target language, a document a line; default: study's",
+    )
+    g.add_argument("--task", metavar="FILE", help="rows in the form of SIB-200 (test.tsv); default: the study's")
+
+
+def test_from_arguments(args, study, known: dict) -> Test:
+    """What to measure, from flags, study and the languages `known` from a result's header; before any model is loaded.
+
+    Raises:
+        InputError: nothing to measure, or a measure asked for by name has no data.
+    """
+    wanted = args.measures or KINDS
+    base = study.value(args.base_lang, "--base-lang", "languages.base", known.get("base_lang", ""))
+    target = study.value(args.target_lang, "--target-lang", "languages.target", known.get("target_lang", ""))
+    pairs = heldout = task = None
+    facts: dict = {"limit": None, "seed": study.seed}
+    if "retrieval" in wanted:
+        if not (base and target):
+            raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
+        pairs = data.from_arguments(args, study, base, target)
+        cli.say(pairs.summary())
+        facts |= {"base_lang": languages.canonical(base, any_tag=True), "data": pairs.describe()}
+        facts["target_lang"] = languages.canonical(target, any_tag=True)
+        facts |= {"n_used": len(pairs), "n_available": pairs.n_available, "limit": pairs.facts["limit"]}
+    if "nll" in wanted:
+        mapping = study.get("data.heldout") or {}
+        key = languages.find(mapping, target, default=None) if target else None
+        file = args.heldout or (mapping[key] if key else None)
+        if file is None and args.measures:
+            raise InputError("--measures nll: no held-out text; give --heldout FILE, or data.heldout in the study")
+        if file is not None:
+            together = int(study.get("data.heldout_lines") or 1)
+            heldout = limited(documents(Path(file), together), args.limit, facts)
+            facts["heldout"] = {
+                "file": file, "sha256": data.file_sha256(file), "documents": len(heldout), "lines": together,
+            }  # fmt: skip
+    if "task" in wanted:
+        file = args.task or _task_file(study)
+        if file is None and args.measures:
+            raise InputError("--measures task: no rows; give --task FILE, or data.task with name and dir in the study")
+        if file is not None:
+            task = limited(_task_rows(Path(file)), args.limit, facts)
+            facts["task"] = {"file": file, "sha256": data.file_sha256(file), "rows": len(task)}
+    return Test(pairs, heldout, task, args.batch_size, study.seed, facts)
+
+
+def limited(found: list, limit: int | None, facts: dict) -> list:
+    """The first `limit` of what was found; `facts` say the limit only where it leaves something out."""
+    if limit is not None and limit < len(found):
+        facts["limit"] = limit
+    return found[:limit]
+
+
+def documents(file: Path, together: int) -> list[tuple[str, str]]:
+    """Held-out documents as (context, text), from the lines of a file (.gz allowed) that are not empty.
+
+    With `together` 1 every line is a text without context. With more, so many lines make a document, and its first line
+    is context that is not scored: finding out which language a text is in is no part of knowing that language.
+    """
+    found = [text for line in textfiles.texts(file) if (text := line.strip())]
+    if not found:
+        raise InputError(f"{file} holds no text")
+    if together == 1:
+        return [("", line) for line in found]
+    groups = [found[i : i + together] for i in range(0, len(found) - together + 1, together)]
+    if not groups:
+        raise InputError(f"{file} has {len(found)} lines, fewer than data.heldout_lines ({together})")
+    return [(group[0], " ".join(group[1:])) for group in groups]
+
+
+def _task_file(study) -> Path | None:
+    """The study's test rows, where its task is one on local files."""
+    folder, name = study.get("data.task.dir"), study.get("data.task.name")
+    if not folder or not name:
+        return None
+    name = name[0] if isinstance(name, list) else str(name).split(",")[0]
+    there = [path.name for path in Path(folder).iterdir() if path.is_dir()] if Path(folder).is_dir() else []
+    language = languages.find(there, name.removeprefix("sib200_"), default=None)
+    return Path(folder) / language / "test.tsv" if language else None
+
+
+def _task_rows(file: Path) -> list[tuple[str, str]]:
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; --task needs a file in the form of SIB-200's test.tsv")
+    return [(row["text"], row["category"]) for row in cli.sibling("lm_eval_sib200/generate.py").read_tsv(file)]

@@ -1,0 +1,146 @@
+"""Whether a model retrieves better than its untrained twin: where not, its layers and hub mean nothing, nor does what
+is built on them.
+
+Step 1 measures the twin, step 2 writes the answer into the header of its file as `gate`, and every later step that
+reads the layers hands it on.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import cli, results, stats
+from cpt_utils.checkpoints import identity
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RETRIEVAL = "sentence-retrieval"
+LEVEL = 0.99  # see `compare`
+# In these a model and its twin must have been measured alike.
+ALIKE = ("n_layers", "base_lang", "target_lang", "margin_variant", "k", "special_tokens")
+
+
+# --- the test ---
+
+
+def compare(hits: np.ndarray, untrained: np.ndarray, seed: int = 42) -> dict:
+    """Hits of a model at its best layer minus those of its untrained twin at its best hidden state.
+
+    The model's best layer is chosen on one half of the sentences and read on the other, both ways: the best of many
+    looks good by chance on the sentences that it was chosen on. A mean over layers would lose a model that retrieves in
+    a few of them. The twin's is chosen where it is read, so that doubt speaks for it, and may be h_0 too: what
+    embeddings find without any training is no work of layers.
+
+    The interval is a bootstrap over sentences, which knows nothing of other random initialisations. Hence the doubt,
+    and 99 %: of untrained models that differ in the seed alone 0 to 5 % then pass as better than another one. (With
+    both chosen on the other half it is 6 to 13 % at 95 %. Measured on a byte-level Llama of 4 layers of width 64, 500
+    and 1,004 sentences of SIB-200 in English with French and with Basque, all pairs of 16 and 12 seeds.)
+
+    Args:
+        hits, untrained: 0/1 [L+1, sentences], over the same sentences.
+
+    Returns:
+        `passed` (the interval is above 0), `difference, ci_low, ci_high, level`, and what was subtracted: `accuracy`
+        and `untrained_accuracy`; `n` sentences.
+    """
+    import numpy as np
+
+    n = hits.shape[1]
+    order = np.random.default_rng(seed).permutation(n)
+    halves = (order[: n // 2], order[n // 2 :]) if n > 1 else (order, order)
+    own = np.zeros(n)
+    for choose, read in (halves, halves[::-1]):
+        own[read] = hits[1 + hits[1:, choose].mean(1).argmax(), read]
+    twin = untrained[untrained.mean(1).argmax()]
+    low, high = stats.bootstrap_mean(own - twin, seed, level=LEVEL)
+    return {
+        "passed": low > 0,
+        "difference": float((own - twin).mean()),
+        "ci_low": low,
+        "ci_high": high,
+        "level": LEVEL,
+        "accuracy": float(own.mean()),
+        "untrained_accuracy": float(twin.mean()),
+        "n": n,
+    }
+
+
+def words(found: dict) -> str:
+    """The outcome in a line."""
+    model = found["model"]
+    interval = f"[{found['ci_low']:+.3f}, {found['ci_high']:+.3f}]"
+    by = f"{found['difference']:+.3f} {interval} at {found['level']:.0%}, {found['n']} sentences"
+    if found["passed"]:
+        return f"{model} retrieves better than its untrained twin ({by})"
+    return (
+        f"{model} does not retrieve clearly better than its untrained twin ({by}): its layers, its hub and everything "
+        "built on them mean nothing"
+    )
+
+
+def tell(*found: dict) -> None:
+    """A line for the models that pass and one for the others, each with the numbers of the model nearest to the bar."""
+    for passed in (True, False):
+        alike = [one for one in found if one["passed"] is passed]
+        if not alike:
+            continue
+        nearest = min(alike, key=lambda one: abs(one["ci_low"]))
+        others = [one["model"] for one in alike if one is not nearest]
+        line = words(nearest)
+        if others:
+            line += f"; likewise {', '.join(others)}"
+        (cli.say if passed else cli.warn)(line)
+
+
+# --- files ---
+
+
+def of_results(path: Path, untrained: Path, model: str, seed: int) -> dict:
+    """`compare` of two retrieval results, whose hits lie beside them, with the names of both sides."""
+    hits = [results.read_tensors(file.with_suffix(".pt"))["hits"].numpy() for file in (path, untrained)]
+    return {"model": model, **compare(*hits, seed), "untrained": untrained}
+
+
+def twin_beside(path: Path, header: dict) -> Path | None:
+    """The result of the untrained twin beside the retrieval result `path`; None where there is none.
+
+    It is one of the model's configuration over the same sentences, whatever its name.
+    """
+    model = (header.get("models") or {}).get("model")
+    own = path.with_name(f"untrained.{path.name}")
+    for file in dict.fromkeys([own, *sorted(path.parent.glob("untrained*.json"))]) if model else ():
+        if not (file.is_file() and file.with_suffix(".pt").is_file()):
+            continue
+        _, other = results.read_json(file, RETRIEVAL, allow_limited=True)
+        shape = (other.get("models") or {}).get("untrained_like")
+        sentences = [(head.get("data") or {}).get("pairs_sha256") for head in (header, other)]
+        alike = sentences[0] == sentences[1] and all(header.get(key) == other.get(key) for key in ALIKE)
+        # Of a model on the hub the configuration's hash is not known: the number of layers must do.
+        known = model.get("untrained_sha256"), model.get("config_sha256")
+        hashes = identity.shape_hash(identity.untrained_like(shape or {})), identity.shape_hash(shape or {})
+        if shape and alike and (not any(known) or any(map(operator.eq, known, hashes))):
+            return file
+    return None
+
+
+def carried(*paths: str | os.PathLike) -> dict | None:
+    """The `gate` of the first of these steps' files whose header has one, for the header of the next step; one that
+    failed is said.
+
+    None: it was not checked, or the files are of before. What is wrong with a file is said by its own reader.
+    """
+    for file in [file for path in paths for file in (Path(path), results.facts_beside(path))]:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))[results.HEADER]["gate"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        if found:
+            if not found["passed"]:
+                tell(found)
+            return found
+    return None

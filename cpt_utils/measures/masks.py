@@ -1,0 +1,209 @@
+"""Masks of language-specific neurons: `{language: {layer: [neurons]}}` in a JSON file, and random controls for them.
+
+`lsn/identify.py` writes them; every language and every layer is present, even when it has no neuron. A neuron is an
+index into the FFN width: a row of gate and up, a column of down. In memory layers are integers: `{lang: {0: [4, 17]}}`.
+Where layers differ in width (experts beside dense layers), functions take all widths, and files name the largest.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from cpt_utils.base import languages, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+
+SCHEMA = "lsn-mask"
+
+Layers = dict[int, list[int]]
+
+
+def languages_in(path: str | os.PathLike) -> list[str]:
+    """The languages of a mask file, spelled and ordered as they are there."""
+    return list(_load(path)[0])
+
+
+def read(
+    path: str | os.PathLike,
+    lang: str,
+    n_layers: int,
+    ffn_width: int | Sequence[int],
+    models: list[dict] | None = None,
+    control: bool | None = None,
+    instead: str = "give its mask",
+) -> Layers:
+    """The neurons of one language: every layer from 0 to n_layers - 1, in order, with its sorted neurons (or none).
+
+    Args:
+        lang: in any spelling that means a language of the file.
+        ffn_width: neurons of a layer, or of each.
+        models: `ModelRef.describe()` of the models the mask is used on; it must be about one of them or their run.
+        control: True for a random control mask, False for a mask of language-specific neurons, None for either. A file
+            without a header (of the published scripts) is taken on trust, with one warning.
+        instead: what to do about a mask of another model, for the message.
+
+    Raises:
+        InputError: no mask file, one of another model or of another layer count or width, a mask where a control is
+            needed or the other way round, a language that is missing (those there are named), or a neuron that the
+            model does not have.
+    """
+    payload, header = _load(path)
+    widths = by_layer(ffn_width, n_layers)
+    for fact, wanted in (("n_layers", n_layers), ("ffn_width", max(widths))):
+        if header.get(fact, wanted) != wanted:
+            raise InputError(
+                f"{path} was made for {fact} {header[fact]}, but {wanted} is needed; give the mask of this model"
+            )
+    made_for = (header.get("models") or {}).get("model")
+    if made_for and models is not None and not refs.belongs(made_for, models):
+        raise InputError(
+            f"{path} was made for {made_for.get('spec')}, which is none of the models asked for ("
+            f"{', '.join(model['spec'] for model in models[:3])}{', ..' if len(models) > 3 else ''}), or was trained "
+            f"again since; run lsn/activation.py and lsn/identify.py on this model, or {instead}"
+        )
+    if header and control is not None and bool(header.get("control")) != control:
+        kinds = {True: "a random control mask", False: "a mask of language-specific neurons"}
+        raise InputError(f"{path} is {kinds[not control]}, but {kinds[control]} is needed; lsn/identify.py writes both")
+    return _checked(path, lang, payload[languages.find(payload, lang, what=str(path))], widths)
+
+
+def by_layer(ffn_width: int | Sequence[int], n_layers: int) -> list[int]:
+    """The neurons of each layer, from one number for all or a number for each."""
+    return [ffn_width] * n_layers if isinstance(ffn_width, int) else list(ffn_width)
+
+
+def read_both(
+    path: Path | None,
+    control: Path | None,
+    lang: str,
+    n_layers: int,
+    ffn_width: int | Sequence[int],
+    models: list[dict] | None = None,
+    instead: str = "give its mask",
+) -> tuple[Layers | None, Layers | None]:
+    """The language's neurons and those of the random control, of each where there is a file; see `read`.
+
+    Raises:
+        InputError: the language has no neuron, or the control is not one of this mask.
+    """
+    own, others = (
+        read(file, lang, n_layers, ffn_width, models, control=is_control, instead=instead) if file else None
+        for file, is_control in ((path, False), (control, True))
+    )
+    if not any((own or others).values()):
+        raise InputError(
+            f"{path or control} has no neuron of {lang}, so there is nothing to follow; identify more neurons "
+            "(lsn/identify.py --rate), or choose another --lang"
+        )
+    for layer, neurons in own.items() if own and others else ():
+        drawn = others[layer]
+        if len(drawn) != len(neurons) or set(drawn) & set(neurons):
+            what = f"{len(drawn)} neurons" if len(drawn) != len(neurons) else "neurons of the mask"
+            raise InputError(
+                f"{control} has {what} in layer {layer}, where {path} has {len(neurons)}: it is the control of another "
+                "mask; run lsn/identify.py again for both"
+            )
+    return own, others
+
+
+def is_control(path: str | os.PathLike) -> bool | None:
+    """Whether a mask file is a random control; None where it has no header that says so."""
+    return _load(path)[1].get("control")
+
+
+def control_beside(path: Path) -> Path | None:
+    """The control mask beside a mask, `<mask>.control.json`, where it is there."""
+    place = path.with_suffix(".control.json")
+    return place if place.is_file() else None
+
+
+def random_control(
+    mask: dict[str, Layers], n_layers: int, ffn_width: int | Sequence[int], seed: int | str = 42
+) -> dict[str, Layers]:
+    """For each language as many neurons in each layer as its mask has, drawn at random outside every language's mask.
+
+    Each language and layer has a draw of its own, whatever the order of languages. Controls of two languages may share
+    neurons. Those of all experts of a layer are drawn from alike.
+
+    Raises:
+        InputError: a layer has fewer neurons outside the mask than a language has inside.
+    """
+    widths = by_layer(ffn_width, n_layers)
+    outside = {
+        layer: sorted(set(range(widths[layer])).difference(*(mask[lang].get(layer, ()) for lang in mask)))
+        for layer in range(n_layers)
+    }
+    control: dict[str, Layers] = {}
+    for lang, layers in mask.items():
+        control[lang] = {}
+        for layer in range(n_layers):
+            n = len(layers.get(layer, ()))
+            if n > len(outside[layer]):
+                raise InputError(
+                    f"layer {layer} has {len(outside[layer])} of {widths[layer]} neurons outside the mask, but the "
+                    f"control of {lang} needs {n}; identify fewer neurons with a lower --rate"
+                )
+            # Seeded by a text: Python hashes it the same way everywhere, and sets of other layers stay independent.
+            control[lang][layer] = sorted(random.Random(f"{seed}/{lang}/{layer}").sample(outside[layer], n))
+    return control
+
+
+def write(path: str | os.PathLike, mask: dict[str, Layers], control: bool = False, **facts) -> None:
+    """Write a mask file; `facts` go into its header: `models` ({"model": describe()}), `n_layers`, `ffn_width`, .."""
+    payload = {
+        lang: {str(layer): [int(neuron) for neuron in layers[layer]] for layer in sorted(layers)}
+        for lang, layers in mask.items()
+    }
+    results.write_json(path, payload, results.header(SCHEMA, **facts, control=control))
+
+
+def _load(path: str | os.PathLike) -> tuple[dict, dict]:
+    """Payload and header of a mask file. Read once as long as it stays the same, so a file without a header is
+    warned about once."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return results.read_json(path, SCHEMA)  # its error line
+    return _load_state(Path(path), (state.st_mtime_ns, state.st_ino, state.st_size))
+
+
+@lru_cache(maxsize=4)
+def _load_state(path: Path, _state: tuple[int, ...]) -> tuple[dict, dict]:
+    start = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(2)
+    if start in (b"PK", b"\x80\x02"):  # how torch.save begins
+        raise InputError(
+            f"{path} was saved by torch, as LAPE saves masks, and does not name its languages; name them in its order: "
+            f"python lsn/lape_mask.py {path} -l en,zh,.. -o mask.json, and give mask.json"
+        )
+    payload, header = results.read_json(path, SCHEMA)
+    if not isinstance(payload, dict) or not payload or not all(isinstance(v, dict) for v in payload.values()):
+        raise InputError(f"{path} holds no masks {{language: {{layer: [neurons]}}}}; give a file of lsn/identify.py")
+    return payload, header
+
+
+def _checked(path: str | os.PathLike, lang: str, layers: dict, widths: list[int]) -> Layers:
+    """One language's entry with integer layers, refused where it does not fit the model."""
+    n_layers = len(widths)
+    if set(layers) != {str(layer) for layer in range(n_layers)}:
+        raise InputError(
+            f"{path} has {len(layers)} layers for {lang}, but the model has {n_layers}, 0 to {n_layers - 1}; "
+            "give the mask of this model (every layer is listed, an empty one too)"
+        )
+    found: Layers = {}
+    for layer in range(n_layers):
+        neurons = layers[str(layer)]
+        if not isinstance(neurons, list) or any(type(neuron) is not int for neuron in neurons):
+            raise InputError(f"{path}: layer {layer} of {lang} is no list of neuron numbers; make the mask again")
+        wrong = [neuron for neuron in neurons if not 0 <= neuron < widths[layer]]
+        if wrong or len(set(neurons)) != len(neurons):
+            what = f"neuron {wrong[0]}, but the model has 0 to {widths[layer] - 1}" if wrong else "a neuron twice"
+            raise InputError(f"{path}: layer {layer} of {lang} names {what}; give the mask of this model")
+        found[layer] = sorted(neurons)
+    return found

@@ -1,0 +1,184 @@
+"""Batches of token sequences: by length, padded on either side, as large as pays and as memory holds.
+
+for_each(model, "states", [len(s) for s in sequences], step)      # step([2, 0, 1]) gets the indices of a batch
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.models import encoding
+from cpt_utils.models.encoding import Encoded
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens of a batch, padding included. More does not pay on a CPU, where the activations of a layer leave the caches;
+# a GPU begins with it and works out its own budget, up to LARGEST, from which on no GPU gains.
+TOKENS = 2048
+LARGEST = 65536
+SHARE = 0.6  # of the free memory of a GPU that a batch may take
+ALIKE, ENOUGH = 0.8, 512  # share of the longest, tokens: see `batches`
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {(kind of step, --batch-size): limit}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], positions: int | None = None) -> Encoded:
+    """Tokenize with special tokens as the tokenizer adds them; texts longer than `positions` are cut, with a warning.
+
+    Raises:
+        InputError: a text without a single token.
+    """
+    made = encoding.of_texts(tokenizer, texts)
+    ids, special = made.ids, made.special
+    for text, row in zip(texts, ids, strict=True):
+        if not row:
+            raise InputError(f"the tokenizer makes no token of {text!r}; remove the line")
+    long = [i for i, row in enumerate(ids) if positions and len(row) > positions]
+    if long:
+        cli.warn(f"{len(long)} of {len(ids)} texts are longer than the model's {positions} positions and are cut there")
+        for i in long:
+            ids[i], special[i] = ids[i][:positions], special[i][:positions]
+    where: dict[str, int] = {}
+    return replace(made, first=[where.setdefault(text, i) for i, text in enumerate(texts)])
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest input that the configuration states, in tokens; None where it states none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def batches(lengths: list[int], batch_size: int | None = None, tokens: int = TOKENS) -> list[list[int]]:
+    """Indices in batches, sequences of like length together, the longest first.
+
+    A batch holds at most `batch_size` sequences; without it, as many as fit into `tokens`, padding included (a longer
+    sequence alone), and none shorter than ALIKE of the longest once it has ENOUGH tokens: what is padded is computed,
+    too. Ties keep their order, so that one input gives one plan. The longest batch comes first: where memory does not
+    suffice, that shows at once.
+    """
+    plan: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rows = plan[-1] if plan else []
+        longest = lengths[rows[0]] if rows else 0
+        if batch_size is not None:
+            full = len(rows) == batch_size
+        else:
+            unlike = lengths[i] < ALIKE * longest and len(rows) * longest >= ENOUGH
+            full = (len(rows) + 1) * longest > tokens or unlike
+        if full or not rows:
+            plan.append([])
+        plan[-1].append(i)
+    return plan
+
+
+def for_each(
+    model: PreTrainedModel, kind: str, lengths: list[int], step: Callable[[list[int]], None],
+    batch_size: int | None = None,
+) -> None:  # fmt: skip
+    """Call `step` with the indices of each batch, until every sequence was in one that went through.
+
+    Without `batch_size` batches are made by a budget of tokens: TOKENS on a CPU; on a GPU the first batch is measured,
+    and the budget is what SHARE of the free memory then allows. Where memory ends nevertheless, batches are halved.
+    Both are remembered for the model and this kind of step. No result may depend on the batch a sequence is in.
+
+    Args:
+        kind: what `step` does ("states", "logits"): steps of one kind take memory alike.
+
+    Raises:
+        InputError: memory does not suffice for a single sequence.
+    """
+    known = _known.setdefault(model, {})
+    key, left = (kind, batch_size), list(range(len(lengths)))
+    while left:
+        limit, memory = known.get(key), None
+        if limit is None and batch_size is None:
+            memory = _Memory(model)
+        size, tokens = (None, limit or TOKENS) if batch_size is None else (limit or batch_size, TOKENS)
+        done: set[int] = set()
+        for places in batches([lengths[i] for i in left], size, tokens):
+            rows = [left[at] for at in places]
+            took = len(rows) * max(lengths[i] for i in rows)
+            if not _fits(step, rows):
+                if len(rows) == 1:
+                    raise InputError(
+                        f"a sequence of {took} tokens does not fit into the memory of {model.device}; use a larger "
+                        "GPU, a smaller --dtype, --device-map auto (several GPUs), or --device cpu"
+                    )
+                if batch_size is not None:
+                    cli.warn(f"{len(rows)} sequences do not fit into memory: going on with {len(rows) // 2} a batch")
+                known[key] = took // 2 if batch_size is None else len(rows) // 2
+                break
+            done.update(rows)
+            if memory is not None:
+                known[key] = memory.budget(took)
+                break
+        left = [i for i in left if i not in done]
+
+
+def _fits(step: Callable, rows: list[int]) -> bool:
+    """Whether the step went through; False where memory ended in it."""
+    import torch
+
+    try:
+        step(rows)
+        return True
+    except RuntimeError as error:
+        signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in signs):
+            raise
+    # Not in the except clause, where the traceback still holds the tensors of the step.
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return False
+
+
+class _Memory:
+    """The GPUs' memory around a trial step: what the step took at its peak, and what is free."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.gpus = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+        self.before = [self.taken(gpu, start=True) for gpu in self.gpus]
+
+    def budget(self, tokens: int) -> int:
+        """Tokens that a batch may hold, after a step of `tokens`; TOKENS where the model is on no GPU."""
+        found = LARGEST if self.gpus else TOKENS
+        for gpu, before in zip(self.gpus, self.before, strict=True):
+            each = max(1, self.taken(gpu) - before) / tokens
+            found = min(found, int(SHARE * self.free(gpu) / each))
+        return max(1, found)
+
+    @staticmethod
+    def taken(gpu: torch.device, start: bool = False) -> int:
+        """Bytes of tensors now, with which the peak begins anew (`start`), or at the peak."""
+        import torch
+
+        if start:
+            torch.cuda.reset_peak_memory_stats(gpu)
+            return torch.cuda.memory_allocated(gpu)
+        return torch.cuda.max_memory_allocated(gpu)
+
+    @staticmethod
+    def free(gpu: torch.device) -> int:
+        import torch
+
+        held = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)  # by the allocator, for no tensor
+        return torch.cuda.mem_get_info(gpu)[0] + held
+
+
+def padded(sequences: list[list[int]], pad: int, side: str = "right"):
+    """Token ids and attention mask, int64 [len(sequences), longest], padded with `pad` on `side`."""
+    import torch
+
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        ids[row, place] = torch.tensor(sequence)
+        mask[row, place] = 1
+    return ids, mask

@@ -1,0 +1,271 @@
+"""Loading models and tokenizers for forward passes, strictly: a tensor that is missing on disk stops the load."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import formats, identity, merged, opening, refs, settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+# Where PEFT is installed, transformers adds an adapter that it finds beside a model to it, a second time if that one
+# was merged. It is told to look where none can be: in a folder that has the name of the file.
+NO_ADAPTER = {"subfolder": formats.ADAPTER_CONFIG}
+
+
+def auto_class(config):
+    """The class of transformers that makes the model of a config: with its image tower, where it has one, and for
+    causal language models else. What counts here is the language model, but all of a file's tensors are to be read."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    whole = type(config) in AutoModelForImageTextToText._model_mapping
+    alone = type(config) in AutoModelForCausalLM._model_mapping
+    return (
+        AutoModelForImageTextToText
+        if whole and (hasattr(config, "vision_config") or not alone)
+        else AutoModelForCausalLM
+    )
+
+
+def attention(config) -> str:
+    """The attention implementation: sdpa, or eager for the types that have no other (Gemma 2). Never what happens to be
+    installed, so that numbers do not depend on it."""
+    known = auto_class(config)._model_mapping
+    return "sdpa" if type(config) not in known or known[type(config)]._supports_sdpa else "eager"
+
+
+def experts(config, dtype: torch.dtype) -> dict[str, str]:
+    """How the experts of a mixture are run, where transformers' own choice cannot.
+
+    Grouped products have no float64, and want rows of whole 16 bytes.
+    """
+    import torch
+
+    arch = archs.for_config(config)
+    if arch.experts_at is None:
+        return {}
+    values = config.to_dict()
+    sparse = [layer for layer in range(arch.n_layers(values)) if arch.has_router(values, layer)]
+    widths = {arch.settled(values).hidden_size, *(arch.expert_width(values, layer) for layer in sparse)}
+    odd = any(width * dtype.itemsize % 16 for width in widths)
+    return {"experts_implementation": "eager"} if odd or dtype == torch.float64 else {}
+
+
+def load_model(
+    ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, device_map: str | dict | None = None
+) -> PreTrainedModel:
+    """The causal LM of `ref` on `device` in `dtype`, in evaluation mode.
+
+    transformers fills a tensor that is missing from a checkpoint with random numbers and logs a line; here that is an
+    error, and so is a tensor that the model does not know or whose shape differs. No code of a model folder is run.
+    A quantised model runs where transformers can run it, which is said.
+
+    Args:
+        device_map: spreads the model over several devices, see `--device-map`; `device` is not looked at then.
+
+    Raises:
+        InputError: missing folder, damaged files, unknown architecture, or tensors that do not fit the configuration.
+    """
+    import torch
+
+    if ref.is_adapter:
+        opening.open_folder(ref).close()  # what cannot be merged is said before its base is loaded
+        model = load_model(ref.adapted, dtype, device, device_map)
+        merged.apply(model, ref)
+        return model
+    folder = ref.folder((*formats.WEIGHT_PATTERNS, "*.json"))
+    with opening.open_folder(ref, codes=True) as stored:  # one line instead of a loader's traceback or a random tensor
+        settings.say_head(stored, ref.config())
+        settings.say_own_code(ref.spec, ref.config())
+    more = {}
+    if device_map is not None:
+        offload = tempfile.TemporaryDirectory(prefix="offload-")  # what fits nowhere, and is not so on the disk
+        more = {"device_map": device_map, "offload_folder": offload.name}
+    elif device.type != "cpu":
+        more = {"device_map": {"": device}}  # tensor by tensor onto the device, no second copy in memory
+    with _in_one_line(ref, stored.quantised):  # the load report is read in `_check`, and said in our own words
+        config = settings.read_configuration(folder)
+        if not stored.quantised and formats.stated(stored.config) and not formats.on_the_fly(stored.config):
+            config = formats.without_quantisation(config)
+        model, report = auto_class(config).from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=attention(config), output_loading_info=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True, adapter_kwargs=NO_ADAPTER, **experts(config, dtype),
+            **more,
+        )  # fmt: skip
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                f"{ref.spec}: the installed transformers applied the adapter beside it; move {formats.ADAPTER_CONFIG}"
+            )
+        _check(report, ref)
+        model = model.eval().requires_grad_(False)
+        if stored.quantised:
+            _run_quantised(model, ref, stored.quantised, dtype)
+    if device_map is not None:
+        weakref.finalize(model, offload.cleanup)
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        # TF32 would round float32 products to 10 bits; a float32 run is asked for to have float32 numbers.
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return model
+
+
+@contextlib.contextmanager
+def _in_one_line(ref: refs.ModelRef, quantised: str | None = None):
+    """Quiet the loader, and say in one line of InputError what it raises: half a dozen types for a configuration."""
+    try:
+        with settings.quiet_loader():
+            yield
+    except Exception as error:
+        if isinstance(error, InputError) and not quantised:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix(f"{ref.spec}: ")
+        reason = settings.unknown_rope(ref.config()) or reason.rstrip(".")
+        if not quantised:
+            raise InputError(f"{ref.spec} cannot be loaded: {reason}") from error
+        remedy = formats.way_back(ref.spec, ref.config())
+        raise InputError(f"{ref.spec} is quantised ({quantised}) and does not run here: {reason}; {remedy}") from error
+
+
+def _run_quantised(model: PreTrainedModel, ref: refs.ModelRef, how: str, dtype: torch.dtype) -> None:
+    """Say how a model with quantised weights runs; what transformers cannot run here shows at the first token."""
+    import torch
+
+    if not formats.for_transformers(ref.config()):
+        raise InputError("config.json does not tell transformers so, which would take the codes for weights")
+    runs = "which transformers runs as they are"
+    if not getattr(model, "is_quantized", False):  # FP8 without a GPU: into several dtypes
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        runs = "which transformers has dequantised while loading"
+    with torch.inference_mode():
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=input_device(model)))
+    cli.once(f"{formats.run_of(ref.spec)}: quantised weights ({how}), {runs}")
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids belong: the device on which the embeddings are, or are brought to from memory or disk."""
+    import torch
+
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "meta":
+        return embeddings.weight.device
+    return torch.device(embeddings._hf_hook.execution_device)
+
+
+# --- the next one ---
+
+
+def prefetch(ref: refs.ModelRef) -> threading.Thread:
+    """Bring the files of a model into memory while another one computes; a hub model is fetched first.
+
+    A daemon thread reads them once, so that the load finds them in the page cache. Nothing is done where they are more
+    than half of the available memory, and no error is said: the load will say it.
+    """
+    thread = threading.Thread(target=_read_ahead, args=(ref,), name=f"prefetch {ref.spec}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _read_ahead(ref: refs.ModelRef) -> int:
+    """Bytes read."""
+    done = 0
+    with contextlib.suppress(Exception):
+        if sys.platform == "linux":  # there a thread has a niceness of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        folder = (ref.adapted or ref).folder((*formats.WEIGHT_PATTERNS, "*.json"))
+        files = [path for pattern in formats.WEIGHT_PATTERNS for path in sorted(Path(folder).glob(pattern))]
+        if sum(path.stat().st_size for path in files) > available_memory() / 2:
+            return 0
+        block = memoryview(bytearray(1 << 20))
+        for path in files:
+            with open(path, "rb", buffering=0) as file:
+                while size := file.readinto(block):
+                    done += size
+    return done
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, by the machine's and the container's account; 0 where unknown."""
+    try:
+        machine = Path("/proc/meminfo").read_text()
+        free = int(machine.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return 0
+    with contextlib.suppress(OSError, IndexError, ValueError):  # cgroup v2; "max" is no number
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.stat").read_text().split("anon ")[1].split()[0]))
+    return max(0, free)
+
+
+def _check(report: dict, ref: refs.ModelRef) -> None:
+    for kind, what in (
+        ("missing_keys", "the checkpoint lacks"),
+        ("unexpected_keys", "the checkpoint holds tensors the model does not know:"),
+        ("mismatched_keys", "these tensors have another shape than the configuration says:"),
+        ("error_msgs", "the loader reports"),
+    ):
+        found = [k if isinstance(k, str) else str(k[0]) for k in report.get(kind) or ()]
+        found = sorted(k for k in found if not archs.is_buffer(k))
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise InputError(f"{ref.spec}: {what} {', '.join(found[:3])}{more}; is config.json of another model?")
+
+
+def load_untrained(
+    ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, seed: int, device_map: str | None = None
+) -> PreTrainedModel:
+    """A model of `ref`'s configuration with seeded random weights: what a measurement gives before any training.
+
+    Initialised on `device` in `dtype`, so that a large model needs no second copy; another device draws other numbers.
+    With a `device_map` ("auto") it is initialised on the CPU, then spread.
+    """
+    import torch
+
+    config = settings.read_configuration(ref.config_folder())
+    if ref.is_adapter:
+        config.get_text_config().vocab_size = identity.vocabulary_size(ref.config())
+        for values in (config, config.get_text_config()):
+            values.tie_word_embeddings = ref.config().get("tie_word_embeddings", values.tie_word_embeddings)
+    device = torch.device("cpu") if device_map else device
+    gpus = [device] if device.type == "cuda" else []
+    with _in_one_line(ref), torch.random.fork_rng(devices=gpus), torch.device(device):
+        torch.manual_seed(seed)
+        model = auto_class(config).from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attention(config),
+            trust_remote_code=False,
+            **experts(config, dtype),
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    if device_map:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        whole = model._no_split_modules
+        room = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole)
+        model = dispatch_model(model, infer_auto_device_map(model, room, whole, dtype))
+    return model
+
+
+def announce(model: PreTrainedModel, ref: refs.ModelRef) -> None:
+    """Print what is about to run: model, size, dtype, device."""
+    size = sum(p.numel() for p in model.parameters())
+    text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"
+    places = {str(place): None for place in getattr(model, "hf_device_map", {"": model.device}).values()}
+    cli.say(f"{ref.spec}: {text} parameters, {str(model.dtype).removeprefix('torch.')} on {', '.join(places)}")
+    if "disk" in places:
+        cli.warn(f"{ref.spec} is larger than the memory: layers are read from the disk in every batch, which is slow")

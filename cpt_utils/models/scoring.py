@@ -1,0 +1,167 @@
+"""What a language model makes of text: negative log-likelihood, and choices by log-likelihood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cpt_utils.base.errors import InputError
+from cpt_utils.models import encoding, hooks, loading
+from cpt_utils.models.batching import encode, for_each, padded, positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS = 512  # rows of logits that are turned into losses at a time
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """The summed NLL of a text in nats, and the units it can be divided by."""
+
+    nll: float
+    tokens: int
+    words: int
+    bytes: int
+
+    @property
+    def per_token(self) -> float:
+        return self.nll / self.tokens
+
+    @property
+    def per_word(self) -> float:
+        return self.nll / self.words
+
+    @property
+    def per_byte(self) -> float:
+        """The unit to compare languages in: tokens and words are longer in one language than in another."""
+        return self.nll / self.bytes
+
+
+def text_nlls(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_size: int | None = None,
+    contexts: list[str] | None = None,
+) -> list[TextScore]:
+    """The NLL of each text, with special tokens as the tokenizer adds them; the first token is not predicted.
+
+    A text is read after its context and a space, where `contexts` has one that is not empty; the context's tokens are
+    not scored. An input longer than the model's positions is cut there, with a warning, and what is cut off counts
+    nowhere.
+
+    Raises:
+        InputError: no texts, or one without a token to score.
+    """
+    import torch
+
+    if not texts:
+        raise InputError("no text to score")
+    whole = [f"{c} {t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
+    sequences = encode(tokenizer, whole, positions(model)).ids
+    # The first scored token of each: as lm_eval does, where the context's own tokens end.
+    starts = [max(1, _own_tokens(tokenizer, context)) if context else 1 for context in contexts or [""] * len(texts)]
+    for text, ids, start in zip(texts, sequences, starts, strict=True):
+        if len(ids) <= start:
+            raise InputError(f"a text of fewer than two tokens, or cut off, cannot be scored: {text[:60]!r}")
+    scores: list[TextScore | None] = [None] * len(texts)
+
+    def score(rows: list[int]) -> None:
+        wanted = [[(at - 1, sequences[i][at]) for at in range(starts[i], len(sequences[i]))] for i in rows]
+        losses = _losses(model, [sequences[i] for i in rows], tokenizer.pad_token_id, wanted)
+        for i, own in zip(rows, losses, strict=True):
+            kept = texts[i]
+            if len(sequences[i]) == positions(model):  # perhaps cut: count what was read
+                read = tokenizer.decode(sequences[i][starts[i] :], skip_special_tokens=True)
+                kept = read if len(read) < len(kept) else kept
+            total = float(own.sum(dtype=torch.float64))
+            scores[i] = TextScore(total, len(own), len(kept.split()), len(kept.encode()))
+
+    for_each(model, "logits of texts", [len(s) for s in sequences], score, batch_size)
+    return scores
+
+
+def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of `text` with what the tokenizer puts in front of it, without what it puts behind."""
+    (special,) = encoding.of_texts(tokenizer, [text]).special
+    behind = next((n for n, flag in enumerate(reversed(special)) if not flag), len(special))
+    return len(special) - behind
+
+
+def mean_nll(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int | None = None
+) -> TextScore:
+    """The sum of `text_nlls` over all texts."""
+    scores = text_nlls(model, tokenizer, texts, batch_size)
+    return TextScore(*(sum(getattr(s, unit) for s in scores) for unit in ("nll", "tokens", "words", "bytes")))
+
+
+def choice_logliks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    choices: list[str],
+    batch_size: int | None = None,
+) -> list[list[float]]:
+    """Log-likelihood of each choice after each prompt, [prompts][choices], joined by a space as lm_eval joins them.
+
+    Prompt and choice are tokenized together and cut where the prompt's own tokens end, which is lm_eval's rule; too
+    long an input loses its beginning. The last token is only predicted, so choices of one token share one input.
+    """
+    import torch
+
+    limit = positions(model)
+    place: dict[tuple[int, ...], int] = {}  # input -> its number
+    wanted: list[tuple[int, list[int]]] = []  # (number of the input, tokens to predict at its end)
+    contexts = encoding.of_texts(tokenizer, prompts).ids
+    wholes = encoding.of_texts(tokenizer, [f"{prompt} {choice}" for prompt in prompts for choice in choices]).ids
+    for at, whole in enumerate(wholes):
+        read = tuple(whole[:-1][-limit:] if limit else whole[:-1])
+        wanted.append((place.setdefault(read, len(place)), whole[len(contexts[at // len(choices)]) :]))
+    inputs = [list(read) for read in place]
+    asked: list[list[int]] = [[] for _ in inputs]
+    for request, (number, _) in enumerate(wanted):
+        asked[number].append(request)
+    result = [0.0] * len(wanted)
+
+    def score(rows: list[int]) -> None:
+        pairs: list[list[tuple[int, int]]] = []  # of each input, the targets of all its requests
+        for i in rows:
+            own = [wanted[request][1] for request in asked[i]]
+            pairs.append([(len(inputs[i]) - len(ids) + at, id) for ids in own for at, id in enumerate(ids)])
+        found = _losses(model, [inputs[i] for i in rows], tokenizer.pad_token_id, pairs)
+        for i, losses in zip(rows, found, strict=True):
+            parts = losses.split([len(wanted[request][1]) for request in asked[i]])
+            for request, part in zip(asked[i], parts, strict=True):
+                result[request] = -float(part.sum(dtype=torch.float64))
+
+    for_each(model, "logits of choices", [len(s) for s in inputs], score, batch_size)
+    n = len(choices)
+    return [result[i : i + n] for i in range(0, len(result), n)]
+
+
+def _losses(model: PreTrainedModel, sequences: list[list[int]], pad: int, wanted: list[list[tuple[int, int]]]):
+    """NLL in nats of the tokens asked for, a tensor on the CPU for each sequence, computed in float32 or better.
+
+    The lm_head runs at the positions asked for alone: not at padding, nor in a prompt of which the end is asked for.
+
+    Args:
+        wanted: of each sequence, (position, token that should follow it).
+    """
+    import torch
+
+    flat = [(row, at, token) for row, pairs in enumerate(wanted) for at, token in pairs]
+    rows, columns, targets = torch.tensor(flat, dtype=torch.long).view(-1, 3).T.to(loading.input_device(model))
+    ids, mask = (t.to(rows.device) for t in padded(sequences, pad))
+    with torch.inference_mode(), hooks.head_on(model.get_output_embeddings(), rows, columns):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        targets = targets.to(logits.device)
+        losses = [
+            # A part at a time: a float32 copy of all logits of a batch is gigabytes for a large vocabulary.
+            torch.nn.functional.cross_entropy(
+                part if part.dtype == torch.float64 else part.float(), target, reduction="none"
+            )
+            for part, target in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+        ]
+    return torch.cat(losses).cpu().split([len(pairs) for pairs in wanted])
