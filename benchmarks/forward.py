@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
-from cpt_utils.measures import neurons
-from cpt_utils.models import batching, scoring
+from cpt_utils.interventions import silencing
+from cpt_utils.models import batching, ffn, scoring
 
 measure = cli.sibling("benchmarks/measure.py")
 obvious = cli.sibling("benchmarks/obvious.py")
+counting = cli.sibling("lsn/activation.py")
+followed = cli.sibling("lsn/lsn_activation_cpt.py")
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SENTENCES_A_BATCH = 32
@@ -46,7 +48,7 @@ class Bench:
         self.tokenizer = _tokenizer()
         self.sentences = batching.encode(self.tokenizer, self.texts)
         self.blocks = torch.randint(3, shape.vocab, (n_blocks, size), generator=torch.Generator().manual_seed(0))
-        self.batch = neurons.batch_size(None, size)
+        self.batch = ffn.batch_size(None, size)
         self.mask = {
             i: sorted(rng.sample(range(shape.ffn), max(1, int(SHARE * shape.ffn)))) for i in range(shape.layers)
         }
@@ -90,24 +92,24 @@ class Bench:
         )
 
     def counts(self):
-        counter = neurons.Counter(self.model, self.arch)
+        counter = counting.Counter(self.model, self.arch)
         for at in range(0, len(self.blocks), self.batch):
             counter.add(self.blocks[at : at + self.batch])
         return counter.counts
 
     def activations(self) -> float | None:
-        found = neurons.Activations(self.model, self.arch, {"mask": self.mask})
+        found = followed.Activations(self.model, self.arch, {"mask": self.mask})
         for at in range(0, len(self.blocks), self.batch):
             found.add(self.blocks[at : at + self.batch])
         return found.mean("mask")
 
     def losses(self) -> list[float]:
-        with neurons.silenced(self.model, self.arch, self.mask):
+        with silencing.silenced(self.model, self.arch, self.mask):
             scores = scoring.text_nlls(self.model, self.tokenizer, self.texts, SENTENCES_A_BATCH)
         return [score.nll for score in scores]
 
     def silenced_decoder(self) -> None:
-        with neurons.silenced(self.model, self.arch, self.mask):
+        with silencing.silenced(self.model, self.arch, self.mask):
             self.decoder_on_sentences()
 
 

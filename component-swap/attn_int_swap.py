@@ -16,19 +16,20 @@ Tiny: python component-swap/attn_int_swap.py --study demo/tiny.yaml --controls 1
 from __future__ import annotations
 
 from cpt_utils.base import cli
-from cpt_utils.measures import components
+
+component_swap = cli.sibling("component-swap/component_swap.py")
 
 OWN = "attention_interface"  # q, k, v, o in the layers of --layer-selection
 
 
 def build_parser():
     p = cli.parser(__doc__)
-    components.add_flags(p, "interface")
+    component_swap.add_flags(p, "interface")
     return p
 
 
 def main(argv=None) -> None:
-    components.run(build_parser().parse_args(argv), OWN, "attn_int_swap")
+    component_swap.run(build_parser().parse_args(argv), OWN, "attn_int_swap")
 
 
 if __name__ == "__main__":

@@ -16,19 +16,20 @@ Tiny: python component-swap/ffn_lsn_swap.py --study demo/tiny.yaml --controls 10
 from __future__ import annotations
 
 from cpt_utils.base import cli
-from cpt_utils.measures import components
+
+component_swap = cli.sibling("component-swap/component_swap.py")
 
 OWN = "ffn_lsn_rich"  # gate, up, down in the layers of --layer-list
 
 
 def build_parser():
     p = cli.parser(__doc__)
-    components.add_flags(p, "lsn_rich")
+    component_swap.add_flags(p, "lsn_rich")
     return p
 
 
 def main(argv=None) -> None:
-    components.run(build_parser().parse_args(argv), OWN, "ffn_lsn_swap")
+    component_swap.run(build_parser().parse_args(argv), OWN, "ffn_lsn_swap")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
 from cpt_utils.interventions import surgery
-from cpt_utils.measures import components, controls, evaluation, gate
+from cpt_utils.measures import controls, evaluation, gate, layer_lists
 
 SCHEMA = "layer-swap"
 METHODS = ("semantic_hub", "random")
@@ -54,7 +54,7 @@ def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
         InputError: no interface_layers, layers the model does not have, or a file made from a model of another run.
     """
     models = [pair.base_ref.describe(), pair.target_ref.describe()]
-    layers, payload, head = components.read_layers(path, "interface", pair.n_layers, models)
+    layers, payload, head = layer_lists.read_layers(path, "interface", pair.n_layers, models)
     hub = payload.get("semantic_layers")
     if hub is not None and sorted(hub) != semantic_hub(layers, pair.n_layers):
         cli.warn(f"{path}: semantic_layers are not all the others; every layer that is not interface is swapped")

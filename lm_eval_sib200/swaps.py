@@ -14,8 +14,8 @@ from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
-from cpt_utils.interventions import surgery
-from cpt_utils.measures import components, gate
+from cpt_utils.interventions import components, surgery
+from cpt_utils.measures import gate, layer_lists
 
 KINDS = ("semantic_hub", "random", "layers", "attention", "ffn")
 
@@ -49,7 +49,7 @@ class Swap:
         if layers is None:
             if args.swap == "layers":
                 raise InputError("--swap layers needs --layers with their numbers, like 3,4,5")
-            file = components.FILES["lsn_rich" if args.swap == "ffn" else "interface"]
+            file = layer_lists.FILES["lsn_rich" if args.swap == "ffn" else "interface"]
             layers = str(study.input(None, "--layers", file.step, file.made_by))
         return cls(args.swap, base, layers, study.seed, gate.carried(layers))
 
@@ -78,7 +78,7 @@ class Swap:
             return found
         place = "lsn_rich" if self.kind == "ffn" else "interface"
         models = [pair.base_ref.describe(), pair.target_ref.describe()]
-        return components.read_layers(Path(self.layers), place, pair.n_layers, models)[0]
+        return layer_lists.read_layers(Path(self.layers), place, pair.n_layers, models)[0]
 
     def facts(self, pair: surgery.Pair, recipe: surgery.Recipe) -> dict:
         """What the result's header says of the swap; the target is the header's model."""

@@ -29,13 +29,27 @@ from cpt_utils.base import cli, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
+from cpt_utils.models import ffn
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
+    from torch import nn
+
+    from cpt_utils.architectures.arch_parts import Neurons
+    from cpt_utils.architectures.archs import Arch
+
+unfinished = cli.sibling("lsn/activation_partial.py")
 
 SCHEMA = "activation-counts"
 TOKENS = 99_999_744  # of a language, as in the published scripts: whole blocks of 4096 and of 2048
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the blocks: where counts are kept apart
+# Activations with act(x) > 0 exactly where x > 0: the pre-activation says enough, and the activation need not be run.
+KEEP_SIGN = {
+    "silu", "swish", "relu", "gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh",
+    "gelu_accurate", "quick_gelu",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- the plan
@@ -54,77 +68,108 @@ def batches(n_blocks: int, batch_size: int) -> list[tuple[int, range]]:
     return plan
 
 
-class Partial:
-    """Counts so far, of this process and of earlier ones: `done` marks blocks, `counts` is int64 [segments, L, I], and
-    `routed` int64 [segments, L, E], with E = 0 for a model without experts.
-
-    Every process keeps a file of its own; the sum over the files is the state. So a run may go on with another number
-    of processes, and no block is counted twice.
-    """
-
-    SUMS = ("counts", "routed")
-
-    def __init__(self, stem: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int, int]):
-        """`shape`: segments, L, I, E."""
-        import torch
-
-        self.stem, self.path, self.request = stem, stem.with_name(f"{stem.name}.{rank}.pt"), json.dumps(request)
-        self.done = torch.zeros(n_blocks, dtype=torch.bool)
-        self.counts = torch.zeros(shape[:3], dtype=torch.long)
-        self.routed = torch.zeros((*shape[:2], shape[3]), dtype=torch.long)
-        self.others = torch.zeros(n_blocks, dtype=torch.bool)
-        for path in self.files():
-            found = self._read(path)
-            if found is None:
-                continue
-            if path == self.path:
-                self.done, self.counts, self.routed = (found[key] for key in ("done", *self.SUMS))
-            else:
-                self.others |= found["done"]
-
-    def files(self) -> list[Path]:
-        return partial_files(self.stem)
-
-    def _read(self, path: Path) -> dict | None:
-        """A file's content; None for one of another request, which is begun anew."""
-        found = results.read_tensors(path)
-        return found if found.get("request") == self.request and "routed" in found else None
-
-    def save(self) -> None:
-        sums = {key: getattr(self, key) for key in self.SUMS}
-        results.write_tensors(self.path, {"request": self.request, "done": self.done, **sums})
-
-    def total(self) -> list[torch.Tensor]:
-        """The sums over all processes' files: `counts` and `routed`.
-
-        Raises:
-            InputError: a block is missing or was counted twice, as when a process was lost.
-        """
-        found = [content for content in map(self._read, self.files()) if content is not None]
-        if not found:
-            raise InputError(f"the partial counts {self.stem}.*.pt are gone: was the same command run twice at a time?")
-        times = sum(content["done"].long() for content in found)
-        if not bool((times == 1).all()):
-            raise InputError(
-                f"{int((times != 1).sum())} blocks were not counted exactly once; run the same command again"
-            )
-        return [sum(content[key] for content in found) for key in self.SUMS]
-
-
 # ---------------------------------------------------------------- counting
 
 
-def count(model, arch, blocks: torch.Tensor, plan, partial: Partial, rank: int, world: int, save_every: float) -> None:
-    """Run this process's share of the plan over `blocks` [blocks, size], saving every `save_every` seconds."""
-    from cpt_utils.measures import neurons
+def active_tokens(value: torch.Tensor) -> torch.Tensor:
+    """The rows of `value` [.., I] above zero, for each column: integers [I], on its device."""
+    import torch
 
+    active = (value > 0).view(-1, value.shape[-1])
+    rows, width = active.shape
+    if width % 8:
+        return active.view(torch.uint8).sum(0, dtype=torch.int32)
+    # Eight neighbours as one number of 64 bits: so many bytes are added at once, and 255 rows carry nothing over.
+    packed, whole = active.view(torch.int64), rows - rows % 255
+    sums = [packed[:whole].view(-1, 255, width // 8).sum(1), packed[whole:].sum(0, keepdim=True)]
+    return torch.cat(sums).view(torch.uint8).sum(0, dtype=torch.int32)
+
+
+def active_by_expert(value: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The same for the rows of each expert: int64 [E, I], from `value` [rows, I] and bool `chosen` [E, rows]."""
+    import torch
+
+    # A product of zeros and ones: exact in half precision, too, for 2048 rows at a time, and a GPU need not be asked
+    # where one expert's rows end.
+    exact = torch.float16 if value.is_cuda else torch.float32
+    parts = zip(chosen.split(2048, 1), value.split(2048), strict=True)
+    return sum((mine.to(exact) @ (rows > 0).to(exact)).long() for mine, rows in parts)
+
+
+class Counter:
+    """Counts, for every neuron, the tokens whose activation is above zero; of an expert, those routed to it.
+
+    Attributes:
+        counts: int64 [layers, neurons of the widest], on the CPU.
+        routed: int64 [layers, experts], the tokens routed to each expert; zeros in dense layers, and [layers, 0] in a
+            model without experts.
+    """
+
+    def __init__(self, model: nn.Module, arch: Arch):
+        import torch
+
+        config = ffn.decoder_config(model)
+        self.reader = ffn.Reader(model, arch, range(arch.n_layers(config)), activation_name(config) in KEEP_SIGN)
+        self.n_layers = arch.n_layers(config)
+        self.counts = torch.zeros(self.n_layers, arch.ffn_width(config), dtype=torch.long)
+        self.routed = torch.zeros(self.n_layers, self.reader.experts, dtype=torch.long)
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Count over the blocks `ids` [batch, size].
+
+        Raises:
+            InputError: activations that are NaN or infinite.
+        """
+        import torch
+
+        found: dict[tuple[int, Neurons], torch.Tensor] = {}
+        routed: dict[int, torch.Tensor] = {}
+        last = max(self.reader.groups, default=-1)
+
+        def read(layer: int, group: Neurons, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+            key = layer, group
+            if experts is None:
+                found[key] = active_tokens(value)
+            else:
+                chosen = experts == torch.arange(group.experts, device=experts.device)[:, None]
+                found[key] = found.get(key, 0) + active_by_expert(value, chosen).flatten()
+                routed[layer] = routed.get(layer, 0) + chosen.sum(1)
+            # What is not finite in one layer is not finite in all behind it: looking at the last one is enough.
+            if layer == last and not bool(torch.isfinite(value).all()):
+                raise InputError("activations are not finite; try --dtype float32, or check the weights")
+
+        self.reader.run(ids, read)
+        for (layer, group), row in found.items():
+            self.counts[layer, group.first : group.stop] += row.cpu()
+        for layer, row in routed.items():
+            self.routed[layer, : len(row)] += row.cpu()
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`counts` and `routed` since the last call; both begin anew."""
+        import torch
+
+        taken = self.counts, self.routed
+        self.counts, self.routed = map(torch.zeros_like, taken)
+        return taken
+
+
+def activation_name(config: Mapping) -> str | None:
+    """What a configuration calls the nonlinearity of its FFN."""
+    keys = ("hidden_activation", "hidden_act", "activation_function")
+    return next((config[key] for key in keys if config.get(key)), None)
+
+
+def count(
+    model, arch, blocks: torch.Tensor, plan, partial: unfinished.Partial, rank: int, world: int, save_every: float
+) -> None:
+    """Run this process's share of the plan over `blocks` [blocks, size], saving every `save_every` seconds."""
     counted = partial.done | partial.others
     left = [(segment, rows) for segment, rows in plan if not bool(counted[rows.start : rows.stop].all())][rank::world]
     if bool(counted.any()):
         cli.say(f"{int(counted.sum())} of {len(blocks)} blocks were counted before; going on with the rest")
     saved = time.monotonic()
     bar = cli.progress(desc=f"{partial.stem.name.strip('.').removesuffix('.partial')}", total=len(left), unit="batch")
-    counter = neurons.Counter(model, arch)
+    counter = Counter(model, arch)
     with bar:
         for segment, rows in left:
             wanted = [row for row in rows if not bool(counted[row])]
@@ -228,11 +273,10 @@ def main(argv=None) -> None:
     config = ref.config()
 
     from cpt_utils.architectures import archs
-    from cpt_utils.measures import neurons
 
     arch = archs.for_config(config)
-    size = neurons.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
-    batch_size = neurons.batch_size(args.batch_size, size)
+    size = ffn.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
+    batch_size = ffn.batch_size(args.batch_size, size)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     run = study.get("run")
     wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
@@ -247,7 +291,7 @@ def main(argv=None) -> None:
         if not finished(out, request, args.overwrite):
             todo.append((path, blocks, results.plain(request), out))
         elif process.is_main:
-            remove_partial(out)  # of a run that was killed between its result and this
+            unfinished.remove_partial(out)  # of a run that was killed between its result and this
     process.wait()  # no process may see files that another is about to write
     if not todo:
         return
@@ -258,7 +302,7 @@ def main(argv=None) -> None:
     loading.announce(model, ref)
     groups = [arch.neurons(config, layer) for layer in range(arch.n_layers(config))]
     widths = {
-        "width": neurons.widths(arch, config),
+        "width": ffn.widths(arch, config),
         "routed_width": [sum(group.stop - group.first for group in own if group.experts) for own in groups],
     }
     shape = (len(groups), max(widths["width"]))
@@ -267,10 +311,10 @@ def main(argv=None) -> None:
         plan = batches(len(blocks), batch_size)
         segments = plan[-1][0] + 1
         if args.overwrite and process.is_main:
-            remove_partial(out)
+            unfinished.remove_partial(out)
         process.wait()
-        stem = partial_stem(out)
-        partial = Partial(stem, process.rank, request, len(blocks), (segments, *shape, experts))
+        stem = unfinished.partial_stem(out)
+        partial = unfinished.Partial(stem, process.rank, request, len(blocks), (segments, *shape, experts))
         process.wait()  # all have read the earlier state
         start = time.monotonic()
         count(model, arch, blocks, plan, partial, process.rank, process.world, args.save_every)
@@ -278,7 +322,7 @@ def main(argv=None) -> None:
         if process.is_main:
             head = header_of(request, ref, path, shape, blocks)
             results.write_tensors(out, content(*partial.total(), widths, plan, size, head))
-            remove_partial(out)
+            unfinished.remove_partial(out)
             seconds = time.monotonic() - start
             cli.say(f"{out}: {blocks.numel():,} tokens in {len(blocks)} blocks of {size}, {seconds:.0f} s")
         process.wait()
@@ -326,12 +370,12 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     Raises:
         InputError: no such file, ids beyond the vocabulary, another tokenizer than the model's, not one whole block.
     """
-    from cpt_utils.measures import neurons, tokenids
+    from cpt_utils.measures import tokenids
 
     vocabulary = identity.vocabulary_size(ref.config())
     own = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
     ids, head = tokenids.read(path, vocab_size=vocabulary, vocabulary_sha256=own)
-    blocks = neurons.blocks(ids, size, tokens, str(path))
+    blocks = ffn.blocks(ids, size, tokens, str(path))
     limited = limit if limit is not None and limit < len(blocks) else None
     blocks = blocks[:limited]
     digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()[:16]
@@ -348,20 +392,6 @@ def has_tokenizer(ref: refs.ModelRef, run: str | None) -> bool:
         cli.warn(f"{ref.spec} has no tokenizer files: that the token ids are of its tokenizer is taken on trust")
         return False
     return True
-
-
-def partial_stem(out: Path) -> Path:
-    """What the files of a result's partial counts are called, up to the number of the process."""
-    return out.with_name(f".{out.stem}.partial")
-
-
-def partial_files(stem: Path) -> list[Path]:
-    return sorted(stem.parent.glob(f"{stem.name}.*.pt")) if stem.parent.is_dir() else []
-
-
-def remove_partial(out: Path) -> None:
-    for path in partial_files(partial_stem(out)):
-        path.unlink(missing_ok=True)
 
 
 def finished(out: Path, request: dict, overwrite: bool) -> bool:

@@ -369,9 +369,10 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], study: Stud
         InputError: a mask of another model, or no neuron of any of the languages.
     """
     from cpt_utils.architectures import archs
-    from cpt_utils.measures import masks, neurons
+    from cpt_utils.measures import masks
+    from cpt_utils.models import ffn
 
-    widths = neurons.widths(archs.for_config(ref.config()), ref.config())
+    widths = ffn.widths(archs.for_config(ref.config()), ref.config())
     described = refs.relatives([ref], study.get("base"), study.get("run"))
     everyone = {
         lang: masks.read(mask_file, lang, len(widths), widths, described, control=False)
@@ -442,7 +443,7 @@ def measure(
 ) -> None:  # fmt: skip
     """The losses with each set silenced, into the journal, which the first process has; a killed run goes on."""
     from cpt_utils.architectures import archs
-    from cpt_utils.measures import neurons
+    from cpt_utils.interventions import silencing
     from cpt_utils.models import loading
 
     model = None
@@ -452,7 +453,7 @@ def measure(
         if model is None:
             model = loading.load_model(ref, dtype, process.device, process.device_map)
             loading.announce(model, ref)
-        with neurons.silenced(model, archs.for_config(ref.config()), sets[key]):
+        with silencing.silenced(model, archs.for_config(ref.config()), sets[key]):
             scores = losses(model, tokenizer, texts, batch_size)
         record = {e: {"nll": [s.nll for s in row], "tokens": [s.tokens for s in row]} for e, row in scores.items()}
         if not all(math.isfinite(value) for row in record.values() for value in row["nll"]):

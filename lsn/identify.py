@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,19 +30,142 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import refs
 from cpt_utils.measures import counts as activations
-from cpt_utils.measures import gate, lape, masks
+from cpt_utils.measures import gate, masks
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cpt_utils.measures.counts import Counts
+    from cpt_utils.measures.masks import Layers
 
-drawn = cli.sibling("lsn/identify_figures.py")
-draw = drawn.draw
+reporting = cli.sibling("lsn/identify_report.py")
 
-REPEATED = 0.2  # of the text: from here on its parts tell little about each other
+# Entropies closer than this are ties: the same rates in another order or at another scale differ in the last bits.
+TIE = 12  # decimals
 LAYERS, REPORT = "lsn-layers", "lsn-report"
-FEW_TOKENS = 10_000
 BY_HAND = "activation_count"  # where the published README has activation.py write, and identify.py read
-UNEVEN = 3  # times more tokens in one language than in another
+
+
+# ---------------------------------------------------------------- the method (Tang et al. 2024)
+
+
+@dataclass
+class Selection:
+    """The mask, and the numbers that decided."""
+
+    mask: dict[str, Layers]
+    filter_bar: float
+    bar: float
+    n_candidates: int
+    n_wanted: int
+    selected: np.ndarray  # [selected, 2] of (layer, neuron)
+    entropy_cut: float | None
+
+
+def share(rate: float, size: int) -> int:
+    """floor(rate * size) of the decimal number that was written: 0.29 of 100 is 29, though 0.29 * 100 is 28.99.."""
+    return math.floor(Fraction(str(rate)) * size)
+
+
+def entropy(rates: np.ndarray) -> np.ndarray:
+    """The entropy [L, I] (nats) of each neuron's rates [L, I, G] normalised over languages; NaN where all are zero.
+
+    Rates are added up in order of size, so that the order of languages does not matter to the last bit.
+    """
+    import numpy as np
+
+    ordered = np.sort(rates, axis=-1)
+    total = np.zeros(rates.shape[:-1])
+    for g in range(rates.shape[-1]):
+        total += ordered[..., g]
+    found = np.zeros_like(total)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for g in range(rates.shape[-1]):
+            part = ordered[..., g] / total
+            found -= np.where(part == 0, 0.0, part * np.log(part))  # 0 ln 0 = 0; the NaN of 0 / 0 stays
+    return found
+
+
+def kth_smallest(values: np.ndarray, rate: float, flag: str) -> float:
+    """The value of rank floor(rate * size), ascending and counted from 1, of all `values`."""
+    import numpy as np
+
+    rank = share(rate, values.size)
+    if not 1 <= rank <= values.size:
+        raise InputError(f"{flag} {rate} of {values.size} rates is rank {rank}; give a rate above 0, at most 1")
+    return float(np.partition(values.ravel(), rank - 1)[rank - 1])
+
+
+def select(
+    over_zero: list[np.ndarray],
+    n: list[int | np.ndarray],
+    langs: list[str],
+    rate: float = 0.01,
+    filter_rate: float = 0.95,
+    bar_rate: float | None = None,
+    exists: np.ndarray | None = None,
+) -> Selection:
+    """The mask of all languages, from firing rates in float64.
+
+    Args:
+        over_zero: for each language the tokens [L, I] that each neuron is active on.
+        n: for each language its tokens; they may differ, also from neuron to neuron ([L, I], of experts). Where there
+            are none, the rate is zero.
+        rate: the share of all neurons that is selected.
+        filter_rate: a neuron must be above this quantile of all rates in some language to be a candidate.
+        bar_rate: a selected neuron belongs to the languages above this quantile; None: the same.
+        exists: bool [L, I], the neurons that there are; default: all. What is not there has no rate and no share.
+    """
+    import numpy as np
+
+    p = np.stack(
+        [counts.astype(np.float64) / np.maximum(tokens, 1) for counts, tokens in zip(over_zero, n, strict=True)],
+        axis=-1,
+    )
+    known = p if exists is None else p[exists]
+    filter_bar = kth_smallest(known, filter_rate, "--filter-rate")
+    bar = filter_bar if bar_rate is None else kth_smallest(known, bar_rate, "--bar-rate")
+    highest = p.max(-1)
+    # A neuron that never fires has no distribution; it is out even where the bar is below zero's rank.
+    candidates = np.flatnonzero((highest > filter_bar) & (highest > 0))
+    size = known.size // len(langs)
+    wanted = share(rate, size)
+    if not wanted:
+        least = math.ceil(Fraction(10 ** (digits := len(str(size)) + 1), size)) / 10**digits
+        raise InputError(
+            f"--rate {rate} of {size} neurons is less than one; give --rate {least} or more (study key lsn.rate)"
+        )
+    entropies = entropy(p).ravel()
+    # A stable sort of positions in order of (layer, neuron): ties go to the lower.
+    order = np.argsort(np.round(entropies[candidates], TIE), kind="stable")[:wanted]
+    chosen = np.sort(candidates[order])
+    selected = np.stack(np.unravel_index(chosen, highest.shape), axis=-1)
+    above = p.reshape(-1, len(langs))[chosen] > bar
+    return Selection(
+        mask={lang: by_layer(selected[above[:, g]], len(highest)) for g, lang in enumerate(langs)},
+        filter_bar=filter_bar,
+        bar=bar,
+        n_candidates=len(candidates),
+        n_wanted=wanted,
+        selected=selected,
+        entropy_cut=float(entropies[candidates[order[-1]]]) if len(order) else None,
+    )
+
+
+def of_counts(counts: list[Counts], **rates) -> Selection:
+    """`select` on the whole counts."""
+    over_zero, tokens = [one.over_zero for one in counts], [one.tokens() for one in counts]
+    return select(over_zero, tokens, [one.lang for one in counts], exists=counts[0].exists, **rates)
+
+
+def by_layer(places: np.ndarray, n_layers: int) -> Layers:
+    """Sorted (layer, neuron) pairs [n, 2] as {layer: [neurons]} with every layer."""
+    return {layer: places[places[:, 0] == layer, 1].tolist() for layer in range(n_layers)}
+
+
+def richest(layers: Layers, n: int) -> list[int]:
+    """The `n` layers with most neurons, in layer order; of equals the lower layers."""
+    return sorted(sorted(layers, key=lambda layer: (-len(layers[layer]), layer))[:n])
 
 
 # ---------------------------------------------------------------- files
@@ -208,27 +333,27 @@ def identify(
         outputs: schema and facts of each file.
         passed: the gate of the interface layers, for the file of as many layers.
     """
-    warn_about_tokens(counts)
+    reporting.warn_about_tokens(counts)
     facts, report_path = outputs[mask_path][1], mask_path.with_suffix(".report.json")
-    found = lape.of_counts(counts, **facts["rates"])
+    found = of_counts(counts, **facts["rates"])
     if control_path:
         widths = facts["ffn_width"] if counts[0].width is None else counts[0].width.tolist()
         control = masks.random_control(found.mask, facts["n_layers"], widths, facts["seed"])
-    report = lape.describe(found, counts)
-    report |= {"rates": facts["rates"], "convergence": lape.convergence(counts, found, **facts["rates"])}
-    draw(report_path.with_suffix(""), report)
+    report = reporting.describe(found, counts, richest)
+    report |= {"rates": facts["rates"], "convergence": reporting.convergence(counts, found, select, **facts["rates"])}
+    reporting.draw(report_path.with_suffix(""), report)
     results.write_json(report_path, report, results.header(REPORT, **outputs[report_path][1]))
     if layers_path:
         lang, n = (outputs[layers_path][1][fact] for fact in ("language", "n_layers_listed"))
-        layers = {"layers": lape.richest(found.mask[lang], n), "language": lang}
+        layers = {"layers": richest(found.mask[lang], n), "language": lang}
         layers["counts"] = report["languages"][lang]["counts"]
         head = results.header(LAYERS, **outputs[layers_path][1], gate=passed)
         results.write_list(layers_path, "layers", layers, head)
     if control_path:
         masks.write(control_path, control, **outputs[control_path][1])
     masks.write(mask_path, found.mask, **facts)  # last: where it is, all is
-    say_found(report)
-    say_convergence(report["convergence"])
+    reporting.say_found(report)
+    reporting.say_convergence(report["convergence"])
     if layers_path:
         cli.say(f"the {n} layers richest in neurons of {lang}: {layers['layers']}")
         bare = [layer for layer in layers["layers"] if not layers["counts"][layer]]
@@ -337,88 +462,6 @@ def token_facts(one: Counts) -> dict:
     """What the headers say of the tokens of one language."""
     kept = {key: one.header[key] for key in ("tokens", "dtype", "block_size") if key in one.header}
     return {"n_tokens": one.n, "counts": one.path.name, "counts_sha256": one.hash(), **kept}
-
-
-def warn_about_tokens(counts: list[Counts]) -> None:
-    """A rate p from n independent tokens has the standard error sqrt(p (1 - p) / n), at most 0.5 / sqrt(n)."""
-
-    def error(one: Counts) -> float:
-        return 0.5 / math.sqrt(one.n)
-
-    for one in counts:
-        if one.n < FEW_TOKENS:
-            cli.warn(
-                f"{one.lang} has {one.n:,} tokens: a firing rate from so few has a standard error of up to "
-                f"{error(one):.3f}, so chance decides part of the mask"
-            )
-        if one.routed is not None:
-            got = one.routed[one.routed.any(-1)]
-            few = int((got < FEW_TOKENS).sum())
-            if few:
-                cli.warn(
-                    f"{few} of {got.size} experts got fewer than {FEW_TOKENS:,} tokens of {one.lang} (the least "
-                    f"{got.min():,}): of their neurons chance decides part of the mask"
-                )
-    least, most = (pick(counts, key=lambda one: one.n) for pick in (min, max))
-    if most.n > UNEVEN * least.n:
-        cli.warn(
-            f"{most.lang} has {most.n / least.n:.1f} times the tokens of {least.lang} ({most.n:,} and {least.n:,}), "
-            f"whose rates are noisier: standard error up to {error(least):.4f} against {error(most):.4f}"
-        )
-
-
-def say_found(report: dict) -> None:
-    n, wanted, cut = report["n_selected"], report["n_wanted"], report["entropy_cut"]
-    cli.say(
-        f"{n:,} of {report['n_neurons']:,} neurons selected from {report['n_candidates']:,} candidates; bar "
-        f"{report['bar']:.4f}" + (f", entropy up to {cut:.4f} of {report['entropy_max']:.4f}" if n else "")
-    )
-    if n < wanted:
-        cli.warn(f"{wanted:,} neurons were to be selected, but only {n:,} are above the bar in any language")
-    for lang, facts in report["languages"].items():
-        if not facts["n_neurons"]:
-            cli.warn(f"{lang} gets no neuron: it is listed in the mask, empty; a higher --rate may give it some")
-            continue
-        cli.say(
-            f"{lang}: {facts['n_neurons']:,} neurons, {sum(facts['own']):,} of them no other language's; most in "
-            f"layers {facts['richest_layers']}"
-        )
-
-
-def say_convergence(found: dict | None) -> None:
-    if found is None:
-        cli.say("the counts hold no common snapshots: how stable the mask is over tokens is not known")
-        return
-    for point in found["against_full"]:
-        cli.say(f"{drawn.shown_share(point['share'])} of the tokens: Jaccard with the full mask {_lowest(point)}")
-    cli.say(f"first part of the tokens against the rest: Jaccard {_lowest(found['halves'])}")
-    twice = {lang: share for lang, share in found["repeated"].items() if share is not None and share > REPEATED}
-    if twice:
-        shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in twice.items())
-        cli.warn(
-            f"text stands in the tokens more than once ({shares} by runs of 10 tokens): its parts agree because they "
-            "are the same text, and the number of tokens says more than there is"
-        )
-        return
-    enough = found["enough"]
-    if enough:
-        share, most = drawn.shown_share(enough["share"]), max(enough["tokens"].values())
-        cli.say(
-            f"fewer tokens would have been enough: {share} of them (up to {most:,} a language) give this mask to a "
-            f"Jaccard of {found['enough_at']} or better"
-        )
-    else:
-        cli.say(
-            f"parts of the tokens do not give this mask to a Jaccard of {found['enough_at']}: more would still move it"
-        )
-
-
-def _lowest(found: dict) -> str:
-    by_language = {lang: value for lang, value in found["languages"].items() if value is not None}
-    if not by_language:
-        return "undefined (no neurons)"
-    lang = min(by_language, key=by_language.get)
-    return f"{found['jaccard']:.3f} (lowest: {lang} {by_language[lang]:.3f})"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ Tiny: python lsn/lsn_activation_cpt.py --study demo/tiny.yaml --tokens 2000
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,9 +30,18 @@ from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, opening, refs
 from cpt_utils.measures import activation_files, masks
 from cpt_utils.measures.masks import Layers
+from cpt_utils.models import ffn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     import torch
+    from torch import nn
+
+    from cpt_utils.architectures.arch_parts import Neurons
+    from cpt_utils.architectures.archs import Arch
+
+places = cli.sibling("lsn/lsn_activation_places.py")
 
 SCHEMA = "lsn-activation"
 TOKENS = 100_000
@@ -40,11 +50,121 @@ TOKENS = 100_000
 # ---------------------------------------------------------------- the method
 
 
-def measure(model, arch, blocks, followed: dict[str, Layers], batch_size: int, process: processes.Process):
-    """Mean activations of the masks `followed` on `blocks` [blocks, size]: `neurons.Activations`, in every process."""
-    from cpt_utils.measures import neurons
+class Activations:
+    """Sums of the activations of masked neurons over tokens, for several masks in the same forward passes.
 
-    own, found = (neurons.Activations(model, arch, followed) for _ in range(2))
+    The mean of a neuron is over all tokens, that of an expert's neuron over the tokens routed to this expert, and zero
+    where there are none. The mean of a mask is the mean of its neurons' means.
+
+    Attributes:
+        sums: mask name -> layer -> float64 [its neurons], summed over `tokens` tokens.
+        routed: layer -> int64 [experts], the tokens routed to each; layers with experts only.
+    """
+
+    def __init__(self, model: nn.Module, arch: Arch, masks: Mapping[str, Layers]):
+        import torch
+
+        self.tokens = 0
+        self.index = {
+            name: {layer: torch.tensor(list(neurons)) for layer, neurons in mask.items() if len(neurons)}
+            for name, mask in masks.items()
+        }
+        self.sums = {
+            name: {layer: torch.zeros(len(index), dtype=torch.float64) for layer, index in mask.items()}
+            for name, mask in self.index.items()
+        }
+        self.layers = sorted({layer for mask in self.index.values() for layer in mask})
+        self.reader = ffn.Reader(model, arch, self.layers)
+        # All masks' neurons of a layer, one mask after the other; copied to a device once, not in every pass.
+        self.all_of = {
+            layer: functools.cache(torch.cat([mask[layer] for mask in self.index.values() if layer in mask]).to)
+            for layer in self.layers
+        }
+        self.of_experts = {
+            layer: group for layer, groups in self.reader.groups.items() for group in groups if group.experts
+        }
+        self.routed = {layer: torch.zeros(g.experts, dtype=torch.long) for layer, g in self.of_experts.items()}
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Add the blocks `ids` [batch, size].
+
+        Raises:
+            InputError: activations that are NaN or infinite.
+        """
+        import torch
+
+        found: dict[int, torch.Tensor] = {}
+        routed: dict[int, torch.Tensor] = {}
+
+        def read(layer: int, group: Neurons, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+            index = self.all_of[layer](value.device)
+            flat = value.reshape(-1, value.shape[-1])
+            if experts is None:
+                own = flat.index_select(1, (index - group.first).clamp(0, group.width - 1))
+            else:
+                own = flat.index_select(1, index % group.width)
+                own = own.masked_fill_(experts[:, None] != index // group.width, 0)
+                everyone = torch.arange(group.experts, device=experts.device)
+                routed[layer] = routed.get(layer, 0) + (experts == everyone[:, None]).sum(1)
+            own = own.sum(0, dtype=torch.float64)
+            if len(self.reader.groups[layer]) > 1:  # the mask's neurons of the layer's other group are read elsewhere
+                own = own.masked_fill((index < group.first) | (index >= group.stop), 0)
+            found[layer] = found.get(layer, 0) + own
+
+        if self.layers:
+            self.reader.run(ids, read)
+        for layer, sums in found.items():
+            sums = sums.cpu()
+            if not bool(torch.isfinite(sums).all()):
+                raise InputError("activations are not finite; try --dtype float32, or check the weights")
+            here = [mask for mask in self.sums.values() if layer in mask]
+            for mask, part in zip(here, sums.split([len(mask[layer]) for mask in here]), strict=True):
+                mask[layer] += part
+        for layer, tokens in routed.items():
+            self.routed[layer] += tokens.cpu()
+        self.tokens += ids.numel()
+
+    def include(self, others: Iterable[tuple]) -> None:
+        """Add what other processes have summed up: their `state()`."""
+        for sums, routed, tokens in others:
+            for name, mask in sums.items():
+                for layer, part in mask.items():
+                    self.sums[name][layer] += part
+            for layer, part in routed.items():
+                self.routed[layer] += part
+            self.tokens += tokens
+
+    def state(self) -> tuple:
+        """Everything that adds up: sums, tokens routed, tokens."""
+        return self.sums, self.routed, self.tokens
+
+    def _per_token(self, name: str) -> dict[int, torch.Tensor]:
+        """By layer, what the neurons' means are times `tokens`: of those that see every token the sums themselves."""
+        import torch
+
+        scaled = {}
+        for layer, sums in self.sums[name].items():
+            if layer in self.routed:
+                group, index = self.of_experts[layer], self.index[name][layer]
+                tokens = self.routed[layer][(index // group.width).clamp(max=group.experts - 1)].clamp(min=1)
+                sums = torch.where(index < group.stop, sums * self.tokens / tokens, sums)
+            scaled[layer] = sums
+        return scaled
+
+    def mean(self, name: str) -> float | None:
+        """The mean over tokens and neurons of a mask; None for a mask without ffn."""
+        sums = self._per_token(name)
+        neurons = sum(map(len, sums.values()))
+        return float(sum(s.sum() for s in sums.values())) / (neurons * self.tokens) if neurons else None
+
+    def layer_means(self, name: str) -> dict[int, float]:
+        """The same by layer, of the layers that have ffn."""
+        return {layer: float(s.mean()) / self.tokens for layer, s in self._per_token(name).items()}
+
+
+def measure(model, arch, blocks, followed: dict[str, Layers], batch_size: int, process: processes.Process):
+    """Mean activations of the masks `followed` on `blocks` [blocks, size]: `Activations`, in every process."""
+    own, found = (Activations(model, arch, followed) for _ in range(2))
     for part in process.share(blocks.split(batch_size)):
         own.add(part)
     found.include(process.gather([own.state()]))
@@ -52,33 +172,6 @@ def measure(model, arch, blocks, followed: dict[str, Layers], batch_size: int, p
 
 
 # ---------------------------------------------------------------- files
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the results of one model go: see `activation_files`."""
-
-    folder: Path
-    stem: str
-    lang: str
-    is_base: bool = False
-
-    def file(self, mask: str, tokens: int) -> Path:
-        return activation_files.path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
-
-    def earlier_file(self, mask: str, tokens: int) -> Path:
-        """What an earlier version called it; mostly the same."""
-        return activation_files.earlier_path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
-
-
-def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Place:
-    if base_tag is not None:
-        return Place(folder / base_tag, "", lang, is_base=True)
-    if is_run:
-        return Place(folder / name, f"checkpoint-{ref.step}", lang)
-    # A control's published name (r, checkpoint-100-r) marks it, as `Place.file` does.
-    stem = name.removesuffix("r").removesuffix("-") if activation_files.is_control_name(name) else name
-    return Place(folder, stem, lang)
 
 
 def payload(found, mask: str) -> dict:
@@ -161,15 +254,15 @@ def main(argv=None) -> None:
     base = args.base_model or (study.get("base") if is_run else None)
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.output(args.save_folder, "--save_folder", "lsn_activation")
-    name, base_tag = names_of(args, study, models, is_run)
+    name, base_tag = places.names_of(args, study, models, is_run)
     ids = args.id_path or id_file(study, lang)
-    files = mask_files(args, study, not is_run and activation_files.is_control_name(name))
+    files = places.mask_files(args, study, not is_run and activation_files.is_control_name(name))
     if is_run and base is None:
         cli.warn("the base is not measured, which step 10 needs: give --base-model, or the study key base")
 
-    todo = [(ref, place_of(ref, folder, name, lang, None, is_run)) for ref in models]
+    todo = [(ref, places.place_of(ref, folder, name, lang, None, is_run)) for ref in models]
     if base is not None:
-        todo.insert(0, (refs.model(base), place_of(refs.model(base), folder, name, lang, base_tag, is_run)))
+        todo.insert(0, (refs.model(base), places.place_of(refs.model(base), folder, name, lang, base_tag, is_run)))
     process = processes.Process(args.device, args.device_map)
     chosen = masks_of(todo, lang, files, study, args)
     todo = jobs(args, study, todo, Path(ids), chosen, process.device)
@@ -180,51 +273,6 @@ def main(argv=None) -> None:
         figure = folder / dotted(name, part)
         draw(figure, means, lang, sum(map(len, chosen.layers["language"].values())), todo[0].blocks.numel())
         cli.say(f"wrote {figure}.pdf and .png")
-
-
-def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> tuple[str, str]:
-    """What the results are called: the run's folder or the single model's files, and the folder of the base.
-
-    Raises:
-        InputError: nothing says it, or a name that means another step than the model's.
-    """
-    base_tag = beside.name(study, base=args.base_model) or "base"
-    name = args.name
-    if name is None and not study:
-        raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
-    if name is None:
-        name = dotted(study.name, beside.name(study, run=args.model)) if is_run else models[0].model_id
-    step = None if is_run else activation_files.step_in(name)
-    if step is not None and models[0].step not in (None, step):
-        raise InputError(f"--name {name} means step {step}, but {models[0].spec} is of step {models[0].step}")
-    return name, args.base_tag or base_tag
-
-
-def mask_files(args, study: Study, named_control: bool) -> dict[str, Path]:
-    """The masks to follow: "language" and its "control", or the control alone where --mask_file is one.
-
-    Args:
-        named_control: --name is one that the published scripts have for controls.
-
-    Raises:
-        InputError: a name that means the control where the mask is none, or two controls.
-    """
-    path = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-    control = Path(args.control_mask) if args.control_mask else masks.control_beside(path)
-    said = masks.is_control(path)
-    if said or (said is None and named_control):
-        if args.control_mask:
-            raise InputError(f"{path} and {control} are both controls; give the language's mask as --mask_file")
-        cli.say(f"{path} is measured as a random control{'' if said else f', as --name {args.name} says'}")
-        return {"control": path}
-    if named_control:
-        raise InputError(
-            f"--name {args.name} is that of a random control, but {path} is a mask of language-specific neurons; give "
-            "the control as --mask_file, or another --name"
-        )
-    if control is None:
-        cli.warn(f"no random control: there is none beside {path}, and --control-mask is not given")
-    return {"language": path} | ({"control": control} if control else {})
 
 
 @dataclass(frozen=True)
@@ -242,7 +290,7 @@ class Job:
     """One model on the blocks `blocks` [blocks, size]: what its results answer, and which are `left` to be measured."""
 
     ref: refs.ModelRef
-    place: Place
+    place: places.Place
     blocks: torch.Tensor
     requests: dict[str, dict]  # by mask
     left: list[str]
@@ -295,9 +343,8 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
         InputError: models of different sizes, or masks that do not belong to them.
     """
     from cpt_utils.architectures import archs
-    from cpt_utils.measures import neurons
 
-    widths = [neurons.widths(archs.for_config(ref.config()), ref.config()) for ref, _ in todo]
+    widths = [ffn.widths(archs.for_config(ref.config()), ref.config()) for ref, _ in todo]
     for (ref, _), theirs in zip(todo, widths, strict=True):
         if theirs != widths[0]:
             raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
@@ -311,13 +358,11 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
 
 def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, device: torch.device) -> list[Job]:
     """Everything there is to measure; all is checked before the first model is loaded."""
-    from cpt_utils.measures import neurons
-
     counting = cli.sibling("lsn/activation.py")
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
     run = study.get("run") if isinstance(study.get("run"), str) else None
-    size = neurons.block_size(todo[0][0].config(), args.type, args.block_size or study.get("lsn.block_size"))
-    batch_size = neurons.batch_size(args.batch_size, size)
+    size = ffn.block_size(todo[0][0].config(), args.type, args.block_size or study.get("lsn.block_size"))
+    batch_size = ffn.batch_size(args.batch_size, size)
     found = []
     for ref, place in todo:
         blocks, facts = counting.read(ids, ref, run, size, args.tokens, args.limit)

@@ -10,7 +10,7 @@ from cpt_utils.base import cli, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
-from cpt_utils.measures import components, controls, evaluation, gate
+from cpt_utils.measures import controls, evaluation, gate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,7 +155,7 @@ class Results:
         path = self.path(step, "controls.json")
         payload, header = self.json(path, controls.SCHEMA, **self.sides())
         sets = payload.get("sets") or []
-        at = components.find(sets, own)
+        at = controls.find(sets, own)
         if at is None:
             raise InputError(f"{path} has no set {own}; run {MADE_BY[step]} again")
         if "retrieval_mean" not in sets[at]["values"]:
@@ -315,7 +315,7 @@ def judge_c5(found: Results) -> Verdict:
         ("the FFN in interface layers", "ffn_interface"),
         ("the FFN in LSN-rich layers", "ffn_lsn_rich"),
     ):
-        at = components.find(attention["sets"], name)
+        at = controls.find(attention["sets"], name)
         if at is not None:
             made.beside.append(number(f"retrieval after swapping {words}", attention["values"][at]))
     return made

@@ -17,10 +17,11 @@ from pathlib import Path
 from cpt_utils.base import cli, figures
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.measures import activation_files, components, evaluation
+from cpt_utils.measures import activation_files, evaluation
 
 evidence = cli.sibling("report/evidence.py")
 shown = cli.sibling("report/shown.py")
+component_figure = cli.sibling("component-swap/component_figure.py")
 Results, Missing = evidence.Results, evidence.Missing
 
 
@@ -212,7 +213,7 @@ def lsn_counts(found: Results, path: Path) -> None:
     script = cli.sibling("lsn/identify.py")
     file = found.there(found.study.result("lsn_mask").with_suffix(".report.json"), "lsn_mask")
     payload, _ = found.json(file, script.REPORT)
-    script.drawn.draw_counts(path, payload["languages"], payload["n_layers"])
+    script.reporting.draw_counts(path, payload["languages"], payload["n_layers"])
 
 
 def lsn_activation(found: Results, path: Path) -> None:
@@ -248,11 +249,11 @@ def strengths(found: Results, path: Path) -> None:
 
 
 def attention_swap(found: Results, path: Path) -> None:
-    components.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
+    component_figure.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
 
 
 def ffn_swap(found: Results, path: Path) -> None:
-    components.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
+    component_figure.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
 
 
 def deactivation(found: Results, path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cpt_utils.base import figures, results
 from cpt_utils.base.study import Study
-from cpt_utils.measures import components
+from cpt_utils.measures import controls
 
 CONDITIONS = ("attention_interface", "attention_lsn_rich", "ffn_interface", "ffn_lsn_rich")
 
@@ -103,7 +103,7 @@ def swap_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
         for name in (*CONDITIONS, *(f"{name}_embeddings" for name in CONDITIONS), "embeddings"):
             side = "ffn" if name.startswith("ffn") else "attention"
             sets = found[side]["sets"]
-            at = components.find(sets, name)
+            at = controls.find(sets, name)
             if at is None:
                 continue
             row = sets[at]
@@ -146,10 +146,10 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
                     sets, shade, y = found[side]["sets"], figures.colour(side), place + shift
                     others = [row["values"][measure] for row in sets if row["name"] == "random"]
                     axis.scatter(others, [y] * len(others), s=7, facecolors="none", edgecolors=shade, linewidths=0.4)
-                    mine = sets[components.find(sets, own)]["values"][measure]
+                    mine = sets[controls.find(sets, own)]["values"][measure]
                     axis.plot(mine, y, "D", color=shade, markersize=4, markeredgecolor="black", markeredgewidth=0.5)
                     for end in ("base", "target"):
-                        value = sets[components.find(sets, end)]["values"][measure]
+                        value = sets[controls.find(sets, end)]["values"][measure]
                         axis.plot([value] * 2, [place - 0.35, place + 0.35], color=figures.colour(end), linewidth=1)
             axis.set_xlabel(label)
             axis.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])

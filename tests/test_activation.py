@@ -15,7 +15,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, tokenizer_id
-from cpt_utils.measures import neurons, tokenids
+from cpt_utils.measures import tokenids
 from cpt_utils.models import loading
 
 ACTIVATION = load_script("lsn/activation.py")
@@ -49,7 +49,7 @@ def test_counts_snapshots_and_header(place):
     blocks = ids[: 700 // 32 * 32].view(-1, 32)
 
     def slow(rows) -> torch.Tensor:
-        counter = neurons.Counter(model, arch)
+        counter = ACTIVATION.Counter(model, arch)
         for row in rows:
             counter.add(row[None])
         return counter.counts
@@ -86,14 +86,14 @@ def killed(argv: list[str], after: int) -> None:
     """Run the command in a child that is killed in the forward pass number `after`, each pass having been saved."""
     child = os.fork()
     if child == 0:
-        own, calls = neurons.Counter.add, iter(range(1000))
+        own, calls = ACTIVATION.Counter.add, iter(range(1000))
 
         def deadly(self, ids):
             if next(calls) == after:
                 os.kill(os.getpid(), signal.SIGKILL)
             own(self, ids)
 
-        neurons.Counter.add = deadly
+        ACTIVATION.Counter.add = deadly
         ACTIVATION.main([*argv, "--save-every", "0"])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -127,7 +127,7 @@ def test_experts_routed_tokens_and_widths(place):
     assert found["width"].tolist() == [96, 48, 96] and found["over_zero"].shape == (3, 96)
     assert found["routed"].shape == (3, 4) and found["routed"].sum(1).tolist() == [2 * 672, 0, 2 * 672]
     model = loading.load_model(refs.model("model"), torch.float32, torch.device("cpu"))
-    counter = neurons.Counter(model, archs.for_config(model.config))
+    counter = ACTIVATION.Counter(model, archs.for_config(model.config))
     blocks, done = ids[:672].view(-1, 32), 0
     for n, routed, counts in zip((3, 5, 10), found["snapshots_routed"], found["snapshots"], strict=True):
         for block in blocks[done:n]:

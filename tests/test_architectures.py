@@ -24,11 +24,14 @@ from cpt_utils.architectures import arch_table, archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import surgery
+from cpt_utils.interventions.silencing import silenced
 from cpt_utils.measures import compare
-from cpt_utils.measures.neurons import Activations, Counter, silenced
 from cpt_utils.models import loading
 from cpt_utils.models.batching import padded
 from cpt_utils.models.hooks import pooled_states
+
+Counter = load_script("lsn/activation.py").Counter
+Activations = load_script("lsn/lsn_activation_cpt.py").Activations
 
 # Other layouts of the same type, by config.
 VARIANTS = {

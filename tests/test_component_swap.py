@@ -19,12 +19,13 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, data, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, tokenization
-from cpt_utils.interventions import surgery
-from cpt_utils.measures import components, evaluation
+from cpt_utils.interventions import components, surgery
+from cpt_utils.measures import controls, evaluation
 from cpt_utils.models import loading
 
 ATTENTION = load_script("component-swap/attn_int_swap.py")
 FFN = load_script("component-swap/ffn_lsn_swap.py")
+component_swap = ATTENTION.component_swap
 INTERFACE, RICH = [0, 3], [2, 3]
 NAMED = [
     "attention_interface", "attention_lsn_rich", "ffn_interface", "ffn_lsn_rich",
@@ -240,15 +241,15 @@ def test_controls_against_written_folders(shared, study):
         ),
         heldout=[("", line) for line in (shared / "heldout.txt").read_text().splitlines()],
     )
-    rows = {name: sets[components.find(sets, name)] for name in NAMED}
+    rows = {name: sets[controls.find(sets, name)] for name in NAMED}
     with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:
         for name, row in {**rows, "random": sets[-1]}.items():
-            condition = components.Condition(
+            condition = component_swap.Condition(
                 name, row["component"].partition("+")[0], tuple(row["layers"]), "embeddings" in row["component"]
             )
             if name == "embeddings":
-                condition = components.Condition(name, None, embeddings=True)
-            recipe = components.Recipes(pair).condition(condition)
+                condition = component_swap.Condition(name, None, embeddings=True)
+            recipe = component_swap.recipe_of(components.Recipes(pair), condition)
             surgery.write_model(pair, recipe, study / name)
             ref = refs.model(study / name)
             model = loading.load_model(ref, torch.float32, torch.device("cpu"))
@@ -280,7 +281,7 @@ def test_controls_against_written_folders(shared, study):
         assert units["nll_per_byte"][i].double().mean().item() == pytest.approx(row["values"]["nll_per_byte"], rel=1e-6)
         assert ("change" in row) == (row["name"] != "random")
     row, target = rows["ffn_lsn_rich"], units["nll_per_byte"][1].double().numpy()
-    mine = units["nll_per_byte"][components.find(sets, "ffn_lsn_rich")].double().numpy()
+    mine = units["nll_per_byte"][controls.find(sets, "ffn_lsn_rich")].double().numpy()
     low, high = stats.bootstrap_mean(mine, 42)
     assert (row["ci_low"]["nll_per_byte"], row["ci_high"]["nll_per_byte"]) == pytest.approx((low, high), rel=1e-5)
     low, high = stats.bootstrap_mean(mine - target, 42)
@@ -296,7 +297,7 @@ def test_controls_against_written_folders(shared, study):
     own = rows["attention_interface"]["place"]["nll_per_byte"]
     assert own == {key: comparison[key] for key in own}
 
-    components.draw(study / "again", {key: value for key, value in payload.items() if key != "request"})
+    component_swap.drawn.draw(study / "again", {key: value for key, value in payload.items() if key != "request"})
     assert (study / "again.png").read_bytes() == (out / "controls.png").read_bytes()
 
 
@@ -364,8 +365,8 @@ def test_places_that_coincide(study, shared, capsys):
         ("ffn_interface_embeddings", ["ffn_lsn_rich_embeddings"]),
         ("embeddings", None),
     ]
-    assert components.find(payload["sets"], "ffn_lsn_rich") == 3
-    assert components.find(payload["sets"], "ffn_nowhere") is None
+    assert controls.find(payload["sets"], "ffn_lsn_rich") == 3
+    assert controls.find(payload["sets"], "ffn_nowhere") is None
     with pytest.raises(InputError, match="attention_lsn_rich is the same swap as attention_interface"):
         ATTENTION.main(["--layer-list", "same.json", "--output-dir", "x", "--crossed-folders", "attention_lsn_rich"])
     assert not Path("x").exists()

@@ -18,13 +18,17 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.measures import components, controls, counts, lape, masks, neurons
+from cpt_utils.interventions import silencing
+from cpt_utils.measures import controls, counts, masks
 from cpt_utils.models import loading
 
 ATTN_VS_FFN = load_script("weight-diff/attn_vs_ffn.py")
 INT_AND_SEM = load_script("weight-diff/int_and_sem.py")
 GATE_LSN = load_script("weight-diff/gate_lsn.py")
 CORRELATION = load_script("activation-correlation/activation-correlation.py")
+FOLLOWED = load_script("lsn/lsn_activation_cpt.py")
+IDENTIFY = load_script("lsn/identify.py")
+COMPONENT_SWAP = load_script("component-swap/component_swap.py")
 ATTENTION_SWAP = load_script("component-swap/attn_int_swap.py")
 # Of layers: what each has, as the type's definition says.
 HAVE = {
@@ -160,7 +164,7 @@ def test_neurons_beside_experts_and_layers_without_any(tmp_path, monkeypatch):
     assert one.over_zero[1, 96:].tolist() == (torch.cat(kept) > 0).sum(0).tolist()
     # LAPE takes rates over the tokens that a neuron could see, of neurons that there are.
     other = counts.Counts(**{**vars(one), "lang": "en", "over_zero": one.over_zero // 2})
-    chosen = lape.of_counts([one, other], rate=0.1)
+    chosen = IDENTIFY.of_counts([one, other], rate=0.1)
     assert chosen.n_wanted == 16 and all(i < one.width[layer] for layer, i in chosen.selected.tolist())
     control = masks.random_control(chosen.mask, 4, one.width.tolist())
     assert {layer: len(own) for layer, own in control["ga"].items()} == {
@@ -272,7 +276,7 @@ def test_random_sets_are_of_layers_that_have_attention(hybrid, tmp_path, capsys)
 def test_conditions_and_sets_by_hand():
     having = {"attention": [1, 3, 4], "ffn": [0, 2, 3]}
     lists = {"interface": [0, 1], "lsn_rich": [2]}
-    found = components.conditions("attention_interface", lists, having)
+    found = COMPONENT_SWAP.conditions("attention_interface", lists, having)
     assert [(c.name, c.layers, c.asked) for c in found[:3]] == [
         ("attention_interface", (1,), (0, 1)),
         ("ffn_interface", (0,), (0, 1)),
@@ -287,9 +291,9 @@ def test_conditions_and_sets_by_hand():
 def test_silencing_reads_no_layer_without_an_ffn(tmp_path):
     model = loading.load_model(refs.model(save_tiny("nemotron_h", tmp_path)), torch.float32, torch.device("cpu"))
     arch, ids = archs.for_config(model.config), torch.arange(4, 36).view(2, 16)
-    with torch.no_grad(), neurons.silenced(model, arch, {0: [], 1: [], 2: [], 3: []}):
+    with torch.no_grad(), silencing.silenced(model, arch, {0: [], 1: [], 2: [], 3: []}):
         whole = model(ids).logits
     assert torch.equal(whole, model(ids).logits)
-    found = neurons.Activations(model, arch, {"empty": {0: [], 2: []}})
+    found = FOLLOWED.Activations(model, arch, {"empty": {0: [], 2: []}})
     found.add(ids)
     assert found.mean("empty") is None and found.layers == []

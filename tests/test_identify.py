@@ -14,12 +14,11 @@ import pytest
 import torch
 from helpers import ROOT, failed_gate, load_script, save_tiny, shared_dir
 
-from cpt_utils.base import cli, figures, results
+from cpt_utils.base import figures, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import RESULTS
 from cpt_utils.checkpoints import refs
 from cpt_utils.measures import counts as activations
-from cpt_utils.measures import lape as method
 from cpt_utils.measures import masks
 
 script = load_script("lsn/identify.py")
@@ -50,14 +49,13 @@ def by_definition(over_zero: dict, n: dict, rate: float = 0.01, quantile: float 
 
 
 def lape(over_zero: dict, n: dict, **rates):
-    return method.select([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
+    return script.select([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
 
 
 def test_languages_without_neurons_have_a_figure_of_their_overlap(tmp_path):
     """Jaccard is undefined then: None off the diagonal."""
-    identify_figures = cli.sibling("lsn/identify_figures.py")
     shared = {"languages": ["en", "ga"], "jaccard": [[None, None], [None, None]], "shared": [[0, 0], [0, 0]]}
-    identify_figures.draw_overlap(tmp_path / "overlap", shared)
+    script.reporting.draw_overlap(tmp_path / "overlap", shared)
     assert (tmp_path / "overlap.png").stat().st_size > 1000
 
 
@@ -87,7 +85,7 @@ def write_counts(folder: Path, over_zero: dict, n: dict, tag="tag", snapshots=()
 
 @pytest.fixture
 def no_figure(monkeypatch):
-    monkeypatch.setattr(script, "draw", lambda *_: None)
+    monkeypatch.setattr(script.reporting, "draw", lambda *_: None)
 
 
 def command(folder: Path, *more, langs="en,ga,eu") -> None:
@@ -222,11 +220,11 @@ def test_a_language_without_neurons_and_neurons_that_never_fire():
 
 def test_rates_are_decimals_and_ranks_are_floored():
     shares = ((0.29, 100, 29), (0.95, 20, 19), (0.01, 199, 1), (1.0, 7, 7), (1e-5, 200_000, 2))
-    assert all(method.share(rate, size) == found for rate, size, found in shares)
+    assert all(script.share(rate, size) == found for rate, size, found in shares)
     values = np.arange(1.0, 11.0)
-    assert method.kth_smallest(values, 0.95, "--filter-rate") == 9 and method.kth_smallest(values, 1, "") == 10
+    assert script.kth_smallest(values, 0.95, "--filter-rate") == 9 and script.kth_smallest(values, 1, "") == 10
     with pytest.raises(InputError, match=r"--filter-rate 0.05 of 10 rates is rank 0"):
-        method.kth_smallest(values, 0.05, "--filter-rate")
+        script.kth_smallest(values, 0.05, "--filter-rate")
     over_zero, n = some_counts(3)
     with pytest.raises(InputError, match=r"--rate 0.001 of 120 neurons is less than one; give --rate 0.0084 or more"):
         lape(over_zero, n, rate=0.001)
@@ -321,7 +319,9 @@ def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match=r"l.json is of another request \(how the file was made is not known\)"):
         script.main([*arguments, "--rate", "0.2"])
     # The figures come from the report alone.
-    assert [path.name for path in script.draw(Path("again"), json.loads(json.dumps(report)))][-1] == "again-convergence"
+    assert [path.name for path in script.reporting.draw(Path("again"), json.loads(json.dumps(report)))][
+        -1
+    ] == "again-convergence"
     assert Path("again-counts.png").stat().st_size > 1000
     assert figures.colours(3)[0] == figures.colours(10)[0]
 
@@ -352,7 +352,7 @@ def test_convergence_is_that_of_masks_from_the_snapshots(tmp_path, no_figure, ca
     assert found["enough"]["tokens"] == found["against_full"][0]["tokens"]
     assert "fewer tokens would have been enough: 1/8 of them" in capsys.readouterr().out
     found["enough"] = None
-    script.say_convergence(found)
+    script.reporting.say_convergence(found)
     assert "parts of the tokens do not give this mask to a Jaccard of 0.9" in capsys.readouterr().out
 
 
@@ -624,7 +624,6 @@ def test_help_answers_without_heavy_imports_and_commands_parse():
 
 def test_one_part_that_agrees_is_no_convergence():
     """An eighth that happens to agree says nothing where a half does not, or where the halves disagree."""
-    from cpt_utils.measures import lape
     from cpt_utils.measures.counts import Counts
 
     def made(*parts):
@@ -640,6 +639,6 @@ def test_one_part_that_agrees_is_no_convergence():
         counts = list(made(*parts))
         langs = [one.lang for one in counts]
         rates = {"rate": 0.5, "filter_rate": 0.5, "bar_rate": 0.5}
-        full = lape.select([one.over_zero for one in counts], [one.n for one in counts], langs, **rates)
-        found = lape.convergence(counts, full, **rates)
+        full = script.select([one.over_zero for one in counts], [one.n for one in counts], langs, **rates)
+        found = script.reporting.convergence(counts, full, script.select, **rates)
         assert (found["enough"] and found["enough"]["tokens"]["a"]) == expected

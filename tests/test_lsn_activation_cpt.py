@@ -13,7 +13,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.measures import activation_files, masks, neurons, tokenids
+from cpt_utils.measures import activation_files, masks, tokenids
 from cpt_utils.models import loading
 
 SCRIPT = load_script("lsn/lsn_activation_cpt.py")
@@ -56,8 +56,8 @@ def slow_mean(folder, ids, mask) -> float:
 def test_a_run_and_its_base(study, monkeypatch):
     folder, ids = study
     passes = []
-    own = neurons.Activations.add
-    monkeypatch.setattr(neurons.Activations, "add", lambda self, part: (passes.append(1), own(self, part))[1])
+    own = SCRIPT.Activations.add
+    monkeypatch.setattr(SCRIPT.Activations, "add", lambda self, part: (passes.append(1), own(self, part))[1])
     SCRIPT.main(["--dtype", "float64", "--batch-size", "9"])
     assert len(passes) == 3 * 2  # three models, 18 blocks in batches of 9: both masks in the same passes
     place = folder / "results/lsn/lsn_activation"
@@ -107,7 +107,7 @@ def test_neurons_of_experts(study):
     SCRIPT.main(flags)
     found, head = results.read_json("out/moe.ga.288.json", SCRIPT.SCHEMA)
     model = loading.load_model(refs.model("moe"), torch.float32, torch.device("cpu"))
-    slow = neurons.Activations(model, archs.for_config(model.config), {"own": mask["ga"]})
+    slow = SCRIPT.Activations(model, archs.for_config(model.config), {"own": mask["ga"]})
     for block in ids[:288].view(-1, 16):
         slow.add(block[None])
     assert found["all_layers"] == pytest.approx(slow.mean("own"), rel=1e-6) and head["ffn_width"] == 96

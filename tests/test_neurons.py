@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, bits, save_tiny, tiny_model
+from helpers import ARCHITECTURES, bits, load_script, save_tiny, tiny_model
 
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.measures import neurons
-from cpt_utils.models import loading
+from cpt_utils.interventions import silencing
+from cpt_utils.models import ffn, loading
 
+counting = load_script("lsn/activation.py")
+following = load_script("lsn/lsn_activation_cpt.py")
 MOE = ("mixtral", "qwen3_moe", "olmoe")  # qwen3_moe: layer 1 is dense
 
 
@@ -43,7 +45,7 @@ def test_counts_and_means_are_those_of_a_slow_loop(model_type):
     model, arch = model_of(model_type)
     ids = torch.randint(3, 250, (5, 16), generator=torch.Generator().manual_seed(1))
     slow = slow_activations(model, arch, ids)
-    counter = neurons.Counter(model, arch)
+    counter = counting.Counter(model, arch)
     for part in ids.split(2):
         counter.add(part)
     assert counter.counts.dtype == torch.int64
@@ -51,7 +53,7 @@ def test_counts_and_means_are_those_of_a_slow_loop(model_type):
         expected = [sum(1 for token in activation if token[n] > 0) for n in range(activation.shape[1])]
         assert counter.counts[layer].tolist() == expected
     masks = {"own": {0: [1, 5, 40], 2: [7]}, "control": {0: [0, 2, 3], 2: [8]}, "none": {}}
-    found = neurons.Activations(model, arch, masks)
+    found = following.Activations(model, arch, masks)
     for part in ids.split(3):
         found.add(part)
     assert found.tokens == ids.numel()
@@ -70,10 +72,10 @@ def test_silenced_neurons_give_nothing_and_an_empty_mask_changes_no_logit(model_
     model, arch = model_of(model_type)
     ids = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(2))
     whole = model(input_ids=ids).logits
-    with neurons.silenced(model, arch, {0: [], 1: []}):
+    with silencing.silenced(model, arch, {0: [], 1: []}):
         assert torch.equal(model(input_ids=ids).logits, whole)
     mask = {0: [3, 4], 2: [0, 47]}
-    with neurons.silenced(model, arch, mask):
+    with silencing.silenced(model, arch, mask):
         silenced = model(input_ids=ids).logits
     assert not torch.equal(silenced, whole)
     # The same by weights: a neuron whose column in the down projection is zero gives nothing.
@@ -150,7 +152,7 @@ def test_experts_are_counted_over_the_tokens_routed_to_them(model_type, experts)
     with torch.no_grad():
         for block in ids:
             reference(input_ids=block[None])
-    counter = neurons.Counter(model, arch)
+    counter = counting.Counter(model, arch)
     for part in ids.split(2):
         counter.add(part)
     for layer, expert in slow.items():
@@ -167,7 +169,7 @@ def test_experts_are_counted_over_the_tokens_routed_to_them(model_type, experts)
         assert not counter.routed[layer].any()
 
     mask = {0: [0, 5, slow[0].width + 3, 3 * slow[0].width], 1: [2, 47], 2: [1]}
-    found = neurons.Activations(model, arch, {"own": mask, "other": {2: [1, 2]}})
+    found = following.Activations(model, arch, {"own": mask, "other": {2: [1, 2]}})
     for part in ids.split(2):
         found.add(part)
     means = {}
@@ -192,7 +194,7 @@ def test_silenced_neurons_of_experts_give_nothing_and_come_back(model_type):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        with neurons.silenced(model, arch, mask):
+        with silencing.silenced(model, arch, mask):
             found = model(input_ids=ids).logits
         reference, slow = slow_model(model_type, mask)
         for layer in [layer for layer in mask if layer not in slow]:
@@ -200,7 +202,7 @@ def test_silenced_neurons_of_experts_give_nothing_and_come_back(model_type):
         assert torch.allclose(found, reference(input_ids=ids).logits, rtol=0, atol=1e-12)
         assert not torch.allclose(found, whole)
         assert torch.equal(model(input_ids=ids).logits, whole)
-        with pytest.raises(ZeroDivisionError), neurons.silenced(model, arch, mask):
+        with pytest.raises(ZeroDivisionError), silencing.silenced(model, arch, mask):
             raise ZeroDivisionError
     assert all(torch.equal(bits(tensor), bits(before[name])) for name, tensor in model.state_dict().items())
 
@@ -210,11 +212,11 @@ def test_experts_that_no_token_reaches_and_kernels_that_show_nothing():
     with torch.no_grad():
         arch.layers(model)[0].mlp.gate.weight.zero_()
     ids = torch.randint(3, 250, (1, 16), generator=torch.Generator().manual_seed(2))
-    counter = neurons.Counter(model, arch)
+    counter = counting.Counter(model, arch)
     counter.add(ids)
     assert sorted(counter.routed[0].tolist()) == [0, 0, 16, 16]  # all alike: every token goes to the same two
     unreached = int(counter.routed[0].argmin())
-    found = neurons.Activations(model, arch, {"own": {0: [48 * unreached], 1: [1]}})
+    found = following.Activations(model, arch, {"own": {0: [48 * unreached], 1: [1]}})
     found.add(ids)
     assert found.layer_means("own")[0] == 0 and found.mean("own") == found.layer_means("own")[1] / 2
     experts = arch.experts_module(model, 1)
@@ -233,17 +235,17 @@ def test_a_model_that_is_spread_over_places(model_type, tmp_path):
     arch, mask = archs.for_config(whole.config), {0: [1, 2], 1: [3], 2: [4]}
     assert next(arch.layers(spread)[1].parameters()).is_meta
     ids = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(2))
-    counters = [neurons.Counter(model, arch) for model in (whole, spread)]
-    sums = [neurons.Activations(model, arch, {"own": mask}) for model in (whole, spread)]
+    counters = [counting.Counter(model, arch) for model in (whole, spread)]
+    sums = [following.Activations(model, arch, {"own": mask}) for model in (whole, spread)]
     for measured in (*counters, *sums):
         measured.add(ids)
     assert torch.equal(counters[0].counts, counters[1].counts) and sums[0].mean("own") == sums[1].mean("own")
     with torch.no_grad():
         if model_type == "mixtral":
-            with pytest.raises(InputError, match="cannot be silenced"), neurons.silenced(spread, arch, mask):
+            with pytest.raises(InputError, match="cannot be silenced"), silencing.silenced(spread, arch, mask):
                 pass
         else:
-            with neurons.silenced(whole, arch, mask), neurons.silenced(spread, arch, mask):
+            with silencing.silenced(whole, arch, mask), silencing.silenced(spread, arch, mask):
                 assert torch.equal(whole(input_ids=ids).logits, spread(input_ids=ids).logits)
         assert torch.equal(whole(input_ids=ids).logits, spread(input_ids=ids).logits)
 
@@ -257,11 +259,11 @@ def test_active_tokens_are_counted_exactly(rows, width):
     value[0, 3] = float("nan")
     for part in (value[:, :width], value[:, width:], value[:, :width].contiguous()[None]):
         expected = (part > 0).reshape(rows, width).long().sum(0)
-        assert torch.equal(neurons.active_tokens(part).long(), expected)
+        assert torch.equal(counting.active_tokens(part).long(), expected)
     experts = torch.arange(rows) % 3
     chosen = experts == torch.arange(4)[:, None]
     expected = torch.stack([(value[experts == e] > 0).sum(0) for e in range(4)])
-    assert torch.equal(neurons.active_by_expert(value, chosen), expected)
+    assert torch.equal(counting.active_by_expert(value, chosen), expected)
 
 
 def test_an_unknown_activation_is_counted_behind_itself():
@@ -276,7 +278,7 @@ def test_an_unknown_activation_is_counted_behind_itself():
     for layer in arch.layers(model):
         layer.mlp.act_fn = Shifted()
     ids = torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(2))
-    counter = neurons.Counter(model, arch)
+    counter = counting.Counter(model, arch)
     counter.add(ids)
     slow = slow_activations(model, arch, ids)
     assert torch.equal(counter.counts, torch.stack([(x > 0).sum(0) for x in slow]))
@@ -286,22 +288,22 @@ def test_not_finite_activations_are_refused():
     model, arch = model_of("llama")
     arch.module(model, 1, "down_proj").weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
-        neurons.Counter(model, arch).add(torch.full((1, 4), 5))
+        counting.Counter(model, arch).add(torch.full((1, 4), 5))
     with pytest.raises(InputError, match="not finite"):
-        neurons.Activations(model, arch, {"own": {2: [1]}}).add(torch.full((1, 4), 5))
+        following.Activations(model, arch, {"own": {2: [1]}}).add(torch.full((1, 4), 5))
 
 
 def test_blocks():
     ids = torch.arange(100, dtype=torch.int32)
-    assert neurons.blocks(ids, 16, 10**9).shape == (6, 16)
-    assert neurons.blocks(ids, 16, 40).flatten().tolist() == list(range(32))
+    assert ffn.blocks(ids, 16, 10**9).shape == (6, 16)
+    assert ffn.blocks(ids, 16, 40).flatten().tolist() == list(range(32))
     with pytest.raises(InputError, match="fewer than one block of 128"):
-        neurons.blocks(ids, 128, 10**9)
+        ffn.blocks(ids, 128, 10**9)
     config = {"model_type": "qwen2", "max_position_embeddings": 32768}
-    assert neurons.block_size(config) == 2048
-    assert neurons.block_size(config, "llama") == 4096
-    assert neurons.block_size({"model_type": "llama", "max_position_embeddings": 2048}) == 2048
-    assert neurons.block_size({"model_type": "gpt2", "n_positions": 1024}, "qwen") == 1024
-    assert neurons.block_size(config, given=64) == 64
+    assert ffn.block_size(config) == 2048
+    assert ffn.block_size(config, "llama") == 4096
+    assert ffn.block_size({"model_type": "llama", "max_position_embeddings": 2048}) == 2048
+    assert ffn.block_size({"model_type": "gpt2", "n_positions": 1024}, "qwen") == 1024
+    assert ffn.block_size(config, given=64) == 64
     with pytest.raises(InputError, match="more than the model's 2048"):
-        neurons.block_size({"model_type": "llama", "max_position_embeddings": 2048}, given=4096)
+        ffn.block_size({"model_type": "llama", "max_position_embeddings": 2048}, given=4096)

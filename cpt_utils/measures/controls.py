@@ -235,6 +235,11 @@ def _key(name: str, layers: list[int]) -> str:
 # --- what it says ---
 
 
+def find(sets: list[dict], name: str) -> int | None:
+    """Where the condition `name` stands in the `sets` of a controls.json, and in the rows of its .pt; None: nowhere."""
+    return next((i for i, row in enumerate(sets) if name in (row["name"], *row.get("also", ()))), None)
+
+
 def gain_lost(
     value: float, base: float, target: float, higher_is_better: bool, interval: dict | None = None
 ) -> float | None:

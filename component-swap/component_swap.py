@@ -9,77 +9,26 @@ from __future__ import annotations
 
 import os
 import re
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, data, figures, languages, processes, results
+from cpt_utils.base import cli, data, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, folders, opening, refs
-from cpt_utils.interventions import surgery
-from cpt_utils.measures import controls, evaluation, gate
+from cpt_utils.interventions import components, surgery
+from cpt_utils.measures import controls, evaluation, gate, layer_lists
+
+drawn = cli.sibling("component-swap/component_figure.py")
 
 SCHEMA = "component-swap"
-COMPONENTS = {"attention": archs.ATTENTION, "ffn": archs.FFN}
-EMBEDDINGS = "embeddings"
 # What these scripts leave in OUT, finished or not.
 OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|controls\..+|\..+")
 
 
-# --- layers ---
-
-
-@dataclass(frozen=True)
-class LayerFile:
-    """A file that says where to swap: the key of its list, its schema, our flag for it, its place in a study."""
-
-    key: str
-    schema: str
-    flag: str
-    step: str
-    made_by: str
-
-
-FILES = {
-    "interface": LayerFile(
-        "interface_layers", "layer-specialize", "--layer-selection", "layers", "layer-specialize/layer_specialize.py"
-    ),
-    "lsn_rich": LayerFile("layers", "lsn-layers", "--layer-list", "lsn_layers", "lsn/identify.py"),
-}
-
-
-def read_layers(path: Path, place: str, n_layers: int, models: list[dict]) -> tuple[list[int], dict, dict]:
-    """The layers of `place` (a key of FILES) in order, and the file's payload and header; `{}` where it has none.
-
-    The file is the step's own, one with the same key, or a bare list.
-
-    Args:
-        models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
-
-    Raises:
-        InputError: no such list, layers the model does not have, or a file made from a model of another run.
-    """
-    expected = FILES[place]
-    payload, head = results.read_json(path, schema=expected.schema, n_layers=n_layers)
-    if not isinstance(payload, dict):
-        payload = {expected.key: payload}
-    layers = payload.get(expected.key)
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise InputError(f"{path} has no list {expected.key}; give the file of {expected.made_by}")
-    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
-    if wrong:
-        raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {n_layers - 1}")
-    measured = (head.get("models") or {}).get("model")
-    if measured and not refs.belongs(measured, models):
-        raise InputError(
-            f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
-            "file of this pair"
-        )
-    return sorted(set(layers)), payload, head
+# --- places ---
 
 
 def say_places(lists: dict[str, list[int]], n_layers: int) -> dict:
@@ -118,7 +67,7 @@ class Condition:
     @property
     def moved(self) -> str:
         """What is moved, whatever the layers; random sets are compared with sets that move the same."""
-        return "+".join(filter(None, (self.component, EMBEDDINGS if self.embeddings else None)))
+        return "+".join(filter(None, (self.component, components.EMBEDDINGS if self.embeddings else None)))
 
 
 def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[Condition]:
@@ -134,7 +83,7 @@ def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int
         InputError: no layer of the script's own place has its component.
     """
     component, _, place = own.partition("_")
-    others = [name for name in COMPONENTS if name != component]
+    others = [name for name in components.COMPONENTS if name != component]
     places = [place, *(name for name in lists if name != place)]
 
     def layers_of(kind: str, where: str) -> tuple[int, ...]:
@@ -151,69 +100,23 @@ def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int
     for embeddings in (False, True):
         for kind in [component, *others]:
             for where in places:
-                name = f"{kind}_{where}" + (f"_{EMBEDDINGS}" if embeddings else "")
+                name = f"{kind}_{where}" + (f"_{components.EMBEDDINGS}" if embeddings else "")
                 key = (kind, layers_of(kind, where), embeddings)
                 if key in found:
                     found[key] = replace(found[key], also=(*found[key].also, name))
                 elif key[1]:
                     found[key] = Condition(name, *key, asked=asked(kind, where))
-    return [*found.values(), Condition(EMBEDDINGS, None, embeddings=True)]
+    return [*found.values(), Condition(components.EMBEDDINGS, None, embeddings=True)]
 
 
-def layers_having(config: dict) -> dict[str, list[int]]:
-    """The layers that have attention, and those that have an FFN; says which have not."""
-    arch, having = archs.for_config(config), {}
-    for component, projections in COMPONENTS.items():
-        lacking = arch.lacking(config, projections)
-        having[component] = sorted({*range(arch.n_layers(config))} - {*lacking})
-        if lacking:
-            instead = f" ({arch.instead(config, lacking)} in its place)" if component == "attention" else ""
-            cli.say(f"layers {lacking} have no {component}{instead}: nothing of it is swapped there")
-    return having
+def recipe_of(recipes: components.Recipes, condition: Condition) -> surgery.Recipe:
+    """The edits of a condition.
 
-
-def find(sets: list[dict], name: str) -> int | None:
-    """Where the condition `name` stands in the `sets` of a controls.json, and in the rows of its .pt; None: nowhere."""
-    return next((i for i, row in enumerate(sets) if name in (row["name"], *row.get("also", ()))), None)
-
-
-class Recipes:
-    """The recipes of one pair; the edits of a layer are made once, because controls ask for hundreds of sets."""
-
-    def __init__(self, pair: surgery.Pair):
-        self.pair = pair
-        self._layers: dict[tuple[str, int], tuple[surgery.Edit, ...]] = {}
-
-    def component(self, component: str, layers: Iterable[int]) -> surgery.Recipe:
-        """The weights and biases of a component of the base in `layers`."""
-        layers = sorted(layers)
-        wanted = [name for name in self.pair.arch.projections(self.pair.config) if name in COMPONENTS[component]]
-        edits = tuple(edit for layer in layers for edit in self._layer(component, layer))
-        words = f"{', '.join(wanted)} of the base in layers {', '.join(map(str, layers))}"
-        return surgery.Recipe(words, {"projections": wanted, "layers": layers}, edits)
-
-    def condition(self, condition: Condition) -> surgery.Recipe:
-        """Raises InputError where base and target have no embeddings of the same shape."""
-        parts = [self.component(condition.component, condition.layers)] if condition.component else []
-        if condition.embeddings:
-            names = self.pair.arch.embedding_tensors(self.pair.target.names())
-            parts.append(surgery.tensors_from_base(self.pair, names))
-        return combined(parts)
-
-    def _layer(self, component: str, layer: int) -> tuple[surgery.Edit, ...]:
-        if (component, layer) not in self._layers:
-            made = surgery.parts_from_base(self.pair, COMPONENTS[component], [layer])
-            self._layers[component, layer] = made.edits
-        return self._layers[component, layer]
-
-
-def combined(recipes: list[surgery.Recipe]) -> surgery.Recipe:
-    """All edits of several recipes that touch different tensors."""
-    if len(recipes) == 1:
-        return recipes[0]
-    edits = tuple(edit for recipe in recipes for edit in recipe.edits)
-    words = "; ".join(recipe.words for recipe in recipes)
-    return surgery.Recipe(words, {"parts": [recipe.facts for recipe in recipes]}, edits)
+    Raises:
+        InputError: it has embeddings, and base and target have none of the same shape.
+    """
+    parts = [recipes.component(condition.component, condition.layers)] if condition.component else []
+    return components.combined(parts + ([recipes.embeddings()] if condition.embeddings else []))
 
 
 # --- folders ---
@@ -242,16 +145,17 @@ def plan_run(
     refuse_foreign(out, checkpoints)
     for ref in checkpoints:
         with surgery.Pair(base, ref) as pair:
-            recipe = Recipes(pair).condition(condition)
+            recipe = recipe_of(components.Recipes(pair), condition)
             moved, total = pair.share(recipe)
     stay = refuse_leftover(out, checkpoints, base, recipe)
+    moves = components.COMPONENTS[condition.component]
     payload = {
         "base_model": base.spec,
         "run": spec[0] if isinstance(spec, list) and len(spec) == 1 else spec,
         "condition": condition.name,
         "component": condition.moved,
         "layers": list(condition.layers),
-        "projections": [name for name in pair.arch.projections(pair.config) if name in COMPONENTS[condition.component]],
+        "projections": [name for name in pair.arch.projections(pair.config) if name in moves],
         "steps": sorted({ref.step for ref in checkpoints} | stay),
         "parameters_from_base": moved,
         "parameters": total,
@@ -273,7 +177,7 @@ def write_run(
     cli.say(f"{what.name}: {what.moved} of the base in layers {payload['layers']}, {payload['share']:.1%} of all")
     for ref in checkpoints:
         with surgery.Pair(base, ref) as pair:
-            recipe = Recipes(pair).condition(what)
+            recipe = recipe_of(components.Recipes(pair), what)
             surgery.write_model(pair, recipe, plan.out / f"checkpoint-{ref.step}", overwrite=overwrite)
     models = {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in checkpoints}}
     header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, gate=passed)
@@ -338,7 +242,7 @@ def measure(
         passed: the gate of the layers.
         having: the layers that have each component: random sets are drawn from those of the first condition's.
     """
-    recipes, own = Recipes(pair), wanted[0]
+    recipes, own = components.Recipes(pair), wanted[0]
     there = having[own.component]
     others, possible = controls.layer_sets(there, own.layers, number, seed)
     cli.say(
@@ -348,7 +252,7 @@ def measure(
     swaps, left_out = [], {}
     for condition in wanted:
         try:
-            recipe = recipes.condition(condition)
+            recipe = recipe_of(recipes, condition)
         except InputError as error:
             if not condition.embeddings:
                 raise
@@ -375,106 +279,13 @@ def measure(
     }
     path = out / "controls.json"
     controls.measure(
-        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, figure=draw, passed=passed
+        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, drawn.draw, passed
     )  # fmt: skip
 
 
 def _swap(pair, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> controls.Swap:
     parameters, total = pair.share(recipe)
     return controls.Swap(name, list(layers), recipe, {"component": moved, "share": parameters / total, **more})
-
-
-def draw(path: Path, payload: dict) -> None:
-    """A bar for each condition, from the target's value to its own, and the random sets as dots; a panel per measure.
-
-    Bars carry the bootstrap interval of the difference from the target. Everything comes from `payload`, the content
-    of a controls.json.
-    """
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    named = _in_order([row for row in payload["sets"] if row["name"] not in ("base", "target", "random")])
-    drawn = [row for row in payload["sets"] if row["name"] == "random"]
-    heights = _heights(named, payload["own"])
-    grey = figures.colour("random")
-    with figures.style() as plt:
-        names = list(payload["comparison"])
-        width = figures.COLUMN if len(names) == 1 else figures.PAGE
-        size = (width, 1.15 + 0.2 * (heights[-1] + 2))
-        fig, axes = plt.subplots(1, len(names), sharey=True, figsize=size, squeeze=False)
-        for axis, name in zip(axes[0], names, strict=True):
-            end = payload["comparison"][name]
-            for row, y in zip(named, heights, strict=True):
-                own = row["name"] == payload["own"]
-                if own:
-                    around = [y + 1.1 * ((i + 0.5) / len(drawn) - 0.5) for i in range(len(drawn))]
-                    dots = sorted(random_set["values"][name] for random_set in drawn)
-                    axis.scatter(dots, _scattered(around), s=5, color=grey, linewidths=0, zorder=1)
-                _bar(axis, row, name, y, end["target"], 0.3 if own else 0.62)
-            axis.axvline(end["base"], color=figures.colour("base"), linestyle=":", zorder=0)
-            axis.axvline(end["target"], color=figures.colour("target"), linestyle="--", zorder=3)
-            axis.set_xlabel(textwrap.fill(evaluation.MEASURES[name].label, 19 if len(names) > 2 else 30))
-            axis.use_sticky_edges = False  # a bar starts at the target, which may be the end of the axis
-            axis.margins(x=0.08)
-            axis.locator_params(axis="x", nbins=4)
-        axes[0, 0].set_yticks(heights, [_label(row) for row in named])
-        axes[0, 0].set_ylim(max(heights) + 0.7, min(heights) - 0.7)
-        layers = next(row for row in payload["sets"] if row["name"] == payload["own"])["layers"]
-        random_label = (
-            f"{len(drawn)} random sets of {len(layers)} of {payload.get('n_layers_having', payload['n_layers'])} layers"
-        )
-        legend = [
-            Line2D([], [], color=figures.colour("base"), linestyle=":", label="base"),
-            Line2D([], [], color=figures.colour("target"), linestyle="--", label="checkpoint"),
-            Line2D([], [], color=grey, marker="o", linestyle="", markersize=3, label=random_label),
-        ]
-        if any("+" in row["component"] for row in named):
-            legend.append(Patch(facecolor="white", edgecolor="black", hatch="/////", label="with embeddings, lm_head"))
-        fig.legend(handles=legend, loc="outside lower center", ncols=2 if len(names) == 1 else 4)
-        figures.save(fig, path)
-
-
-def _in_order(named: list[dict]) -> list[dict]:
-    """Attention, FFN, embeddings; each condition followed by itself with embeddings, whichever was measured first."""
-    return sorted(named, key=lambda row: (list("afe").index(row["component"][0]), row["name"]))
-
-
-def _heights(named: list[dict], own: str) -> list[float]:
-    """Where the bars stand: one apart, more between components, and around `own`, which has the dots behind it."""
-    heights = [0.0]
-    for above, below in pairwise(named):
-        apart = 1.0 if above["component"][0] == below["component"][0] else 1.4
-        heights.append(heights[-1] + apart + (0.3 if own in (above["name"], below["name"]) else 0))
-    return heights
-
-
-def _scattered(values: list[float]) -> list[float]:
-    """The values in another fixed order, so that dots sorted by value do not form a line."""
-    import random
-
-    return random.Random(0).sample(values, len(values))
-
-
-def _bar(axis, row: dict, name: str, y: float, target: float, height: float) -> None:
-    component, _, extra = row["component"].partition("+")
-    colour = figures.colour("random" if component == EMBEDDINGS else component)
-    face = {"facecolor": "white", "hatch": "/////"} if extra else {"facecolor": colour}
-    value, change = row["values"][name], (row.get("change") or {}).get(name)
-    axis.barh(y, value - target, height, target, edgecolor=colour, linewidth=0.6, zorder=2, **face)
-    if change:
-        error = [[change["mean"] - change["ci_low"]], [change["ci_high"] - change["mean"]]]
-        axis.errorbar(value, y, xerr=error, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5, zorder=4)
-
-
-def _label(row: dict) -> str:
-    """ "attention, interface (8 %)": component, place, share of the parameters."""
-    names = [name.removesuffix(f"_{EMBEDDINGS}") for name in (row["name"], *row.get("also", ()))]
-    component, _, place = names[0].partition("_")
-    words = {"interface": "interface", "lsn_rich": "LSN-rich"}
-    where = " = ".join(words[name.partition("_")[2]] for name in names) if place else ""
-    shown = {"attention": "attention", "ffn": "FFN", EMBEDDINGS: "embeddings, lm_head"}[component]
-    more = " + emb." if "+" in row["component"] else ""
-    return f"{shown}{', ' + where if where else ''}{more} ({100 * row['share']:.0f} %)"
 
 
 # --- the command ---
@@ -490,7 +301,7 @@ def add_flags(p, own_file: str) -> None:
         ("lsn_rich", 'LSN-rich layers: a list, {"layers": [..]}, or the file of lsn/identify.py --layers-out'),
     ):
         when = "" if place == own_file else "; only for the crossed controls"
-        add(FILES[place].flag, metavar="F", help=f"{words}; default: the study's{when}")
+        add(layer_lists.FILES[place].flag, metavar="F", help=f"{words}; default: the study's{when}")
     add("--output-dir", metavar="OUT", help="folder for the swapped run; default: the study's folder of this script")
     controls.add_flag(p, "this swap, in memory on the last checkpoint,")
     add(
@@ -529,7 +340,7 @@ def run(args, own: str, step: str) -> None:
     n_layers = archs.for_config(base.config()).n_layers(base.config())
     models = [base.describe(), *(ref.describe() for ref in refs.run(spec))]
     lists, known = read_lists(args, study, own, n_layers, models)
-    facts, having = say_places(lists, n_layers), layers_having(base.config())
+    facts, having = say_places(lists, n_layers), components.layers_having(base.config())
     if not args.controls:
         processes.Process.refuse_several("writing model folders")
         named = conditions(own, lists, having)
@@ -553,15 +364,15 @@ def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) 
     given = {"interface": args.layer_selection, "lsn_rich": args.layer_list}
     mine = own.partition("_")[2]
     lists, known, paths = {}, {}, []
-    for place in sorted(FILES, key=lambda name: name != mine):
-        file = FILES[place]
+    for place in sorted(layer_lists.FILES, key=lambda name: name != mine):
+        file = layer_lists.FILES[place]
         if place != mine and not args.controls and args.crossed_folders is None:
             continue
         if place != mine and args.controls and given[place] is None and not study:
             cli.say(f"without {file.flag} the crossed controls are left out: only random layers are compared")
             continue
         path = study.input(given[place], file.flag, file.step, file.made_by)
-        lists[place], payload, head = read_layers(path, place, n_layers, models)
+        lists[place], payload, head = layer_lists.read_layers(path, place, n_layers, models)
         paths.append(path)
         if not lists[place]:
             raise InputError(f"{path} names no layer: there is nothing to swap")

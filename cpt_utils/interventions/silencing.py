@@ -1,0 +1,80 @@
+"""A model without some of its FFN neurons."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cpt_utils.base.errors import InputError
+from cpt_utils.models import ffn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from cpt_utils.architectures.archs import Arch
+
+Mask = Mapping[int, Sequence[int]]  # layer -> neurons
+
+
+@contextlib.contextmanager
+def silenced(model: nn.Module, arch: Arch, mask: Mask) -> Iterator[nn.Module]:
+    """The model with the masked neurons' activations set to zero, until the block ends.
+
+    What a neuron gives to the layer is its activation (times `up`, where there is a gate) through the down projection,
+    so its input there is set to zero. Experts have no module for it: their columns of the down projection are zero for
+    as long, and then what they were, bit by bit. A layer without masked neurons is not touched.
+    """
+    import torch
+
+    config = ffn.decoder_config(model)
+    with contextlib.ExitStack() as stack:
+        for layer, neurons in mask.items():
+            for group in arch.neurons(config, layer) if len(neurons) else ():
+                index = torch.tensor([neuron - group.first for neuron in neurons if group.first <= neuron < group.stop])
+                if not len(index):
+                    continue
+                if group.experts:
+                    down = arch.experts_module(model, layer).down_proj
+                    columns = _without_inputs(
+                        down, index // group.width, index % group.width, arch.experts_at.transposed
+                    )
+                    stack.enter_context(columns)
+                else:
+                    stack.callback(arch.down_module(model, layer).register_forward_pre_hook(_silence(index)).remove)
+        yield model
+
+
+def _silence(index: torch.Tensor) -> Callable:
+    import torch
+
+    on = functools.cache(index.to)  # copied to a device once, not in every pass
+
+    def hook(_module, args):
+        # In place where nothing is differentiated: the product that comes in here is nobody else's.
+        fill = torch.Tensor.index_fill if torch.is_grad_enabled() else torch.Tensor.index_fill_
+        return (fill(args[0], -1, on(args[0].device), 0), *args[1:])
+
+    return hook
+
+
+@contextlib.contextmanager
+def _without_inputs(
+    down: nn.Parameter, experts: torch.Tensor, inputs: torch.Tensor, transposed: bool
+) -> Iterator[None]:
+    """Inputs of the experts' down projections [E, hidden, I] set to zero, until the block ends.
+
+    `transposed`: they are [E, I, hidden].
+    """
+    if down.is_meta:
+        raise InputError("experts that wait on the disk or in memory cannot be silenced; use GPUs that hold the model")
+    data = down.data.transpose(1, 2) if transposed else down.data
+    place = experts.to(down.device), slice(None), inputs.to(down.device)
+    saved = data[place]  # a copy
+    data[place] = 0
+    try:
+        yield
+    finally:
+        data[place] = saved

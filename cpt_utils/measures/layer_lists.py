@@ -1,0 +1,59 @@
+"""Files that say where to intervene: the interface layers, or those richest in a language's neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """A file that says where to swap: the key of its list, its schema, our flag for it, its place in a study."""
+
+    key: str
+    schema: str
+    flag: str
+    step: str
+    made_by: str
+
+
+FILES = {
+    "interface": LayerFile(
+        "interface_layers", "layer-specialize", "--layer-selection", "layers", "layer-specialize/layer_specialize.py"
+    ),
+    "lsn_rich": LayerFile("layers", "lsn-layers", "--layer-list", "lsn_layers", "lsn/identify.py"),
+}
+
+
+def read_layers(path: Path, place: str, n_layers: int, models: list[dict]) -> tuple[list[int], dict, dict]:
+    """The layers of `place` (a key of FILES) in order, and the file's payload and header; `{}` where it has none.
+
+    The file is the step's own, one with the same key, or a bare list.
+
+    Args:
+        models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
+
+    Raises:
+        InputError: no such list, layers the model does not have, or a file made from a model of another run.
+    """
+    expected = FILES[place]
+    payload, head = results.read_json(path, schema=expected.schema, n_layers=n_layers)
+    if not isinstance(payload, dict):
+        payload = {expected.key: payload}
+    layers = payload.get(expected.key)
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise InputError(f"{path} has no list {expected.key}; give the file of {expected.made_by}")
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+    if wrong:
+        raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {n_layers - 1}")
+    measured = (head.get("models") or {}).get("model")
+    if measured and not refs.belongs(measured, models):
+        raise InputError(
+            f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
+            "file of this pair"
+        )
+    return sorted(set(layers)), payload, head

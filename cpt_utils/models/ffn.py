@@ -1,0 +1,231 @@
+"""The FFN neurons of a decoder: how many there are, and their activations as they are read inside forward passes.
+
+A *neuron* is one of the I units of a layer's FFN, its *activation* act(W_gate x), or act(W_up x) without a gate. In a
+mixture of E experts every expert has I neurons, and neuron number e I + i is the i-th of expert e.
+Forward passes here never run the lm_head and end as soon as the last neuron that matters has been read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cpt_utils.architectures.arch_parts import Neurons, below
+from cpt_utils.base.errors import InputError
+from cpt_utils.models import loading
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from cpt_utils.architectures.archs import Arch
+
+# Tokens of a block by the published scripts' `type`.
+BLOCK = {"llama": 4096, "qwen": 2048}
+TOKENS_A_BATCH = 4096
+
+
+# --- text in blocks ---
+
+
+def block_size(config: Mapping, kind: str | None = None, given: int | None = None) -> int:
+    """Tokens of a block: `given`, else that of `kind` (llama or qwen), never more than the model's positions.
+
+    `kind` None is worked out from the model type.
+    """
+    values = config.get("text_config") or config
+    if kind is None:
+        kind = "qwen" if str(values.get("model_type", "")).startswith("qwen") else "llama"
+    limit = next((int(values[key]) for key in ("max_position_embeddings", "n_positions") if values.get(key)), None)
+    if given is not None:
+        if limit is not None and given > limit:
+            raise InputError(f"--block-size {given} is more than the model's {limit} positions; give {limit} or less")
+        return given
+    return min(BLOCK[kind], limit) if limit else BLOCK[kind]
+
+
+def batch_size(given: int | None, size: int) -> int:
+    """Blocks of a forward pass: `given`, else as many of `size` tokens as TOKENS_A_BATCH holds."""
+    return given or max(1, TOKENS_A_BATCH // size)
+
+
+def blocks(ids: torch.Tensor, size: int, tokens: int, name: str = "the id file") -> torch.Tensor:
+    """The first `tokens` of `ids` [n] in whole blocks: a view [blocks, size]; the tail that fills no block is dropped.
+
+    Raises:
+        InputError: not one whole block.
+    """
+    whole = min(len(ids), tokens) // size
+    if whole == 0:
+        raise InputError(
+            f"{name} gives {min(len(ids), tokens)} tokens, fewer than one block of {size}; give more text, or a "
+            "smaller --block-size"
+        )
+    return ids[: whole * size].view(whole, size)
+
+
+# --- forward passes that end early ---
+
+
+class _Enough(Exception):
+    """Raised inside a hook when everything that was wanted has been read."""
+
+
+class Reader:
+    """Forward passes of the decoder that hand over the activations of `layers` (ascending) and end behind the last one.
+
+    With `before`, what is handed over is what goes into the nonlinearity, not what comes out. Layers without an FFN
+    have nothing to hand over.
+    """
+
+    def __init__(self, model: nn.Module, arch: Arch, layers: Sequence[int], before: bool = False):
+        config = decoder_config(model)
+        self.model, self.arch, self.before = model, arch, before and arch.before
+        self.groups = {layer: arch.neurons(config, layer) for layer in layers}
+        self.groups = {layer: groups for layer, groups in self.groups.items() if groups}
+
+    @property
+    def experts(self) -> int:
+        """Experts of the layer that has most."""
+        return max((group.experts for groups in self.groups.values() for group in groups), default=0)
+
+    def run(self, ids: torch.Tensor, read: Callable) -> None:
+        """One pass over the blocks `ids` [batch, size].
+
+        `read(layer, group, value, experts)` gets the activations [.., I] of every token and None; or, of experts,
+        those [rows, I] of tokens that were routed, and the expert of each row [rows], perhaps in several calls a layer.
+        """
+        import torch
+
+        if not self.groups:
+            return
+        with contextlib.ExitStack() as stack:
+            self._left = {group.first for group in self.groups[max(self.groups)]}  # to be read in the last layer
+            for layer, groups in self.groups.items():
+                for group in groups:
+                    hook = self._routed if group.experts else self._dense
+                    for handle in hook(layer, group, functools.partial(read, layer, group)):
+                        stack.callback(handle.remove)
+            stack.enter_context(contextlib.suppress(_Enough))
+            stack.enter_context(torch.inference_mode())
+            ids = ids.to(loading.input_device(self.model), torch.long)
+            self.arch.decoder(self.model)(input_ids=ids, use_cache=False)
+
+    def _end(self, layer: int, group: Neurons) -> None:
+        if layer == max(self.groups):
+            self._left.discard(group.first)
+            if not self._left:
+                raise _Enough
+
+    def _dense(self, layer: int, group: Neurons, read: Callable) -> list:
+        module, start, stop = group.unit
+        act = None if self.before or group.activation else _function(self.arch.function)
+
+        def hook(_module, _args, output) -> None:
+            if self.before or act is not None:
+                output = output[..., start:stop]
+            read(output if act is None else act(output), None)
+            self._end(layer, group)
+
+        read_at = module if self.before or act is not None else group.activation
+        return [self.arch.in_layer(self.model, layer, read_at).register_forward_hook(hook)]
+
+    def _routed(self, layer: int, group: Neurons, read: Callable) -> list:
+        """Hooks around the experts of a layer, for those ways to run them that call their nonlinearity."""
+        import torch
+
+        at, experts = self.arch.experts_at, self.arch.experts_module(self.model, layer)
+        if at.routed_by == "score":
+            return self._scored(layer, group, read)
+        left = torch.empty(0)  # the expert of each row that the nonlinearity has not seen yet
+
+        def begin(_module, args) -> None:
+            nonlocal left
+            left = args[1].reshape(-1)
+            if experts.config._experts_implementation != "batched_mm":  # all others go expert by expert
+                left = left.sort().values
+
+        def take(value) -> None:
+            nonlocal left
+            rows, left = left[: len(value)], left[len(value) :]
+            read(value, rows)
+            if not len(left):
+                self._end(layer, group)
+
+        def end(_module, _args, _output) -> None:
+            if len(left):
+                raise InputError(
+                    f"the experts' activations cannot be read under experts_implementation "
+                    f"{experts.config._experts_implementation!r}; load the model with grouped_mm or eager"
+                )
+
+        around = [experts.register_forward_pre_hook(begin), experts.register_forward_hook(end)]
+        if not group.activation:
+            return [
+                *around,
+                _Intercepted(experts, lambda gate: take(gate if self.before else at.function(experts, gate))),
+            ]
+        activation = self.arch.in_layer(self.model, layer, group.activation)
+        if self.before:
+            return [*around, activation.register_forward_pre_hook(lambda _module, args: take(args[0]))]
+        return [*around, activation.register_forward_hook(lambda _module, _args, output: take(output))]
+
+    def _scored(self, layer: int, group: Neurons, read: Callable) -> list:
+        """Hooks where every expert computes every token, and the router's score of those not chosen is 0."""
+        at, scores = self.arch.experts_at, None
+
+        def score(_module, _args, output) -> None:
+            nonlocal scores
+            scores = output[0]  # [tokens, experts]
+
+        def hook(_module, args, output) -> None:
+            value = (args[0] if self.before else output).view(group.experts, -1, group.width)
+            for expert, tokens in enumerate(value):
+                rows = scores[:, expert].nonzero()[:, 0]
+                read(tokens[rows], rows.new_full((len(rows),), expert))
+            self._end(layer, group)
+
+        router = self.arch.in_layer(self.model, layer, below(at.block, at.router))
+        activation = self.arch.in_layer(self.model, layer, group.activation)
+        return [router.register_forward_hook(score), activation.register_forward_hook(hook)]
+
+
+class _Intercepted:
+    """Hands the gates' outputs to `see` where experts have a function in the place of a module, until it is removed."""
+
+    def __init__(self, experts: nn.Module, see: Callable):
+        self.experts, self.name = experts, "act_fn" if callable(vars(experts).get("act_fn")) else "_apply_gate"
+        self.own = own = getattr(experts, self.name)
+
+        def apply(x):
+            if self.name == "_apply_gate":  # gate and up together
+                see(x[..., : x.shape[-1] // 2] if experts.is_concatenated else x[..., ::2])
+            else:
+                see(x)
+            return own(x)
+
+        setattr(experts, self.name, apply)
+
+    def remove(self) -> None:
+        if self.name == "act_fn":
+            self.experts.act_fn = self.own
+        else:
+            del self.experts._apply_gate  # the class's own is seen again
+
+
+def _function(name: str) -> Callable:
+    """The nonlinearity of a name, as configurations spell it."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+def decoder_config(model: nn.Module) -> dict:
+    return model.config.get_text_config().to_dict()
+
+
+def widths(arch: Arch, config: Mapping) -> list[int]:
+    """The neurons of each layer; they differ where a model has dense layers and mixtures of experts, or no FFN."""
+    return [arch.ffn_width(config, layer) for layer in range(arch.n_layers(config))]

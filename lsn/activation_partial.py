@@ -1,0 +1,84 @@
+"""Counts of lsn/activation.py that are not finished: what a killed run goes on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import results
+from cpt_utils.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Partial:
+    """Counts so far, of this process and of earlier ones: `done` marks blocks, `counts` is int64 [segments, L, I], and
+    `routed` int64 [segments, L, E], with E = 0 for a model without experts.
+
+    Every process keeps a file of its own; the sum over the files is the state. So a run may go on with another number
+    of processes, and no block is counted twice.
+    """
+
+    SUMS = ("counts", "routed")
+
+    def __init__(self, stem: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int, int]):
+        """`shape`: segments, L, I, E."""
+        import torch
+
+        self.stem, self.path, self.request = stem, stem.with_name(f"{stem.name}.{rank}.pt"), json.dumps(request)
+        self.done = torch.zeros(n_blocks, dtype=torch.bool)
+        self.counts = torch.zeros(shape[:3], dtype=torch.long)
+        self.routed = torch.zeros((*shape[:2], shape[3]), dtype=torch.long)
+        self.others = torch.zeros(n_blocks, dtype=torch.bool)
+        for path in self.files():
+            found = self._read(path)
+            if found is None:
+                continue
+            if path == self.path:
+                self.done, self.counts, self.routed = (found[key] for key in ("done", *self.SUMS))
+            else:
+                self.others |= found["done"]
+
+    def files(self) -> list[Path]:
+        return partial_files(self.stem)
+
+    def _read(self, path: Path) -> dict | None:
+        """A file's content; None for one of another request, which is begun anew."""
+        found = results.read_tensors(path)
+        return found if found.get("request") == self.request and "routed" in found else None
+
+    def save(self) -> None:
+        sums = {key: getattr(self, key) for key in self.SUMS}
+        results.write_tensors(self.path, {"request": self.request, "done": self.done, **sums})
+
+    def total(self) -> list[torch.Tensor]:
+        """The sums over all processes' files: `counts` and `routed`.
+
+        Raises:
+            InputError: a block is missing or was counted twice, as when a process was lost.
+        """
+        found = [content for content in map(self._read, self.files()) if content is not None]
+        if not found:
+            raise InputError(f"the partial counts {self.stem}.*.pt are gone: was the same command run twice at a time?")
+        times = sum(content["done"].long() for content in found)
+        if not bool((times == 1).all()):
+            raise InputError(
+                f"{int((times != 1).sum())} blocks were not counted exactly once; run the same command again"
+            )
+        return [sum(content[key] for content in found) for key in self.SUMS]
+
+
+def partial_stem(out: Path) -> Path:
+    """What the files of a result's partial counts are called, up to the number of the process."""
+    return out.with_name(f".{out.stem}.partial")
+
+
+def partial_files(stem: Path) -> list[Path]:
+    return sorted(stem.parent.glob(f"{stem.name}.*.pt")) if stem.parent.is_dir() else []
+
+
+def remove_partial(out: Path) -> None:
+    for path in partial_files(partial_stem(out)):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,338 @@
+"""What lsn/identify.py reports of a mask: its numbers, in words, and in figures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import cli, figures
+
+if TYPE_CHECKING:
+    from cpt_utils.measures.counts import Counts
+    from cpt_utils.measures.masks import Layers
+
+ENOUGH = 0.9  # Jaccard with the mask of all tokens from which a person would have got the same neurons
+REPEATED = 0.2  # of the text: from here on its parts tell little about each other
+FEW_TOKENS = 10_000
+UNEVEN = 3  # times more tokens in one language than in another
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw(path: Path, report: dict) -> list[Path]:
+    """Every figure that the report has numbers for; returns the paths without suffix.
+
+    `<path>-counts` and `<path>-convergence` always, `<path>-overlap` for three languages or more.
+    """
+    drawn = [path.with_name(f"{path.name}-counts")]
+    draw_counts(drawn[0], report["languages"], report["n_layers"])
+    if len(report["languages"]) > 2:
+        drawn.append(path.with_name(f"{path.name}-overlap"))
+        draw_overlap(drawn[-1], report["overlap"])
+    drawn.append(path.with_name(f"{path.name}-convergence"))
+    if report.get("convergence"):
+        draw_convergence(drawn[-1], report["convergence"])
+    else:
+        draw_no_convergence(drawn[-1])
+    return drawn
+
+
+def draw_counts(path: Path, by_language: dict[str, dict], n_layers: int) -> None:
+    """Neurons per layer, a panel for each language: dark where the neuron is this language's alone."""
+    n = len(by_language)
+    columns = 1 if n <= 4 else min(5, -(-n // 2))
+    rows = -(-n // columns)
+    width = figures.COLUMN if columns == 1 else figures.PAGE
+    with figures.style() as plt:
+        from matplotlib.patches import Patch
+
+        figure, axes = plt.subplots(
+            rows, columns, sharex=True, sharey=True, squeeze=False, figsize=(width, 0.45 + 0.95 * rows)
+        )
+        for (lang, facts), colour, axis in zip(by_language.items(), figures.colours(n), axes.ravel(), strict=False):
+            shared = [a - b for a, b in zip(facts["counts"], facts["own"], strict=True)]
+            axis.bar(range(n_layers), facts["own"], color=colour, width=0.9)
+            axis.bar(range(n_layers), shared, bottom=facts["own"], color=colour, alpha=0.4, width=0.9)
+            axis.set_title(f"{lang} (n = {facts['n_neurons']:,})", pad=2)
+            axis.set_xticks(range(0, n_layers, -(-n_layers // (12 if columns == 1 else 5))))
+        for axis in axes.ravel()[n:]:
+            axis.set_visible(False)
+        looks = [Patch(color="0.3", label="this language only"), Patch(color="0.75", label="shared with others")]
+        figure.legend(handles=looks, loc="outside upper center", ncols=2)
+        figure.supxlabel("layer", fontsize=8)
+        figure.supylabel("language-specific neurons" if rows > 1 else "neurons", fontsize=8)
+        figures.save(figure, path)
+
+
+def draw_overlap(path: Path, shared: dict) -> None:
+    """Jaccard of the neurons of every two languages; the diagonal holds the number of neurons."""
+    import numpy as np
+
+    names, n = shared["languages"], len(shared["languages"])
+    values = np.array([[np.nan if value is None else value for value in row] for row in shared["jaccard"]], float)
+    np.fill_diagonal(values, np.nan)
+    size = figures.COLUMN if n <= 8 else figures.PAGE * 0.65
+    # Not below 0.1, or next to no overlap would look like much.
+    top = max([0.1, *values[np.isfinite(values)]])
+    with figures.style() as plt:
+        figure, axis = plt.subplots(figsize=(size, size * 0.85))
+        axis.set_facecolor("0.92")
+        image = axis.imshow(values, cmap="Blues", vmin=0, vmax=top)
+        for i in range(n):
+            for j in range(n):
+                value = values[i, j]
+                text = f"{shared['shared'][i][i]:,}" if i == j else "–" if np.isnan(value) else f"{value:.2f}"
+                colour = "w" if value > 0.6 * top else "k"
+                axis.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
+        axis.set_xticks(range(n), names, rotation=45 if n > 4 and max(map(len, names)) > 3 else 0)
+        axis.set_yticks(range(n), names)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        figure.colorbar(image, label="Jaccard (diagonal: number of neurons)", shrink=0.8)
+        figures.save(figure, path)
+
+
+def draw_convergence(path: Path, found: dict) -> None:
+    """Jaccard of the mask from part of the tokens with the full one, over the share of tokens; the halves beside."""
+    points, halves = found["against_full"], found["halves"]
+    langs = list(halves["languages"])
+    full = [halves["tokens_first"][lang] + halves["tokens_second"][lang] for lang in langs]
+    shares = [point["share"] for point in points] + [1.0]
+    lines = {lang: [point["languages"][lang] for point in points] for lang in langs}
+    lines["all"] = [point["jaccard"] for point in points]
+    known = [value for line in lines.values() for value in line if value is not None]
+    with figures.style() as plt:
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.4 + 0.13 * (len(langs) // 4)))
+        for i, (lang, colour) in enumerate(zip(lines, [*figures.colours(len(langs)), "0.2"], strict=True)):
+            values = [float("nan") if value is None else value for value in lines[lang]] + [1.0]
+            # The palette repeats after eight: another dash tells the ninth from the first.
+            dash, marker = ("-", "--", ":")[i // len(figures.PALETTE) % 3], figures.MARKERS[i % len(figures.MARKERS)]
+            look = {"linewidth": 2, "zorder": 3} if lang == "all" else {"marker": marker, "linestyle": dash}
+            axis.plot(shares, values, **({"linewidth": 0.8} | look), color=colour, label=lang)
+        if halves["jaccard"] is not None:
+            known.append(halves["jaccard"])
+            look = {"color": "0.2", "marker": "X", "markersize": 7, "linestyle": "", "zorder": 4}
+            axis.plot(points[-1]["share"], halves["jaccard"], **look, label="all, halves")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(shares, [*map(shown_share, shares[:-1]), "1"])
+        axis.minorticks_off()
+        amount = f"{min(full):,}" if min(full) == max(full) else f"{min(full):,}–{max(full):,}"
+        axis.set_xlabel(f"share of the tokens ({amount} a language)")
+        axis.set_ylabel("Jaccard with the full mask")
+        axis.set_ylim(max(0, math.floor(10 * min(known, default=0) - 0.5) / 10), 1.01)
+        figure.legend(loc="outside upper center", ncols=4 if len(langs) > 4 else 3, columnspacing=1.2, handlelength=1.8)
+        figures.save(figure, path)
+
+
+def draw_no_convergence(path: Path) -> None:
+    """In the place of the curve, where there are no parts of the tokens to compare."""
+    with figures.style() as plt:
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 0.8))
+        axis.set_axis_off()
+        axis.text(
+            0.5, 0.5, "too few tokens, or counts without snapshots:\nno parts to compare", ha="center", va="center"
+        )
+        figures.save(figure, path)
+
+
+def shown_share(value: float) -> str:
+    whole = round(1 / value)
+    return f"1/{whole}" if abs(value * whole - 1) < 0.05 else f"{value:.2f}"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def pairs(layers: Layers) -> set[tuple[int, int]]:
+    return {(layer, neuron) for layer, neurons in layers.items() for neuron in neurons}
+
+
+def jaccard(a: set, b: set) -> float | None:
+    """Shared over all members; None where both are empty."""
+    return len(a & b) / len(a | b) if a or b else None
+
+
+def agreement(a: dict[str, Layers], b: dict[str, Layers]) -> dict:
+    """Jaccard of two masks: of all (language, layer, neuron) triples, and for each language."""
+    ours, theirs = ({lang: pairs(layers) for lang, layers in mask.items()} for mask in (a, b))
+    together = ({(lang, *pair) for lang in mask for pair in mask[lang]} for mask in (ours, theirs))
+    return {"jaccard": jaccard(*together), "languages": {lang: jaccard(ours[lang], theirs[lang]) for lang in a}}
+
+
+def convergence(counts: list[Counts], full, select: Callable, **rates) -> dict | None:
+    """How stable the mask is over tokens; None where the counts hold no snapshots, or not the same in every language.
+
+    `full` is the `Selection` from all tokens, `select` and `rates` what made it (see identify.py).
+
+    A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves share
+    no position, and tell how well the mask of half the tokens repeats, unless the text itself repeats (`repeated`, the
+    share of its runs of 10 tokens that stand before, too; None where the counts do not say).
+    """
+    n_snapshots = {len(one.snapshots_n) for one in counts}
+    if len(n_snapshots) != 1 or n_snapshots == {0}:
+        return None
+    langs, points, exists = [one.lang for one in counts], [], counts[0].exists
+    for k in range(n_snapshots.pop()):
+        tokens = [one.snapshots_n[k] for one in counts]
+        possible = [one.tokens(k) for one in counts]
+        first = select([one.snapshots[k] for one in counts], possible, langs, exists=exists, **rates)
+        parts = {one.lang: one.snapshots_n[k] / one.n for one in counts}
+        points.append(
+            {
+                "share": sum(parts.values()) / len(parts),
+                "tokens": dict(zip(langs, tokens, strict=True)),
+                **agreement(first.mask, full.mask),
+            }
+        )
+    rest = [one.n - one.snapshots_n[-1] for one in counts]
+    possible = [one.tokens() - before for one, before in zip(counts, possible, strict=True)]
+    second = select([one.over_zero - one.snapshots[-1] for one in counts], possible, langs, exists=exists, **rates)
+    halves = {"tokens_first": points[-1]["tokens"], "tokens_second": dict(zip(langs, rest, strict=True))}
+    halves |= agreement(first.mask, second.mask)
+    # Enough are the fewest tokens from which on the mask stays: one part that happens to agree is no convergence, and
+    # where the halves disagree the full mask itself is not settled.
+    settled = (halves["jaccard"] or 0) >= ENOUGH
+    unsettled = [k for k, point in enumerate(points) if (point["jaccard"] or 0) < ENOUGH]
+    rest_of = points[unsettled[-1] + 1 :] if unsettled else points
+    enough = rest_of[0] if settled and rest_of else None
+    return {
+        "against_full": points,
+        "halves": halves,
+        "repeated": {one.lang: (one.header.get("tokens") or {}).get("repeated") for one in counts},
+        "enough_at": ENOUGH,
+        "enough": enough and {"share": enough["share"], "tokens": enough["tokens"]},
+    }
+
+
+def overlap(mask: dict[str, Layers]) -> dict:
+    """Between every two languages, in the mask's order: neurons shared, and Jaccard."""
+    sets = [pairs(layers) for layers in mask.values()]
+    return {
+        "languages": list(mask),
+        "shared": [[len(a & b) for b in sets] for a in sets],
+        "jaccard": [[jaccard(a, b) for b in sets] for a in sets],
+    }
+
+
+def describe(found, counts: list[Counts], richest: Callable) -> dict:
+    """The report without convergence: counts per language and layer, overlap, and the numbers that decided.
+
+    `found` is a `Selection` of identify.py, and `richest` its function.
+    """
+    sets = {lang: pairs(layers) for lang, layers in found.mask.items()}
+    owners = Counter(pair for members in sets.values() for pair in members)
+    n_owners = Counter(owners.values())
+    n_owners[0] = len(found.selected) - len(owners)
+    report = {
+        "n_layers": len(counts[0].over_zero),
+        "n_neurons": counts[0].n_neurons,
+        "n_candidates": found.n_candidates,
+        "n_wanted": found.n_wanted,
+        "n_selected": len(found.selected),
+        "selected_by_n_languages": {str(k): n_owners[k] for k in range(len(sets) + 1)},
+        "filter_bar": found.filter_bar,
+        "bar": found.bar,
+        "entropy_cut": found.entropy_cut,
+        "entropy_max": math.log(len(sets)),
+        "languages": {},
+        "overlap": overlap(found.mask),
+    }
+    for one in counts:
+        layers = found.mask[one.lang]
+        report["languages"][one.lang] = {
+            "n_tokens": one.n,
+            "n_neurons": len(sets[one.lang]),
+            "counts": [len(layers[layer]) for layer in layers],
+            "own": [sum(owners[layer, neuron] == 1 for neuron in layers[layer]) for layer in layers],
+            "richest_layers": richest(layers, max(1, len(layers) // 4)) if sets[one.lang] else [],
+        }
+    return report
+
+
+# ---------------------------------------------------------------- words
+
+
+def warn_about_tokens(counts: list[Counts]) -> None:
+    """A rate p from n independent tokens has the standard error sqrt(p (1 - p) / n), at most 0.5 / sqrt(n)."""
+
+    def error(one: Counts) -> float:
+        return 0.5 / math.sqrt(one.n)
+
+    for one in counts:
+        if one.n < FEW_TOKENS:
+            cli.warn(
+                f"{one.lang} has {one.n:,} tokens: a firing rate from so few has a standard error of up to "
+                f"{error(one):.3f}, so chance decides part of the mask"
+            )
+        if one.routed is not None:
+            got = one.routed[one.routed.any(-1)]
+            few = int((got < FEW_TOKENS).sum())
+            if few:
+                cli.warn(
+                    f"{few} of {got.size} experts got fewer than {FEW_TOKENS:,} tokens of {one.lang} (the least "
+                    f"{got.min():,}): of their neurons chance decides part of the mask"
+                )
+    least, most = (pick(counts, key=lambda one: one.n) for pick in (min, max))
+    if most.n > UNEVEN * least.n:
+        cli.warn(
+            f"{most.lang} has {most.n / least.n:.1f} times the tokens of {least.lang} ({most.n:,} and {least.n:,}), "
+            f"whose rates are noisier: standard error up to {error(least):.4f} against {error(most):.4f}"
+        )
+
+
+def say_found(report: dict) -> None:
+    n, wanted, cut = report["n_selected"], report["n_wanted"], report["entropy_cut"]
+    cli.say(
+        f"{n:,} of {report['n_neurons']:,} neurons selected from {report['n_candidates']:,} candidates; bar "
+        f"{report['bar']:.4f}" + (f", entropy up to {cut:.4f} of {report['entropy_max']:.4f}" if n else "")
+    )
+    if n < wanted:
+        cli.warn(f"{wanted:,} neurons were to be selected, but only {n:,} are above the bar in any language")
+    for lang, facts in report["languages"].items():
+        if not facts["n_neurons"]:
+            cli.warn(f"{lang} gets no neuron: it is listed in the mask, empty; a higher --rate may give it some")
+            continue
+        cli.say(
+            f"{lang}: {facts['n_neurons']:,} neurons, {sum(facts['own']):,} of them no other language's; most in "
+            f"layers {facts['richest_layers']}"
+        )
+
+
+def say_convergence(found: dict | None) -> None:
+    if found is None:
+        cli.say("the counts hold no common snapshots: how stable the mask is over tokens is not known")
+        return
+    for point in found["against_full"]:
+        cli.say(f"{shown_share(point['share'])} of the tokens: Jaccard with the full mask {_lowest(point)}")
+    cli.say(f"first part of the tokens against the rest: Jaccard {_lowest(found['halves'])}")
+    twice = {lang: share for lang, share in found["repeated"].items() if share is not None and share > REPEATED}
+    if twice:
+        shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in twice.items())
+        cli.warn(
+            f"text stands in the tokens more than once ({shares} by runs of 10 tokens): its parts agree because they "
+            "are the same text, and the number of tokens says more than there is"
+        )
+        return
+    enough = found["enough"]
+    if enough:
+        share, most = shown_share(enough["share"]), max(enough["tokens"].values())
+        cli.say(
+            f"fewer tokens would have been enough: {share} of them (up to {most:,} a language) give this mask to a "
+            f"Jaccard of {found['enough_at']} or better"
+        )
+    else:
+        cli.say(
+            f"parts of the tokens do not give this mask to a Jaccard of {found['enough_at']}: more would still move it"
+        )
+
+
+def _lowest(found: dict) -> str:
+    by_language = {lang: value for lang, value in found["languages"].items() if value is not None}
+    if not by_language:
+        return "undefined (no neurons)"
+    lang = min(by_language, key=by_language.get)
+    return f"{found['jaccard']:.3f} (lowest: {lang} {by_language[lang]:.3f})"

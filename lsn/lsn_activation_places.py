@@ -1,0 +1,84 @@
+"""Which masks lsn/lsn_activation_cpt.py follows, and how its results are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.measures import activation_files, masks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the results of one model go: see `activation_files`."""
+
+    folder: Path
+    stem: str
+    lang: str
+    is_base: bool = False
+
+    def file(self, mask: str, tokens: int) -> Path:
+        return activation_files.path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
+
+    def earlier_file(self, mask: str, tokens: int) -> Path:
+        """What an earlier version called it; mostly the same."""
+        return activation_files.earlier_path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
+
+
+def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Place:
+    if base_tag is not None:
+        return Place(folder / base_tag, "", lang, is_base=True)
+    if is_run:
+        return Place(folder / name, f"checkpoint-{ref.step}", lang)
+    # A control's published name (r, checkpoint-100-r) marks it, as `Place.file` does.
+    stem = name.removesuffix("r").removesuffix("-") if activation_files.is_control_name(name) else name
+    return Place(folder, stem, lang)
+
+
+def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> tuple[str, str]:
+    """What the results are called: the run's folder or the single model's files, and the folder of the base.
+
+    Raises:
+        InputError: nothing says it, or a name that means another step than the model's.
+    """
+    base_tag = beside.name(study, base=args.base_model) or "base"
+    name = args.name
+    if name is None and not study:
+        raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
+    if name is None:
+        name = dotted(study.name, beside.name(study, run=args.model)) if is_run else models[0].model_id
+    step = None if is_run else activation_files.step_in(name)
+    if step is not None and models[0].step not in (None, step):
+        raise InputError(f"--name {name} means step {step}, but {models[0].spec} is of step {models[0].step}")
+    return name, args.base_tag or base_tag
+
+
+def mask_files(args, study: Study, named_control: bool) -> dict[str, Path]:
+    """The masks to follow: "language" and its "control", or the control alone where --mask_file is one.
+
+    Args:
+        named_control: --name is one that the published scripts have for controls.
+
+    Raises:
+        InputError: a name that means the control where the mask is none, or two controls.
+    """
+    path = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
+    control = Path(args.control_mask) if args.control_mask else masks.control_beside(path)
+    said = masks.is_control(path)
+    if said or (said is None and named_control):
+        if args.control_mask:
+            raise InputError(f"{path} and {control} are both controls; give the language's mask as --mask_file")
+        cli.say(f"{path} is measured as a random control{'' if said else f', as --name {args.name} says'}")
+        return {"control": path}
+    if named_control:
+        raise InputError(
+            f"--name {args.name} is that of a random control, but {path} is a mask of language-specific neurons; give "
+            "the control as --mask_file, or another --name"
+        )
+    if control is None:
+        cli.warn(f"no random control: there is none beside {path}, and --control-mask is not given")
+    return {"language": path} | ({"control": control} if control else {})
