@@ -209,7 +209,7 @@ def draw(path: Path, accuracy: np.ndarray, split: dict, n: int | None, title: st
         groups = (("interface_layers", "interface", "s"), ("semantic_layers", "hub", "o"))
         for key, meaning, marker in groups:
             layers = split[key]
-            label = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(layers)} layers)"
+            label = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(layers)} layer{'s' * (len(layers) > 1)})"
             axis.plot(layers, accuracy[layers], marker, color=figures.colour(meaning), label=label, zorder=2)
         axis.axhline(split["threshold"], color="0.4", linewidth=0.8, linestyle="--", label="threshold")
         axis.set_ylabel("retrieval accuracy")

@@ -61,7 +61,8 @@ def draw_retrieval(
             ("interface_layers", "interface", "s", "--"),
         ):
             means = [sum(values[at + 1] for at in split[group]) / len(split[group]) for values in accuracy.values()]
-            words = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(split[group])} layers)"
+            n = len(split[group])
+            words = f"{'semantic hub' if meaning == 'hub' else meaning} ({n} layer{'s' * (n > 1)})"
             right.plot(list(accuracy), means, line, marker=marker, color=figures.colour(meaning), label=words)
         right.set_xlabel(_steps_label(accuracy))
         right.locator_params(axis="x", nbins=5)
