@@ -22,6 +22,7 @@ from cpt_utils.interventions import components, surgery
 from cpt_utils.measures import controls, evaluation, gate, layer_lists
 
 drawn = cli.sibling("component-swap/component_figure.py")
+retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SCHEMA = "component-swap"
 # What these scripts leave in OUT, finished or not.
@@ -350,7 +351,7 @@ def run(args, own: str, step: str) -> None:
             write_run(base, checkpoints, plan, args.overwrite, known["gate"])
         return
     with surgery.Pair(base, checkpoints[-1]) as pair:
-        test = evaluation.test_from_arguments(args, study, known)
+        test = evaluation.test_from_arguments(args, study, known, retrieval.of_pairs)
         process = processes.Process(args.device, args.device_map)
         dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
         number, wanted = controls.wanted(args.controls, study), conditions(own, lists, having)

@@ -28,6 +28,8 @@ from cpt_utils.checkpoints import beside, refs
 from cpt_utils.interventions import surgery
 from cpt_utils.measures import controls, evaluation, gate, layer_lists
 
+retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
+
 SCHEMA = "layer-swap"
 METHODS = ("semantic_hub", "random")
 # What this script leaves in OUT, finished or not.
@@ -185,7 +187,7 @@ def main(argv=None) -> None:
 
 def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, out: Path, args, study: Study) -> None:
     """OUT/controls.json with --controls, else OUT/in_memory.json for the sets of --methods."""
-    test = evaluation.test_from_arguments(args, study, head)
+    test = evaluation.test_from_arguments(args, study, head, retrieval.of_pairs)
     hub = semantic_hub(interface, pair.n_layers)
     facts = {"interface_layers": interface, "semantic_hub_layers": hub}
     sets, path = [(name, sorted(layers)) for name, layers in wanted.items()], out / "in_memory.json"

@@ -20,12 +20,11 @@ import re
 import shutil
 from pathlib import Path
 
-from cpt_utils.base import cli, textfiles
+from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.measures.sib200 import CHOICES, PROMPT, read_tsv
 
 HERE = Path(__file__).resolve().parent
-CHOICES = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
-PROMPT = 'The category of "{{text}}" is:'
 # Raise it whenever the prompt, the choices or the data change: lm_eval stores it with every number. 2.0: local files
 # are read with their CSV quotes, and so as the hub has them; before, texts with a quote in them were read otherwise.
 VERSION = 2.0
@@ -115,27 +114,6 @@ def tsv_files(folder: str | os.PathLike) -> dict[str, str]:
         ]
         files[f"{task_name(code)}.yaml"] = "\n".join([MARK, *own, ""])
     return files
-
-
-def read_tsv(path: Path) -> list[dict[str, str]]:
-    """The rows of a TSV file in the form of SIB-200, as `datasets` reads them for lm_eval.
-
-    Raises:
-        InputError: not as pandas writes it (`textfiles.quoted_rows`), an empty text, an unknown category, or what its
-            reader takes for the end of a line.
-    """
-    rows = textfiles.quoted_rows(path, ("category", "text"))
-    for number, row in enumerate(rows, start=2):
-        if any("\r" in cell or "\0" in cell for cell in row.values()):
-            reason = "a carriage return or NUL inside the row"
-        elif row["category"] not in CHOICES:
-            reason = f"category {row['category']!r} is not one of {', '.join(CHOICES)}"
-        elif not row["text"].strip():
-            reason = "the text is empty"
-        else:
-            continue
-        raise InputError(f"{path}, line {number}: {reason}; mend the row or leave it out")
-    return rows
 
 
 def write_folder(files: dict[str, str], out: str | os.PathLike) -> None:

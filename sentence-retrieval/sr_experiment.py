@@ -165,7 +165,7 @@ def measure(
     variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int | None = None, special_tokens: bool = True,
     desc: str = "",
 ) -> Retrieval:  # fmt: skip
-    """Vectors of both languages, then `retrieve`. Also what the swap controls run on a model swapped in memory."""
+    """Vectors of both languages, then `retrieve`."""
     pad = tokenizer.pad_token_id
     sides = [
         sentence_vectors(model, arch, side, pad, batch_size, special_tokens, desc=f"{desc}{name}")
@@ -363,12 +363,19 @@ class Bench:
             model = loading.load_model(ref, self.dtype, self.process.device, self.process.device_map)
             loading.announce(model, ref)
         tokenizer = tokenization.load_tokenizer(ref, *self.homes)
-        sides = encode_pairs(model, tokenizer, self.pairs, ref.spec)
         name = "untrained" if untrained else ref.model_id
-        return measure(
-            model, for_config(ref.config()), tokenizer, *sides, self.margin, self.k, self.seed, self.batch_size,
-            self.special_tokens, desc=f"{name}, ",
+        return of_pairs(
+            model, for_config(ref.config()), tokenizer, self.pairs, ref.spec, variant=self.margin, k=self.k,
+            seed=self.seed, batch_size=self.batch_size, special_tokens=self.special_tokens, desc=f"{name}, ",
         )  # fmt: skip
+
+
+def of_pairs(model, arch, tokenizer, pairs: data.ParallelText, name: str, **how) -> Retrieval:
+    """`measure` of `pairs`, tokenized for the model `name`; `how` are its other arguments.
+
+    Also what the swap controls run on a model that is swapped in memory.
+    """
+    return measure(model, arch, tokenizer, *encode_pairs(model, tokenizer, pairs, name), **how)
 
 
 def encode_pairs(

@@ -240,6 +240,7 @@ def test_controls_against_written_folders(shared, study):
             "text", "eng_Latn", "qaa_Latn", base_file=shared / "eng.txt", target_file=shared / "qaa.txt"
         ),
         heldout=[("", line) for line in (shared / "heldout.txt").read_text().splitlines()],
+        retrieve=component_swap.retrieval.of_pairs,
     )
     rows = {name: sets[controls.find(sets, name)] for name in NAMED}
     with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:

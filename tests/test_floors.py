@@ -36,5 +36,6 @@ def test_every_module_stands_on_a_floor_and_imports_downwards():
         for other in imported(path):
             assert other in modules, f"{name} imports {other}"
             assert FLOORS.index(other.partition("/")[0]) <= height, f"{name} imports {other}, which is above it"
+        assert "sibling(" not in path.read_text() or name == "base/cli", f"{name} uses a script"
     graph = {name: imported(path, annotations=False) for name, path in modules.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(modules)  # CycleError names a circle

@@ -170,6 +170,7 @@ def test_controls_against_written_folders(shared, study):
         ),
         heldout=[("", line) for line in (shared / "heldout.txt").read_text().splitlines()],
         task=evaluation._task_rows(shared / "task" / "qaa_Latn" / "test.tsv"),
+        retrieve=SWAP.retrieval.of_pairs,
     )
     with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:
         for row in (sets[0], sets[1], sets[2], sets[5]):

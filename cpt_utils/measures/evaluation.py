@@ -6,6 +6,7 @@ The scripts that change models (layer and component swaps, deactivation) measure
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, data, languages, textfiles
 from cpt_utils.base.errors import InputError
+from cpt_utils.measures import sib200
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +47,7 @@ class Test:
     """What is measured on every model: parallel sentences, held-out text, rows of a classification task (any of them).
 
     `heldout` holds (context, text) pairs, of which the text is scored, `task` (text, category) pairs; `facts` go into
-    the header and identify the request.
+    the header and identify the request. `retrieve` measures the sentences: that of sentence-retrieval/sr_experiment.py.
     """
 
     pairs: data.ParallelText | None = None
@@ -54,6 +56,7 @@ class Test:
     batch_size: int | None = None  # sequences; None: by tokens and memory
     seed: int = 42
     facts: dict = field(default_factory=dict)
+    retrieve: Callable | None = None
 
     def measures(self) -> list[str]:
         kinds = {"retrieval": self.pairs, "nll": self.heldout, "task": self.task}
@@ -82,9 +85,8 @@ class Test:
 
     def _retrieval(self, model, arch, tokenizer, name: str, found: dict) -> dict:
         """Base -> target retrieval at every hidden state; a sentence's unit is its share of hits over h_1 .. h_L."""
-        step_1 = cli.sibling("sentence-retrieval/sr_experiment.py")
-        sides = step_1.encode_pairs(model, tokenizer, self.pairs, name)
-        measured = step_1.measure(model, arch, tokenizer, *sides, seed=self.seed, batch_size=self.batch_size)
+        how = {"seed": self.seed, "batch_size": self.batch_size}
+        measured = self.retrieve(model, arch, tokenizer, self.pairs, name, **how)
         accuracy = measured.hits.double().mean(1).tolist()
         found["units"]["retrieval_mean"] = measured.hits[1:].double().mean(0).tolist()
         found["values"]["retrieval_best"] = max(accuracy[1:])
@@ -95,11 +97,10 @@ class Test:
         """1 for every row whose category is the most likely one after the prompt, as lm_eval's `acc`; else 0."""
         from cpt_utils.models import scoring
 
-        tasks = cli.sibling("lm_eval_sib200/generate.py")
-        prompts = [tasks.PROMPT.replace("{{text}}", text) for text, _ in self.task]
-        logliks = scoring.choice_logliks(model, tokenizer, prompts, list(tasks.CHOICES), self.batch_size)
+        prompts = [sib200.PROMPT.replace("{{text}}", text) for text, _ in self.task]
+        logliks = scoring.choice_logliks(model, tokenizer, prompts, list(sib200.CHOICES), self.batch_size)
         best = [row.index(max(row)) for row in logliks]
-        return [float(tasks.CHOICES[at] == right) for at, (_, right) in zip(best, self.task, strict=True)]
+        return [float(sib200.CHOICES[at] == right) for at, (_, right) in zip(best, self.task, strict=True)]
 
 
 def add_flags(p) -> None:
@@ -118,8 +119,10 @@ def add_flags(p) -> None:
     g.add_argument("--task", metavar="FILE", help="rows in the form of SIB-200 (test.tsv); default: the study's")
 
 
-def test_from_arguments(args, study, known: dict) -> Test:
+def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
     """What to measure, from flags, study and the languages `known` from a result's header; before any model is loaded.
+
+    `retrieve`: see `Test`.
 
     Raises:
         InputError: nothing to measure, or a measure asked for by name has no data.
@@ -156,7 +159,7 @@ def test_from_arguments(args, study, known: dict) -> Test:
         if file is not None:
             task = limited(_task_rows(Path(file)), args.limit, facts)
             facts["task"] = {"file": file, "sha256": data.file_sha256(file), "rows": len(task)}
-    return Test(pairs, heldout, task, args.batch_size, study.seed, facts)
+    return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve)
 
 
 def limited(found: list, limit: int | None, facts: dict) -> list:
@@ -197,4 +200,4 @@ def _task_file(study) -> Path | None:
 def _task_rows(file: Path) -> list[tuple[str, str]]:
     if not file.is_file():
         raise InputError(f"{file} does not exist; --task needs a file in the form of SIB-200's test.tsv")
-    return [(row["text"], row["category"]) for row in cli.sibling("lm_eval_sib200/generate.py").read_tsv(file)]
+    return [(row["text"], row["category"]) for row in sib200.read_tsv(file)]
