@@ -138,15 +138,15 @@ def main(argv=None) -> None:
     import torch
     from transformers import LlamaForCausalLM  # noqa: F401  the imports that the first load would do
 
-    torch.set_grad_enabled(False)
     words = list(sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()
-    if len(words) in (3, 4) and words[0] == "compare":
-        compare(*words[1:])
-    elif len(words) == 6 and words[0] == "swap":
-        swap(*words[1:5], [int(layer) for layer in words[5].split(",")])
-    else:
-        raise InputError("obvious.py takes: compare BASE CHECKPOINT, or swap BASE CHECKPOINT OUT KIND LAYERS")
+    with torch.no_grad():
+        if len(words) in (3, 4) and words[0] == "compare":
+            compare(*words[1:])
+        elif len(words) == 6 and words[0] == "swap":
+            swap(*words[1:5], [int(layer) for layer in words[5].split(",")])
+        else:
+            raise InputError("obvious.py takes: compare BASE CHECKPOINT, or swap BASE CHECKPOINT OUT KIND LAYERS")
     cli.say(f"{time.perf_counter() - start:.4f}")
 
 

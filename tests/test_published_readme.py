@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import load_script, save_tiny, shared_dir
 from test_downstream_correlation import lm_eval_file
 from test_tokenizer_id import hub_form
@@ -100,7 +101,8 @@ def train(kind: str, folder: Path) -> None:
         data_collator=default_data_collator,
         processing_class=tokenizer if kind == "qwen2" else None,
     )  # fmt: skip
-    trainer.train()
+    with torch.enable_grad():  # a process of many tests may have them off
+        trainer.train()
     trainer.save_model()
     if kind != "qwen2":
         tokenizer.save_pretrained(folder / "cpt")
