@@ -31,7 +31,7 @@ class Process:
     Attributes:
         rank, world: its number, and how many there are.
         device: where its model belongs: the GPU that `accelerate` gave it, or what `--device` says.
-        device_map: what `--device-map` says, for `models.load_model`.
+        device_map: what `--device-map` says, for `loading.load_model`.
 
     Raises:
         InputError: a device map for several processes or with one device, or no such device.

@@ -120,10 +120,13 @@ def twin_beside(path: Path, header: dict) -> Path | None:
         shape = (other.get("models") or {}).get("untrained_like")
         sentences = [(head.get("data") or {}).get("pairs_sha256") for head in (header, other)]
         alike = sentences[0] == sentences[1] and all(header.get(key) == other.get(key) for key in ALIKE)
-        # Of a model on the hub the configuration's hash is not known: the number of layers must do.
+        if not (shape and alike):
+            continue
+        # Headers of before have the second hash alone; of a model on the hub neither is known, and the number of layers
+        # must do.
         known = model.get("untrained_sha256"), model.get("config_sha256")
-        hashes = identity.shape_hash(identity.untrained_like(shape or {})), identity.shape_hash(shape or {})
-        if shape and alike and (not any(known) or any(map(operator.eq, known, hashes))):
+        hashes = identity.shape_hash(identity.untrained_like(shape)), identity.shape_hash(shape)
+        if not any(known) or any(map(operator.eq, known, hashes)):
             return file
     return None
 
