@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
-from cpt_utils.interventions import silencing
+from cpt_utils.interventions import activations
 from cpt_utils.models import batching, ffn, scoring
 
 measure = cli.sibling("benchmarks/measure.py")
@@ -104,12 +104,12 @@ class Bench:
         return found.mean("mask")
 
     def losses(self) -> list[float]:
-        with silencing.silenced(self.model, self.arch, self.mask):
+        with activations.silenced(self.model, self.arch, self.mask):
             scores = scoring.text_nlls(self.model, self.tokenizer, self.texts, SENTENCES_A_BATCH)
         return [score.nll for score in scores]
 
     def silenced_decoder(self) -> None:
-        with silencing.silenced(self.model, self.arch, self.mask):
+        with activations.silenced(self.model, self.arch, self.mask):
             self.decoder_on_sentences()
 
 

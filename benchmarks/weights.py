@@ -17,7 +17,7 @@ from pathlib import Path
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.checkpoints import folders, refs
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import on_disk, surgery
 from cpt_utils.measures import compare
 
 measure = cli.sibling("benchmarks/measure.py")
@@ -103,7 +103,7 @@ def surgeries(pair: Pair, repeats: int, slow: int) -> Iterator[tuple[str, dict, 
                     if whole
                     else surgery.parts_from_base(both, archs.FFN, pair.hub)
                 )
-                surgery.write_model(both, recipe, out)
+                on_disk.write_model(both, recipe, out)
 
         def copy(*, flush: bool = False, out: Path = out) -> None:
             subprocess.run(["cp", "-r", str(pair.target), str(out)], check=True)

@@ -1,8 +1,8 @@
 """One component of the base (attention or FFN) in some layers of a checkpoint: what both component swaps share.
 
-A *condition* is a component in a place: attention or FFN, in the interface layers or in the LSN-rich layers, with or
-without embeddings and lm_head. Each script has its own condition; the others are its crossed controls, which tell what
-the component does from what the place does.
+A swap is a component in a place: attention or FFN, in the interface layers or in the LSN-rich layers, with or without
+embeddings and lm_head. Each script has its own; the others are its crossed controls, which tell what the component does
+from what the place does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from cpt_utils.base import cli, data, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, folders, opening, refs
-from cpt_utils.interventions import components, surgery
+from cpt_utils.interventions import components, in_memory, on_disk, surgery
+from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import controls, evaluation, gate, layer_lists
 
 drawn = cli.sibling("component-swap/component_figure.py")
@@ -47,14 +48,14 @@ def say_places(lists: dict[str, list[int]], n_layers: int) -> dict:
     return facts
 
 
-# --- conditions ---
+# --- swaps ---
 
 
 @dataclass(frozen=True)
-class Condition:
+class ComponentSwap:
     """A component (None: none) in the layers of a place, perhaps with embeddings and lm_head.
 
-    `also` are the names of conditions that are the same swap, because both places have the same layers. `asked` are the
+    `also` are other names of the same swap, because both places have the same layers. `asked` are the
     layers of the place where some of them lack the component, and are not among `layers`.
     """
 
@@ -71,7 +72,7 @@ class Condition:
         return "+".join(filter(None, (self.component, components.EMBEDDINGS if self.embeddings else None)))
 
 
-def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[Condition]:
+def crossed(own: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[ComponentSwap]:
     """`own` ("attention_interface", "ffn_lsn_rich"), then the crossed ones, then all with embeddings.
 
     With the layers of one place only, there is nothing to cross: `own` alone. A crossed pair none of whose layers has
@@ -96,8 +97,8 @@ def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int
     if not layers_of(component, place):
         raise InputError(f"none of the layers {lists[place]} has {component}: there is nothing to swap")
     if len(places) == 1:
-        return [Condition(own, component, layers_of(component, place), asked=asked(component, place))]
-    found: dict[tuple, Condition] = {}
+        return [ComponentSwap(own, component, layers_of(component, place), asked=asked(component, place))]
+    found: dict[tuple, ComponentSwap] = {}
     for embeddings in (False, True):
         for kind in [component, *others]:
             for where in places:
@@ -106,11 +107,11 @@ def conditions(own: str, lists: dict[str, list[int]], having: dict[str, list[int
                 if key in found:
                     found[key] = replace(found[key], also=(*found[key].also, name))
                 elif key[1]:
-                    found[key] = Condition(name, *key, asked=asked(kind, where))
-    return [*found.values(), Condition(components.EMBEDDINGS, None, embeddings=True)]
+                    found[key] = ComponentSwap(name, *key, asked=asked(kind, where))
+    return [*found.values(), ComponentSwap(components.EMBEDDINGS, None, embeddings=True)]
 
 
-def recipe_of(recipes: components.Recipes, condition: Condition) -> surgery.Recipe:
+def recipe_of(recipes: components.Recipes, condition: ComponentSwap) -> surgery.Recipe:
     """The edits of a condition.
 
     Raises:
@@ -127,13 +128,13 @@ def recipe_of(recipes: components.Recipes, condition: Condition) -> surgery.Reci
 class Plan:
     """A swapped run to be written: the condition, the folder, and the content of its metadata.json."""
 
-    condition: Condition
+    condition: ComponentSwap
     out: Path
     payload: dict
 
 
 def plan_run(
-    base: refs.ModelRef, checkpoints: list[refs.ModelRef], condition: Condition, out: Path, spec, overwrite: bool
+    base: refs.ModelRef, checkpoints: list[refs.ModelRef], condition: ComponentSwap, out: Path, spec, overwrite: bool
 ) -> Plan:
     """Everything that can be refused before a byte is written.
 
@@ -179,7 +180,7 @@ def write_run(
     for ref in checkpoints:
         with surgery.Pair(base, ref) as pair:
             recipe = recipe_of(components.Recipes(pair), what)
-            surgery.write_model(pair, recipe, plan.out / f"checkpoint-{ref.step}", overwrite=overwrite)
+            on_disk.write_model(pair, recipe, plan.out / f"checkpoint-{ref.step}", overwrite=overwrite)
     models = {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in checkpoints}}
     header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, gate=passed)
     results.write_json(plan.out / "metadata.json", payload, header)
@@ -232,8 +233,8 @@ def refuse_other(path: Path, payload: dict) -> None:
 
 
 def measure(
-    pair: surgery.Pair, wanted: list[Condition], test: evaluation.Test, out: Path, number: str | int, process, dtype,
-    facts: dict, overwrite: bool, seed: int, passed: dict | None, having: dict[str, list[int]],
+    pair: surgery.Pair, wanted: list[ComponentSwap], test: evaluation.Test, out: Path, number: str | int, process,
+    dtype, facts: dict, overwrite: bool, seed: int, passed: dict | None, having: dict[str, list[int]],
 ) -> None:  # fmt: skip
     """OUT/controls.json, .pt and figure: base, target, the conditions (the first is compared), random sets of layers.
 
@@ -243,7 +244,7 @@ def measure(
         passed: the gate of the layers.
         having: the layers that have each component: random sets are drawn from those of the first condition's.
     """
-    recipes, own = components.Recipes(pair), wanted[0]
+    recipes, swapper, own = components.Recipes(pair), in_memory.Swapper(pair), wanted[0]
     there = having[own.component]
     others, possible = controls.layer_sets(there, own.layers, number, seed)
     cli.say(
@@ -261,13 +262,13 @@ def measure(
             continue
         more = {"also": list(condition.also)} if condition.also else {}
         more |= {"asked": list(condition.asked)} if condition.asked else {}
-        swaps.append(_swap(pair, condition.name, condition.layers, condition.moved, recipe, more))
+        swaps.append(_condition(swapper, condition.name, condition.layers, condition.moved, recipe, more))
         cli.say(f"{condition.name}: {swaps[-1].facts['share']:.1%} of the parameters")
     if left_out:
         cli.say(f"left out: {', '.join(left_out)} ({next(iter(left_out.values()))})")
     for layers in others:
         recipe = recipes.component(own.component, layers)
-        swaps.append(_swap(pair, "random", layers, own.component, recipe, {}))
+        swaps.append(_condition(swapper, "random", layers, own.component, recipe, {}))
     facts = {
         "own": own.name,
         "step": pair.target_ref.step,
@@ -284,9 +285,10 @@ def measure(
     )  # fmt: skip
 
 
-def _swap(pair, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> controls.Swap:
-    parameters, total = pair.share(recipe)
-    return controls.Swap(name, list(layers), recipe, {"component": moved, "share": parameters / total, **more})
+def _condition(swapper, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> Condition:
+    parameters, total = swapper.pair.share(recipe)
+    facts = {"layers": list(layers), "component": moved, "share": parameters / total, **more}
+    return swapper.condition(name, recipe, **facts)
 
 
 # --- the command ---
@@ -344,7 +346,7 @@ def run(args, own: str, step: str) -> None:
     facts, having = say_places(lists, n_layers), components.layers_having(base.config())
     if not args.controls:
         processes.Process.refuse_several("writing model folders")
-        named = conditions(own, lists, having)
+        named = crossed(own, lists, having)
         written = {out: named[0]} | crossed_folders(args.crossed_folders, named, out)
         plans = [plan_run(base, checkpoints, what, place, spec, args.overwrite) for place, what in written.items()]
         for plan in plans:
@@ -354,7 +356,7 @@ def run(args, own: str, step: str) -> None:
         test = evaluation.test_from_arguments(args, study, known, retrieval.of_pairs)
         process = processes.Process(args.device, args.device_map)
         dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
-        number, wanted = controls.wanted(args.controls, study), conditions(own, lists, having)
+        number, wanted = controls.wanted(args.controls, study), crossed(own, lists, having)
         measure(
             pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed, known["gate"], having
         )
@@ -388,7 +390,7 @@ def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) 
     return lists, known | {"gate": gate.carried(*paths)}
 
 
-def crossed_folders(names: list[str] | None, known: list[Condition], out: Path) -> dict[Path, Condition]:
+def crossed_folders(names: list[str] | None, known: list[ComponentSwap], out: Path) -> dict[Path, ComponentSwap]:
     """Where to write which crossed controls, of the `known` conditions; the first is the script's own.
 
     Raises:

@@ -25,7 +25,7 @@ from cpt_utils.base import cli, data, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.measures import controls, evaluation, gate, layer_lists
 
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
@@ -72,7 +72,7 @@ def write_folders(
     """One complete model folder for each method."""
     for method, layers in chosen.items():
         cli.say(f"{method}: layers {sorted(layers)} of the base ({len(layers)} of {pair.n_layers})")
-        record = surgery.write_model(pair, surgery.layers_from_base(pair, layers), out / method, run, overwrite)
+        record = on_disk.write_model(pair, surgery.layers_from_base(pair, layers), out / method, run, overwrite)
         share = record["parameters_from_base"] / record["parameters"]
         cli.say(f"{out / method}: {share:.0%} of the parameters are the base's; read back and equal to the sources")
 
@@ -199,7 +199,8 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
         )
         facts |= {"n_possible_sets": possible, "enumerated": len(others) == possible - 1}
         sets, path = [("semantic_hub", hub), *(("random", layers) for layers in others)], out / "controls.json"
-    swaps = [controls.Swap(name, layers, surgery.layers_from_base(pair, layers)) for name, layers in sets]
+    swapper = in_memory.Swapper(pair)
+    swaps = [swapper.condition(name, surgery.layers_from_base(pair, layers), layers=layers) for name, layers in sets]
     process = processes.Process(args.device, args.device_map)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     compared = "semantic_hub" if args.controls else None

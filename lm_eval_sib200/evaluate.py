@@ -28,7 +28,7 @@ from cpt_utils.base import cli, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import opening, refs, tokenization, tokenizer_id
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import in_memory, surgery
 
 swaps = cli.sibling("lm_eval_sib200/swaps.py")
 
@@ -169,7 +169,7 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
     tracker = EvaluationTracker()
     # lm_eval takes the first process of a launch for the only one that has results; here each has those of its model.
     os.environ.pop("LOCAL_RANK", None)
-    with surgery.apply_in_memory(model, swap[1], swap[0]) if swap else contextlib.nullcontext():
+    with in_memory.apply(model, swap[1], swap[0]) if swap else contextlib.nullcontext():
         found = simple_evaluate(
             model=lm,
             model_args=model_args,

@@ -19,18 +19,21 @@ Tiny: python lsn/deactivate.py --study demo/tiny.yaml --random 5
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, data, figures, journal, languages, processes, results
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, data, figures, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
-from cpt_utils.measures import evaluation
-from cpt_utils.measures.masks import Layers
-from cpt_utils.models import encoding
+from cpt_utils.interventions import activations
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions, evaluation, masks
+from cpt_utils.models import encoding, ffn, loading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,6 +104,35 @@ def disjoint(
 
 
 @dataclass(frozen=True)
+class Masks:
+    """Neurons by language, and of the languages asked for; `widths` are the neurons that each layer has."""
+
+    everyone: dict[str, masks.Layers]
+    own: dict[str, masks.Layers]
+    widths: list[int]
+
+
+def deactivations(own: Masks, arch: archs.Arch, n_random: int, seed: int) -> list[Condition]:
+    """Nothing silenced; the neurons of each language that has some; for each of these `n_random` random sets.
+
+    A random set has as many neurons per layer as the language's, drawn outside all masks. The facts of a condition are
+    its `lang` (None: nothing is silenced) and, of a random set, its `number`.
+    """
+
+    def silencing(name: str, neurons: masks.Layers, lang: str | None, number: int | None = None) -> Condition:
+        facts = {"lang": lang, "number": number}
+        apply = functools.partial(activations.silenced, arch=arch, mask=neurons)
+        return Condition(name, facts | {"neurons": neurons}, apply, facts)
+
+    there = {lang: neurons for lang, neurons in own.own.items() if any(neurons.values())}
+    found = [silencing("none", {}, None), *(silencing(lang, neurons, lang) for lang, neurons in there.items())]
+    for number in range(n_random):
+        drawn = masks.random_control(own.everyone, len(own.widths), own.widths, seed=f"{seed}/{number}")
+        found += [silencing("random", drawn[languages.find(drawn, lang)], lang, number) for lang in there]
+    return found
+
+
+@dataclass(frozen=True)
 class Loss:
     """NLL in nats and scored tokens of every document of a language."""
 
@@ -150,34 +182,35 @@ def resampled(changes: dict, tokens: dict, seed: int, draws: int = 2000) -> dict
     return found
 
 
-def summarize(records: dict[str, dict], languages_: list[str], n_random: int, seed: int) -> dict:
-    """Everything the result says, from the losses of each set.
+def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
+    """Everything the result says, from the record of each of `deactivations`.
 
-    Args:
-        records: "none", "<lang>", "<lang> random <i>" -> evaluated -> {"nll": [documents], "tokens": [documents]}.
+    Their `losses` are: evaluated -> {"nll": [documents], "tokens": [documents]}.
     """
     import numpy as np
 
-    plain = {e: Loss(**records["none"][e]) for e in languages_}
+    by = {(record["lang"], record["number"]): record["losses"] for record in records}
+    plain = {e: Loss(**by[None, None][e]) for e in languages_}
+    drawn = sorted({number for _, number in by if number is not None})
 
-    def per_document(key: str) -> dict[str, list[float]]:
-        return {e: [a - b for a, b in zip(records[key][e]["nll"], plain[e].nll, strict=True)] for e in languages_}
+    def per_document(lang: str, number: int | None = None) -> dict[str, list[float]]:
+        return {e: [a - b for a, b in zip(by[lang, number][e]["nll"], plain[e].nll, strict=True)] for e in languages_}
 
     def means(changes: dict[str, list[float]]) -> dict[str, float]:
         return {e: math.fsum(changes[e]) / sum(plain[e].tokens) for e in languages_}
 
-    changes = {d: per_document(d) for d in languages_ if d in records}
+    changes = {d: per_document(d) for d in languages_ if (d, None) in by}
     matrix = {d: means(row) for d, row in changes.items()}
     own = selectivity(matrix)
     draws = resampled(changes, {e: plain[e].tokens for e in languages_}, seed)
-    drawn = selectivity_draws(draws)
-    random = {d: [means(per_document(f"{d} random {i}")) for i in range(n_random)] for d in matrix}
+    resampled_own = selectivity_draws(draws)
+    random = {d: [means(per_document(d, number)) for number in drawn] for d in matrix}
     chance = {d: [selectivity({d: row})[d] for row in rows] for d, rows in random.items()}
     rows = {}
     for d in matrix:
-        low, high = np.quantile(drawn[d], (0.025, 0.975))
+        low, high = np.quantile(resampled_own[d], (0.025, 0.975))
         rows[d] = place(own[d], chance[d]) | {"ci_low": float(low), "ci_high": float(high)}
-    together = sum(drawn.values()) / len(drawn)
+    together = sum(resampled_own.values()) / len(resampled_own)
     low, high = np.quantile(together, (0.025, 0.975))
     chance_together = [math.fsum(values) / len(values) for values in zip(*chance.values(), strict=True)]
     overall = place(math.fsum(own.values()) / len(own), chance_together)
@@ -278,47 +311,52 @@ def main(argv=None) -> None:
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
     other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
     output = study.output(args.output, "-o", "deactivation", other)
-    masks = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), study)
-    texts, facts = heldout_texts(args, study, list(masks.own))
+    neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), study)
+    texts, facts = heldout_texts(args, study, list(neurons.own))
     id_files = id_paths(args, study)
 
     process = processes.Process(args.device, args.device_map)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     tokenizer, used, texts, left_out = prepare(ref, study, texts, id_files)
     request = {
-        "model": ref.describe(), "tokenizer": used, "masks": masks.own, "texts": facts, "left_out": left_out,
+        "model": ref.describe(), "tokenizer": used, "masks": neurons.own, "texts": facts, "left_out": left_out,
         "limit": args.limit, "random": n_random, "seed": study.seed, "dtype": str(dtype), "device": process.device.type,
         "batch_size": args.batch_size,
     }  # fmt: skip
-    done = not args.overwrite and results.made_by(output, SCHEMA, request, "another -o")
-    process.wait()  # no process may see a result that another is about to write
-    if done:
-        if process.is_main:
-            partial_of(output).unlink(missing_ok=True)  # of a run that was killed between its result and this
-        cli.say(f"{output} is finished (--overwrite redoes it)")
-        return
-    notes = journal.Journal(partial_of(output), request) if process.is_main else None
-    measure(ref, masks.sets(n_random, study.seed), texts, tokenizer, dtype, args.batch_size, process, notes)
+
+    def load(_role: str):
+        model = loading.load_model(ref, dtype, process.device, process.device_map)
+        loading.announce(model, ref)
+        return model
+
+    def measured(model, what: Condition) -> dict:
+        scores = losses(model, tokenizer, texts, args.batch_size)
+        found = {e: {"nll": [s.nll for s in row], "tokens": [s.tokens for s in row]} for e, row in scores.items()}
+        if not all(math.isfinite(value) for row in found.values() for value in row["nll"]):
+            raise InputError(f"{ref.spec}: the loss with {what.name} deactivated is not finite; try --dtype float32")
+        return {"losses": found}
+
+    def write(records: list[dict], request: dict) -> None:
+        payload = summarize(records, list(neurons.own), study.seed)
+        payload |= {
+            "n_neurons": {lang: sum(map(len, own.values())) for lang, own in neurons.own.items()},
+            "left_out": left_out,
+        }
+        head = results.header(
+            SCHEMA, models={"model": ref.describe()}, n_layers=len(neurons.widths), ffn_width=max(neurons.widths),
+            mask=mask_file, languages={lang: languages.canonical(lang, any_tag=True) for lang in neurons.own},
+            heldout=facts, token_ids=[str(path) for path in id_files], limit=args.limit, seed=study.seed,
+            dtype=str(dtype).removeprefix("torch."), device=str(process.device), request=request,
+        )  # fmt: skip
+        draw(output.with_suffix(""), payload)
+        results.write_json(output, payload, head)
+        say(payload)
+        cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+    wanted = deactivations(neurons, archs.for_config(ref.config()), n_random, study.seed)
+    conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite)
     if args.drop_revisions:
         ref.drop()
-    if not process.is_main:
-        return
-    payload = summarize(notes.done, list(masks.own), n_random, study.seed)
-    payload |= {
-        "n_neurons": {lang: sum(map(len, own.values())) for lang, own in masks.own.items()},
-        "left_out": left_out,
-    }
-    head = results.header(
-        SCHEMA, models={"model": ref.describe()}, n_layers=len(masks.widths), ffn_width=max(masks.widths),
-        mask=mask_file, languages={lang: languages.canonical(lang, any_tag=True) for lang in masks.own}, heldout=facts,
-        token_ids=[str(path) for path in id_files], limit=args.limit, seed=study.seed,
-        dtype=str(dtype).removeprefix("torch."), device=str(process.device), request=request,
-    )  # fmt: skip
-    draw(output.with_suffix(""), payload)
-    results.write_json(output, payload, head)
-    partial_of(output).unlink(missing_ok=True)
-    say(payload)
-    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
 def random_sets(given: int | None, study: Study) -> int:
@@ -333,33 +371,10 @@ def random_sets(given: int | None, study: Study) -> int:
 
 def wanted_languages(given: str | None, study: Study, mask_file: Path) -> list[str]:
     """The languages of --lang, of the study or of the mask, as they are written there."""
-    from cpt_utils.measures import masks
-
     chosen = given.split(",") if given else study.get("languages.lsn") or masks.languages_in(mask_file)
     if len(chosen) < 2:
         raise InputError("one language has no other to be compared with; give two or more with --lang")
     return [str(lang) for lang in chosen]
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Neurons by language, and of the languages asked for; `widths` are the neurons that each layer has."""
-
-    everyone: dict[str, Layers]
-    own: dict[str, Layers]
-    widths: list[int]
-
-    def sets(self, n_random: int, seed: int) -> dict[str, Layers]:
-        """What is to be silenced: "none", "<lang>" and "<lang> random <i>"; nothing of a language without neurons."""
-        from cpt_utils.measures.masks import random_control
-
-        found = {"none": {}} | {lang: mask for lang, mask in self.own.items() if any(mask.values())}
-        for number in range(n_random):
-            control = random_control(self.everyone, len(self.widths), self.widths, seed=f"{seed}/{number}")
-            for lang in self.own:
-                if lang in found:
-                    found[f"{lang} random {number}"] = control[languages.find(control, lang)]
-        return found
 
 
 def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], study: Study) -> Masks:
@@ -368,10 +383,6 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], study: Stud
     Raises:
         InputError: a mask of another model, or no neuron of any of the languages.
     """
-    from cpt_utils.architectures import archs
-    from cpt_utils.measures import masks
-    from cpt_utils.models import ffn
-
     widths = ffn.widths(archs.for_config(ref.config()), ref.config())
     described = refs.relatives([ref], study.get("base"), study.get("run"))
     everyone = {
@@ -385,10 +396,6 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], study: Stud
     if len(empty) == len(chosen):
         raise InputError(f"{mask_file} has no neuron of any of these languages")
     return Masks(everyone, own, widths)
-
-
-def partial_of(output: Path) -> Path:
-    return output.with_name(output.stem + ".partial.jsonl")
 
 
 def heldout_texts(args, study: Study, chosen: list[str]) -> tuple[dict, dict]:
@@ -435,32 +442,6 @@ def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
         if n:
             cli.say(f"{n} held-out documents of {lang} are in the text the neurons were found on, and are left out")
     return tokenizer, tokenizer_id.tokenizer_used(ref, run, base), texts, left_out
-
-
-def measure(
-    ref, sets: dict[str, Layers], texts, tokenizer, dtype, batch_size, process: processes.Process,
-    notes: journal.Journal | None,
-) -> None:  # fmt: skip
-    """The losses with each set silenced, into the journal, which the first process has; a killed run goes on."""
-    from cpt_utils.architectures import archs
-    from cpt_utils.interventions import silencing
-    from cpt_utils.models import loading
-
-    model = None
-
-    def losses_without(key: str) -> dict:
-        nonlocal model
-        if model is None:
-            model = loading.load_model(ref, dtype, process.device, process.device_map)
-            loading.announce(model, ref)
-        with silencing.silenced(model, archs.for_config(ref.config()), sets[key]):
-            scores = losses(model, tokenizer, texts, batch_size)
-        record = {e: {"nll": [s.nll for s in row], "tokens": [s.tokens for s in row]} for e, row in scores.items()}
-        if not all(math.isfinite(value) for row in record.values() for value in row["nll"]):
-            raise InputError(f"{ref.spec}: the loss with {key} deactivated is not finite; try --dtype float32")
-        return record
-
-    journal.complete(notes, process, sets, losses_without, "deactivated sets")
 
 
 def say(payload: dict) -> None:

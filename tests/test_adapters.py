@@ -480,14 +480,14 @@ def test_layer_swap(runs):
 def test_a_swap_into_an_adapter_with_new_tokens(tmp_path):
     from helpers import tiny_tokenizer
 
-    from cpt_utils.interventions import surgery
+    from cpt_utils.interventions import on_disk, surgery
 
     base = save_tiny("llama", tmp_path / "base")
     whole = {"model.embed_tokens.weight": (280, 32), "lm_head.weight": (280, 32)}
     adapter = save_adapter(base, tmp_path / "adapter", ("q_proj",), whole=whole)
     tiny_tokenizer().save_pretrained(adapter)
     with surgery.Pair(refs.model(base), refs.model(adapter)) as pair:
-        surgery.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / "out")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / "out")
     truth = merged(base, adapter) | {n: t for n, t in read_tensors(base).items() if "layers.1." in n}
     found = read_tensors(tmp_path / "out")
     assert found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in truth)

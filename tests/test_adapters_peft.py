@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import identity, opening, refs
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.models import loading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers|checkpointing|tied)")
@@ -153,7 +153,7 @@ def test_a_swap_into_an_adapter_equals_a_swap_into_the_merged_model(tmp_path, ca
             tiny_tokenizer().save_pretrained(folder)
             out = tmp_path / f"{tied}/swap-{folder.name}"
             with surgery.Pair(refs.model(base), refs.model(folder)) as pair:
-                surgery.write_model(pair, surgery.layers_from_base(pair, [1]), out)
+                on_disk.write_model(pair, surgery.layers_from_base(pair, [1]), out)
             written.append(read_tensors(out))
             assert not any(path.name.startswith("adapter") for path in out.iterdir())
             loading.load_model(refs.model(out), torch.float32, CPU)  # strictly
@@ -237,8 +237,8 @@ def test_an_adapter_beside_the_merged_model_is_left_alone(tmp_path, monkeypatch,
         assert ours.state_dict().keys() == truth.state_dict().keys()
     with surgery.Pair(refs.model(base), both[1]) as pair:
         recipe = surgery.layers_from_base(pair, [1])
-        surgery.write_model(pair, recipe, tmp_path / "out")
-        with surgery.apply_in_memory(ours, recipe, pair) as swapped:
+        on_disk.write_model(pair, recipe, tmp_path / "out")
+        with in_memory.apply(ours, recipe, pair) as swapped:
             logits = swapped(ids).logits
     assert not any(path.name.startswith("adapter") for path in (tmp_path / "out").iterdir())
     assert torch.equal(loading.load_model(refs.model(tmp_path / "out"), torch.float32, CPU)(ids).logits, logits)

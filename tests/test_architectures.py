@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from cpt_utils.architectures import arch_table, archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.interventions import surgery
-from cpt_utils.interventions.silencing import silenced
+from cpt_utils.interventions import in_memory, on_disk, surgery
+from cpt_utils.interventions.activations import silenced
 from cpt_utils.measures import compare
 from cpt_utils.models import loading
 from cpt_utils.models.batching import padded
@@ -264,7 +264,7 @@ def copy_by_hand(base, slow, layer, projections, only=None) -> None:
 def check_swap(case, pair, recipe, slow, out) -> None:
     """Written and loaded = in memory = `slow`, in logits and in every bit of the state; then all is as before."""
     own = case.models[1]
-    surgery.write_model(pair, recipe, out)
+    on_disk.write_model(pair, recipe, out)
     written, expected = load(out), {name: bits(tensor) for name, tensor in slow.state_dict().items()}
     before = {name: bits(tensor).clone() for name, tensor in own.state_dict().items()}
     assert all(torch.equal(bits(tensor), expected[name]) for name, tensor in written.state_dict().items())
@@ -272,9 +272,9 @@ def check_swap(case, pair, recipe, slow, out) -> None:
         logits = slow(IDS).logits
         # Equal in every bit but for where the tensors begin in memory, which may choose another kernel.
         torch.testing.assert_close(written(IDS).logits, logits, rtol=1e-5, atol=1e-5)
-        swapper = surgery.Swapper(own, pair)
+        swapper = in_memory.Swapper(pair)
         for _ in range(2):  # the second time from the cache
-            with swapper.applied(recipe):
+            with swapper.applied(own, recipe):
                 assert all(torch.equal(bits(tensor), expected[name]) for name, tensor in own.state_dict().items())
                 torch.testing.assert_close(own(IDS).logits, logits, rtol=1e-5, atol=1e-5)
             assert all(torch.equal(bits(tensor), before[name]) for name, tensor in own.state_dict().items())
@@ -446,9 +446,9 @@ def test_experts_in_one_tensor_on_disk(tmp_path):
         found = []
         for kind, folders in (("apart", apart), ("together", together)):
             with surgery.Pair(*folders) as pair:
-                surgery.write_model(pair, recipe(pair), tmp_path / f"{name} {kind}")
+                on_disk.write_model(pair, recipe(pair), tmp_path / f"{name} {kind}")
                 own = load(folders[1])
-                with surgery.apply_in_memory(own, recipe(pair), pair):
+                with in_memory.apply(own, recipe(pair), pair):
                     found.append({key: tensor.clone() for key, tensor in own.state_dict().items()})
                 found.append(load(tmp_path / f"{name} {kind}").state_dict())
         for state in found:

@@ -81,7 +81,7 @@ def test_ours_and_obvious_weights_agree(tmp_path):
     """The two comparisons give the same numbers, and the two swaps the same tensors."""
     from helpers import read_tensors
 
-    from cpt_utils.interventions import surgery
+    from cpt_utils.interventions import on_disk, surgery
 
     measure.write_model(tmp_path / "base", TINY, 0, 1, "bfloat16")
     measure.write_model(tmp_path / "target", TINY, 1, 2, "bfloat16")
@@ -102,7 +102,7 @@ def test_ours_and_obvious_weights_agree(tmp_path):
                 if whole
                 else surgery.parts_from_base(pair, ("gate_proj", "up_proj", "down_proj"), [1])
             )
-            surgery.write_model(pair, recipe, tmp_path / kind)
+            on_disk.write_model(pair, recipe, tmp_path / kind)
         one, other = read_tensors(tmp_path / kind), read_tensors(tmp_path / f"{kind}-slow")
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

@@ -19,7 +19,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, data, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, tokenization
-from cpt_utils.interventions import components, surgery
+from cpt_utils.interventions import components, on_disk, surgery
 from cpt_utils.measures import controls, evaluation
 from cpt_utils.models import loading
 
@@ -245,13 +245,13 @@ def test_controls_against_written_folders(shared, study):
     rows = {name: sets[controls.find(sets, name)] for name in NAMED}
     with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:
         for name, row in {**rows, "random": sets[-1]}.items():
-            condition = component_swap.Condition(
+            condition = component_swap.ComponentSwap(
                 name, row["component"].partition("+")[0], tuple(row["layers"]), "embeddings" in row["component"]
             )
             if name == "embeddings":
-                condition = component_swap.Condition(name, None, embeddings=True)
+                condition = component_swap.ComponentSwap(name, None, embeddings=True)
             recipe = component_swap.recipe_of(components.Recipes(pair), condition)
-            surgery.write_model(pair, recipe, study / name)
+            on_disk.write_model(pair, recipe, study / name)
             ref = refs.model(study / name)
             model = loading.load_model(ref, torch.float32, torch.device("cpu"))
             found = test.on(model, pair.arch, tokenization.load_tokenizer(ref), "x")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import opening, refs, tokenization
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import on_disk, surgery
 from cpt_utils.measures import compare
 from cpt_utils.models import loading
 
@@ -107,7 +107,7 @@ def test_pointers_of_the_tokenizer(plain, tmp_path):
     refused(tokenization.load_tokenizer, refs.model(folder), match="tokenizer.json is a Git LFS pointer")
     with surgery.Pair(plain, folder) as both:  # a swap copies it
         recipe = surgery.layers_from_base(both, [0])
-        refused(surgery.write_model, both, recipe, tmp_path / "out", match="tokenizer.json is a Git LFS pointer")
+        refused(on_disk.write_model, both, recipe, tmp_path / "out", match="tokenizer.json is a Git LFS pointer")
     assert not (tmp_path / "out").exists()
     (folder / "tokenizer.json").unlink()
     refused(tokenization.load_tokenizer, refs.model(folder), match="tokenizer.model is a Git LFS pointer")

@@ -18,7 +18,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.interventions import silencing
+from cpt_utils.interventions import activations
 from cpt_utils.measures import controls, counts, masks
 from cpt_utils.models import loading
 
@@ -291,7 +291,7 @@ def test_conditions_and_sets_by_hand():
 def test_silencing_reads_no_layer_without_an_ffn(tmp_path):
     model = loading.load_model(refs.model(save_tiny("nemotron_h", tmp_path)), torch.float32, torch.device("cpu"))
     arch, ids = archs.for_config(model.config), torch.arange(4, 36).view(2, 16)
-    with torch.no_grad(), silencing.silenced(model, arch, {0: [], 1: [], 2: [], 3: []}):
+    with torch.no_grad(), activations.silenced(model, arch, {0: [], 1: [], 2: [], 3: []}):
         whole = model(ids).logits
     assert torch.equal(whole, model(ids).logits)
     found = FOLLOWED.Activations(model, arch, {"empty": {0: [], 2: []}})

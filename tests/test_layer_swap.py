@@ -17,7 +17,7 @@ from launch import launch
 from cpt_utils.base import cli, data, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, tokenization
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import on_disk, surgery
 from cpt_utils.measures import controls, evaluation
 from cpt_utils.models import loading
 
@@ -177,7 +177,7 @@ def test_controls_against_written_folders(shared, study):
             folder = shared / "base" if row["name"] == "base" else shared / "run/checkpoint-20"
             if row["layers"]:
                 folder = study / f"written{row['layers']}"
-                surgery.write_model(pair, surgery.layers_from_base(pair, row["layers"]), folder)
+                on_disk.write_model(pair, surgery.layers_from_base(pair, row["layers"]), folder)
             ref = refs.model(folder)
             model = loading.load_model(ref, torch.float32, torch.device("cpu"))
             found = test.on(model, pair.arch, tokenization.load_tokenizer(ref), "x")

@@ -9,7 +9,7 @@ from helpers import ARCHITECTURES, bits, load_script, save_tiny, tiny_model
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.interventions import silencing
+from cpt_utils.interventions import activations
 from cpt_utils.models import ffn, loading
 
 counting = load_script("lsn/activation.py")
@@ -72,10 +72,10 @@ def test_silenced_neurons_give_nothing_and_an_empty_mask_changes_no_logit(model_
     model, arch = model_of(model_type)
     ids = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(2))
     whole = model(input_ids=ids).logits
-    with silencing.silenced(model, arch, {0: [], 1: []}):
+    with activations.silenced(model, arch, {0: [], 1: []}):
         assert torch.equal(model(input_ids=ids).logits, whole)
     mask = {0: [3, 4], 2: [0, 47]}
-    with silencing.silenced(model, arch, mask):
+    with activations.silenced(model, arch, mask):
         silenced = model(input_ids=ids).logits
     assert not torch.equal(silenced, whole)
     # The same by weights: a neuron whose column in the down projection is zero gives nothing.
@@ -194,7 +194,7 @@ def test_silenced_neurons_of_experts_give_nothing_and_come_back(model_type):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        with silencing.silenced(model, arch, mask):
+        with activations.silenced(model, arch, mask):
             found = model(input_ids=ids).logits
         reference, slow = slow_model(model_type, mask)
         for layer in [layer for layer in mask if layer not in slow]:
@@ -202,7 +202,7 @@ def test_silenced_neurons_of_experts_give_nothing_and_come_back(model_type):
         assert torch.allclose(found, reference(input_ids=ids).logits, rtol=0, atol=1e-12)
         assert not torch.allclose(found, whole)
         assert torch.equal(model(input_ids=ids).logits, whole)
-        with pytest.raises(ZeroDivisionError), silencing.silenced(model, arch, mask):
+        with pytest.raises(ZeroDivisionError), activations.silenced(model, arch, mask):
             raise ZeroDivisionError
     assert all(torch.equal(bits(tensor), bits(before[name])) for name, tensor in model.state_dict().items())
 
@@ -242,10 +242,10 @@ def test_a_model_that_is_spread_over_places(model_type, tmp_path):
     assert torch.equal(counters[0].counts, counters[1].counts) and sums[0].mean("own") == sums[1].mean("own")
     with torch.no_grad():
         if model_type == "mixtral":
-            with pytest.raises(InputError, match="cannot be silenced"), silencing.silenced(spread, arch, mask):
+            with pytest.raises(InputError, match="cannot be silenced"), activations.silenced(spread, arch, mask):
                 pass
         else:
-            with silencing.silenced(whole, arch, mask), silencing.silenced(spread, arch, mask):
+            with activations.silenced(whole, arch, mask), activations.silenced(spread, arch, mask):
                 assert torch.equal(whole(input_ids=ids).logits, spread(input_ids=ids).logits)
         assert torch.equal(whole(input_ids=ids).logits, spread(input_ids=ids).logits)
 

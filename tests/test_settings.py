@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, settings
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import on_disk, surgery
 from cpt_utils.measures import compare
 from cpt_utils.models import loading
 
@@ -204,7 +204,7 @@ def test_own_code_is_said_and_goes_along(tmp_path, capsys):
         loading.load_model(ref, torch.float32, CPU)
         with surgery.Pair(base, ref) as both:
             out = tmp_path / "out" / f"checkpoint-{ref.step}"
-            surgery.write_model(both, surgery.layers_from_base(both, [1]), out)
+            on_disk.write_model(both, surgery.layers_from_base(both, [1]), out)
         assert (out / "modeling_own.py").read_text() == (tmp_path / "run" / out.name / "modeling_own.py").read_text()
     said = [line for line in capsys.readouterr().out.splitlines() if "which is not run" in line]
     assert len(said) == 1 and "run: config.json names code of its own (modeling_own.OwnForCausalLM)" in said[0]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import opening, refs, stacking
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.measures import compare
 from cpt_utils.models import loading
 
@@ -117,11 +117,11 @@ def test_swaps(place, tmp_path, sides):
                     taken = {"ffn": archs.FFN, "gate": ["gate_proj"], "attention": archs.ATTENTION}[kind]
                     recipe = surgery.parts_from_base(pair, taken, LAYERS)
                 out = tmp_path / f"{kind}-{source.parent.name}"
-                surgery.write_model(pair, recipe, out)
+                on_disk.write_model(pair, recipe, out)
                 found.append(read_tensors(out))
                 if source == base:
                     model = loading.load_model(refs.model(target), torch.float32, CPU)
-                    with surgery.apply_in_memory(model, recipe, pair) as swapped:
+                    with in_memory.apply(model, recipe, pair) as swapped:
                         held = {key: tensor.clone() for key, tensor in swapped.state_dict().items()}
                     written = loading.load_model(refs.model(out), torch.float32, CPU).state_dict()
                     assert all(torch.equal(tensor, written[key]) for key, tensor in held.items())

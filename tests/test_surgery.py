@@ -16,7 +16,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import folders, tensors
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import in_memory, on_disk, surgery, values
 
 IDS = torch.arange(3, 40)[None]
 
@@ -58,14 +58,14 @@ def test_layers_on_disk_and_in_memory(tmp_path, model_type):
     target = save_tiny(model_type, tmp_path / "target", seed=1, dtype="bfloat16", shards=3)
     with surgery.Pair(base, target) as pair:
         recipe = surgery.layers_from_base(pair, [0, 2])
-        record = surgery.write_model(pair, recipe, tmp_path / "out")
+        record = on_disk.write_model(pair, recipe, tmp_path / "out")
         assert same(
             read_tensors(tmp_path / "out"), slow_swap(read_tensors(base), read_tensors(target), pair.arch, {0, 2})
         )
         model = load(target)
         before = {name: bits(tensor).clone() for name, tensor in model.state_dict().items()}
         own, swapped = logits(model), logits(load(tmp_path / "out"))
-        with surgery.apply_in_memory(model, recipe, pair):
+        with in_memory.apply(model, recipe, pair):
             assert torch.equal(logits(model), swapped)
         assert not torch.equal(own, swapped)
         assert torch.equal(logits(model), own)
@@ -82,14 +82,14 @@ def test_into_itself_and_back(tmp_path, model_type):
     base = save_tiny(model_type, tmp_path / "base", seed=0, shards=2)
     target = save_tiny(model_type, tmp_path / "target", seed=1)
     with surgery.Pair(target, target) as pair:
-        surgery.write_model(pair, surgery.layers_from_base(pair, range(3)), tmp_path / "same")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, range(3)), tmp_path / "same")
     assert (tmp_path / "same" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
     with surgery.Pair(base, target) as pair:
         recipe = surgery.layers_from_base(pair, [1])
-        surgery.write_model(pair, recipe, tmp_path / "swapped")
+        on_disk.write_model(pair, recipe, tmp_path / "swapped")
     assert not same(read_tensors(tmp_path / "swapped"), read_tensors(target))
     with surgery.Pair(target, tmp_path / "swapped") as pair:
-        surgery.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / "back")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
 
 
@@ -101,7 +101,7 @@ def test_projections_change_only_their_slice(tmp_path, model_type, projections):
     target = save_tiny(model_type, tmp_path / "target", seed=1, dtype="bfloat16", shards=2)
     with surgery.Pair(base, target) as pair:
         recipe = surgery.parts_from_base(pair, projections, [1])
-        surgery.write_model(pair, recipe, tmp_path / "out")
+        on_disk.write_model(pair, recipe, tmp_path / "out")
         mine, theirs, made = read_tensors(target), read_tensors(base), read_tensors(tmp_path / "out")
         config, arch = pair.config, pair.arch
         expected = {name: tensor.clone() for name, tensor in mine.items()}
@@ -121,7 +121,7 @@ def test_projections_change_only_their_slice(tmp_path, model_type, projections):
         if model_type in ("gpt2", "gpt_neox"):
             assert {role for _, role in touched} == {"weight", "bias"}
         model = load(target)
-        with surgery.apply_in_memory(model, recipe, pair):
+        with in_memory.apply(model, recipe, pair):
             assert torch.equal(logits(model), logits(load(tmp_path / "out")))
 
 
@@ -137,7 +137,7 @@ def interpolated(base, target):
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_functions_of_both(tmp_path, two, by_rows, monkeypatch):
     """A source may be a function, of a whole tensor or of scattered rows, in blocks or at once."""
-    monkeypatch.setattr(surgery, "BLOCK", 512)
+    monkeypatch.setattr(values, "BLOCK", 512)
     rows = torch.tensor([0, 3, 4, 31])
     with surgery.Pair(*two) as pair:
         q, o, down = (f"model.layers.1.{n}.weight" for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"))
@@ -147,7 +147,7 @@ def test_functions_of_both(tmp_path, two, by_rows, monkeypatch):
             pair.edit(down, 1, slice(5, 9), interpolated, by_rows),
         )
         recipe = surgery.Recipe("a quarter of the way back", {"alpha": 0.25}, edits)
-        surgery.write_model(pair, recipe, tmp_path / "out")
+        on_disk.write_model(pair, recipe, tmp_path / "out")
         b, c, made = read_tensors(two[0]), read_tensors(two[1]), read_tensors(tmp_path / "out")
         mixed = {name: interpolated(b[name], c[name]) for name in (q, o, down)}
         expected = dict(c) | {q: mixed[q], o: c[o].clone(), down: c[down].clone()}
@@ -155,7 +155,7 @@ def test_functions_of_both(tmp_path, two, by_rows, monkeypatch):
         expected[down][:, 5:9] = mixed[down][:, 5:9]
         assert same(made, expected)
         model = load(two[1])
-        with surgery.apply_in_memory(model, recipe, pair):
+        with in_memory.apply(model, recipe, pair):
             assert torch.equal(logits(model), logits(load(tmp_path / "out")))
 
 
@@ -165,12 +165,12 @@ def test_many_sets_share_what_was_converted(two):
         model = load(two[1])
         own = logits(model)
         for room in (1 << 30, 9000, 0):
-            swapper = surgery.Swapper(model, pair, cache_bytes=room)
+            swapper = in_memory.Swapper(pair, cache_bytes=room)
             for layers in ([0], [0, 1], [2], [0], [1, 2], [0, 1, 2]):
                 recipe = surgery.layers_from_base(pair, layers)
-                with swapper.applied(recipe):
+                with swapper.applied(model, recipe):
                     found = logits(model)
-                with surgery.apply_in_memory(load(two[1]), recipe, pair) as fresh:
+                with in_memory.apply(load(two[1]), recipe, pair) as fresh:
                     assert torch.equal(found, logits(fresh))
                 assert torch.equal(logits(model), own)
             assert sum(held.nbytes for held in swapper._cache.values()) <= room
@@ -182,7 +182,7 @@ def test_an_exception_restores_the_model(two):
         own, places = logits(model), [p.data_ptr() for p in model.parameters()]
         with (
             pytest.raises(RuntimeError, match="stop"),
-            surgery.apply_in_memory(model, surgery.layers_from_base(pair, [0, 1]), pair),
+            in_memory.apply(model, surgery.layers_from_base(pair, [0, 1]), pair),
         ):
             raise RuntimeError("stop")
         assert torch.equal(logits(model), own)
@@ -196,7 +196,7 @@ def test_extended_vocabulary(tmp_path, capsys, model_type):
     target = save_tiny(model_type, tmp_path / "target", seed=1, vocab_size=288)
     with surgery.Pair(base, target) as pair:
         recipe = surgery.layers_from_base(pair, [0, 1])
-        record = surgery.write_model(pair, recipe, tmp_path / "out")
+        record = on_disk.write_model(pair, recipe, tmp_path / "out")
         assert "the target's are kept" in capsys.readouterr().out
         embedding = pair.arch.embedding_tensors(pair.target.names())[0]
         assert record["kept_though_unlike"][embedding].startswith("[272, 32] in the base, [288, 32]")
@@ -206,11 +206,11 @@ def test_extended_vocabulary(tmp_path, capsys, model_type):
         with pytest.raises(InputError, match=r"has shape \[272, 32\].*must agree in shape"):
             pair.edit(embedding)
         shared = surgery.Recipe("rows", {}, (pair.edit(embedding, 0, slice(0, 272)),))
-        surgery.write_model(pair, shared, tmp_path / "rows")
+        on_disk.write_model(pair, shared, tmp_path / "rows")
         rows = read_tensors(tmp_path / "rows")[embedding]
         assert torch.equal(rows[:272], read_tensors(base)[embedding]) and torch.equal(rows[272:], c[embedding][272:])
         model = load(target)
-        with surgery.apply_in_memory(model, shared, pair):
+        with in_memory.apply(model, shared, pair):
             assert torch.equal(logits(model), logits(load(tmp_path / "rows")))
 
 
@@ -220,7 +220,7 @@ def test_bin_folders_become_safetensors(tmp_path):
     one = save_tiny("qwen2", tmp_path / "one", seed=1, dtype="bfloat16")
     for name, folder in (("sharded", target), ("single", one)):
         with surgery.Pair(base, folder) as pair:
-            surgery.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / name)
+            on_disk.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / name)
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
     assert not list((tmp_path / "sharded").glob("*.bin*"))
     assert same(read_tensors(tmp_path / "sharded"), read_tensors(tmp_path / "single"))
@@ -248,7 +248,7 @@ def test_adapters_are_merged(tmp_path):
                     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
                     edits = [pair.edit(n, function=interpolated, by_rows=True) for n in names]
                     recipe = surgery.Recipe("a quarter of the way back", {}, tuple(edits))
-                surgery.write_model(pair, recipe, tmp_path / f"{number}-{kind}-{name}")
+                on_disk.write_model(pair, recipe, tmp_path / f"{number}-{kind}-{name}")
                 made.append(tmp_path / f"{number}-{kind}-{name}")
             assert same(*(read_tensors(folder) for folder in made))
             assert torch.equal(*(logits(load(folder)) for folder in made))
@@ -267,7 +267,7 @@ def test_gpt2_with_and_without_prefix(tmp_path):
     bare["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
     with surgery.Pair(base, target) as pair:
-        surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "out")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "out")
     made = read_tensors(tmp_path / "out")
     assert made.keys() == read_tensors(target).keys()
     assert torch.equal(made["transformer.h.0.attn.c_attn.weight"], bare["h.0.attn.c_attn.weight"])
@@ -280,10 +280,10 @@ def test_tokenizer_of_the_run_or_of_the_base(tmp_path, capsys):
     (target / "trainer_state.json").write_text("{}")
     with surgery.Pair(base, target) as pair:
         recipe = surgery.layers_from_base(pair, [0])
-        surgery.write_model(pair, recipe, tmp_path / "a")
+        on_disk.write_model(pair, recipe, tmp_path / "a")
         assert "using those of the base" in capsys.readouterr().out
         (tmp_path / "run" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
-        surgery.write_model(pair, recipe, tmp_path / "b")
+        on_disk.write_model(pair, recipe, tmp_path / "b")
         assert "using those of run/" in capsys.readouterr().out
     assert (tmp_path / "a" / "tokenizer_config.json").is_file() and (tmp_path / "b" / "tokenizer.json").is_file()
     for out in ("a", "b"):
@@ -301,13 +301,13 @@ def test_finished_swaps_are_kept_or_refused(tmp_path, two, capsys):
     out = tmp_path / "out"
     with surgery.Pair(*two) as pair:
         recipe, other = surgery.layers_from_base(pair, [0]), surgery.layers_from_base(pair, [1])
-        surgery.write_model(pair, recipe, out)
+        on_disk.write_model(pair, recipe, out)
         stamp = (out / "swap.json").stat().st_mtime_ns
-        assert surgery.write_model(pair, recipe, out)["recipe"] == "layers 0 of the base"
+        assert on_disk.write_model(pair, recipe, out)["recipe"] == "layers 0 of the base"
         assert (out / "swap.json").stat().st_mtime_ns == stamp and "kept" in capsys.readouterr().out
         with pytest.raises(InputError, match=r"holds another swap \(layers 0 of the base"):
-            surgery.write_model(pair, other, out)
-        surgery.write_model(pair, other, out, overwrite=True)
+            on_disk.write_model(pair, other, out)
+        on_disk.write_model(pair, other, out, overwrite=True)
         assert json.loads((out / "swap.json").read_text())["recipe"] == "layers 1 of the base"
         assert torch.equal(
             read_tensors(out)["model.layers.1.mlp.up_proj.weight"],
@@ -315,7 +315,7 @@ def test_finished_swaps_are_kept_or_refused(tmp_path, two, capsys):
         )
         (out / "config.json").write_text("{}")
         with pytest.raises(InputError, match=r"config\.json was changed"):
-            surgery.write_model(pair, other, out)
+            on_disk.write_model(pair, other, out)
     assert entries(tmp_path) == ["base", "out", "target"]
 
 
@@ -324,16 +324,16 @@ def test_foreign_content_is_refused(tmp_path, two):
         recipe = surgery.layers_from_base(pair, [0])
         for overwrite in (False, True):
             with pytest.raises(InputError, match="did not write"):
-                surgery.write_model(pair, recipe, two[1], overwrite=overwrite)
+                on_disk.write_model(pair, recipe, two[1], overwrite=overwrite)
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
         with pytest.raises(InputError, match=r"out\.partial is in the way"):
-            surgery.write_model(pair, recipe, tmp_path / "out")
+            on_disk.write_model(pair, recipe, tmp_path / "out")
         (tmp_path / "file").write_text("x")
         with pytest.raises(InputError, match="did not write"):
-            surgery.write_model(pair, recipe, tmp_path / "file")
+            on_disk.write_model(pair, recipe, tmp_path / "file")
         (tmp_path / "empty").mkdir()
-        surgery.write_model(pair, recipe, tmp_path / "empty")
+        on_disk.write_model(pair, recipe, tmp_path / "empty")
     assert (tmp_path / "out.partial" / "thesis.tex").is_file() and not (tmp_path / "out").exists()
 
 
@@ -372,10 +372,10 @@ def test_killed_and_run_again(tmp_path, two, name, after):
     out = tmp_path / "out"
     with surgery.Pair(*two) as pair:
         recipe = surgery.layers_from_base(pair, [0, 2])
-        surgery.write_model(pair, recipe, tmp_path / "unbroken")
-        killed_at(folders, name, lambda: surgery.write_model(pair, recipe, out), after)
+        on_disk.write_model(pair, recipe, tmp_path / "unbroken")
+        killed_at(folders, name, lambda: on_disk.write_model(pair, recipe, out), after)
         assert not out.exists() and (tmp_path / "out.partial").is_dir()
-        surgery.write_model(pair, recipe, out)
+        on_disk.write_model(pair, recipe, out)
     assert entries(tmp_path) == ["base", "out", "target", "unbroken"]
     assert entries(out) == entries(tmp_path / "unbroken")
     for file in out.iterdir():
@@ -390,11 +390,11 @@ def test_killed_while_an_old_swap_is_replaced(tmp_path, two, after):
     out = tmp_path / "out"
     with surgery.Pair(*two) as pair:
         old, new = surgery.layers_from_base(pair, [0]), surgery.layers_from_base(pair, [1])
-        surgery.write_model(pair, old, out)
+        on_disk.write_model(pair, old, out)
         module, name = ((os, "rename"), (os, "rename"), (folders, "_discard"), (folders, "_sync"))[after]
         calls = (0, 1, 0, 9)[after]
-        killed_at(module, name, lambda: surgery.write_model(pair, new, out, overwrite=True), calls)
-        surgery.write_model(pair, new, out, overwrite=True)
+        killed_at(module, name, lambda: on_disk.write_model(pair, new, out, overwrite=True), calls)
+        on_disk.write_model(pair, new, out, overwrite=True)
         assert json.loads((out / "swap.json").read_text())["recipe"] == "layers 1 of the base"
     assert entries(tmp_path) == ["base", "out", "target"]
 
@@ -404,7 +404,7 @@ def test_two_writers_of_one_folder(tmp_path, two):
         recipe = surgery.layers_from_base(pair, [0])
         with folders.new_folder(tmp_path / "out") as partial:
             with pytest.raises(InputError, match="another process is writing"):
-                surgery.write_model(pair, recipe, tmp_path / "out")
+                on_disk.write_model(pair, recipe, tmp_path / "out")
             assert partial.is_dir()
             (partial / folders.RECORD).write_text("{}")
     assert entries(tmp_path / "out") == ["swap.json"]
@@ -413,7 +413,7 @@ def test_two_writers_of_one_folder(tmp_path, two):
 def test_full_disk_before_the_first_byte(tmp_path, two, monkeypatch):
     monkeypatch.setattr(folders, "free_bytes", lambda folder: 1000)
     with surgery.Pair(*two) as pair, pytest.raises(InputError, match=r"not enough disk space .*0\.00 GB free"):
-        surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "deep" / "out")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "deep" / "out")
     assert entries(tmp_path) == ["base", "target"]
 
 
@@ -430,7 +430,7 @@ def test_full_disk_in_the_middle(tmp_path, two, monkeypatch, call):
 
     monkeypatch.setattr(os, call, full)
     with surgery.Pair(*two) as pair, pytest.raises(InputError, match="the disk is full"):
-        surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "out")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "out")
     assert entries(tmp_path) == ["base", "target"]
 
 
@@ -444,9 +444,9 @@ def _raising(number):
 def test_without_kernel_copies_the_bytes_are_the_same(tmp_path, two, monkeypatch):
     with surgery.Pair(*two) as pair:
         recipe = surgery.layers_from_base(pair, [1])
-        surgery.write_model(pair, recipe, tmp_path / "kernel")
+        on_disk.write_model(pair, recipe, tmp_path / "kernel")
         monkeypatch.setattr(os, "copy_file_range", _raising(errno.EXDEV))
-        surgery.write_model(pair, recipe, tmp_path / "buffer")
+        on_disk.write_model(pair, recipe, tmp_path / "buffer")
     for file in (tmp_path / "kernel").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "buffer" / file.name).read_bytes()
 
@@ -469,7 +469,7 @@ def test_a_write_that_went_wrong_is_noticed(tmp_path, two, monkeypatch):
         computed = surgery.Recipe("a quarter of the way back", {}, tuple(edits))
         for recipe in (copied, computed):
             with pytest.raises(InputError, match="differs from its source"):
-                surgery.write_model(pair, recipe, tmp_path / "out")
+                on_disk.write_model(pair, recipe, tmp_path / "out")
             assert entries(tmp_path) == ["base", "target"]
 
 
@@ -488,15 +488,15 @@ def test_nan_in_what_is_swapped(tmp_path, value, dtype):
     spoil(base, "model.layers.1.mlp.up_proj.weight", value)
     with surgery.Pair(base, target) as pair:
         with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
-            surgery.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / "out")
+            on_disk.write_model(pair, surgery.layers_from_base(pair, [1]), tmp_path / "out")
         model = tiny_model("llama")
         with (
             pytest.raises(InputError, match="NaN"),
-            surgery.apply_in_memory(model, surgery.layers_from_base(pair, [0, 1]), pair),
+            in_memory.apply(model, surgery.layers_from_base(pair, [0, 1]), pair),
         ):
             pass
         assert all(torch.isfinite(p).all() for p in model.parameters())
-        surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "fine")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "fine")
     assert entries(tmp_path) == ["base", "fine", "target"]
 
 
@@ -508,7 +508,7 @@ def test_overflow_in_the_conversion(tmp_path):
         surgery.Pair(base, target) as pair,
         pytest.raises(InputError, match=r"do not fit into float16"),
     ):
-        surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "out")
+        on_disk.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / "out")
     assert entries(tmp_path) == ["base", "target"]
 
 
@@ -549,7 +549,7 @@ def test_a_tensor_that_only_one_has(tmp_path):
 def test_the_record(tmp_path, two):
     with surgery.Pair(*two) as pair:
         recipe = surgery.parts_from_base(pair, ["q_proj"], [2, 0])
-        surgery.write_model(pair, recipe, tmp_path / "out")
+        on_disk.write_model(pair, recipe, tmp_path / "out")
         payload, head = results.read_json(tmp_path / "out" / "swap.json", schema="swap", n_layers=3)
     assert payload["recipe"] == "q_proj of the base in layers 0, 2"
     assert [edit["tensor"] for edit in payload["from_base"]] == [
@@ -585,12 +585,12 @@ def test_another_configuration_or_tokenizer_is_another_request(tmp_path):
         [("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'), ("tokenizer.json", '"</s>"', '"</t>"')]
     ):
         with surgery.Pair(base, target) as pair:
-            surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / f"out{number}")
+            on_disk.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / f"out{number}")
         content = (target / file).read_text()
         assert old in content
         (target / file).write_text(content.replace(old, new))
         with surgery.Pair(base, target) as pair, pytest.raises(InputError, match="holds another swap"):
-            surgery.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / f"out{number}")
+            on_disk.write_model(pair, surgery.layers_from_base(pair, [0]), tmp_path / f"out{number}")
 
 
 # --- embeddings and a head that are one in memory ---
@@ -628,7 +628,7 @@ def test_tied_heads_in_memory_and_in_the_folder(tmp_path, base_head, head, what)
             "embeddings": lambda: surgery.tensors_from_base(pair, names),
             "embeddings alone": lambda: surgery.tensors_from_base(pair, names[:1]),
         }[what]()
-        surgery.write_model(pair, recipe, tmp_path / "out")
+        on_disk.write_model(pair, recipe, tmp_path / "out")
         truth = logits(load(tmp_path / "out"))
         unties = head is same_head and (
             what == "embeddings alone" or (what == "embeddings" and base_head is other_head)
@@ -636,10 +636,10 @@ def test_tied_heads_in_memory_and_in_the_folder(tmp_path, base_head, head, what)
         if unties:
             with (
                 pytest.raises(InputError, match=r"lm_head.weight of .* tied to in memory; write the swap as a folder"),
-                surgery.apply_in_memory(model, recipe, pair),
+                in_memory.apply(model, recipe, pair),
             ):
                 pass
         else:
-            with surgery.apply_in_memory(model, recipe, pair) as swapped:
+            with in_memory.apply(model, recipe, pair) as swapped:
                 assert logits(swapped).equal(truth)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

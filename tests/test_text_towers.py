@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import opening, refs
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.measures import compare
 from cpt_utils.models import loading
 
@@ -97,10 +97,10 @@ def test_swaps(pair, tmp_path, sides):
                 else:
                     recipe = surgery.parts_from_base(both, archs.ATTENTION, [attention])
                 out = tmp_path / f"{kind}-{base.parent.name}"
-                surgery.write_model(both, recipe, out)
+                on_disk.write_model(both, recipe, out)
                 found.append(read_tensors(out))
                 model = loading.load_model(refs.model(target), torch.float32, CPU)
-                with surgery.apply_in_memory(model, recipe, both) as swapped:
+                with in_memory.apply(model, recipe, both) as swapped:
                     held = {key: tensor.clone() for key, tensor in swapped.state_dict().items()}
             written = loading.load_model(refs.model(out), torch.float32, CPU).state_dict()
             assert all(torch.equal(tensor, written[key]) for key, tensor in held.items())

@@ -316,23 +316,27 @@ def shown(value) -> str:
     return text if len(text) <= 60 else f"{text[:28]}...{text[-29:]}"
 
 
-def made_by(path: str | os.PathLike, schema: str, request: dict, instead: str) -> bool:
-    """Whether there is a result at `path` and it answers `request`, which its header holds.
+def made_by(
+    path: str | os.PathLike, schema: str, request: dict, instead: str, newer: tuple[str, ...] = ()
+) -> bool:  # fmt: skip
+    """Whether there is a result at `path` and it answers `request`, which its header (or payload) holds.
 
     Args:
         instead: what one may give to write elsewhere, for the message ("another -o").
+        newer: keys that results of earlier versions lack; where they do, the others decide.
 
     Raises:
         InputError: it is the result of another request.
     """
     if not Path(path).exists():
         return False
-    _, head = read_json(path, schema, allow_limited=True)
-    if same(head.get("request"), request):
+    payload, head = read_json(path, schema, allow_limited=True)
+    before = head.get("request") or payload.get("request") or {}
+    request = {key: value for key, value in request.items() if key in before or key not in newer}
+    if same(before, request):
         return True
     raise InputError(
-        f"{path} is of another request ({unlike(head.get('request'), request)}); give --overwrite to redo it, "
-        f"or {instead}"
+        f"{path} is of another request ({unlike(before, request)}); give --overwrite to redo it, or {instead}"
     )
 
 

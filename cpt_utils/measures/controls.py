@@ -1,7 +1,7 @@
-"""The place of one swap among random swaps of the same size, measured in one process on in-memory swaps.
+"""The place of one swap among random swaps of the same size, all measured in memory.
 
-`measure` runs base, target and every set, goes on after a kill, and writes the result; `compare`, `place`, `intervals`
-and `places` are the statistics. The scripts that swap layers or components choose the sets.
+`measure` runs base, target and every set, and writes the result; `compare`, `place`, `intervals` and `places` are the
+statistics. The scripts that swap layers or components choose the sets.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils.base import cli, figures, journal, results, stats
+from cpt_utils.base import cli, figures, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.processes import Process
-from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
+from cpt_utils.checkpoints import tokenization, tokenizer_id
 from cpt_utils.interventions import surgery
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions
 from cpt_utils.measures.evaluation import MEASURES, Test
 from cpt_utils.models import loading
 
@@ -92,27 +93,14 @@ def layer_sets(
 # --- measuring ---
 
 
-@dataclass(frozen=True)
-class Swap:
-    """One thing to measure: a name ("semantic_hub", "random"), the layers it concerns, and its recipe.
-
-    `facts` stand in its row of the result. Sets are compared within one `component`, where the facts name one.
-    """
-
-    name: str
-    layers: list[int]
-    recipe: surgery.Recipe | None
-    facts: dict = field(default_factory=dict)
-
-
 def measure(
-    pair: surgery.Pair, swaps: list[Swap], test: Test, path: Path, process: Process, dtype, run: str | None = None,
+    pair: surgery.Pair, swaps: list[Condition], test: Test, path: Path, process: Process, dtype, run: str | None = None,
     overwrite: bool = False, own: str | None = None, facts: dict | None = None, seed: int = 42,
     figure: Callable[[Path, dict], None] | None = None, passed: dict | None = None,
 ) -> None:  # fmt: skip
-    """Measure base, target and all `swaps`, and write `path`; one that holds the same request is kept.
+    """Measure base, target and all `swaps` of the target, and write `path` (see `conditions.measure`).
 
-    Of several processes each measures its share of the swaps; the first alone writes.
+    The facts of each swap hold its `layers`; sets are compared within one `component`, where the facts name one.
 
     Args:
         run: folder of the target's run, for tokenizer files.
@@ -125,111 +113,58 @@ def measure(
     Raises:
         InputError: `path` is the result of another request, or a model cannot be measured.
     """
+    models = {"base": pair.base_ref, "target": pair.target_ref}
     spelled = str(dtype).removeprefix("torch.")
     request = {
-        "base": surgery.identity(pair.base_ref),
-        "target": surgery.identity(pair.target_ref),
-        "tokenizers": [
-            tokenizer_id.tokenizer_used(ref, run, pair.base_ref) for ref in (pair.base_ref, pair.target_ref)
+        **{role: surgery.identity(ref) for role, ref in models.items()},
+        "tokenizers": [tokenizer_id.tokenizer_used(ref, run, pair.base_ref) for ref in models.values()],
+        "sets": [
+            [swap.name, swap.facts["layers"], {fact: value for fact, value in swap.key.items() if fact != "edits"}]
+            for swap in swaps
         ],
-        "sets": [[swap.name, swap.layers, swap.recipe.facts] for swap in swaps],
         "measures": test.measures(),
         "test": test.facts,
         "dtype": spelled,
         "device": process.device.type,
     }
-    partial = path.with_name(path.stem + ".partial.jsonl")
-    if path.is_file() and not overwrite:
-        payload, _ = results.read_json(path, schema=SCHEMA, allow_limited=True)
-        if results.same(payload.get("request"), request):
-            if process.is_main:
-                partial.unlink(missing_ok=True)  # of a run that was killed between its result and this
-            cli.say(f"{path} is there already, from the same models, data and sets: kept")
-            return
-        raise InputError(
-            f"{path} is the result of another request ({results.unlike(payload.get('request'), request)}); "
-            "give --overwrite to replace it, or another output folder"
-        )
 
-    def load(ref: refs.ModelRef):
-        tokenizer = tokenization.load_tokenizer(ref, run, pair.base_ref)
-        model = loading.load_model(ref, dtype, process.device, process.device_map)
-        loading.announce(model, ref)
-        return model, tokenizer
+    tokenizers: dict = {}
 
-    surgery.say_conversions(pair, swaps[0].recipe)
-    records = run_sets(pair, swaps, test, partial, request, load, process)
-    if not process.is_main:
-        return
-    compared = compare(records, own, seed) if own else None
-    payload = {**(facts or {}), "comparison": compared, "sets": summary(records, seed), "request": request}
-    if own:
-        import torch
-
-        intervals(payload["sets"], records, seed)
-        places(payload["sets"], own)
-        units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
-        results.write_tensors(path.with_suffix(".pt"), units)
-        if figure is not None:
-            figure(path.with_suffix(""), payload)
-        else:
-            draw(path.with_suffix(""), payload["sets"], compared, pair.n_layers, own)
-    described = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
-    head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "gate": passed}
-    results.write_json(path, payload, results.header(SCHEMA, **head, device=str(process.device)))
-    partial.unlink(missing_ok=True)
-    say(payload["sets"], compared, passed)
-
-
-def run_sets(
-    pair: surgery.Pair, swaps: list[Swap], test: Test, partial: Path, request: dict, load: Callable,
-    process: Process,
-) -> list[dict]:  # fmt: skip
-    """Measure base, target and every swap; the records in that order, each with `name` and `layers`; [] on all
-    processes but the first.
-
-    After every round of sets, one a process, lines are added to `partial`; a killed run goes on from there when
-    `request` is the same, with any number of processes.
-
-    Args:
-        load: ModelRef -> (model, tokenizer).
-    """
-    swaps = [Swap("base", [], None), Swap("target", [], None), *swaps]
-    by_key = {_key(swap.name, swap.layers): swap for swap in swaps}
-    notes = journal.Journal(partial, request) if process.is_main else None
-    loaded: tuple = ()
-
-    def measured(swap: Swap) -> dict:
-        nonlocal loaded
-        if swap.name == "base":
+    def load(role: str):
+        tokenizers[role] = tokenization.load_tokenizer(models[role], run, pair.base_ref)
+        if role == "base":
             loading.prefetch(pair.target_ref)
-            return test.on(*_with_arch(pair, load(pair.base_ref)), pair.base_ref.spec)
-        if not loaded:
-            model, tokenizer = load(pair.target_ref)
-            if any(parameter.is_meta for parameter in model.parameters()):
-                raise InputError(f"{pair.target_ref.spec} does not fit on the GPUs whole, as swaps in memory need it")
-            loaded = model, tokenizer, surgery.Swapper(model, pair)
-        model, tokenizer, swapper = loaded
-        if swap.recipe is None:
-            return test.on(model, pair.arch, tokenizer, pair.target_ref.spec)
-        with swapper.applied(swap.recipe):
-            return test.on(model, pair.arch, tokenizer, f"{swap.name} {swap.layers}")
+        model = loading.load_model(models[role], dtype, process.device, process.device_map)
+        loading.announce(model, models[role])
+        return model
 
-    def named(key: str) -> dict:
-        swap = by_key[key]
-        return {"name": swap.name, "layers": swap.layers, **swap.facts} | measured(swap)
+    def measured(model, what: Condition) -> dict:
+        name = f"{what.name} {what.facts['layers']}" if what.key else models[what.of].spec
+        return test.on(model, pair.arch, tokenizers[what.of], name)
 
-    journal.complete(notes, process, by_key, named, "swapped sets")
-    return [notes.done[key] for key in by_key] if process.is_main else []
+    def write(records: list[dict], request: dict) -> None:
+        compared = compare(records, own, seed) if own else None
+        payload = {**(facts or {}), "comparison": compared, "sets": summary(records, seed), "request": request}
+        if own:
+            import torch
 
+            intervals(payload["sets"], records, seed)
+            places(payload["sets"], own)
+            units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
+            results.write_tensors(path.with_suffix(".pt"), units)
+            if figure is not None:
+                figure(path.with_suffix(""), payload)
+            else:
+                draw(path.with_suffix(""), payload["sets"], compared, pair.n_layers, own)
+        described = {role: ref.describe() for role, ref in models.items()}
+        head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "gate": passed}
+        results.write_json(path, payload, results.header(SCHEMA, **head, device=str(process.device)))
+        say(payload["sets"], compared, passed)
 
-def _with_arch(pair: surgery.Pair, loaded: tuple) -> tuple:
-    model, tokenizer = loaded
-    return model, pair.arch, tokenizer
-
-
-def _key(name: str, layers: list[int]) -> str:
-    return f"{name} {layers}"
+    ends = [Condition(role, {}, facts={"layers": []}, of=role) for role in models]
+    conditions.measure(
+        path, SCHEMA, request, [*ends, *swaps], load, measured, write, process, overwrite, "another output folder"
+    )
 
 
 # --- what it says ---

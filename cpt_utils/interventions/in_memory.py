@@ -1,0 +1,139 @@
+"""A swap in a loaded model of the target, undone bit by bit; nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.interventions import values
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.interventions.surgery import Edit, Pair, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass
+class Swapper:
+    """Applies recipes to a loaded model of C, with exactly the numbers that the written folder would have.
+
+    A swap puts other tensors in the place of the model's and the model's own back at the end, so leaving it restores
+    every bit and costs nothing. What was computed for one recipe is kept for the next ones up to `cache_bytes`.
+    Where several tensors on disk are one in memory (experts), the swap works on a copy of that one.
+    """
+
+    pair: Pair
+    cache_bytes: int = 4 << 30
+    _cache: OrderedDict = field(default_factory=OrderedDict, repr=False)
+    _said: bool = field(default=False, repr=False)
+
+    def condition(self, name: str, recipe: Recipe, **facts) -> Condition:
+        """The recipe as a condition of the loaded target; `facts` stand in its record."""
+        return Condition(name, recipe.key, functools.partial(self.applied, recipe=recipe), facts)
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module, recipe: Recipe) -> Iterator[nn.Module]:
+        """`model` with the recipe's edits, until the block ends (also by an exception).
+
+        Raises:
+            InputError: weights of the model wait on the disk, or one of two tied tensors alone is edited.
+        """
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise InputError(f"{self.pair.target_ref.spec} does not fit on the GPUs whole, as swaps in memory need it")
+        if not self._said:
+            values.say_conversions(self.pair, recipe)
+            self._said = True
+        grouped = recipe.by_tensor()
+        places = self.pair.arch.module_places(grouped, model, self.pair.target.shape)
+        replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (tensor, its own values)
+        self._refuse_untying(model, set(grouped))
+        try:
+            for name, edits in grouped.items():
+                place = places[name]
+                held = _held(model, place.name)
+                again = id(held) in replaced  # a head that is tied to the embeddings
+                held, own = replaced.setdefault(id(held), (held, held.data))
+                if place.whole:
+                    found = self._values(name, edits, own)
+                    if again and not found.equal(held.data):
+                        raise InputError(_untied(self.pair.base_ref, name))
+                    held.data = found
+                    continue
+                found = self._values(name, edits, place.view(own))
+                if held.data_ptr() == own.data_ptr():
+                    held.data = own.clone()
+                place.view(held.data).copy_(found)
+            yield model
+        finally:
+            for held, own in replaced.values():
+                held.data = own
+
+    def _refuse_untying(self, model: nn.Module, edited: set[str]) -> None:
+        """Refuse an edit of one of two tensors on disk that are one in memory: the written folder would have two."""
+        names = self.pair.arch.embedding_tensors(self.pair.target.names())
+        if edited.isdisjoint(names):
+            return
+        together: dict[int, set[str]] = {}
+        for name, place in self.pair.arch.module_places(names, model, self.pair.target.shape).items():
+            together.setdefault(id(_held(model, place.name)), set()).add(name)
+        for group in together.values():
+            if edited & group and group - edited:
+                raise InputError(_untied(self.pair.target_ref, min(group - edited)))
+
+    def _values(self, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
+        key = (name, own.dtype, str(own.device), json.dumps([edit.describe() for edit in edits]))
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        found = _in_memory(self.pair, name, edits, own)
+        if all(edit.function is None for edit in edits) and found.nbytes <= self.cache_bytes:
+            self._cache[key] = found
+            while sum(held.nbytes for held in self._cache.values()) > self.cache_bytes:
+                self._cache.popitem(last=False)
+        return found
+
+
+def _untied(ref: refs.ModelRef, name: str) -> str:
+    return (
+        f"{name} of {ref.spec} would differ from the embeddings that it is tied to in memory; write the swap as a "
+        "folder, which loaders then do not tie"
+    )
+
+
+def _held(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of a dotted name."""
+    module, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(module), last)
+
+
+def _in_memory(pair: Pair, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
+    """The edited tensor as the model, which holds `own` in its place, would have loaded it from the written folder."""
+    import torch
+
+    shape = pair.target.shape(name)
+    if tuple(own.shape) != tuple(shape):
+        raise InputError(
+            f"{name} is {list(shape)} in {pair.target_ref.spec} and {list(own.shape)} in the loaded model; "
+            "load the target itself"
+        )
+    found = torch.empty(shape, dtype=own.dtype, device=own.device)
+    flat, position = values.rows_of(found), 0
+    for block in values.blocks(pair, name, edits):
+        flat[position : position + block.shape[0]].copy_(block)
+        position += block.shape[0]
+    return found
+
+
+@contextlib.contextmanager
+def apply(model: nn.Module, recipe: Recipe, pair: Pair) -> Iterator[nn.Module]:
+    """One recipe on a loaded model of C; see `Swapper` for many."""
+    with Swapper(pair, cache_bytes=0).applied(model, recipe):
+        yield model

@@ -1,0 +1,208 @@
+"""A swap as a complete model folder, written shard by shard along the target's own files and read back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import folders, refs, tensors, tokenization, tokenizer_id
+from cpt_utils.interventions import values
+from cpt_utils.interventions.surgery import Edit, Pair, Recipe, identity
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = "swap"
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+
+
+def write_model(
+    pair: Pair, recipe: Recipe, out: str | os.PathLike, run: str | os.PathLike | None = None, overwrite: bool = False
+) -> dict:
+    """Write C with the recipe's edits as a complete model folder; returns its record (the content of swap.json).
+
+    An `out` that holds the same request, finished, is kept. An unfinished `<out>.partial` of ours is started again.
+    Memory: about 100 MB beside the largest tensor, whatever the size of the models.
+
+    Args:
+        run: folder of the run, for tokenizer files that the checkpoint itself lacks.
+        overwrite: redo and replace a finished swap. Folders with other content are refused all the same.
+
+    Raises:
+        InputError: `out` or its .partial holds something else, no space, damaged weights, a conversion that overflows.
+    """
+    out = Path(os.path.abspath(out))
+    request = _request(pair, recipe, run)
+    found = _existing(out, request, overwrite)
+    if found is not None:
+        cli.say(f"{out} is there already, from the same base, target and recipe: kept")
+        return found
+    unlike = pair.unlike(recipe)
+    if unlike:
+        named = "; ".join(f"{name} ({why})" for name, why in list(unlike.items())[:4])
+        more = f" and {len(unlike) - 4} more" if len(unlike) > 4 else ""
+        cli.once(f"outside the swap base and target differ; the target's are kept: {named}{more}")
+    side = _side_files(pair, run)
+    edits = recipe.by_tensor()
+    pair.base.fetch({edit.base_tensor for edit in recipe.edits})
+    files, index = folders.layout_of(pair.target)
+    parts = {file.name: folders.spans(file, _places(pair, edits)) for file in files}
+    size = sum(file.size for file in files)
+    needed = size + sum(path.stat().st_size for path in side.values()) + (1 << 20)
+
+    def contents(name: str) -> Iterator[memoryview]:
+        return _contents(pair, name, edits)
+
+    try:
+        folders.remove_unfinished(out)
+        folders.refuse_full_disk(out, needed)
+        changed = values.say_conversions(pair, recipe)
+        bar = cli.progress(desc=f"writing {out.name}", total=2 * size, unit="B")
+        bar.unit_scale = True
+        with folders.new_folder(out) as partial, bar:
+            folders.write_files(_checked(pair, files, edits), parts, contents, partial, bar)
+            for name, path in side.items():
+                shutil.copyfile(path, partial / name)
+            if pair.target_ref.is_adapter:  # its vocabulary may be larger than that of the base whose file was copied
+                (partial / "config.json").write_text(json.dumps(pair.config, indent=2) + "\n", encoding="utf-8")
+            if index is not None:
+                (partial / tensors.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            return _record(pair, recipe, request, partial, changed, unlike)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"the disk is full: {out} needs {needed / 1e9:.2f} GB; nothing was left behind") from error
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def _request(pair: Pair, recipe: Recipe, run: str | os.PathLike | None) -> dict:
+    """What two calls must share for one's result to serve the other."""
+    home = os.fspath(run) if run else None
+    facts = {"base": identity(pair.base_ref), "target": identity(pair.target_ref)}
+    facts["tokenizer"] = tokenizer_id.tokenizer_used(pair.target_ref, home, pair.base_ref)
+    return json.loads(json.dumps(facts | {"recipe": recipe.facts, "edits": recipe.edits_digest}))
+
+
+def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:
+    """The record of a finished swap that serves the request; None when `out` is free to be written.
+
+    Raises:
+        InputError: `out` holds anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / folders.RECORD).is_file():
+        raise InputError(f"{out} holds something that this collection did not write; choose another place or remove it")
+    record, head = results.read_json(out / folders.RECORD, schema=SCHEMA)
+    if not head:
+        raise InputError(f"{out} holds a {folders.RECORD} that is not ours; choose another place or remove it")
+    if overwrite:
+        return None
+    if record.get("request") != request:
+        raise InputError(
+            f"{out} holds another swap ({record.get('recipe')}, base {head['models']['base']['spec']}, target "
+            f"{head['models']['target']['spec']}); choose another place, remove it, or give --overwrite"
+        )
+    for name, size in record["files"].items():
+        if not (out / name).is_file() or (out / name).stat().st_size != size:
+            raise InputError(f"{out / name} was changed after the swap was written; remove {out}, or give --overwrite")
+    return {results.HEADER: head, **record}
+
+
+def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
+    """Configuration and tokenizer files to copy: name -> path."""
+    own = Path(pair.target_ref.config_folder())
+    found = {name: own / name for name in CONFIG_FILES if (own / name).is_file()}
+    if pair.config.get("auto_map"):  # for those who run it; nothing here does
+        code = Path((pair.target_ref.adapted or pair.target_ref).folder(["*.py"]))
+        found |= {path.name: path for path in sorted(code.glob("*.py"))}
+    folder = Path(tokenization.tokenizer_folder(pair.target_ref, os.fspath(run) if run else None, pair.base_ref))
+    found |= {name: folder / name for name in refs.TOKENIZER_FILES if (folder / name).is_file()}
+    return found
+
+
+def _places(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
+    """Where each tensor's bytes are: in the target's file, in another one, or nowhere as such."""
+
+    def place(name: str, entry: tensors.Entry) -> tuple[Path, int] | bool | None:
+        if name not in edits and pair.target.kind == "safetensors":
+            return True
+        if name in edits and not _copies_bytes(pair, edits[name], entry):
+            return None
+        source, stored = (pair.base, edits[name][0].base_tensor) if name in edits else (pair.target, name)
+        folder = source.folder_of(stored)  # of an adapter's own tensors the base's, if it leaves them alone
+        return (folder.path / folder.shard_of(stored), folder.entry(stored).start) if folder else None
+
+    return place
+
+
+def _copies_bytes(pair: Pair, edits: list[Edit], entry: tensors.Entry) -> bool:
+    """Whether the tensor is B's, whole and unconverted: then its bytes go from file to file."""
+    only = edits[0]
+    whole = len(edits) == 1 and only.whole and only.function is None
+    folder = pair.base.folder_of(only.base_tensor) if whole else None
+    return folder is not None and folder.entry(only.base_tensor).dtype == entry.dtype
+
+
+def _checked(pair: Pair, files: list[folders.WeightFile], edits: dict[str, list[Edit]]) -> Iterator[folders.WeightFile]:
+    """The files; before each one, NaN and infinity are refused in the tensors that the kernel will copy from B."""
+    for file in files:
+        for name, entry in file.entries.items():
+            if name in edits and _copies_bytes(pair, edits[name], entry):
+                values.refuse_not_finite(pair, edits[name][0], pair.base.get(edits[name][0].base_tensor))
+        yield file
+
+
+def _contents(pair: Pair, name: str, edits: dict[str, list[Edit]]) -> Iterator[memoryview]:
+    """The bytes of a tensor, block by block."""
+    import torch
+
+    if name in edits:
+        blocks = values.blocks(pair, name, edits[name])
+    else:
+        blocks = _own_blocks(pair.target, name)
+    for block in blocks:
+        yield memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _own_blocks(target: tensors.TensorFolder, name: str) -> Iterator[torch.Tensor]:
+    shape = target.shape(name)
+    if not shape:
+        yield target.get(name).view(1)
+        return
+    row = tensors.numel(shape[1:]) * target.dtype(name).itemsize
+    for start, stop in tensors.chunks(shape[0], row, values.BLOCK):
+        yield target.rows(name, start, stop)
+
+
+def _record(pair: Pair, recipe: Recipe, request: dict, partial: Path, changed: dict, unlike: dict) -> dict:
+    moved, total = pair.share(recipe)
+    edited, written = len(recipe.by_tensor()), len(pair.target.names())
+    names = sorted(name for name in os.listdir(partial) if name != folders.MARKER)
+    payload = {
+        "recipe": recipe.words,
+        "request": request,
+        "parameters_from_base": moved,
+        "parameters": total,
+        "from_base": [edit.describe() for edit in recipe.edits],
+        "conversions": changed,
+        "kept_though_unlike": unlike,
+        "verification": {"tensors_read_back_and_equal": written, "edited": edited, "as_target": written - edited},
+        "files": {name: (partial / name).stat().st_size for name in names},
+    }
+    models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
+    head = results.header(SCHEMA, models=models, n_layers=pair.n_layers)
+    results.write_json(partial / folders.RECORD, payload, head)
+    return {results.HEADER: head, **payload}
