@@ -56,7 +56,7 @@ def sentence_vectors(
 
     from cpt_utils.models import loading
     from cpt_utils.models.batching import for_each, padded
-    from cpt_utils.models.hooks import pooled_states
+    from cpt_utils.models.states import pooled_states
 
     vectors, device = None, loading.input_device(model)
 

@@ -28,7 +28,7 @@ from cpt_utils.interventions.activations import silenced
 from cpt_utils.measures import compare
 from cpt_utils.models import loading
 from cpt_utils.models.batching import padded
-from cpt_utils.models.hooks import pooled_states
+from cpt_utils.models.states import pooled_states
 
 Counter = load_script("lsn/activation.py").Counter
 Activations = load_script("lsn/lsn_activation_cpt.py").Activations

@@ -12,7 +12,7 @@ from helpers import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, tokenization
-from cpt_utils.models import hooks, loading, scoring
+from cpt_utils.models import loading, scoring, states
 from cpt_utils.models.batching import padded
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_a_model_that_is_spread_computes_the_same(place, dtype, tmp_path, capsys
     assert loading.input_device(spread) == CPU
     ids, mask = padded([[5, 9, 17, 40, 3], [7, 8]], 0)
     arch = archs.for_config(whole.config)
-    one, other = (hooks.pooled_states(model, arch, ids, mask) for model in (whole, spread))
+    one, other = (states.pooled_states(model, arch, ids, mask) for model in (whole, spread))
     assert torch.equal(one, other)
     assert scoring.text_nlls(whole, tiny_tokenizer(), TEXTS) == scoring.text_nlls(spread, tiny_tokenizer(), TEXTS)
     loading.announce(spread, ref)

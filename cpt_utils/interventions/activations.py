@@ -1,4 +1,4 @@
-"""A model without some of its FFN neurons."""
+"""A model whose activations are edited while it runs: without some of its FFN neurons."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.models import ffn
+from cpt_utils.models.trace import trace
 
 if TYPE_CHECKING:
     import torch
@@ -43,21 +44,22 @@ def silenced(model: nn.Module, arch: Arch, mask: Mask) -> Iterator[nn.Module]:
                     )
                     stack.enter_context(columns)
                 else:
-                    stack.callback(arch.down_module(model, layer).register_forward_pre_hook(_silence(index)).remove)
+                    stack.enter_context(trace((arch.down_module(model, layer), "input", _zeros(index))))
         yield model
 
 
-def _silence(index: torch.Tensor) -> Callable:
+def _zeros(index: torch.Tensor) -> Callable:
+    """Sets the entries `index` of the last dimension to zero."""
     import torch
 
     on = functools.cache(index.to)  # copied to a device once, not in every pass
 
-    def hook(_module, args):
+    def edit(value: torch.Tensor) -> torch.Tensor:
         # In place where nothing is differentiated: the product that comes in here is nobody else's.
         fill = torch.Tensor.index_fill if torch.is_grad_enabled() else torch.Tensor.index_fill_
-        return (fill(args[0], -1, on(args[0].device), 0), *args[1:])
+        return fill(value, -1, on(value.device), 0)
 
-    return hook
+    return edit
 
 
 @contextlib.contextmanager

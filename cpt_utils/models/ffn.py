@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures.arch_parts import Neurons, below
 from cpt_utils.base.errors import InputError
 from cpt_utils.models import loading
+from cpt_utils.models.trace import StopForward, trace
 
 if TYPE_CHECKING:
     import torch
@@ -69,10 +70,6 @@ def blocks(ids: torch.Tensor, size: int, tokens: int, name: str = "the id file")
 # --- forward passes that end early ---
 
 
-class _Enough(Exception):
-    """Raised inside a hook when everything that was wanted has been read."""
-
-
 class Reader:
     """Forward passes of the decoder that hand over the activations of `layers` (ascending) and end behind the last one.
 
@@ -85,6 +82,7 @@ class Reader:
         self.model, self.arch, self.before = model, arch, before and arch.before
         self.groups = {layer: arch.neurons(config, layer) for layer in layers}
         self.groups = {layer: groups for layer, groups in self.groups.items() if groups}
+        self._side = "input" if self.before else "output"
 
     @property
     def experts(self) -> int:
@@ -101,14 +99,14 @@ class Reader:
 
         if not self.groups:
             return
+        self._left = {group.first for group in self.groups[max(self.groups)]}  # to be read in the last layer
         with contextlib.ExitStack() as stack:
-            self._left = {group.first for group in self.groups[max(self.groups)]}  # to be read in the last layer
+            points: list[tuple] = []
             for layer, groups in self.groups.items():
                 for group in groups:
-                    hook = self._routed if group.experts else self._dense
-                    for handle in hook(layer, group, functools.partial(read, layer, group)):
-                        stack.callback(handle.remove)
-            stack.enter_context(contextlib.suppress(_Enough))
+                    at = self._routed if group.experts else self._dense
+                    points += at(layer, group, functools.partial(read, layer, group), stack)
+            stack.enter_context(trace(*points))
             stack.enter_context(torch.inference_mode())
             ids = ids.to(loading.input_device(self.model), torch.long)
             self.arch.decoder(self.model)(input_ids=ids, use_cache=False)
@@ -117,23 +115,23 @@ class Reader:
         if layer == max(self.groups):
             self._left.discard(group.first)
             if not self._left:
-                raise _Enough
+                raise StopForward
 
-    def _dense(self, layer: int, group: Neurons, read: Callable) -> list:
+    def _dense(self, layer: int, group: Neurons, read: Callable, _stack) -> list[tuple]:
         module, start, stop = group.unit
         act = None if self.before or group.activation else _function(self.arch.function)
 
-        def hook(_module, _args, output) -> None:
+        def see(output: torch.Tensor) -> None:
             if self.before or act is not None:
                 output = output[..., start:stop]
             read(output if act is None else act(output), None)
             self._end(layer, group)
 
         read_at = module if self.before or act is not None else group.activation
-        return [self.arch.in_layer(self.model, layer, read_at).register_forward_hook(hook)]
+        return [(self.arch.in_layer(self.model, layer, read_at), "output", see)]
 
-    def _routed(self, layer: int, group: Neurons, read: Callable) -> list:
-        """Hooks around the experts of a layer, for those ways to run them that call their nonlinearity."""
+    def _routed(self, layer: int, group: Neurons, read: Callable, stack: contextlib.ExitStack) -> list[tuple]:
+        """Points around the experts of a layer, for those ways to run them that call their nonlinearity."""
         import torch
 
         at, experts = self.arch.experts_at, self.arch.experts_module(self.model, layer)
@@ -141,7 +139,7 @@ class Reader:
             return self._scored(layer, group, read)
         left = torch.empty(0)  # the expert of each row that the nonlinearity has not seen yet
 
-        def begin(_module, args) -> None:
+        def begin(args: tuple) -> None:
             nonlocal left
             left = args[1].reshape(-1)
             if experts.config._experts_implementation != "batched_mm":  # all others go expert by expert
@@ -154,65 +152,60 @@ class Reader:
             if not len(left):
                 self._end(layer, group)
 
-        def end(_module, _args, _output) -> None:
+        def end(_output) -> None:
             if len(left):
                 raise InputError(
                     f"the experts' activations cannot be read under experts_implementation "
                     f"{experts.config._experts_implementation!r}; load the model with grouped_mm or eager"
                 )
 
-        around = [experts.register_forward_pre_hook(begin), experts.register_forward_hook(end)]
+        around = [(experts, "inputs", begin), (experts, "output", end)]
         if not group.activation:
-            return [
-                *around,
-                _Intercepted(experts, lambda gate: take(gate if self.before else at.function(experts, gate))),
-            ]
-        activation = self.arch.in_layer(self.model, layer, group.activation)
-        if self.before:
-            return [*around, activation.register_forward_pre_hook(lambda _module, args: take(args[0]))]
-        return [*around, activation.register_forward_hook(lambda _module, _args, output: take(output))]
+            gates = _intercepted(experts, lambda gate: take(gate if self.before else at.function(experts, gate)))
+            stack.enter_context(gates)
+            return around
+        return [*around, (self.arch.in_layer(self.model, layer, group.activation), self._side, take)]
 
-    def _scored(self, layer: int, group: Neurons, read: Callable) -> list:
-        """Hooks where every expert computes every token, and the router's score of those not chosen is 0."""
+    def _scored(self, layer: int, group: Neurons, read: Callable) -> list[tuple]:
+        """Points where every expert computes every token, and the router's score of those not chosen is 0."""
         at, scores = self.arch.experts_at, None
 
-        def score(_module, _args, output) -> None:
+        def score(output: torch.Tensor) -> None:
             nonlocal scores
-            scores = output[0]  # [tokens, experts]
+            scores = output  # [tokens, experts]
 
-        def hook(_module, args, output) -> None:
-            value = (args[0] if self.before else output).view(group.experts, -1, group.width)
-            for expert, tokens in enumerate(value):
+        def see(value: torch.Tensor) -> None:
+            for expert, tokens in enumerate(value.view(group.experts, -1, group.width)):
                 rows = scores[:, expert].nonzero()[:, 0]
                 read(tokens[rows], rows.new_full((len(rows),), expert))
             self._end(layer, group)
 
         router = self.arch.in_layer(self.model, layer, below(at.block, at.router))
         activation = self.arch.in_layer(self.model, layer, group.activation)
-        return [router.register_forward_hook(score), activation.register_forward_hook(hook)]
+        return [(router, "output", score), (activation, self._side, see)]
 
 
-class _Intercepted:
-    """Hands the gates' outputs to `see` where experts have a function in the place of a module, until it is removed."""
+@contextlib.contextmanager
+def _intercepted(experts: nn.Module, see: Callable) -> Iterator[None]:
+    """Hands the gates' outputs to `see` where experts have a function in the place of a module."""
+    name = "act_fn" if callable(vars(experts).get("act_fn")) else "_apply_gate"
+    own = getattr(experts, name)
 
-    def __init__(self, experts: nn.Module, see: Callable):
-        self.experts, self.name = experts, "act_fn" if callable(vars(experts).get("act_fn")) else "_apply_gate"
-        self.own = own = getattr(experts, self.name)
-
-        def apply(x):
-            if self.name == "_apply_gate":  # gate and up together
-                see(x[..., : x.shape[-1] // 2] if experts.is_concatenated else x[..., ::2])
-            else:
-                see(x)
-            return own(x)
-
-        setattr(experts, self.name, apply)
-
-    def remove(self) -> None:
-        if self.name == "act_fn":
-            self.experts.act_fn = self.own
+    def apply(x):
+        if name == "_apply_gate":  # gate and up together
+            see(x[..., : x.shape[-1] // 2] if experts.is_concatenated else x[..., ::2])
         else:
-            del self.experts._apply_gate  # the class's own is seen again
+            see(x)
+        return own(x)
+
+    setattr(experts, name, apply)
+    try:
+        yield
+    finally:
+        if name == "act_fn":
+            experts.act_fn = own
+        else:
+            del experts._apply_gate  # the class's own is seen again
 
 
 def _function(name: str) -> Callable:

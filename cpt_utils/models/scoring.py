@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpt_utils.base.errors import InputError
-from cpt_utils.models import encoding, hooks, loading
+from cpt_utils.models import encoding, loading
 from cpt_utils.models.batching import encode, for_each, padded, positions
+from cpt_utils.models.trace import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,7 +155,12 @@ def _losses(model: PreTrainedModel, sequences: list[list[int]], pad: int, wanted
     flat = [(row, at, token) for row, pairs in enumerate(wanted) for at, token in pairs]
     rows, columns, targets = torch.tensor(flat, dtype=torch.long).view(-1, 3).T.to(loading.input_device(model))
     ids, mask = (t.to(rows.device) for t in padded(sequences, pad))
-    with torch.inference_mode(), hooks.head_on(model.get_output_embeddings(), rows, columns):
+
+    def asked_for(hidden: torch.Tensor) -> torch.Tensor:
+        # The model's own code goes on from there, so that its scale or soft cap of logits is applied to these.
+        return hidden[rows.to(hidden.device), columns.to(hidden.device)][None]
+
+    with torch.inference_mode(), trace((model.get_output_embeddings(), "input", asked_for)):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         targets = targets.to(logits.device)
         losses = [

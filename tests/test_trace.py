@@ -1,4 +1,4 @@
-"""Hooks are removed, outputs untupled, and pooled states equal a mean over `output_hidden_states`."""
+"""Traces read, edit, stop and are removed; pooled states equal a mean over `output_hidden_states`."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from cpt_utils.architectures.archs import for_config
 from cpt_utils.base.errors import InputError
 from cpt_utils.models import batching
 from cpt_utils.models.batching import batches, for_each, padded
-from cpt_utils.models.hooks import hooked, pooled_states, submodule, untuple
+from cpt_utils.models.states import pooled_states
+from cpt_utils.models.trace import StopForward, trace, untuple
 
 SEQUENCES = [[5, 9, 17, 40, 3], [7, 8], [30, 31, 32, 33, 34, 35, 36, 37], [250]]
 
@@ -94,15 +95,50 @@ def test_hooks_are_removed_also_when_the_forward_fails():
     def broken(_):
         raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"), hooked((model.model.norm, "output", broken)):
+    with pytest.raises(RuntimeError, match="broken"), trace((model.model.norm, "output", broken)):
         model(torch.tensor([[1, 2]]))
     assert not model.model.norm._forward_hooks
     model(torch.tensor([[1, 2]]))
 
 
-def test_a_module_that_is_not_there_is_named_with_its_neighbours():
-    with pytest.raises(InputError, match=r"no module model\.layers\.0\.mlp\.gate_pro;.*gate_proj"):
-        submodule(tiny_model("llama"), "model.layers.0.mlp.gate_pro")
+def test_what_goes_in_or_comes_out_is_read_edited_or_the_end():
+    """Against the same done by hand: the model's own modules, one after the other."""
+    model, ids = tiny_model("llama", dtype="float64"), torch.tensor([[1, 2, 3]])
+    layer, seen, whole = model.model.layers[1], [], model(ids).logits
+
+    def halved(hidden):
+        return hidden / 2
+
+    with trace((layer, "input", lambda hidden: seen.append(hidden.clone())), (layer, "inputs", seen.append)):
+        assert torch.equal(model(ids).logits, whole)
+    assert torch.equal(seen[0], seen[1][0])
+    with trace((layer.mlp, "output", halved), (layer.mlp, "input", halved)):
+        edited = model(ids).logits
+    mlp = layer.mlp.forward
+    layer.mlp.forward = lambda hidden: mlp(hidden / 2) / 2
+    assert torch.equal(model(ids).logits, edited) and not torch.equal(edited, whole)
+    del layer.mlp.forward
+    # Attention gives a tuple, and gets its hidden states as a keyword.
+    with trace((layer.self_attn, "output", halved), (layer.self_attn, "input", halved)):
+        edited = model(ids).logits
+    attention = layer.self_attn.forward
+
+    def by_hand(hidden_states, **kwargs):
+        found, weights = attention(hidden_states / 2, **kwargs)
+        return found / 2, weights
+
+    layer.self_attn.forward = by_hand
+    assert torch.equal(model(ids).logits, edited) and not torch.equal(edited, whole)
+    del layer.self_attn.forward
+
+    def enough(_hidden):
+        raise StopForward
+
+    ran = []
+    with trace((layer, "output", enough), (model.model.layers[2], "input", ran.append)):
+        model(ids)
+        ran.append("after the pass")
+    assert not ran and torch.equal(model(ids).logits, whole)
 
 
 def test_batches_cover_every_sequence_once_longest_first():
