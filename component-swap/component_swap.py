@@ -20,9 +20,8 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, folders, opening, refs
 from cpt_utils.interventions import components, in_memory, on_disk, surgery
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import controls, evaluation, gate, layer_lists
+from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_figure
 
-drawn = cli.sibling("component-swap/component_figure.py")
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SCHEMA = "component-swap"
@@ -281,7 +280,7 @@ def measure(
     }
     path = out / "controls.json"
     controls.measure(
-        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, drawn.draw, passed
+        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, draw, passed
     )  # fmt: skip
 
 
@@ -289,6 +288,33 @@ def _condition(swapper, name: str, layers: Iterable[int], moved: str, recipe: su
     parameters, total = swapper.pair.share(recipe)
     facts = {"layers": list(layers), "component": moved, "share": parameters / total, **more}
     return swapper.condition(name, recipe, **facts)
+
+
+def draw(path: Path, payload: dict) -> None:
+    """Every swap among the checkpoint and the base, the script's own among random sets; from a controls.json alone."""
+    named = [row for row in payload["sets"] if row["name"] not in ("base", "target", "random")]
+    rows = []
+    # Attention, FFN, embeddings; each swap followed by itself with embeddings, whichever was measured first.
+    for row in sorted(named, key=lambda row: ("afe".index(row["component"][0]), row["name"])):
+        component, _, extra = row["component"].partition("+")
+        meaning = "random" if component == components.EMBEDDINGS else component
+        own = row["name"] == payload["own"]
+        rows.append(swap_figure.row_of(payload, row, _label(row), meaning, own, bool(extra)))
+    own = named[[row["name"] for row in named].index(payload["own"])]
+    n_random = sum(row["name"] == "random" for row in payload["sets"])
+    n_layers = payload.get("n_layers_having", payload["n_layers"])
+    swap_figure.draw(path, rows, f"{n_random} random sets of {len(own['layers'])} of {n_layers} layers")
+
+
+def _label(row: dict) -> str:
+    """ "attention, interface (8 %)": component, place, share of the parameters."""
+    names = [name.removesuffix(f"_{components.EMBEDDINGS}") for name in (row["name"], *row.get("also", ()))]
+    component, _, place = names[0].partition("_")
+    words = {"interface": "interface", "lsn_rich": "LSN-rich"}
+    where = " = ".join(words[name.partition("_")[2]] for name in names) if place else ""
+    shown = {"attention": "attention", "ffn": "FFN", components.EMBEDDINGS: "embeddings, lm_head"}[component]
+    more = " + emb." if "+" in row["component"] else ""
+    return f"{shown}{', ' + where if where else ''}{more} ({100 * row['share']:.0f} %)"
 
 
 # --- the command ---

@@ -16,6 +16,7 @@ Tiny: python layer-swap/layer-swap.py --study demo/tiny.yaml --controls 10
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
 from cpt_utils.interventions import in_memory, on_disk, surgery
-from cpt_utils.measures import controls, evaluation, gate, layer_lists
+from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_figure
 
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
@@ -206,8 +207,16 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
     compared = "semantic_hub" if args.controls else None
     controls.measure(
         pair, swaps, test, path, process, dtype, run_folder(study), args.overwrite, compared, facts, study.seed,
-        passed=head["gate"],
+        functools.partial(draw, n_layers=pair.n_layers), head["gate"],
     )  # fmt: skip
+
+
+def draw(path: Path, payload: dict, n_layers: int) -> None:
+    """The hub swap among random swaps of its size, from the content of a controls.json."""
+    hub = payload["sets"][controls.find(payload["sets"], "semantic_hub")]
+    n_random = sum(row["name"] == "random" for row in payload["sets"])
+    title = f"{len(hub['layers'])} of {n_layers} layers from the base, {n_random} random sets of as many"
+    swap_figure.draw(path, [swap_figure.row_of(payload, hub, "hub swap", "hub")], title, n_layers)
 
 
 def run_folder(study: Study) -> str | None:

@@ -263,18 +263,9 @@ def draw(path: Path, payload: dict) -> None:
             (axes[0], own, "language's neurons"),
             (axes[1], chance, f"random, mean of {len(next(iter(payload['random'].values())))}"),
         ):
-            image = axis.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
-            for i, row in enumerate(values):
-                for j, value in enumerate(row):
-                    shade = "white" if abs(value) > 0.6 * bound else "black"
-                    weight = "bold" if rows[i] == names[j] else "normal"
-                    text = f"{value:+.3f}".replace("0.", ".", 1)
-                    axis.text(j, i, text, ha="center", va="center", color=shade, fontsize=6.5, fontweight=weight)
-            axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
-            axis.set_yticks(range(len(rows)), rows)
+            image = figures.heat_map(axis, values, rows, names, bound, 35)
             axis.set_title(title)
             axis.set_xlabel("evaluated on")
-            axis.tick_params(length=0)
         axes[0].set_ylabel("deactivated")
         fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.9)
         figures.save(fig, path)

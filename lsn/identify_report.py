@@ -80,18 +80,11 @@ def draw_overlap(path: Path, shared: dict) -> None:
     top = max([0.1, *values[np.isfinite(values)]])
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(size, size * 0.85))
-        axis.set_facecolor("0.92")
-        image = axis.imshow(values, cmap="Blues", vmin=0, vmax=top)
+        texts = [["–" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values]
         for i in range(n):
-            for j in range(n):
-                value = values[i, j]
-                text = f"{shared['shared'][i][i]:,}" if i == j else "–" if np.isnan(value) else f"{value:.2f}"
-                colour = "w" if value > 0.6 * top else "k"
-                axis.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
-        axis.set_xticks(range(n), names, rotation=45 if n > 4 and max(map(len, names)) > 3 else 0)
-        axis.set_yticks(range(n), names)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
+            texts[i][i] = f"{shared['shared'][i][i]:,}"
+        rotation = 45 if n > 4 and max(map(len, names)) > 3 else 0
+        image = figures.heat_map(axis, values, names, names, top, rotation, texts, signed=False)
         figure.colorbar(image, label="Jaccard (diagonal: number of neurons)", shrink=0.8)
         figures.save(figure, path)
 

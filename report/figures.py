@@ -17,11 +17,11 @@ from pathlib import Path
 from cpt_utils.base import cli, figures
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.measures import activation_files, evaluation
+from cpt_utils.measures import activation_files
 
 evidence = cli.sibling("report/evidence.py")
 shown = cli.sibling("report/shown.py")
-component_figure = cli.sibling("component-swap/component_figure.py")
+component_swap = cli.sibling("component-swap/component_swap.py")
 Results, Missing = evidence.Results, evidence.Missing
 
 
@@ -38,24 +38,18 @@ def draw_retrieval(
         split: payload of step 2, whose layer l stands at hidden state l + 1.
     """
     accuracy = {step: [value for _, value in sorted(steps[step]["layer_accuracy"])] for step in sorted(steps)}
-    n_layers = len(next(iter(accuracy.values()))) - 1
     trained = [step for step in accuracy if step]
     named = {0, *shown.evenly(trained, 10)}
     shades = {0: figures.colour("base")} | dict(zip(trained, figures.colours(len(trained), ordered=True), strict=True))
     with figures.style() as plt:
         fig, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.7), width_ratios=[1.6, 1], sharey=True)
-        for at in split["semantic_layers"]:
-            label = "semantic hub" if at == split["semantic_layers"][0] else None
-            left.axvspan(at + 0.5, at + 1.5, color=figures.colour("hub"), alpha=0.12, linewidth=0, label=label)
-        for step, values in accuracy.items():
-            label = _step(step) if step in named else None
-            left.plot(values, "-" if step else "--", color=shades[step], marker="o", label=label)
-        if untrained:
-            values = [value for _, value in sorted(untrained["layer_accuracy"])]
-            left.plot(values, ":", color=figures.colour("random"), marker="x", label="untrained")
-        figures.layer_axis(left, n_layers, hidden_states=True)
+        lines = []
+        for step in accuracy:
+            look = {"linestyle": "-" if step else "--", "color": shades[step], "label": _step(step)}
+            lines.append((steps[step]["layer_accuracy"], look if step in named else look | {"label": None}))
+        twin = untrained and untrained["layer_accuracy"]
+        figures.retrieval_axis(left, lines, split["semantic_layers"], twin)
         left.set_ylabel(f"retrieval accuracy\n({lang[0]} to {lang[1]})")
-        left.set_ylim(bottom=0)
         for group, meaning, marker, line in (
             ("semantic_layers", "hub", "o", "-"),
             ("interface_layers", "interface", "s", "--"),
@@ -107,55 +101,6 @@ def draw_change(path: Path, changes: dict[int, dict], accuracy: dict[int, dict],
         figures.save(fig, path)
 
 
-def draw_layer_swap(path: Path, payload: dict, n_layers: int) -> None:
-    """A panel for each measure: bars from the checkpoint's value to that of base, hub swap and random swaps.
-
-    Whiskers of base and hub are bootstrap intervals of the difference from the checkpoint, over the same sentences
-    (documents, rows); the random bar is a mean over sets, its whisker their standard deviation, the circles the sets.
-    """
-    named = {row["name"]: row for row in payload["sets"] if row["name"] != "random"}
-    drawn = [row for row in payload["sets"] if row["name"] == "random"]
-    measures = list(payload["comparison"])
-    with figures.style() as plt:
-        fig, axes = plt.subplots(1, len(measures), figsize=(figures.PAGE, 2.5), squeeze=False)
-        for axis, name in zip(axes[0], measures, strict=True):
-            found = payload["comparison"][name]
-            axis.axhline(found["target"], color=figures.colour("target"), linestyle="--", zorder=3, label="checkpoint")
-            for at, (row, meaning) in enumerate(((named["base"], "base"), (named["semantic_hub"], "hub"))):
-                _bar(axis, at, row["values"][name], found["target"], meaning, (row.get("change") or {}).get(name))
-            _random_bar(axis, 2, found, [row["values"][name] for row in drawn])
-            axis.set_xticks(range(3), ["base", "hub\nswap", "random\nswaps"])
-            axis.set_ylabel(evaluation.MEASURES[name].label.replace(" (", "\n(").replace(", ", ",\n"), fontsize=7)
-            axis.use_sticky_edges = False  # bars stand on the checkpoint's value, and the axis goes on beyond it
-            axis.margins(y=0.1)
-            axis.locator_params(axis="y", nbins=5)
-        swapped = len(named["semantic_hub"]["layers"])
-        title = f"{swapped} of {n_layers} layers from the base; {len(drawn)} random sets of as many"
-        fig.suptitle(title, fontsize=8)
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        figures.save(fig, path)
-
-
-def _bar(axis, at: int, value: float, foot: float, meaning: str, change: dict | None = None) -> None:
-    axis.bar(at, value - foot, 0.7, foot, color=figures.colour(meaning), alpha=0.85, zorder=1)
-    if change:
-        ends = change["mean"] - change["ci_low"], change["ci_high"] - change["mean"]
-        _whisker(axis, at, value, *(max(0.0, end) for end in ends), colour="#777777" if meaning == "base" else "black")
-
-
-def _random_bar(axis, at: int, found: dict, others: list[float]) -> None:
-    _bar(axis, at, found["random_mean"], found["target"], "random")
-    places = [at + 0.5 * ((i + 1) * 0.618034 % 1 - 0.5) for i in range(len(others))]
-    look = {"facecolors": "white", "edgecolors": "black", "linewidths": 0.4, "zorder": 2}
-    axis.scatter(places, others, s=5, label="random set", **look)
-    spread = found["random_sd"] or 0
-    _whisker(axis, at, found["random_mean"], spread, spread)
-
-
-def _whisker(axis, at: float, value: float, below: float, above: float, colour: str = "black") -> None:
-    axis.errorbar(at, value, yerr=[[below], [above]], color=colour, capsize=2.5, linewidth=0.9, zorder=4)
-
-
 def _step(step: int) -> str:
     return f"step {step}" if step else "base"
 
@@ -202,7 +147,8 @@ def change(found: Results, path: Path) -> None:
 
 def layer_swap(found: Results, path: Path) -> None:
     swap, header = found.swap("layer_swap", "semantic_hub")
-    draw_layer_swap(path, swap["payload"], header.get("n_layers") or len(swap["sets"][0]["layer_accuracy"]) - 1)
+    n_layers = header.get("n_layers") or len(swap["sets"][0]["layer_accuracy"]) - 1
+    cli.sibling("layer-swap/layer-swap.py").draw(path, swap["payload"], n_layers)
 
 
 def attention_ffn(found: Results, path: Path) -> None:
@@ -250,11 +196,11 @@ def strengths(found: Results, path: Path) -> None:
 
 
 def attention_swap(found: Results, path: Path) -> None:
-    component_figure.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
+    component_swap.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
 
 
 def ffn_swap(found: Results, path: Path) -> None:
-    component_figure.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
+    component_swap.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
 
 
 def deactivation(found: Results, path: Path) -> None:

@@ -237,8 +237,8 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
     others = iter(figures.colours(len(lines)))
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.9 + 0.1 * max(0, len(lines) - 9)))
+        drawn = []
         for number, (ref, result) in enumerate(lines):
-            x, y = zip(*result["layer_accuracy"], strict=True)
             name, run = Path(ref.spec).name, Path(ref.spec).parent.name
             if ref.step is not None:
                 name = f"{run}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
@@ -246,17 +246,13 @@ def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | 
             alone = ref.step is None or (len(runs) > 1 and len(steps) == 1)  # a colour of its own, not of its step
             shade = shades[ref.step] if not alone else figures.colour("base") if is_base else next(others)
             style = ("-", "--", ":", "-.")[runs.index(run) % 4] if ref.step is not None else "-" if is_base else "--"
-            axis.plot(x, y, style, color=shade, marker="o", label=name)
+            drawn.append((result["layer_accuracy"], {"linestyle": style, "color": shade, "label": name}))
             if number in (0, len(lines) - 1):
                 low, high = zip(*(ci for _, ci in result["layer_accuracy_ci"]), strict=True)
-                axis.fill_between(x, low, high, color=shade, alpha=0.15, linewidth=0)
-        if untrained:
-            x, y = zip(*untrained["layer_accuracy"], strict=True)
-            axis.plot(x, y, ":", color=figures.colour("random"), label="untrained")
+                axis.fill_between(range(len(low)), low, high, color=shade, alpha=0.15, linewidth=0)
+        figures.retrieval_axis(axis, drawn, untrained=untrained and untrained["layer_accuracy"])
         axis.axhline(1 / n, color=figures.colour("chance"), linewidth=0.8, linestyle=(0, (1, 3)), label=f"chance 1/{n}")
-        figures.layer_axis(axis, len(lines[0][1]["layer_accuracy"]) - 1, hidden_states=True)
         axis.set_ylabel("retrieval accuracy")
-        axis.set_ylim(bottom=0)
         axis.set_title(f"{title}, n = {n} sentences")
         figure.legend(loc="outside lower center", ncols=3 if len(runs) < 2 else 2 if len(lines) > 4 else 1)
         figures.save(figure, path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from cpt_utils.base import cli, figures, languages, results
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
+from cpt_utils.measures import controls, swap_figure
 
 
 def read_seed(study: Study) -> dict:
@@ -135,18 +136,17 @@ def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
         for axis, (seed, found) in zip(axes[0], seeds.items(), strict=True):
             steps = sorted(found["retrieval"])
             shades = [figures.colour("base"), *figures.colours(len(steps) - 1, ordered=True)]
-            for layer in found["layers"]["semantic_layers"]:
-                axis.axvspan(layer + 0.5, layer + 1.5, color=figures.colour("hub"), alpha=0.08, linewidth=0)
-            for step, shade in zip(steps, shades, strict=True):
-                x, y = zip(*found["retrieval"][step]["layer_accuracy"], strict=True)
-                axis.plot(x, y, color=shade, marker="o", label=f"step {step}" if step else "base")
-            if found["untrained"]:
-                x, y = zip(*found["untrained"]["layer_accuracy"], strict=True)
-                axis.plot(x, y, ":", color=figures.colour("random"), label="untrained")
+            lines = [
+                (
+                    found["retrieval"][step]["layer_accuracy"],
+                    {"color": shade, "label": f"step {step}" if step else "base"},
+                )
+                for step, shade in zip(steps, shades, strict=True)
+            ]
+            twin = found["untrained"] and found["untrained"]["layer_accuracy"]
+            figures.retrieval_axis(axis, lines, found["layers"]["semantic_layers"], twin)
             axis.set_title(f"seed {seed}")
-            figures.layer_axis(axis, len(x) - 1, hidden_states=True)
             axis.set_xlabel("hidden state")
-            axis.set_ylim(bottom=0)
         axes[0, 0].set_ylabel("retrieval accuracy")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside right center")
@@ -177,34 +177,13 @@ def draw_change(seeds: dict[int, dict], path: Path) -> None:
 
 
 def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
-    """Every swap set of the hub's size as a dot, for each measure and seed; the hub as a diamond."""
-    measures = list(next(iter(seeds.values()))["controls"]["comparison"])
-    with figures.style() as plt:
-        fig, axes = plt.subplots(1, len(measures), figsize=(figures.PAGE, 2.0), sharey=True, squeeze=False)
-        for axis, name in zip(axes[0], measures, strict=True):
-            for place, found in enumerate(seeds.values()):
-                row = found["controls"]["comparison"][name]
-                others = [s["values"][name] for s in found["controls"]["sets"] if s["name"] == "random"]
-                grey = figures.colour("random")
-                axis.scatter(others, [place] * len(others), s=7, facecolors="none", edgecolors=grey, linewidths=0.5)
-                axis.plot(row["own"], place, "D", color=figures.colour("hub"), markersize=4)
-                axis.plot(row["base"], place, "|", color=figures.colour("base"), markersize=9)
-                axis.plot(row["target"], place, "|", color=figures.colour("target"), markersize=9)
-            axis.set_xlabel(name.replace("_", " "))
-            axis.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
-            axis.margins(y=0.3)
-        grey, hub = figures.colour("random"), figures.colour("hub")
-        handles = [
-            plt.Line2D([], [], linestyle="", marker=marker, color=shade, markerfacecolor=face, label=label)
-            for marker, shade, face, label in (
-                ("o", grey, "none", "another set of as many layers"),
-                ("D", hub, hub, "semantic hub"),
-                ("|", figures.colour("base"), None, "base"),
-                ("|", figures.colour("target"), None, "checkpoint"),
-            )
-        ]
-        fig.legend(handles=handles, loc="outside lower center", ncols=4)
-        figures.save(fig, path)
+    """The hub swap of each seed among every other swap of its size."""
+    rows = []
+    for seed, found in seeds.items():
+        payload = found["controls"]
+        hub = payload["sets"][controls.find(payload["sets"], "semantic_hub")]
+        rows.append(swap_figure.row_of(payload, hub, f"seed {seed}", "hub"))
+    swap_figure.draw(path, rows, f"hub swap, {len(seeds)} seeds")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cpt_utils.base import figures, results
 from cpt_utils.base.study import Study
-from cpt_utils.measures import controls
+from cpt_utils.measures import controls, swap_figure
 
 CONDITIONS = ("attention_interface", "attention_lsn_rich", "ffn_interface", "ffn_lsn_rich")
 
@@ -132,41 +132,17 @@ def swap_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
 
 
 def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
-    """For each seed the two swaps among random layers of their own component: retrieval and loss."""
-    measures = {"retrieval_mean": "retrieval accuracy, mean over layers", "nll_per_byte": "NLL per byte"}
-    there = {name for found in seeds.values() for side in ("attention", "ffn") for name in found[side]["comparison"]}
-    measures = {name: label for name, label in measures.items() if name in there}
-    with figures.style() as plt:
-        fig, axes = plt.subplots(
-            1, len(measures), figsize=(figures.PAGE, 0.5 + 0.62 * len(seeds)), sharey=True, squeeze=False
-        )
-        for axis, (measure, label) in zip(axes[0], measures.items(), strict=True):
-            for place, found in enumerate(seeds.values()):
-                for side, own, shift in (("attention", "attention_interface", 0.17), ("ffn", "ffn_lsn_rich", -0.17)):
-                    sets, shade, y = found[side]["sets"], figures.colour(side), place + shift
-                    others = [row["values"][measure] for row in sets if row["name"] == "random"]
-                    axis.scatter(others, [y] * len(others), s=7, facecolors="none", edgecolors=shade, linewidths=0.4)
-                    mine = sets[controls.find(sets, own)]["values"][measure]
-                    axis.plot(mine, y, "D", color=shade, markersize=4, markeredgecolor="black", markeredgewidth=0.5)
-                    for end in ("base", "target"):
-                        value = sets[controls.find(sets, end)]["values"][measure]
-                        axis.plot([value] * 2, [place - 0.35, place + 0.35], color=figures.colour(end), linewidth=1)
-            axis.set_xlabel(label)
-            axis.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
-            axis.set_ylim(-0.6, len(seeds) - 0.4)
-        handles = [
-            plt.Line2D(
-                [], [], linestyle="", marker="D", color=figures.colour("attention"), label="attention, interface"
-            ),
-            plt.Line2D([], [], linestyle="", marker="D", color=figures.colour("ffn"), label="FFN, LSN-rich layers"),
-            plt.Line2D(
-                [], [], linestyle="", marker="o", color="#777777", markerfacecolor="none", label="random layers"
-            ),
-            plt.Line2D([], [], color=figures.colour("base"), label="base"),
-            plt.Line2D([], [], color=figures.colour("target"), label="checkpoint"),
-        ]
-        fig.legend(handles=handles, loc="outside lower center", ncols=5)
-        figures.save(fig, path)
+    """For each seed the two swaps among random layers of their own component."""
+    rows = []
+    for seed, found in seeds.items():
+        for side, own, words in (
+            ("attention", "attention_interface", "attention, interface"),
+            ("ffn", "ffn_lsn_rich", "FFN, LSN-rich layers"),
+        ):
+            payload = found[side]
+            mine = payload["sets"][controls.find(payload["sets"], own)]
+            rows.append(swap_figure.row_of(payload, mine, f"seed {seed}: {words}", side))
+    swap_figure.draw(path, rows, "one component of the base in some layers, among random layers")
 
 
 def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
@@ -180,15 +156,8 @@ def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
         for axis, seed, one in zip(axes[0], seeds, found, strict=True):
             names, rows = one["languages"], list(one["matrix"])
             values = np.array([[one["matrix"][d][e] for e in names] for d in rows])
-            image = axis.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
-            for (i, j), value in np.ndenumerate(values):
-                shade = "white" if abs(value) > 0.6 * bound else "black"
-                own = "bold" if rows[i] == names[j] else "normal"
-                axis.text(j, i, f"{value:+.3f}", ha="center", va="center", color=shade, fontsize=6.5, fontweight=own)
-            axis.set_xticks(range(len(names)), names, rotation=25, ha="right")
-            axis.set_yticks(range(len(rows)), rows)
+            image = figures.heat_map(axis, values, rows, names, bound, 25)
             axis.set_title(f"seed {seed}")
-            axis.tick_params(length=0)
         axes[0, 0].set_ylabel("deactivated")
         fig.supxlabel("evaluated on", fontsize=8)
         fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.95)

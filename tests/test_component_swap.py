@@ -298,7 +298,7 @@ def test_controls_against_written_folders(shared, study):
     own = rows["attention_interface"]["place"]["nll_per_byte"]
     assert own == {key: comparison[key] for key in own}
 
-    component_swap.drawn.draw(study / "again", {key: value for key, value in payload.items() if key != "request"})
+    component_swap.draw(study / "again", {key: value for key, value in payload.items() if key != "request"})
     assert (study / "again.png").read_bytes() == (out / "controls.png").read_bytes()
 
 

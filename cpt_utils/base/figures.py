@@ -108,6 +108,56 @@ def changes_over_steps(path: str | Path, steps: list[int], lines: list[dict], yl
         save(figure, path)
 
 
+def heat_map(
+    axis,
+    values,
+    rows: list[str],
+    columns: list[str],
+    bound: float,
+    rotation: float = 0,
+    texts=None,
+    signed: bool = True,
+):
+    """A matrix [rows, columns] in colour with its numbers in the cells; returns the image, for a colour bar.
+
+    Args:
+        values: a numpy array; NaN stays grey.
+        bound: the value of the darkest colour; `signed` values go from -bound (blue) to bound (red), others from 0.
+        texts: [rows][columns], what stands in the cells; None: the value, bold where row and column have one name.
+    """
+    look = {"cmap": "RdBu_r", "vmin": -bound} if signed else {"cmap": "Blues", "vmin": 0}
+    axis.set_facecolor("0.92")
+    image = axis.imshow(values, vmax=bound, aspect="auto" if signed else "equal", **look)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            text = f"{values[i, j]:+.3f}".replace("0.", ".", 1) if texts is None else texts[i][j]
+            weight = "bold" if texts is None and row == column else "normal"
+            shade = "white" if abs(values[i, j]) > 0.6 * bound else "black"
+            axis.text(j, i, text, ha="center", va="center", color=shade, fontsize=6.5, fontweight=weight)
+    axis.set_xticks(range(len(columns)), columns, rotation=rotation, ha="right" if rotation else "center")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def retrieval_axis(axis, lines: list[tuple[list, dict]], hub: list[int] = (), untrained: list | None = None) -> None:
+    """Retrieval accuracy over hidden states, with the layers of the hub shaded (layer l gives hidden state l + 1).
+
+    Args:
+        lines: (`layer_accuracy` of a result, how the line looks) of each model; `untrained`: that of the twin.
+    """
+    for layer in hub:
+        label = "semantic hub" if layer == hub[0] else None
+        axis.axvspan(layer + 0.5, layer + 1.5, color=colour("hub"), alpha=0.12, linewidth=0, label=label)
+    twin = [(untrained, {"linestyle": ":", "marker": "x", "color": colour("random"), "label": "untrained"})]
+    for accuracy, look in lines + (twin if untrained else []):
+        x, y = zip(*sorted(accuracy), strict=True)
+        axis.plot(x, y, **({"marker": "o"} | look))
+    layer_axis(axis, len(lines[0][0]) - 1, hidden_states=True)
+    axis.set_ylim(bottom=0)
+
+
 def layer_axis(axis, n_layers: int, hidden_states: bool = False) -> None:
     """Integer ticks over layers, at most a dozen of them."""
     last = n_layers if hidden_states else n_layers - 1

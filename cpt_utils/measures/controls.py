@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from cpt_utils.base import cli, figures, results, stats
+from cpt_utils.base import cli, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.processes import Process
 from cpt_utils.checkpoints import tokenization, tokenizer_id
@@ -107,7 +107,7 @@ def measure(
         own: name of the swap to compare with those named "random"; None for no comparison. With it, a figure and the
             per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside `path`.
         facts: payload of the result beside comparison and sets.
-        figure: draws the payload in the place of `draw`: (path without suffix, payload) -> None.
+        figure: draws the payload: (path without suffix, payload) -> None.
         passed: the gate of the layers that are swapped (`gate.carried`), for the header.
 
     Raises:
@@ -152,10 +152,7 @@ def measure(
             places(payload["sets"], own)
             units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
             results.write_tensors(path.with_suffix(".pt"), units)
-            if figure is not None:
-                figure(path.with_suffix(""), payload)
-            else:
-                draw(path.with_suffix(""), payload["sets"], compared, pair.n_layers, own)
+            figure(path.with_suffix(""), payload)
         described = {role: ref.describe() for role, ref in models.items()}
         head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "gate": passed}
         results.write_json(path, payload, results.header(SCHEMA, **head, device=str(process.device)))
@@ -349,42 +346,3 @@ def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict 
         )
     if compared and passed and not passed["passed"]:
         cli.say("none of these places says anything: the layers did not pass the gate")
-
-
-def draw(path: Path, sets: list[dict], compared: dict[str, dict], n_layers: int, own: str) -> None:
-    """Each measure as a strip of random sets, with the set `own` and lines at the base and the target.
-
-    Open circles are sets that hold the first or the last layer, which often decides what a swap costs.
-    """
-    others = [r for r in sets if r["name"] == "random"]
-    mine = next(r for r in sets if r["name"] == own)
-    meaning = "hub" if own == "semantic_hub" else own.partition("_")[0]
-    scatter = random.Random(0)
-    height = [scatter.uniform(-0.35, 0.35) for _ in others]
-    outer = [0 in r["layers"] or n_layers - 1 in r["layers"] for r in others]
-    with figures.style() as plt:
-        fig, axes = plt.subplots(len(compared), figsize=(figures.COLUMN, 0.45 + 0.85 * len(compared)), squeeze=False)
-        for axis, name in zip(axes[:, 0], compared, strict=True):
-            for is_outer, face, label in (
-                (False, figures.colour("random"), "random set"),
-                (True, "none", f"random set with layer 0 or {n_layers - 1}"),
-            ):
-                chosen = [i for i, found in enumerate(outer) if found == is_outer]
-                axis.scatter(
-                    [others[i]["values"][name] for i in chosen],
-                    [height[i] for i in chosen],
-                    s=8, facecolors=face, edgecolors=figures.colour("random"), linewidths=0.5, label=label,
-                )  # fmt: skip
-            for end, line in (("base", ":"), ("target", "--")):
-                axis.axvline(compared[name][end], color=figures.colour(end), linestyle=line, label=end)
-            label = own.replace("_", " ")
-            axis.plot(mine["values"][name], 0, "D", color=figures.colour(meaning), markersize=5, label=label)
-            axis.set_xlabel(MEASURES[name].label)
-            axis.set_ylim(-0.6, 0.6)
-            axis.set_yticks([])
-            axis.spines["left"].set_visible(False)
-        title = f"{len(mine['layers'])} of {n_layers} layers from the base, {len(others)} random sets"
-        axes[0, 0].set_title(title)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=2)
-        figures.save(fig, path)
