@@ -14,6 +14,7 @@ for found in process.rounds(items, measure):      # [(item, measure(item)), ...]
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -51,6 +52,8 @@ class Process:
             from accelerate import PartialState
 
             self.state = PartialState(cpu=cli.device(device).type == "cpu")
+            # Left to the interpreter's end, a thread of the group now and then aborts a process that did all its work.
+            atexit.register(self.state.destroy_process_group)
             self.rank, self.device = self.state.process_index, self.state.device
             if self.device.type == "cpu":  # not "cpu:0": a result is the same whoever made it
                 self.device = cli.device("cpu")
