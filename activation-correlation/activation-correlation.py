@@ -328,7 +328,7 @@ def build_parser():
     p.add_argument("--all-weight-diff-path", metavar="F", help="file of attn_vs_ffn.py; default: the study's")
     p.add_argument("--lsn-weight-diff-path", metavar="F", help="file of gate_lsn.py; default: the study's")
     p.add_argument("--layer-selection-path", metavar="F", help="file of layer_specialize.py; default: the study's")
-    p.add_argument("--output-dir", metavar="DIR", help="default: the study's activation-correlation")
+    p.add_argument("--output-dir", "--output", metavar="DIR", help="default: the study's activation-correlation")
     cli.add_run_flags(p)
     return p
 

@@ -323,15 +323,26 @@ def _label(row: dict) -> str:
 def add_flags(p, own_file: str) -> None:
     """The flags of both scripts; `own_file` ("interface", "lsn_rich") says which layers the swap itself needs."""
     add = p.add_argument
-    add("--base-model", metavar="B", help="base model; default: the study's base")
-    add("--checkpoint-dir", nargs="+", metavar="RUN", help="run of checkpoints, or one; default: the study's run")
+    add("--base-model", "--base", metavar="B", help="base model; default: the study's base")
+    add(
+        "--checkpoint-dir",
+        "--run",
+        nargs="+",
+        metavar="RUN",
+        help="run of checkpoints, or one; default: the study's run",
+    )
     for place, words in (
         ("interface", "file of step 2 with interface_layers"),
         ("lsn_rich", 'LSN-rich layers: a list, {"layers": [..]}, or the file of lsn/identify.py --layers-out'),
     ):
         when = "" if place == own_file else "; only for the crossed controls"
         add(layer_lists.FILES[place].flag, metavar="F", help=f"{words}; default: the study's{when}")
-    add("--output-dir", metavar="OUT", help="folder for the swapped run; default: the study's folder of this script")
+    add(
+        "--output-dir",
+        "--output",
+        metavar="OUT",
+        help="folder for the swapped run; default: the study's folder of this script",
+    )
     controls.add_flag(p, "this swap, in memory on the last checkpoint,")
     add(
         "--crossed-folders",

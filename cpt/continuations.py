@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("--text", metavar="FILE", help="held-out sentences, one a line; default: the study's data.heldout")
     p.add_argument("--language", metavar="LANG", help="their language; default: the study's languages.target")
-    p.add_argument("--out", metavar="FOLDER", help="default: the study's data.task.dir")
+    p.add_argument("--out", "--output", metavar="FOLDER", help="default: the study's data.task.dir")
     p.add_argument("--choices", type=int, default=4, metavar="N", help="continuations to choose from; default 4")
     p.add_argument("--limit", type=cli.positive, metavar="N", help="use only the first N sentences; default: all")
     return p

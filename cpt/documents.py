@@ -439,7 +439,9 @@ def build_parser():
         metavar="N",
         help="of the other lines, how many are used; default: all",
     )
-    p.add_argument("--output-dir", metavar="OUT", help="folder of the documents; default: output of the documents file")
+    p.add_argument(
+        "--output-dir", "--output", metavar="OUT", help="folder of the documents; default: output of the documents file"
+    )
     return p
 
 

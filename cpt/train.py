@@ -403,7 +403,9 @@ def build_parser():
     p.add_argument(
         "--stage", choices=("base", "cpt"), help="take config and folders from the study: its base or its run"
     )
-    p.add_argument("--output-dir", metavar="RUN", help="folder of the run; default: output of the training file")
+    p.add_argument(
+        "--output-dir", "--output", metavar="RUN", help="folder of the run; default: output of the training file"
+    )
     p.add_argument("--from", dest="start", metavar="MODEL", help="model to go on training; default: from of the file")
     p.add_argument(
         "--steps", "--max-steps", type=cli.positive, metavar="N", help="optimizer steps; save_steps beyond are dropped"

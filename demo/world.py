@@ -320,7 +320,7 @@ def claim(out: Path, config: dict, overwrite: bool) -> bool:
 def build_parser():
     p = cli.parser(__doc__)  # "ours": the value in demo/world.yaml, which holds where no other world file changes it
     p.add_argument("--config", metavar="FILE", help="world file; default: train.world of the study, else ours")
-    p.add_argument("--out", metavar="FOLDER", help="folder to write; default: out of the world file")
+    p.add_argument("--out", "--output", metavar="FOLDER", help="folder to write; default: out of the world file")
     p.add_argument(
         "--languages",
         metavar="C,C,..",

@@ -143,6 +143,7 @@ def build_parser():
     add("layers", nargs="?", metavar="LAYERS.json", help="file of step 2; default: the study's")
     add("-o", "--output", metavar="OUT", help="folder for all results; default: the study's layer-swap folder")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: semantic_hub random")
+    cli.add_named_models(p, "BASE", "TARGET: the last, or that of --steps, is the target")
     controls.add_flag(p, "the hub")
     add("--in-memory", action="store_true", help="measure the sets of --methods without writing model folders")
     cli.add_run_flags(p)
@@ -155,15 +156,15 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    base = refs.model(study.value(args.base, "BASE", "base"))
-    target = refs.model(args.target) if args.target else refs.run(study.value(None, "TARGET", "run"), args.steps)[-1]
+    base = cli.named(args.base, args.named_base, "BASE and --base")
+    run = cli.named(args.target, args.named_run, "TARGET and --run")
+    base_ref = refs.model(study.value(base, "BASE", "base"))
+    target = beside.model_or_last(study, args.target, args.named_run, "TARGET", args.steps)
     limit = args.limit if args.controls or args.in_memory else None
-    out = study.output(
-        args.output, "-o", "layer_swap", beside.name(study, args.base, args.target, args.steps, limit, last=True)
-    )
+    out = study.output(args.output, "-o", "layer_swap", beside.name(study, base, run, args.steps, limit, last=True))
     refuse_foreign(out)
     path = study.input(args.layers, "LAYERS.json", "layers", "layer-specialize/layer_specialize.py")
-    with surgery.Pair(base, target) as pair:
+    with surgery.Pair(base_ref, target) as pair:
         interface, head = read_layers(path, pair)
         head["gate"] = gate.carried(path)
         hub = semantic_hub(interface, pair.n_layers)

@@ -247,6 +247,7 @@ def _quiet(logger: str):
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("models", nargs="*", metavar="MODEL", help="models and runs; default: the study's base and run")
+    cli.add_named_models(p, None, "MODEL: or beside other models")
     p.add_argument(
         "--tasks",
         metavar="T,T,..",
@@ -275,8 +276,9 @@ def build_parser():
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    if args.models:
-        chosen = refs.models(args.models, args.steps)
+    given = [*args.models, *(args.named_run or [])]
+    if given:
+        chosen = refs.models(given, args.steps)
     else:
         chosen = [refs.model(study.value(None, "MODEL", "base"))]
         chosen += refs.run(study.get("run"), args.steps) if study.get("run") else []

@@ -218,7 +218,7 @@ def content(counts: torch.Tensor, routed: torch.Tensor, widths: dict, plan, size
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("-m", "--model", metavar="M", help="model; default: the last checkpoint of the study's run")
+    p.add_argument("-m", "--model", "--run", metavar="M", help="model; default: the last checkpoint of the study's run")
     p.add_argument(
         "-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages"
     )
@@ -226,7 +226,12 @@ def build_parser():
         "-t", "--type", choices=("llama", "qwen"), help="blocks of 4096 (llama) or 2048 tokens; default: from the model"
     )
     p.add_argument(
-        "-s", "--save_folder", metavar="FOLDER", help="where counts go; default: the study's lsn/activation_count"
+        "-s",
+        "--save_folder",
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="where counts go; default: the study's lsn/activation_count",
     )
     p.add_argument(
         "-n",

@@ -278,6 +278,8 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("model", nargs="?", metavar="MODEL", help="model; default: the last checkpoint of the study's run")
+    cli.add_named_models(p, None, "MODEL: its last checkpoint, or that of --steps")
+    add("--base", metavar="B", help="base of the model, for its mask and tokenizer; default: the study's")
     add("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's")
     add("--lang", metavar="L,L,..", help="languages; default: the study's languages.lsn, else all of the mask")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
@@ -298,17 +300,21 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
     n_random = random_sets(args.random, study)
-    ref = refs.model(args.model) if args.model else refs.run(study.value(None, "MODEL", "run"), args.steps)[-1]
+    run = cli.named(args.model, args.named_run, "MODEL and --run")
+    ref = beside.model_or_last(study, args.model, args.named_run, "MODEL", args.steps)
+    base, home = args.base or study.get("base"), study.get("run")
+    if args.named_run:
+        home = args.named_run[0] if len(args.named_run) == 1 else args.named_run
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
-    other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
+    other = beside.name(study, args.base, run, steps=args.steps, limit=args.limit, last=True)
     output = study.output(args.output, "-o", "deactivation", other)
-    neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), study)
+    neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), base, home)
     texts, facts = heldout_texts(args, study, list(neurons.own))
     id_files = id_paths(args, study)
 
     process = processes.Process(args.device, args.device_map)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
-    tokenizer, used, texts, left_out = prepare(ref, study, texts, id_files)
+    tokenizer, used, texts, left_out = prepare(ref, base, home, texts, id_files)
     request = {
         "model": ref.describe(), "tokenizer": used, "masks": neurons.own, "texts": facts, "left_out": left_out,
         "limit": args.limit, "random": n_random, "seed": study.seed, "dtype": str(dtype), "device": process.device.type,
@@ -368,14 +374,14 @@ def wanted_languages(given: str | None, study: Study, mask_file: Path) -> list[s
     return [str(lang) for lang in chosen]
 
 
-def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], study: Study) -> Masks:
+def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home) -> Masks:
     """The mask file's neurons, for this model.
 
     Raises:
         InputError: a mask of another model, or no neuron of any of the languages.
     """
     widths = ffn.widths(archs.for_config(ref.config()), ref.config())
-    described = refs.relatives([ref], study.get("base"), study.get("run"))
+    described = refs.relatives([ref], base, home)
     everyone = {
         lang: masks.read(mask_file, lang, len(widths), widths, described, control=False)
         for lang in masks.languages_in(mask_file)
@@ -416,12 +422,12 @@ def id_paths(args, study: Study) -> list[Path]:
     return cli.sibling("lsn/activation.py").id_files(None, study)
 
 
-def prepare(ref, study: Study, texts: dict, id_files: list[Path]) -> tuple:
+def prepare(ref, base, home, texts: dict, id_files: list[Path]) -> tuple:
     """The tokenizer and its hash, the held-out texts that the id files do not hold, and how many were left out."""
     from cpt_utils.measures import tokenids
 
-    run = study.get("run") if isinstance(study.get("run"), str) else None
-    base = refs.model(study.get("base")) if study.get("base") else None
+    run = home if isinstance(home, str) else None  # a folder, which may hold tokenizer files that a checkpoint lacks
+    base = refs.model(base) if base else None
     tokenizer = tokenization.load_tokenizer(ref, run, base)
     own = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run, base))
     ids = [

@@ -333,8 +333,10 @@ def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--languages", metavar="L,L,..", help="language codes; default: the study's languages.lsn")
     p.add_argument("--model-id", metavar="NAME", help="last part of the files' names; default: the study's name")
-    p.add_argument("--tokenizer", metavar="T", help="model whose tokenizer is used; default: the study's base")
-    p.add_argument("--output-dir", metavar="DIR", help="folder of the files; default: the study's tokens")
+    p.add_argument(
+        "--tokenizer", "--base", metavar="T", help="model whose tokenizer is used; default: the study's base"
+    )
+    p.add_argument("--output-dir", "--output", metavar="DIR", help="folder of the files; default: the study's tokens")
     p.add_argument(
         "--text",
         action="extend",

@@ -215,13 +215,20 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("-m", "--model", metavar="M", help="model, or run of checkpoints; default: the study's run, and its base")
-    add("--base-model", metavar="B", help="base, measured with a run; default: the study's")
-    add("--run", metavar="RUN", help="run that the mask is of, where only another model is measured")
+    add("--base-model", "--base", metavar="B", help="base, measured with a run; default: the study's")
+    add("--run", metavar="RUN", nargs="+", help="run of checkpoints; beside --model the run that the mask is of")
     add("--base-tag", metavar="TAG", help="folder of the base's results; default base")
     add("-i", "--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
     types = ("llama", "qwen")
     add("-t", "--type", choices=types, help="blocks of 4096 (llama) or 2048 tokens; default: from the model")
-    add("-s", "--save_folder", metavar="F", help="where results go; default: the study's lsn/lsn_activation")
+    add(
+        "-s",
+        "--save_folder",
+        "-o",
+        "--output",
+        metavar="F",
+        help="where results go; default: the study's lsn/lsn_activation",
+    )
     add(
         "-n",
         "--name",
@@ -246,7 +253,7 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    target = study.value(args.model, "--model", "run")
+    target = study.value(args.model or args.run, "--model", "run")
     # A study's run may be a single checkpoint; what --model names as one is one.
     is_run = args.model is None or refs.is_run(target)
     models = refs.run(target, args.steps) if is_run else [refs.model(target)]

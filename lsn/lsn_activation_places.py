@@ -50,7 +50,7 @@ def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> t
     if name is None and not study:
         raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
     if name is None:
-        name = dotted(study.name, beside.name(study, run=args.model)) if is_run else models[0].model_id
+        name = dotted(study.name, beside.name(study, run=args.model or args.run)) if is_run else models[0].model_id
     step = None if is_run else activation_files.step_in(name)
     if step is not None and models[0].step not in (None, step):
         raise InputError(f"--name {name} means step {step}, but {models[0].spec} is of step {models[0].step}")

@@ -401,11 +401,21 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add(
-        "--model_path", "--model-path", nargs="+", metavar="M", help="models or runs; default: the study's base and run"
+        "--model_path",
+        "--model-path",
+        "--run",
+        nargs="+",
+        metavar="M",
+        help="models or runs; default: the study's base and run",
     )
     add("--base", metavar="LANG", help="language that asks, e.g. eng_Latn; default: the study's languages.base")
     add("--target", metavar="LANG", help="language that is searched; default: the study's languages.target")
-    add("--artifact-out", metavar="DIR", help="default: artifacts; inside a study <results>/sentence-retrieval")
+    add(
+        "--artifact-out",
+        "--output",
+        metavar="DIR",
+        help="default: artifacts; inside a study <results>/sentence-retrieval",
+    )
     add("--margin-variant", choices=MARGINS, default="ratio", help="score of a pair; default ratio")
     add("--k", type=cli.positive, default=4, metavar="N", help="nearest neighbours of the margin; default 4")
     add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: in")

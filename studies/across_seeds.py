@@ -189,7 +189,7 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("--seeds", required=True, metavar="S,S,..", help="seeds whose results are there; no default")
-    p.add_argument("--out", required=True, metavar="FOLDER", help="where tables and figures go; no default")
+    p.add_argument("--out", "--output", required=True, metavar="FOLDER", help="where tables and figures go; no default")
     return p
 
 

@@ -90,6 +90,10 @@ def test_matrix_selectivity_and_random_sets(study, capsys):
     assert head["seed"] == 42 and (study / "results/lsn/deactivate.png").is_file()
     SCRIPT.main(["--random", "5", "--dtype", "float64", "--batch-size", "2"])
     assert "is finished" in capsys.readouterr().out
+    SCRIPT.main(
+        ["--run", "run", "--base", "run/checkpoint-30", "--random", "5", "--dtype", "float64", "--batch-size", "2"]
+    )
+    assert "is finished" in capsys.readouterr().out
     with pytest.raises(InputError, match="another request"):
         SCRIPT.main(["--random", "6", "--dtype", "float64"])
 

@@ -78,6 +78,15 @@ def arguments(shared, out, *more):
     return [str(shared / p) for p in ("base", "run/checkpoint-20", "layers.json")] + ["-o", str(out), *more]
 
 
+def shared_study(shared, folder):
+    """A study that knows the layers, and no model."""
+    place = folder / "bare" / "layer-specialize"
+    place.mkdir(parents=True)
+    (place / "layers.json").write_text(json.dumps(LAYERS))
+    (folder / "bare.yaml").write_text(f"results: {folder / 'bare'}\n")
+    return folder / "bare.yaml"
+
+
 def test_folders_and_metadata(shared, tmp_path, capsys):
     SWAP.main(arguments(shared, tmp_path / "out"))
     drawn = random.Random(42).sample(range(4), 2)
@@ -103,6 +112,18 @@ def test_folders_and_metadata(shared, tmp_path, capsys):
         tokenization.load_tokenizer(ref)
     capsys.readouterr()
     SWAP.main(arguments(shared, tmp_path / "out"))
+    assert capsys.readouterr().out.count(": kept") == 2
+    named = [
+        "--base",
+        str(shared / "base"),
+        "--run",
+        str(shared / "run"),
+        "--steps",
+        "20",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    SWAP.main([*named, "--study", str(shared_study(shared, tmp_path))])
     assert capsys.readouterr().out.count(": kept") == 2
     with pytest.raises(InputError, match=r"metadata\.json describes other swaps \(random_layers"):
         SWAP.main(arguments(shared, tmp_path / "out", "--seed", "7"))

@@ -173,9 +173,13 @@ def draw(path: Path, payload: dict) -> None:
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--base-model", metavar="B", help="base model; default: the study's base")
+    p.add_argument("--base-model", "--base", metavar="B", help="base model; default: the study's base")
     p.add_argument(
-        "--ckpt-model", nargs="+", metavar="C", help="run of checkpoints, one, or a list; default: the study's run"
+        "--ckpt-model",
+        "--run",
+        nargs="+",
+        metavar="C",
+        help="run of checkpoints, one, or a list; default: the study's run",
     )
     p.add_argument(
         "--output",

@@ -81,9 +81,13 @@ def draw(path: Path, payload: dict) -> None:
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--base-model", metavar="B", help="base model; default: the study's base")
+    p.add_argument("--base-model", "--base", metavar="B", help="base model; default: the study's base")
     p.add_argument(
-        "--target-model", nargs="+", metavar="RUN", help="run of checkpoints, one, or a list; default: the study's run"
+        "--target-model",
+        "--run",
+        nargs="+",
+        metavar="RUN",
+        help="run of checkpoints, one, or a list; default: the study's run",
     )
     p.add_argument("--mask-file", metavar="MASK", help="mask of lsn/identify.py; default: the study's")
     p.add_argument(

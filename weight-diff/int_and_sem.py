@@ -107,9 +107,13 @@ def draw(path: Path, steps: list[int], averages: dict[str, list[float]], counts:
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--base-model", metavar="B", help="base model; default: the study's base")
+    p.add_argument("--base-model", "--base", metavar="B", help="base model; default: the study's base")
     p.add_argument(
-        "--target-dir", nargs="+", metavar="RUN", help="run of checkpoints, one, or a list; default: the study's run"
+        "--target-dir",
+        "--run",
+        nargs="+",
+        metavar="RUN",
+        help="run of checkpoints, one, or a list; default: the study's run",
     )
     for flag, what in (("--interface-json", "interface"), ("--hub-json", "semantic hub")):
         p.add_argument(flag, metavar="F", help=f"JSON with the {what} layers; default: step 2's file of the study")

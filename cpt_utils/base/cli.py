@@ -85,6 +85,26 @@ def add_run_flags(p: argparse.ArgumentParser, drop: bool = False) -> None:
         )
 
 
+def add_named_models(p: argparse.ArgumentParser, base: str | None, run: str) -> None:
+    """--base and --run, for scripts that take their models by place: the arguments `base` and `run` are those."""
+    if base:
+        p.add_argument("--base", dest="named_base", metavar="B", help=f"the same as {base}")
+    p.add_argument(
+        "--run", nargs="+", dest="named_run", metavar="RUN", help=f"run of checkpoints in the place of {run}"
+    )
+
+
+def named(by_place, by_name, words: str):
+    """What was given by place, or by name (--base, --run); None where neither was.
+
+    Raises:
+        InputError: both.
+    """
+    if by_place is not None and by_name is not None:
+        raise InputError(f"{words} name the same twice; leave one out")
+    return by_name if by_place is None else by_place
+
+
 def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32, device_map: bool = False) -> None:
     """`batch_size` None: the script works it out. `device_map`: the script takes --device-map."""
     p.add_argument(

@@ -39,6 +39,11 @@ def name(study: Study, base=None, run=None, steps=None, limit=None, lang=None, l
     return dotted(*words)
 
 
+def model_or_last(study: Study, model: str | None, run: list[str] | None, flag: str, steps) -> refs.ModelRef:
+    """`model`; where none is given the last checkpoint, or that of `steps`, of `run`, or else of the study's run."""
+    return refs.model(model) if model else refs.run(study.value(run, flag, "run"), steps)[-1]
+
+
 def _run_of(study: Study) -> list[str]:
     """Where the checkpoints of the study's run are; nowhere while it is yet to be made."""
     try:
