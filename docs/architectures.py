@@ -26,6 +26,15 @@ part of the tests.
   every entry is counted, and swapped, once. A projection of several matrices has the sums over all of their entries,
   and no sums by head. What else an attention has (norms, sinks, an output gate of its own, an indexer) is none of the
   four, and moves with whole layers.
+- **heads**: a head has its rows of q, k and v, with their biases, and its columns of o, whatever the layout. A *unit*,
+  the smallest thing that can be put back whole, is a KV head with the query heads that share it; a single query head
+  has rows of q and columns of o. With heads also go the pieces of what is named here, where the config has it:
+  segments of a norm over all heads (which couples them all the same: it divides by the size of all), attention sinks,
+  rows of an output gate. "In pairs": a head is the difference of two, h and h + half of all, and so is a KV head.
+  "Shared" are the narrow layers of a latent attention. They and the output bias, norms that are the same for every
+  head, indexers and the like belong to no head; all units with shared matrices and output bias are what a swap of
+  attention moves. What stands in the place of attention has no heads here, as it has none of the projections. Units of
+  a layer that attends to another's keys are its query heads alone.
 - **in its place**: hybrids have layers without attention. What stands there (linear attention, Mamba, a short
   convolution) is no attention: it moves with whole layers only. Such a layer enters no mean of attention and has
   nothing of it to swap, and every script says which layers these are; so it is with layers without an FFN.
@@ -38,8 +47,8 @@ part of the tests.
   tokens.
 - **norms**: where the norms of a layer stand on the way from and to the residual stream. They move with whole layers.
 
-| model type | attention | in its place | FFN | gate | experts | norms | for example | notes |
-|---|---|---|---|---|---|---|---|---|
+| model type | attention | heads | in its place | FFN | gate | experts | norms | for example | notes |
+|---|---|---|---|---|---|---|---|---|---|
 """
 WITH_TOWERS = """
 ## Language models with image towers
@@ -89,6 +98,16 @@ def modules(arch: archs.Arch, projections: tuple[str, ...]) -> str:
     return ", ".join(f"`{text}`" if text in plain else text for text in found.values())
 
 
+def heads(arch: archs.Arch) -> str:
+    """What goes with single heads beside their rows and columns, and what all heads share."""
+    pairs = ["in pairs"] if arch.differential else []
+    slots = [slot for name in archs.ATTENTION for slot in archs.as_slots(arch.projections_at.get(name, ()))]
+    shared = [f"`{slot.module.rpartition('.')[2]}` shared" for slot in slots if slot.shared]
+    own = [name for names in arch.with_heads.values() for name in names]
+    named = dict.fromkeys(name.partition(".")[2].removesuffix(".weight").removesuffix(".bias") for name in own)
+    return ", ".join([*pairs, *(f"`{name.removesuffix('.{}')}`" for name in named), *shared])
+
+
 def experts(arch: archs.Arch) -> str:
     at = arch.experts_at
     if at is None:
@@ -106,6 +125,7 @@ def row(arch: archs.Arch) -> str:
     cells = (
         f"`{arch.model_type}`",
         modules(arch, archs.ATTENTION),
+        heads(arch),
         ", ".join(f"`{name}`" for name in dict.fromkeys(arch.mixers.values())),
         modules(arch, archs.FFN),
         "yes" if "gate_proj" in arch.projections() else "no",

@@ -7,12 +7,13 @@ projection reach the attention as queries, which matrix feeds the activation, wh
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
+from attending import Attention, changed, marked, positions
 from helpers import EVERY_ARCHITECTURE, ROOT, bits, load_script, read_tensors, save_tiny, tiny_model
 from looking import Found, experts_of, found_in
 from safetensors.torch import save_file
@@ -38,6 +39,8 @@ VARIANTS = {
     "falcon, groups": ("falcon", {"new_decoder_architecture": True}),
     "falcon, all heads": ("falcon", {"multi_query": False, "num_kv_heads": 4, "bias": True, "parallel_attn": False}),
     "gpt_bigcode, all heads": ("gpt_bigcode", {"multi_query": False}),
+    "codegen, two heads in a group": ("codegen", {"n_head": 8}),
+    "cohere, norms on q and k": ("cohere", {"use_qk_norm": True}),
     "stablelm, norms on q and k": ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
 }
 CASES = {name: (name, {}) for name in EVERY_ARCHITECTURE} | VARIANTS
@@ -247,6 +250,79 @@ def test_surgery_of_experts(case, what, tmp_path):
             with pytest.raises(InputError, match=r"is a part of .*\.experts\.\w+_proj in the loaded model"):
                 pair.arch.module_names([edits[0].tensor], slow)
         check_swap(case, pair, recipe, slow, tmp_path / "out")
+
+
+def heads_of(case, layer, disk, chosen, by_query=False) -> dict[str, list[archs.Part]]:
+    """What the units or query heads have of every projection."""
+    config = refs.model(case.target).config()
+    return {
+        name: case.arch.head_parts(config, layer, name, chosen, disk, lambda tensor: disk[tensor].shape, by_query)
+        for name in archs.ATTENTION
+    }
+
+
+def test_units_and_what_they_share_are_the_attention(case):
+    """Each entry of its module once. Query heads make up the units; k and v are theirs together."""
+    model, disk = case.models[1], read_tensors(case.target)
+    for layer, found in enumerate(layers_of(model)):
+        heads, units = case.arch.head_counts(model.config, layer)
+        parts = case.arch.shared_parts(model.config, layer, disk, lambda tensor: disk[tensor].shape)
+        assert bool(units) == ("o_proj" in found.weights)
+        for unit in range(units):
+            own, group = heads_of(case, layer, disk, [unit]), heads // units
+            several = heads_of(case, layer, disk, range(unit * group, (unit + 1) * group), by_query=True)
+            assert not several["k_proj"] and not several["v_proj"]
+            for name in ("q_proj", "o_proj"):
+                marks, same = marked(own[name], disk), marked(several[name], disk)
+                assert marks.keys() == same.keys() and all(torch.equal(marks[key], same[key]) for key in marks)
+            parts += [part for each in own.values() for part in each]
+        marks = marked(parts, disk)
+        assert all(bool((each == 1).all()) for each in marks.values()), layer
+        own = Attention(model, blocks_of(model)[layer], found).module.parameters() if units else ()
+        assert sum(each.numel() for each in marks.values()) == sum(parameter.numel() for parameter in own)
+
+
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+def test_heads_reach_their_own_columns(case):
+    """Noise on what one unit has of k and v, or one query head of q and beside the projections, moves what the output
+    matrix gets in its columns of that and nowhere else; zeros in a head's columns take away what it gives. Of what is
+    said to be no head's, no piece does so."""
+    model, disk = load(case.target), read_tensors(case.target)
+    places = case.arch.module_places(disk, model, lambda tensor: disk[tensor].shape)
+    seen = []
+    for layer, found in enumerate(layers_of(model)):
+        counts = case.arch.head_counts(model.config, layer)
+        if not counts[0] or (counts, *found.weights) in seen:
+            continue
+        seen.append((counts, *found.weights))
+        with Attention(model, blocks_of(model)[layer], found) as attention:
+            width = attention.matrix.shape[1] // counts[0]
+            attention.uncouple(width)
+            inputs, outputs = attention()
+            for n, by_query in zip(counts, (True, False), strict=True):
+                for chosen in range(n):
+                    own = heads_of(case, layer, disk, [chosen], by_query)
+                    part = next(part for part in own["o_proj"] if part.role == "weight")
+                    columns = positions(part, disk[part.tensor].shape)
+                    size = width * counts[0] // n
+                    assert columns.tolist() == list(range(chosen * size, (chosen + 1) * size))
+                    with changed(model, places[part.tensor], part, by=0):
+                        lost = outputs - attention()[1]
+                    here = inputs[..., columns] @ attention.matrix[:, columns].T
+                    torch.testing.assert_close(lost, here, rtol=1e-4, atol=1e-5)
+                    for part in [each for name in archs.ATTENTION for each in own[name] if each is not part]:
+                        with changed(model, places[part.tensor], part):
+                            moved = (attention()[0] != inputs)[0].any(0)
+                        # The same on all keys moves no attention: biases may do nothing. Norms may be one head's.
+                        found_there = {"weight": moved[columns].all(), "bias": True}.get(part.role, moved.any())
+                        assert found_there, (layer, chosen, part)
+                        moved[columns] = False
+                        assert not moved.any(), (layer, chosen, part)
+            for part in case.arch.shared_parts(model.config, layer, disk, lambda tensor: disk[tensor].shape):
+                first = replace(part, index=slice(0, max(1, len(disk[part.tensor]) // counts[0])))
+                with changed(model, places[part.tensor], first):
+                    moved = (attention()[0] != inputs)[0].any(0)
+                assert not moved.any() or moved[width:].any(), (layer, part)
 
 
 def copy_by_hand(base, slow, layer, projections, only=None) -> None:

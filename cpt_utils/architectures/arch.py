@@ -12,12 +12,23 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures.arch_layers import Layers
-from cpt_utils.architectures.arch_parts import FFN, ROUTER, Part, Place, as_slots, below
+from cpt_utils.architectures.arch_parts import (
+    ATTENTION,
+    BESIDE,
+    FFN,
+    ROUTER,
+    Part,
+    Place,
+    Slot,
+    as_slots,
+    below,
+    pieces,
+)
 from cpt_utils.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,16 +78,80 @@ class Arch(Layers):
             )
         parts = self._expert_parts(config, layer, projection, disk_names, shape) if sparse else []
         for slot in slots:
-            width = self._dense_width(config, layer, beside_experts=sparse) if projection in FFN else 0
-            index = self._features(config, layer, projection, slot, width)
-            stem = f"{self.layers_name}.{layer}.{slot.module}"
-            parts.append(
-                Part(self.disk_name(f"{stem}.weight", disk_names), "weight", 1 if self.transposed else 0, index)
-            )
-            bias = self._find(f"{stem}.bias", disk_names)
-            if bias:
-                parts.append(Part(bias, "bias", 0, index))
+            parts += self._slot_parts(config, layer, projection, slot, disk_names, beside_experts=sparse)
         return parts
+
+    def head_parts(
+        self,
+        config,
+        layer: int,
+        projection: str,
+        chosen: Iterable[int],
+        disk_names: Collection[str],
+        shape: Callable[[str], tuple[int, ...]],
+        by_query: bool = False,
+    ) -> list[Part]:
+        """What of an attention's projection belongs to the `chosen` units of `layer` and to no other: rows of q, k, v
+        and of their biases, columns of o; and with the role BESIDE what else goes with these heads: segments of a norm
+        over all heads, sinks, rows of an output gate. Nothing of a projection that the layer lacks.
+
+        Args:
+            chosen: units, as `head_counts` has them.
+            shape: the shape of a tensor on disk.
+            by_query: they are query heads instead, of which single ones have nothing of k and v.
+
+        Raises:
+            InputError: a tensor is no whole number of the heads that config.json states, or is not there.
+        """
+        import torch
+
+        chosen, (heads, units) = sorted({*chosen}), self.head_counts(config, layer)
+        of_queries = projection in ("q_proj", "o_proj")
+        if not units or not chosen or (by_query and not of_queries):
+            return []
+        n, found, whole = heads if by_query else units, [], []
+        size = heads // n if of_queries else 1  # heads of the chosen ones each
+        for slot in self.slots(config, layer, projection):
+            whole += [] if slot.shared else self._slot_parts(config, layer, projection, slot, disk_names)
+        if projection == "o_proj":
+            whole = [replace(part, dim=1 - part.dim) for part in whole if part.role == "weight"]
+        for name in self.with_heads.get(projection, ()):
+            each = [h for one in chosen for h in range(one * size, (one + 1) * size)] if "{}" in name else [0]
+            places = [self._find(f"{self.layers_name}.{layer}.{name.format(h)}", disk_names) for h in each]
+            (found if "{}" in name else whole).extend(Part(place, BESIDE) for place in places if place)
+        for part in whole:
+            halves = 2 if self.differential and projection != "o_proj" else 1
+            every = torch.arange(shape(part.tensor)[part.dim])[slice(None) if part.index is None else part.index]
+            if len(every) % (n * halves):
+                raise InputError(
+                    f"{part.tensor} has shape {list(shape(part.tensor))}, which is no whole number of the {n * halves} "
+                    "heads that config.json states"
+                )
+            found.append(replace(part, index=pieces(every, n, chosen, halves)))
+        return found
+
+    def shared_parts(
+        self, config, layer: int, disk_names: Collection[str], shape: Callable[[str], tuple[int, ...]]
+    ) -> list[Part]:
+        """What of a layer's attention belongs to no single head: the output bias and the narrow layers of a latent
+        attention; and with the role BESIDE norms that are the same for every head, and whatever else is below its
+        module. With `head_parts` of all units that is each entry of the attention, once."""
+        units = range(self.head_counts(config, layer)[1])
+        if not units:
+            return []
+        found, taken = [], set()
+        for projection in ATTENTION:
+            for slot in self.slots(config, layer, projection):
+                own = self._slot_parts(config, layer, projection, slot, disk_names)
+                found += [part for part in own if slot.shared or (projection == "o_proj" and part.role == "bias")]
+            taken |= {part.tensor for part in self.head_parts(config, layer, projection, units, disk_names, shape)}
+        taken |= {part.tensor for part in found}
+        module = self.slots(config, layer, "o_proj")[0].module.rpartition(".")[0]
+        start, unused = f"{self.layers_name}.{layer}.{module}.", not self.has(config, layer, ["k_proj"])
+        for name in sorted({*disk_names} - taken):
+            if self.canonical(name).startswith(start) and not is_buffer(name) and not (unused and self.may_lack(name)):
+                found.append(Part(name, BESIDE))
+        return found
 
     def layer_tensors(self, disk_names: Iterable[str], layer: int) -> list[str]:
         """Every parameter of `layer` on disk: projections, biases, norms.
@@ -230,6 +305,16 @@ class Arch(Layers):
     @cached_property
     def _layer_pattern(self) -> re.Pattern:
         return re.compile(rf"{re.escape(self.layers_name)}\.(\d+)\.")
+
+    def _slot_parts(
+        self, config, layer: int, projection: str, slot: Slot, disk_names: Collection[str], beside_experts: bool = False
+    ) -> list[Part]:
+        """Weight and bias of a slot."""
+        width = self._dense_width(config, layer, beside_experts) if projection in FFN else 0
+        index = self._features(config, layer, projection, slot, width)
+        stem = f"{self.layers_name}.{layer}.{slot.module}"
+        weight, bias = self.disk_name(f"{stem}.weight", disk_names), self._find(f"{stem}.bias", disk_names)
+        return [Part(weight, "weight", int(self.transposed), index)] + ([Part(bias, "bias", 0, index)] if bias else [])
 
     def _find(self, canonical: str, disk_names: Collection[str]) -> str | None:
         spelled = canonical

@@ -70,6 +70,9 @@ class Layers:
         streams: a layer hands on several streams [streams, batch, tokens, hidden]; the first is the hidden state.
         defaults: config key -> value, for keys that published config.json files of the type leave out.
         dense_width, heads_at: of a layer, where the usual keys of a config do not say.
+        with_heads: projection -> the parameters below a layer that go with its heads one by one, in equal pieces; with
+            {} in its name one for each head. A KV head's are with k_proj. A model may lack them.
+        differential: a head is a pair, h and h + half of all, whose attentions are subtracted; so is a KV head.
         unless: config key -> why a model that sets it is not one of the type as it is known here.
         text_type: the model type of its text model, of a type with other towers.
         norms: where a layer's norms are, from the residual stream: for docs/architectures.md, like the next two.
@@ -99,6 +102,8 @@ class Layers:
     defaults: dict[str, int] = field(default_factory=dict)
     dense_width: OfLayer | None = None
     heads_at: OfLayer | None = None
+    with_heads: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    differential: bool = False
     unless: dict[str, str] = field(default_factory=dict)
     text_type: str = ""
     norms: str = "before"
@@ -175,6 +180,17 @@ class Layers:
         if "multi_query" in values and not values.get("new_decoder_architecture"):
             return heads, 1 if values["multi_query"] else heads, head_dim
         return heads, self._number(config, "kv_heads"), head_dim
+
+    def head_counts(self, config, layer: int) -> tuple[int, int]:
+        """(query heads, units) of a layer; (0, 0) where it has no attention, whatever stands in its place.
+
+        A unit is a KV head with the query heads that share it, unit u those of H heads that begin at u H / units; in a
+        layer that attends to another's keys it is these query heads alone. All heads of a latent attention are units.
+        """
+        if not self.slots(config, layer, "o_proj"):
+            return 0, 0
+        heads, kv_heads, _ = self.heads(config, layer)
+        return (heads // 2, kv_heads // 2) if self.differential else (heads, kv_heads)
 
     def ffn_width(self, config, layer: int | None = None) -> int:
         """FFN neurons of `layer`, or of the widest one; 0 in a layer without an FFN.

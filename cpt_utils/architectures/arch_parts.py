@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + FFN
+BESIDE = "beside"  # what an attention has that is of none of its projections
 ROUTER = "router"  # of a mixture of experts: a component of its own, neither attention nor FFN
 
 # Reads a number, or a yes or no, of one layer off a configuration as transformers completes it (`Arch.settled`).
@@ -29,7 +30,8 @@ class Slot:
     `order` names the projections fused in that module, in order of their output features. They are stacked block by
     block, or, with `by_group`, group by group: of q, k, v for one KV head after the other its query heads, its key head
     and its value head; of k, v (the second step of a latent attention) for every head its key rows, then its value
-    rows; with `groups` so many groups of equal shares. `when` says which layers have the slot; None: all.
+    rows; with `groups` so many groups of equal shares. `when` says which layers have the slot; None: all. All
+    heads have a `shared` slot in common: the narrow layers of a latent attention.
     """
 
     module: str
@@ -37,6 +39,7 @@ class Slot:
     by_group: bool = False
     groups: int | None = None
     when: OfLayer | None = None
+    shared: bool = False
 
 
 Slots = Slot | tuple[Slot, ...]
@@ -149,6 +152,9 @@ class Place:
 class Part:
     """A matrix of a projection (or a bias) on disk: entries `index` along `dim` (its output features) of `tensor`.
 
+    Of single heads (`Arch.head_parts`) it is their piece of that; of o, a piece of its inputs; with the role BESIDE,
+    of a parameter that is of no projection.
+
     `index` is None (the whole tensor), a slice (perhaps with a step), or a LongTensor of positions. Of a tensor that
     holds all experts, [E, .., ..], the part is one expert's: `dim` and `index` are those of the matrix
     `tensor[expert]`. So the parts of a projection are the same matrices, one for each expert, whichever way a file
@@ -156,7 +162,7 @@ class Part:
     """
 
     tensor: str
-    role: str
+    role: str  # "weight", "bias", BESIDE
     dim: int = 0
     index: slice | torch.Tensor | None = None
     expert: int | None = None
@@ -173,6 +179,16 @@ def take(tensor: torch.Tensor, dim: int, index: slice | torch.Tensor | None) -> 
     if isinstance(index, slice):
         return tensor[(slice(None),) * dim + (index,)]
     return tensor.index_select(dim, index.to(tensor.device))
+
+
+def pieces(positions: torch.Tensor, n: int, chosen: list[int], halves: int = 1) -> slice | torch.Tensor:
+    """Of positions that are cut into `n` pieces of equal size those of the chosen pieces; all are sorted.
+
+    With `halves` 2 each half is cut so, and a piece has one stretch of either.
+    """
+    found = positions.view(halves, n, -1)[:, chosen].reshape(-1)
+    first, stop = int(found[0]), int(found[-1]) + 1
+    return slice(first, stop) if stop - first == len(found) else found
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ GPT = {"decoder_path": "transformer", "prefixes": ("transformer.",), "layers_nam
 LATENT = {
     "q_proj": (
         Slot("self_attn.q_proj", when=lambda c, _: not narrow_queries(c)),
-        Slot("self_attn.q_a_proj", when=lambda c, _: narrow_queries(c)),
+        Slot("self_attn.q_a_proj", when=lambda c, _: narrow_queries(c), shared=True),
         Slot("self_attn.q_b_proj", when=lambda c, _: narrow_queries(c)),
     ),
     "k_proj": (
-        Slot("self_attn.kv_a_proj_with_mqa"),
+        Slot("self_attn.kv_a_proj_with_mqa", shared=True),
         Slot("self_attn.kv_b_proj", ("k_proj", "v_proj"), by_group=True),
     ),
     "v_proj": Slot("self_attn.kv_b_proj", ("k_proj", "v_proj"), by_group=True),
@@ -40,6 +40,10 @@ LATENT = {
 }
 LATENT_FFN = LATENT | named("mlp", *FFN)
 LATENT_NOTE = "Latent attention."
+# What goes with single heads beside the projections: segments of a norm over all heads, sinks, a gate on the output.
+NORMS_OVER_HEADS = {"with_heads": {"q_proj": ("self_attn.q_norm.weight",), "k_proj": ("self_attn.k_norm.weight",)}}
+SINKS = {"with_heads": {"q_proj": ("self_attn.sinks",)}}
+NARROW_GATE = {"with_heads": {"o_proj": ("self_attn.g_proj.weight",)}}
 # Linear attention in most layers of a hybrid.
 LINEAR = {"mixers": {"linear_attention": "linear_attn"}}
 GATED = "`q_proj` holds an output gate for every head beside its queries."
@@ -201,8 +205,8 @@ ARCHS: dict[str, Arch] = {
     "gemma2": Arch(norms=SANDWICH, examples=("google/gemma-2-9b",)),
     "gemma3_text": Arch(norms=SANDWICH, examples=("google/gemma-3-1b-pt",), notes="Norms on q and k."),
     "olmo": Arch(examples=("allenai/OLMo-7B-hf",), notes="Norms without parameters."),
-    "olmo2": Arch(norms="after", examples=("allenai/OLMo-2-1124-7B",), notes="Norms on q and k."),
-    "olmo3": Arch(norms="after", examples=("allenai/Olmo-3-1025-7B",), notes="Norms on q and k."),
+    "olmo2": Arch(**NORMS_OVER_HEADS, norms="after", examples=("allenai/OLMo-2-1124-7B",), notes="Norms on q and k."),
+    "olmo3": Arch(**NORMS_OVER_HEADS, norms="after", examples=("allenai/Olmo-3-1025-7B",), notes="Norms on q and k."),
     "phi": Arch(
         projections_at=named("self_attn", "q_proj", "k_proj", "v_proj", "dense") | named("mlp", "fc1", "fc2"),
         norm="final_layernorm",
@@ -322,13 +326,18 @@ ARCHS: dict[str, Arch] = {
     ),
     "granite": Arch(examples=("ibm-granite/granite-3.1-8b-base",)),
     "smollm3": Arch(examples=("HuggingFaceTB/SmolLM3-3B-Base",)),
-    "stablelm": Arch(examples=("stabilityai/stablelm-2-1_6b",)),
+    "stablelm": Arch(
+        with_heads={f"{name}_proj": (f"self_attn.{name}_layernorm.norms.{{}}.weight",) for name in "qk"},
+        examples=("stabilityai/stablelm-2-1_6b",),
+    ),
     "starcoder2": Arch(
         projections_at=LLAMA_ATTENTION | named("mlp", "c_fc", "c_proj"),
         activation="mlp.act",
         examples=("bigcode/starcoder2-7b",),
     ),
-    "cohere": Arch(norms=PARALLEL, examples=("CohereLabs/aya-23-8B", "CohereLabs/c4ai-command-r-v01")),
+    "cohere": Arch(
+        **NORMS_OVER_HEADS, norms=PARALLEL, examples=("CohereLabs/aya-23-8B", "CohereLabs/c4ai-command-r-v01")
+    ),
     "cohere2": Arch(norms=PARALLEL, examples=("CohereLabs/c4ai-command-r7b-12-2024",)),
     "nemotron": Arch(projections_at=LLAMA_ATTENTION | UP_DOWN, examples=("nvidia/Minitron-4B-Base",)),
     "arcee": Arch(projections_at=LLAMA_ATTENTION | UP_DOWN, examples=("arcee-ai/AFM-4.5B-Base",)),
@@ -363,7 +372,9 @@ ARCHS: dict[str, Arch] = {
         examples=("Qwen/Qwen3-30B-A3B-Base",),
         notes="Layers may be dense (`mlp_only_layers`, `decoder_sparse_step`). Norms on q and k.",
     ),
-    "olmoe": Arch(experts_at=Experts(), examples=("allenai/OLMoE-1B-7B-0924",), notes="Norms on q and k."),
+    "olmoe": Arch(
+        experts_at=Experts(), **NORMS_OVER_HEADS, examples=("allenai/OLMoE-1B-7B-0924",), notes="Norms on q and k."
+    ),
     "qwen2_moe": Arch(
         experts_at=Experts(**ONE_SHARED),
         examples=("Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen2-57B-A14B"),
@@ -408,12 +419,14 @@ ARCHS: dict[str, Arch] = {
         experts_at=Experts(
             router="router", transposed=True, interleaved=True, activation="", function=swiglu_of_gpt_oss
         ),
+        **SINKS,
         examples=("openai/gpt-oss-20b",),
         notes="Biases everywhere, also on experts and router; attention sinks move with whole layers. The published "
         "weights are in 4 bits (MXFP4), and refused; converted to 16 bits they are read.",
     ),
     "llama4_text": LLAMA4,
     "bitnet": Arch(
+        with_heads={"o_proj": ("self_attn.attn_sub_norm.weight",)},
         examples=("microsoft/bitnet-b1.58-2B-4T-bf16",),
         notes="A norm before the output and down projections; silenced neurons are set to zero behind it.",
     ),
@@ -421,9 +434,11 @@ ARCHS: dict[str, Arch] = {
     "internlm3": Arch(examples=("internlm/internlm3-8b-instruct",)),
     "iquestcoder": Arch(examples=("IQuestLab/IQuest-Coder-V1-40B-Instruct",)),
     "vaultgemma": Arch(examples=("google/vaultgemma-1b",)),
-    "granite_swa": Arch(notes="Attention sinks move with whole layers."),
+    "granite_swa": Arch(**SINKS, notes="Attention sinks move with whole layers."),
     "diffllama": Arch(
-        examples=("kajuma/DiffLlama-0.3B-handcut",), notes="The lambdas of its attention move with whole layers."
+        differential=True,
+        examples=("kajuma/DiffLlama-0.3B-handcut",),
+        notes="The lambdas of its attention move with whole layers.",
     ),
     "cohere_compass_text": Arch(norms=PARALLEL),
     "nanochat": Arch(
@@ -433,6 +448,7 @@ ARCHS: dict[str, Arch] = {
         notes="Norms without parameters.",
     ),
     "doge": Arch(
+        with_heads={"k_proj": ("self_attn.A", "self_attn.dt_proj.weight", "self_attn.dt_proj.bias")},
         examples=("SmallDoge/Doge-320M",),
         unless={"is_moe": "the experts that it has with is_moe are looked up in embeddings"},
         notes="The mask's `dt_proj` and the scales of the residual stream move with whole layers.",
@@ -534,6 +550,7 @@ ARCHS: dict[str, Arch] = {
             (".feedforward_layer_norm.", ".post_attention_layernorm."),
         ),
         stacked=convolutions("linear_attn"),
+        **NORMS_OVER_HEADS,
         norms="after attention and FFN; before both in a layer with linear attention",
         examples=("allenai/Olmo-Hybrid-7B",),
         notes="Norms on q and k.",
@@ -575,6 +592,7 @@ ARCHS: dict[str, Arch] = {
         projections_at=LLAMA_ATTENTION | GRANITE_FFN,
         experts_at=GRANITE_SHARED,
         inner=GRANITE_NAMES,
+        **SINKS,
         notes=f"{GRANITE_NOTE} Attention sinks move with whole layers.",
     ),
     "granitemoeshared": Arch(
@@ -603,6 +621,7 @@ ARCHS: dict[str, Arch] = {
     "minimax_m2": Arch(
         experts_at=Experts(names=W123),
         inner=SPARSE_BLOCK,
+        **NORMS_OVER_HEADS,
         examples=("MiniMaxAI/MiniMax-M2",),
         notes="Norms on q and k.",
     ),
@@ -650,6 +669,7 @@ ARCHS: dict[str, Arch] = {
             sparse=lambda c, layer: layer >= c.num_dense_layers,
             **beside("mlp.shared_experts", as_shared_experts),
         ),
+        with_heads={"o_proj": ("self_attn.gate_proj.weight",)},
         norms=SANDWICH,
         examples=("arcee-ai/Trinity-Mini",),
         notes="Norms on q and k. The output gate `self_attn.gate_proj` moves with whole layers.",
@@ -696,16 +716,19 @@ ARCHS: dict[str, Arch] = {
             (".mlp.shared_expert.", ".mlp.shared_experts."),
         ),
         heads_at=lambda c, layer: (c.num_attention_heads_per_layer[layer], c.num_key_value_heads, c.head_dim),
+        **NARROW_GATE,
         notes="Norms on q and k. The output gate `self_attn.g_proj` moves with whole layers.",
     ),
     "flint": Arch(
         experts_at=Experts(**ONE_SHARED),
         inner=((".softmax_offset", ".sinks"),),
+        **SINKS,
         notes="Norms on q and k; attention sinks move with whole layers.",
     ),
     "mimo_v2_flash": Arch(
         experts_at=Experts(sparse=by_kind),
         inner=((".attention_sink_bias", ".sinks"),),
+        **SINKS,
         beyond=AHEAD,
         heads_at=mimo_heads,
         examples=("XiaomiMiMo/MiMo-V2-Flash",),
@@ -713,6 +736,7 @@ ARCHS: dict[str, Arch] = {
     ),
     "beam": Arch(
         experts_at=Experts(sparse=by_kind),
+        with_heads={"o_proj": ("self_attn.gate_proj.weight", "self_attn.gate_bias")},
         norms=SANDWICH,
         notes="Norms on q and k. The output gate `self_attn.gate_proj` moves with whole layers.",
     ),
@@ -750,7 +774,8 @@ ARCHS: dict[str, Arch] = {
         notes=LATENT_NOTE,
     ),
     "axk2": Arch(
-        projections_at=LATENT_FFN | {"q_proj": (Slot("self_attn.q_a_proj"), Slot("self_attn.q_gate_proj"))},
+        projections_at=LATENT_FFN
+        | {"q_proj": (Slot("self_attn.q_a_proj", shared=True), Slot("self_attn.q_gate_proj"))},
         experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
         inner=((".self_attn.q_b_proj.", ".self_attn.q_gate_proj."), (".W_down.", ".mlp.fc1."), (".W_up.", ".mlp.fc2.")),
         notes=f"{LATENT_NOTE} An output gate is in `q_gate_proj`. {INDEXER}",
@@ -812,6 +837,7 @@ ARCHS: dict[str, Arch] = {
         projections_at=LFM2 | {"o_proj": Slot("self_attn.o_proj")},
         mixers={"conv": "conv"},
         inner=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
+        **NARROW_GATE,
         norm="embedding_norm",
         activation="",
         function="silu",
@@ -862,6 +888,7 @@ ARCHS: dict[str, Arch] = {
         ),
         stacked=convolutions("self_attn"),
         beyond=AHEAD,
+        **NARROW_GATE,
         notes=f"{LATENT_NOTE} The output gate `self_attn.g_proj` moves with whole layers.",
     ),
     "gemma4_unified_text": Arch(
@@ -873,7 +900,11 @@ ARCHS: dict[str, Arch] = {
         notes="Norms on q and k. As gemma4_text.",
     ),
     "flex_olmo": Arch(
-        experts_at=Experts(), norms="after", examples=("allenai/FlexOlmo-7x7B-1T",), notes="Norms on q and k."
+        experts_at=Experts(),
+        **NORMS_OVER_HEADS,
+        norms="after",
+        examples=("allenai/FlexOlmo-7x7B-1T",),
+        notes="Norms on q and k.",
     ),
 }
 # --- language models with other towers beside them ---

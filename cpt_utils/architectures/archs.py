@@ -15,13 +15,25 @@ import re
 from cpt_utils.architectures.arch import Arch, is_buffer
 from cpt_utils.architectures.arch_layers import FIELDS
 from cpt_utils.architectures.arch_left_out import LEFT_OUT
-from cpt_utils.architectures.arch_parts import ATTENTION, FFN, PROJECTIONS, ROUTER, Neurons, Part, Place, as_slots, take
+from cpt_utils.architectures.arch_parts import (
+    ATTENTION,
+    BESIDE,
+    FFN,
+    PROJECTIONS,
+    ROUTER,
+    Neurons,
+    Part,
+    Place,
+    as_slots,
+    take,
+)
 from cpt_utils.architectures.arch_table import ARCHS, TOWERS
 from cpt_utils.base.errors import InputError
 
 __all__ = [
     "ARCHS",
     "ATTENTION",
+    "BESIDE",
     "FFN",
     "FIELDS",
     "PROJECTIONS",
