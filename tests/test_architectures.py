@@ -283,6 +283,29 @@ def test_units_and_what_they_share_are_the_attention(case):
 
 
 @pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+def test_all_units_are_the_attention_swap(case):
+    """With what they share, bit by bit; and with what is none of the four projections the base's whole module."""
+    base, own = case.models
+    with surgery.Pair(case.base, case.target) as pair:
+        units = {layer: range(case.arch.head_counts(pair.config, layer)[1]) for layer in range(len(blocks_of(own)))}
+        recipes = [
+            surgery.parts_from_base(pair, archs.ATTENTION, units),
+            surgery.heads_from_base(pair, units, shared=True, beside=False),
+            surgery.heads_from_base(pair, units, shared=True),
+        ]
+        swapper, states = surgery.Swapper(own, pair), []
+        for recipe in recipes:
+            with swapper.applied(recipe):
+                states.append({name: bits(tensor).clone() for name, tensor in own.state_dict().items()})
+    assert all(torch.equal(states[1][name], expected) for name, expected in states[0].items())
+    for layer, found in enumerate(layers_of(own)):
+        for name in found.weights.get("o_proj", []) and Attention(own, blocks_of(own)[layer], found).names:
+            assert torch.equal(states[2].pop(name), bits(base.state_dict()[name])), name
+    before = {name: bits(tensor) for name, tensor in own.state_dict().items()}
+    assert all(torch.equal(left, before[name]) for name, left in states[2].items())
+
+
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
 def test_heads_reach_their_own_columns(case):
     """Noise on what one unit has of k and v, or one query head of q and beside the projections, moves what the output
     matrix gets in its columns of that and nowhere else; zeros in a head's columns take away what it gives. Of what is

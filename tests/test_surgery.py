@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -123,6 +124,61 @@ def test_projections_change_only_their_slice(tmp_path, model_type, projections):
         model = load(target)
         with in_memory.apply(model, recipe, pair):
             assert torch.equal(logits(model), logits(load(tmp_path / "out")))
+
+
+# Where unit 1 of layer 1 is in the tiny models (heads of 8; llama's and olmo2's unit is two heads with one KV head, an
+# fused head of GPT-NeoX 24 rows, a third of GPT-2's matrix [in, out] all queries): what is behind `self_attn.` or the
+# like, the dimension and the ranges.
+UNIT = {
+    "llama": {"q_proj.weight": (0, 16, 32), "k_proj.weight": (0, 8, 16), "v_proj.weight": (0, 8, 16)}
+    | {"o_proj.weight": (1, 16, 32)},
+    "gpt_neox": {"query_key_value.weight": (0, 24, 48), "query_key_value.bias": (0, 24, 48)}
+    | {"dense.weight": (1, 8, 16)},
+    "gpt2": {"c_attn.weight": (1, 8, 16, 40, 48, 72, 80), "c_attn.bias": (0, 8, 16, 40, 48, 72, 80)}
+    | {"c_proj.weight": (0, 8, 16)},
+}
+UNIT["olmo2"] = UNIT["llama"] | {"q_norm.weight": (0, 16, 32), "k_norm.weight": (0, 8, 16)}
+
+
+@pytest.mark.parametrize("model_type", UNIT)
+def test_units_of_heads_change_only_their_own(tmp_path, model_type):
+    """Entry by entry: B in the unit's ranges, C everywhere else; written = in memory."""
+    base = save_tiny(model_type, tmp_path / "base", seed=0)
+    target = save_tiny(model_type, tmp_path / "target", seed=1, dtype="bfloat16", shards=2)
+    expected, theirs = read_tensors(target), read_tensors(base)
+    for end, (dim, *ends) in UNIT[model_type].items():
+        (name,) = [name for name in expected if re.search(rf"\.1\.(\w*attn|attention)\.{re.escape(end)}$", name)]
+        for start, stop in zip(ends[::2], ends[1::2], strict=True):
+            new = theirs[name].to(torch.bfloat16).narrow(dim, start, stop - start)
+            expected[name].narrow(dim, start, stop - start).copy_(new)
+    with surgery.Pair(base, target) as pair:
+        recipe = surgery.heads_from_base(pair, {1: [1, 1]})
+        on_disk.write_model(pair, recipe, tmp_path / "out")
+        model = load(target)
+        with in_memory.apply(model, recipe, pair):
+            assert torch.equal(logits(model), logits(load(tmp_path / "out")))
+    assert same(read_tensors(tmp_path / "out"), expected)
+
+
+def test_heads_that_are_not_there(tmp_path, two):
+    hybrid = [save_tiny("bamba", tmp_path / f"bamba {seed}", seed=seed) for seed in (0, 1)]
+    larger = save_tiny("llama", tmp_path / "larger", num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    with surgery.Pair(*two) as pair:
+        recipe = surgery.heads_from_base(pair, {2: [3, 0], 0: [1]}, by_query=True)
+        assert recipe.words == "query head 1 of the base in layer 0; query heads 0, 3 of the base in layer 2"
+        assert recipe.facts["heads"] == {"0": [1], "2": [0, 3]} and recipe.facts["of"] == "query heads"
+        assert {edit.tensor[-13:] for edit in recipe.edits} == {"q_proj.weight", "o_proj.weight"}
+        with pytest.raises(InputError, match="unit 2 of layer 1 does not exist: the layer has units 0 to 1"):
+            surgery.heads_from_base(pair, {0: [1], 1: [0, 2]})
+        with pytest.raises(InputError, match="layer 3 does not exist"):
+            surgery.heads_from_base(pair, {3: [0]})
+    with surgery.Pair(*hybrid) as pair, pytest.raises(InputError, match="the layer has no attention"):
+        surgery.heads_from_base(pair, {0: [0]})
+    with (
+        surgery.Pair(larger, two[1]) as pair,
+        pytest.raises(InputError, match=r"2 query heads in 1 units in .*larger, 4 in 2 in"),
+    ):
+        surgery.heads_from_base(pair, {0: [0]})
 
 
 @pytest.fixture

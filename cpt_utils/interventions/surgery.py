@@ -13,8 +13,8 @@ low-rank deltas). B's values are converted to the dtype that C has on disk. Ever
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -244,6 +244,58 @@ def parts_from_base(pair: Pair, projections: Iterable[str], layers: Iterable[int
     ]
     words = f"{', '.join(wanted)} of the base in layers {_listed(layers)}"
     return Recipe(words, {"projections": wanted, "layers": layers}, tuple(edits))
+
+
+def heads_from_base(
+    pair: Pair, chosen: Mapping[int, Iterable[int]], by_query: bool = False, shared: bool = False, beside: bool = True
+) -> Recipe:
+    """The chosen units of B in each layer: their q, k and v rows with biases, and their o columns. A unit is a KV head
+    with the query heads that share it.
+
+    All units of a layer with `shared`, without `beside`, are what `parts_from_base` makes of its attention.
+
+    Args:
+        chosen: layer -> units.
+        by_query: layer -> query heads instead, of which q and o are B's, and k and v stay C's.
+        shared: also what of the attention is no single head's.
+        beside: also what is of none of the four projections: with heads their segments of norms over all heads, sinks
+            and output gates, with `shared` the rest of the attention's module.
+
+    Raises:
+        InputError: a layer without attention, a unit or head that it does not have, or models with other heads.
+    """
+    arch, names, edits, also = pair.arch, set(pair.target.names()), [], []
+    base_config, kind = pair.base_ref.config(), "query head" if by_query else "unit"
+    heads = {layer: sorted({*chosen[layer]}) for layer in _checked_layers(chosen, pair.n_layers)}
+    for layer, own in heads.items():
+        counts, theirs = arch.head_counts(pair.config, layer), pair.base_arch.head_counts(base_config, layer)
+        if counts != theirs:
+            raise InputError(
+                f"layer {layer}: {theirs[0]} query heads in {theirs[1]} units in {pair.base_ref.spec}, {counts[0]} in "
+                f"{counts[1]} in {pair.target_ref.spec}; single heads can be swapped where both have as many"
+            )
+        n = counts[0] if by_query else counts[1]
+        wrong = [head for head in own if not 0 <= head < n]
+        if wrong:
+            there = f"{kind}s 0 to {n - 1}" if n else "no attention"
+            raise InputError(f"{kind} {wrong[0]} of layer {layer} does not exist: the layer has {there}")
+        at = pair.config, layer
+        parts = [
+            part
+            for name in archs.ATTENTION
+            for part in arch.head_parts(*at, name, own, names, pair.target.shape, by_query)
+        ]
+        parts += arch.shared_parts(*at, names, pair.target.shape) if shared else []
+        parts = [part for part in parts if beside or part.role != archs.BESIDE]
+        # Whole tensors must agree in shape: with another shape the same rows are other heads.
+        edits += [replace(pair.edit(part.tensor), dim=part.dim, index=part.index) for part in parts]
+        also += [arch.canonical(part.tensor).split(".", 2)[2] for part in parts if part.role == archs.BESIDE]
+    words = "; ".join(
+        f"{kind}{'s' * (len(own) != 1)} {_listed(own)} of the base in layer {layer}" for layer, own in heads.items()
+    )
+    words += f", and what they have of {', '.join(dict.fromkeys(also))}" if also else ""
+    facts = {"heads": {str(layer): own for layer, own in heads.items()}, "of": f"{kind}s"}
+    return Recipe(words, facts | {"shared": shared, "beside": beside}, tuple(edits))
 
 
 def _those_of(pair: Pair, layer: int, wanted: Iterable[str]) -> list[str]:
