@@ -73,6 +73,7 @@ class Layers:
         with_heads: projection -> the parameters below a layer that go with its heads one by one, in equal pieces; with
             {} in its name one for each head. A KV head's are with k_proj. A model may lack them.
         differential: a head is a pair, h and h + half of all, whose attentions are subtracted; so is a KV head.
+        block: tokens of a block of text, where the published scripts count and average activations.
         unless: config key -> why a model that sets it is not one of the type as it is known here.
         text_type: the model type of its text model, of a type with other towers.
         norms: where a layer's norms are, from the residual stream: for docs/architectures.md, like the next two.
@@ -104,6 +105,7 @@ class Layers:
     heads_at: OfLayer | None = None
     with_heads: dict[str, tuple[str, ...]] = field(default_factory=dict)
     differential: bool = False
+    block: int = 4096
     unless: dict[str, str] = field(default_factory=dict)
     text_type: str = ""
     norms: str = "before"

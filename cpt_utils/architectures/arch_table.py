@@ -1014,5 +1014,9 @@ TOWERS: dict[str, Tower] = {
     "minicpmv4_6": Tower("qwen3_5_text", **AS_IN_MEMORY),
     "minicpmv4_7": Tower("qwen3_5_text", **AS_IN_MEMORY),
 }
-ARCHS = {name: replace(arch, model_type=name) for name, arch in ARCHS.items()}
+# The published scripts cut text for their type qwen into shorter blocks.
+ARCHS = {
+    name: replace(arch, model_type=name, block=2048 if name.startswith("qwen") else 4096)
+    for name, arch in ARCHS.items()
+}
 ARCHS |= {name: tower.around(ARCHS[tower.text], name) for name, tower in TOWERS.items()}

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cpt_utils.architectures import archs
 from cpt_utils.architectures.arch_parts import Neurons, below
 from cpt_utils.base.errors import InputError
 from cpt_utils.models import loading
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
     from cpt_utils.architectures.archs import Arch
 
-# Tokens of a block by the published scripts' `type`.
-BLOCK = {"llama": 4096, "qwen": 2048}
+BLOCK = {"llama": 4096, "qwen": 2048}  # tokens, by the published scripts' --type
 TOKENS_A_BATCH = 4096
 
 
@@ -32,19 +32,17 @@ TOKENS_A_BATCH = 4096
 
 
 def block_size(config: Mapping, kind: str | None = None, given: int | None = None) -> int:
-    """Tokens of a block: `given`, else that of `kind` (llama or qwen), never more than the model's positions.
-
-    `kind` None is worked out from the model type.
+    """Tokens of a block: `given`, else those of `kind` (llama or qwen), else the model type's; never more than it has
+    positions.
     """
     values = config.get("text_config") or config
-    if kind is None:
-        kind = "qwen" if str(values.get("model_type", "")).startswith("qwen") else "llama"
     limit = next((int(values[key]) for key in ("max_position_embeddings", "n_positions") if values.get(key)), None)
     if given is not None:
         if limit is not None and given > limit:
             raise InputError(f"--block-size {given} is more than the model's {limit} positions; give {limit} or less")
         return given
-    return min(BLOCK[kind], limit) if limit else BLOCK[kind]
+    size = BLOCK[kind] if kind else archs.for_config(config).block
+    return min(size, limit or size)
 
 
 def batch_size(given: int | None, size: int) -> int:
