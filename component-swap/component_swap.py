@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, data, languages, processes, results
+from cpt_utils.base import cli, languages, processes, results, sources
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, folders, opening, refs
@@ -353,7 +353,7 @@ def add_flags(p, own_file: str) -> None:
     )
     cli.add_run_flags(p)
     evaluation.add_flags(p)
-    data.add_flags(p)
+    sources.add_flags(p)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
 
 

@@ -22,7 +22,7 @@ import random
 import re
 from pathlib import Path
 
-from cpt_utils.base import cli, data, processes, results
+from cpt_utils.base import cli, processes, results, sources
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
@@ -148,7 +148,7 @@ def build_parser():
     add("--in-memory", action="store_true", help="measure the sets of --methods without writing model folders")
     cli.add_run_flags(p)
     evaluation.add_flags(p)
-    data.add_flags(p)
+    sources.add_flags(p)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 

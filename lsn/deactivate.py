@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, data, figures, languages, processes, results
+from cpt_utils.base import cli, figures, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
@@ -410,7 +410,7 @@ def heldout_texts(args, study: Study, chosen: list[str]) -> tuple[dict, dict]:
         if not path.is_file():
             raise InputError(f"{path} does not exist: the held-out text of {lang}")
         texts[lang] = evaluation.documents(path, together)[: args.limit]
-        facts[lang] = {"file": str(path), "sha256": data.file_sha256(path), "documents": len(texts[lang])}
+        facts[lang] = {"file": str(path), "sha256": results.file_sha256(path), "documents": len(texts[lang])}
     return texts, facts
 
 

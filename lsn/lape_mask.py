@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils.base import cli, data, languages, results
+from cpt_utils.base import cli, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.measures import masks
@@ -56,7 +56,12 @@ def main(argv=None) -> None:
     source, path = Path(args.mask), Path(args.output)
     langs = cli.sibling("lsn/identify.py").wanted_languages(args.langs)
     mask = read(source, langs)
-    request = {"lape_sha256": data.file_sha256(source), "languages": langs, "ffn_width": args.ffn_width, "seed": seed}
+    request = {
+        "lape_sha256": results.file_sha256(source),
+        "languages": langs,
+        "ffn_width": args.ffn_width,
+        "seed": seed,
+    }
     if not args.overwrite and results.made_by(path, masks.SCHEMA, request, "another -o"):
         cli.say(f"{path} is finished (--overwrite redoes it)")
         return

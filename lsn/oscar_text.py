@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cpt_utils.base import cli, data, languages, textfiles
+from cpt_utils.base import cli, hub_data, languages, textfiles
 from cpt_utils.base.errors import InputError
 
 MOSCAR = "oscar-corpus/mOSCAR"
@@ -133,7 +133,7 @@ def hub_sources(codes: list[str], revision: str | None) -> dict[str, tuple[dict,
     if not configs:
         return {}
     try:
-        commit = data.hub_revision(MOSCAR, revision)
+        commit = hub_data.revision(MOSCAR, revision)
     except InputError as error:
         # The same advice, with the flag that this script has for local copies.
         raise InputError(str(error).replace("--data-dir", "--parquet LANGUAGE=FOLDER")) from None

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, data, figures, languages, processes, results, stats
+from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, opening, refs, tokenization, tokenizer_id
@@ -271,7 +271,7 @@ class Job:
 class Bench:
     """Everything a measurement depends on but the model. `drop`: see --drop-revisions."""
 
-    pairs: data.ParallelText
+    pairs: sources.ParallelText
     process: processes.Process
     dtype: torch.dtype
     margin: str
@@ -366,7 +366,7 @@ class Bench:
         )  # fmt: skip
 
 
-def of_pairs(model, arch, tokenizer, pairs: data.ParallelText, name: str, **how) -> Retrieval:
+def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **how) -> Retrieval:
     """`measure` of `pairs`, tokenized for the model `name`; `how` are its other arguments.
 
     Also what the swap controls run on a model that is swapped in memory.
@@ -375,7 +375,7 @@ def of_pairs(model, arch, tokenizer, pairs: data.ParallelText, name: str, **how)
 
 
 def encode_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: data.ParallelText, name: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: sources.ParallelText, name: str
 ) -> tuple[Encoded, Encoded]:
     """Both languages tokenized for `model`: (base, target).
 
@@ -424,7 +424,7 @@ def build_parser():
         action="store_true",
         help="only what was asked for: no untrained twin, nor the study's base beside the models of --model_path",
     )
-    data.add_flags(p)
+    sources.add_flags(p)
     cli.add_run_flags(p, drop=True)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
@@ -435,7 +435,7 @@ def main(argv=None) -> None:
     study = Study.find(args.study, args.seed)
     models = targets(args, study)
     base, target = sides(args, study)
-    pairs = data.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
+    pairs = sources.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
     cli.say(pairs.summary())
     opening.look_over(models)
 

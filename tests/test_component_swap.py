@@ -16,7 +16,7 @@ from helpers import bits, failed_gate, load_script, read_tensors, save_tiny
 from launch import launch
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, data, results, stats
+from cpt_utils.base import cli, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, tokenization
 from cpt_utils.interventions import components, on_disk, surgery
@@ -236,7 +236,7 @@ def test_controls_against_written_folders(shared, study):
     assert sorted([*(row["layers"] for row in sets[11:]), INTERFACE]) == [list(s) for s in combinations(range(4), 2)]
 
     test = evaluation.Test(
-        pairs=data.parallel(
+        pairs=sources.parallel(
             "text", "eng_Latn", "qaa_Latn", base_file=shared / "eng.txt", target_file=shared / "qaa.txt"
         ),
         heldout=[("", line) for line in (shared / "heldout.txt").read_text().splitlines()],

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from helpers import shared_dir
 
-from cpt_utils.base import data
+from cpt_utils.base import sources
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.sources import flores as flores_plus
+from cpt_utils.base.sources import sib200
 
 PAIRS = {"3": ("three", "trí"), "1": ("one", "aon"), "10": ("ten", "deich"), "2": ("two", "dó")}
 
@@ -50,7 +52,7 @@ def sib(folder: Path, code: str, texts: dict[str, list[tuple]]) -> None:
 
 
 def test_flores_folder_is_aligned_by_id_in_natural_order(tmp_path):
-    pairs = data.parallel("flores", "en", "gle_Latn", dir=flores(tmp_path))
+    pairs = sources.parallel("flores", "en", "gle_Latn", dir=flores(tmp_path))
     assert pairs.ids == ["1", "2", "3", "10"]
     assert pairs.base == ["one", "two", "three", "ten"]
     assert pairs.target == ["aon", "dó", "trí", "deich"]
@@ -65,44 +67,44 @@ def test_flores_folder_is_aligned_by_id_in_natural_order(tmp_path):
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(tmp_path):
-    whole = data.parallel("flores", "eng_Latn", "gle_Latn", dir=flores(tmp_path))
-    assert data.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path, limit=4).describe() == whole.describe()
+    whole = sources.parallel("flores", "eng_Latn", "gle_Latn", dir=flores(tmp_path))
+    assert sources.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path, limit=4).describe() == whole.describe()
 
 
 def test_repeated_sentences_are_counted(tmp_path):
     lines = {"a": ["one", "two", "one", "one ", "four", "two", "One"], "b": ["1", "2", "3", "4", "5", "6", "7"]}
     for name, own in lines.items():
         (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in own))
-    pairs = data.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt")
+    pairs = sources.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt")
     assert pairs.repeated == pairs.describe()["repeated"] == {"base": 4}  # another case or a space is another sentence
     assert pairs.summary().endswith("; 4 sentences of eng_Latn stand more than once, and finding any copy counts")
-    few = data.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt", limit=2)
+    few = sources.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt", limit=2)
     assert "repeated" not in few.describe() and few.summary().endswith("aligned by line")
 
 
 def test_limit_takes_the_first_ids_and_is_recorded(tmp_path):
-    pairs = data.parallel("flores", "eng_Latn", "gle_Latn", dir=flores(tmp_path), limit=2)
+    pairs = sources.parallel("flores", "eng_Latn", "gle_Latn", dir=flores(tmp_path), limit=2)
     assert pairs.ids == ["1", "2"] and len(pairs) == 2
     facts = pairs.describe()
     assert (facts["n_used"], facts["n_available"], facts["limit"]) == (2, 4, 2)
     assert "2 of 4" in pairs.summary()
-    whole = data.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path).describe()
+    whole = sources.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path).describe()
     assert facts["pairs_sha256"] != whole["pairs_sha256"]
 
 
 def test_both_directions_and_one_language_with_itself(tmp_path):
     flores(tmp_path)
-    there = data.parallel("flores", "en", "ga", dir=tmp_path)
-    back = data.parallel("flores", "ga", "en", dir=tmp_path)
+    there = sources.parallel("flores", "en", "ga", dir=tmp_path)
+    back = sources.parallel("flores", "ga", "en", dir=tmp_path)
     assert (there.ids, there.base, there.target) == (back.ids, back.target, back.base)
-    itself = data.parallel("flores", "ga", "ga", dir=tmp_path)
+    itself = sources.parallel("flores", "ga", "ga", dir=tmp_path)
     assert itself.base == itself.target
 
 
 def test_ids_of_one_side_only_are_left_out_and_counted(tmp_path):
     flores(tmp_path)
     jsonl(tmp_path / "dev" / "gle_Latn.jsonl", [{"id": 10, "text": "deich"}, {"id": 77, "text": "x"}])
-    pairs = data.parallel("flores", "en", "ga", dir=tmp_path)
+    pairs = sources.parallel("flores", "en", "ga", dir=tmp_path)
     assert (pairs.ids, pairs.n_available) == (["10"], 1)
     assert pairs.facts["only_in_base"] == 3 and pairs.facts["only_in_target"] == 1
     assert "3 only in en, 1 only in ga: left out" in pairs.summary()
@@ -113,24 +115,24 @@ def test_parquet_and_tsv_and_other_spellings(tmp_path):
 
     pandas.DataFrame({"id": [1, 2], "text": ["one", "two"], "url": ["", ""]}).to_parquet(tmp_path / "eng_Latn.parquet")
     write(tmp_path / "zho_Hans.tsv", 'id\ttext\n2\t"二" says "x"\n1\t一\n')
-    pairs = data.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path)
+    pairs = sources.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path)
     assert pairs.base == ["one", "two"] and pairs.target == ["一", '"二" says "x"']
     assert pairs.facts["target"]["spelling"] == "zho_Hans"
     write(tmp_path / "cmn_Hans.jsonl", '{"id": 1, "text": "一"}\n')
-    assert data.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path).ids == ["1"]
+    assert sources.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path).ids == ["1"]
     with pytest.raises(InputError, match="cmn_Hans and zho_Hans both mean zh"):
-        data.parallel("flores", "eng_Latn", "zh", dir=tmp_path)
+        sources.parallel("flores", "eng_Latn", "zh", dir=tmp_path)
     write(tmp_path / "cmn_Hans.tsv", "id\ttext\n1\t一\n")
     with pytest.raises(InputError, match=r"cmn_Hans.jsonl and cmn_Hans.tsv are both cmn_Hans"):
-        data.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path)
+        sources.parallel("flores", "eng_Latn", "cmn_Hans", dir=tmp_path)
 
 
 def test_rows_that_name_their_split_are_held_to_it(tmp_path):
     for code in ("eng_Latn", "gle_Latn"):
         jsonl(tmp_path / f"{code}.jsonl", [{"id": 1, "text": "x", "split": "devtest"}])
-    assert data.parallel("flores", "en", "ga", dir=tmp_path, split="devtest").ids == ["1"]
+    assert sources.parallel("flores", "en", "ga", dir=tmp_path, split="devtest").ids == ["1"]
     with pytest.raises(InputError, match="holds the split devtest, not dev; give --split devtest"):
-        data.parallel("flores", "en", "ga", dir=tmp_path)
+        sources.parallel("flores", "en", "ga", dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_bad_rows(tmp_path, rows, message):
     flores(tmp_path)
     jsonl(tmp_path / "dev" / "gle_Latn.jsonl", rows)
     with pytest.raises(InputError, match=message) as error:
-        data.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path)
+        sources.parallel("flores", "eng_Latn", "gle_Latn", dir=tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -160,7 +162,7 @@ def test_ids_with_digits_that_are_not_decimal(tmp_path):
     ids = ["Ps1:10", "Ps1:2²", "²", "Ps1:2", "٣", "١٢", "½", "①", "v1", ""]
     for code in ("eng_Latn", "gle_Latn"):
         jsonl(tmp_path / f"{code}.jsonl", [{"id": i, "text": f"{code} {i}"} for i in ids[:-1]])
-    pairs = data.parallel("flores", "en", "ga", dir=tmp_path)
+    pairs = sources.parallel("flores", "en", "ga", dir=tmp_path)
     assert sorted(pairs.ids) == sorted(ids[:-1])
     assert [i for i in pairs.ids if i[0] in "Pv"] == ["Ps1:2", "Ps1:2²", "Ps1:10", "v1"]
     assert pairs.ids[:2] == ["٣", "١٢"]
@@ -171,18 +173,18 @@ def test_pairs_with_an_empty_side_are_dropped_where_asked(tmp_path):
     flores(tmp_path)
     rows = [{"id": 1, "text": None}, {"id": 2, "text": "dó"}, {"id": 3, "text": " "}, {"id": 10, "text": "deich"}]
     jsonl(tmp_path / "dev" / "gle_Latn.jsonl", rows)
-    pairs = data.parallel("flores", "en", "ga", dir=tmp_path, drop_empty=True)
+    pairs = sources.parallel("flores", "en", "ga", dir=tmp_path, drop_empty=True)
     assert (pairs.ids, pairs.target, pairs.n_available) == (["2", "10"], ["dó", "deich"], 2)
     assert pairs.describe()["dropped_empty"] == 2 and "(2 with an empty side: left out)" in pairs.summary()
-    whole = data.parallel("flores", "en", "en", dir=tmp_path)
+    whole = sources.parallel("flores", "en", "en", dir=tmp_path)
     assert "dropped_empty" not in whole.describe()  # headers of results without the flag stay as they were
     write(tmp_path / "a", "In the beginning\n\nlight\n")
     write(tmp_path / "b", "I dtús\nbhí\n\n")
-    text = data.parallel("text", "en", "ga", base_file=tmp_path / "a", target_file=tmp_path / "b", drop_empty=True)
+    text = sources.parallel("text", "en", "ga", base_file=tmp_path / "a", target_file=tmp_path / "b", drop_empty=True)
     assert (text.base, text.target, text.ids) == (["In the beginning"], ["I dtús"], ["1"])
     jsonl(tmp_path / "dev" / "gle_Latn.jsonl", [{"id": 1, "text": ""}])
     with pytest.raises(InputError, match="each of the 1 pairs of en and ga has an empty side"):
-        data.parallel("flores", "en", "ga", dir=tmp_path, drop_empty=True)
+        sources.parallel("flores", "en", "ga", dir=tmp_path, drop_empty=True)
 
 
 def test_drop_empty_from_the_command_line_and_the_study(tmp_path):
@@ -193,15 +195,15 @@ def test_drop_empty_from_the_command_line_and_the_study(tmp_path):
     write(tmp_path / "a", "one\n\n")
     write(tmp_path / "b", "aon\ndó\n")
     parser = argparse.ArgumentParser()
-    data.add_flags(parser)
+    sources.add_flags(parser)
     parser.add_argument("--limit")
     flags = ["--source", "text", "--base-file", str(tmp_path / "a"), "--target-file", str(tmp_path / "b")]
     source = {"source": "text", "base_file": str(tmp_path / "a"), "target_file": str(tmp_path / "b")}
     for given, values in (([*flags, "--drop-empty"], {}), ([], {"data": source | {"drop_empty": True}})):
-        assert data.from_arguments(parser.parse_args(given), Study(values), "en", "ga").ids == ["1"]
+        assert sources.from_arguments(parser.parse_args(given), Study(values), "en", "ga").ids == ["1"]
     for given, values in ((flags, {}), ([], {"data": source}), ([], {"data": source | {"drop_empty": False}})):
         with pytest.raises(InputError, match="en sentence of line 2 is empty"):
-            data.from_arguments(parser.parse_args(given), Study(values), "en", "ga")
+            sources.from_arguments(parser.parse_args(given), Study(values), "en", "ga")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_release_archives_of_flores(tmp_path, place, name, codes):
     folders = [tmp_path / place, *([tmp_path] if place.endswith("_dataset") else [])]
     for folder in folders:
         for split in ("dev", "devtest"):
-            pairs = data.parallel("flores", "en", "zh", dir=folder, split=split)
+            pairs = sources.parallel("flores", "en", "zh", dir=folder, split=split)
             assert pairs.base == [f"one {split}", f'"two {split}', f"three {split}"]
             assert pairs.target == [f"一 {split}", f"二\u2028 {split}", f"三 {split}"]
             assert pairs.ids == ["1", "2", "3"] and pairs.facts["aligned_by"] == "line"
@@ -231,38 +233,38 @@ def test_release_archives_of_flores(tmp_path, place, name, codes):
     file = tmp_path / place / "dev" / name.format(code=codes[1], split="dev")
     file.write_text("一\n")
     with pytest.raises(InputError, match=r"has 3 lines and .* has 1; files without ids are aligned by line"):
-        data.parallel("flores", "en", "zh", dir=tmp_path / place)
+        sources.parallel("flores", "en", "zh", dir=tmp_path / place)
     file.unlink()
     jsonl(file.parent / "cmn_Hans.jsonl", [{"id": 1, "text": "一"}])
     with pytest.raises(InputError, match=r"cmn_Hans.jsonl has ids, the other language's file has lines"):
-        data.parallel("flores", "en", "zh", dir=tmp_path / place)
+        sources.parallel("flores", "en", "zh", dir=tmp_path / place)
 
 
 def test_an_archive_that_is_not_extracted(tmp_path):
     write(tmp_path / "flores200_dataset.tar.gz", "")
     for source in ("flores", "sib200"):
         with pytest.raises(InputError, match=r"flores200_dataset.tar.gz is a file; extract it if it is an archive"):
-            data.parallel(source, "en", "zh", dir=tmp_path / "flores200_dataset.tar.gz")
+            sources.parallel(source, "en", "zh", dir=tmp_path / "flores200_dataset.tar.gz")
 
 
 def test_missing_and_damaged_local_files(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
-        data.parallel("flores", "en", "ga", dir=tmp_path / "nowhere")
+        sources.parallel("flores", "en", "ga", dir=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no language files"):
-        data.parallel("flores", "en", "ga", dir=tmp_path / "empty")
+        sources.parallel("flores", "en", "ga", dir=tmp_path / "empty")
     flores(tmp_path)
     with pytest.raises(InputError, match=r"nothing for fr \(fra_Latn\); there is eng_Latn, gle_Latn"):
-        data.parallel("flores", "en", "fr", dir=tmp_path)
+        sources.parallel("flores", "en", "fr", dir=tmp_path)
     write(tmp_path / "dev" / "fra_Latn.parquet", "no parquet")
     with pytest.raises(InputError, match="not a readable parquet file"):
-        data.parallel("flores", "en", "fr", dir=tmp_path)
+        sources.parallel("flores", "en", "fr", dir=tmp_path)
     with pytest.raises(InputError, match="unknown language 'eng_Latin'; the nearest are eng_Latn"):
-        data.parallel("flores", "eng_Latin", "gle_Latn", dir=tmp_path)
+        sources.parallel("flores", "eng_Latin", "gle_Latn", dir=tmp_path)
     with pytest.raises(InputError, match="unknown data source 'flors'"):
-        data.parallel("flors", "en", "ga", dir=tmp_path)
+        sources.parallel("flors", "en", "ga", dir=tmp_path)
     with pytest.raises(InputError, match="--split train: FLORES"):
-        data.parallel("flores", "en", "ga", dir=tmp_path, split="train")
+        sources.parallel("flores", "en", "ga", dir=tmp_path, split="train")
 
 
 # --- sib200 ---
@@ -275,27 +277,27 @@ def test_sib200_folder(tmp_path):
         {"train": [("7", "travel", 'a "quoted'), ("2", "sports", "b")], "test": [("5", "health", '"c", he said')]},
     )
     sib(tmp_path, "zho_Hans", {"train": [("2", "sports", "B"), ("7", "travel", "A")], "test": [("5", "health", "C")]})
-    pairs = data.parallel("sib200", "eng_Latn", "cmn_Hans", dir=tmp_path)
+    pairs = sources.parallel("sib200", "eng_Latn", "cmn_Hans", dir=tmp_path)
     assert pairs.ids == ["2", "5", "7", "9dev"]
     assert pairs.base == ["b", '"c", he said', 'a "quoted', "x"] and pairs.target == ["B", "C", "A", "x"]
     assert pairs.facts["target"]["spelling"] == "zho_Hans" and len(pairs.facts["base"]["files"]) == 3
-    assert data.parallel("sib200", "en", "zh", dir=tmp_path, split="test").ids == ["5"]
-    assert data.parallel("sib200", "en", "zh", dir=tmp_path, split="validation").ids == ["9dev"]
-    assert data.sib200_rows(tmp_path / "eng_Latn", "test") == [
+    assert sources.parallel("sib200", "en", "zh", dir=tmp_path, split="test").ids == ["5"]
+    assert sources.parallel("sib200", "en", "zh", dir=tmp_path, split="validation").ids == ["9dev"]
+    assert sib200.rows(tmp_path / "eng_Latn", "test") == [
         {"index_id": "5", "category": "health", "text": '"c", he said'}
     ]
     with pytest.raises(InputError, match="--split devtest: SIB-200 has"):
-        data.parallel("sib200", "en", "zh", dir=tmp_path, split="devtest")
+        sources.parallel("sib200", "en", "zh", dir=tmp_path, split="devtest")
     (tmp_path / "zho_Hans" / "dev.tsv").unlink()
     with pytest.raises(InputError, match=r"dev.tsv does not exist"):
-        data.parallel("sib200", "en", "zh", dir=tmp_path)
+        sources.parallel("sib200", "en", "zh", dir=tmp_path)
 
 
 def test_sib200_line_with_another_number_of_columns(tmp_path):
     sib(tmp_path, "eng_Latn", {})
     write(tmp_path / "eng_Latn" / "test.tsv", "index_id\tcategory\ttext\n1\ttravel\ta\n2\tb\n")
     with pytest.raises(InputError, match=r"test.tsv, line 3: 2 fields instead of 3"):
-        data.parallel("sib200", "en", "en", dir=tmp_path)
+        sources.parallel("sib200", "en", "en", dir=tmp_path)
 
 
 def test_real_sib200():
@@ -304,11 +306,11 @@ def test_real_sib200():
         pytest.skip("no SIB-200 files: SHARED_DIR is not set, and there is no folder shared beside the repository")
     folder = Path(shared) / "sib200"
     for target in ("ga", "zho_Hans", "arb_Arab"):
-        pairs = data.parallel("sib200", "eng_Latn", target, dir=folder)
+        pairs = sources.parallel("sib200", "eng_Latn", target, dir=folder)
         assert len(pairs) == pairs.n_available == 1004
         assert pairs.facts["only_in_base"] == pairs.facts["only_in_target"] == 0
         assert pairs.ids == sorted(pairs.ids, key=int)
-    assert [len(data.parallel("sib200", "en", "eu", dir=folder, split=s)) for s in ("train", "dev", "test")] == [
+    assert [len(sources.parallel("sib200", "en", "eu", dir=folder, split=s)) for s in ("train", "dev", "test")] == [
         701,
         99,
         204,
@@ -322,42 +324,42 @@ def test_text_files_plain_and_gzipped(tmp_path):
     # U+2028 and a carriage return inside a sentence do not end a line; a byte order mark is no part of it.
     base = write(tmp_path / "a.en", "\ufeffone\u2028still one\r\ntwo\n")
     target = write(tmp_path / "a.de.gz", "eins\nzw\rei")
-    pairs = data.parallel("text", "en", "some-dialect", base_file=base, target_file=target)
+    pairs = sources.parallel("text", "en", "some-dialect", base_file=base, target_file=target)
     assert pairs.base == ["one\u2028still one", "two"] and pairs.target == ["eins", "zw\rei"]
     assert pairs.ids == ["1", "2"]
     assert pairs.facts["target"]["canonical"] == "some-dialect"
     assert pairs.facts["target"]["files"] == {str(target): hashlib.sha256(target.read_bytes()).hexdigest()}
-    inside = data.parallel("text", "qaa_Latn", "qab_Latn", dir=tmp_path, base_file="a.en", target_file="a.de.gz")
+    inside = sources.parallel("text", "qaa_Latn", "qab_Latn", dir=tmp_path, base_file="a.en", target_file="a.de.gz")
     assert inside.base == pairs.base
 
 
 def test_text_errors(tmp_path):
     base, target = write(tmp_path / "a", "1\n2\n3\n"), write(tmp_path / "b", "1\n2\n")
     with pytest.raises(InputError, match=r"a has 3 lines and .*b has 2"):
-        data.parallel("text", "en", "de", base_file=base, target_file=target)
+        sources.parallel("text", "en", "de", base_file=base, target_file=target)
     write(target, "1\n\n3\n")
     with pytest.raises(InputError, match="de sentence of line 2 is empty"):
-        data.parallel("text", "en", "de", base_file=base, target_file=target)
+        sources.parallel("text", "en", "de", base_file=base, target_file=target)
     with pytest.raises(InputError, match=r"no file for de: give --target-file, or the study key data\.target_file"):
-        data.parallel("text", "en", "de", base_file=base)
+        sources.parallel("text", "en", "de", base_file=base)
     with pytest.raises(InputError, match="does not exist"):
-        data.parallel("text", "en", "de", base_file=base, target_file=tmp_path / "c")
+        sources.parallel("text", "en", "de", base_file=base, target_file=tmp_path / "c")
     with pytest.raises(InputError, match="has no splits"):
-        data.parallel("text", "en", "de", base_file=base, target_file=base, split="dev")
-    with pytest.raises(InputError, match="takes --data-dir, not files"):
-        data.parallel("sib200", "en", "de", base_file=base, target_file=target)
+        sources.parallel("text", "en", "de", base_file=base, target_file=base, split="dev")
+    with pytest.raises(InputError, match="sib200 takes no files; for files use --source text or tsv"):
+        sources.parallel("sib200", "en", "de", base_file=base, target_file=target)
     target.write_bytes(b"\xff\xfe1\n")
     with pytest.raises(InputError, match="cannot be read as UTF-8"):
-        data.parallel("text", "en", "de", base_file=base, target_file=target)
+        sources.parallel("text", "en", "de", base_file=base, target_file=target)
     broken = tmp_path / "c.gz"
     broken.write_bytes(gzip.compress(b"1\n2\n3\n" * 99)[:-12])
     with pytest.raises(InputError, match=r"c\.gz cannot be read"):
-        data.parallel("text", "en", "de", base_file=base, target_file=broken)
+        sources.parallel("text", "en", "de", base_file=base, target_file=broken)
     with pytest.raises(InputError, match="no sentence in common"):
-        data.parallel("text", "en", "de", base_file=write(tmp_path / "e", ""), target_file=write(tmp_path / "f", ""))
+        sources.parallel("text", "en", "de", base_file=write(tmp_path / "e", ""), target_file=write(tmp_path / "f", ""))
     for name, message in (("a.tsv", "is a table, of which nothing .* --source tsv"), ("a.zip", "unpack it")):
         with pytest.raises(InputError, match=message):
-            data.parallel("text", "en", "de", base_file=base, target_file=write(tmp_path / name, "1\n2\n3\n"))
+            sources.parallel("text", "en", "de", base_file=base, target_file=write(tmp_path / name, "1\n2\n3\n"))
 
 
 def test_text_from_json_lines_and_parquet(tmp_path):
@@ -367,22 +369,22 @@ def test_text_from_json_lines_and_parquet(tmp_path):
     pandas.DataFrame({"text": ["eins", "zwei", "drei"]}).to_parquet(tmp_path / "b.parquet")
     files = {"base_file": tmp_path / "a.jsonl", "target_file": tmp_path / "b.parquet"}
     with pytest.raises(InputError, match="en sentence of line 2 is empty"):
-        data.parallel("text", "en", "de", **files)
-    pairs = data.parallel("text", "en", "de", **files, drop_empty=True)
+        sources.parallel("text", "en", "de", **files)
+    pairs = sources.parallel("text", "en", "de", **files, drop_empty=True)
     assert (pairs.base, pairs.target) == (["one", "two"], ["eins", "drei"])
 
 
 def test_tsv_columns_by_name_number_and_default(tmp_path):
     named = write(tmp_path / "n.tsv", 'id\teng_Latn\tgle_Latn\n1\t"one\taon\n2\ttwo\tdó\n')
     for base, target in ((named, None), (f"{named}:eng_Latn", f"{named}:gle_Latn")):
-        pairs = data.parallel("tsv", "en", "ga", base_file=base, target_file=target)
+        pairs = sources.parallel("tsv", "en", "ga", base_file=base, target_file=target)
         assert pairs.base == ['"one', "two"] and pairs.target == ["aon", "dó"]
         assert pairs.ids == ["2", "3"] and pairs.facts["base"]["column"] == "eng_Latn"
     plain = write(tmp_path / "p.tsv.gz", "one\taon\ntwo\tdó\n")
-    assert data.parallel("tsv", "en", "ga", base_file=plain).target == ["aon", "dó"]
-    swapped = data.parallel("tsv", "ga", "en", base_file=f"{plain}:2", target_file=f"{plain}:1")
+    assert sources.parallel("tsv", "en", "ga", base_file=plain).target == ["aon", "dó"]
+    swapped = sources.parallel("tsv", "ga", "en", base_file=f"{plain}:2", target_file=f"{plain}:1")
     assert swapped.base == ["aon", "dó"] and swapped.ids == ["1", "2"]
-    assert data.parallel("tsv", "xx", "yy", base_file="p.tsv.gz", dir=tmp_path).base == ["one", "two"]
+    assert sources.parallel("tsv", "xx", "yy", base_file="p.tsv.gz", dir=tmp_path).base == ["one", "two"]
 
 
 TATOEBA = [
@@ -398,14 +400,14 @@ def test_tsv_of_four_columns_with_ids_that_look_like_column_numbers(tmp_path, id
     """As Tatoeba exports pairs: a mark of byte order, Windows line ends, a quote that nobody closes."""
     rows = [(ids[0], *TATOEBA[0][1:2], ids[1], TATOEBA[0][3]), *TATOEBA[1:]]
     file = write(tmp_path / "t.tsv", "\ufeff" + "".join("\t".join(row) + "\r\n" for row in rows))
-    pairs = data.parallel("tsv", "zh", "en", base_file=f"{file}:2", target_file=f"{file}:4")
+    pairs = sources.parallel("tsv", "zh", "en", base_file=f"{file}:2", target_file=f"{file}:4")
     assert pairs.base == [row[1] for row in rows] and pairs.target == [row[3] for row in rows]
     assert (pairs.facts["base"]["column"], pairs.facts["target"]["column"]) == (2, 4)
     assert "4 sentence pairs zh-en from tsv, columns 2 and 4, aligned by line" in pairs.summary()
     with pytest.raises(InputError, match=r"give --base-file t.tsv:COLUMN and .*\(a name, or a number from 1\)"):
-        data.parallel("tsv", "zh", "en", base_file=file)
+        sources.parallel("tsv", "zh", "en", base_file=file)
     with pytest.raises(InputError, match="columns 1 to 4, no column 7"):
-        data.parallel("tsv", "zh", "en", base_file=f"{file}:2", target_file=f"{file}:7")
+        sources.parallel("tsv", "zh", "en", base_file=f"{file}:2", target_file=f"{file}:7")
 
 
 def test_tsv_of_pandas_without_names(tmp_path):
@@ -418,32 +420,32 @@ def test_tsv_of_pandas_without_names(tmp_path):
     table.to_csv(tmp_path / "x.tsv", sep="\t", index=False, header=["2021", "2022"])
     given = [("v.tsv", None), ("v.tsv:1", "v.tsv:2"), ("w.tsv:2", "w.tsv:3"), ("x.tsv:2021", "x.tsv:2022")]
     for base, target in given:
-        pairs = data.parallel("tsv", "zh", "en", dir=tmp_path, base_file=base, target_file=target)
+        pairs = sources.parallel("tsv", "zh", "en", dir=tmp_path, base_file=base, target_file=target)
         assert pairs.base == table[0].tolist() and pairs.target == table[1].tolist(), base
         assert pairs.ids == ["2", "3", "4"]
     with pytest.raises(InputError, match=r"w\.tsv has 3 columns"):
-        data.parallel("tsv", "zh", "en", dir=tmp_path, base_file="w.tsv")
-    by_name = data.parallel("tsv", "zh", "en", dir=tmp_path, base_file="w.tsv:0", target_file="w.tsv:1")
+        sources.parallel("tsv", "zh", "en", dir=tmp_path, base_file="w.tsv")
+    by_name = sources.parallel("tsv", "zh", "en", dir=tmp_path, base_file="w.tsv:0", target_file="w.tsv:1")
     assert by_name.base == table[0].tolist() and by_name.facts["target"]["column"] == "1"
 
 
 def test_tsv_errors(tmp_path):
     file = write(tmp_path / "p.tsv", "a\tb\tc\nd\te\tf\n")
     with pytest.raises(InputError, match="has 3 columns, and line 1 does not name en and ga"):
-        data.parallel("tsv", "en", "ga", base_file=file)
+        sources.parallel("tsv", "en", "ga", base_file=file)
     with pytest.raises(InputError, match="columns 1 to 3, no column 4"):
-        data.parallel("tsv", "en", "ga", base_file=f"{file}:1", target_file=f"{file}:4")
+        sources.parallel("tsv", "en", "ga", base_file=f"{file}:1", target_file=f"{file}:4")
     with pytest.raises(InputError, match="no single column is named 'x'"):
-        data.parallel("tsv", "en", "ga", base_file=f"{file}:a", target_file=f"{file}:x")
+        sources.parallel("tsv", "en", "ga", base_file=f"{file}:a", target_file=f"{file}:x")
     with pytest.raises(InputError, match="for one language only"):
-        data.parallel("tsv", "en", "ga", base_file=f"{file}:a", target_file=file)
+        sources.parallel("tsv", "en", "ga", base_file=f"{file}:a", target_file=file)
     with pytest.raises(InputError, match="both columns from one file"):
-        data.parallel("tsv", "en", "ga", base_file=f"{file}:1", target_file=f"{file}2:2")
+        sources.parallel("tsv", "en", "ga", base_file=f"{file}:1", target_file=f"{file}2:2")
     with pytest.raises(InputError, match="no file for en"):
-        data.parallel("tsv", "en", "ga")
+        sources.parallel("tsv", "en", "ga")
     write(file, "a\tb\nc\n")
     with pytest.raises(InputError, match="line 2 has 1 columns, line 1 has 2"):
-        data.parallel("tsv", "en", "ga", base_file=file)
+        sources.parallel("tsv", "en", "ga", base_file=file)
 
 
 # --- the hub, as a stand-in: these tests have no network ---
@@ -481,13 +483,13 @@ def hub(monkeypatch):
 
 def test_flores_from_the_hub(hub):
     for name, texts in (("eng_Latn", {2: "two", 1: "one"}), ("cmn_Hans", {1: "一", 2: "二"})):
-        hub.served[data.FLORES, name, "dev"] = [{"id": i, "text": text, "url": ""} for i, text in texts.items()]
-    pairs = data.parallel("flores", "en", "zho_Hans")
+        hub.served[flores_plus.DATASET, name, "dev"] = [{"id": i, "text": text, "url": ""} for i, text in texts.items()]
+    pairs = sources.parallel("flores", "en", "zho_Hans")
     assert pairs.base == ["one", "two"] and pairs.target == ["一", "二"]
     # Asked for in FLORES+'s own spelling, both languages at the same pinned commit.
-    assert hub.calls == [(data.FLORES, name, "dev", "c" * 40) for name in ("eng_Latn", "cmn_Hans")]
+    assert hub.calls == [(flores_plus.DATASET, name, "dev", "c" * 40) for name in ("eng_Latn", "cmn_Hans")]
     facts = pairs.describe()
-    assert facts["dataset"] == data.FLORES and facts["revision"] == "c" * 40
+    assert facts["dataset"] == flores_plus.DATASET and facts["revision"] == "c" * 40
     assert facts["target"] == {"lang": "zho_Hans", "canonical": "cmn_Hans", "spelling": "cmn_Hans"}
 
 
@@ -495,11 +497,11 @@ def test_sib200_from_the_hub_joins_its_splits(hub):
     for name in ("eng_Latn", "zho_Hans"):
         for i, split in enumerate(("train", "validation", "test")):
             row = {"index_id": i, "category": "travel", "text": f"{name} {split}"}
-            hub.served[data.SIB200, name, split] = [row]
-    pairs = data.parallel("sib200", "eng_Latn", "cmn_Hans")
+            hub.served[sib200.DATASET, name, split] = [row]
+    pairs = sources.parallel("sib200", "eng_Latn", "cmn_Hans")
     assert pairs.target == ["zho_Hans train", "zho_Hans validation", "zho_Hans test"]
     with pytest.raises(InputError, match="SIB-200 has no chv_Cyrl"):
-        data.parallel("sib200", "eng_Latn", "chv_Cyrl")
+        sources.parallel("sib200", "eng_Latn", "chv_Cyrl")
 
 
 def test_gated_data_say_what_to_do_and_load_nothing(hub):
@@ -507,21 +509,21 @@ def test_gated_data_say_what_to_do_and_load_nothing(hub):
 
     hub.api.error = GatedRepoError.__new__(GatedRepoError)
     with pytest.raises(InputError, match=r"flores_plus is gated: accept its terms at https.*hf auth login.*--data-dir"):
-        data.parallel("flores", "eng_Latn", "gle_Latn")
+        sources.parallel("flores", "eng_Latn", "gle_Latn")
     assert hub.calls == []
 
 
 def test_hub_that_cannot_be_reached(hub, monkeypatch):
     hub.api.error = ConnectionError("no route")
     with pytest.raises(InputError, match=r"config eng_Latn, split dev cannot be loaded \(BuilderConfig"):
-        data.parallel("flores", "eng_Latn", "gle_Latn")
+        sources.parallel("flores", "eng_Latn", "gle_Latn")
     # Served from the cache: the commit is read from where the cached files came from.
     import datasets
 
     cached = datasets.Dataset.from_list([{"id": 1, "text": "x"}])
-    cached.info.download_checksums = {f"hf://datasets/{data.FLORES}@{'d' * 40}/dev/eng_Latn.jsonl": {}}
+    cached.info.download_checksums = {f"hf://datasets/{flores_plus.DATASET}@{'d' * 40}/dev/eng_Latn.jsonl": {}}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: cached)
-    assert data.parallel("flores", "eng_Latn", "gle_Latn").describe()["revision"] == "d" * 40
+    assert sources.parallel("flores", "eng_Latn", "gle_Latn").describe()["revision"] == "d" * 40
 
 
 def test_without_a_network_the_message_is_one_line(monkeypatch, tmp_path):
@@ -529,5 +531,5 @@ def test_without_a_network_the_message_is_one_line(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(InputError, match="flores_plus, config eng_Latn, split dev cannot be loaded") as error:
-        data.parallel("flores", "eng_Latn", "gle_Latn")
+        sources.parallel("flores", "eng_Latn", "gle_Latn")
     assert "\n" not in str(error.value) and "--data-dir" in str(error.value)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from helpers import ROOT, load_script
 
-from cpt_utils.base import data
+from cpt_utils.base import sources
 from cpt_utils.base.errors import InputError
 
 ENGLISH, SECOND, NEW = "eng_Latn", "qab_Latn", "qaa_Latn"
@@ -122,7 +122,7 @@ def test_no_test_clause_is_drawn_for_training(script):
 
 
 def test_test_sentences_are_parallel_and_distinct(world):
-    text = data.parallel(
+    text = sources.parallel(
         "text", ENGLISH, NEW, base_file=world / "test/eng_Latn.txt", target_file=world / "test/qaa_Latn.txt"
     )
     assert len(text.base) == len(set(text.base)) == len(set(text.target)) == 80

@@ -14,7 +14,7 @@ import torch
 from helpers import failed_gate, load_script, read_tensors, save_tiny
 from launch import launch
 
-from cpt_utils.base import cli, data, results, stats
+from cpt_utils.base import cli, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs, tokenization
 from cpt_utils.interventions import on_disk, surgery
@@ -186,7 +186,7 @@ def test_controls_against_written_folders(shared, study):
     assert sorted(p.name for p in out.iterdir()) == ["controls.json", "controls.pdf", "controls.png", "controls.pt"]
 
     test = evaluation.Test(
-        pairs=data.parallel(
+        pairs=sources.parallel(
             "text", "eng_Latn", "qaa_Latn", base_file=shared / "eng.txt", target_file=shared / "qaa.txt"
         ),
         heldout=[("", line) for line in (shared / "heldout.txt").read_text().splitlines()],

@@ -17,9 +17,9 @@ import pytest
 from helpers import ROOT, load_script, save_tiny, shared_dir
 from launch import launch
 
-from cpt_utils.base import data as data_module
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.sources import sib200
 
 generate = load_script("lm_eval_sib200/generate.py")
 evaluate = load_script("lm_eval_sib200/evaluate.py")
@@ -255,7 +255,7 @@ def test_lm_eval_reads_real_sib200(real_data, tmp_path):
             wanted = read(path)
             assert [[str(d["index_id"]), d["category"], d["text"]] for d in task.dataset[split]] == wanted
             assert [[*row.values()] for row in generate.read_tsv(path)] == wanted
-            found = data_module.sib200_rows(path.parent, file)
+            found = sib200.rows(path.parent, file)
             assert [[row[column] for column in ("index_id", "category", "text")] for row in found] == wanted
             plain = [line.split("\t")[2] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
             quoted[name.removeprefix("sib200_")] += sum(a != b[2] for a, b in zip(plain, wanted, strict=True))

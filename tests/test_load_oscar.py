@@ -437,7 +437,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, tokenizer, capsys, monkeypatch
     def gated(*_):
         raise InputError("it is gated: accept its terms; a local copy works too: --data-dir")
 
-    monkeypatch.setattr(corpus.data, "hub_revision", gated)
+    monkeypatch.setattr(corpus.hub_data, "revision", gated)
     fails("is gated: .* works too: --parquet LANGUAGE=FOLDER", tokenizer, out)
 
 

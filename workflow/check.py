@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, data, languages, textfiles
+from cpt_utils.base import cli, languages, sources, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import folders, identity, opening, refs, tensors, tokenizer_id
@@ -230,12 +230,12 @@ def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
     return sizes
 
 
-def _pairs(study: Study) -> data.ParallelText | bool:
+def _pairs(study: Study) -> sources.ParallelText | bool:
     """The parallel sentences; False where the workflow makes them first."""
     keys = ("source", "data_dir", "base_file", "target_file", "split", "drop_empty", "limit")
     sides = [study.value(None, f"--{side}", f"languages.{side}") for side in ("base", "target")]
     try:
-        return data.from_arguments(argparse.Namespace(**dict.fromkeys(keys)), study, *sides)
+        return sources.from_arguments(argparse.Namespace(**dict.fromkeys(keys)), study, *sides)
     except InputError:
         if _made_first(study):
             return False

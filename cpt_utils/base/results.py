@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -338,6 +339,12 @@ def made_by(
     raise InputError(
         f"{path} is of another request ({unlike(before, request)}); give --overwrite to redo it, or {instead}"
     )
+
+
+def file_sha256(file: str | os.PathLike) -> str:
+    """The SHA-256 of the file's bytes, as `sha256sum` prints it."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def plain(value):

@@ -257,3 +257,22 @@ def quoted_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     if missing := [column for column in columns if column not in rows[0]]:
         raise InputError(f"{file} has no column {missing[0]} in its first line, only {', '.join(rows[0])[:80]}")
     return [dict(zip(rows[0], cells, strict=True)) for cells in rows[1:]]
+
+
+def table(file: Path, columns: tuple[str, ...]) -> list[dict]:
+    """The rows of a .jsonl, .parquet or .tsv file that has at least `columns`."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; a local copy needs every file of every language used")
+    if file.suffix == ".parquet":
+        rows = list(parquet_rows(file))
+    elif file.suffix == ".jsonl":
+        rows = list(json_rows(file))
+    else:
+        cells = tsv_cells(file)
+        rows = [dict(zip(cells[0], line, strict=True)) for line in cells[1:]]
+    if not rows:
+        raise InputError(f"{file} holds no rows")
+    for column in columns:
+        if column not in rows[0]:
+            raise InputError(f"{file} has no column {column}; it has {', '.join(map(str, rows[0]))}")
+    return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, data, languages, textfiles
+from cpt_utils.base import cli, languages, results, sources, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.measures import sib200
 
@@ -50,7 +50,7 @@ class Test:
     the header and identify the request. `retrieve` measures the sentences: that of sentence-retrieval/sr_experiment.py.
     """
 
-    pairs: data.ParallelText | None = None
+    pairs: sources.ParallelText | None = None
     heldout: list[tuple[str, str]] | None = None
     task: list[tuple[str, str]] | None = None
     batch_size: int | None = None  # sequences; None: by tokens and memory
@@ -135,7 +135,7 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
     if "retrieval" in wanted:
         if not (base and target):
             raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
-        pairs = data.from_arguments(args, study, base, target)
+        pairs = sources.from_arguments(args, study, base, target)
         cli.say(pairs.summary())
         facts |= {"base_lang": languages.canonical(base, any_tag=True), "data": pairs.describe()}
         facts["target_lang"] = languages.canonical(target, any_tag=True)
@@ -150,7 +150,7 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
             together = int(study.get("data.heldout_lines") or 1)
             heldout = limited(documents(Path(file), together), args.limit, facts)
             facts["heldout"] = {
-                "file": file, "sha256": data.file_sha256(file), "documents": len(heldout), "lines": together,
+                "file": file, "sha256": results.file_sha256(file), "documents": len(heldout), "lines": together,
             }  # fmt: skip
     if "task" in wanted:
         file = args.task or _task_file(study)
@@ -158,7 +158,7 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
             raise InputError("--measures task: no rows; give --task FILE, or data.task with name and dir in the study")
         if file is not None:
             task = limited(_task_rows(Path(file)), args.limit, facts)
-            facts["task"] = {"file": file, "sha256": data.file_sha256(file), "rows": len(task)}
+            facts["task"] = {"file": file, "sha256": results.file_sha256(file), "rows": len(task)}
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve)
 
 

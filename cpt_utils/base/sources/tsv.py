@@ -1,0 +1,79 @@
+"""Two columns of one file, FILE:COLUMN by name or by number from 1 for each side, aligned by line.
+
+Without columns: those that the header names after the two languages, else 1 and 2 of two. Quotes are text here, because
+a sentence that opens with one must not swallow the next lines. The file may be gzipped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt_utils.base import languages, results, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.sources import given_file
+
+
+def read(codes: dict[str, str], dir, base_file, target_file) -> tuple[dict, dict]:
+    files = {"base": base_file, "target": target_file}
+    first = files["base"] or files["target"]
+    given = {side: _file_and_column(files[side] or first, dir, code) for side, code in codes.items()}
+    if given["base"][0] != given["target"][0]:
+        raise InputError(
+            f"--source tsv reads both columns from one file, not {given['base'][0]} and {given['target'][0]}; "
+            "for two files use --source text"
+        )
+    file = given["base"][0]
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; give --base-file FILE or FILE:COLUMN")
+    rows = textfiles.tsv_cells(file)
+    column, header = _columns(file, rows[0], codes, {side: name for side, (_, name) in given.items()})
+    start = 1 if header else 0
+    digest = results.file_sha256(file)
+    sides, facts = {}, {"aligned_by": "line"}
+    for side, index in column.items():
+        numbered = enumerate(rows[start:], start + 1)
+        sides[side] = {str(number): row[index] for number, row in numbered}
+        name = rows[0][index] if header == "names" else index + 1
+        facts[side] = {"files": {str(file): digest}, "column": name}
+    return sides, facts
+
+
+def _file_and_column(given, folder, code: str) -> tuple[Path, str | None]:
+    file = given_file(given, folder, "--base-file", code, must_exist=False)
+    name, colon, column = file.name.rpartition(":")
+    if colon and not file.exists():
+        return file.with_name(name), column
+    return file, None
+
+
+def _columns(file: Path, first: list[str], codes: dict, given: dict) -> tuple[dict[str, int], str | None]:
+    """Which column each side is, and what the first line holds: "names", "numbers" (as pandas counts), None: data.
+
+    Columns asked for by number from 1 mean that every line is data, whatever ids line 1 holds; by name, that the first
+    line holds the names. Where nothing is asked for, the languages themselves are looked up in the first line, else
+    columns 1 and 2 of two are taken.
+    """
+    counted = [str(number) for number in range(len(first))]
+    numbers = "numbers" if first in (counted, ["", *counted[:-1]]) else None
+    asked = f"give --base-file {file.name}:COLUMN and --target-file {file.name}:COLUMN (a name, or a number from 1)"
+    if all(name is None for name in given.values()):
+        found = {side: languages.find(first, code, what=str(file), default=None) for side, code in codes.items()}
+        if None not in found.values():
+            return {side: first.index(name) for side, name in found.items()}, "names"
+        if len(first) != 2 or first[0] == "":
+            raise InputError(
+                f"{file} has {len(first)} columns, and line 1 does not name {' and '.join(codes.values())}; {asked}"
+            )
+        return {"base": 0, "target": 1}, numbers
+    if None in given.values():
+        raise InputError(f"{file}: a column is given for one language only; give FILE:COLUMN for both")
+    places = [int(name) if name.isdecimal() else 0 for name in given.values()]
+    if all(1 <= place <= len(first) for place in places):
+        return {side: place - 1 for side, place in zip(given, places, strict=True)}, numbers
+    wrong = [name for name in given.values() if first.count(name) != 1]
+    if wrong and all(name.isdecimal() for name in given.values()):
+        outside = next(place for place in places if not 1 <= place <= len(first))
+        raise InputError(f"{file} has columns 1 to {len(first)}, no column {outside}")
+    if wrong:
+        raise InputError(f"{file}: no single column is named {wrong[0]!r}; line 1 has {', '.join(first)[:200]}")
+    return {side: first.index(name) for side, name in given.items()}, "names"
