@@ -31,13 +31,6 @@ runs = cli.sibling("cpt/runs.py")
 
 SCHEMA = "cpt-documents"
 NULL = ""  # the empty word of IBM model 1: source of target words that translate nothing
-KEYS = ("seed", "output", "parallel", "monolingual", "parallel_lines", "monolingual_lines", "lexicon", "documents")
-LEXICON = {"iterations": 10, "min_count": 2, "min_probability": 0.2}
-KINDS = {
-    "monolingual": {"language": None, "lines": 4, "passes": 1},
-    "pairs": {"languages": None, "pairs": 2, "passes": 1},
-    "mixed": {"languages": None, "lines": 4, "probability": 0.4, "passes": 1},
-}
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,7 +195,7 @@ def mixed_documents(
 
 
 def read_lines(spec, language: str) -> list[str]:
-    """The lines of a file (see `textfiles`), several files, or hub data (the keys of HUB_KEYS, and column).
+    """The lines of a file (see `textfiles`), several files, or hub data (the keys of `Hub` in cpt/keys.py, and column).
 
     White space inside a line becomes single spaces; empty lines stay, because parallel lines are aligned by number, and
     a null is an empty line.
@@ -247,29 +240,23 @@ def as_ranges(numbers: list[int]) -> str:
 
 def read_config(path: Path | None, given: dict, seed: int | None) -> dict:
     """The documents file with flags laid over it, defaults filled in and every document kind checked."""
-    where = path or Path("flags")
-    config = runs.read_yaml(path) if path else {}
+    from cpt_utils.base import keys
+
+    models, where = cli.sibling("cpt/keys.py"), path or Path("flags")
+    config = keys.read(path, "give --config the path of a YAML file", "see cpt/README.md") if path else {}
     config |= {key: value for key, value in given.items() if value is not None}
-    runs.refuse_unknown(config, KEYS, where)
     if seed is None:
         seed = 42 if config.get("seed") is None else config["seed"]
     config = runs.expand(config, seed, where) | {"seed": seed}
-    if not isinstance(config.get("parallel"), dict) or len(config["parallel"]) < 2:
-        raise InputError(f"{where}: parallel needs two or more languages with a text each: {{en: a.txt, ga: b.txt}}")
-    if not isinstance(config.get("monolingual") or {}, dict):
-        raise InputError(f"{where}: monolingual must map languages to texts: {{ga: more.txt}}")
-    if not config.get("output"):
-        raise InputError(f"{where}: nothing says where the documents go: give --output-dir, or output in the file")
-    lexicon = config.get("lexicon") or {}
-    runs.refuse_unknown(lexicon, LEXICON, where, "lexicon.")
-    config["lexicon"] = LEXICON | lexicon
-    languages = list(config["parallel"])
-    known = {*languages, *(config.get("monolingual") or {})}
-    plans = config.get("documents") or default_documents(languages, sorted(known))
-    config["documents"] = [_check_plan(values, languages, known, where) for values in plans]
-    names = [values["name"] for values in config["documents"]]
-    if len(set(names)) < len(names):
-        raise InputError(f"{where}: two documents entries have one name; names must differ")
+    if not config.get("documents") and isinstance(config.get("parallel"), dict):
+        languages, more = list(config["parallel"]), config.get("monolingual") or {}
+        config["documents"] = default_documents(languages, sorted({*languages, *more}))
+    checked = keys.check(models.Documents, config, where)
+    config["lexicon"] = models.Lexicon.defaults() | (config.get("lexicon") or {})
+    config["documents"] = [
+        type(plan).defaults() | values | {"name": plan.called}
+        for plan, values in zip(checked.documents, config["documents"], strict=True)
+    ]
     return config
 
 
@@ -283,33 +270,6 @@ def default_documents(parallel: list[str], known: list[str]) -> list[dict]:
             {"name": f"mixed.{pair[0]}-{other}", "kind": "mixed", "languages": pair},
         ]
     return plans
-
-
-def _check_plan(values, parallel: list[str], known: set[str], where: Path) -> dict:
-    """One entry of `documents` with its defaults; InputError on anything that would fail later."""
-    if not isinstance(values, dict) or values.get("kind") not in KINDS:
-        raise InputError(f"{where}: an entry of documents needs a kind, one of {', '.join(KINDS)}; it is {values!r}")
-    kind = values["kind"]
-    runs.refuse_unknown(values, ("name", "kind", *KINDS[kind]), where, f"documents ({kind}): ")
-    values = KINDS[kind] | values
-    languages = [values["language"]] if kind == "monolingual" else values["languages"]
-    values.setdefault("name", f"{kind}.{'-'.join(map(str, languages or []))}")
-    name = f"{where}: documents {values['name']}"
-    if "/" in str(values["name"]):
-        raise InputError(f"{name}: the name becomes a file name; leave out the slash")
-    if kind == "monolingual" and languages[0] not in known:
-        raise InputError(f"{name}: no text of language {languages[0]!r}; there is {', '.join(sorted(known))}")
-    if kind != "monolingual" and (
-        not isinstance(languages, list) or len(set(languages)) != 2 or not set(languages) <= set(parallel)
-    ):
-        raise InputError(f"{name}: languages must be two of the parallel ones ({', '.join(parallel)})")
-    for key in {"lines", "pairs", "passes"} & set(values):
-        if not isinstance(values[key], int) or values[key] < 1:
-            raise InputError(f"{name}: {key} is {values[key]!r}; it must be a whole number above 0")
-    probability = values.get("probability", 1)
-    if not isinstance(probability, int | float) or not 0 < probability <= 1:
-        raise InputError(f"{name}: probability is {probability!r}; it must be above 0 and at most 1")
-    return values
 
 
 def split_lines(config: dict, available: int) -> dict[str, list[int]]:

@@ -46,30 +46,13 @@ class Source:
     @classmethod
     def parse(cls, values: dict, where: str) -> Source:
         """A source from its mapping in the training file; InputError on unknown, missing or contradicting keys."""
-        if not isinstance(values, dict):
-            raise InputError(f"{where}: a source is a mapping with name, weight and files or hub, not {values!r}")
-        unknown = set(values) - {"name", "weight", "files", "hub", "column", "limit"}
-        if unknown:
-            raise InputError(f"{where}: unknown key {sorted(unknown)[0]} in a source; the keys are {_KEYS}")
-        name = str(values.get("name", ""))
-        if not name:
-            raise InputError(f"{where}: every source needs a name")
-        weight = values.get("weight")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
-            raise InputError(f"{where}: the weight of source {name} is {weight!r}; it must be a number above 0")
-        if ("files" in values) == ("hub" in values):
-            raise InputError(f"{where}: source {name} needs either files or hub")
-        files = values.get("files", [])
-        hub = values.get("hub")
-        if hub is not None:
-            hub = {"id": hub} if isinstance(hub, str) else dict(hub)
-            if "id" not in hub or set(hub) - set(HUB_KEYS):
-                raise InputError(f"{where}: hub of source {name} takes {', '.join(HUB_KEYS)}; id is needed")
+        from cpt_utils.base import keys
+
+        found = keys.check(cli.sibling("cpt/keys.py").Source, values, where)
+        hub, files = values.get("hub"), values.get("files", [])
+        hub = {"id": hub} if isinstance(hub, str) else hub
         paths = [Path(file) for file in ([files] if isinstance(files, str) else files)]
-        limit = values.get("limit")
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise InputError(f"{where}: the limit of source {name} is {limit!r}; it is a number of documents above 0")
-        return cls(name, float(weight), paths, hub, str(values.get("column", "text")), limit)
+        return cls(found.name, found.weight, paths, hub, found.column, found.limit)
 
     def check(self) -> None:
         """Refuse files that are not there or hold no text, before anything is loaded."""
@@ -123,11 +106,6 @@ class Source:
                 f"source {self.name}: hub data {name} cannot be read ({runs.first_line(error)}); "
                 "check the name, your connection and, for gated data, `hf auth login`"
             ) from None
-
-
-# What load_dataset takes; data_files with the id `text` or `json` reads files from any address.
-HUB_KEYS = ("id", "config", "split", "revision", "data_files", "streaming")
-_KEYS = "name, weight, files, hub, column, limit"
 
 
 def fingerprint(file: Path) -> dict:
@@ -191,11 +169,6 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
         start: the model that is trained further, if any; its tokenizer is the default.
         state: a newly trained tokenizer is kept here, so that a continued run trains none.
     """
-
-    for key, kind in (("vocab_size", int), ("special", dict), ("whole", list)):
-        if wanted.get(key) is not None and not isinstance(wanted[key], kind):
-            raise InputError(f"{where}: tokenizer.{key} is {wanted[key]!r}; see cpt/README.md for what it holds")
-    runs.refuse_unknown(wanted.get("special") or {}, ("eos", "pad", "bos", "unk"), where, "tokenizer.special.")
     source = wanted.get("from") or start
     if source:
         folder = tokenization.tokenizer_folder(refs.model(source))

@@ -1,4 +1,4 @@
-"""What cpt/train.py and cpt/documents.py share beside their method: YAML files, run folders, model folders.
+"""What cpt/train.py and cpt/documents.py share beside their method: run folders, model folders.
 
 A run folder belongs to one set of settings, to one process at a time, and never shows half a checkpoint.
 """
@@ -6,7 +6,6 @@ A run folder belongs to one set of settings, to one process at a time, and never
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import json
@@ -31,41 +30,9 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def read_yaml(
-    path: Path,
-    missing: str = "give --config the path of a YAML file",
-    empty: str = "see cpt/README.md",
-) -> dict:
-    """The mapping in a YAML file; InputError where there is none, with what to do about a file `missing` or `empty`."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; {missing}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no keys; {empty}")
-    return values
-
-
-def refuse_unknown(values: dict, allowed, path: Path, prefix: str = "") -> None:
-    """InputError for the first key of `values` that is not in `allowed`, naming the nearest one."""
-    for key in values:
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), list(allowed), n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(allowed)}"
-            raise InputError(f"{path}: unknown key {prefix}{key}; {hint}")
-
-
-def expand(value, seed: int, path: Path):
-    """`value` with `{seed}` and `${VARIABLE}` replaced in every string in it."""
-    if isinstance(value, dict):
-        return {key: expand(below, seed, path) for key, below in value.items()}
-    if isinstance(value, list):
-        return [expand(below, seed, path) for below in value]
-    return study.expand_environment(value.replace("{seed}", str(seed)), path) if isinstance(value, str) else value
+def expand(values: dict, seed: int, path: Path) -> dict:
+    """`values` with `{seed}` and `${VARIABLE}` replaced in every string in it."""
+    return study.expand(values, lambda text: study.expand_environment(text.replace("{seed}", str(seed)), path))
 
 
 def claim(run: Path, settings: dict, defaults: dict, overwrite: bool) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -28,32 +27,6 @@ runs = cli.sibling("cpt/runs.py")
 packing = cli.sibling("cpt/packing.py")
 
 
-# Every key of a training file and its default; None: needed, or explained in cpt/README.md.
-DEFAULTS = {
-    "output": None,
-    "from": None,
-    "model": None,
-    "tokenizer": None,
-    "sources": None,
-    "block_size": None,
-    "batch_size": 8,
-    "gradient_accumulation": 1,
-    "steps": None,
-    "learning_rate": None,
-    "schedule": "cosine",
-    "warmup_steps": 0,
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-    "optimizer": "adamw_torch",
-    "save_steps": [],
-    "state_every": 200,
-    "dtype_on_disk": "bfloat16",
-    "precision": "auto",
-    "gradient_checkpointing": False,
-    "seed": None,
-}
-KINDS = {dict: "mapping", list: "list", str: "text"}
-TOKENIZER_KEYS = ("from", "vocab_size", "special", "whole", "resize")
 # Keys of a model configuration that transformers still takes though its own configurations no longer list them.
 OLD_KEYS = (
     "rope_theta",
@@ -74,53 +47,27 @@ def read_config(path: Path, given: dict, seed: int | None) -> dict:
     Raises:
         InputError: no such file, no YAML, an unknown key (naming the nearest), a missing or impossible value.
     """
-    values = runs.read_yaml(path)
+    from cpt_utils.base import keys
+
+    values = keys.read(path, "give --config the path of a YAML file", "see cpt/README.md")
     if given.get("steps") and given.get("save_steps") is None and values.get("save_steps"):
         # A short try of a long run: the steps of the file that it does not reach are left out, in one line.
         kept = [step for step in values["save_steps"] if step <= given["steps"]] or [given["steps"]]
         cli.say(f"--steps {given['steps']}: checkpoints at {', '.join(map(str, kept))}")
         values["save_steps"] = kept
     values |= {key: value for key, value in given.items() if value is not None}
-    runs.refuse_unknown(values, DEFAULTS, path)
     if seed is None:
         seed = 42 if values.get("seed") is None else values["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"{path}: seed is {seed!r}; it must be a whole number, 0 or more")
-    config = DEFAULTS | runs.expand(values, seed, path) | {"seed": seed}
-    for key in ("output", "sources", "block_size", "steps", "learning_rate"):
-        if not config[key]:
-            raise InputError(f"{path}: {key} is missing; see cpt/README.md for the keys of a training file")
-    for key, kind in (("model", dict), ("tokenizer", dict), ("sources", list), ("save_steps", list), ("from", str)):
-        if config[key] is not None and not isinstance(config[key], kind):
-            raise InputError(f"{path}: {key} must be a {KINDS[kind]}, not {config[key]!r}")
-    if (config["model"] is None) == (config["from"] is None):
-        raise InputError(f"{path}: give either model (a configuration) or from (a model to train further)")
-    for key in ("block_size", "batch_size", "gradient_accumulation", "steps", "state_every"):
-        if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
-            raise InputError(f"{path}: {key} is {config[key]!r}; it must be a whole number above 0")
-    for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
-        try:
-            config[key] = type(DEFAULTS[key] or 0.0)(float(config[key]))  # YAML reads 2e-3 as text
-        except (TypeError, ValueError):
-            raise InputError(f"{path}: {key} is {config[key]!r}; it must be a number, e.g. 2.0e-3") from None
-        if not 0 <= config[key] < math.inf:
-            raise InputError(f"{path}: {key} is {config[key]!r}; it must be 0 or more")
-    if config["block_size"] < 2:
-        raise InputError(f"{path}: block_size 1 leaves nothing to predict; give 2 or more")
-    for step in config["save_steps"] or []:
-        if not isinstance(step, int) or isinstance(step, bool) or not 1 <= step <= config["steps"]:
-            raise InputError(f"{path}: save_steps holds {step!r}, but the run has steps 1 to {config['steps']}")
-    config["save_steps"] = sorted(set(config["save_steps"] or []))
-    for key, allowed in (("dtype_on_disk", cli.DTYPES[1:]), ("precision", ("auto", "float32", "bfloat16"))):
-        if config[key] not in allowed:
-            raise InputError(f"{path}: {key} is {config[key]!r}; it is one of {', '.join(allowed)}")
-    tokenizer = config["tokenizer"] or {}
-    runs.refuse_unknown(tokenizer, TOKENIZER_KEYS, path, "tokenizer.")
-    if config["from"] and tokenizer.get("vocab_size"):
-        raise InputError(f"{path}: a model that is trained further keeps its tokens; leave out tokenizer.vocab_size")
-    if not config["from"] and bool(tokenizer.get("from")) == bool(tokenizer.get("vocab_size")):
-        raise InputError(f"{path}: give tokenizer: {{vocab_size: N}} to train one, or tokenizer: {{from: MODEL}}")
-    return config
+    values = runs.expand(values, seed, path) | {"seed": seed}
+    checked = keys.check(cli.sibling("cpt/keys.py").Training, values, path)
+    config = {**defaults(), **values, "save_steps": sorted(set(checked.save_steps or []))}
+    numbers = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+    return config | {key: getattr(checked, key) for key in numbers}
+
+
+def defaults() -> dict:
+    """The keys of a training file that may be left out, as they are then."""
+    return cli.sibling("cpt/keys.py").Training.defaults()
 
 
 def settings_of(config: dict, sources: list) -> dict:
@@ -147,6 +94,8 @@ def model_config(config: dict, tokenizer, path: Path):
     """The configuration of a new model; vocabulary size and special ids are the tokenizer's where not given."""
     from transformers import AutoConfig
 
+    from cpt_utils.base import keys
+
     values = dict(config["model"])
     kind = values.pop("model_type", None)
     if kind is None:
@@ -158,7 +107,7 @@ def model_config(config: dict, tokenizer, path: Path):
         plain = AutoConfig.for_model(kind)
         # transformers keeps a misspelt key without a word, and the model gets the default.
         known = {*plain.to_dict(), *plain.attribute_map, *OLD_KEYS}
-        runs.refuse_unknown(values, known, path, "model.")
+        keys.refuse_unknown(values, known, path, "model")
         return AutoConfig.for_model(kind, **values)
     except InputError:
         raise
@@ -288,9 +237,6 @@ def train(config: dict, path: Path, device: str, overwrite: bool) -> None:
     """Carry the run of `config` to its end, from the beginning or from its last state."""
     run = Path(config["output"])
     sources = [packing.Source.parse(values, str(path)) for values in config["sources"]]
-    names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        raise InputError(f"{path}: two sources have one name; names must differ")
     for source in sources:
         source.check()
     settings = settings_of(config, sources)
@@ -304,7 +250,7 @@ def train(config: dict, path: Path, device: str, overwrite: bool) -> None:
     with runs.only_one(run) if main_process else contextlib.nullcontext():
         with processes.main_process_first():
             if main_process:
-                unfinished = runs.claim(run, settings, {**DEFAULTS, "seed": config["seed"]}, overwrite)
+                unfinished = runs.claim(run, settings, {**defaults(), "seed": config["seed"]}, overwrite)
             else:
                 unfinished = not (run / "train.json").is_file()
             if not unfinished:

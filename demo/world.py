@@ -24,7 +24,6 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 
 meanings, grammar = cli.sibling("demo/meanings.py"), cli.sibling("demo/grammar.py")
-runs = cli.sibling("cpt/runs.py")
 
 SCHEMA = "demo-world"
 PARTS = ("base", "cpt", "test", "heldout", "lsn", "sib200", "facts.tsv", "lexicon.tsv", "world.json")
@@ -241,27 +240,27 @@ def read_config(path: Path | None) -> dict:
     """demo/world.yaml, with the values of the file at `path` over it; its `languages` and `base` replace ours whole."""
     default = HERE / "world.yaml"
     config = read_yaml(default)
-    if path is None or path.resolve() == default:
-        return config
-    given = read_yaml(path)
-    refuse_unknown(given, config, str(path))
+    given = read_yaml(path) if path else {}
     for key, value in given.items():
-        if isinstance(config[key], dict) and key not in ("languages", "base"):
-            refuse_unknown(value, config[key], f"{path}: {key}")
-            value = {**config[key], **value}
-        config[key] = value
+        ours = config.get(key)
+        whole = key in ("languages", "base") or not isinstance(value, dict) or not isinstance(ours, dict)
+        config[key] = value if whole else {**ours, **value}
+    return checked(config, path or default)
+
+
+def checked(config: dict, where) -> dict:
+    """`config`, after a look at every key; InputError says which is wrong, and that it stands in `where`."""
+    from cpt_utils.base import keys
+
+    keys.check(cli.sibling("demo/keys.py").World, config, where)
     return config
 
 
-def refuse_unknown(values: dict, allowed: dict, where: str) -> None:
-    unknown = sorted(set(values) - set(allowed))
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]}; the keys are {', '.join(allowed)}")
-
-
 def read_yaml(path: Path) -> dict:
+    from cpt_utils.base import keys
+
     missing = "give --config a world file such as demo/world.yaml"
-    return runs.read_yaml(path, missing, "demo/world.yaml shows what a world file may hold")
+    return keys.read(path, missing, "demo/world.yaml shows what a world file may hold")
 
 
 def settings(config: dict, args, seed: int | None) -> dict:
@@ -282,20 +281,7 @@ def settings(config: dict, args, seed: int | None) -> dict:
     new = config["languages"][codes[-1]]
     for key in ("order", "shared", "contact"):
         new[key] = new[key] if getattr(args, key) is None else getattr(args, key)
-    shares = {f"texts.{name}": x for name, x in config["texts"].items()}
-    shares |= {f"cpt.{name}": x for name, x in config["cpt"].items() if name != "words"}
-    for code, values in config["languages"].items():
-        refuse_unknown(values, grammar.DEFAULTS, f"languages.{code}")
-        if values["order"] not in grammar.ORDERS:
-            raise InputError(f"languages.{code}: order {values['order']} is not one of {', '.join(grammar.ORDERS)}")
-        shares |= {f"languages.{code}.{name}": values[name] for name in ("shared", "contact")}
-    for name, share in shares.items():
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise InputError(f"{name} is {share}; it must be between 0 and 1")
-    for key in ("scale", "test_sentences", "heldout_documents", "lsn_documents", "persons"):
-        if not config[key] > 0:
-            raise InputError(f"{key} is {config[key]}; it must be above 0")
-    return config
+    return checked(config, "the flags")
 
 
 def claim(out: Path, config: dict, overwrite: bool) -> bool:

@@ -432,8 +432,6 @@ def tasks(args, study: Study) -> list[dict]:
     ref = refs.model(study.value(args.tokenizer, "--tokenizer", "base"))
     folder = Path(study.value(args.output_dir, "--output-dir", "tokens"))
     target = study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS)
-    if type(target) is not int or target < 1:
-        raise InputError(f"lsn.tokens is {target!r}; it must be a number of tokens above 0")
     if args.filter_report and args.filter == "none":
         raise InputError("--filter-report tells what a filter would drop; give --filter script or --filter language")
     texts = sources(args, study, chosen)
@@ -484,8 +482,6 @@ def chosen_languages(given) -> list[str]:
     if not codes:
         raise InputError("no language is asked for; give --languages en,ga or the study key languages.lsn")
     for code in codes:
-        if not isinstance(code, str):
-            raise InputError(f"languages.lsn holds {code!r}; put the code in quotes (no is false in YAML)")
         if not re.fullmatch(r"[\w-]+", code):
             raise InputError(f"language {code!r} cannot stand in a file name; letters, digits, _ and - can")
         twice = [other for other in codes if languages.same(other, code)]

@@ -341,7 +341,7 @@ def test_more_test_sentences_than_there_are(script, tmp_path):
 
 def test_unknown_key(script, tmp_path):
     (tmp_path / "mine.yaml").write_text("texts: {generall: 0.5}\n")
-    with pytest.raises(InputError, match="unknown key generall"):
+    with pytest.raises(InputError, match=r"mine.yaml: unknown key texts.generall; did you mean texts.general\?"):
         script.main(["--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "w")])
 
 

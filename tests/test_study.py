@@ -57,6 +57,13 @@ def test_places_and_environment_are_filled_in(tmp_path, monkeypatch):
         ("controls: many\n", "controls is 'many'"),
         ("controls: -5\n", "controls is -5"),
         ("languages: {base: no}\n", r"languages\.base is False"),
+        ("seed: '3'\n", "seed is '3'; it must be a whole number"),
+        ("seed: true\n", "seed is True"),
+        ("controls: true\n", "controls is True"),
+        ("languages: {lsn: [en, no]}\n", r"languages\.lsn\[1\] is False; put the code in quotes"),
+        ("data: {heldout: {no: a.txt}}\n", r"a key of data\.heldout is False; it must map language codes"),
+        ("data: {task: {nam: x}}\n", r"unknown key data\.task\.nam; did you mean data\.task\.name"),
+        ("no: x\n", "unknown key False"),
         ("a: [\n", "not valid YAML"),
     ],
 )

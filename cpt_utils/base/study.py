@@ -7,7 +7,6 @@ Paths are relative to the folder a command is run in (the repository root), like
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -16,33 +15,6 @@ from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 
 REQUIRED = object()
-
-# Which keys a study may hold; None: any value, a dict: these keys below it.
-KEYS = {
-    "name": None,
-    "base": None,
-    "run": None,
-    "languages": {"base": None, "target": None, "lsn": None},
-    "data": {
-        "source": None,
-        "dir": None,
-        "base_file": None,
-        "target_file": None,
-        "split": None,
-        "drop_empty": None,
-        "heldout": "any",
-        "heldout_lines": None,
-        "task": {"name": None, "dir": None},
-        "lsn_text": "any",
-    },
-    "tokens": None,
-    "lsn": {"rate": None, "layers": None, "tokens": None, "block_size": None},
-    "results": None,
-    "seed": None,
-    "dtype": None,
-    "controls": None,
-    "train": {"world": None, "documents": None, "base": None, "cpt": None, "task": None},
-}
 
 # Where each step leaves its result below `results`, and where the next one looks for it.
 RESULTS = {
@@ -76,10 +48,12 @@ class Study:
         self.values = dict(values or {})
         if seed is not None:
             self.values["seed"] = seed
-        _check_keys(self.values, KEYS, "", path)
-        _check_types(self.values, path)
+        if self.values:
+            from cpt_utils.base import keys, study_keys
+
+            keys.check(study_keys.Study, self.values, path)
         places = {"seed": self.values.get("seed", 42), "name": self.values.get("name", path.stem if path else "study")}
-        self.values = _expand(self.values, lambda text: _in_place(text, places))
+        self.values = expand(self.values, lambda text: _in_place(text, places))
 
     def __bool__(self) -> bool:
         return self.path is not None
@@ -87,20 +61,13 @@ class Study:
     @classmethod
     def find(cls, path: str | os.PathLike | None = None, seed: int | None = None) -> Study:
         """The study at `path`, else `study.yaml` in the current folder, else an empty one."""
-        import yaml
-
         file = Path(path) if path else Path("study.yaml")
-        if not file.is_file():
-            if path:
-                raise InputError(f"study file {file} does not exist; give --study the path of a YAML file")
+        if not path and not file.is_file():
             return cls(seed=seed)
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"study file {file} is not valid YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"study file {file} holds no keys; it needs at least base, run, languages and results")
-        return cls(values, file, seed)
+        from cpt_utils.base import keys
+
+        missing, empty = "give --study the path of a YAML file", "it needs at least base, run, languages and results"
+        return cls(keys.read(file, missing, empty), file, seed)
 
     @property
     def name(self) -> str:
@@ -118,7 +85,7 @@ class Study:
                 return default
             value = value[part]
         # Only what is asked for: a step that needs no data runs without the variable that names their place.
-        return _expand(value, lambda text: expand_environment(text, self.path))
+        return expand(value, lambda text: expand_environment(text, self.path))
 
     def value(self, given, flag: str, key: str, default=REQUIRED):
         """`given` (command line), else the study's `key`, else `default`.
@@ -182,43 +149,12 @@ def dotted(*parts: str) -> str:
     return ".".join(filter(None, parts))
 
 
-def _check_keys(values: dict, allowed: dict, prefix: str, path: Path | None) -> None:
-    for key, value in values.items():
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), list(allowed), n=1, cutoff=0.5)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; the keys are {', '.join(allowed)}"
-            raise InputError(f"{path}: unknown key {prefix}{key}{hint}")
-        below = allowed[key]
-        if isinstance(below, dict) and value is not None:
-            if not isinstance(value, dict):
-                raise InputError(f"{path}: {prefix}{key} must hold the keys {', '.join(below)}")
-            _check_keys(value, below, f"{prefix}{key}.", path)
-        elif below == "any" and value is not None and not isinstance(value, dict):
-            raise InputError(f"{path}: {prefix}{key} must map language codes to files")
-
-
-def _check_types(values: dict, path: Path | None) -> None:
-    """Refuse values that YAML read as something else: `no` is a boolean, and a seed in quotes is a text."""
-    if type(values.get("seed", 0)) is not int:
-        raise InputError(f"{path}: seed is {values['seed']!r}; it must be a whole number")
-    controls = values.get("controls", "all")
-    if controls != "all" and not (type(controls) is int and controls > 0):
-        raise InputError(f"{path}: controls is {controls!r}; it is all, or the number of random sets")
-    for key in ("base", "target"):
-        code = (values.get("languages") or {}).get(key, "")
-        if code is not None and not isinstance(code, str):
-            raise InputError(f"{path}: languages.{key} is {code!r}; put the code in quotes (no is false in YAML)")
-    for key in ("name", "base", "results", "dtype"):
-        if not isinstance(values.get(key, ""), str):
-            raise InputError(f"{path}: {key} is {values[key]!r}; it must be a text")
-
-
-def _expand(value, change):
+def expand(value, change):
     """`value` with `change` applied to every string in it."""
     if isinstance(value, dict):
-        return {key: _expand(below, change) for key, below in value.items()}
+        return {key: expand(below, change) for key, below in value.items()}
     if isinstance(value, list):
-        return [_expand(below, change) for below in value]
+        return [expand(below, change) for below in value]
     return change(value) if isinstance(value, str) else value
 
 

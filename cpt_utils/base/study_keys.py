@@ -1,0 +1,59 @@
+"""The keys of a study file. None is as good as no value, but where a key says something of the whole study."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from cpt_utils.base.keys import Keys, group
+
+QUOTES = "put the code in quotes (no is false in YAML)"
+Text = Annotated[str, Field(description="it must be a text")]
+MaybeText = Annotated[str | None, Field(description="it must be a text")]
+Code = Annotated[str | None, Field(description=QUOTES)]
+Files = Annotated[dict[str, str | None] | None, Field(description="it must map language codes, as texts, to files")]
+Count = Annotated[int | None, Field(ge=1, description="it must be a whole number above 0")]
+
+
+class Languages(Keys):
+    base: Code = None
+    target: Code = None
+    lsn: Annotated[list[str] | str | None, Field(description=QUOTES)] = None
+
+
+class Data(Keys):
+    source: MaybeText = None
+    dir: MaybeText = None
+    base_file: MaybeText = None
+    target_file: MaybeText = None
+    split: MaybeText = None
+    drop_empty: Any = None
+    heldout: Files = None
+    heldout_lines: Annotated[int | None, Field(strict=False, ge=0, description="it must be a whole number")] = None
+    task: group("name dir", list[str] | MaybeText) | None = None
+    lsn_text: Files = None
+
+
+class Lsn(Keys):
+    rate: Annotated[float | None, Field(gt=0, le=1, description="give a share above 0 and at most 1")] = None
+    layers: Count = None
+    tokens: Count = None
+    block_size: Count = None
+
+
+class Study(Keys):
+    name: Text = ""
+    base: Text = ""
+    run: Annotated[str | list[str] | None, Field(description="it must be a folder or name, or a list of them")] = None
+    languages: Languages | None = None
+    data: Data | None = None
+    tokens: MaybeText = None
+    lsn: Lsn | None = None
+    results: Text = ""
+    seed: Annotated[int, Field(description="it must be a whole number")] = 42
+    dtype: Text = ""
+    controls: Annotated[Literal["all"] | PositiveInt, Field(description="it is all, or the number of random sets")] = (
+        "all"
+    )
+    train: group("world documents base cpt task", MaybeText) | None = None
