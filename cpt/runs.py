@@ -6,15 +6,13 @@ A run folder belongs to one set of settings, to one process at a time, and never
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, results, study
+from cpt_utils.base import cli, locks, results, study
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 
@@ -130,18 +128,11 @@ def only_one(run: Path):
     except OSError as error:
         raise InputError(f"{run} cannot be made or read: {error.strerror}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InputError(f"{run} is being trained by another process; wait for it or stop it") from None
-        descriptor = None  # a file system without locks
-    try:
+        if not locks.take(descriptor):
+            raise InputError(f"{run} is being trained by another process; wait for it or stop it")
         yield
     finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        os.close(descriptor)
 
 
 def disk_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

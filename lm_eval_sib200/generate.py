@@ -11,8 +11,6 @@ Out:  _default_yaml, sib200_<language>.yaml, _sib200.yaml in --out, for `lm_eval
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -20,7 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
-from cpt_utils.base import cli
+from cpt_utils.base import cli, locks
 from cpt_utils.base.errors import InputError
 from cpt_utils.measures.sib200 import CHOICES, PROMPT, read_tsv
 
@@ -132,8 +130,7 @@ def write_folder(files: dict[str, str], out: str | os.PathLike) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     parent = os.open(out.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.flock(parent, fcntl.LOCK_EX)  # of two at once, one waits for the other
+        locks.take(parent, wait=True)  # of two at once, one waits for the other
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()

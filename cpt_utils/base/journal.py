@@ -57,6 +57,7 @@ class Journal:
             # Without a buffer: nothing may be written later, when a full disk has been reported.
             file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
             try:
+                # Of the process, not of the descriptor as in `locks`: one process may open its own journal again.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise InputError(f"{self.path}: another process is measuring this; wait for it to end") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli
+from cpt_utils.base import cli, locks
 from cpt_utils.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -116,8 +115,7 @@ def _locked(temporary: Path) -> int:
     """Create a temporary file and lock it for as long as the descriptor is open, which a kill ends."""
     while True:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        with contextlib.suppress(OSError):  # file systems without locks: nobody will think it abandoned there
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        locks.take(handle, wait=True)
         if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)  # removed by another process, before it was locked
@@ -125,12 +123,14 @@ def _locked(temporary: Path) -> int:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove temporary files of `replacing` in `folder` that no living process has locked."""
+    from filelock import lock_descriptor
+
     for name in filter(TEMPORARY.fullmatch, os.listdir(folder)):
-        with contextlib.suppress(OSError):  # locked, gone, or on a file system without locks
+        with contextlib.suppress(OSError):  # gone, or on a file system without locks
             handle = os.open(folder / name, os.O_RDWR)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(folder / name)
+                if lock_descriptor(handle, blocking=False):
+                    os.unlink(folder / name)
             finally:
                 os.close(handle)
 

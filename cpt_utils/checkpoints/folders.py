@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli
+from cpt_utils.base import cli, locks
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import tensors
 
@@ -347,12 +346,9 @@ def free_bytes(folder: Path) -> int:
 
 
 def _lock(marker: int, partial: Path) -> None:
-    try:
-        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{partial}: another process is writing it; wait for it to end") from None
-    except OSError:  # file systems without locks: go on, the rename at the end is still all or nothing
-        return
+    # Without locks on the file system the rename at the end is still all or nothing.
+    if not locks.take(marker):
+        raise InputError(f"{partial}: another process is writing it; wait for it to end")
 
 
 def _finish(partial: Path, out: Path) -> None:
