@@ -1,6 +1,6 @@
-"""A verdict on each of the paper's six claims, from the results of a study, by the rules of report/README.md.
+"""A verdict on each of the paper's claims, from the results of a study, by the rules of report/README.md.
 
-report/evidence.py reads the results, report/rules.py holds the rules, report/shown.py the tables and the figure.
+Each claim is a file in report/claims/; report/evidence.py reads the results, report/shown.py has tables and figure.
 
 In:   a study: the results of retrieval, layers, layer swap, attn_vs_ffn, activation correlation, both component swaps
       (their --controls) and downstream correlation, as many as there are.
@@ -14,13 +14,16 @@ Tiny: python report/claims.py --study demo/tiny.yaml
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 from pathlib import Path
+from types import ModuleType
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
+from cpt_utils.measures import gate, verdicts
 
-rules = cli.sibling("report/rules.py")
 evidence = cli.sibling("report/evidence.py")
 shown = cli.sibling("report/shown.py")
 
@@ -32,6 +35,46 @@ def seed_list(text: str) -> list[int]:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds like 0,1,2") from None
+
+
+def claims() -> dict[str, ModuleType]:
+    """The files of report/claims/ by their claims' names, C1 first: each holds TEXT, ON_LAYERS, PANEL, rule and judge.
+
+    Raises:
+        InputError: a file there is named otherwise, or lacks one of these.
+    """
+    found = {}
+    for file in (cli.REPOSITORY / "report/claims").glob("*.py"):
+        if not re.fullmatch(r"[a-z]\d+", file.stem):
+            raise InputError(f"report/claims/{file.name} is not named like a claim (c7.py); rename it, or move it away")
+        claim = cli.sibling(f"report/claims/{file.name}")
+        lacking = [name for name in ("TEXT", "ON_LAYERS", "PANEL", "rule", "judge") if not hasattr(claim, name)]
+        if lacking:
+            raise InputError(f"report/claims/{file.name} lacks {', '.join(lacking)}; see docs/adding.md")
+        found[file.stem.upper()] = claim
+    return {name: found[name] for name in sorted(found, key=shown.order)}
+
+
+def judge(made: dict[str, ModuleType], found: evidence.Results) -> dict[str, dict]:
+    """Every claim's verdict as it goes into the result, by its name.
+
+    Raises:
+        InputError: the study has no result that a claim needs.
+    """
+    judged = {}
+    for name, claim in made.items():
+        found.read = []
+        try:
+            verdict = claim.judge(found)
+        except evidence.Missing as reason:
+            verdict = verdicts.Verdict(verdicts.OPEN, str(reason))
+        if claim.ON_LAYERS and found.gate and not found.gate["passed"]:
+            verdict.verdict, verdict.reason = verdicts.VOID, gate.words(found.gate)
+        verdict.files = list(dict.fromkeys(found.read))
+        judged[name] = {"text": claim.TEXT, **dataclasses.asdict(verdict)}
+    if not any(row["files"] for row in judged.values()):
+        raise InputError(f"{found.folder} holds no result that a claim needs; run the steps of the README first")
+    return judged
 
 
 def build_parser():
@@ -57,8 +100,10 @@ def main(argv=None) -> None:
     if output.exists() and not args.overwrite and not results.read_json(output, SCHEMA)[1]:
         raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another --output")
     found = evidence.Results(study)
-    payload = results.plain({"study": study.name, "alpha": rules.ALPHA, "claims": evidence.judge(found)})
-    shown.draw(output.with_suffix(""), payload)
+    made = claims()
+    payload = results.plain({"study": study.name, "alpha": verdicts.ALPHA, "claims": judge(made, found)})
+    panels = {name: claim.PANEL for name, claim in made.items()}
+    shown.draw(output.with_suffix(""), payload["claims"], panels)
     write_text(output.with_suffix(".md"), shown.markdown(payload))
     write_text(output.with_suffix(".tex"), shown.latex(payload))
     models = {"base": found.base, "target": found.last}

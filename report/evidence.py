@@ -1,8 +1,7 @@
-"""What the claims are judged on: a study's results, read and checked, and from them the numbers of each rule."""
+"""What the claims are judged on: a study's results, read and checked."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,6 @@ from cpt_utils.measures import controls, evaluation, gate
 
 if TYPE_CHECKING:
     import numpy as np
-
-rules = cli.sibling("report/rules.py")
-Verdict, number = rules.Verdict, rules.number
 
 ENDS = ("base", "target")  # the models as they are, which the file of a swap lists beside its sets
 ACTIVATIONS = "lsn/lsn_activation_cpt.py"
@@ -199,166 +195,7 @@ def refuse_other_sentences(headers: list[tuple[Path, dict]]) -> None:
             raise InputError(f"{path} and {said[0][0]} were measured on different sentences; run one of them again")
 
 
-# ---------------------------------------------------------------- the numbers of each claim
-
-
-def judge_c1(found: Results) -> Verdict:
-    payload, header, path = found.retrieval(found.last)
-    hits = found.hits(path, payload)
-    untrained, why_not = None, ""
-    try:
-        twin, twin_header, twin_path = found.untrained()
-        refuse_other_sentences([(path, header), (twin_path, twin_header)])
-        untrained = found.hits(twin_path, twin)
-    except Missing as reason:
-        why_not = str(reason)
-    if untrained is not None and untrained.shape != hits.shape:
-        raise InputError(f"{twin_path} is about another number of layers or sentences than {path}; run it again")
-    return rules.c1(hits, untrained, found.study.seed, why_not)
-
-
-def judge_c2(found: Results) -> Verdict:
-    swap, _ = found.swap("layer_swap", "semantic_hub")
-    hub = swap["sets"][swap["own"]]["layers"]
-    found.refuse_other_layers(swap["path"], hub, "layers", "semantic_layers")
-    others = [swap["values"][i] for i in swap["random"]]
-    made = rules.c2(
-        swap["values"][swap["own"]], others, swap["units"][swap["own"]], swap["units"][swap["random"]],
-        swap["base"], swap["target"], found.study.seed,
-    )  # fmt: skip
-    compared = swap["payload"].get("comparison") or {}
-    made.beside = [_place_beside(name, row) for name, row in compared.items() if name != "retrieval_mean"]
-    return made
-
-
-def _place_beside(name: str, row: dict) -> dict:
-    interval = row.get("ci_low"), row.get("ci_high")
-    label = f"hub minus random, {_label(name)}"
-    place = {"rank": row["rank"], "n_random": row["n_random"]}
-    return number(label, row["own_minus_random"], interval, p_value=row["p_value"], place=place)
-
-
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """What a measure is called, with its sense where less is better."""
     measure = evaluation.MEASURES[name]
     return measure.label + ("" if measure.higher_is_better else "; less is better")
-
-
-def judge_c3(found: Results) -> Verdict:
-    path = found.path("attn_vs_ffn")
-    payload, _ = found.json(path, "attn_vs_ffn")
-    step = str(found.last["step"])
-    if step not in payload.get("checkpoints", {}):
-        raise Missing(f"{path} has no step {step}, the last of the run")
-    row, script = payload["checkpoints"][step], cli.sibling("weight-diff/attn_vs_ffn.py")
-    layers = list(row["layers"].values())
-    try:
-        by_max, by_mean = (script.pairs(layers, summary) for summary in ("summary", "summary_mean"))
-    except KeyError as error:
-        raise InputError(f"{path} has no {error.args[0]}; run {MADE_BY['attn_vs_ffn']} again") from None
-    made = rules.c3(by_max, by_mean, found.study.seed)
-    for summary, words in (
-        ("summary_relative", "relative change, largest projection"),
-        ("summary_relative_mean", "relative change, mean of projections"),
-    ):
-        both = row.get(summary) or {}
-        if None not in (both.get("attn"), both.get("ffn")):
-            made.beside.append(number(f"attention minus FFN, {words}", both["attn"] - both["ffn"], n=len(by_max)))
-    return made
-
-
-def judge_c4(found: Results) -> Verdict:
-    path = found.path("activation_correlation", f"{found.study.name}_correlation_strength.json")
-    payload, header = found.json(path, "activation_correlation")
-    target = found.study.get("languages.target")
-    if target and header.get("language") and not languages.same(header["language"], target):
-        raise InputError(f"{path} is about {header['language']}, not {target}; run that step again")
-    if header.get("interface_layers"):
-        found.refuse_other_layers(path, header["interface_layers"], "layers", "interface_layers")
-    series = payload.get("series")
-    if not series:
-        raise InputError(f"{path} has no series; run {MADE_BY['activation_correlation']} again")
-    found.refuse_part_of_run(path, series["steps"])
-    return rules.c4(series["attention"], series["gate"], series["abs_d"])
-
-
-def judge_c5(found: Results) -> Verdict:
-    attention, attention_header = found.swap("attn_int_swap", "attention_interface")
-    ffn, ffn_header = found.swap("ffn_lsn_swap", "ffn_lsn_rich")
-    refuse_other_sentences([(attention["path"], attention_header), (ffn["path"], ffn_header)])
-    if attention["units"].shape[1] != ffn["units"].shape[1]:
-        raise InputError(f"{attention['path']} and {ffn['path']} have different numbers of sentences; run one again")
-    own, rich = (swap["sets"][swap["own"]] for swap in (attention, ffn))
-    # Of layers that were asked for, those are swapped that have the component.
-    for swap, row, key, name in (
-        (attention, own, "layers", "interface_layers"),
-        (ffn, rich, "lsn_layers", "layers"),
-    ):
-        found.refuse_other_layers(swap["path"], row.get("asked", row["layers"]), key, name)
-    sides = [
-        rules.Swapped(
-            own=swap["values"][swap["own"]],
-            others=[swap["values"][i] for i in swap["random"]],
-            units=swap["units"][swap["own"]],
-            n_layers=len(swap["sets"][swap["own"]]["layers"]),
-        )
-        for swap in (attention, ffn)
-    ]
-    made = rules.c5(*sides, attention["base"], attention["target"], found.study.seed)
-    for name in own["values"]:
-        if name != "retrieval_mean" and name in rich["values"]:
-            difference = rich["values"][name] - own["values"][name]
-            made.beside.append(number(f"FFN swap minus attention swap, {_label(name)}", difference))
-    for words, name in (
-        ("attention in interface layers", "attention_interface"),
-        ("attention in LSN-rich layers", "attention_lsn_rich"),
-        ("the FFN in interface layers", "ffn_interface"),
-        ("the FFN in LSN-rich layers", "ffn_lsn_rich"),
-    ):
-        at = controls.find(attention["sets"], name)
-        if at is not None:
-            made.beside.append(number(f"retrieval after swapping {words}", attention["values"][at]))
-    return made
-
-
-def judge_c6(found: Results) -> Verdict:
-    path = found.path("downstream")
-    payload, _ = found.json(path, "downstream_correlation")
-    values, metric = payload.get("values") or {}, payload.get("metric")
-    rows = [values[step] for step in sorted(values, key=int) if int(step)]
-    if not rows or any(not isinstance(row.get(key), float | int) for row in rows for key in (metric, "interface_avg")):
-        raise InputError(
-            f"{path} lacks accuracy or interface change of a checkpoint; run {MADE_BY['downstream']} again"
-        )
-    found.refuse_part_of_run(path, [int(step) for step in values])
-    made = rules.c6([row[metric] for row in rows], [row["interface_avg"] for row in rows])
-    hub = payload.get("semantic_hub") or {}
-    if hub.get("first_differences"):
-        made.beside.append(rules.correlated("r(accuracy, hub change), first differences", hub["first_differences"]))
-    return made
-
-
-JUDGES = {"C1": judge_c1, "C2": judge_c2, "C3": judge_c3, "C4": judge_c4, "C5": judge_c5, "C6": judge_c6}
-
-
-def judge(found: Results) -> dict[str, dict]:
-    """Every claim's verdict as it goes into the result, by its name.
-
-    Raises:
-        InputError: the study has no result that a claim needs.
-    """
-    verdicts = {}
-    for name, function in JUDGES.items():
-        found.read = []
-        try:
-            made = function(found)
-        except Missing as reason:
-            made = Verdict(name, rules.OPEN, str(reason))
-        if name in rules.ON_LAYERS and found.gate and not found.gate["passed"]:
-            made.verdict, made.reason = rules.VOID, gate.words(found.gate)
-        made.files = list(dict.fromkeys(found.read))
-        verdicts[name] = {"text": rules.CLAIMS[name], **dataclasses.asdict(made)}
-        del verdicts[name]["claim"]  # it is the key
-    if not any(row["files"] for row in verdicts.values()):
-        raise InputError(f"{found.folder} holds no result that a claim needs; run the steps of the README first")
-    return verdicts

@@ -6,11 +6,8 @@ import re
 import textwrap
 from pathlib import Path
 
-from cpt_utils.base import cli, figures
-
-rules = cli.sibling("report/rules.py")
-shown_p = rules.shown_p
-
+from cpt_utils.base import figures
+from cpt_utils.measures.verdicts import NO, OPEN, VOID, YES, Panel, shown_p
 
 # ---------------------------------------------------------------- tables
 
@@ -102,57 +99,59 @@ def _in_math(found: re.Match) -> str:
     return f"${found[1]}{power}$"
 
 
+def order(name: str) -> tuple[str, int]:
+    """Where a claim stands among the others: C2 before C10, all of C before D1."""
+    return name[0], int(name[1:])
+
+
 def seeds_tables(seeds: dict[int, dict]) -> tuple[str, str]:
     """The verdicts of several seeds side by side, in Markdown and LaTeX; `seeds` holds each one's claims.json."""
-    first = next(iter(seeds.values()))
-    lines = [f"# Claims on {first['study']}, {len(seeds)} seeds", ""]
+    study = next(iter(seeds.values()))["study"]
+    texts = {name: row["text"] for payload in seeds.values() for name, row in payload["claims"].items()}
+    lines = [f"# Claims on {study}, {len(seeds)} seeds", ""]
     lines.append(_markdown_row(("", "claim", *(f"seed {seed}" for seed in seeds))))
     lines.append("|---" * (2 + len(seeds)) + "|")
     rows = [("", "claim", *(f"seed {seed}" for seed in seeds))]
-    for name, claim in first["claims"].items():
-        found = [payload["claims"][name] for payload in seeds.values()]
-        cells = [[one["verdict"], *(map(told, one["numbers"]) if one["numbers"] else [one["reason"]])] for one in found]
+    for name in sorted(texts, key=order):
+        cells = [_seed_cell(seed, payload["claims"].get(name)) for seed, payload in seeds.items()]
         parts = ["<br>".join([f"**{cell[0]}**", *cell[1:]]) for cell in cells]
-        lines.append(_markdown_row((name, claim["text"], *parts)))
-        rows.append((name, escaped(claim["text"]), *(lines_of([escaped(part) for part in cell]) for cell in cells)))
+        lines.append(_markdown_row((name, texts[name], *parts)))
+        rows.append((name, escaped(texts[name]), *(lines_of([escaped(part) for part in cell]) for cell in cells)))
     lines += ["", "Intervals are 95 %, alpha is .05. The rules stand in report/README.md."]
     shares = (0.04, 0.16, *[round(0.7 / len(seeds), 3)] * len(seeds))
     return "\n".join(lines) + "\n", tabular(rows, shares)
 
 
+def _seed_cell(seed: int, row: dict | None) -> list[str]:
+    """The verdict, and the lines below it; of a claims.json from before the claim, what to do."""
+    if row is None:
+        return ["not judged", f"run report/claims.py --seed {seed} again"]
+    return [row["verdict"], *(map(told, row["numbers"]) if row["numbers"] else [row["reason"]])]
+
+
 # ---------------------------------------------------------------- the figure
 
-LOOKS = {
-    rules.YES: ("✔", "#009E73"),
-    rules.NO: ("✘", "#D55E00"),
-    rules.OPEN: ("?", "#555555"),
-    rules.VOID: ("–", "#555555"),
-}
-PANELS = {  # short words of the claim, and what the axis shows
-    "C1": ("outer layers low, middle high", "difference in retrieval accuracy"),
-    "C2": ("hub swap costs less than random", "retrieval, minus mean of random sets"),
-    "C3": ("attention changes more than FFN", "difference in mean |ΔW|"),
-    "C4": ("attention tracks LSN activation", "r of first differences (dotted: .3)"),
-    "C5": ("attention swap hurts more than FFN's", "difference in retrieval accuracy"),
-    "C6": ("accuracy follows interface change", "r of first differences (dotted: .3)"),
-}
+LOOKS = {YES: ("✔", "#009E73"), NO: ("✘", "#D55E00"), OPEN: ("?", "#555555"), VOID: ("–", "#555555")}
+ACROSS = 3  # panels in a row
 
 
-def draw(path: Path, payload: dict) -> None:
+def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
     """A panel for each claim: the deciding numbers with their intervals, and the random draws behind them."""
+    high = -(-len(claims) // ACROSS)
     with figures.style() as plt:
-        fig, axes = plt.subplots(2, 3, figsize=(figures.PAGE, 3.9))
+        fig, axes = plt.subplots(high, ACROSS, figsize=(figures.PAGE, 1.95 * high), squeeze=False)
         fig.get_layout_engine().set(h_pad=0.08, hspace=0.06, wspace=0.04)
-        for axis, (name, row) in zip(axes.flat, payload["claims"].items(), strict=True):
-            _panel(axis, name, row)
+        for axis, (name, row) in zip(axes.flat, claims.items(), strict=False):
+            _panel(axis, name, row, panels[name])
+        for axis in axes.flat[len(claims) :]:
+            axis.remove()
         figures.save(fig, path)
 
 
-def _panel(axis, name: str, row: dict) -> None:
+def _panel(axis, name: str, row: dict, panel: Panel) -> None:
     mark, shade = LOOKS[row["verdict"]]
-    words, label = PANELS[name]
     axis.set_title(f"{mark} {name} {row['verdict']}\n", loc="left", color=shade, fontweight="bold")
-    axis.text(0, 1.03, words, transform=axis.transAxes, fontsize=7, va="bottom")
+    axis.text(0, 1.03, panel.words, transform=axis.transAxes, fontsize=7, va="bottom")
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
     rows = [one for one in row["numbers"] if one["value"] is not None]
@@ -179,23 +178,25 @@ def _panel(axis, name: str, row: dict) -> None:
         place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 6.5}
         axis.annotate(text, (0, -at + 0.27), bbox=clear, **place)
     axis.axvline(0, color="black", linewidth=0.6, zorder=0)
-    if name in ("C4", "C6"):
-        axis.axvline(rules.WORTH, color="black", linewidth=0.6, linestyle=":", zorder=0)
+    if panel.line is not None:
+        axis.axvline(panel.line, color="black", linewidth=0.6, linestyle=":", zorder=0)
     axis.set_ylim(-len(rows) + 0.45, 0.75)
     axis.locator_params(axis="x", nbins=5)
-    if name == "C3":
+    if panel.scientific:
         axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
-    axis.set_xlabel(label, fontsize=7)
+    axis.set_xlabel(panel.axis, fontsize=7)
     axis.margins(x=0.08)
 
 
 def _draws(place: dict | None) -> list[float]:
-    """The random draws of a number, in its units; of thousands of pairs an even choice by rank, ends included."""
+    """The random draws of a number, in its units: a list, or two lists by name, whose differences (first minus second)
+    are the draws; of thousands of these an even choice by rank, ends included."""
     if not place or not place.get("draws"):
         return []
     draws = place["draws"]
     if isinstance(draws, dict):
-        return evenly(sorted(f - a for f in draws["ffn"] for a in draws["attention"]), 200)
+        first, second = draws.values()
+        return evenly(sorted(a - b for a in first for b in second), 200)
     return draws
 
 

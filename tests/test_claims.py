@@ -1,4 +1,4 @@
-"""The verdicts: made-up results where each claim is plainly true, plainly false or noise; the edges of the rules."""
+"""The verdicts: made-up results where each claim is plainly true, plainly false or noise; the edges of the verdicts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from helpers import failed_gate, load_script
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.measures import compare, controls
+from cpt_utils.measures import compare, controls, verdicts
 
 script = load_script("report/claims.py")
-rules, shown = script.rules, script.shown
-YES, NO, OPEN = rules.YES, rules.NO, rules.OPEN
+shown, CLAIMS = script.shown, script.claims()
+c1, c2, c3, c4, c5, c6 = (CLAIMS[f"C{n}"] for n in range(1, 7))
+YES, NO, OPEN = verdicts.YES, verdicts.NO, verdicts.OPEN
 
 L, SENTENCES, SETS = 6, 150, 30
 STEPS = [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
@@ -230,7 +231,7 @@ def made(finished, tmp_path):
 @pytest.mark.parametrize("truth", list(WORDS))
 def test_plain_results_give_plain_verdicts(truth, finished, no_figure):
     claims = run(finished[truth])
-    assert {name: row["verdict"] for name, row in claims.items()} == dict.fromkeys(rules.CLAIMS, WORDS[truth])
+    assert {name: row["verdict"] for name, row in claims.items()} == dict.fromkeys(CLAIMS, WORDS[truth])
     for row in claims.values():
         assert row["numbers"] and row["files"] and row["reason"] and row["beside"]
         for one in row["numbers"]:
@@ -265,9 +266,7 @@ def test_a_failed_gate_leaves_no_verdict_on_layers(made, capsys):
         models={"model": made.run[-1]}, gate=failed_gate(), **LANGS,
     )  # fmt: skip
     claims = run(made)
-    assert {name: row["verdict"] for name, row in claims.items()} == dict.fromkeys(rules.CLAIMS, rules.VOID) | {
-        "C3": YES
-    }
+    assert {name: row["verdict"] for name, row in claims.items()} == dict.fromkeys(CLAIMS, verdicts.VOID) | {"C3": YES}
     assert claims["C2"]["numbers"] and claims["C2"]["reason"].endswith("everything built on them mean nothing")
     captured = capsys.readouterr()
     assert captured.err.count("its layers, its hub and everything built on them mean nothing") == 1
@@ -283,7 +282,7 @@ def test_tables_say_what_the_json_says(finished, no_figure):
     claims = run(made)
     table = (made.results / "report/claims.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if " | **" in line}
-    assert list(rows) == list(rules.CLAIMS)
+    assert list(rows) == list(CLAIMS)
     tex = (made.results / "report/claims.tex").read_text()
     lines = {line[:2]: line for line in tex.splitlines() if re.match(r"C\d &", line)}
     assert tex.count("\\hline") == 3 and "toprule" not in tex
@@ -433,12 +432,12 @@ def test_seeds_stand_side_by_side(finished, tmp_path, no_figure):
     study.write_text(f"name: made\nresults: {tmp_path}/seed-{{seed}}\n")
     script.main(["--study", str(study), "--seeds", "0,1,2", "--output", str(tmp_path / "out")])
     table = (tmp_path / "out" / "claims_seeds.md").read_text()
-    assert "| seed 0 | seed 1 | seed 2 |" in table and table.count("**not supported**") == len(rules.CLAIMS)
+    assert "| seed 0 | seed 1 | seed 2 |" in table and table.count("**not supported**") == len(CLAIMS)
     value = json.loads((tmp_path / "seed-1/report/claims.json").read_text())["claims"]["C2"]["numbers"][0]["value"]
     row = next(line for line in table.splitlines() if line.startswith("| C2"))
     assert shown.digits(value) in row.split(" | ")[3]
     tex = (tmp_path / "out" / "claims_seeds.tex").read_text()
-    assert tex.count(" & ") == 4 * 7 and shown.escaped(shown.digits(value)) in tex
+    assert tex.count(" & ") == 4 * (1 + len(CLAIMS)) and shown.escaped(shown.digits(value)) in tex
     with pytest.raises(InputError, match=r"seed-7.*report/claims.py --seed 7"):
         script.main(["--study", str(study), "--seeds", "0,7", "--output", str(tmp_path / "out")])
     with pytest.raises(InputError, match="--output FOLDER"):
@@ -448,18 +447,41 @@ def test_seeds_stand_side_by_side(finished, tmp_path, no_figure):
         script.main(["--study", str(study), "--seeds", "0,1", "--output", str(tmp_path / "out")])
 
 
+def test_a_seed_judged_before_there_was_a_claim_says_so(finished, no_figure):
+    claims = run(finished["true"])
+    older = {"study": "made", "claims": {name: row for name, row in claims.items() if name != "C2"}}
+    later = {"study": "made", "claims": {**claims, "D1": claims["C3"], "C10": claims["C3"]}}
+    table, tex = shown.seeds_tables({0: older, 1: later})
+    rows = [line for line in table.splitlines() if re.match(r"\| [CD]\d", line)]
+    assert [row.split(" | ")[0] for row in rows] == ["| C1", "| C2", "| C3", "| C4", "| C5", "| C6", "| C10", "| D1"]
+    assert "| **not judged**<br>run report/claims.py --seed 0 again | **supported**" in rows[1]
+    assert tex.count("not judged") == 3
+
+
+def test_a_file_that_is_no_claim_is_said(tmp_path, monkeypatch):
+    folder = tmp_path / "report/claims"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(script.cli, "REPOSITORY", tmp_path)
+    (folder / "d9.py").write_text("TEXT = ''\nON_LAYERS = False\n")
+    with pytest.raises(InputError, match=r"report/claims/d9.py lacks PANEL, rule, judge"):
+        script.claims()
+    (folder / "d9.py").rename(folder / "ninth.py")
+    with pytest.raises(InputError, match=r"report/claims/ninth.py is not named like a claim \(c7.py\)"):
+        script.claims()
+
+
 # ---------------------------------------------------------------- the rules, edge by edge
 
 
 def row(low, high):
-    return rules.number("x", (low + high) / 2, (low, high))
+    return verdicts.number("x", (low + high) / 2, (low, high))
 
 
 def test_an_interval_that_touches_the_bound_is_not_beyond_it():
-    assert rules.above(row(1e-12, 1)) and not rules.above(row(0.0, 1))
-    assert rules.below(row(-1, -1e-12)) and not rules.below(row(-1, 0.0))
-    assert rules.below(row(0, 0.29), rules.WORTH) and not rules.below(row(0, 0.3), rules.WORTH)
-    assert not rules.above(rules.number("x", 1.0)) and not rules.below(rules.number("x", -1.0))
+    assert verdicts.above(row(1e-12, 1)) and not verdicts.above(row(0.0, 1))
+    assert verdicts.below(row(-1, -1e-12)) and not verdicts.below(row(-1, 0.0))
+    assert verdicts.below(row(0, 0.29), verdicts.WORTH) and not verdicts.below(row(0, 0.3), verdicts.WORTH)
+    assert not verdicts.above(verdicts.number("x", 1.0)) and not verdicts.below(verdicts.number("x", -1.0))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +495,7 @@ def test_an_interval_that_touches_the_bound_is_not_beyond_it():
 )
 def test_thirds_cover_every_layer_once(layers, early, middle, late):
     states = list(range(layers + 1))
-    assert [states[where] for where in rules.thirds(layers).values()] == [early, middle, late]
+    assert [states[where] for where in c1.thirds(layers).values()] == [early, middle, late]
 
 
 def constant(values, n=40):
@@ -482,20 +504,20 @@ def constant(values, n=40):
 
 def test_c1_touching_zero_is_undecided_and_one_side_below_decides():
     flat = constant([0, 0, 0, 0])
-    assert rules.c1(constant([0, 0, 1, 0]), flat).verdict == YES
-    assert rules.c1(constant([0, 0, 1, 1]), flat).verdict == OPEN  # middle minus late is exactly 0
-    assert rules.c1(constant([1, 0, 1, 1]), flat).verdict == OPEN  # h_0 is left out
-    assert rules.c1(constant([0, 1, 0, 0]), flat).verdict == NO
-    assert rules.c1(constant([0, 0, 1, 0]), constant([0, 0, 1, 0])).verdict == OPEN  # an untrained model does it too
-    assert rules.c1(constant([0, 0, 1, 0]), None, why_not="why").reason.endswith("why")
-    assert rules.c1(constant([0, 1, 0]), flat[:3]).verdict == OPEN  # two layers have no thirds
+    assert c1.rule(constant([0, 0, 1, 0]), flat).verdict == YES
+    assert c1.rule(constant([0, 0, 1, 1]), flat).verdict == OPEN  # middle minus late is exactly 0
+    assert c1.rule(constant([1, 0, 1, 1]), flat).verdict == OPEN  # h_0 is left out
+    assert c1.rule(constant([0, 1, 0, 0]), flat).verdict == NO
+    assert c1.rule(constant([0, 0, 1, 0]), constant([0, 0, 1, 0])).verdict == OPEN  # an untrained model does it too
+    assert c1.rule(constant([0, 0, 1, 0]), None, why_not="why").reason.endswith("why")
+    assert c1.rule(constant([0, 1, 0]), flat[:3]).verdict == OPEN  # two layers have no thirds
 
 
 def swap_c2(rank, n, units=0.1, base=0.0, target=0.9):
     """The hub at `rank` (1 is the best) among n random sets; its sentences are all `units` above their mean."""
     others = [0.1 + 0.01 * i for i in range(n)]
     own = [*sorted(others, reverse=True), 0.0][rank - 1] + 0.005
-    return rules.c2(own, others, np.full(30, 0.5 + units), np.full((max(n, 1), 30), 0.5), base, target)
+    return c2.rule(own, others, np.full(30, 0.5 + units), np.full((max(n, 1), 30), 0.5), base, target)
 
 
 def test_c2_at_the_edges_of_p_and_of_the_number_of_sets():
@@ -511,23 +533,23 @@ def test_c2_at_the_edges_of_p_and_of_the_number_of_sets():
 
 def test_c2_counts_sets_that_tie_in_all_but_the_last_bit_against_the_hub():
     others = [0.3] * 20
-    found = rules.c2(0.1 + 0.2, others, np.full(30, 0.6), np.full((20, 30), 0.5), 0.0, 0.9)
+    found = c2.rule(0.1 + 0.2, others, np.full(30, 0.6), np.full((20, 30), 0.5), 0.0, 0.9)
     assert 0.1 + 0.2 > 0.3 and found.numbers[0]["p_value"] == 1.0
 
 
 def test_c3_asks_for_both_definitions():
     more, less, both = [(2.0, 1.0)] * 5, [(1.0, 2.0)] * 5, [(2.0, 1.0), (1.0, 2.0)] * 3
-    assert rules.c3(more, more).verdict == YES and rules.c3(less, less).verdict == NO
-    disagree = rules.c3(more, less)
+    assert c3.rule(more, more).verdict == YES and c3.rule(less, less).verdict == NO
+    disagree = c3.rule(more, less)
     assert disagree.verdict == OPEN and "depends on the definition" in disagree.reason
-    assert rules.c3(more, both).verdict == OPEN and rules.c3([(1.0, 1.0)] * 5, more).verdict == OPEN
-    assert rules.c3(more[:1], more[:1]).verdict == OPEN  # one layer is one point
+    assert c3.rule(more, both).verdict == OPEN and c3.rule([(1.0, 1.0)] * 5, more).verdict == OPEN
+    assert c3.rule(more[:1], more[:1]).verdict == OPEN  # one layer is one point
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_a_short_run_says_so(n):
     curve = [0.0, 1.0, 3.0, 3.5][:n]
-    for found in (rules.c4(curve, curve[::-1], curve), rules.c6(curve, curve)):
+    for found in (c4.rule(curve, curve[::-1], curve), c6.rule(curve, curve)):
         assert found.verdict == OPEN and f"the run is too short: {n} checkpoint" in found.reason
         assert all(one["ci_low"] is None for one in found.numbers)
 
@@ -540,43 +562,43 @@ def test_c4_and_c6_exclude_below_the_least_correlation():
     rng = np.random.default_rng(0)
     x, z = rng.normal(size=(2, 400))
     weak = series_of(z - z @ x / (x @ x) * x + 0.16 * x)  # r of about .16: above 0, and below .3
-    found = rules.c6(weak, series_of(x))
+    found = c6.rule(weak, series_of(x))
     low, high = found.numbers[0]["ci_low"], found.numbers[0]["ci_high"]
     assert low > 0 and high < 0.3 and found.verdict == NO
-    assert rules.c6(series_of(-x), series_of(x + 0.1 * z)).verdict == NO
-    assert rules.c6(series_of(x), series_of(x + z)).verdict == YES
-    no_change = rules.c6(series_of(x), [0.0] * 401)
+    assert c6.rule(series_of(-x), series_of(x + 0.1 * z)).verdict == NO
+    assert c6.rule(series_of(x), series_of(x + z)).verdict == YES
+    no_change = c6.rule(series_of(x), [0.0] * 401)
     assert no_change.verdict == OPEN and "does not vary" in no_change.reason
     # Attention does not go with the activation: decided, although the gates do not vary and leave no difference.
-    found = rules.c4(series_of(-x), [0.0] * 401, series_of(x + 0.1 * z))
+    found = c4.rule(series_of(-x), [0.0] * 401, series_of(x + 0.1 * z))
     assert found.verdict == NO and found.numbers[0]["value"] is None
 
 
 def swapped(own, others, units=None, n_layers=3):
-    return rules.Swapped(own, others, np.full(20, own) if units is None else units, n_layers)
+    return c5.Swapped(own, others, np.full(20, own) if units is None else units, n_layers)
 
 
 def test_c5_needs_both_the_interval_and_the_place_among_pairs():
     spread = [0.5 + 0.01 * i for i in range(20)]
-    assert rules.c5(swapped(0.2, spread), swapped(0.8, spread), 0.0, 0.9).verdict == YES
-    assert rules.c5(swapped(0.8, spread), swapped(0.2, spread), 0.0, 0.9).verdict == NO
+    assert c5.rule(swapped(0.2, spread), swapped(0.8, spread), 0.0, 0.9).verdict == YES
+    assert c5.rule(swapped(0.8, spread), swapped(0.2, spread), 0.0, 0.9).verdict == NO
     # Attention hurts more, but so it does in random layers.
     low, high = [0.2 + 0.01 * i for i in range(20)], [0.7 + 0.01 * i for i in range(20)]
-    found = rules.c5(swapped(0.3, low), swapped(0.8, high), 0.0, 0.9)
-    assert found.verdict == OPEN and rules.above(found.numbers[0]) and found.numbers[0]["p_value"] > 0.05
+    found = c5.rule(swapped(0.3, low), swapped(0.8, high), 0.0, 0.9)
+    assert found.verdict == OPEN and verdicts.above(found.numbers[0]) and found.numbers[0]["p_value"] > 0.05
     # It hurts more, yet less than in any pair of random sets.
-    found = rules.c5(swapped(0.3, [0.0] * 20), swapped(0.4, high), 0.0, 0.9)
-    assert found.verdict == NO and rules.above(found.numbers[0])
-    assert rules.c5(swapped(0.2, spread[:18]), swapped(0.8, spread), 0.0, 0.9).verdict == OPEN
-    assert rules.c5(swapped(0.2, spread), swapped(0.8, spread, n_layers=4), 0.0, 0.9).verdict == OPEN
-    assert rules.c5(swapped(0.2, []), swapped(0.8, spread), 0.0, 0.9).verdict == OPEN
-    assert rules.c5(swapped(0.2, spread), swapped(0.8, spread), 0.9, 0.9).verdict == OPEN
+    found = c5.rule(swapped(0.3, [0.0] * 20), swapped(0.4, high), 0.0, 0.9)
+    assert found.verdict == NO and verdicts.above(found.numbers[0])
+    assert c5.rule(swapped(0.2, spread[:18]), swapped(0.8, spread), 0.0, 0.9).verdict == OPEN
+    assert c5.rule(swapped(0.2, spread), swapped(0.8, spread, n_layers=4), 0.0, 0.9).verdict == OPEN
+    assert c5.rule(swapped(0.2, []), swapped(0.8, spread), 0.0, 0.9).verdict == OPEN
+    assert c5.rule(swapped(0.2, spread), swapped(0.8, spread), 0.9, 0.9).verdict == OPEN
 
 
 def test_c5_counts_pairs_as_a_slow_loop_does():
     rng = np.random.default_rng(1)
     ffn, attention = rng.normal(0.6, 0.1, 21), rng.normal(0.5, 0.1, 19)
-    found = rules.c5(swapped(0.4, list(attention)), swapped(0.62, list(ffn)), 0.0, 0.9).numbers[0]
+    found = c5.rule(swapped(0.4, list(attention)), swapped(0.62, list(ffn)), 0.0, 0.9).numbers[0]
     larger = sum(f - a >= 0.62 - 0.4 for f in ffn for a in attention)
     assert found["p_value"] == (1 + larger) / (1 + 21 * 19)
     assert found["p_opposite"] == (1 + 21 * 19 - larger) / (1 + 21 * 19)
@@ -587,7 +609,7 @@ def test_p_of_exactly_one_twentieth_is_enough_for_c5():
     attention = [0.0] * 19
     for large, expected in ((1, YES), (2, OPEN)):
         ffn = [0.9] * large + [0.1] * (21 - large)
-        found = rules.c5(swapped(0.0, attention), swapped(0.9, ffn), 0.0, 0.95)
+        found = c5.rule(swapped(0.0, attention), swapped(0.9, ffn), 0.0, 0.95)
         assert found.verdict == expected and found.numbers[0]["p_value"] == (1 + 19 * large) / 400
 
 
@@ -610,7 +632,7 @@ def test_numbers_for_people():
         "1.23e-03",
         "none",
     ]
-    assert [rules.shown_p(p) for p in (0.05, 0.0011, 0.0001)] == ["p = 0.050", "p = 0.001", "p < 0.001"]
+    assert [verdicts.shown_p(p) for p in (0.05, 0.0011, 0.0001)] == ["p = 0.050", "p = 0.001", "p < 0.001"]
 
 
 def test_a_series_that_ends_before_the_run_is_refused(made, no_figure):
