@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, results, stats
+from cpt_utils.base import cli, experiments, figures, languages, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, refs
@@ -28,7 +28,13 @@ from cpt_utils.measures import activation_files
 from cpt_utils.measures import gate as retrieval_gate
 
 SCHEMA = "activation_correlation"
-ACTIVATIONS = activation_files.MADE_BY
+RESULTS = {"activation_correlation": "activation-correlation"}
+CAPTIONS = {
+    "activation_correlation": """Part II: 3. Activation over CPT
+        How closely the change of LSN activation is followed by the change of attention in interface layers, and by
+        that of the neurons' own weights. Raw curves all grow and correlate; claim C4 is decided by the difference of
+        the two correlations on first differences.""",
+}
 AGAIN = "run the step that is behind again"
 NAMES = {"mask": "masks", "control": "control masks", "text": "texts"}
 
@@ -141,7 +147,8 @@ def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> s
             missing.append(f"the control of the checkpoints over {n} tokens")
         if all(kind for kind, _ in run[n]):
             missing.append(f"the activation of the checkpoints over {n} tokens")
-    raise InputError(f"{place}: missing is {', '.join(missing)}; run {ACTIVATIONS} with the mask and its control")
+    made_by = experiments.made_by("lsn_activation")
+    raise InputError(f"{place}: missing is {', '.join(missing)}; run {made_by} with the mask and its control")
 
 
 def read_activation(path: Path, lang: str) -> tuple[float, dict]:
@@ -151,11 +158,12 @@ def read_activation(path: Path, lang: str) -> tuple[float, dict]:
         InputError: no mean in it, or another language.
     """
     payload, header = results.read_json(path, "lsn-activation")
+    again = f"run {experiments.made_by('lsn_activation')} again"
     value = payload.get("all_layers") if isinstance(payload, dict) else None
     if not isinstance(value, int | float):
-        raise InputError(f"{path} has no mean activation all_layers; run {ACTIVATIONS} again")
+        raise InputError(f"{path} has no mean activation all_layers; {again}")
     if not languages.same(header.get("language", lang), lang):
-        raise InputError(f"{path} is about {header['language']}, not {lang}; run {ACTIVATIONS} again")
+        raise InputError(f"{path} is about {header['language']}, not {lang}; {again}")
     return float(value), header
 
 
@@ -338,13 +346,13 @@ def main(argv=None) -> None:
     study = Study.find(args.study, args.seed)
     name = args.model_name or (study.name if study else study.value(None, "--model-name", "name"))
     lang = str(study.value(args.lang, "--lang", "languages.target"))
-    folder = study.input(args.lsn_activation_path, "--lsn-activation-path", "lsn_activation", ACTIVATIONS)
+    folder = study.input(args.lsn_activation_path, "--lsn-activation-path", "lsn_activation")
     files = (
-        study.input(given, flag, key, script)
-        for given, flag, key, script in (
-            (args.all_weight_diff_path, "--all-weight-diff-path", "attn_vs_ffn", "weight-diff/attn_vs_ffn.py"),
-            (args.lsn_weight_diff_path, "--lsn-weight-diff-path", "gate_lsn", "weight-diff/gate_lsn.py"),
-            (args.layer_selection_path, "--layer-selection-path", "layers", "layer-specialize/layer_specialize.py"),
+        study.input(given, flag, step)
+        for given, flag, step in (
+            (args.all_weight_diff_path, "--all-weight-diff-path", "attn_vs_ffn"),
+            (args.lsn_weight_diff_path, "--lsn-weight-diff-path", "gate_lsn"),
+            (args.layer_selection_path, "--layer-selection-path", "layers"),
         )
     )
     sources = Sources(folder, name, args.base_tag, *files)

@@ -19,6 +19,7 @@ from cpt_utils.base import cli
 
 component_swap = cli.sibling("component-swap/component_swap.py")
 
+RESULTS = {"attn_int_swap": "component-swap/attn_int_swap"}
 OWN = "attention_interface"  # q, k, v, o in the layers of --layer-selection
 
 

@@ -25,6 +25,13 @@ from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_fig
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SCHEMA = "component-swap"
+CAPTIONS = {
+    "component_swap": """Part II: 4. Component swaps
+        What putting one component of the base back into the last checkpoint costs: attention or FFN, in interface
+        layers or in those richest in the new language's neurons, with and without embeddings, and random layers of
+        the same number. Claim C5 compares attention in interface layers with the FFN in LSN-rich ones, and both with
+        random layers.""",
+}
 # What these scripts leave in OUT, finished or not.
 OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|controls\..+|\..+")
 
@@ -411,7 +418,7 @@ def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) 
         if place != mine and args.controls and given[place] is None and not study:
             cli.say(f"without {file.flag} the crossed controls are left out: only random layers are compared")
             continue
-        path = study.input(given[place], file.flag, file.step, file.made_by)
+        path = study.input(given[place], file.flag, file.step)
         lists[place], payload, head = layer_lists.read_layers(path, place, n_layers, models)
         paths.append(path)
         if not lists[place]:

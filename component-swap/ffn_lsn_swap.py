@@ -19,6 +19,7 @@ from cpt_utils.base import cli
 
 component_swap = cli.sibling("component-swap/component_swap.py")
 
+RESULTS = {"ffn_lsn_swap": "component-swap/ffn_lsn_swap"}
 OWN = "ffn_lsn_rich"  # gate, up, down in the layers of --layer-list
 
 

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from cpt_utils.measures.benchmark import Point, Series
 
 SCHEMA = "downstream_correlation"
+RESULTS = {"downstream": "downstream-correlation/correlation.json"}
+CAPTIONS = {
+    "downstream": """Part I: 3. Downstream task and weight change
+        Downstream accuracy of the checkpoints against the weight change of interface and hub layers. Curves that both
+        grow over training correlate for no other reason, so the correlation of first differences decides claim C6,
+        not the one of the raw curves; error bars are the binomial standard error of the accuracy.""",
+}
 LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}
 DRAWS = 4000  # of the accuracies, for the error of measurement
 
@@ -249,9 +256,9 @@ def build_parser():
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    made_by = benchmark.made_by(args.benchmark or study.result("lm_eval"))
-    source = study.input(args.benchmark, "BENCHMARK", "lm_eval", made_by)
-    weight_diff = study.input(args.weight_diff, "WEIGHT_DIFF", "int_and_sem", "weight-diff/int_and_sem.py")
+    by_hand = benchmark.or_by_hand(args.benchmark or study.result("lm_eval"))
+    source = study.input(args.benchmark, "BENCHMARK", "lm_eval", by_hand)
+    weight_diff = study.input(args.weight_diff, "WEIGHT_DIFF", "int_and_sem")
     output = study.output(args.output, "--output", "downstream")
     tasks = args.task or study.get("data.task.name")
     tasks = tasks.split(",") if isinstance(tasks, str) else tasks

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA = "layer-specialize"
+RESULTS = {"layers": "layer-specialize/layers.json"}
+CAPTIONS = {
+    "layers": """Part I: 2. Layer specialization
+        The layers of the last checkpoint split by two-means on their retrieval accuracy: the cluster with the lower
+        centre is the interface, the other the semantic hub. The line is the threshold between them. A layer's
+        stability is how often it keeps its label when sentences are resampled; a split with unstable layers says
+        little about those layers.""",
+}
 # Accuracies are counts of sentences over n; differences below a millionth of a sentence share are float rounding.
 EQUAL = 1e-6
 # Splits whose sums of squares agree to this share of the total are tied; the counts behind them tie exactly.
@@ -336,7 +344,7 @@ def last_result(study: Study, steps: list[int] | None) -> Path:
     if not study:
         raise InputError("no retrieval result: name SR.json, or run inside a study (--study FILE, or ./study.yaml)")
     last = refs.run(study.value(None, "SR.json", "run"), steps)[-1]
-    folder = study.input(None, "SR.json", "retrieval", "sentence-retrieval/sr_experiment.py")
+    folder = study.input(None, "SR.json", "retrieval")
     pair = study.value(None, "SR.json", "languages.base"), study.value(None, "SR.json", "languages.target")
     place = folder / languages.find_pair([p.name for p in folder.iterdir() if p.is_dir()], *pair, what=str(folder))
     path = place / f"{last.model_id}.json"

@@ -32,6 +32,13 @@ from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_fig
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SCHEMA = "layer-swap"
+RESULTS = {"layer_swap": "layer-swap"}
+CAPTIONS = {
+    "controls": """Part I: 4. Layer swaps
+        What putting layers of the base back into the last checkpoint costs: the hub swap among swaps of other sets of
+        as many layers, for each measure, with the base and the unchanged checkpoint. Claim C2, the hub swap costs less
+        than random swaps of the same size, is decided by the hub's place among the sets, not by one random draw.""",
+}
 METHODS = ("semantic_hub", "random")
 # What this script leaves in OUT, finished or not.
 OURS = re.compile(r"(semantic_hub|random)(\.partial|\.replaced)?|metadata\.json|(controls|in_memory)\..+|\..+")
@@ -163,7 +170,7 @@ def main(argv=None) -> None:
     limit = args.limit if args.controls or args.in_memory else None
     out = study.output(args.output, "-o", "layer_swap", beside.name(study, base, run, args.steps, limit, last=True))
     refuse_foreign(out)
-    path = study.input(args.layers, "LAYERS.json", "layers", "layer-specialize/layer_specialize.py")
+    path = study.input(args.layers, "LAYERS.json", "layers")
     with surgery.Pair(base_ref, target) as pair:
         interface, head = read_layers(path, pair)
         head["gate"] = gate.carried(path)

@@ -34,6 +34,7 @@ swaps = cli.sibling("lm_eval_sib200/swaps.py")
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = "lm_eval"
+RESULTS = {"lm_eval": "lm_eval"}
 
 
 def task_folder(args, study: Study, scratch: Path) -> Path:

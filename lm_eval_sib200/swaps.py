@@ -50,7 +50,7 @@ class Swap:
             if args.swap == "layers":
                 raise InputError("--swap layers needs --layers with their numbers, like 3,4,5")
             file = layer_lists.FILES["lsn_rich" if args.swap == "ffn" else "interface"]
-            layers = str(study.input(None, "--layers", file.step, file.made_by))
+            layers = str(study.input(None, "--layers", file.step))
         return cls(args.swap, base, layers, study.seed, gate.carried(layers))
 
     def recipe(self, pair: surgery.Pair) -> surgery.Recipe:

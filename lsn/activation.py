@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 unfinished = cli.sibling("lsn/activation_partial.py")
 
 SCHEMA = "activation-counts"
+RESULTS = {"lsn_counts": "lsn/activation_count"}
 TOKENS = 99_999_744  # of a language, as in the published scripts: whole blocks of 4096 and of 2048
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the blocks: where counts are kept apart
 # Activations with act(x) > 0 exactly where x > 0: the pre-activation says enough, and the activation need not be run.

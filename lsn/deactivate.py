@@ -40,6 +40,13 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = "deactivation"
+RESULTS = {"deactivation": "lsn/deactivate.json"}
+CAPTIONS = {
+    "deactivation": """Part II: 2. Language-specific neurons
+        The change of the loss per token when the neurons of one language (row) are silenced, on text of each language
+        (column), beside the same for random neurons, as many in each layer. Neurons are a language's own where the
+        diagonal stands out, and more than it does at random.""",
+}
 RANDOM = 19  # random sets a language: with them p can be .05
 SHORTEST = 8  # tokens: a shorter document may be anywhere by chance
 MOST_SEEN = 0.1  # of the held-out documents
@@ -305,7 +312,7 @@ def main(argv=None) -> None:
     base, home = args.base or study.get("base"), study.get("run")
     if args.named_run:
         home = args.named_run[0] if len(args.named_run) == 1 else args.named_run
-    mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
+    mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask")
     other = beside.name(study, args.base, run, steps=args.steps, limit=args.limit, last=True)
     output = study.output(args.output, "-o", "deactivation", other)
     neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), base, home)

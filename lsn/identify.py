@@ -40,6 +40,20 @@ if TYPE_CHECKING:
 
 reporting = cli.sibling("lsn/identify_report.py")
 
+RESULTS = {
+    "lsn_mask": "lsn/result/{name}.json",
+    "lsn_control": "lsn/result/{name}.control.json",
+    "lsn_layers": "lsn/result/{name}.layers.json",
+}
+CAPTIONS = {
+    "lsn_counts": """Part II: 2. Language-specific neurons
+        How many neurons of each language there are in each layer (LAPE). What decides is little here: compare the
+        layers richest in the new language's neurons with the interface layers, and read the report beside it for how
+        stable the mask is when half the tokens are taken.""",
+    "lsn_convergence": """Part II: 2. Language-specific neurons
+        How much of the mask a part of the tokens already gives (Jaccard with the full mask), and the agreement of two
+        parts without a common token. Where the curve is flat near one, fewer tokens would have been enough.""",
+}
 # Entropies closer than this are ties: the same rates in another order or at another scale differ in the last bits.
 TIE = 12  # decimals
 LAYERS, REPORT = "lsn-layers", "lsn-report"
@@ -194,7 +208,7 @@ def model_of(counts: list[Counts]) -> dict | None:
 
 def n_interface(study: Study, n_layers: int, model: dict | None) -> int:
     """How many interface layers the study's split of layers has; it must be about the model that was counted."""
-    path = study.input(None, "--n-layers", "layers", "layer-specialize/layer_specialize.py")
+    path = study.input(None, "--n-layers", "layers")
     payload, header = results.read_json(path, "layer-specialize", n_layers=n_layers)
     made_for = (header.get("models") or {}).get("model")
     if model and made_for and not refs.belongs(made_for, [model]):
@@ -368,7 +382,7 @@ def counts_folder(args, study: Study, tag: str) -> Path:
     if study and not args.activation and has_counts(by_hand, tag) and not has_counts(own, tag):
         cli.say(f"{own} has no counts {tag}.<lang>.pt; using those in {by_hand}")
         return by_hand
-    return study.input(args.activation or (None if study else by_hand), "-a", "lsn_counts", "lsn/activation.py")
+    return study.input(args.activation or (None if study else by_hand), "-a", "lsn_counts")
 
 
 def has_counts(folder: Path, tag: str) -> bool:

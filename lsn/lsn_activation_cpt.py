@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 places = cli.sibling("lsn/lsn_activation_places.py")
 
 SCHEMA = "lsn-activation"
+RESULTS = {"lsn_activation": "lsn/lsn_activation"}
+CAPTIONS = {
+    "lsn_activation": """Part II: 3. Activation over CPT
+        The mean activation of the new language's neurons on its text, over training, and of random neurons of the
+        same layers. Their difference, counted from the base, is what the correlation below follows.""",
+}
 TOKENS = 100_000
 
 

@@ -66,7 +66,7 @@ def mask_files(args, study: Study, named_control: bool) -> dict[str, Path]:
     Raises:
         InputError: a name that means the control where the mask is none, or two controls.
     """
-    path = study.input(args.mask_file, "--mask_file", "lsn_mask", "lsn/identify.py")
+    path = study.input(args.mask_file, "--mask_file", "lsn_mask")
     control = Path(args.control_mask) if args.control_mask else masks.control_beside(path)
     said = masks.is_control(path)
     if said or (said is None and named_control):

@@ -28,6 +28,12 @@ evidence = cli.sibling("report/evidence.py")
 shown = cli.sibling("report/shown.py")
 
 SCHEMA = "claims"
+RESULTS = {"claims": "report/claims.json"}
+CAPTIONS = {
+    "claims": """Claims
+        The number that decides each claim, with its interval or its place among random draws, and the verdict. The
+        rules stand in report/README.md and were written before these results were looked at.""",
+}
 
 
 def seed_list(text: str) -> list[int]:
@@ -104,8 +110,8 @@ def main(argv=None) -> None:
     payload = results.plain({"study": study.name, "alpha": verdicts.ALPHA, "claims": judge(made, found)})
     panels = {name: claim.PANEL for name, claim in made.items()}
     shown.draw(output.with_suffix(""), payload["claims"], panels)
-    write_text(output.with_suffix(".md"), shown.markdown(payload))
-    write_text(output.with_suffix(".tex"), shown.latex(payload))
+    results.write_text(output.with_suffix(".md"), shown.markdown(payload))
+    results.write_text(output.with_suffix(".tex"), shown.latex(payload))
     models = {"base": found.base, "target": found.last}
     facts = {"seed": study.seed, "gate": found.gate, **found.sides()}
     results.write_json(output, payload, results.header(SCHEMA, models=models, **facts))
@@ -121,18 +127,13 @@ def side_by_side(args) -> None:
     places = {}
     for seed in args.seeds:
         study = Study.find(args.study, seed)
-        places[seed] = study.input(None, "--study", "claims", f"report/claims.py --seed {seed}")
+        places[seed] = study.input(None, "--study", "claims", f" --seed {seed}")
     if len(set(places.values())) < len(places):
         raise InputError(f"the seeds share {places[args.seeds[0]]}: the study's results must hold {{seed}}")
     seeds = {seed: results.read_json(path, SCHEMA)[0] for seed, path in places.items()}
     for suffix, text in zip((".md", ".tex"), shown.seeds_tables(seeds), strict=True):
-        write_text(Path(args.output) / f"claims_seeds{suffix}", text)
+        results.write_text(Path(args.output) / f"claims_seeds{suffix}", text)
     cli.say(f"wrote {Path(args.output) / 'claims_seeds'}.md and .tex")
-
-
-def write_text(path: Path, text: str) -> None:
-    with results.replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, languages, results
+from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
@@ -15,21 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 ENDS = ("base", "target")  # the models as they are, which the file of a swap lists beside its sets
-ACTIVATIONS = "lsn/lsn_activation_cpt.py"
-MADE_BY = {
-    "retrieval": "sentence-retrieval/sr_experiment.py",
-    "layers": "layer-specialize/layer_specialize.py",
-    "int_and_sem": "weight-diff/int_and_sem.py",
-    "layer_swap": "layer-swap/layer-swap.py --controls",
-    "attn_vs_ffn": "weight-diff/attn_vs_ffn.py",
-    "lsn_mask": "lsn/identify.py",
-    "lsn_activation": ACTIVATIONS,
-    "deactivation": "lsn/deactivate.py",
-    "activation_correlation": "activation-correlation/activation-correlation.py",
-    "attn_int_swap": "component-swap/attn_int_swap.py --controls",
-    "ffn_lsn_swap": "component-swap/ffn_lsn_swap.py --controls",
-    "downstream": "downstream-correlation/downstream_correlation.py",
-}
 
 
 class Missing(Exception):
@@ -47,16 +32,16 @@ class Results:
         self.gate = gate.carried(study.result("layers"))
         self.read: list[str] = []
 
-    def path(self, step: str, *below: str) -> Path:
+    def path(self, step: str, *below: str, how: str = "") -> Path:
         """A file of `step` in the study; Missing where it is not there."""
-        return self.there(self.study.result(step).joinpath(*below), step)
+        return self.there(self.study.result(step).joinpath(*below), step, how)
 
-    def there(self, path: Path, step: str) -> Path:
-        """`path`, a file of `step`; Missing where it is not there."""
+    def there(self, path: Path, step: str, how: str = "") -> Path:
+        """`path`, a file of `step`; Missing where it is not there. `how`: what the step's script makes it with."""
         if not path.exists():
             # The place within the study is named: tables are for people who have other folders.
             place = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-            raise Missing(f"{place} is not there (it is made by {MADE_BY[step]})")
+            raise Missing(f"{place} is not there (it is made by {experiments.made_by(step)}{how})")
         return path
 
     def json(self, path: Path, schema: str, model: dict | None = None, **expect) -> tuple[dict, dict]:
@@ -148,19 +133,19 @@ class Results:
             `sets, payload, path` of the file; `values` [sets] and `units` [sets, sentences]; `own` and `random`, which
             of the sets these are; `base` and `target`, their values.
         """
-        path = self.path(step, "controls.json")
+        path, made_by = self.path(step, "controls.json", how=" --controls"), f"{experiments.made_by(step)} --controls"
         payload, header = self.json(path, controls.SCHEMA, **self.sides())
         sets = payload.get("sets") or []
         at = controls.find(sets, own)
         if at is None:
-            raise InputError(f"{path} has no set {own}; run {MADE_BY[step]} again")
+            raise InputError(f"{path} has no set {own}; run {made_by} again")
         if "retrieval_mean" not in sets[at]["values"]:
-            raise Missing(f"{path} has no retrieval; run {MADE_BY[step]} with parallel sentences")
-        pt = self.there(path.with_suffix(".pt"), step)
+            raise Missing(f"{path} has no retrieval; run {made_by} with parallel sentences")
+        pt = self.there(path.with_suffix(".pt"), step, " --controls")
         units = results.read_tensors(pt).get("retrieval_mean")
         values = [row["values"]["retrieval_mean"] for row in sets]
         if units is None or len(units) != len(sets) or abs(units.double().mean(1).numpy() - values).max() > 1e-5:
-            raise InputError(f"{pt} does not belong to {path.name} beside it; run {MADE_BY[step]} --overwrite again")
+            raise InputError(f"{pt} does not belong to {path.name} beside it; run {made_by} --overwrite again")
         self.read.append(str(pt))
         random = [i for i, row in enumerate(sets) if row["name"] == "random"]
         found = {"sets": sets, "values": values, "units": units.double().numpy(), "own": at, "random": random}

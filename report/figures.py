@@ -24,6 +24,27 @@ shown = cli.sibling("report/shown.py")
 component_swap = cli.sibling("component-swap/component_swap.py")
 Results, Missing = evidence.Results, evidence.Missing
 
+RESULTS = {"figures": "report/figures"}
+CAPTIONS = {
+    "fig1_retrieval": """Figures of the paper
+        Retrieval over hidden states, a line for each step, the hub shaded; and the mean of hub and interface layers
+        over steps. Claim C1 is decided by the middle third of the hidden states against the first and the last, not
+        by the shape of one line.""",
+    "fig2_change": """Figures of the paper
+        Mean absolute weight change of interface and hub layers over training, and the accuracy of the downstream task
+        with standard errors. Both grow; claim C6 is decided on their first differences.""",
+    "fig3_layer_swap": """Figures of the paper
+        What the hub swap and the random swaps lose against the checkpoint, with intervals over sentences; circles are
+        the random sets. Claim C2 is decided by the hub's place among the circles.""",
+    "fig4_attention_ffn": "Figures of the paper\nattn_vs_ffn",
+    "fig5_lsn_counts": "Figures of the paper\nlsn_counts",
+    "fig6_lsn_activation": "Figures of the paper\nlsn_activation",
+    "fig7_strengths": "Figures of the paper\nactivation_correlation",
+    "fig8a_attention_swap": "Figures of the paper\ncomponent_swap",
+    "fig8b_ffn_swap": "Figures of the paper\ncomponent_swap",
+    "fig9_deactivation": "Figures of the paper\ndeactivation",
+}
+
 
 # ---------------------------------------------------------------- drawn here
 
@@ -165,9 +186,8 @@ def lsn_counts(found: Results, path: Path) -> None:
 
 def lsn_activation(found: Results, path: Path) -> None:
     """Means over steps from the files that step 10 reads: run and base, neurons and control."""
-    step_10, script = (
-        cli.sibling(name) for name in ("activation-correlation/activation-correlation.py", evidence.ACTIVATIONS)
-    )
+    script = cli.sibling("lsn/lsn_activation_cpt.py")
+    step_10 = cli.sibling("activation-correlation/activation-correlation.py")
     folder, lang = found.path("lsn_activation"), str(found.study.get("languages.target"))
     try:
         run, base = (

@@ -35,6 +35,21 @@ if TYPE_CHECKING:
     from cpt_utils.models.batching import Encoded
 
 SCHEMA = "sentence-retrieval"
+RESULTS = {"retrieval": "sentence-retrieval"}
+CAPTIONS = {
+    "retrieval": """Part I: 1. Sentence retrieval
+        Sentence retrieval accuracy at every hidden state (0 is the embedding output, the last one is taken after the
+        final norm): the base in black, checkpoints light to dark in step order, with 95 % bootstrap intervals over
+        sentences for the first and the last model. The dotted grey line is an untrained model of the same
+        configuration, the lower one chance. Claim C1, low accuracy in outer layers and high accuracy in middle ones,
+        is decided by the profile above the untrained line.""",
+    "retrieval_swapped": """Part I: 4. Layer swaps
+        Sentence retrieval accuracy of the two swapped models at every hidden state: the last checkpoint with the
+        semantic hub's layers of the base, and with as many layers drawn at random. One random draw decides nothing;
+        the figure of the controls does.""",
+    "retrieval_components": """Part II: 4. Component swaps
+        Retrieval over hidden states of the last checkpoint and after its two component swaps.""",
+}
 MARGINS = ("ratio", "distance", "absolute")
 SHUFFLES = 100
 

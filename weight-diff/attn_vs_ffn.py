@@ -34,6 +34,14 @@ if TYPE_CHECKING:
     from cpt_utils.measures.compare import Change, Changes, Sums
 
 SCHEMA = "attn_vs_ffn"
+RESULTS = {"attn_vs_ffn": "weight-diff/attn_vs_ffn.json"}
+CAPTIONS = {
+    "attn_vs_ffn": """Part II: 1. Attention against FFN
+        The mean absolute weight change of attention and of the FFN in every layer at the last checkpoint, by the
+        maximum over projections (the paper's number) and by their mean. Claim C3, attention changes more, holds only
+        where both say so: the maximum over four matrices is larger than that over three even where all change alike.
+        """,
+}
 SIDES = {"attention": archs.ATTENTION, "ffn": archs.FFN}
 # Summary -> (whether of the relative change, how a layer's projections become one number).
 SUMMARIES = {

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from cpt_utils.measures.compare import Change
 
 SCHEMA = "gate_lsn"
+RESULTS = {"gate_lsn": "weight-diff/gate_lsn.json"}
+CAPTIONS = {
+    "gate_lsn": """Part II: 3. Activation over CPT
+        The mean absolute change of the weights that read the input of the new language's neurons, over training, and
+        of the random control.""",
+}
 # The key in the file, also where there is no gate and the rows are those of the up projection: step 10 reads this one.
 KEY = "gate_proj"
 
@@ -116,10 +122,10 @@ def main(argv=None) -> None:
     run = refs.run(target, args.steps)[: args.limit]
     lang = study.value(args.lang, "--lang", "languages.target")
     device = cli.device(args.device)
-    mask_file = study.input(args.mask_file, "--mask-file", "lsn_mask", "lsn/identify.py")
+    mask_file = study.input(args.mask_file, "--mask-file", "lsn_mask")
     if args.control_mask is not None:
-        given = "lsn/identify.py --control-mask-out"
-        control_file = study.input(args.control_mask, "--control-mask", "lsn_control", given)
+        how = " --control-mask-out"
+        control_file = study.input(args.control_mask, "--control-mask", "lsn_control", how)
     else:
         control_file = masks.control_beside(mask_file)
     if control_file is None:

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from cpt_utils.measures.compare import Change
 
 SCHEMA = "int_and_sem"
+RESULTS = {"int_and_sem": "weight-diff/int_and_sem.json"}
+CAPTIONS = {
+    "weight_change": """Part I: 3. Downstream task and weight change
+        Mean absolute weight change against the base over training steps, averaged over the projections of a layer and
+        then over interface layers and over hub layers. Step 0 is the base itself.""",
+}
 # Group of layers -> its key in step 2's file; the published scripts write a file for each group, with the key `layers`.
 GROUPS = {"interface": "interface_layers", "semantic_hub": "semantic_layers"}
 
@@ -141,7 +147,7 @@ def main(argv=None) -> None:
     opening.look_over(chosen)
     described = {ref.step: ref.describe() for ref in run}
     files = {
-        group: study.input(given, flag, "layers", "layer-specialize/layer_specialize.py")
+        group: study.input(given, flag, "layers")
         for group, given, flag in (
             ("interface", args.interface_json, "--interface-json"),
             ("semantic_hub", args.hub_json, "--hub-json"),

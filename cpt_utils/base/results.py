@@ -135,13 +135,17 @@ def _remove_abandoned(folder: Path) -> None:
                 os.close(handle)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike, payload: dict, header: dict) -> None:
     """Write `{"_header": header, **payload}`; numbers that are not finite become null (JSON has no NaN)."""
     if HEADER in payload:
         raise ValueError(f"{HEADER} belongs to the header")
     text = json.dumps(plain({HEADER: header, **payload}), ensure_ascii=False, indent=1, allow_nan=False)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def write_list(path: str | os.PathLike, key: str, payload: dict, header: dict) -> None:
@@ -150,8 +154,7 @@ def write_list(path: str | os.PathLike, key: str, payload: dict, header: dict) -
     `read_json` on the list gives the whole payload and its header.
     """
     write_json(facts_beside(path), payload, header | {"list": key})
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain(payload[key])) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(plain(payload[key])) + "\n")
 
 
 def facts_beside(path: str | os.PathLike) -> Path:

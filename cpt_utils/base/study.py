@@ -11,33 +11,10 @@ import os
 import re
 from pathlib import Path
 
-from cpt_utils.base import cli
+from cpt_utils.base import cli, experiments
 from cpt_utils.base.errors import InputError
 
 REQUIRED = object()
-
-# Where each step leaves its result below `results`, and where the next one looks for it.
-RESULTS = {
-    "retrieval": "sentence-retrieval",
-    "layers": "layer-specialize/layers.json",
-    "int_and_sem": "weight-diff/int_and_sem.json",
-    "attn_vs_ffn": "weight-diff/attn_vs_ffn.json",
-    "lm_eval": "lm_eval",
-    "downstream": "downstream-correlation/correlation.json",
-    "layer_swap": "layer-swap",
-    "gate_lsn": "weight-diff/gate_lsn.json",
-    "lsn_counts": "lsn/activation_count",
-    "lsn_mask": "lsn/result/{name}.json",
-    "lsn_control": "lsn/result/{name}.control.json",
-    "lsn_layers": "lsn/result/{name}.layers.json",
-    "lsn_activation": "lsn/lsn_activation",
-    "deactivation": "lsn/deactivate.json",
-    "activation_correlation": "activation-correlation",
-    "attn_int_swap": "component-swap/attn_int_swap",
-    "ffn_lsn_swap": "component-swap/ffn_lsn_swap",
-    "claims": "report/claims.json",
-    "figures": "report/figures",
-}
 
 
 class Study:
@@ -105,11 +82,11 @@ class Study:
         return default
 
     def result(self, step: str) -> Path | None:
-        """Where `step` (a key of RESULTS) leaves its result in this study; None outside a study."""
+        """Where `step` leaves its result in this study (see `experiments`); None outside a study."""
         if not self:
             return None
         folder = self.get("results") or f"results/{self.name}"
-        return Path(folder) / RESULTS[step].replace("{name}", self.name)
+        return Path(folder) / experiments.place(step).replace("{name}", self.name)
 
     def output(self, given, flag: str, step: str, other: str = "") -> Path:
         """The path to write to: `given`, else the study's place for `step`.
@@ -129,9 +106,13 @@ class Study:
         cli.say(f"{place} is kept for the study's own base, whole run and language; this goes to {here}")
         return here
 
-    def input(self, given, flag: str, step: str, made_by: str) -> Path:
-        """The file or folder of an earlier step: `given`, else the study's place; it must exist."""
-        path = Path(given) if given is not None else self.result(step)
+    def input(self, given, flag: str, step: str, how: str = "") -> Path:
+        """The file or folder of an earlier step: `given`, else the study's place; it must exist.
+
+        Args:
+            how: what its script is to be run with, for the message (" --controls").
+        """
+        path, made_by = Path(given) if given is not None else self.result(step), experiments.made_by(step) + how
         if path is None:
             raise InputError(
                 f"nothing says where the result of {made_by} is: give {flag}, or run inside a study {self._where()}"

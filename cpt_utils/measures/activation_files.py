@@ -13,10 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import languages, results
+from cpt_utils.base import experiments, languages, results
 from cpt_utils.base.errors import InputError
 
-MADE_BY = "lsn/lsn_activation_cpt.py"
 _NAME = re.compile(r"(?:(?P<stem>[^.].*)\.)?(?P<lang>[^.]+)\.(?P<tokens>\d+)\.json")
 _STEP = re.compile(r"checkpoint-(\d+)")
 _CONTROL = re.compile(r"r|r\..*|.*checkpoint-\d+-r.*|.*-r")
@@ -99,7 +98,8 @@ def find(folder: Path, lang: str, of_run: bool) -> dict[str, dict[tuple[bool, in
     """
     if not folder.is_dir():
         whose, flag = ("run", "--model-name") if of_run else ("base", "--base-tag")
-        raise InputError(f"no activations of the {whose}: {folder} does not exist; run {MADE_BY}, or give {flag}")
+        made_by = experiments.made_by("lsn_activation")
+        raise InputError(f"no activations of the {whose}: {folder} does not exist; run {made_by}, or give {flag}")
     files = [file for path in sorted(folder.iterdir()) if (file := _File.read(path))]
     if of_run:
         files = [file for file in files if file.step]

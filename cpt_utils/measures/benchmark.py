@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils.base import cli, results
+from cpt_utils.base import cli, experiments, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 from cpt_utils.measures.lm_eval_results import ResultFile, is_number, is_result, metric_of, metrics_in, rows_behind
@@ -48,10 +48,9 @@ class Series:
     left_out: list[str] = field(default_factory=list)
 
 
-def made_by(place: str | os.PathLike | None) -> str:
-    """What writes the results that are read here. By itself lm_eval prints a table and saves nothing."""
-    flag = f"--output_path {place or 'FOLDER'}"
-    return f"lm_eval_sib200/evaluate.py (or lm_eval {flag}; without that flag it saves nothing)"
+def or_by_hand(place: str | os.PathLike | None) -> str:
+    """What else writes the results that are read here. By itself lm_eval prints a table and saves nothing."""
+    return f" (or lm_eval --output_path {place or 'FOLDER'}; without that flag it saves nothing)"
 
 
 def read(
@@ -163,7 +162,8 @@ def read_folder(
     files = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
     found = [result for file in files if (result := ResultFile.read(file)) is not None]
     if not found:
-        raise InputError(f"{folder} holds no result files of lm_eval (results_<time>.json); run {made_by(folder)}")
+        made_by = experiments.made_by("lm_eval") + or_by_hand(folder)
+        raise InputError(f"{folder} holds no result files of lm_eval (results_<time>.json); run {made_by}")
     for task in tasks or ():
         if all(task not in result.tasks for result in found) and any(task in r.content["results"] for r in found):
             raise InputError(f"{task} is a group, whose row is a mean over tasks; name one of its tasks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import results
+from cpt_utils.base import experiments, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 
@@ -18,14 +18,11 @@ class LayerFile:
     schema: str
     flag: str
     step: str
-    made_by: str
 
 
 FILES = {
-    "interface": LayerFile(
-        "interface_layers", "layer-specialize", "--layer-selection", "layers", "layer-specialize/layer_specialize.py"
-    ),
-    "lsn_rich": LayerFile("layers", "lsn-layers", "--layer-list", "lsn_layers", "lsn/identify.py"),
+    "interface": LayerFile("interface_layers", "layer-specialize", "--layer-selection", "layers"),
+    "lsn_rich": LayerFile("layers", "lsn-layers", "--layer-list", "lsn_layers"),
 }
 
 
@@ -46,7 +43,7 @@ def read_layers(path: Path, place: str, n_layers: int, models: list[dict]) -> tu
         payload = {expected.key: payload}
     layers = payload.get(expected.key)
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise InputError(f"{path} has no list {expected.key}; give the file of {expected.made_by}")
+        raise InputError(f"{path} has no list {expected.key}; give the file of {experiments.made_by(expected.step)}")
     wrong = [layer for layer in layers if not 0 <= layer < n_layers]
     if wrong:
         raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {n_layers - 1}")

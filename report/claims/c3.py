@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpt_utils.base import cli
+from cpt_utils.base import cli, experiments
 from cpt_utils.base.errors import InputError
 from cpt_utils.measures.verdicts import OPEN, Panel, Verdict, above, below, beside_zero, decide, number, over_units
 
@@ -47,7 +47,7 @@ def judge(found: evidence.Results) -> Verdict:
     try:
         by_max, by_mean = (script.pairs(layers, summary) for summary in ("summary", "summary_mean"))
     except KeyError as error:
-        raise InputError(f"{path} has no {error.args[0]}; run {evidence.MADE_BY['attn_vs_ffn']} again") from None
+        raise InputError(f"{path} has no {error.args[0]}; run {experiments.made_by('attn_vs_ffn')} again") from None
     made = rule(by_max, by_mean, found.study.seed)
     for summary, words in (
         ("summary_relative", "relative change, largest projection"),

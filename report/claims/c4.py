@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpt_utils.base import cli, languages, stats
+from cpt_utils.base import cli, experiments, languages, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.measures.verdicts import (
     WORTH,
@@ -68,6 +68,6 @@ def judge(found: evidence.Results) -> Verdict:
         found.refuse_other_layers(path, header["interface_layers"], "layers", "interface_layers")
     series = payload.get("series")
     if not series:
-        raise InputError(f"{path} has no series; run {evidence.MADE_BY['activation_correlation']} again")
+        raise InputError(f"{path} has no series; run {experiments.made_by('activation_correlation')} again")
     found.refuse_part_of_run(path, series["steps"])
     return rule(series["attention"], series["gate"], series["abs_d"])

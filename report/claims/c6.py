@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpt_utils.base import cli, stats
+from cpt_utils.base import cli, experiments, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.measures.verdicts import WORTH, Panel, Verdict, above, below, correlated, decide, too_short
 
@@ -38,7 +38,7 @@ def judge(found: evidence.Results) -> Verdict:
     rows = [values[step] for step in sorted(values, key=int) if int(step)]
     if not rows or any(not isinstance(row.get(key), float | int) for row in rows for key in (metric, "interface_avg")):
         raise InputError(
-            f"{path} lacks accuracy or interface change of a checkpoint; run {evidence.MADE_BY['downstream']} again"
+            f"{path} lacks accuracy or interface change of a checkpoint; run {experiments.made_by('downstream')} again"
         )
     found.refuse_part_of_run(path, [int(step) for step in values])
     made = rule([row[metric] for row in rows], [row["interface_avg"] for row in rows])
