@@ -48,14 +48,22 @@ class Illustrated(MadeUp):
                 self.write(place, payload, "lsn-activation", **facts)
 
     def deactivation(self):
-        losses = {
-            key: {
-                lang: {"nll": [2.0 + (0.5 + 0.1 * i) * (key == lang) for i in range(5)], "tokens": [1] * 5}
-                for lang in LANGUAGES
+        silenced = [(None, None), *((d, i) for i in (None, *range(5)) for d in LANGUAGES)]
+        records = [
+            {
+                "lang": d,
+                "number": number,
+                "losses": {
+                    e: {
+                        "nll": [2.0 + (0.5 + 0.1 * i) * (d == e and number is None) for i in range(5)],
+                        "tokens": [1] * 5,
+                    }
+                    for e in LANGUAGES
+                },
             }
-            for key in ["none", *LANGUAGES, *(f"{lang} random {i}" for lang in LANGUAGES for i in range(5))]
-        }
-        payload = load_script("lsn/deactivate.py").summarize(losses, LANGUAGES, 5, 0)
+            for d, number in silenced
+        ]
+        payload = load_script("lsn/deactivate.py").summarize(records, LANGUAGES, 0)
         self.write("lsn/deactivate.json", payload, "deactivation", models={"model": self.run[-1]})
 
 
