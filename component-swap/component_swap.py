@@ -21,6 +21,7 @@ from cpt_utils.checkpoints import beside, folders, opening, refs
 from cpt_utils.interventions import components, in_memory, on_disk, surgery
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_figure
+from cpt_utils.measures.trial import Trial
 
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
@@ -239,20 +240,21 @@ def refuse_other(path: Path, payload: dict) -> None:
 
 
 def measure(
-    pair: surgery.Pair, wanted: list[ComponentSwap], test: evaluation.Test, out: Path, number: str | int, process,
-    dtype, facts: dict, overwrite: bool, seed: int, passed: dict | None, having: dict[str, list[int]],
+    trial: Trial, wanted: list[ComponentSwap], out: Path, number: str | int, facts: dict, gate: dict | None,
+    having: dict[str, list[int]],
 ) -> None:  # fmt: skip
-    """OUT/controls.json, .pt and figure: base, target, the conditions (the first is compared), random sets of layers.
+    """OUT/controls.json, .pt and figure: base, target, the swaps (the first is compared), random sets of layers.
 
     Args:
         number: of random sets: "all", or how many.
         facts: payload beside what is written here.
-        passed: the gate of the layers.
-        having: the layers that have each component: random sets are drawn from those of the first condition's.
+        gate: that of the layers.
+        having: the layers that have each component: random sets are drawn from those of the first swap's.
     """
+    pair = trial.pair
     recipes, swapper, own = components.Recipes(pair), in_memory.Swapper(pair), wanted[0]
     there = having[own.component]
-    others, possible = controls.layer_sets(there, own.layers, number, seed)
+    others, possible = controls.layer_sets(there, own.layers, number, trial.seed)
     cli.say(
         f"{own.name}: {len(own.layers)} of {len(there)} layers; of the {possible - 1} other sets of that size "
         f"{len(others)} are measured"
@@ -285,10 +287,7 @@ def measure(
         "enumerated": len(others) == possible - 1,
         "left_out": left_out,
     }
-    path = out / "controls.json"
-    controls.measure(
-        pair, swaps, test, path, process, dtype, None, overwrite, own.name, facts, seed, draw, passed
-    )  # fmt: skip
+    trial.measure(out / "controls.json", swaps, own.name, facts, draw, gate)
 
 
 def _condition(swapper, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> Condition:
@@ -397,13 +396,9 @@ def run(args, own: str, step: str) -> None:
             write_run(base, checkpoints, plan, args.overwrite, known["gate"])
         return
     with surgery.Pair(base, checkpoints[-1]) as pair:
-        test = evaluation.test_from_arguments(args, study, known, retrieval.of_pairs)
-        process = processes.Process(args.device, args.device_map)
-        dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
-        number, wanted = controls.wanted(args.controls, study), crossed(own, lists, having)
-        measure(
-            pair, wanted, test, out, number, process, dtype, facts, args.overwrite, study.seed, known["gate"], having
-        )
+        trial = Trial.from_arguments(args, study, pair, known, retrieval.of_pairs)
+        number = controls.wanted(args.controls, study)
+        measure(trial, crossed(own, lists, having), out, number, facts, known["gate"], having)
 
 
 def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) -> tuple[dict[str, list[int]], dict]:

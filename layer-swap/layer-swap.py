@@ -28,6 +28,7 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
 from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_figure
+from cpt_utils.measures.trial import Trial
 
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
@@ -196,7 +197,7 @@ def main(argv=None) -> None:
 
 def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, out: Path, args, study: Study) -> None:
     """OUT/controls.json with --controls, else OUT/in_memory.json for the sets of --methods."""
-    test = evaluation.test_from_arguments(args, study, head, retrieval.of_pairs)
+    trial = Trial.from_arguments(args, study, pair, head, retrieval.of_pairs, run_folder(study))
     hub = semantic_hub(interface, pair.n_layers)
     facts = {"interface_layers": interface, "semantic_hub_layers": hub}
     sets, path = [(name, sorted(layers)) for name, layers in wanted.items()], out / "in_memory.json"
@@ -210,13 +211,10 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
         sets, path = [("semantic_hub", hub), *(("random", layers) for layers in others)], out / "controls.json"
     swapper = in_memory.Swapper(pair)
     swaps = [swapper.condition(name, surgery.layers_from_base(pair, layers), layers=layers) for name, layers in sets]
-    process = processes.Process(args.device, args.device_map)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
-    compared = "semantic_hub" if args.controls else None
-    controls.measure(
-        pair, swaps, test, path, process, dtype, run_folder(study), args.overwrite, compared, facts, study.seed,
-        functools.partial(draw, n_layers=pair.n_layers), head["gate"],
-    )  # fmt: skip
+    compared = (
+        ("semantic_hub", facts, functools.partial(draw, n_layers=pair.n_layers)) if args.controls else (None, facts)
+    )
+    trial.measure(path, swaps, *compared, gate=head["gate"])
 
 
 def draw(path: Path, payload: dict, n_layers: int) -> None:

@@ -9,7 +9,7 @@ from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
-from cpt_utils.measures import controls, evaluation, gate
+from cpt_utils.measures import controls, evaluation, gate, trial
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +134,7 @@ class Results:
             of the sets these are; `base` and `target`, their values.
         """
         path, made_by = self.path(step, "controls.json", how=" --controls"), f"{experiments.made_by(step)} --controls"
-        payload, header = self.json(path, controls.SCHEMA, **self.sides())
+        payload, header = self.json(path, trial.SCHEMA, **self.sides())
         sets = payload.get("sets") or []
         at = controls.find(sets, own)
         if at is None:

@@ -1,27 +1,18 @@
-"""The place of one swap among random swaps of the same size, all measured in memory.
+"""The place of one swap among random swaps of the same size: which sets there are, and the statistics of their records.
 
-`measure` runs base, target and every set, and writes the result; `compare`, `place`, `intervals` and `places` are the
-statistics. The scripts that swap layers or components choose the sets.
+`trial` measures them; the scripts that swap layers or components choose the sets.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
-from cpt_utils.base import cli, results, stats
+from cpt_utils.base import cli, stats
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.processes import Process
-from cpt_utils.checkpoints import tokenization, tokenizer_id
-from cpt_utils.interventions import surgery
-from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions
-from cpt_utils.measures.evaluation import MEASURES, Test
-from cpt_utils.models import loading
+from cpt_utils.measures.evaluation import MEASURES
 
-SCHEMA = "swap-controls"
 SMALL = 300  # so many sets or fewer are all evaluated
 DISTINCT = 20  # fewer other sets than this tell little: said in words
 
@@ -88,80 +79,6 @@ def layer_sets(
         if drawn != own and drawn not in found:
             found.append(drawn)
     return found, possible
-
-
-# --- measuring ---
-
-
-def measure(
-    pair: surgery.Pair, swaps: list[Condition], test: Test, path: Path, process: Process, dtype, run: str | None = None,
-    overwrite: bool = False, own: str | None = None, facts: dict | None = None, seed: int = 42,
-    figure: Callable[[Path, dict], None] | None = None, passed: dict | None = None,
-) -> None:  # fmt: skip
-    """Measure base, target and all `swaps` of the target, and write `path` (see `conditions.measure`).
-
-    The facts of each swap hold its `layers`; sets are compared within one `component`, where the facts name one.
-
-    Args:
-        run: folder of the target's run, for tokenizer files.
-        own: name of the swap to compare with those named "random"; None for no comparison. With it, a figure and the
-            per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside `path`.
-        facts: payload of the result beside comparison and sets.
-        figure: draws the payload: (path without suffix, payload) -> None.
-        passed: the gate of the layers that are swapped (`gate.carried`), for the header.
-
-    Raises:
-        InputError: `path` is the result of another request, or a model cannot be measured.
-    """
-    models = {"base": pair.base_ref, "target": pair.target_ref}
-    spelled = str(dtype).removeprefix("torch.")
-    request = {
-        **{role: surgery.identity(ref) for role, ref in models.items()},
-        "tokenizers": [tokenizer_id.tokenizer_used(ref, run, pair.base_ref) for ref in models.values()],
-        "sets": [
-            [swap.name, swap.facts["layers"], {fact: value for fact, value in swap.key.items() if fact != "edits"}]
-            for swap in swaps
-        ],
-        "measures": test.measures(),
-        "test": test.facts,
-        "dtype": spelled,
-        "device": process.device.type,
-    }
-
-    tokenizers: dict = {}
-
-    def load(role: str):
-        tokenizers[role] = tokenization.load_tokenizer(models[role], run, pair.base_ref)
-        if role == "base":
-            loading.prefetch(pair.target_ref)
-        model = loading.load_model(models[role], dtype, process.device, process.device_map)
-        loading.announce(model, models[role])
-        return model
-
-    def measured(model, what: Condition) -> dict:
-        name = f"{what.name} {what.facts['layers']}" if what.key else models[what.of].spec
-        return test.on(model, pair.arch, tokenizers[what.of], name)
-
-    def write(records: list[dict], request: dict) -> None:
-        compared = compare(records, own, seed) if own else None
-        payload = {**(facts or {}), "comparison": compared, "sets": summary(records, seed), "request": request}
-        if own:
-            import torch
-
-            intervals(payload["sets"], records, seed)
-            places(payload["sets"], own)
-            units = {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
-            results.write_tensors(path.with_suffix(".pt"), units)
-            figure(path.with_suffix(""), payload)
-        described = {role: ref.describe() for role, ref in models.items()}
-        head = {"models": described, "n_layers": pair.n_layers, **test.facts, "dtype": spelled, "gate": passed}
-        results.write_json(path, payload, results.header(SCHEMA, **head, device=str(process.device)))
-        say(payload["sets"], compared, passed)
-
-    ends = [Condition(role, {}, facts={"layers": []}, of=role) for role in models]
-    conditions.measure(
-        path, SCHEMA, request, [*ends, *swaps], load, measured, write, process, overwrite, "another output folder"
-    )
 
 
 # --- what it says ---
@@ -273,6 +190,13 @@ def summary(records: list[dict], seed: int = 42) -> list[dict]:
         }
         shown.append(row)
     return shown
+
+
+def units_of(records: list[dict]) -> dict:
+    """measure -> its per-unit values, float32 [records, units]."""
+    import torch
+
+    return {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
 
 
 def intervals(rows: list[dict], records: list[dict], seed: int) -> None:
