@@ -422,10 +422,8 @@ def main(argv=None) -> None:
     config = read_config(Path(path) if path else None, given, args.seed)
     record = Path(config["output"]) / "documents.json"
     settings = settings_of(config)
-    if record.is_file() and not args.overwrite:
-        payload, _ = results.read_json(record, SCHEMA)
-        if payload.get("settings") != settings:
-            raise InputError(f"{record} was made with other settings; give another --output-dir, or --overwrite")
+    hint = "another --output-dir"
+    if results.finished(record, SCHEMA, settings, hint, args.overwrite, lambda found: found.get("settings")):
         cli.say(f"{record} is there; nothing to do (--overwrite makes the documents again)")
         return
     facts = make(config)

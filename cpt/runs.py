@@ -56,13 +56,9 @@ def claim(run: Path, settings: dict, defaults: dict, overwrite: bool) -> bool:
     if recorded is not None and overwrite:
         cli.say(f"{run}: removing the run recorded there (--overwrite)")
         remove_run(run)
-    elif recorded is not None and (differing := _differing(recorded, settings, defaults)):
+    elif recorded is not None and not results.same(defaults | recorded, defaults | settings):
         if finished or not untouched(run):
-            was, now = (_short(values.get(differing)) for values in (recorded, settings))
-            raise InputError(
-                f"{run} holds a run with another {differing} ({was}, now {now}); "
-                "give another --output-dir, or --overwrite to start afresh"
-            )
+            results.refuse_other(run, defaults | recorded, defaults | settings, "another --output-dir")
         remove_run(run)  # other settings, but nothing was trained with them yet
     elif finished:
         shutil.rmtree(state, ignore_errors=True)  # killed between the last file and its removal
@@ -72,14 +68,6 @@ def claim(run: Path, settings: dict, defaults: dict, overwrite: bool) -> bool:
     for leftover in [*run.glob(".*.partial"), *run.glob(".*.old"), *state.glob(".*.old"), state / "partial"]:
         shutil.rmtree(leftover, ignore_errors=True)
     return True
-
-
-def _differing(recorded: dict, settings: dict, defaults: dict) -> str | None:
-    """The first key in which two records of settings differ."""
-    for key in sorted({*recorded, *settings}):
-        if recorded.get(key, defaults.get(key)) != settings.get(key, defaults.get(key)):
-            return key
-    return None
 
 
 def untouched(run: Path) -> bool:
@@ -94,11 +82,6 @@ def withdraw(run: Path) -> None:
         shutil.rmtree(run / ".state", ignore_errors=True)
         with contextlib.suppress(OSError):
             run.rmdir()  # only an empty folder goes
-
-
-def _short(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 def write_text(path: Path, text: str) -> None:

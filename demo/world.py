@@ -12,7 +12,6 @@ Knobs: python demo/world.py --order SOV --shared 0.2 --replay 0 --seed 7 --out b
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -295,12 +294,8 @@ def claim(out: Path, config: dict, overwrite: bool) -> bool:
     strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS) if out.is_dir() else [out.name]
     if strangers:
         raise InputError(f"{out} holds {strangers[0]}, which is no part of a world; give --out a new folder")
-    if overwrite or not (out / "world.json").is_file():
-        return True
-    found, _ = results.read_json(out / "world.json", SCHEMA)
-    if found["config"] != json.loads(json.dumps(config)):
-        raise InputError(f"{out} holds a world with other settings; give --out a new folder, or --overwrite")
-    return False
+    place = out / "world.json"
+    return not results.finished(place, SCHEMA, config, "--out a new folder", overwrite, lambda found: found["config"])
 
 
 def build_parser():

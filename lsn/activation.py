@@ -410,13 +410,9 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
         return False
     found = results.read_tensors(out)
     before = json.loads(found.get("header", "{}")).get("request")
-    if results.same(before, request):
-        cli.say(f"{out} is finished (--overwrite redoes it)")
-        return True
-    raise InputError(
-        f"{out} holds counts of another request ({results.unlike(before, request)}); give --overwrite to "
-        "redo it, or another -s or -n"
-    )
+    results.refuse_other(out, before, request, "another -s or -n")
+    cli.say(f"{out} is finished (--overwrite redoes it)")
+    return True
 
 
 def header_of(request: dict, ref: refs.ModelRef, path: Path, shape: tuple[int, int], blocks: torch.Tensor) -> dict:

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -222,24 +224,6 @@ def n_interface(study: Study, n_layers: int, model: dict | None) -> int:
     return len(layers)
 
 
-def finished(path: Path, schema: str, facts: dict, overwrite: bool) -> bool:
-    """Whether `path` is a finished result of exactly this request.
-
-    Raises:
-        InputError: it is a result of something else.
-    """
-    if overwrite or not path.exists():
-        return False
-    _, header = results.read_json(path, schema)
-    before = {fact: header.get(fact) for fact in facts} if header else {}
-    if not results.same(before, facts):
-        raise InputError(
-            f"{path} is of another request ({results.unlike(before, facts)}); give --overwrite to replace it, or "
-            "another -o"
-        )
-    return True
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -330,11 +314,19 @@ def main(argv=None) -> None:
     if len(outputs) < 2 + bool(control_path) + bool(layers_path):
         raise InputError("two results would go to one file; give --control-mask-out and --layers-out other names")
     # All are looked at, so that a stranger is refused even where another one is missing.
-    states = [finished(path, schema, wanted, args.overwrite) for path, (schema, wanted) in outputs.items()]
+    states = [
+        results.finished(path, schema, wanted, "another -o", args.overwrite, partial(of_keys, wanted))
+        for path, (schema, wanted) in outputs.items()
+    ]
     if all(states):
         cli.say(f"{', '.join(map(str, outputs))}: finished (--overwrite redoes them)")
         return
     identify(counts, outputs, mask_path, control_path, layers_path, passed)
+
+
+def of_keys(keys: Iterable[str], head: dict) -> dict:
+    """What a header says of the facts `keys`, which are the request."""
+    return {key: head.get(key) for key in keys}
 
 
 def identify(

@@ -62,7 +62,7 @@ def main(argv=None) -> None:
         "ffn_width": args.ffn_width,
         "seed": seed,
     }
-    if not args.overwrite and results.made_by(path, masks.SCHEMA, request, "another -o"):
+    if results.finished(path, masks.SCHEMA, request, "another -o", args.overwrite):
         cli.say(f"{path} is finished (--overwrite redoes it)")
         return
     facts = {

@@ -530,12 +530,7 @@ def finished(task: dict, overwrite: bool) -> bool:
     if overwrite or not path.exists():
         return False
     facts = tokenids.describe(path, allow_limited=True)
-    request = results.plain(task["request"])
-    if not results.same(facts.get("request"), request):
-        raise InputError(
-            f"{path} is there, from another request ({results.unlike(facts.get('request'), request)}); "
-            "give --overwrite to replace it, or another --model-id or --output-dir"
-        )
+    results.refuse_other(path, facts.get("request"), task["request"], "another --model-id or --output-dir")
     if "n_special_pieces" not in facts:
         cli.warn(
             f"{path} was made when a special token's text (such as <s>) became that token; "

@@ -325,7 +325,7 @@ class Job:
     def is_finished(self, mask: str) -> bool:
         """Raises InputError where another request has a file of this name, or of the earlier one."""
         paths = dict.fromkeys((self.path(mask), self.earlier_path(mask)))
-        made = [results.made_by(path, SCHEMA, self.requests[mask], "another --name") for path in paths]
+        made = [results.finished(path, SCHEMA, self.requests[mask], "another --name") for path in paths]
         return any(made)
 
     def write(self, mask: str, content: dict, header: dict) -> None:

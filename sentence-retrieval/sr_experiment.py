@@ -235,11 +235,7 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
     before = {key: header.get(key) for key in wanted} if header else {}
     if twin := (before.get("models") or {}).get("untrained_like"):  # files from before hold ids of special tokens
         before["models"] = {"untrained_like": identity.untrained_like(twin)}
-    if not results.same(before, wanted):
-        raise InputError(
-            f"{path} is of another request ({results.unlike(before, wanted)}); give --overwrite to redo it, or "
-            "another --artifact-out"
-        )
+    results.refuse_other(path, before, wanted, "another --artifact-out")
     return found
 
 

@@ -148,7 +148,7 @@ def test_main_splits_disjointly_and_repeats_itself(documents, files, tmp_path, c
     same = ["--parallel", *(f"{k}={v}" for k, v in files.items()), "--monolingual-lines", "60", "--seed", "3"]
     documents.main([*same, "--parallel-lines", "120", "--output-dir", str(outs[0])])
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match=r"another request \(parallel_lines: 110 asked for, 120 in the file\)"):
         documents.main([*same, "--parallel-lines", "110", "--output-dir", str(outs[0])])
 
 

@@ -350,7 +350,7 @@ def test_finished_world_is_kept_and_strangers_are_refused(script, world, tmp_pat
     before = (out / "world.json").stat().st_mtime_ns
     make(script, out)
     assert "nothing to do" in capsys.readouterr().out and (out / "world.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match=r"another request \(seed: 3 asked for, .* or --out a new folder"):
         make(script, out, "--seed", 3)
     (out / "world.json").unlink()  # unfinished: made again
     make(script, out)

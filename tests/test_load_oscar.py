@@ -304,7 +304,7 @@ def test_finished_files_are_kept_and_others_refused(tmp_path, tokenizer, capsys)
     moved = moved.rename(tmp_path / "t2")
     assert command(tokenizer, tmp_path, *more, "--batch-documents", "3", tokens=300) == 0
     assert "is finished: 300 tokens (--overwrite" in capsys.readouterr().out and path.stat().st_mtime_ns == before
-    told = r"is there, from another request \(tokens: 301 asked for, 300 in the file\); give --overwrite"
+    told = r"is of another request \(tokens: 301 asked for, 300 in the file\); give --overwrite"
     fails(told, tokenizer, tmp_path, *more, tokens=301)
     told = "filter: script asked for, none in the file; report_only: true asked for, false in the file"
     fails(told, tokenizer, tmp_path, *more, "--filter=script", "--filter-report", tokens=300)

@@ -101,7 +101,7 @@ def changed(**changes):
 def test_where_things_are_is_no_part_of_a_request(tmp_path, other):
     assert results.same(REQUEST, other)
     results.write_json(tmp_path / "r.json", {}, results.header("s", request=REQUEST))
-    assert results.made_by(tmp_path / "r.json", "s", other, "another -o")
+    assert results.finished(tmp_path / "r.json", "s", other, "another -o")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_refusal_says_both_values(tmp_path, other, told):
     assert not results.same(REQUEST, other)
     results.write_json(tmp_path / "r.json", {}, results.header("s", request=REQUEST))
     with pytest.raises(InputError) as caught:
-        results.made_by(tmp_path / "r.json", "s", other, "another -o")
+        results.finished(tmp_path / "r.json", "s", other, "another -o")
     assert f"r.json is of another request ({told}" in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).endswith("); give --overwrite to redo it, or another -o")
     assert ("and 2 more)" in str(caught.value)) is ("f" in other)
@@ -139,7 +139,7 @@ def test_a_refusal_says_both_values(tmp_path, other, told):
 def test_a_file_that_does_not_say_how_it_was_made(tmp_path):
     results.write_json(tmp_path / "r.json", {}, results.header("s"))
     with pytest.raises(InputError, match=r"another request \(how the file was made is not known\)"):
-        results.made_by(tmp_path / "r.json", "s", REQUEST, "another -o")
+        results.finished(tmp_path / "r.json", "s", REQUEST, "another -o")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

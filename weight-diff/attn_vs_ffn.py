@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, results
-from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, opening, refs
 
@@ -289,20 +288,17 @@ def made_already(
     Raises:
         InputError: it is a result of something else, or no result of this script.
     """
-    if overwrite or not output.exists():
-        return False
-    _, header = results.read_json(output, schema, allow_limited=True)
-    before, now = (_request(head) | more(head) for head in (header, facts))
-    if before["steps"] != now["steps"]:  # that says it; which models of these there are is no news
-        before["checkpoints"] = now["checkpoints"]
-    if None not in (before["limit"], now["limit"]):  # the steps are what a limit decides
-        before["limit"] = now["limit"]
-    if results.same(before, now):
-        return True
-    raise InputError(
-        f"{output} is of another request ({results.unlike(before, now)}); give --overwrite to redo it, or another "
-        "--output"
-    )
+    now = _request(facts) | more(facts)
+
+    def asked(head: dict) -> dict:
+        before = _request(head) | more(head)
+        if before["steps"] != now["steps"]:  # that says it; which models of these there are is no news
+            before["checkpoints"] = now["checkpoints"]
+        if None not in (before["limit"], now["limit"]):  # the steps are what a limit decides
+            before["limit"] = now["limit"]
+        return before
+
+    return results.finished(output, schema, now, "another --output", overwrite, asked)
 
 
 def _request(head: dict) -> dict:

@@ -16,7 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -287,7 +287,7 @@ def same(before, now) -> bool:
     return essential(plain(before)) == essential(plain(now))
 
 
-def unlike(before: dict | None, now: dict) -> str:
+def diff_request(before: dict | None, now: dict) -> str:
     """In words, where a request differs from an earlier one: "dtype: float32 asked for, bfloat16 in the file"."""
     if not before:
         return "how the file was made is not known"
@@ -320,28 +320,36 @@ def shown(value) -> str:
     return text if len(text) <= 60 else f"{text[:28]}...{text[-29:]}"
 
 
-def made_by(
-    path: str | os.PathLike, schema: str, request: dict, instead: str, newer: tuple[str, ...] = ()
+def finished(
+    path: str | os.PathLike, schema: str, request: dict, hint: str, overwrite: bool = False,
+    asked: Callable[[dict], dict | None] = lambda found: found.get("request"), newer: tuple[str, ...] = (),
 ) -> bool:  # fmt: skip
-    """Whether there is a result at `path` and it answers `request`, which its header (or payload) holds.
+    """Whether there is a result at `path` that answers `request`, and need not be made again.
 
     Args:
-        instead: what one may give to write elsewhere, for the message ("another -o").
+        hint: what one may give to write elsewhere, for the message ("another -o").
+        overwrite: it is made again whatever there is.
+        asked: what a result says that was asked for, from its payload and header together.
         newer: keys that results of earlier versions lack; where they do, the others decide.
 
     Raises:
-        InputError: it is the result of another request.
+        InputError: it is the result of another request; both values are said.
     """
-    if not Path(path).exists():
+    if overwrite or not Path(path).exists():
         return False
     payload, head = read_json(path, schema, allow_limited=True)
-    before = head.get("request") or payload.get("request") or {}
+    before = (asked({**payload, **head}) if head else None) or {}
     request = {key: value for key, value in request.items() if key in before or key not in newer}
-    if same(before, request):
-        return True
-    raise InputError(
-        f"{path} is of another request ({unlike(before, request)}); give --overwrite to redo it, or {instead}"
-    )
+    refuse_other(path, before, request, hint)
+    return True
+
+
+def refuse_other(path: str | os.PathLike, before: dict | None, request: dict, hint: str) -> None:
+    """InputError where what `path` holds was made as `before` says, and that is another request; `hint`: `finished`."""
+    if not same(before, request):
+        raise InputError(
+            f"{path} is of another request ({diff_request(before, request)}); give --overwrite to redo it, or {hint}"
+        )
 
 
 def file_sha256(file: str | os.PathLike) -> str:

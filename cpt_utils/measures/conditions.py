@@ -41,7 +41,7 @@ def measure(
         raise ValueError("two conditions have one name and one key: what tells them apart must be in the key")
     request = request | {"conditions": digest(list(by_id))}
     partial = path.with_name(path.stem + ".partial.jsonl")
-    kept = not overwrite and results.made_by(path, schema, request, instead, newer=("conditions",))
+    kept = results.finished(path, schema, request, instead, overwrite, newer=("conditions",))
     process.wait()  # no process may see a result that another is about to write
     if kept:
         if process.is_main:
