@@ -383,16 +383,13 @@ def part_of_run(facts: dict, steps: list[int]) -> str:
 
 def refuse_other_output(output: Path, lang: str, wanted: list[int] | None, overwrite: bool) -> None:
     """An older result is made anew, which takes a second; any other file is replaced on request only."""
-    if overwrite or not output.exists():
-        return
-    payload, header = results.read_json(output, SCHEMA)
-    if not header:
-        raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or --output-dir")
-    if not languages.same(header["language"], lang):
-        raise InputError(f"{output} is about {header['language']}, not {lang}; give --overwrite, or --output-dir")
-    before = (payload.get("series") or {}).get("steps")
-    if wanted is not None and before is not None and sorted(wanted) != before:
-        raise InputError(f"{output} is about steps {before}, not {sorted(wanted)}; give --overwrite, or --output-dir")
+    request = {"language": languages.canonical(lang, any_tag=True), "steps": wanted and sorted(wanted)}
+
+    def asked(found: dict) -> dict:
+        steps = (found.get("series") or {}).get("steps") or request["steps"]
+        return {"language": languages.canonical(found["language"], any_tag=True), "steps": wanted and steps}
+
+    results.finished(output, SCHEMA, request, "another --output-dir", overwrite, asked)
 
 
 def gather(sources: Sources, lang: str, wanted: list[int] | None) -> tuple[dict, dict]:

@@ -315,11 +315,13 @@ def test_an_output_of_something_else_is_kept(study, no_figure):
     output = study / "activation-correlation" / "trial_correlation_strength.json"
     output.parent.mkdir()
     output.write_text('{"interface_attention_correlation_strength": 0.9}')
-    with pytest.raises(InputError, match="was not made by this script"):
+    with pytest.raises(
+        InputError, match=r"of another request \(how the file was made is not known\); give --overwrite"
+    ):
         script.main([])
     script.main(["--overwrite"])
     edit(output, lambda found: found["_header"].update(language="eus_Latn"))
-    with pytest.raises(InputError, match="is about eus_Latn, not gle_Latn"):
+    with pytest.raises(InputError, match=r"\(language: gle_Latn asked for, eus_Latn in the file\)"):
         script.main([])
 
 
