@@ -428,10 +428,10 @@ def wanted_languages(given: str | list[str]) -> list[str]:
 
 
 def wanted_rates(rate, filter_rate: float, bar_rate: float | None) -> dict[str, float]:
-    """The three rates as LAPE takes them; the first may come from a study, which can hold anything."""
+    """The three rates as LAPE takes them."""
     rates = {"rate": rate, "filter_rate": filter_rate, "bar_rate": filter_rate if bar_rate is None else bar_rate}
     for name, value in rates.items():
-        if type(value) not in (int, float) or not 0 < value <= 1:
+        if not 0 < value <= 1:
             where = "--rate (study key lsn.rate)" if name == "rate" else f"--{name.replace('_', '-')}"
             raise InputError(f"{where} is {value!r}; give a share above 0 and at most 1")
     return {name: float(value) for name, value in rates.items()}

@@ -98,7 +98,11 @@ def commit(repository: str, revision: str | None) -> str | None:
 
 
 def first_bytes(repository: str, revision: str | None, name: str, stop: int) -> tuple[bytes, int]:
-    """(the first `stop` bytes of a file, its size), without fetching the rest."""
+    """(the first `stop` bytes of a file, its size), without fetching the rest.
+
+    The client's `parse_safetensors_file_metadata` says neither a file's size nor where its header ends, against which
+    `tensors` checks it, and takes the whole file into memory where a server knows no ranges.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 

@@ -121,7 +121,11 @@ def for_each(
 
 
 def _fits(step: Callable, rows: list[int]) -> bool:
-    """Whether the step went through; False where memory ended in it."""
+    """Whether the step went through; False where memory ended in it.
+
+    `accelerate.utils.find_executable_batch_size` takes some of these errors for others ("CUDA error: out of memory",
+    cuBLAS's), frees memory while the traceback holds the step's tensors, and collects garbage before every call.
+    """
     import torch
 
     try:

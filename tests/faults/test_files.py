@@ -48,6 +48,21 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_stays(tmp
     )
 
 
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Results are written there all the same, and nothing is taken for abandoned."""
+    import errno
+
+    import filelock
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock, "lock_descriptor", refuse)
+    (tmp_path / ".r.123.tmp.json").write_text("half")
+    results.write_json(tmp_path / "r.json", {"a": 1}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".r.123.tmp.json", "r.json"]
+
+
 def test_two_processes_may_write_the_same_file(tmp_path):
     path = tmp_path / "r.json"
     with results.replacing(path) as temporary:
