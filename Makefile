@@ -1,5 +1,6 @@
 # Commands on a fresh machine, each doing all its set-up in .venv:
 #   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and an HTML report
+#   make plan         what would run, without setting up everything first
 #   make check        look at a study before hours are spent on it: models, files, what is left out, a rough cost
 #   make test         the tests, with a small end-to-end run included
 #   make test-faults  every script killed, out of disk, with damaged inputs: hundreds of faults (20 minutes), into docs/reliability.md
@@ -15,7 +16,8 @@ BENCH ?=
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED)).html
 BIN := .venv/bin
-SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED))
+WORKFLOW = --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED))
+SNAKEMAKE = $(BIN)/snakemake $(WORKFLOW)
 
 .PHONY: help reproduce check plan unlock test test-faults bench clean
 
@@ -42,8 +44,15 @@ reproduce: .venv/installed
 check: .venv/installed
 	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED))
 
-plan: check
-	$(SNAKEMAKE) --dry-run
+# A dry run needs Snakemake alone: that of .venv, any other, else one in an environment of its own.
+PLANNER := $(firstword $(wildcard $(BIN)/snakemake) $(shell command -v snakemake) build/plan/bin/snakemake)
+
+plan: $(PLANNER)
+	$(PLANNER) $(WORKFLOW) --dry-run
+
+build/plan/bin/snakemake:
+	$(PYTHON) -m venv build/plan
+	build/plan/bin/python -m pip install --quiet -c constraints.txt snakemake pydantic huggingface_hub
 
 # After a power cut, or kill -9, Snakemake's lock is still there.
 unlock: .venv/installed

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import results
+from cpt_utils.base import code, results
 from cpt_utils.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ class Partial:
         return partial_files(self.stem)
 
     def _read(self, path: Path) -> dict | None:
-        """A file's content; None for one of another request, which is begun anew."""
+        """A file's content; None for one of another request or of other code, which is begun anew."""
         found = results.read_tensors(path)
-        return found if found.get("request") == self.request and "routed" in found else None
+        mine = found.get("request") == self.request and not code.is_other(found.get("code"))
+        return found if mine and "routed" in found else None
 
     def save(self) -> None:
         sums = {key: getattr(self, key) for key in self.SUMS}
-        results.write_tensors(self.path, {"request": self.request, "done": self.done, **sums})
+        facts = {"request": self.request, "code": code.running() or ""}
+        results.write_tensors(self.path, {**facts, "done": self.done, **sums})
 
     def total(self) -> list[torch.Tensor]:
         """The sums over all processes' files: `counts` and `routed`.

@@ -165,6 +165,20 @@ def test_nothing_is_left_to_do(finished):
     assert "Nothing to be done" in run([*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--cores", "1"], finished)
 
 
+def test_an_edited_method_runs_again_and_a_comment_does_not(finished, tmp_path):
+    clone = shutil.copytree(finished, tmp_path / "clone", symlinks=True)
+    script = clone / "cpt/train.py"
+    text = script.read_text()
+    workflow = [*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--cores", "1"]
+    script.write_text(text + "\n# only words\n")
+    assert "Nothing to be done" in run(workflow, clone)
+    script.write_text(text.replace("def train(", "EDITED = True\n\n\ndef train("))
+    run([*workflow, "--until", "train_base"], clone)
+    log = (clone / "results/tiny/logs/train-base.log").read_text()
+    assert "removing the run recorded there (--overwrite)" in log  # the finished training is not kept
+    assert "train_base" not in run([*workflow, "--dry-run"], clone)
+
+
 def test_seeds_side_by_side(finished):
     run("python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds", finished)
     out = finished / "build/try/across-seeds"

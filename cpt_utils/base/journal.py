@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, results
+from cpt_utils.base import cli, code, results
 from cpt_utils.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Records by key in a file of JSON lines; the first line is the request, and a file of another one is begun anew.
+    """Records by key in a file of JSON lines. The first line is the request and the code that answers it; a file of
+    another one is begun anew, so that what two versions of a method found is never mixed.
 
     The file is locked as long as the process lives, so that a measurement that is started twice runs once.
 
@@ -39,7 +40,7 @@ class Journal:
                     line = json.loads(text)
                     if whole:
                         self.done[line["key"]] = line["record"]
-                    elif not results.same(line, first):
+                    elif not results.same(line["request"], first["request"]) or code.is_other(line.get("code")):
                         break
                 except (ValueError, LookupError, TypeError):
                     break
@@ -49,7 +50,8 @@ class Journal:
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
         if not whole:
-            self._write(first)
+            made_of = code.running()
+            self._write(first | ({"code": made_of} if made_of else {}))
 
     def _locked(self):
         """The file, open and locked; of two processes the second is refused."""
