@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, load_script
 
-FOLDERS = (
-    "activation-correlation component-swap cpt demo downstream-correlation layer-specialize layer-swap lm_eval_sib200 "
-    "lsn report sentence-retrieval weight-diff"
-)
+# Of every folder with a README: an experiment that is added is among them.
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in FOLDERS.split()
-    for path in (ROOT / folder).glob("*.py")
+    for path in ROOT.glob("*/*.py")
+    if path.with_name("README.md").is_file() and path.parent.name not in ("benchmarks", "build", "results")
     if "def build_parser" in path.read_text()
 )
 READMES = sorted(
@@ -26,7 +23,9 @@ READMES = sorted(
     if not {"build", "results", ".venv"} & set(path.relative_to(ROOT).parts)
 )
 # Paths in documents that a command of the same document makes, or that stand for the reader's own files.
-MADE = re.compile(r"^(build|results|artifacts|runs|study\.yaml|my-?\w*|path|RUN|OUT)\b|<|\*|\$|\{")
+MADE = re.compile(
+    r"^(build|results|artifacts|runs|study\.yaml|(tests/test_)?depth|report/claims/t1|my-?\w*|path|RUN|OUT)\b|<|\*|\$|\{"
+)
 PATHS = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|yml|md|smk|rst|tsv|toml)\b")
 
 
