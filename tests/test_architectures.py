@@ -293,9 +293,9 @@ def test_all_units_are_the_attention_swap(case):
             surgery.heads_from_base(pair, units, shared=True, beside=False),
             surgery.heads_from_base(pair, units, shared=True),
         ]
-        swapper, states = surgery.Swapper(own, pair), []
+        swapper, states = in_memory.Swapper(pair), []
         for recipe in recipes:
-            with swapper.applied(recipe):
+            with swapper.applied(own, recipe):
                 states.append({name: bits(tensor).clone() for name, tensor in own.state_dict().items()})
     assert all(torch.equal(states[1][name], expected) for name, expected in states[0].items())
     for layer, found in enumerate(layers_of(own)):
