@@ -22,13 +22,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, processes, results
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
+from cpt_utils.measures import tokenids
 from cpt_utils.models import ffn
 
 if TYPE_CHECKING:
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cpt_utils.architectures.arch_parts import Neurons
-    from cpt_utils.architectures.archs import Arch
 
 unfinished = cli.sibling("lsn/activation_partial.py")
 
@@ -106,7 +108,7 @@ class Counter:
             model without experts.
     """
 
-    def __init__(self, model: nn.Module, arch: Arch):
+    def __init__(self, model: nn.Module, arch: archs.Arch):
         import torch
 
         config = ffn.decoder_config(model)
@@ -214,51 +216,88 @@ def content(counts: torch.Tensor, routed: torch.Tensor, widths: dict, plan, size
     return found
 
 
+# ---------------------------------------------------------------- one file
+
+
+@dataclass(frozen=True)
+class Job:
+    """The token ids of a file as `blocks` [blocks, size], what their counts answer, and where these go."""
+
+    path: Path
+    blocks: torch.Tensor
+    request: dict
+    out: Path
+
+
+def count_file(
+    job: Job, ref: refs.ModelRef, model, arch: archs.Arch, process: processes.Process, save_every: float, anew: bool
+) -> None:
+    """Count and write the result; all processes share the plan. `anew`: what a killed run left is thrown away."""
+    config, size = ref.config(), job.request["block_size"]
+    groups = [arch.neurons(config, layer) for layer in range(arch.n_layers(config))]
+    widths = {
+        "width": ffn.widths(arch, config),
+        "routed_width": [sum(group.stop - group.first for group in own if group.experts) for own in groups],
+    }
+    shape = (len(groups), max(widths["width"]))
+    experts = max((group.experts for own in groups for group in own), default=0)
+    plan = batches(len(job.blocks), job.request["batch_size"])
+    if anew and process.is_main:
+        unfinished.remove_partial(job.out)
+    process.wait()
+    sizes = plan[-1][0] + 1, *shape, experts
+    partial = unfinished.Partial(job.out, process.rank, job.request, len(job.blocks), sizes)
+    process.wait()  # all have read the earlier state
+    start = time.monotonic()
+    count(model, arch, job.blocks, plan, partial, process.rank, process.world, save_every)
+    process.wait()  # all have saved
+    if process.is_main:
+        head = header_of(job, ref, shape)
+        results.write_tensors(job.out, content(*partial.total(), widths, plan, size, head))
+        unfinished.remove_partial(job.out)
+        seconds = time.monotonic() - start
+        cli.say(f"{job.out}: {job.blocks.numel():,} tokens in {len(job.blocks)} blocks of {size}, {seconds:.0f} s")
+    process.wait()
+
+
+def header_of(job: Job, ref: refs.ModelRef, shape: tuple[int, int]) -> dict:
+    request = job.request
+    return results.header(
+        SCHEMA,
+        models={"model": ref.describe()},
+        n_layers=shape[0],
+        ffn_width=shape[1],
+        language=request["ids"].get("language", language_of(job.path)),
+        tokens={"file": str(job.path), "repeated": tokenids.repeated(job.blocks.flatten()), **request["ids"]},
+        block_size=request["block_size"],
+        n_used=job.blocks.numel(),
+        limit=request["ids"]["limit"],
+        dtype=request["dtype"].removeprefix("torch."),
+        device=request["device"],
+        request=request,
+    )
+
+
 # ---------------------------------------------------------------- the command
 
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("-m", "--model", "--run", metavar="M", help="model; default: the last checkpoint of the study's run")
-    p.add_argument(
-        "-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages"
-    )
-    p.add_argument(
-        "-t", "--type", choices=("llama", "qwen"), help="blocks of 4096 (llama) or 2048 tokens; default: from the model"
-    )
-    p.add_argument(
-        "-s",
-        "--save_folder",
-        "-o",
-        "--output",
-        metavar="FOLDER",
-        help="where counts go; default: the study's lsn/activation_count",
-    )
-    p.add_argument(
-        "-n",
-        "--name",
-        metavar="NAME",
-        help="first part of the files' names; default: the study's name, and of another model its own",
-    )
-    p.add_argument(
-        "--block-size",
-        type=cli.positive,
-        metavar="N",
-        help="tokens a block; default: that of -t, at most the model's positions",
-    )
-    p.add_argument(
-        "--tokens",
-        type=cli.positive,
-        metavar="N",
-        help=f"use at most N tokens a language; default: the study's lsn.tokens, else {TOKENS:,}",
-    )
-    p.add_argument(
-        "--save-every",
-        type=float,
-        default=180,
-        metavar="S",
-        help="seconds between saves of partial counts; default 180",
-    )
+    add = p.add_argument
+    add("-m", "--model", "--run", metavar="M", help="model; default: the last checkpoint of the study's run")
+    add("-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages")
+    text = "blocks of 4096 (llama) or 2048 tokens; default: from the model"
+    add("-t", "--type", choices=("llama", "qwen"), help=text)
+    text = "where counts go; default: the study's lsn/activation_count"
+    add("-s", "--save_folder", "-o", "--output", metavar="FOLDER", help=text)
+    text = "first part of the files' names; default: the study's name, and of another model its own"
+    add("-n", "--name", metavar="NAME", help=text)
+    text = "tokens a block; default: that of -t, at most the model's positions"
+    add("--block-size", type=cli.positive, metavar="N", help=text)
+    text = f"use at most N tokens a language; default: the study's lsn.tokens, else {TOKENS:,}"
+    add("--tokens", type=cli.positive, metavar="N", help=text)
+    text = "seconds between saves of partial counts; default 180"
+    add("--save-every", type=float, default=180, metavar="S", help=text)
     cli.add_run_flags(p, drop=True)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
@@ -268,36 +307,14 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
     ref = refs.model(args.model) if args.model else refs.run(study.value(None, "-m", "run"), args.steps)[-1]
-    files = id_files(args.id_path, study)
-    refuse_twice([language_of(path) for path in files])
-    folder = study.output(args.save_folder, "-s", "lsn_counts")
-    other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
-    name = args.name or (dotted(study.name, other) if study else None)
-    if name is None:
-        raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
     process = processes.Process(args.device, args.device_map)
-    config = ref.config()
-
-    from cpt_utils.architectures import archs
-
-    arch = archs.for_config(config)
-    size = ffn.block_size(config, args.type, args.block_size or study.get("lsn.block_size"))
-    batch_size = ffn.batch_size(args.batch_size, size)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
-    run = study.get("run")
-    wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
     todo = []
-    for path in files:  # every file is checked before the model is loaded
-        blocks, facts = read(path, ref, run if isinstance(run, str) else None, size, wanted, args.limit)
-        request = {
-            "model": ref.describe(), "ids": facts, "block_size": size, "batch_size": batch_size,
-            "dtype": str(dtype), "device": process.device.type,
-        }  # fmt: skip
-        out = folder / f"{name}.{language_of(path)}.pt"
-        if not finished(out, request, args.overwrite):
-            todo.append((path, blocks, results.plain(request), out))
+    for job in jobs(args, study, ref, dtype, process.device):
+        if not finished(job.out, job.request, args.overwrite):
+            todo.append(job)
         elif process.is_main:
-            unfinished.remove_partial(out)  # of a run that was killed between its result and this
+            unfinished.remove_partial(job.out)  # of a run that was killed between its result and this
     process.wait()  # no process may see files that another is about to write
     if not todo:
         return
@@ -306,34 +323,43 @@ def main(argv=None) -> None:
 
     model = loading.load_model(ref, dtype, process.device, process.device_map)
     loading.announce(model, ref)
-    groups = [arch.neurons(config, layer) for layer in range(arch.n_layers(config))]
-    widths = {
-        "width": ffn.widths(arch, config),
-        "routed_width": [sum(group.stop - group.first for group in own if group.experts) for own in groups],
-    }
-    shape = (len(groups), max(widths["width"]))
-    experts = max((group.experts for own in groups for group in own), default=0)
-    for path, blocks, request, out in todo:
-        plan = batches(len(blocks), batch_size)
-        segments = plan[-1][0] + 1
-        if args.overwrite and process.is_main:
-            unfinished.remove_partial(out)
-        process.wait()
-        stem = unfinished.partial_stem(out)
-        partial = unfinished.Partial(stem, process.rank, request, len(blocks), (segments, *shape, experts))
-        process.wait()  # all have read the earlier state
-        start = time.monotonic()
-        count(model, arch, blocks, plan, partial, process.rank, process.world, args.save_every)
-        process.wait()  # all have saved
-        if process.is_main:
-            head = header_of(request, ref, path, shape, blocks)
-            results.write_tensors(out, content(*partial.total(), widths, plan, size, head))
-            unfinished.remove_partial(out)
-            seconds = time.monotonic() - start
-            cli.say(f"{out}: {blocks.numel():,} tokens in {len(blocks)} blocks of {size}, {seconds:.0f} s")
-        process.wait()
+    for job in todo:
+        count_file(job, ref, model, archs.for_config(ref.config()), process, args.save_every, args.overwrite)
     if args.drop_revisions:
         ref.drop()
+
+
+def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> list[Job]:
+    """What to count; every file is checked before the model is loaded.
+
+    Raises:
+        InputError: nothing says which files or their names, two of one language, or what `read` refuses.
+    """
+    files = id_files(args.id_path, study)
+    codes = [language_of(path) for path in files]
+    languages.refuse_twice(codes, "count one of their id files, or use another -n")
+    folder = study.output(args.save_folder, "-s", "lsn_counts")
+    other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
+    name = args.name or (dotted(study.name, other) if study else None)
+    if name is None:
+        raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
+    size = ffn.block_size(ref.config(), args.type, args.block_size or study.get("lsn.block_size"))
+    wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
+    run = study.get("run") if isinstance(study.get("run"), str) else None
+    found = []
+    for path, code in zip(files, codes, strict=True):
+        blocks, facts = read(path, ref, run, size, wanted, args.limit)
+        request = request_of(ref, facts, size, args.batch_size, dtype, device)
+        found.append(Job(path, blocks, results.plain(request), folder / f"{name}.{code}.pt"))
+    return found
+
+
+def request_of(ref: refs.ModelRef, ids: dict, size: int, batch_size: int | None, dtype, device) -> dict:
+    """What decides the activations on blocks of token ids: here, and of the means over continued pre-training."""
+    return {
+        "model": ref.describe(), "ids": ids, "block_size": size, "batch_size": ffn.batch_size(batch_size, size),
+        "dtype": str(dtype), "device": device.type,
+    }  # fmt: skip
 
 
 def id_files(given: list[str] | None, study: Study) -> list[Path]:
@@ -342,22 +368,7 @@ def id_files(given: list[str] | None, study: Study) -> list[Path]:
         return [Path(path) for path in given]
     folder = study.value(None, "-i", "tokens")
     codes = study.value(None, "-i", "languages.lsn")
-
-    from cpt_utils.measures import tokenids
-
     return [Path(folder) / tokenids.file_name(str(code), study.name) for code in codes]
-
-
-def refuse_twice(codes: list[str]) -> None:
-    """Two files of one language would write one result."""
-    from cpt_utils.base import languages
-
-    for i, code in enumerate(codes):
-        twice = next((other for other in codes[:i] if other == code or languages.same(other, code)), None)
-        if twice is not None:
-            raise InputError(
-                f"two id files are of one language ({twice}, {code}); count one of them, or use another -n"
-            )
 
 
 def language_of(path: Path) -> str:
@@ -376,11 +387,13 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     Raises:
         InputError: no such file, ids beyond the vocabulary, another tokenizer than the model's, not one whole block.
     """
-    from cpt_utils.measures import tokenids
-
-    vocabulary = identity.vocabulary_size(ref.config())
-    own = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run)) if has_tokenizer(ref, run) else None
-    ids, head = tokenids.read(path, vocab_size=vocabulary, vocabulary_sha256=own)
+    try:
+        home = tokenization.tokenizer_folder(ref, run)
+    except InputError:
+        cli.warn(f"{ref.spec} has no tokenizer files: that the token ids are of its tokenizer is taken on trust")
+        home = None
+    own = tokenizer_id.of_plain_text(home) if home else None
+    ids, head = tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=own)
     blocks = ffn.blocks(ids, size, tokens, str(path))
     limited = limit if limit is not None and limit < len(blocks) else None
     blocks = blocks[:limited]
@@ -388,16 +401,6 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     keys = ("language", "text", "tokenizer", "vocabulary_sha256")
     facts = {"used": blocks.numel(), "limit": limited, "sha256": digest}
     return blocks, facts | {key: head[key] for key in keys if key in head}
-
-
-def has_tokenizer(ref: refs.ModelRef, run: str | None) -> bool:
-    """Whether the model, or its run, has tokenizer files; without them the id file is taken on trust."""
-    try:
-        tokenization.tokenizer_folder(ref, run)
-    except InputError:
-        cli.warn(f"{ref.spec} has no tokenizer files: that the token ids are of its tokenizer is taken on trust")
-        return False
-    return True
 
 
 def finished(out: Path, request: dict, overwrite: bool) -> bool:
@@ -413,25 +416,6 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
     results.refuse_other(out, before, request, "another -s or -n")
     cli.say(f"{out} is finished (--overwrite redoes it)")
     return True
-
-
-def header_of(request: dict, ref: refs.ModelRef, path: Path, shape: tuple[int, int], blocks: torch.Tensor) -> dict:
-    from cpt_utils.measures import tokenids
-
-    return results.header(
-        SCHEMA,
-        models={"model": ref.describe()},
-        n_layers=shape[0],
-        ffn_width=shape[1],
-        language=request["ids"].get("language", language_of(path)),
-        tokens={"file": str(path), "repeated": tokenids.repeated(blocks.flatten()), **request["ids"]},
-        block_size=request["block_size"],
-        n_used=blocks.numel(),
-        limit=request["ids"]["limit"],
-        dtype=request["dtype"].removeprefix("torch."),
-        device=request["device"],
-        request=request,
-    )
 
 
 if __name__ == "__main__":

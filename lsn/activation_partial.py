@@ -23,16 +23,17 @@ class Partial:
 
     SUMS = ("counts", "routed")
 
-    def __init__(self, stem: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int, int]):
-        """`shape`: segments, L, I, E."""
+    def __init__(self, out: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int, int]):
+        """`out`: where the result will be; `shape`: segments, L, I, E."""
         import torch
 
-        self.stem, self.path, self.request = stem, stem.with_name(f"{stem.name}.{rank}.pt"), json.dumps(request)
+        self.stem, self.request = partial_stem(out), json.dumps(request)
+        self.path = self.stem.with_name(f"{self.stem.name}.{rank}.pt")
         self.done = torch.zeros(n_blocks, dtype=torch.bool)
         self.counts = torch.zeros(shape[:3], dtype=torch.long)
         self.routed = torch.zeros((*shape[:2], shape[3]), dtype=torch.long)
         self.others = torch.zeros(n_blocks, dtype=torch.bool)
-        for path in self.files():
+        for path in partial_files(self.stem):
             found = self._read(path)
             if found is None:
                 continue
@@ -40,9 +41,6 @@ class Partial:
                 self.done, self.counts, self.routed = (found[key] for key in ("done", *self.SUMS))
             else:
                 self.others |= found["done"]
-
-    def files(self) -> list[Path]:
-        return partial_files(self.stem)
 
     def _read(self, path: Path) -> dict | None:
         """A file's content; None for one of another request or of other code, which is begun anew."""
@@ -61,7 +59,7 @@ class Partial:
         Raises:
             InputError: a block is missing or was counted twice, as when a process was lost.
         """
-        found = [content for content in map(self._read, self.files()) if content is not None]
+        found = [content for content in map(self._read, partial_files(self.stem)) if content is not None]
         if not found:
             raise InputError(f"the partial counts {self.stem}.*.pt are gone: was the same command run twice at a time?")
         times = sum(content["done"].long() for content in found)
