@@ -17,6 +17,8 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
 from cpt_utils.measures import controls, swap_figure
 
+part_two = cli.sibling("studies/part_two.py")
+
 
 def read_seed(study: Study) -> dict:
     """Every Part I result of one seed: {"retrieval": {step: payload}, "layers", "change", "downstream", ..}."""
@@ -44,44 +46,33 @@ def table(head: list[str], rows: list[list]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def retrieval_table(seeds: dict[int, dict]) -> str:
+def retrieval_rows(seeds: dict[int, dict]) -> part_two.Rows:
     """Accuracy (base to target) by hidden state: untrained, base, first and last checkpoint of each seed."""
     rows = []
     for seed, found in seeds.items():
-        steps = sorted(found["retrieval"])
-        shown = [("untrained", found["untrained"])] if found["untrained"] else []
-        shown += [("base" if s == 0 else f"step {s}", found["retrieval"][s]) for s in (steps[0], steps[1], steps[-1])]
-        shown.append((f"step {steps[-1]}, centred", found["retrieval"][steps[-1]] | {
-            "layer_accuracy": found["retrieval"][steps[-1]]["centred_accuracy"]
-        }))  # fmt: skip
-        rows += [[seed, name, *(f"{a:.3f}" for _, a in payload["layer_accuracy"])] for name, payload in shown]
-    width = len(rows[0]) - 2
-    return table(["seed", "model", *(f"h{i}" for i in range(width))], rows)
+        of_step, steps = found["retrieval"], sorted(found["retrieval"])
+        shown = [("untrained", found["untrained"]["layer_accuracy"])] if found["untrained"] else []
+        for step in (steps[0], steps[1], steps[-1]):
+            shown.append((f"step {step}" if step else "base", of_step[step]["layer_accuracy"]))
+        shown.append((f"step {steps[-1]}, centred", of_step[steps[-1]]["centred_accuracy"]))
+        rows += [[seed, name, *(f"{a:.3f}" for _, a in accuracy)] for name, accuracy in shown]
+    return ["seed", "model", *(f"h{i}" for i in range(len(rows[0]) - 2))], rows
 
 
-def layers_table(seeds: dict[int, dict]) -> str:
+def layers_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = []
     for seed, found in seeds.items():
         split = found["layers"]
         stable = split.get("label_stability") or []
         rows.append([
-            seed, _list(split["interface_layers"]), _list(split["semantic_layers"]),
-            " / ".join(f"{c:.3f}" for c in _centres(split)), f"{split['silhouette']:.2f}",
+            seed, *(", ".join(map(str, split[f"{group}_layers"])) for group in ("interface", "semantic")),
+            " / ".join(f"{c:.3f}" for c in split["centres"].values()), f"{split['silhouette']:.2f}",
             "yes" if split.get("hub_contiguous") else "no", f"{min(stable):.2f}" if stable else "-",
         ])  # fmt: skip
-    return table(["seed", "interface", "hub", "centres", "silhouette", "hub in one block", "least stable label"], rows)
+    return ["seed", "interface", "hub", "centres", "silhouette", "hub in one block", "least stable label"], rows
 
 
-def _centres(split: dict) -> list[float]:
-    centres = split["centres"]
-    return list(centres.values()) if isinstance(centres, dict) else list(centres)
-
-
-def _list(layers: list[int]) -> str:
-    return ", ".join(map(str, layers))
-
-
-def change_table(seeds: dict[int, dict]) -> str:
+def change_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = [
         [seed, step, f"{row['interface_avg']:.2e}", f"{row['semantic_hub_avg']:.2e}",
          f"{row['interface_avg'] / row['semantic_hub_avg']:.2f}" if row["semantic_hub_avg"] else "-"]
@@ -89,29 +80,23 @@ def change_table(seeds: dict[int, dict]) -> str:
         for step, row in sorted(found["change"]["checkpoints"].items(), key=lambda item: int(item[0]))
         if int(step)
     ]  # fmt: skip
-    return table(["seed", "step", "interface", "hub", "interface / hub"], rows)
+    return ["seed", "step", "interface", "hub", "interface / hub"], rows
 
 
-def downstream_table(seeds: dict[int, dict]) -> str:
+def downstream_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = []
     for seed, found in seeds.items():
-        for kind in ("interface", "semantic_hub"):
-            whole = (found["downstream"] or {}).get(kind)
-            if whole is None:
-                continue
-            first = whole.get("first_differences") or {}
-            rows.append([seed, kind, _r(whole), _r(first), whole["n_points"], first.get("n_points", "-")])
-    return table(["seed", "layers", "r", "r of first differences", "n", "n of differences"], rows) if rows else ""
+        for kind in ("interface", "semantic_hub") if found["downstream"] else ():
+            parts = found["downstream"][kind], found["downstream"][kind]["first_differences"]
+            r = [part_two.interval(part) for part in parts]
+            r = [
+                f"{text}, p {part['p_value']:.3f}" if text != "-" else text for text, part in zip(r, parts, strict=True)
+            ]
+            rows.append([seed, kind, *r, *(part["n_points"] for part in parts)])
+    return ["seed", "layers", "r", "r of first differences", "n", "n of differences"], rows
 
 
-def _r(found: dict) -> str:
-    if found.get("correlation") is None:
-        return "-"
-    interval = f" [{found['ci_low']:.2f}, {found['ci_high']:.2f}]" if found.get("ci_low") is not None else ""
-    return f"{found['correlation']:.2f}{interval}, p {found['p_value']:.3f}"
-
-
-def swap_table(seeds: dict[int, dict]) -> str:
+def swap_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = []
     for seed, found in seeds.items():
         for name, row in found["controls"]["comparison"].items():
@@ -123,7 +108,16 @@ def swap_table(seeds: dict[int, dict]) -> str:
                 *lost, f"{row['rank']} of {row['n_random'] + 1}", f"{row['p_value']:.3f}",
             ])  # fmt: skip
     head = ["seed", "measure", "base", "checkpoint", "hub swap", "random swaps (mean ± sd)", "hub minus random"]
-    return table([*head, "gain lost, hub", "gain lost, random", "rank of the hub", "p"], rows)
+    return [*head, "gain lost, hub", "gain lost, random", "rank of the hub", "p"], rows
+
+
+TABLES = {
+    "Retrieval by hidden state": retrieval_rows,
+    "Layers": layers_rows,
+    "Weight change, mean |dW|": change_rows,
+    "Downstream accuracy against weight change": downstream_rows,
+    "Layer swaps": swap_rows,
+}
 
 
 # ---------------------------------------------------------------- figures
@@ -136,13 +130,10 @@ def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
         for axis, (seed, found) in zip(axes[0], seeds.items(), strict=True):
             steps = sorted(found["retrieval"])
             shades = [figures.colour("base"), *figures.colours(len(steps) - 1, ordered=True)]
-            lines = [
-                (
-                    found["retrieval"][step]["layer_accuracy"],
-                    {"color": shade, "label": f"step {step}" if step else "base"},
-                )
-                for step, shade in zip(steps, shades, strict=True)
+            looks = [
+                {"color": shade, "label": f"step {s}" if s else "base"} for s, shade in zip(steps, shades, strict=True)
             ]
+            lines = [(found["retrieval"][s]["layer_accuracy"], look) for s, look in zip(steps, looks, strict=True)]
             twin = found["untrained"] and found["untrained"]["layer_accuracy"]
             figures.retrieval_axis(axis, lines, found["layers"]["semantic_layers"], twin)
             axis.set_title(f"seed {seed}")
@@ -197,24 +188,17 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     studies = {int(seed): Study.find(args.study, int(seed)) for seed in args.seeds.split(",")}
     seeds = {seed: read_seed(study) for seed, study in studies.items()}
-    part_two = cli.sibling("studies/part_two.py")
     second = {seed: part_two.read_seed(study) for seed, study in studies.items()}
     missing = [seed for seed, found in second.items() if found is None]
     if missing:
         cli.say(f"Part II is left out: it was not run for seed {', '.join(map(str, missing))}")
         second = {}
     out = Path(args.out)
-    parts = {
-        "Retrieval by hidden state": retrieval_table(seeds),
-        "Layers": layers_table(seeds),
-        "Weight change, mean |dW|": change_table(seeds),
-        "Downstream accuracy against weight change": downstream_table(seeds),
-        "Layer swaps": swap_table(seeds),
-    }
+    parts = {title: rows(seeds) for title, rows in TABLES.items()}
     if second:
-        parts |= {title: table(*rows(second)) for title, rows in part_two.TABLES.items()}
+        parts |= {title: rows(second) for title, rows in part_two.TABLES.items()}
     with results.replacing(out / "tables.md") as temporary:
-        text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items() if body)
+        text = "\n\n".join(f"## {title}\n\n{table(*part)}" for title, part in parts.items() if part[1])
         temporary.write_text(text + "\n", encoding="utf-8")
     draw_retrieval(seeds, out / "retrieval")
     draw_change(seeds, out / "weight_change")

@@ -8,6 +8,7 @@ from cpt_utils.base import figures, results
 from cpt_utils.base.study import Study
 from cpt_utils.measures import controls, swap_figure
 
+Rows = tuple[list[str], list[list]]  # a table: its head and its rows, as they are printed
 CONDITIONS = ("attention_interface", "attention_lsn_rich", "ffn_interface", "ffn_lsn_rich")
 
 
@@ -27,7 +28,7 @@ def read_seed(study: Study) -> dict | None:
     return {key: results.read_json(path)[0] for key, path in files.items()}
 
 
-def change_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+def change_rows(seeds: dict[int, dict]) -> Rows:
     """Attention against FFN at the last checkpoint."""
     rows = []
     for seed, found in seeds.items():
@@ -43,7 +44,7 @@ def change_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
     return ["seed", "attention, max", "FFN, max", "attention, mean", "FFN, mean", *layers], rows
 
 
-def neuron_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+def neuron_rows(seeds: dict[int, dict]) -> Rows:
     """Neurons of each language, by layer."""
     rows = []
     for seed, found in seeds.items():
@@ -53,7 +54,7 @@ def neuron_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
     return ["seed", "language", "tokens", "neurons", "only its own", "by layer"], rows
 
 
-def deactivation_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+def deactivation_rows(seeds: dict[int, dict]) -> Rows:
     """Changes of NLL per token (thousandths), the selectivity and its place among random sets."""
     rows, languages = [], []
     for seed, found in seeds.items():
@@ -75,28 +76,28 @@ def _selectivity(row: dict) -> list[str]:
     ]
 
 
-def correlation_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+def correlation_rows(seeds: dict[int, dict]) -> Rows:
     """What tracks the change of LSN activation: attention in interface layers, or the neurons' own weights."""
     rows = []
     for seed, found in seeds.items():
         result = found["correlation"]
-        for kind, label in (("raw", "raw"), ("first_differences", "first differences")):
-            row = [seed, label]
-            for key in ("interface_attention", "lsn_ffn"):
-                side = result[key] if kind == "raw" else result[key]["first_differences"]
-                row.append(_interval(side["pearson"], "correlation"))
-            rows.append([*row, _interval(result["comparison"][kind], "difference")])
+        for kind in ("raw", "first_differences"):
+            sides = [result[key] for key in ("interface_attention", "lsn_ffn")]
+            sides = sides if kind == "raw" else [side[kind] for side in sides]
+            cells = [interval(side["pearson"]) for side in sides]
+            cells.append(interval(result["comparison"][kind], "difference"))
+            rows.append([seed, kind.replace("_", " "), *cells])
     return ["seed", "curves", "r with interface attention", "r with LSN weights", "difference"], rows
 
 
-def _interval(found: dict, key: str) -> str:
+def interval(found: dict, key: str = "correlation") -> str:
     if found.get(key) is None:
         return "-"
-    interval = f" [{found['ci_low']:.2f}, {found['ci_high']:.2f}]" if found.get("ci_low") is not None else ""
-    return f"{found[key]:.2f}{interval}"
+    bounds = f" [{found['ci_low']:.2f}, {found['ci_high']:.2f}]" if found.get("ci_low") is not None else ""
+    return f"{found[key]:.2f}{bounds}"
 
 
-def swap_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
+def swap_rows(seeds: dict[int, dict]) -> Rows:
     """Component swaps of the last checkpoint: what each moves, what it costs, its place among random layers."""
     rows = []
     for seed, found in seeds.items():
@@ -119,16 +120,8 @@ def swap_rows(seeds: dict[int, dict]) -> tuple[list[str], list[list]]:
                 cells.append(f"{place['rank']} of {place['n_random'] + 1}" if place else "-")
             layers = ", ".join(map(str, row["layers"])) or "-"
             rows.append([seed, name, layers, f"{row['share']:.1%}", *cells])
-    head = [
-        "seed",
-        "from the base",
-        "layers",
-        "parameters",
-        "retrieval (gain lost)",
-        "rank",
-        "NLL per byte (gain lost)",
-    ]
-    return [*head, "rank"], rows
+    head = ["seed", "from the base", "layers", "parameters", "retrieval (gain lost)", "rank"]
+    return [*head, "NLL per byte (gain lost)", "rank"], rows
 
 
 def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
