@@ -39,6 +39,112 @@ LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}
 DRAWS = 4000  # of the accuracies, for the error of measurement
 
 
+# ---------------------------------------------------------------- the method
+
+
+def relate(metric: list[float], change: list[float], redrawn: np.ndarray | None, seed: int) -> dict:
+    """Everything reported of one layer type: Pearson and Spearman on levels and on first differences.
+
+    Args:
+        metric, change: one value a checkpoint, in step order.
+        redrawn: what `metric` might have been on other test rows [draws, checkpoints], or None where that is unknown.
+    """
+    import numpy as np
+
+    def found(metric, change, redrawn) -> dict:
+        pearson = stats.correlation(change, metric)
+        rank = {"spearman": stats.correlation(change, metric, "spearman")}
+        return pearson | rank | measurement_error(pearson["correlation"], change, redrawn, seed)
+
+    steps = None if redrawn is None else np.diff(redrawn, axis=1)
+    differences = stats.first_differences(metric), stats.first_differences(change)
+    return found(metric, change, redrawn) | {"first_differences": found(*differences, steps)}
+
+
+def redraw(points: list[Point], seed: int) -> np.ndarray | None:
+    """Accuracies as other test rows might have given them, Binomial(n, accuracy) / n: float64 [draws, checkpoints].
+
+    Checkpoints are redrawn independently, although they share their test rows. Rows that are hard for every checkpoint
+    move all accuracies together and leave r alone, so the spread found from these draws is, if anything, too wide.
+    """
+    import numpy as np
+
+    if not all(point.n for point in points):
+        return None
+    rows = np.array([point.n for point in points])
+    values = np.array([point.value for point in points])
+    return np.random.default_rng(seed).binomial(rows, values, size=(DRAWS, len(points))) / rows
+
+
+def measurement_error(r: float | None, change, redrawn: np.ndarray | None, seed: int) -> dict:
+    """How much of the uncertainty of Pearson's r comes from the metric being measured on a few hundred rows.
+
+    `ci_measurement_only`: the middle 95 % of r over the redrawn metrics. `ci_with_measurement_error`: the same after
+    adding to each, on Fisher's scale z = artanh r, the error 1/sqrt(n - 3) of a correlation over n checkpoints.
+    `measurement_share`: the first variance of z over the sum of both. None where not defined.
+    """
+    import numpy as np
+
+    found = {"ci_measurement_only": None, "ci_with_measurement_error": None, "measurement_share": None}
+    if r is None or redrawn is None:
+        return found
+    x = np.asarray(change) - np.mean(change)
+    y = redrawn - redrawn.mean(axis=1, keepdims=True)
+    spread = np.sqrt((x**2).sum() * (y**2).sum(axis=1))
+    drawn = (y[spread > 0] @ x) / spread[spread > 0]  # where all checkpoints draw the same accuracy there is no r
+    if len(drawn) < DRAWS / 2:
+        return found | {"measurement_note": "most redrawn metrics do not vary over checkpoints"}
+    found["ci_measurement_only"] = np.quantile(drawn, [0.025, 0.975]).tolist()
+    if len(x) > 3:
+        z, variance = np.arctanh(np.clip(drawn, -1 + 1e-9, 1 - 1e-9)), 1 / (len(x) - 3)
+        error = np.random.default_rng(seed + 1).normal(0, variance**0.5, len(z))
+        found["ci_with_measurement_error"] = np.quantile(np.tanh(z + error), [0.025, 0.975]).tolist()
+        found["measurement_share"] = float(z.var() / (z.var() + variance))
+    return found
+
+
+def reliability(points: list[Point]) -> float | None:
+    """The share of the metric's variance over checkpoints that is not sampling noise: 1 - mean(stderr^2) / variance.
+
+    0 where the noise alone would explain the variance; None where the rows are unknown or nothing varies.
+    """
+    import numpy as np
+
+    values, errors = [p.value for p in points], [p.stderr for p in points]
+    if len(points) < 2 or None in errors or np.ptp(values) == 0:
+        return None
+    return max(0.0, 1 - float(np.mean(np.square(errors)) / np.var(values, ddof=1)))
+
+
+def correlate(task: str, series: Series, changes: dict, args, seed: int) -> tuple[dict, list[int], list[str]]:
+    """(what is written of one task, the steps used, what to warn of)."""
+    points, metric = series.points, args.metric
+    steps, alone = common_steps(points, changes, args.checkpoint_stride, args.steps, task)
+    warnings = [
+        f"steps only in the {what.removesuffix('_only').replace('_', ' ')}, left out: {_list(there)}"
+        for what, there in alone.items()
+        if there
+    ]
+    if len(steps) < 3:
+        warnings.append(
+            f"{len(steps)} checkpoints are too few: two points always lie on a line, so no correlation is given"
+        )
+    chosen = [points[step] for step in steps]
+    redrawn = redraw(chosen, seed)
+    found = {}
+    for kind in LAYER_TYPES:
+        found[kind] = relate([p.value for p in chosen], [changes[s][kind] for s in steps], redrawn, seed)
+    values = {}
+    for step in ([0] if 0 in points else []) + steps:
+        values[str(step)] = {metric: points[step].value, "stderr": points[step].stderr, "n": points[step].n}
+        values[str(step)] |= {LAYER_TYPES[kind]: change for kind, change in changes.get(step, {}).items()}
+    found |= {"reliability": reliability(chosen), "values": values}
+    return found | {"unmatched_steps": alone, "left_out": series.left_out}, steps, warnings
+
+
+# ---------------------------------------------------------------- files
+
+
 def read_changes(path: Path) -> tuple[dict, dict, dict[int, dict[str, float]]]:
     """(payload, header, {step: {layer type: change}}) of a weight-difference file.
 
@@ -85,85 +191,7 @@ def _list(steps) -> str:
     return ", ".join(map(str, sorted(steps))) or "none"
 
 
-def relate(metric: list[float], change: list[float], redrawn: np.ndarray | None, seed: int) -> dict:
-    """Everything reported of one layer type: Pearson and Spearman on levels and on first differences.
-
-    Args:
-        metric, change: one value a checkpoint, in step order.
-        redrawn: what `metric` might have been on other test rows [draws, checkpoints], or None where that is unknown.
-    """
-    import numpy as np
-
-    steps = None if redrawn is None else np.diff(redrawn, axis=1)
-    differences = stats.first_differences(metric), stats.first_differences(change)
-    return _relate(metric, change, redrawn, seed) | {"first_differences": _relate(*differences, steps, seed)}
-
-
-def _relate(metric, change, redrawn, seed: int) -> dict:
-    pearson = stats.correlation(change, metric)
-    rank = stats.correlation(change, metric, method="spearman")
-    return pearson | {"spearman": rank} | measurement_error(pearson["correlation"], change, redrawn, seed)
-
-
-def redraw(points: list[Point], seed: int) -> np.ndarray | None:
-    """Accuracies as other test rows might have given them, Binomial(n, accuracy) / n: float64 [draws, checkpoints].
-
-    Checkpoints are redrawn independently, although they share their test rows. Rows that are hard for every checkpoint
-    move all accuracies together and leave r alone, so the spread found from these draws is, if anything, too wide.
-    """
-    import numpy as np
-
-    if not all(point.n for point in points):
-        return None
-    rows = np.array([point.n for point in points])
-    values = np.array([point.value for point in points])
-    return np.random.default_rng(seed).binomial(rows, values, size=(DRAWS, len(points))) / rows
-
-
-def measurement_error(r: float | None, change, redrawn: np.ndarray | None, seed: int) -> dict:
-    """How much of the uncertainty of Pearson's r comes from the metric being measured on a few hundred rows.
-
-    `ci_measurement_only`: the middle 95 % of r over the redrawn metrics. `ci_with_measurement_error`: the same after
-    adding to each, on Fisher's scale z = artanh r, the error 1/sqrt(n - 3) of a correlation over n checkpoints.
-    `measurement_share`: the first variance of z over the sum of both. None where not defined.
-    """
-    import numpy as np
-
-    found = {"ci_measurement_only": None, "ci_with_measurement_error": None, "measurement_share": None}
-    if r is None or redrawn is None:
-        return found
-    x = np.asarray(change) - np.mean(change)
-    y = redrawn - redrawn.mean(axis=1, keepdims=True)
-    spread = np.sqrt((x**2).sum() * (y**2).sum(axis=1))
-    drawn = (y[spread > 0] @ x) / spread[spread > 0]  # where all checkpoints draw the same accuracy there is no r
-    if len(drawn) < DRAWS / 2:
-        return found | {"measurement_note": "most redrawn metrics do not vary over checkpoints"}
-    found["ci_measurement_only"] = _middle(drawn)
-    if len(x) > 3:
-        z, variance = np.arctanh(np.clip(drawn, -1 + 1e-9, 1 - 1e-9)), 1 / (len(x) - 3)
-        error = np.random.default_rng(seed + 1).normal(0, variance**0.5, len(z))
-        found["ci_with_measurement_error"] = _middle(np.tanh(z + error))
-        found["measurement_share"] = float(z.var() / (z.var() + variance))
-    return found
-
-
-def _middle(values: np.ndarray) -> list[float]:
-    import numpy as np
-
-    return [float(bound) for bound in np.quantile(values, [0.025, 0.975])]
-
-
-def reliability(points: list[Point]) -> float | None:
-    """The share of the metric's variance over checkpoints that is not sampling noise: 1 - mean(stderr^2) / variance.
-
-    0 where the noise alone would explain the variance; None where the rows are unknown or nothing varies.
-    """
-    import numpy as np
-
-    values, errors = [p.value for p in points], [p.stderr for p in points]
-    if len(points) < 2 or None in errors or np.ptp(values) == 0:
-        return None
-    return max(0.0, 1 - float(np.mean(np.square(errors)) / np.var(values, ddof=1)))
+# ---------------------------------------------------------------- the figure
 
 
 def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], changes: dict, found: dict) -> None:
@@ -196,47 +224,7 @@ def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], cha
         figures.save(fig, path.with_suffix(""))
 
 
-def correlate(task: str, series: Series, changes: dict, args, seed: int) -> tuple[dict, list[int], list[str]]:
-    """(what is written of one task, the steps used, what to warn of)."""
-    points, metric = series.points, args.metric
-    steps, alone = common_steps(points, changes, args.checkpoint_stride, args.steps, task)
-    warnings = [
-        f"steps only in the {what.removesuffix('_only').replace('_', ' ')}, left out: {_list(there)}"
-        for what, there in alone.items()
-        if there
-    ]
-    if len(steps) < 3:
-        warnings.append(
-            f"{len(steps)} checkpoints are too few: two points always lie on a line, so no correlation is given"
-        )
-    chosen = [points[step] for step in steps]
-    redrawn = redraw(chosen, seed)
-    found = {}
-    for kind in LAYER_TYPES:
-        found[kind] = relate([p.value for p in chosen], [changes[s][kind] for s in steps], redrawn, seed)
-    values = {}
-    for step in ([0] if 0 in points else []) + steps:
-        values[str(step)] = {metric: points[step].value, "stderr": points[step].stderr, "n": points[step].n}
-        values[str(step)] |= {LAYER_TYPES[kind]: change for kind, change in changes.get(step, {}).items()}
-    found |= {"reliability": reliability(chosen), "values": values}
-    return found | {"unmatched_steps": alone, "left_out": series.left_out}, steps, warnings
-
-
-def summary(kind: str, row: dict) -> str:
-    """The lines of one layer type for the terminal."""
-    lines = [kind.replace("_", " ")]
-    for name, part in (("levels", row), ("first differences", row["first_differences"])):
-        if part["correlation"] is None:
-            lines.append(f"  {name}: no correlation, {part['note']}")
-            continue
-        text = f"  {name}: r {part['correlation']:+.3f}, p {part['p_value']:.3f}, {part['n_points']} points"
-        if part["ci_low"] is not None:
-            text += f", 95 % [{part['ci_low']:+.2f}, {part['ci_high']:+.2f}]"
-        if part["ci_with_measurement_error"]:
-            low, high = part["ci_with_measurement_error"]
-            text += f", with the error of the metric [{low:+.2f}, {high:+.2f}]"
-        lines.append(text + f"; Spearman {part['spearman']['correlation']:+.3f}")
-    return "\n".join(lines)
+# ---------------------------------------------------------------- the command
 
 
 def build_parser():
@@ -244,9 +232,8 @@ def build_parser():
     p.add_argument("benchmark", nargs="?", metavar="BENCHMARK", help="default: the study's lm_eval folder")
     p.add_argument("weight_diff", nargs="?", metavar="WEIGHT_DIFF", help="default: the study's weight difference")
     p.add_argument("-o", "--output", metavar="OUT", help="JSON to write; default: the study's place for it")
-    p.add_argument(
-        "--checkpoint-stride", type=cli.positive, default=1, metavar="N", help="every N-th common step; default 1, all"
-    )
+    text = "every N-th common step; default 1, all"
+    p.add_argument("--checkpoint-stride", type=cli.positive, default=1, metavar="N", help=text)
     cli.add_run_flags(p)
     p.add_argument("--task", metavar="T,T,..", help="default: the study's data.task.name, else all that are there")
     p.add_argument("--metric", choices=("acc", "acc_norm"), default="acc", help="default acc")
@@ -294,6 +281,23 @@ def main(argv: list[str] | None = None) -> None:
         cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
         cli.say("\n".join(summary(kind, written[kind]) for kind in LAYER_TYPES))
     cli.say(f"written: {output}, and beside it .pdf and .png" + (" of every task" if len(series) > 1 else ""))
+
+
+def summary(kind: str, row: dict) -> str:
+    """The lines of one layer type for the terminal."""
+    lines = [kind.replace("_", " ")]
+    for name, part in (("levels", row), ("first differences", row["first_differences"])):
+        if part["correlation"] is None:
+            lines.append(f"  {name}: no correlation, {part['note']}")
+            continue
+        text = f"  {name}: r {part['correlation']:+.3f}, p {part['p_value']:.3f}, {part['n_points']} points"
+        if part["ci_low"] is not None:
+            text += f", 95 % [{part['ci_low']:+.2f}, {part['ci_high']:+.2f}]"
+        if part["ci_with_measurement_error"]:
+            low, high = part["ci_with_measurement_error"]
+            text += f", with the error of the metric [{low:+.2f}, {high:+.2f}]"
+        lines.append(text + f"; Spearman {part['spearman']['correlation']:+.3f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
