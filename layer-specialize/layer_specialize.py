@@ -204,9 +204,9 @@ def read_hits(path: Path, accuracy: np.ndarray) -> np.ndarray | None:
     return hits
 
 
-def draw(path: Path, accuracy: np.ndarray, split: dict, n: int | None, title: str) -> None:
+def draw(path: Path, split: dict, n: int | None, title: str) -> None:
     """Accuracy by layer, coloured by label, with the threshold; below it how often each label is kept."""
-    stability = split["label_stability"]
+    accuracy, stability = [value for _, value in split["layer_accuracy"]], split["label_stability"]
     with figures.style() as plt:
         heights, size = ([3, 1], 2.8) if stability else ([1], 2.2)
         figure, axes = plt.subplots(
@@ -218,7 +218,14 @@ def draw(path: Path, accuracy: np.ndarray, split: dict, n: int | None, title: st
         for key, meaning, marker in groups:
             layers = split[key]
             label = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(layers)} layer{'s' * (len(layers) > 1)})"
-            axis.plot(layers, accuracy[layers], marker, color=figures.colour(meaning), label=label, zorder=2)
+            axis.plot(
+                layers,
+                [accuracy[layer] for layer in layers],
+                marker,
+                color=figures.colour(meaning),
+                label=label,
+                zorder=2,
+            )
         axis.axhline(split["threshold"], color="0.4", linewidth=0.8, linestyle="--", label="threshold")
         axis.set_ylabel("retrieval accuracy")
         axis.set_ylim(bottom=0)
@@ -240,15 +247,10 @@ def draw(path: Path, accuracy: np.ndarray, split: dict, n: int | None, title: st
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("retrieval", nargs="?", metavar="SR.json", help="retrieval result; default: the study's last step")
-    p.add_argument(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help="JSON to write; default: the study's layer-specialize/layers.json; outside a study stdout",
-    )
-    p.add_argument(
-        "--draws", type=cli.positive, default=1000, metavar="N", help="resamples for label stability; default 1000"
-    )
+    text = "JSON to write; default: the study's layer-specialize/layers.json; outside a study stdout"
+    p.add_argument("-o", "--output", metavar="OUT", help=text)
+    text = "resamples for label stability; default 1000"
+    p.add_argument("--draws", type=cli.positive, default=1000, metavar="N", help=text)
     cli.add_run_flags(p)
     return p
 
@@ -256,10 +258,9 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    output = None
-    if args.output or study:
-        other = "" if args.output else other_than(study, args.retrieval, args.steps)
-        output = study.output(args.output, "-o", "layers", other)
+    output = Path(args.output) if args.output else None
+    if study and not output:
+        output = study.output(None, "-o", "layers", other_than(study, args.retrieval, args.steps))
     # What goes to the study's own place must be about the study's languages.
     sides = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target") if args.output is None}
     path = Path(args.retrieval) if args.retrieval else last_result(study, args.steps)
@@ -270,11 +271,7 @@ def main(argv=None) -> None:
         return
     refuse_stranger(output, args.overwrite)
     split, facts = splitting(path, sides, study, args.draws)
-    import numpy as np
-
-    accuracy = [value for _, value in split["layer_accuracy"]]
-    n = split["n_sentences"] or facts.get("n_used")
-    draw(output.with_suffix(""), np.array(accuracy), split, n, path.stem.replace("__", "/"))
+    draw(output.with_suffix(""), split, split["n_sentences"] or facts.get("n_used"), path.stem.replace("__", "/"))
     results.write_json(output, split, results.header(SCHEMA, **facts))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
