@@ -24,7 +24,7 @@ READMES = sorted(
 )
 # Paths in documents that a command of the same document makes, or that stand for the reader's own files.
 MADE = re.compile(
-    r"^(build|results|artifacts|runs|study\.yaml|(tests/test_)?depth|report/claims/t1|my-?\w*|path|RUN|OUT)\b|<|\*|\$|\{"
+    r"^(build|results|artifacts|runs|study\.yaml|(tests/test_)?depth|damping|report/claims/t1|my-?\w*|path|RUN|OUT)\b|<|\*|\$|\{"
 )
 PATHS = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|yml|md|smk|rst|tsv|toml)\b")
 
@@ -55,6 +55,11 @@ def test_every_command_in_a_document_parses(name):
     for line in commands(name):
         words = shlex.split(line, comments=True)
         script = next(word for word in words if word.endswith(".py"))
+        if script.split("/")[0] in ("depth", "damping"):  # what the recipes of docs/adding.md make; their tests run it
+            continue
+        if script == "docs/architectures.py":  # takes no argument
+            assert words[words.index(script) + 1 :] == []
+            continue
         parser = load_script(script).build_parser()
         try:
             parser.parse_args(words[words.index(script) + 1 :])
