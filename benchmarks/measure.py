@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import platform
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import folders, tensors
+from cpt_utils.checkpoints import folders, formats
 
 INTERVAL = 0.02  # seconds between two readings
 SCHEMA = "benchmark"
@@ -169,7 +170,7 @@ class Shape:
         return found | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocab, self.hidden)}
 
     def parameters(self) -> int:
-        return sum(tensors.numel(shape) for shape in self.tensors().values())
+        return sum(math.prod(shape) for shape in self.tensors().values())
 
     def config(self, dtype: str) -> dict:
         return {
@@ -216,7 +217,7 @@ def write_model(folder: Path, shape: Shape, seed: int, shards: int, dtype: str) 
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(getattr(torch, dtype))
     for number in range(shards):
         held = names[number * len(names) // shards : (number + 1) * len(names) // shards]
-        file = tensors.SINGLE if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        file = formats.SINGLE if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         head, entries = folders.new_layout({name: (block.dtype, every[name]) for name in held})
         weight_map |= dict.fromkeys(held, file)
         with open(folder / file, "wb") as sink:
@@ -230,7 +231,7 @@ def write_model(folder: Path, shape: Shape, seed: int, shards: int, dtype: str) 
             total += sink.tell()
     if shards > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / tensors.INDEX).write_text(json.dumps(index))
+        (folder / formats.INDEX).write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(shape.config(dtype)))
     Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     return total

@@ -407,7 +407,7 @@ def measure_all(
             model = loading.load_model(job.ref, job.dtype, process.device, process.device_map)
             following.pop(0)
             if following and process.is_main and not drop:
-                loading.prefetch(following[0])  # read while this one computes
+                loading.prefetch(following[0])  # fetched while this one computes
             followed = {mask: chosen.layers[mask] for mask in job.left}
             found = measure(model, archs.for_config(job.ref.config()), job.blocks, followed, job.batch_size, process)
             del model

@@ -310,7 +310,7 @@ class Bench:
             else:
                 left.append(i)
         left = [jobs[i] for i in self.process.gather(left)]
-        own = iter(self.process.share(left)[1:])  # while one is measured, the next is read
+        own = iter(self.process.share(left)[1:])  # while one is measured, the next is fetched
 
         def measured(job: Job) -> tuple[dict, dict]:
             following = next(own, None)

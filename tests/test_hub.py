@@ -21,7 +21,7 @@ import torch
 from helpers import ROOT, read_tensors, save_tiny
 
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import formats, hub, opening, refs, tensors, tokenization
+from cpt_utils.checkpoints import formats, hub, opening, refs, tokenization
 
 STEPS = (512, 1000, 10000)
 REVISION = "stage2-ingredient1-step{}-tokens5B"
@@ -190,7 +190,7 @@ def models(tmp_path_factory):
 
         for file in set(weight_map.values()):
             save_file({t: whole[t] for t in whole if weight_map[t] == file}, folder / file, metadata={"format": "pt"})
-        (folder / tensors.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / formats.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         found[name] = folder
     return found
 
@@ -373,7 +373,7 @@ def test_only_the_shards_of_the_tensors_asked_for_are_fetched(online, models):
     truth = read_tensors(models[REVISION.format(512)])
     with opening.open_folder(ref, lazy=True) as stored:
         assert set(stored.names()) == set(truth)
-        assert sorted(set(online.fetched())) == ["config.json", tensors.INDEX]
+        assert sorted(set(online.fetched())) == ["config.json", formats.INDEX]
         for name in truth:
             assert stored.shape(name) == tuple(truth[name].shape) and stored.dtype(name) == truth[name].dtype
         assert all(part == "bytes=0-131071" for method, file, part in online.log if file.startswith("model-"))
@@ -390,6 +390,20 @@ def test_only_the_shards_of_the_tensors_asked_for_are_fetched(online, models):
         assert online.fetched()[2:] == ["model-gate_proj.safetensors"]
     with opening.open_folder(ref) as stored:  # not lazy: the files may be read by whoever opens them
         assert weights(stored.path.parent.parent) == sorted(stored.files)
+
+
+def test_the_next_model_is_fetched_meanwhile(online, models):
+    from cpt_utils.models import loading
+
+    ref = refs.model(f"org/olmo@{REVISION.format(1000)}")
+    thread = loading.prefetch(ref)
+    thread.join(20)
+    fetched = len(online.log)
+    opening.open_folder(ref).close()
+    assert any(file.endswith(".safetensors") for file in online.fetched()) and len(online.log) == fetched
+    thread = loading.prefetch(refs.ModelRef("org/none"))  # the load says it
+    thread.join(20)
+    assert thread.daemon and not thread.is_alive()
 
 
 def test_a_comparison_of_some_projections_fetches_their_shards(online, models):
@@ -421,7 +435,7 @@ def test_an_adapter_on_the_hub_and_its_base(online, tmp_path, models):
         assert torch.equal(stored.get(name), merged(models["main"], adapter)[name])
     fetched = {file for file, part in ((f, p) for m, f, p in online.log if m == "GET") if part is None}
     assert fetched == {
-        "adapter_config.json", "adapter_model.safetensors", "config.json", tensors.INDEX, "model-gate_proj.safetensors"
+        "adapter_config.json", "adapter_model.safetensors", "config.json", formats.INDEX, "model-gate_proj.safetensors"
     }  # fmt: skip
 
 

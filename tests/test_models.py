@@ -120,20 +120,6 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, known):
     assert not trace.exists() and "custom" not in sys.modules
 
 
-def test_the_next_model_is_read_ahead(tmp_path, monkeypatch):
-    ref = refs.model(save_tiny("llama", tmp_path / "m", shards=3))
-    whole = sum(path.stat().st_size for path in (tmp_path / "m").glob("model*"))
-    assert loading._read_ahead(ref) == whole
-    monkeypatch.setattr(loading, "available_memory", lambda: 2 * whole - 1)
-    assert loading._read_ahead(ref) == 0  # no more than half of what is free
-    monkeypatch.undo()
-    assert loading.available_memory() > 1 << 20
-    for wrong in (refs.ModelRef(str(tmp_path / "none")), refs.ModelRef("org/name")):  # the load says it
-        thread = loading.prefetch(wrong)
-        thread.join(20)
-        assert thread.daemon and not thread.is_alive()
-
-
 def test_an_untrained_model_is_seeded_and_leaves_the_random_state_alone(tmp_path):
     ref = refs.model(save_tiny("llama", tmp_path / "m"))
     torch.manual_seed(5)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import folders, tensors
+from cpt_utils.checkpoints import folders, formats
 from cpt_utils.interventions import in_memory, on_disk, surgery, values
 
 IDS = torch.arange(3, 40)[None]
@@ -631,7 +631,7 @@ def test_two_sets_of_weights_in_the_target(tmp_path, two):
     save_file(load_file(two[0] / "model.safetensors"), two[1] / "model.safetensors")
     with pytest.raises(InputError, match=r"differ .*remove model\.safetensors"):
         surgery.Pair(*two)
-    assert tensors.INDEX in entries(two[1])
+    assert formats.INDEX in entries(two[1])
 
 
 def test_another_configuration_or_tokenizer_is_another_request(tmp_path):

@@ -13,6 +13,7 @@ Out:  a report on the screen. Exit code 2 where anything that the study names is
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, languages, sources, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import folders, identity, opening, refs, tensors, tokenizer_id
+from cpt_utils.checkpoints import folders, identity, opening, refs, tokenizer_id
 
 ENOUGH = 19  # random sets: with fewer no p can reach .05
 SHARE = 0.4  # of a matrix product's speed that a forward pass reaches
@@ -122,9 +123,9 @@ def look_at(ref: refs.ModelRef, base: refs.ModelRef | None = None) -> Model:
     archs.for_config(config)
     with opening.open_folder(ref, base, lazy=True) as stored:
         shapes = {name: stored.shape(name) for name in stored.names()}
-        size = sum(tensors.numel(shape) * stored.dtype(name).itemsize for name, shape in shapes.items())
+        size = sum(math.prod(shape) * stored.dtype(name).itemsize for name, shape in shapes.items())
         here = ref.is_local or all((Path(stored.path) / file).is_file() for file in stored.files)
-    return Model(ref, config, sum(map(tensors.numel, shapes.values())), size, here)
+    return Model(ref, config, sum(map(math.prod, shapes.values())), size, here)
 
 
 def models(study: Study, report: Report) -> list[Model]:

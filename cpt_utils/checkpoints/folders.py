@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, locks
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import tensors
+from cpt_utils.checkpoints import formats, headers, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class WeightFile:
 
     name: str
     head: bytes
-    entries: dict[str, tensors.Entry]
+    entries: dict[str, headers.Entry]
     like: Path | None
 
     @property
@@ -76,9 +77,9 @@ def layout_of(folder: tensors.TensorFolder) -> tuple[list[WeightFile], dict | No
             with open(path, "rb") as file:
                 head = file.read(min((entry.start for entry in entries.values()), default=path.stat().st_size))
             files.append(WeightFile(name, head, entries, path))
-        if folder.files == [tensors.SINGLE]:
+        if folder.files == [formats.SINGLE]:
             return files, None
-        return files, json.loads((folder.path / tensors.INDEX).read_text(encoding="utf-8"))
+        return files, json.loads((folder.path / formats.INDEX).read_text(encoding="utf-8"))
     files, weight_map = [], {}
     for name in folder.files:
         new = name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
@@ -92,13 +93,13 @@ def layout_of(folder: tensors.TensorFolder) -> tuple[list[WeightFile], dict | No
     return files, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def new_layout(held: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, tensors.Entry]]:
+def new_layout(held: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, headers.Entry]]:
     """Header bytes and entries of a new safetensors file: wide dtypes first, so that every tensor is aligned."""
     header: dict = {"__metadata__": {"format": "pt"}}
     position, places = 0, {}
     for name, (dtype, shape) in sorted(held.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-        size = tensors.numel(shape) * dtype.itemsize
-        spelled = tensors.dtype_name(dtype)
+        size = math.prod(shape) * dtype.itemsize
+        spelled = headers.dtype_name(dtype)
         header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [position, position + size]}
         places[name] = (spelled, shape, position, position + size)
         position += size
@@ -106,13 +107,13 @@ def new_layout(held: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[by
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
     entries = {
-        name: tensors.Entry(spelled, shape, first + start, first + stop)
+        name: headers.Entry(spelled, shape, first + start, first + stop)
         for name, (spelled, shape, start, stop) in places.items()
     }
     return struct.pack("<Q", len(text)) + text, entries
 
 
-def spans(file: WeightFile, elsewhere: Callable[[str, tensors.Entry], tuple[Path, int] | bool | None]) -> list[Span]:
+def spans(file: WeightFile, elsewhere: Callable[[str, headers.Entry], tuple[Path, int] | bool | None]) -> list[Span]:
     """The file as spans in order; neighbours that come from the same bytes of the same file become one.
 
     `elsewhere(tensor, entry)` says where a tensor's bytes are: (file, position), True for "as in `like`", or None when
@@ -198,7 +199,7 @@ def verify_file(file: WeightFile, parts: list[Span], digests: dict[str, bytes], 
     Raises:
         InputError: anything differs.
     """
-    if tensors.read_header(path).entries != file.entries:
+    if headers.read_header(path).entries != file.entries:
         raise InputError(f"{path} was not written as planned; check the disk")
     with open(path, "rb") as copy:
         for span in parts:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import adapters, formats, refs, tensors, tokenization
+from cpt_utils.checkpoints import adapters, formats, headers, refs, tensors, tokenization
 
 if TYPE_CHECKING:
     import torch
@@ -128,14 +128,14 @@ class AdapterFolder:
     def shard_of(self, name: str) -> str:
         return self.base.shard_of(self.changes[name].base if name == self.new_head else name)
 
-    def header(self, file: str) -> tensors.Header:
+    def header(self, file: str) -> headers.Header:
         return self.base.header(file)
 
     def folder_of(self, name: str) -> tensors.TensorFolder | None:
         """The folder with a tensor's bytes, the base's; None for one that is computed."""
         return None if name in self.changes else self.base
 
-    def entry(self, name: str) -> tensors.Entry:
+    def entry(self, name: str) -> headers.Entry:
         """Where the bytes of a tensor are in the base's file.
 
         Raises:

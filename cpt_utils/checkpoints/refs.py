@@ -21,7 +21,7 @@ from pathlib import Path
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import adapters, formats, hub, identity, tensors
+from cpt_utils.checkpoints import adapters, formats, headers, hub, identity, tensors
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What stands before a step in a name, the surest first: in `epoch-2-step-500` the step is 500.
@@ -198,11 +198,11 @@ class ModelRef:
 
     def _weight_files(self) -> list[str]:
         """The weight files of a hub model: one file or an index and its shards, safetensors before pickles."""
-        for single, index in ((tensors.SINGLE, tensors.INDEX), (tensors.BIN_SINGLE, tensors.BIN_INDEX)):
+        for single, index in ((formats.SINGLE, formats.INDEX), (formats.BIN_SINGLE, formats.BIN_INDEX)):
             if single in self.names:
                 return [single]
             if index in self.names:
-                return [index, *tensors.read_index(self.fetch([index]) / index)[0]]
+                return [index, *headers.read_index(self.fetch([index]) / index)[0]]
         return []
 
     def _refuse_unfit(self) -> None:

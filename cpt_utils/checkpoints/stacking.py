@@ -9,12 +9,13 @@ Values are only moved, never computed: every bit is the original's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
-from cpt_utils.checkpoints import tensors
+from cpt_utils.checkpoints import headers, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +31,12 @@ class _Bytes:
 
     path: Path
     file: str
-    found: tensors.Entry
+    found: headers.Entry
 
     def shard_of(self, name: str) -> str:
         return self.file
 
-    def entry(self, name: str) -> tensors.Entry:
+    def entry(self, name: str) -> headers.Entry:
         return self.found
 
 
@@ -157,7 +158,7 @@ class Restacked:
         if plain is None or aim.expert is not None or own.dim != aim.dim or not rows:
             return None
         whole, size = plain.entry(own.tensor), self._size(own, aim)
-        row = tensors.numel(whole.shape[2:]) * (whole.stop - whole.start) // max(1, tensors.numel(whole.shape))
+        row = math.prod(whole.shape[2:]) * (whole.stop - whole.start) // max(1, math.prod(whole.shape))
         start = whole.start + (own.expert * whole.shape[1] + (own.index.start if own.index else 0)) * row
-        entry = tensors.Entry(whole.dtype, size, start, start + size[0] * row)
+        entry = headers.Entry(whole.dtype, size, start, start + size[0] * row)
         return _Bytes(Path(plain.path), plain.shard_of(own.tensor), entry)

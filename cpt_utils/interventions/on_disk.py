@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import folders, refs, tensors, tokenization, tokenizer_id
+from cpt_utils.checkpoints import folders, formats, headers, refs, tensors, tokenization, tokenizer_id
 from cpt_utils.interventions import values
 from cpt_utils.interventions.surgery import Edit, Pair, Recipe, identity
 
@@ -79,7 +80,7 @@ def write_model(
             if pair.target_ref.is_adapter:  # its vocabulary may be larger than that of the base whose file was copied
                 (partial / "config.json").write_text(json.dumps(pair.config, indent=2) + "\n", encoding="utf-8")
             if index is not None:
-                (partial / tensors.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                (partial / formats.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             return _record(pair, recipe, request, partial, changed, unlike)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -136,7 +137,7 @@ def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
 def _places(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
     """Where each tensor's bytes are: in the target's file, in another one, or nowhere as such."""
 
-    def place(name: str, entry: tensors.Entry) -> tuple[Path, int] | bool | None:
+    def place(name: str, entry: headers.Entry) -> tuple[Path, int] | bool | None:
         if name not in edits and pair.target.kind == "safetensors":
             return True
         if name in edits and not _copies_bytes(pair, edits[name], entry):
@@ -148,7 +149,7 @@ def _places(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
     return place
 
 
-def _copies_bytes(pair: Pair, edits: list[Edit], entry: tensors.Entry) -> bool:
+def _copies_bytes(pair: Pair, edits: list[Edit], entry: headers.Entry) -> bool:
     """Whether the tensor is B's, whole and unconverted: then its bytes go from file to file."""
     only = edits[0]
     whole = len(edits) == 1 and only.whole and only.function is None
@@ -182,7 +183,7 @@ def _own_blocks(target: tensors.TensorFolder, name: str) -> Iterator[torch.Tenso
     if not shape:
         yield target.get(name).view(1)
         return
-    row = tensors.numel(shape[1:]) * target.dtype(name).itemsize
+    row = math.prod(shape[1:]) * target.dtype(name).itemsize
     for start, stop in tensors.chunks(shape[0], row, values.BLOCK):
         yield target.rows(name, start, stop)
 

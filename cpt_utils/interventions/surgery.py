@@ -12,6 +12,7 @@ low-rank deltas). B's values are converted to the dtype that C has on disk. Ever
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import opening, refs, settings, stacking, tensors, tokenization, tokenizer_id
+from cpt_utils.checkpoints import opening, refs, settings, stacking, tokenization, tokenizer_id
 from cpt_utils.interventions.condition import digest, function_facts
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class Pair:
 
     def share(self, recipe: Recipe) -> tuple[int, int]:
         """(parameters that the recipe moves, parameters of the target on disk)."""
-        total = sum(tensors.numel(self.target.shape(name)) for name in self.target.names() if not archs.is_buffer(name))
+        total = sum(math.prod(self.target.shape(name)) for name in self.target.names() if not archs.is_buffer(name))
         moved = 0
         for edit in recipe.edits:
             shape = list(self.target.shape(edit.tensor))[0 if edit.expert is None else 1 :]
@@ -209,7 +210,7 @@ class Pair:
                 shape[edit.dim] = len(range(*edit.index.indices(shape[edit.dim])))
             elif edit.index is not None:
                 shape[edit.dim] = len(edit.index)
-            moved += tensors.numel(shape)
+            moved += math.prod(shape)
         return moved, total
 
 

@@ -90,8 +90,6 @@ class Trial:
         def load(role: str):
             ref = self.models[role]
             tokenizers[role] = tokenization.load_tokenizer(ref, self.run, self.pair.base_ref)
-            if role == "base":
-                loading.prefetch(self.pair.target_ref)
             model = loading.load_model(ref, self.dtype, self.process.device, self.process.device_map)
             loading.announce(model, ref)
             return model

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import tempfile
 import threading
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
@@ -168,46 +165,15 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def prefetch(ref: refs.ModelRef) -> threading.Thread:
-    """Bring the files of a model into memory while another one computes; a hub model is fetched first.
+    """Fetch the files of a hub model while another one computes. No error is said: the load will say it."""
 
-    A daemon thread reads them once, so that the load finds them in the page cache. Nothing is done where they are more
-    than half of the available memory, and no error is said: the load will say it.
-    """
-    thread = threading.Thread(target=_read_ahead, args=(ref,), name=f"prefetch {ref.spec}", daemon=True)
+    def fetch() -> None:
+        with contextlib.suppress(Exception):
+            (ref.adapted or ref).folder((*formats.WEIGHT_PATTERNS, "*.json"))
+
+    thread = threading.Thread(target=fetch, name=f"prefetch {ref.spec}", daemon=True)
     thread.start()
     return thread
-
-
-def _read_ahead(ref: refs.ModelRef) -> int:
-    """Bytes read."""
-    done = 0
-    with contextlib.suppress(Exception):
-        if sys.platform == "linux":  # there a thread has a niceness of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        folder = (ref.adapted or ref).folder((*formats.WEIGHT_PATTERNS, "*.json"))
-        files = [path for pattern in formats.WEIGHT_PATTERNS for path in sorted(Path(folder).glob(pattern))]
-        if sum(path.stat().st_size for path in files) > available_memory() / 2:
-            return 0
-        block = memoryview(bytearray(1 << 20))
-        for path in files:
-            with open(path, "rb", buffering=0) as file:
-                while size := file.readinto(block):
-                    done += size
-    return done
-
-
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, by the machine's and the container's account; 0 where unknown."""
-    try:
-        machine = Path("/proc/meminfo").read_text()
-        free = int(machine.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return 0
-    with contextlib.suppress(OSError, IndexError, ValueError):  # cgroup v2; "max" is no number
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.stat").read_text().split("anon ")[1].split()[0]))
-    return max(0, free)
 
 
 def _check(report: dict, ref: refs.ModelRef) -> None:
