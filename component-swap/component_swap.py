@@ -79,11 +79,11 @@ class ComponentSwap:
         return "+".join(filter(None, (self.component, components.EMBEDDINGS if self.embeddings else None)))
 
 
-def crossed(own: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[ComponentSwap]:
-    """`own` ("attention_interface", "ffn_lsn_rich"), then the crossed ones, then all with embeddings.
+def crossed(treatment: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[ComponentSwap]:
+    """`treatment` ("attention_interface", "ffn_lsn_rich"), then the crossed ones, then all with embeddings.
 
-    With the layers of one place only, there is nothing to cross: `own` alone. A crossed pair none of whose layers has
-    the component is left out.
+    With the layers of one place only, there is nothing to cross: `treatment` alone. A crossed pair none of whose layers
+    has the component is left out.
 
     Args:
         having: the layers that have each component; the others of a place have nothing of it to swap.
@@ -91,7 +91,7 @@ def crossed(own: str, lists: dict[str, list[int]], having: dict[str, list[int]])
     Raises:
         InputError: no layer of the script's own place has its component.
     """
-    component, _, place = own.partition("_")
+    component, _, place = treatment.partition("_")
     others = [name for name in components.COMPONENTS if name != component]
     places = [place, *(name for name in lists if name != place)]
 
@@ -104,7 +104,7 @@ def crossed(own: str, lists: dict[str, list[int]], having: dict[str, list[int]])
     if not layers_of(component, place):
         raise InputError(f"none of the layers {lists[place]} has {component}: there is nothing to swap")
     if len(places) == 1:
-        return [ComponentSwap(own, component, layers_of(component, place), asked=asked(component, place))]
+        return [ComponentSwap(treatment, component, layers_of(component, place), asked=asked(component, place))]
     found: dict[tuple, ComponentSwap] = {}
     for embeddings in (False, True):
         for kind in [component, *others]:
@@ -252,12 +252,12 @@ def measure(
         having: the layers that have each component: random sets are drawn from those of the first swap's.
     """
     pair = trial.pair
-    recipes, swapper, own = components.Recipes(pair), in_memory.Swapper(pair), wanted[0]
-    there = having[own.component]
-    others, possible = controls.layer_sets(there, own.layers, number, trial.seed)
+    recipes, swapper, treatment = components.Recipes(pair), in_memory.Swapper(pair), wanted[0]
+    there = having[treatment.component]
+    others, possible = controls.layer_sets(there, treatment.layers, number, trial.seed)
     cli.say(
-        f"{own.name}: {len(own.layers)} of {len(there)} layers; of the {possible - 1} other sets of that size "
-        f"{len(others)} are measured"
+        f"{treatment.name}: {len(treatment.layers)} of {len(there)} layers; of the {possible - 1} other sets of that "
+        f"size {len(others)} are measured"
     )
     swaps, left_out = [], {}
     for condition in wanted:
@@ -275,10 +275,10 @@ def measure(
     if left_out:
         cli.say(f"left out: {', '.join(left_out)} ({next(iter(left_out.values()))})")
     for layers in others:
-        recipe = recipes.component(own.component, layers)
-        swaps.append(_condition(swapper, "random", layers, own.component, recipe, {}))
+        recipe = recipes.component(treatment.component, layers)
+        swaps.append(_condition(swapper, "random", layers, treatment.component, recipe, {}))
     facts = {
-        "own": own.name,
+        "own": treatment.name,
         "step": pair.target_ref.step,
         "n_layers": pair.n_layers,
         **({"n_layers_having": len(there)} if len(there) < pair.n_layers else {}),
@@ -287,7 +287,7 @@ def measure(
         "enumerated": len(others) == possible - 1,
         "left_out": left_out,
     }
-    trial.measure(out / "controls.json", swaps, own.name, facts, draw, gate)
+    trial.measure(out / "controls.json", swaps, treatment.name, facts, draw, gate)
 
 
 def _condition(swapper, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> Condition:
@@ -304,12 +304,12 @@ def draw(path: Path, payload: dict) -> None:
     for row in sorted(named, key=lambda row: ("afe".index(row["component"][0]), row["name"])):
         component, _, extra = row["component"].partition("+")
         meaning = "random" if component == components.EMBEDDINGS else component
-        own = row["name"] == payload["own"]
-        rows.append(swap_figure.row_of(payload, row, _label(row), meaning, own, bool(extra)))
-    own = named[[row["name"] for row in named].index(payload["own"])]
+        compared = row["name"] == payload["own"]
+        rows.append(swap_figure.row_of(payload, row, _label(row), meaning, compared, bool(extra)))
+    treatment = named[[row["name"] for row in named].index(payload["own"])]
     n_random = sum(row["name"] == "random" for row in payload["sets"])
     n_layers = payload.get("n_layers_having", payload["n_layers"])
-    swap_figure.draw(path, rows, f"{n_random} random sets of {len(own['layers'])} of {n_layers} layers")
+    swap_figure.draw(path, rows, f"{n_random} random sets of {len(treatment['layers'])} of {n_layers} layers")
 
 
 def _label(row: dict) -> str:
@@ -363,11 +363,11 @@ def add_flags(p, own_file: str) -> None:
     cli.add_forward_flags(p, batch_size=None, device_map=True)
 
 
-def run(args, own: str, step: str) -> None:
+def run(args, treatment: str, step: str) -> None:
     """What both scripts do with their arguments.
 
     Args:
-        own: the script's condition.
+        treatment: the script's condition.
         step: its place in a study.
     """
     if args.controls and args.crossed_folders is not None:
@@ -385,11 +385,11 @@ def run(args, own: str, step: str) -> None:
     refuse_foreign(out, checkpoints)
     n_layers = archs.for_config(base.config()).n_layers(base.config())
     models = [base.describe(), *(ref.describe() for ref in refs.run(spec))]
-    lists, known = read_lists(args, study, own, n_layers, models)
+    lists, known = read_lists(args, study, treatment, n_layers, models)
     facts, having = say_places(lists, n_layers), components.layers_having(base.config())
     if not args.controls:
         processes.Process.refuse_several("writing model folders")
-        named = crossed(own, lists, having)
+        named = crossed(treatment, lists, having)
         written = {out: named[0]} | crossed_folders(args.crossed_folders, named, out)
         plans = [plan_run(base, checkpoints, what, place, spec, args.overwrite) for place, what in written.items()]
         for plan in plans:
@@ -398,13 +398,15 @@ def run(args, own: str, step: str) -> None:
     with surgery.Pair(base, checkpoints[-1]) as pair:
         trial = Trial.from_arguments(args, study, pair, known, retrieval.of_pairs)
         number = controls.wanted(args.controls, study)
-        measure(trial, crossed(own, lists, having), out, number, facts, known["gate"], having)
+        measure(trial, crossed(treatment, lists, having), out, number, facts, known["gate"], having)
 
 
-def read_lists(args, study: Study, own: str, n_layers: int, models: list[dict]) -> tuple[dict[str, list[int]], dict]:
+def read_lists(
+    args, study: Study, treatment: str, n_layers: int, models: list[dict]
+) -> tuple[dict[str, list[int]], dict]:
     """The layers of the places that are needed, the script's own first; languages and gate of the files' headers."""
     given = {"interface": args.layer_selection, "lsn_rich": args.layer_list}
-    mine = own.partition("_")[2]
+    mine = treatment.partition("_")[2]
     lists, known, paths = {}, {}, []
     for place in sorted(layer_lists.FILES, key=lambda name: name != mine):
         file = layer_lists.FILES[place]
@@ -437,9 +439,9 @@ def crossed_folders(names: list[str] | None, known: list[ComponentSwap], out: Pa
     """
     if names is None:
         return {}
-    own, there = known[0].name, {condition.name: condition for condition in known if condition.component}
+    treatment, there = known[0].name, {condition.name: condition for condition in known if condition.component}
     same = {other: condition.name for condition in there.values() for other in condition.also}
-    crossed = {name: condition for name, condition in there.items() if name != own}
+    crossed = {name: condition for name, condition in there.items() if name != treatment}
     for name in names:
         if name in same:
             raise InputError(f"--crossed-folders: {name} is the same swap as {same[name]}; leave it out")

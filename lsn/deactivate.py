@@ -216,11 +216,11 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
     rows = {}
     for d in matrix:
         low, high = np.quantile(resampled_own[d], (0.025, 0.975))
-        rows[d] = place(own[d], chance[d]) | {"ci_low": float(low), "ci_high": float(high)}
+        rows[d] = rank_among_random(own[d], chance[d]) | {"ci_low": float(low), "ci_high": float(high)}
     together = sum(resampled_own.values()) / len(resampled_own)
     low, high = np.quantile(together, (0.025, 0.975))
     chance_together = [math.fsum(values) / len(values) for values in zip(*chance.values(), strict=True)]
-    overall = place(math.fsum(own.values()) / len(own), chance_together)
+    overall = rank_among_random(math.fsum(own.values()) / len(own), chance_together)
     intervals = {
         d: {e: [float(q) for q in np.quantile(draws[d][e], (0.025, 0.975))] for e in languages_} for d in matrix
     }
@@ -242,7 +242,7 @@ def selectivity_draws(draws: dict) -> dict:
     return {d: row[d] - sum(v for e, v in row.items() if e != d) / (len(row) - 1) for d, row in draws.items()}
 
 
-def place(own: float, others: list[float]) -> dict:
+def rank_among_random(own: float, others: list[float]) -> dict:
     """A selectivity among those of random sets: `p_value` = (1 + sets at least as selective) / (1 + sets)."""
     at_least = sum(other >= own for other in others)
     return {

@@ -34,8 +34,8 @@ CAPTIONS = {
         Mean absolute weight change of interface and hub layers over training, and the accuracy of the downstream task
         with standard errors. Both grow; claim C6 is decided on their first differences.""",
     "fig3_layer_swap": """Figures of the paper
-        What the hub swap and the random swaps lose against the checkpoint, with intervals over sentences; circles are
-        the random sets. Claim C2 is decided by the hub's place among the circles.""",
+        What the hub swap and the random swaps lose against the checkpoint, with intervals over sentences; dots are
+        the random sets. Claim C2 is decided by the hub's place among the dots.""",
     "fig4_attention_ffn": "Figures of the paper\nattn_vs_ffn",
     "fig5_lsn_counts": "Figures of the paper\nlsn_counts",
     "fig6_lsn_activation": "Figures of the paper\nlsn_activation",

@@ -361,12 +361,12 @@ def test_which_sets(capsys):
 
 
 def test_places_and_gains():
-    row = controls.place(0.3, [0.1, 0.3, 0.5, 0.2], True)
+    row = controls.rank_among_random(0.3, [0.1, 0.3, 0.5, 0.2], True)
     assert (row["rank"], row["quantile"], row["share_at_least_as_good"], row["p_value"]) == (2, 0.375, 0.5, 0.6)
-    row = controls.place(0.3, [0.1, 0.3, 0.5, 0.2], False)
+    row = controls.rank_among_random(0.3, [0.1, 0.3, 0.5, 0.2], False)
     assert (row["rank"], row["share_at_least_as_good"]) == (3, 0.75)
     assert row["random_sd"] == pytest.approx(np.std([0.1, 0.3, 0.5, 0.2], ddof=1))
-    assert controls.place(1.0, [0.5], True)["random_sd"] is None
+    assert controls.rank_among_random(1.0, [0.5], True)["random_sd"] is None
     assert controls.gain_lost(5.6, 6.2, 5.0, False) == pytest.approx(0.5)
     assert controls.gain_lost(0.30, 0.20, 0.40, True) == pytest.approx(0.5)
     assert controls.gain_lost(0.45, 0.20, 0.40, True) == pytest.approx(-0.25)

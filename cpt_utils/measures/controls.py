@@ -20,16 +20,16 @@ DISTINCT = 20  # fewer other sets than this tell little: said in words
 # --- which sets ---
 
 
-def add_flag(p, own: str) -> None:
-    """The flag --controls; `wanted` reads it. `own` says in its help what is compared with the random sets."""
+def add_flag(p, treatment: str) -> None:
+    """The flag --controls; `wanted` reads it. `treatment` says in its help what is compared with the random sets."""
     p.add_argument(
         "--controls",
         nargs="?",
         const="study",
         type=_number_of_sets,
         metavar="all|N",
-        help=f"compare {own} with random sets of its size: all of them where they are 300 or fewer (else 300), or N "
-        "seeded draws; without a value the study's `controls`, else all",
+        help=f"compare {treatment} with random sets of its size: all of them where they are 300 or fewer (else 300), "
+        "or N seeded draws; without a value the study's `controls`, else all",
     )
 
 
@@ -48,35 +48,36 @@ def wanted(given: str, study) -> str | int:
 
 
 def layer_sets(
-    layers: int | Sequence[int], own: Iterable[int], wanted: str | int, seed: int
+    layers: int | Sequence[int], treatment: Iterable[int], wanted: str | int, seed: int
 ) -> tuple[list[list[int]], int]:
-    """The sets of layers to compare `own` with, and how many sets of its size there are (itself among them).
+    """The sets of layers to compare `treatment` with, and how many sets of its size there are (itself among them).
 
-    All others of that size where that is asked for and they are few, else distinct seeded draws. `own` itself is never
-    among them.
+    All others of that size where that is asked for and they are few, else distinct seeded draws. `treatment` itself is
+    never among them.
 
     Args:
         layers: those that sets are drawn from, or, of layers 0 to n - 1, their number n.
         wanted: "all", or the number of sets; "all" stops at SMALL sets.
 
     Raises:
-        InputError: `own` is empty or all layers, so that there is nothing to compare it with.
+        InputError: `treatment` is empty or all layers, so that there is nothing to compare it with.
     """
     from itertools import combinations
 
-    own, layers = sorted(set(own)), range(layers) if isinstance(layers, int) else sorted(layers)
-    possible = math.comb(len(layers), len(own))
+    treatment, layers = sorted(set(treatment)), range(layers) if isinstance(layers, int) else sorted(layers)
+    possible = math.comb(len(layers), len(treatment))
     if possible < 2:
-        raise InputError(f"{len(own)} of {len(layers)} layers are swapped: there is no other set of that size")
+        raise InputError(f"{len(treatment)} of {len(layers)} layers are swapped: there is no other set of that size")
     if possible - 1 < DISTINCT:
-        cli.warn(f"only {possible - 1} other sets of {len(own)} layers exist: p cannot be below {1 / possible:.2f}")
+        others = f"only {possible - 1} other sets of {len(treatment)} layers exist"
+        cli.warn(f"{others}: p cannot be below {1 / possible:.2f}")
     limit = SMALL if wanted == "all" else int(wanted)
     if possible - 1 <= limit:
-        return [list(s) for s in combinations(layers, len(own)) if list(s) != own], possible
+        return [list(s) for s in combinations(layers, len(treatment)) if list(s) != treatment], possible
     draw, found = random.Random(seed), []
     while len(found) < limit:
-        drawn = sorted(draw.sample(layers, len(own)))
-        if drawn != own and drawn not in found:
+        drawn = sorted(draw.sample(layers, len(treatment)))
+        if drawn != treatment and drawn not in found:
             found.append(drawn)
     return found, possible
 
@@ -121,8 +122,8 @@ def gains(records: list[dict], seed: int) -> dict[str, dict]:
     return {name: found[MEASURES[name].kind] for name in target["values"] if MEASURES[name].kind in found}
 
 
-def place(own: float, others: list[float], higher_is_better: bool) -> dict:
-    """Where `own` stands among the random sets.
+def rank_among_random(treatment: float, others: list[float], higher_is_better: bool) -> dict:
+    """Where `treatment` stands among the random sets.
 
     `rank` 1 is the best; `n_equal` random sets share it. `quantile` is the share of random sets that are better (ties
     count half), 0 where none is.
@@ -130,17 +131,17 @@ def place(own: float, others: list[float], higher_is_better: bool) -> dict:
     (1 + random sets); `p_worse` for costing more, the same with at least as bad.
     """
     sign = 1 if higher_is_better else -1
-    better = sum(sign * other > sign * own for other in others)
-    equal = sum(other == own for other in others)
+    better = sum(sign * other > sign * treatment for other in others)
+    equal = sum(other == treatment for other in others)
     n, mean = len(others), math.fsum(others) / len(others)
     deviation = math.sqrt(math.fsum((other - mean) ** 2 for other in others) / (n - 1)) if n > 1 else None
     return {
-        "own": own,
+        "own": treatment,
         "random_mean": mean,
         "random_sd": deviation,
         "random_min": min(others),
         "random_max": max(others),
-        "own_minus_random": own - mean,
+        "own_minus_random": treatment - mean,
         "rank": 1 + better,
         "n_equal": equal,
         "n_random": n,
@@ -151,15 +152,15 @@ def place(own: float, others: list[float], higher_is_better: bool) -> dict:
     }
 
 
-def compare(records: list[dict], own: str, seed: int) -> dict[str, dict]:
-    """For each measure: gain lost by `own` and by the random sets, its place, and an interval of the difference.
+def compare(records: list[dict], treatment: str, seed: int) -> dict[str, dict]:
+    """For each measure: gain lost by `treatment` and by the random sets, its place, and an interval of the difference.
 
-    The interval is a bootstrap over sentences (documents, rows) of `own` minus the mean of the random sets, which are
-    held fixed.
+    The interval is a bootstrap over sentences (documents, rows) of `treatment` minus the mean of the random sets, which
+    are held fixed.
     """
     import numpy as np
 
-    base, target, mine = (next(r for r in records if r["name"] == name) for name in ("base", "target", own))
+    base, target, mine = (next(r for r in records if r["name"] == name) for name in ("base", "target", treatment))
     others = [r for r in records if r["name"] == "random"]
     found, gained = {}, gains(records, seed)
     for name, value in mine["values"].items():
@@ -167,7 +168,7 @@ def compare(records: list[dict], own: str, seed: int) -> dict[str, dict]:
         ends = base["values"][name], target["values"][name], measure.higher_is_better
         row = {"base": ends[0], "target": ends[1], "higher_is_better": measure.higher_is_better}
         row["gain"] = gained.get(name)
-        row |= place(value, [r["values"][name] for r in others], measure.higher_is_better)
+        row |= rank_among_random(value, [r["values"][name] for r in others], measure.higher_is_better)
         row["own_gain_lost"] = gain_lost(value, *ends, row["gain"])
         row["random_gain_lost"] = gain_lost(row["random_mean"], *ends, row["gain"])
         if name in mine["units"]:
@@ -221,12 +222,12 @@ def intervals(rows: list[dict], records: list[dict], seed: int) -> None:
             row["change"][name] = {"mean": mean, "ci_low": float(low[1, i]), "ci_high": float(high[1, i])}
 
 
-def places(rows: list[dict], own: str) -> None:
-    """Add `place` to the rows of all named sets that have the component of `own` and as many layers: see `place`.
+def rank_all(rows: list[dict], treatment: str) -> None:
+    """Add `place`, see `rank_among_random`, to named sets that have the component of `treatment` and as many layers.
 
-    Another set than `own` is compared with the random ones and `own`, never with itself.
+    Another set than `treatment` is compared with the random ones and `treatment`, never with itself.
     """
-    mine = next(row for row in rows if row["name"] == own)
+    mine = next(row for row in rows if row["name"] == treatment)
 
     def alike(row: dict) -> bool:
         return row.get("component") == mine.get("component") and len(row["layers"]) == len(mine["layers"])
@@ -237,7 +238,7 @@ def places(rows: list[dict], own: str) -> None:
             continue
         others = [other for other in [*drawn, mine] if other["layers"] != row["layers"]]
         row["place"] = {
-            name: place(value, [other["values"][name] for other in others], MEASURES[name].higher_is_better)
+            name: rank_among_random(value, [other["values"][name] for other in others], MEASURES[name].higher_is_better)
             for name, value in row["values"].items()
         }
 

@@ -66,7 +66,7 @@ class Trial:
         }
 
     def measure(
-        self, path: Path, wanted: list[Condition], own: str | None = None, facts: dict | None = None,
+        self, path: Path, wanted: list[Condition], treatment: str | None = None, facts: dict | None = None,
         figure: Callable[[Path, dict], None] | None = None, gate: dict | None = None,
     ) -> None:  # fmt: skip
         """Measure base, target and the conditions of the target, and write `path` (see `conditions.measure`).
@@ -74,7 +74,7 @@ class Trial:
         The conditions' facts may hold `layers`; they are compared within one `component`, where the facts name one.
 
         Args:
-            own: name of the condition to compare with those named "random"; None for no comparison. With it the
+            treatment: name of the condition to compare with those named "random"; None for no comparison. With it the
                 per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside
                 `path`.
             facts: payload of the result beside comparison and sets.
@@ -99,12 +99,12 @@ class Trial:
             return self.test.on(model, self.pair.arch, tokenizers[one.of], name)
 
         def write(records: list[dict], request: dict) -> None:
-            compared = controls.compare(records, own, self.seed) if own else None
+            compared = controls.compare(records, treatment, self.seed) if treatment else None
             sets = controls.summary(records, self.seed)
             payload = {**(facts or {}), "comparison": compared, "sets": sets, "request": request}
-            if own:
+            if treatment:
                 controls.intervals(sets, records, self.seed)
-                controls.places(sets, own)
+                controls.rank_all(sets, treatment)
                 units = controls.units_of(records)
                 results.write_tensors(path.with_suffix(".pt"), units)
             if figure is not None:

@@ -45,7 +45,7 @@ def rule(
     if not others:
         return Verdict(OPEN, reason or f"no random sets; {ENOUGH} or more are needed")
     # Rounded, because equal numbers of hits may differ in the last bit of their mean.
-    place = controls.place(round(own, 9), [round(value, 9) for value in others], higher_is_better=True)
+    place = controls.rank_among_random(round(own, 9), [round(value, 9) for value in others], higher_is_better=True)
     units = np.asarray(own_units, dtype=np.float64) - np.mean(np.asarray(other_units, dtype=np.float64), axis=0)
     mean = math.fsum(others) / len(others)
     row = over_sentences("hub minus random", units, seed) | {"value": own - mean}
