@@ -23,7 +23,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, experiments, figures, languages, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
-from cpt_utils.checkpoints import beside, refs
+from cpt_utils.checkpoints import beside, relatives
 from cpt_utils.measures import activation_files
 from cpt_utils.measures import gate as retrieval_gate
 
@@ -232,7 +232,7 @@ def refuse_strangers(files: list[tuple[Path, dict[str, dict]]]) -> dict[str, dic
     for path, models in files:
         for what, ref in models.items():
             first, other = known.setdefault(what, (path, ref))
-            if not refs.same_model(other, ref):
+            if not relatives.same_model(other, ref):
                 raise InputError(
                     f"{path} and {first} are about different models ({what}: {ref.get('spec')} and "
                     f"{other.get('spec')}, or trained again in between); {AGAIN}"

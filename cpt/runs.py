@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, locks, results, study
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import formats, step_names
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def claim(run: Path, settings: dict, defaults: dict, overwrite: bool) -> bool:
 
 def untouched(run: Path) -> bool:
     """Whether nothing was trained in `run` yet: no state and no checkpoint of any step."""
-    trained = [path for path in run.glob("checkpoint-*") if refs.CHECKPOINT.fullmatch(path.name)]
+    trained = [path for path in run.glob("checkpoint-*") if step_names.CHECKPOINT.fullmatch(path.name)]
     return not trained and not states(run / ".state") and not (run / "config.json").is_file()
 
 
@@ -94,9 +94,9 @@ def write_text(path: Path, text: str) -> None:
 def remove_run(run: Path) -> None:
     """Remove what a training wrote in `run`, the record of it last; other files stay."""
     for path in run.glob("checkpoint-*"):
-        if refs.CHECKPOINT.fullmatch(path.name):
+        if step_names.CHECKPOINT.fullmatch(path.name):
             shutil.rmtree(path)
-    for pattern in (*MODEL_FILES, *refs.TOKENIZER_FILES, "train.json", "timing.json"):
+    for pattern in (*MODEL_FILES, *formats.TOKENIZER_FILES, "train.json", "timing.json"):
         for path in run.glob(pattern):
             path.unlink()
     shutil.rmtree(run / ".state", ignore_errors=True)
@@ -155,7 +155,7 @@ def write_model(folder: Path, model, state: dict, tokenizer_files: Path, dtype_n
     for part in [config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)]:
         part["dtype"] = dtype_name
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in refs.TOKENIZER_FILES:
+    for name in formats.TOKENIZER_FILES:
         if (tokenizer_files / name).is_file():
             shutil.copyfile(tokenizer_files / name, folder / name)
 

@@ -29,7 +29,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
+from cpt_utils.checkpoints import beside, identity, refs, relatives, tokenization, tokenizer_id
 from cpt_utils.interventions import activations
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import conditions, evaluation, masks
@@ -388,7 +388,7 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home)
         InputError: a mask of another model, or no neuron of any of the languages.
     """
     widths = ffn.widths(archs.for_config(ref.config()), ref.config())
-    described = refs.relatives([ref], base, home)
+    described = relatives.of([ref], base, home)
     everyone = {
         lang: masks.read(mask_file, lang, len(widths), widths, described, control=False)
         for lang in masks.languages_in(mask_file)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from cpt_utils.base import cli, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import counts as activations
 from cpt_utils.measures import gate, masks
 
@@ -196,7 +196,7 @@ def refuse_stale(counts: list[Counts], study: Study) -> None:
     made_for, here = model_of(counts), [study.get("base"), study.get("run")]
     if made_for is None or not all(isinstance(place, str) and Path(place).is_dir() for place in here):
         return
-    if not refs.belongs(made_for, [ref.describe() for ref in [refs.model(here[0]), *refs.run(here[1])]]):
+    if not relatives.belongs(made_for, [ref.describe() for ref in [refs.model(here[0]), *refs.run(here[1])]]):
         raise InputError(
             f"{counts[0].path.parent} holds counts of {made_for['spec']}, which is neither the base nor a checkpoint "
             "of the study's run, or was trained again since; run lsn/activation.py again with --overwrite"
@@ -213,7 +213,7 @@ def n_interface(study: Study, n_layers: int, model: dict | None) -> int:
     path = study.input(None, "--n-layers", "layers")
     payload, header = results.read_json(path, "layer-specialize", n_layers=n_layers)
     made_for = (header.get("models") or {}).get("model")
-    if model and made_for and not refs.belongs(made_for, [model]):
+    if model and made_for and not relatives.belongs(made_for, [model]):
         raise InputError(
             f"{path} was made for {made_for.get('spec')}, but the counts are of {model.get('spec')}; run "
             "layer-specialize/layer_specialize.py on this run, or give --n-layers"
@@ -399,7 +399,7 @@ def other_than(study: Study, counts: list[Counts]) -> str:
     words, made_for = [], model_of(counts)
     with contextlib.suppress(InputError):  # results may outlive their models
         last = refs.run(study.value(None, "-t", "run"))[-1]
-        if made_for and not refs.same_model(made_for, last.describe()):
+        if made_for and not relatives.same_model(made_for, last.describe()):
             words.append(made_for["model_id"])
     wanted, have = (
         {languages.canonical(str(lang), any_tag=True) for lang in every}

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from cpt_utils.base import cli, figures, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
-from cpt_utils.checkpoints import beside, opening, refs
+from cpt_utils.checkpoints import beside, opening, refs, relatives
 from cpt_utils.measures import activation_files, masks
 from cpt_utils.measures.masks import Layers
 from cpt_utils.models import ffn
@@ -361,7 +361,7 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
     for (ref, _), theirs in zip(todo, widths, strict=True):
         if theirs != widths[0]:
             raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
-    described = refs.relatives([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
+    described = relatives.of([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
     places = (files.get(mask) for mask in ("language", "control"))
     hint = "give its mask; of a base, name the run that it belongs to with --run (study key run)"
     found = masks.read_both(*places, lang, len(widths[0]), widths[0], described, hint)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import controls, evaluation, gate, trial
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Results:
         mine = {str(ref["step"]): ref for ref in self.run}
         pairs += [(ref, mine.get(step)) for step, ref in (models.get("checkpoints") or {}).items()]
         for found, expected in pairs:
-            if expected is None or not refs.same_model(found, expected):
+            if expected is None or not relatives.same_model(found, expected):
                 than = f"{expected['spec']} of this study, or was trained again since" if expected else "this study's"
                 raise InputError(f"{path} is about {found.get('spec')}, another model than {than}; run that step again")
         self.read.append(str(path))
@@ -108,7 +108,7 @@ class Results:
         path = self.path("layers")
         payload, header = results.read_json(path, "layer-specialize", **self.sides())
         measured = (header.get("models") or {}).get("model")
-        if measured and not refs.belongs(measured, [self.base, *self.run]):
+        if measured and not relatives.belongs(measured, [self.base, *self.run]):
             raise InputError(f"{path} is about {measured['spec']}, no model of this study; run that step again")
         self.read.append(str(path))
         return payload

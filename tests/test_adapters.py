@@ -12,7 +12,7 @@ from helpers import load_script, read_tensors, save_tiny
 from safetensors.torch import load_file, save_file
 
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import identity, opening, refs, tokenization
+from cpt_utils.checkpoints import identity, opening, refs, relatives, tokenization
 from cpt_utils.checkpoints import merged as merging
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -504,6 +504,6 @@ def test_new_embeddings_need_a_new_output_matrix(tmp_path):
 
 def test_a_hub_adapter_of_a_base_that_was_trained_again_is_another_model():
     one = {"model_id": "a__b", "revision": "1", "adapter_of": {"model_id": "base", "weights_sample": "x"}}
-    assert refs.same_model(one, one)
-    assert not refs.same_model(one, one | {"adapter_of": {"model_id": "base", "weights_sample": "y"}})
-    assert not refs.same_model(one, one | {"adapter_of": None})
+    assert relatives.same_model(one, one)
+    assert not relatives.same_model(one, one | {"adapter_of": {"model_id": "base", "weights_sample": "y"}})
+    assert not relatives.same_model(one, one | {"adapter_of": None})

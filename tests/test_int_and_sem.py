@@ -11,7 +11,7 @@ from test_compare import load, reference
 
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import refs, relatives
 
 script = load_script("weight-diff/int_and_sem.py")
 
@@ -200,8 +200,8 @@ def test_layer_files_that_are_refused(tmp_path, no_figure):
     layers = layers_file(tmp_path / "l.json", models={"model": refs.model(other).describe()})
     command(base, tmp_path / "run" / "checkpoint-2", layers, tmp_path / "single.json")
     hub = {"spec": "org/name@step5", "model_id": "org__name@step5", "revision": "a" * 40, "step": 5}
-    assert refs.belongs(hub, [hub | {"spec": "org/name@step9", "model_id": "org__name@step9"}])
-    assert not refs.belongs(hub, [hub | {"spec": "org/other@step5", "model_id": "org__other@step5"}])
+    assert relatives.belongs(hub, [hub | {"spec": "org/name@step9", "model_id": "org__name@step9"}])
+    assert not relatives.belongs(hub, [hub | {"spec": "org/other@step5", "model_id": "org__other@step5"}])
     # The same weights at another path are the same model, and the base's own layers are fine too.
     for ref in (refs.model(other).describe() | {"spec": "elsewhere", "model_id": "x"}, refs.model(base).describe()):
         path = layers_file(tmp_path / "layers.json", models={"model": ref})

@@ -10,7 +10,7 @@ import pytest
 from helpers import save_tiny
 
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import identity, opening, refs, tokenization
+from cpt_utils.checkpoints import identity, opening, refs, step_names, tokenization
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def a_run(tmp_path):
     ],
 )
 def test_steps_are_read_from_names(name, step):
-    assert refs.step_of(name) == step
+    assert step_names.step_of(name) == step
 
 
 def test_a_run_is_ordered_by_number_not_by_text(a_run):
@@ -63,13 +63,13 @@ def test_a_run_is_ordered_by_number_not_by_text(a_run):
 
 
 def test_the_number_that_grows_is_the_step():
-    assert refs.steps_of(["part2-1000", "final", "part2-500"]) == {"part2-500": 500, "part2-1000": 1000}
-    assert refs.steps_of(["part2-1000", "part2-500", "llama-7"]) == {}  # a stranger among them: nothing is guessed
+    assert step_names.steps_of(["part2-1000", "final", "part2-500"]) == {"part2-500": 500, "part2-1000": 1000}
+    assert step_names.steps_of(["part2-1000", "part2-500", "llama-7"]) == {}  # one is a stranger: nothing is guessed
     # The number behind the word stays the same in all: it is no step.
-    assert refs.steps_of(["step1-it200", "step1-it90"]) == {"step1-it90": 90, "step1-it200": 200}
-    assert refs.steps_of(["1-10", "2-20"]) == {}  # two numbers grow
-    assert refs.steps_of(["x-1"]) == {}
-    assert refs.steps_of(["step10", "step9", "main"]) == {"step9": 9, "step10": 10}
+    assert step_names.steps_of(["step1-it200", "step1-it90"]) == {"step1-it90": 90, "step1-it200": 200}
+    assert step_names.steps_of(["1-10", "2-20"]) == {}  # two numbers grow
+    assert step_names.steps_of(["x-1"]) == {}
+    assert step_names.steps_of(["step10", "step9", "main"]) == {"step9": 9, "step10": 10}
 
 
 @pytest.mark.parametrize("name", ["step_{}", "ckpt-{}", "iter_{:07d}", "global_step{}", "step{}-tokens1B", "eus-{}"])

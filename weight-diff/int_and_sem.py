@@ -20,7 +20,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, refs
+from cpt_utils.checkpoints import beside, opening, refs, relatives
 from cpt_utils.measures import gate
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def read_layers(path: Path, group: str, n_layers: int, models: list[dict]) -> li
     """
     payload, header = results.read_json(path, n_layers=n_layers)
     made_for = (header.get("models") or {}).get("model")
-    if made_for and not refs.belongs(made_for, models):
+    if made_for and not relatives.belongs(made_for, models):
         raise InputError(
             f"{path} was made for {made_for.get('spec')}, which is neither the base nor a checkpoint of this run, or "
             "was trained again since; run layer-specialize/layer_specialize.py again, or give this run's file"

@@ -6,21 +6,24 @@ What is not merged here (DoRA, other PEFT types, changed bases as of PiSSA, quan
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
+from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import formats, identity, tensors
 
 if TYPE_CHECKING:
-    pass
+    from cpt_utils.checkpoints.refs import ModelRef
 
 # Keys of adapter_config.json that do not change what the merged model computes, or that are read below. Any other key
 # with a value is refused.
@@ -138,6 +141,50 @@ def _tokens(given, file: Path) -> dict[str, list[int]]:
         ):
             raise InputError(f"{file}: trainable_token_indices must be lists of different rows, 0 or more")
     return found
+
+
+def base_of(ref: ModelRef, model: Callable[[str], ModelRef]) -> ModelRef:
+    """The model that an adapter was trained on: the one its configuration names, else the one given with the reference.
+
+    The one it names comes first: merged into another model, the same adapter is no checkpoint of anything. But a
+    quantised one holds codes, to which nothing can be added. `model` makes a reference of its name.
+    """
+    settings = read_settings(ref.folder([formats.ADAPTER_CONFIG]))
+    named = settings.base or "a base that it does not name"
+    place = f"base_model_name_or_path of its {formats.ADAPTER_CONFIG}"
+    base, why = None, "which is not here" if settings.base else ""
+    if settings.base:
+        with contextlib.suppress(InputError):
+            base = model(settings.base)
+    remedy = f"write where its base is into {place}"
+    if _is_quantised(base, settings.base):
+        base, why, original = None, "which is quantised", formats.original_of(settings.base)
+        by_name = f" (by its name {original})" if original else ""
+        remedy = f"write the 16-bit model that it was made from{by_name} into {place}"
+    if base is None:
+        told = f"{ref.spec} is an adapter of {named}{f', {why}' if why else ''}"
+        if ref.base is None:
+            raise InputError(f"{told}; {remedy}")
+        base = ref.base
+        cli.say(f"{told}; {base.spec} is taken")
+    if base.is_adapter:
+        raise InputError(f"{ref.spec} is an adapter of {base.spec}, which is an adapter itself; merge that one first")
+    return base
+
+
+def _is_quantised(base: ModelRef | None, name: str) -> bool:
+    """Whether a base holds codes: where its configuration speaks of some, its files decide; where it cannot be had, its
+    name."""
+    if base is not None:
+        try:
+            if not base.is_adapter and formats.stated(base.config()) is not None:
+                tensors.TensorFolder(base, lazy=True).refuse_unfit().close()
+            return False
+        except formats.Quantised:
+            return True
+        except InputError:
+            pass
+    return formats.original_of(name) is not None
 
 
 def merged_config(values: dict, folder: Path) -> dict:

@@ -18,63 +18,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import adapters, formats, headers, hub, identity, tensors
+from cpt_utils.checkpoints import adapters, formats, headers, hub, identity, settings, step_names
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What stands before a step in a name, the surest first: in `epoch-2-step-500` the step is 500.
-_STEP_WORDS = ("step", "checkpoint|ckpt|chkpt", "iteration|iter")
-_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
-_PASSING = ("tmp", ".")  # starts of folders that a Trainer or a swap has not finished
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-)
 _SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
-
-
-def step_of(name: str) -> int | None:
-    """The training step that a checkpoint folder or a hub revision is named after, or None.
-
-    `checkpoint-15` -> 15; `stage2-ingredient1-step1000-tokens5B` -> 1000; `iter_0001000` -> 1000; `step-50K` -> 50000;
-    `run-a/step100` -> 100. Always an integer: as text, `step1000` would come before `step512`.
-    """
-    for word in _STEP_WORDS:
-        found = re.findall(rf"(?:^|[-_/]|global)(?:{word})[-_=]?(\d+)([km]?)(?=$|[-_/])", name, re.IGNORECASE)
-        if found:
-            number, unit = found[-1]
-            return int(number) * _UNITS[unit.lower()]
-    return None
-
-
-def steps_of(names: Iterable[str]) -> dict[str, int]:
-    """The steps of the checkpoints of one run, by their names, in step order; names without a step are left out.
-
-    Where the steps read from the words before them do not tell the names apart, or there are no such words, the names
-    must differ in one number only: the one that grows. (`part2-500`, `part2-1000`.)
-    """
-    names = list(names)
-    found = {name: step for name in names if (step := step_of(name)) is not None}
-    if not found or len(set(found.values())) < len(found):
-        names = list(found) or [name for name in names if re.search(r"\d$", name)]
-        numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
-        alike = len(names) > 1 and len({re.sub(r"\d+", "#", name) for name in names}) == 1
-        growing = [column for column in zip(*numbers, strict=False) if len(set(column)) == len(names)] if alike else []
-        if len(growing) == 1:
-            found = dict(zip(names, growing[0], strict=True))
-    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def local_id(path: str | os.PathLike) -> str:
@@ -163,7 +112,7 @@ class ModelRef:
         """The model that an adapter was trained on; None for what is a model itself."""
         if not self.is_adapter:
             return None
-        return _base_of(self, adapters.read_settings(self.folder([formats.ADAPTER_CONFIG])))
+        return adapters.base_of(self, model)
 
     def with_base(self, base: ModelRef | None) -> ModelRef:
         """The same model, with a base for the case that it is an adapter and its own base is not here."""
@@ -224,7 +173,7 @@ class ModelRef:
     def _config(self) -> dict:
         if self.is_adapter:
             return adapters.merged_config(self.adapted.config(), self.folder(formats.ADAPTER_PATTERNS))
-        return read_config(self.folder(["config.json"]), self.spec)
+        return settings.read_config(self.folder(["config.json"]), self.spec)
 
     def config(self) -> dict:
         """The model's `config.json` as a dict; an adapter's is its base's, with the vocabulary that the adapter has."""
@@ -285,83 +234,6 @@ class ModelRef:
         return identity.weights_sample(Path(self.spec))
 
 
-_POSITIONS = ("max_position_embeddings", "n_positions")
-
-
-def _base_of(ref: ModelRef, settings: adapters.Settings) -> ModelRef:
-    """The model that an adapter was trained on: the one its configuration names, else the one given with the reference.
-
-    The one it names comes first: merged into another model, the same adapter is no checkpoint of anything. But a
-    quantised one holds codes, to which nothing can be added.
-    """
-    named = settings.base or "a base that it does not name"
-    place = f"base_model_name_or_path of its {formats.ADAPTER_CONFIG}"
-    base, why = None, "which is not here" if settings.base else ""
-    if settings.base:
-        with contextlib.suppress(InputError):
-            base = model(settings.base)
-    remedy = f"write where its base is into {place}"
-    if _is_quantised(base, settings.base):
-        base, why, original = None, "which is quantised", formats.original_of(settings.base)
-        by_name = f" (by its name {original})" if original else ""
-        remedy = f"write the 16-bit model that it was made from{by_name} into {place}"
-    if base is None:
-        told = f"{ref.spec} is an adapter of {named}{f', {why}' if why else ''}"
-        if ref.base is None:
-            raise InputError(f"{told}; {remedy}")
-        base = ref.base
-        cli.say(f"{told}; {base.spec} is taken")
-    if base.is_adapter:
-        raise InputError(f"{ref.spec} is an adapter of {base.spec}, which is an adapter itself; merge that one first")
-    return base
-
-
-def _is_quantised(base: ModelRef | None, name: str) -> bool:
-    """Whether a base holds codes: where its configuration speaks of some, its files decide; where it cannot be had, its
-    name."""
-    if base is not None:
-        try:
-            if not base.is_adapter and formats.stated(base.config()) is not None:
-                tensors.TensorFolder(base, lazy=True).refuse_unfit().close()
-            return False
-        except formats.Quantised:
-            return True
-        except InputError:
-            pass
-    return formats.original_of(name) is not None
-
-
-def read_config(folder: Path, name: str) -> dict:
-    """The `config.json` of a model folder.
-
-    Raises:
-        InputError: there is none, it is damaged, or a size in it is no size.
-    """
-    file = folder / "config.json"
-    if not file.exists():
-        hint = "it is a run of checkpoints; name one of them" if checkpoints(folder) else "it is no model folder"
-        hint += formats.cut_off(folder)
-        named = sorted(path.parent.name for path in folder.glob(f"*/{formats.ADAPTER_CONFIG}"))
-        if named and not checkpoints(folder):  # as PEFT saves adapters that were given names
-            hint = (
-                f"adapters are in its sub-folders {', '.join(named)}; give {name}/{named[0]}, or, for a run, move the "
-                "files of one adapter up into each checkpoint"
-            )
-        raise InputError(f"{name} has no config.json: {hint}")
-    config = formats.read_json(file)
-    text = config.get("text_config")
-    for key, value, kind in (("model_type", config.get("model_type"), str), ("text_config", text, dict)):
-        if not isinstance(value, kind | None):
-            raise InputError(f"{file}: {key} is {str(value)[:40]}, which no model has; copy it again")
-    for values in (config, text or {}):
-        for key in sorted({key for keys in archs.FIELDS.values() for key in keys} | {"vocab_size", *_POSITIONS}):
-            value = values.get(key)
-            number = isinstance(value, int | float) and 0 <= value < 1 << 31 and value == int(value)
-            if isinstance(value, str | bool) or (isinstance(value, int | float) and not number):
-                raise InputError(f"{file}: {key} is {str(value)[:40]}, which is no size of a model; copy it again")
-    return config
-
-
 def _refuse_missing_folder(spec: str) -> None:
     name = spec.partition("@")[0]
     if not _REPOSITORY.fullmatch(name) or spec.startswith((".", "~", "/")):
@@ -375,15 +247,21 @@ def _refuse_missing_folder(spec: str) -> None:
         raise InputError(f"{spec}: no such folder (the folder {there} is there, {absent} is not in it)")
 
 
+def looks_local(spec: str) -> bool:
+    """Whether a reference that is no folder can only have been meant as one."""
+    name = spec.partition("@")[0]
+    return not _REPOSITORY.fullmatch(name) or any(parent.name and parent.is_dir() for parent in Path(name).parents)
+
+
 def model(text: str | os.PathLike) -> ModelRef:
     """The reference to one model. Its files are not touched yet, but a missing local folder is refused here."""
     spec = os.fspath(text).rstrip("/") or "/"
     if os.path.isdir(spec):
-        return ModelRef(spec, step_of(os.path.basename(os.path.abspath(spec))))
+        return ModelRef(spec, step_names.step_of(os.path.basename(os.path.abspath(spec))))
     _refuse_missing_folder(spec)
     ref = ModelRef(spec)
-    step = step_of(os.path.basename(ref.subfolder))
-    return replace(ref, step=step_of(ref.revision or "") if step is None else step)
+    step = step_names.step_of(os.path.basename(ref.subfolder))
+    return replace(ref, step=step_names.step_of(ref.revision or "") if step is None else step)
 
 
 # --- runs ---
@@ -396,21 +274,8 @@ def is_run(text: str | os.PathLike) -> bool:
 
 
 def checkpoints(folder: str | os.PathLike) -> list[ModelRef]:
-    """The checkpoints in a local folder, ordered by step: its sub-folders `checkpoint-<step>`, and others that are
-    named after a step and hold a model or an adapter. What a Trainer or a swap has not finished is none.
-    """
-    folder = os.fspath(folder)
-    try:
-        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from None
-    names = [name for name in names if not name.startswith(_PASSING)]
-    plain = {name: step_of(name) for name in names if CHECKPOINT.fullmatch(name)}
-    own = ("config.json", formats.ADAPTER_CONFIG)
-    others = [n for n in names if n not in plain and any(os.path.isfile(os.path.join(folder, n, f)) for f in own)]
-    steps = steps_of([*plain, *others])
-    _say_steps(folder, steps)
-    return [ModelRef(os.path.join(folder, name), step) for name, step in steps.items()]
+    """The checkpoints in a local folder, ordered by step, see `step_names.in_folder`."""
+    return [ModelRef(os.path.join(folder, name), step) for name, step in step_names.in_folder(folder).items()]
 
 
 def _folders(ref: ModelRef) -> list[ModelRef]:
@@ -428,17 +293,9 @@ def _folders(ref: ModelRef) -> list[ModelRef]:
 
 
 def _in_repository(ref: ModelRef, folders: Iterable[str]) -> list[ModelRef]:
-    steps = steps_of(folders)
-    _say_steps(ref.spec, steps)
+    steps = step_names.told(ref.spec, folders)
     revision = f"@{ref.revision}" if ref.revision else ""
     return [ModelRef(f"{ref.spec.partition('@')[0]}/{name}{revision}", step) for name, step in steps.items()]
-
-
-def _say_steps(where: str, steps: dict[str, int]) -> None:
-    """Say once what was taken as the step, where it is not plain."""
-    shown = next((name for name, step in steps.items() if name not in (f"checkpoint-{step}", f"step{step}")), None)
-    if shown is not None:
-        cli.once(f"{where}: steps are read from the names ({shown} is step {steps[shown]})")
 
 
 def is_pattern(spec: str) -> bool:
@@ -462,8 +319,7 @@ def revisions(spec: str) -> list[ModelRef]:
         what = f"{place} has no folder"
     else:
         _refuse_missing_folder(name)
-        steps = steps_of(hub.revisions(name, pattern))
-        _say_steps(spec, steps)
+        steps = step_names.told(spec, hub.revisions(name, pattern))
         found, what = [ModelRef(f"{name}@{own}", step) for own, step in steps.items()], f"{name} has no branch or tag"
     if not found:
         raise InputError(f"{spec}: {what} of that pattern with a step in its name")
@@ -567,58 +423,3 @@ def _only_steps(found: list[ModelRef], steps: Iterable[int] | None) -> list[Mode
         have = ", ".join(str(ref.step) for ref in found if ref.step is not None) or "none"
         raise InputError(f"no checkpoint of step {', '.join(map(str, missing))}; the run has {have}")
     return [ref for ref in found if ref.step is None or ref.step in set(steps)]
-
-
-def same_model(a: dict, b: dict) -> bool:
-    """Whether two descriptions mean one model: by its weights where both are local, else by name and revision.
-
-    Of an adapter the model that it changes must be the same, too.
-    """
-    if a.get("weights_sample") and b.get("weights_sample"):
-        return a["weights_sample"] == b["weights_sample"]
-    below = a.get("adapter_of"), b.get("adapter_of")
-    if any(below) and not (all(below) and same_model(*below)):
-        return False
-    return a.get("model_id") == b.get("model_id") and a.get("revision") == b.get("revision")
-
-
-def relatives(found: Iterable[ModelRef], base: str | None = None, run: str | list | None = None) -> list[dict]:
-    """Descriptions of the models that a result may be of to serve `found`: themselves, the other checkpoints of their
-    runs, and the study's base and run.
-
-    All checkpoints are described as they are now, so that what was made before a run was trained again is no relative.
-    """
-    known: dict[str, ModelRef] = {}
-    for ref in found:
-        known[ref.spec] = ref
-        parent = os.path.dirname(os.path.abspath(ref.spec))
-        if ref.is_local and ref.step is not None:
-            known |= {other.spec: other for other in checkpoints(os.path.relpath(parent))}
-    for spec in filter(None, [base]):
-        if os.path.isdir(spec) or not _looks_local(spec):
-            known.setdefault(spec, model(spec))
-    if run and (not isinstance(run, str) or os.path.isdir(run) or not _looks_local(run)):
-        known |= {ref.spec: ref for ref in models(run) if ref.spec not in known}
-    return [ref.describe() for ref in known.values()]
-
-
-def _looks_local(spec: str) -> bool:
-    """Whether a reference that is no folder can only have been meant as one."""
-    name = spec.partition("@")[0]
-    return not _REPOSITORY.fullmatch(name) or any(parent.name and parent.is_dir() for parent in Path(name).parents)
-
-
-def belongs(measured: dict, models: list[dict]) -> bool:
-    """Whether `measured` is one of `models`, or a checkpoint of the same run that is not among them."""
-    if any(same_model(measured, model) for model in models):
-        return True
-    if measured.get("revision"):
-        return ModelRef(measured["spec"]).repository in {ModelRef(model["spec"]).repository for model in models}
-    place = Path(measured["spec"]).resolve()
-    known = {Path(model["spec"]).resolve(): model.get("step") for model in models}
-    # A path that is among the models holds other weights now: it was trained again.
-    return (
-        place not in known
-        and measured.get("step") is not None
-        and place.parent in {path.parent for path, step in known.items() if step is not None}
-    )

@@ -1,4 +1,4 @@
-"""What config.json says beside sizes: under which settings the same weights compute something else.
+"""What config.json says: sizes, checked, and under which settings the same weights compute something else.
 
 Files of transformers 4 and 5 write one setting in two ways (`rope_theta`, `rope_parameters`), and what a file leaves
 out is the type's default: 10,000 for the RoPE base of a Llama 2. So two models are compared in what transformers makes
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import formats, refs
+from cpt_utils.checkpoints import formats, step_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from cpt_utils.checkpoints import refs
 
 # Settings without influence on what a forward pass computes from a layer's weights.
 PASSING = re.compile(
@@ -32,6 +34,38 @@ PASSING = re.compile(
 # What transformers turns into others: into `layer_types`, and into a window of None.
 DERIVED = ("use_sliding_window", "max_window_layers", "sliding_window_pattern")
 LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # matter to some scalings of RoPE only
+
+
+def read_config(folder: Path, name: str) -> dict:
+    """The `config.json` of a model folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or a size in it is no size.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        is_run = bool(step_names.in_folder(folder))
+        hint = "it is a run of checkpoints; name one of them" if is_run else "it is no model folder"
+        hint += formats.cut_off(folder)
+        named = sorted(path.parent.name for path in folder.glob(f"*/{formats.ADAPTER_CONFIG}"))
+        if named and not is_run:  # as PEFT saves adapters that were given names
+            hint = (
+                f"adapters are in its sub-folders {', '.join(named)}; give {name}/{named[0]}, or, for a run, move the "
+                "files of one adapter up into each checkpoint"
+            )
+        raise InputError(f"{name} has no config.json: {hint}")
+    config = formats.read_json(file)
+    text = config.get("text_config")
+    for key, value, kind in (("model_type", config.get("model_type"), str), ("text_config", text, dict)):
+        if not isinstance(value, kind | None):
+            raise InputError(f"{file}: {key} is {str(value)[:40]}, which no model has; copy it again")
+    for values in (config, text or {}):
+        for key in sorted({key for keys in archs.FIELDS.values() for key in keys} | {"vocab_size", *LENGTH[:2]}):
+            value = values.get(key)
+            number = isinstance(value, int | float) and 0 <= value < 1 << 31 and value == int(value)
+            if isinstance(value, str | bool) or (isinstance(value, int | float) and not number):
+                raise InputError(f"{file}: {key} is {str(value)[:40]}, which is no size of a model; copy it again")
+    return config
 
 
 def unlike(base: refs.ModelRef, target: refs.ModelRef) -> dict[str, tuple]:

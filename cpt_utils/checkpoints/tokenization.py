@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import formats, identity, refs, settings
+from cpt_utils.checkpoints import formats, identity, refs, settings, step_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def configuration_of_tokenizer(folder: Path) -> Path | None:
     own way, whatever tokenizer_config.json says. An adapter's configuration is its base's, and a run's that of its
     checkpoints, so that the same files are the same tokenizer wherever they lie.
     """
-    steps = sorted(path for path in folder.iterdir() if path.is_dir() and refs.step_of(path.name) is not None)
+    steps = sorted(path for path in folder.iterdir() if path.is_dir() and step_names.step_of(path.name) is not None)
     for ref in (refs.ModelRef(os.fspath(path)) for path in (folder, *steps)):
         with contextlib.suppress(InputError):  # a base that is not here
             if {"config.json", formats.ADAPTER_CONFIG} & ref.names:
@@ -120,7 +120,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     getLogger("transformers.modeling_rope_utils").setLevel("ERROR")  # `load_model` says it
-    formats.refuse_pointer_tokenizer(folder, refs.TOKENIZER_FILES)
+    formats.refuse_pointer_tokenizer(folder, formats.TOKENIZER_FILES)
     piece = next((folder / name for name in SENTENCEPIECE if (folder / name).is_file()), None)
     if piece and not (folder / "tokenizer.json").is_file() and b"\0" in piece.read_bytes():  # one of tiktoken is text
         missing = [package for package, module in READERS.items() if not _installed(module)]

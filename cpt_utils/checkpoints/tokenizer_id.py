@@ -13,7 +13,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from cpt_utils.checkpoints import refs, tokenization
+from cpt_utils.checkpoints import formats, refs, tokenization
 
 KIND = "ids:"  # what these hashes start with; others stem from before and cannot be compared with them
 
@@ -56,7 +56,7 @@ def _files(folder: Path) -> str:
     """A hash of the files that decide which tokenizer is loaded: equal ones are loaded once a process."""
     digest = hashlib.sha256()
     config = (tokenization.configuration_of_tokenizer(folder) or folder) / "config.json"
-    for file in (config, *(folder / name for name in refs.TOKENIZER_FILES)):
+    for file in (config, *(folder / name for name in formats.TOKENIZER_FILES)):
         if file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

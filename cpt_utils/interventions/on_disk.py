@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import folders, formats, headers, refs, tensors, tokenization, tokenizer_id
+from cpt_utils.checkpoints import folders, formats, headers, tensors, tokenization, tokenizer_id
 from cpt_utils.interventions import values
 from cpt_utils.interventions.surgery import Edit, Pair, Recipe, identity
 
@@ -130,7 +130,7 @@ def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
         code = Path((pair.target_ref.adapted or pair.target_ref).folder(["*.py"]))
         found |= {path.name: path for path in sorted(code.glob("*.py"))}
     folder = Path(tokenization.tokenizer_folder(pair.target_ref, os.fspath(run) if run else None, pair.base_ref))
-    found |= {name: folder / name for name in refs.TOKENIZER_FILES if (folder / name).is_file()}
+    found |= {name: folder / name for name in formats.TOKENIZER_FILES if (folder / name).is_file()}
     return found
 
 

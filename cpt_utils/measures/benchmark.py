@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cpt_utils.base import cli, experiments, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import refs, step_names
 from cpt_utils.measures.lm_eval_results import ResultFile, is_number, is_result, metric_of, metrics_in, rows_behind
 
 SIB200_ROWS = 204
@@ -138,7 +138,7 @@ def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> fl
 
 def step_key(name: str) -> int | None:
     """The step that a key of a JSON file names: `15`, `checkpoint-15` or `step15`; None for any other text."""
-    return refs.step_of(f"step{name}" if name.isdecimal() else name)
+    return step_names.step_of(f"step{name}" if name.isdecimal() else name)
 
 
 # --- a folder of result files ---
@@ -202,12 +202,12 @@ def _by_name(found: list[ResultFile], base: str | None) -> list[tuple[int, Resul
     bases = _of_run(found, None, base)
     taken = {result.path for _, result in bases}
     rest = [r for r in found if not _is_changed(r, [], base) and r.path not in taken]
-    return bases + _steps([r for r in rest if refs.step_of(_last(r.name)) is not None])
+    return bases + _steps([r for r in rest if step_names.step_of(_last(r.name)) is not None])
 
 
 def _steps(found: list[ResultFile]) -> list[tuple[int, ResultFile]]:
     """(step, result) of those of one run that are named after a step."""
-    steps = refs.steps_of({_last(result.name) for result in found})
+    steps = step_names.steps_of({_last(result.name) for result in found})
     return [(steps[_last(result.name)], result) for result in found if _last(result.name) in steps]
 
 
@@ -215,7 +215,7 @@ def _is_changed(result: ResultFile, runs: list[str], base: str | None) -> bool:
     """Whether something was put on or into a model that is a checkpoint itself: then it is neither's result."""
     if result.adapter is None or (base is not None and _place(result.model) == _place(base)):
         return result.is_swapped
-    return any(_belongs(result.model, one) for one in runs) or refs.step_of(_last(result.model)) is not None
+    return any(_belongs(result.model, one) for one in runs) or step_names.step_of(_last(result.model)) is not None
 
 
 def _belongs(name: str, run: str) -> bool:
@@ -234,7 +234,7 @@ def _last(name: str) -> str:
     """The part of a model's name that holds its step: the folder, or the revision of a repository."""
     place, revision = _place(name)
     folder = os.path.basename(refs.ModelRef(name).subfolder)
-    return revision if revision and refs.step_of(folder) is None else os.path.basename(place)
+    return revision if revision and step_names.step_of(folder) is None else os.path.basename(place)
 
 
 def _place(name: str) -> tuple[str, str]:

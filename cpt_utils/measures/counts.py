@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, languages, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import relatives
 
 if TYPE_CHECKING:
     import numpy as np
@@ -214,7 +214,7 @@ def refuse_mixed(counts: list[Counts]) -> None:
     stated = [one for one in counts if one.header]
     for one in stated[1:]:
         ours, theirs = (x.header.get("models", {}).get("model", {}) for x in (stated[0], one))
-        if not refs.same_model(ours, theirs):
+        if not relatives.same_model(ours, theirs):
             raise InputError(
                 f"counts of different models: {stated[0].path.name} is of {ours.get('spec')}, {one.path.name} of "
                 f"{theirs.get('spec')}{' (trained again)' if ours.get('spec') == theirs.get('spec') else ''}; "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpt_utils.base import experiments, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import relatives
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_layers(path: Path, place: str, n_layers: int, models: list[dict]) -> tu
     if wrong:
         raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {n_layers - 1}")
     measured = (head.get("models") or {}).get("model")
-    if measured and not refs.belongs(measured, models):
+    if measured and not relatives.belongs(measured, models):
         raise InputError(
             f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
             "file of this pair"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import step_names
 
 # What is put on top of the model that `pretrained` names. lm_eval itself names such a result now after one, now after
 # the other.
@@ -86,7 +86,7 @@ class ResultFile:
         if revision == "main":
             return model, adapter
         # lm_eval asks for the revision of both. A folder that is a checkpoint has none: then it is the base's.
-        if adapter is None or refs.step_of(os.path.basename(adapter)) is not None:
+        if adapter is None or step_names.step_of(os.path.basename(adapter)) is not None:
             return f"{model}@{revision}", adapter
         return model, f"{adapter}@{revision}"
 

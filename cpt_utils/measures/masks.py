@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpt_utils.base import languages, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import refs
+from cpt_utils.checkpoints import relatives
 
 SCHEMA = "lsn-mask"
 
@@ -59,7 +59,7 @@ def read(
                 f"{path} was made for {fact} {header[fact]}, but {wanted} is needed; give the mask of this model"
             )
     made_for = (header.get("models") or {}).get("model")
-    if made_for and models is not None and not refs.belongs(made_for, models):
+    if made_for and models is not None and not relatives.belongs(made_for, models):
         raise InputError(
             f"{path} was made for {made_for.get('spec')}, which is none of the models asked for ("
             f"{', '.join(model['spec'] for model in models[:3])}{', ..' if len(models) > 3 else ''}), or was trained "
