@@ -16,16 +16,15 @@ Tiny: python activation-correlation/activation-correlation.py --study demo/tiny.
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, experiments, figures, languages, results, stats
+from cpt_utils.base import cli, figures, languages, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
-from cpt_utils.checkpoints import beside, relatives
-from cpt_utils.measures import activation_files
-from cpt_utils.measures import gate as retrieval_gate
+from cpt_utils.checkpoints import beside
+
+earlier = cli.sibling("activation-correlation/earlier_steps.py")
 
 SCHEMA = "activation_correlation"
 RESULTS = {"activation_correlation": "activation-correlation"}
@@ -35,18 +34,16 @@ CAPTIONS = {
         that of the neurons' own weights. Raw curves all grow and correlate; claim C4 is decided by the difference of
         the two correlations on first differences.""",
 }
-AGAIN = "run the step that is behind again"
-NAMES = {"mask": "masks", "control": "control masks", "text": "texts"}
-
-Series = dict[int, float]
+# What is correlated with |d|, and how a figure shows it: label, colour and hatch.
+KINDS = {"interface_attention": ("interface attention", "attention", ""), "lsn_ffn": ("gates of neurons", "ffn", "///")}
 
 
 # ---------------------------------------------------------------- the method
 
 
-def deviation(lsn: Series, control: Series, base: tuple[float, float]) -> list[float]:
+def deviation(lsn: list[float], control: list[float], base: tuple[float, float]) -> list[float]:
     """d_s of every step: how far the neurons' activation above their control has moved from the base's."""
-    return [(lsn[step] - control[step]) - (base[0] - base[1]) for step in sorted(lsn)]
+    return [(own - other) - (base[0] - base[1]) for own, other in zip(lsn, control, strict=True)]
 
 
 def attention_change(layers: dict[str, dict], interface: list[int]) -> float:
@@ -74,11 +71,10 @@ def gate_change(layers: dict[str, dict]) -> float:
 def relate(change: list[float], d: list[float]) -> dict:
     """Pearson's and Spearman's correlation over checkpoints, and both on first differences."""
     steps = stats.first_differences(change), stats.first_differences(d)
-    return _both(change, d) | {"first_differences": _both(*steps)}
-
-
-def _both(x: list[float], y: list[float]) -> dict:
-    return {"pearson": stats.correlation(x, y), "spearman": stats.correlation(x, y, method="spearman")}
+    raw, differences = (
+        {method: stats.correlation(x, y, method) for method in ("pearson", "spearman")} for x, y in ((change, d), steps)
+    )
+    return raw | {"first_differences": differences}
 
 
 def compare(attention: list[float], gate: list[float], d: list[float]) -> dict:
@@ -93,174 +89,53 @@ def compare(attention: list[float], gate: list[float], d: list[float]) -> dict:
 def strengths(series: dict) -> dict:
     """Everything that is correlated: `series` holds `d, attention, gate` and perhaps `gate_minus_control`."""
     size = [abs(value) for value in series["d"]]
-    kinds = {"interface_attention": "attention", "lsn_ffn": "gate"}
+    changes = {"interface_attention": series["attention"], "lsn_ffn": series["gate"]}
     if series["gate_minus_control"] is not None:
-        kinds["lsn_ffn_minus_control"] = "gate_minus_control"
-    found = {kind: relate(series[key], size) for kind, key in kinds.items()}
+        changes["lsn_ffn_minus_control"] = series["gate_minus_control"]
+    found = {kind: relate(change, size) for kind, change in changes.items()}
     return {
-        **{f"{kind}_correlation_strength": found[kind]["pearson"]["correlation"] for kind in list(kinds)[:2]},
-        "interface_attention": found["interface_attention"],
-        "lsn_ffn": found["lsn_ffn"],
-        "lsn_ffn_minus_control": found.get("lsn_ffn_minus_control"),
-        "signed": {kind: relate(series[key], series["d"]) for kind, key in kinds.items()},
+        **{f"{kind}_correlation_strength": found[kind]["pearson"]["correlation"] for kind in KINDS},
+        **{kind: found.get(kind) for kind in (*KINDS, "lsn_ffn_minus_control")},
+        "signed": {kind: relate(change, series["d"]) for kind, change in changes.items()},
         "comparison": compare(series["attention"], series["gate"], size),
     }
 
 
-# ---------------------------------------------------------------- files
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The files of the steps before: activations in `folder` below `name` and `base_tag`, and the three others."""
-
-    folder: Path
-    name: str
-    base_tag: str
-    weights: Path
-    gates: Path
-    layers: Path
-
-
-def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> str:
-    """The number of tokens for which mask and control of the base and of checkpoints are there.
+def series_of(found: earlier.Found, sources: earlier.Sources) -> dict:
+    """d over steps and what it is made of, and the changes that it is correlated with; the control's are None where
+    there is none.
 
     Raises:
-        InputError: there is none, or there are several; names them.
+        InputError: a projection of an interface layer or a gate is missing.
     """
-    both = {(True, 0), (False, 0)}
-    full = [n for n in run if both <= base.get(n, {}).keys() and {kind for kind, _ in run[n]} == {True, False}]
-    if len(full) == 1:
-        return full[0]
-    if full:
-        raise InputError(
-            f"{place} has activations over {' and over '.join(sorted(full))} tokens; keep one kind, and move the other"
-        )
-    missing = [] if run else ["everything of the run but tries with --limit"]
-    for n in run:
-        missing += [
-            f"the base's {'control' if kind else 'activation'} over {n} tokens"
-            for kind in (False, True)
-            if (kind, 0) not in base.get(n, {})
-        ]
-        if not any(kind for kind, _ in run[n]):
-            missing.append(f"the control of the checkpoints over {n} tokens")
-        if all(kind for kind, _ in run[n]):
-            missing.append(f"the activation of the checkpoints over {n} tokens")
-    made_by = experiments.made_by("lsn_activation")
-    raise InputError(f"{place}: missing is {', '.join(missing)}; run {made_by} with the mask and its control")
-
-
-def read_activation(path: Path, lang: str) -> tuple[float, dict]:
-    """The mean activation of a file, and its header.
-
-    Raises:
-        InputError: no mean in it, or another language.
-    """
-    payload, header = results.read_json(path, "lsn-activation")
-    again = f"run {experiments.made_by('lsn_activation')} again"
-    value = payload.get("all_layers") if isinstance(payload, dict) else None
-    if not isinstance(value, int | float):
-        raise InputError(f"{path} has no mean activation all_layers; {again}")
-    if not languages.same(header.get("language", lang), lang):
-        raise InputError(f"{path} is about {header['language']}, not {lang}; {again}")
-    return float(value), header
-
-
-def read_changes(path: Path, schema: str, script: str) -> tuple[dict[int, dict], dict]:
-    """`{step: row}` of a weight-difference file, without step 0, and its header.
-
-    Raises:
-        InputError: it has no checkpoints with layers.
-    """
-    payload, header = results.read_json(path, schema)
-    rows = payload.get("checkpoints") if isinstance(payload, dict) else None
+    means, steps = found.means, found.steps
+    lsn, control = ([means[kind, step] for step in steps] for kind in (False, True))
+    d = deviation(lsn, control, (means[False, 0], means[True, 0]))
     try:
-        found = {int(step): row for step, row in rows.items() if int(step)}
-        if not found or not all(row["layers"] for row in found.values()):
-            raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(f"{path} has no checkpoints with layers; give the file of {script}") from None
-    return dict(sorted(found.items())), header
-
-
-def read_interface(path: Path, n_layers: int, models: list[dict]) -> list[int]:
-    """The interface layers of step 2's file; it must be about one of `models`, where they are known."""
-    if not models:  # files of the published scripts say of no model what it is
-        models = [ref for ref in (results.read_json(path)[1].get("models") or {}).values() if isinstance(ref, dict)]
-    return cli.sibling("weight-diff/int_and_sem.py").read_layers(path, "interface", n_layers, models)
-
-
-def common_steps(steps: dict[str, set[int]], wanted: list[int] | None) -> list[int]:
-    """The steps that all files share; `wanted` of them where given.
-
-    Raises:
-        InputError: a file has a step that another has not, or lacks a wanted one; names the file and its steps.
-    """
-    if wanted is not None:
-        missing = {name: sorted(set(wanted) - have) for name, have in steps.items() if set(wanted) - have}
-        hint = "; give --steps that all have"
-    else:
-        every = set().union(*steps.values())
-        missing = {name: sorted(every - have) for name, have in steps.items() if every - have}
-        hint = "; measure them, or choose with --steps"
-    if missing:
-        what = ", and ".join(f"{name} has no step {', '.join(map(str, lacks))}" for name, lacks in missing.items())
-        raise InputError(f"the steps do not match: {what}{hint}")
-    return sorted(set(wanted) if wanted is not None else every)
-
-
-def weight_models(header: dict) -> dict[str, dict]:
-    """The models of a weight file's header by what they are: `base`, `step 10`, .."""
-    models = header.get("models") or {}
-    found = {f"step {step}": ref for step, ref in (models.get("checkpoints") or {}).items()}
-    return found | ({"base": models["base"]} if models.get("base") else {})
-
-
-def activation_model(header: dict, step: int) -> dict[str, dict]:
-    model = (header.get("models") or {}).get("model")
-    return {f"step {step}" if step else "base": model} if model else {}
-
-
-def refuse_strangers(files: list[tuple[Path, dict[str, dict]]]) -> dict[str, dict]:
-    """The models that the files are about, `{"base": .., "step 10": ..}`, as far as their headers say.
-
-    Raises:
-        InputError: two files mean different models by one of them, or one that was trained again in between.
-    """
-    known: dict[str, tuple[Path, dict]] = {}
-    for path, models in files:
-        for what, ref in models.items():
-            first, other = known.setdefault(what, (path, ref))
-            if not relatives.same_model(other, ref):
-                raise InputError(
-                    f"{path} and {first} are about different models ({what}: {ref.get('spec')} and "
-                    f"{other.get('spec')}, or trained again in between); {AGAIN}"
-                )
-    return {what: ref for what, (_, ref) in known.items()}
-
-
-def refuse_other_neurons(activations: list[tuple[Path, dict]], gate_file: Path, gate_header: dict) -> None:
-    """Refuse activations over other texts or neurons than one another's, or over other neurons than the gates'.
-
-    Raises:
-        InputError: names both files. Headers that do not say are taken on trust.
-    """
-    fingerprint = cli.sibling("weight-diff/gate_lsn.py").fingerprint
-    known = {kind: (gate_file, gate_header[kind]) for kind in ("mask", "control") if gate_header.get(kind)}
-    for path, header in activations:
-        said = {}
-        neurons = (header.get("request") or {}).get("mask")
-        if neurons:
-            kind = "control" if header.get("control") else "mask"
-            said[kind] = fingerprint({int(layer): neurons[layer] for layer in neurons})
-        text = header.get("tokens")
-        if isinstance(text, dict) and text.get("sha256"):
-            said["text"] = text["sha256"]
-        for what, value in said.items():
-            first, other = known.setdefault(what, (path, value))
-            if value != other:
-                raise InputError(f"{path} and {first} were made with different {NAMES[what]}; {AGAIN}")
+        attention = [attention_change(found.attention[step]["layers"], found.interface) for step in steps]
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{sources.weights} lacks q, k, v or o of an interface layer; run weight-diff/attn_vs_ffn.py again"
+        ) from None
+    try:
+        gate = [gate_change(found.gates[step]["layers"]) for step in steps]
+        controlled = all(found.gates[step].get("control") for step in steps)
+        others = [gate_change(found.gates[step]["control"]) for step in steps] if controlled else None
+    except (KeyError, TypeError):
+        raise InputError(f"{sources.gates} lacks gate_proj of a layer; run weight-diff/gate_lsn.py again") from None
+    return {
+        "steps": steps,
+        "d": d,
+        "abs_d": [abs(value) for value in d],
+        "activation": lsn,
+        "activation_control": control,
+        "base_activation": means[False, 0],
+        "base_activation_control": means[True, 0],
+        "attention": attention,
+        "gate": gate,
+        "gate_control": others,
+        "gate_minus_control": [a - b for a, b in zip(gate, others, strict=True)] if others else None,
+    }
 
 
 # ---------------------------------------------------------------- the figure
@@ -273,9 +148,6 @@ def draw(path: Path, payload: dict) -> None:
         _bars(bars, payload)
         _curves(curves, payload["series"])
         figures.save(figure, path)
-
-
-KINDS = {"interface_attention": ("interface attention", "attention", ""), "lsn_ffn": ("gates of neurons", "ffn", "///")}
 
 
 def _bars(axis, payload: dict) -> None:
@@ -355,30 +227,23 @@ def main(argv=None) -> None:
             (args.layer_selection_path, "--layer-selection-path", "layers"),
         )
     )
-    sources = Sources(folder, name, args.base_tag, *files)
+    sources = earlier.Sources(folder, name, args.base_tag, *files)
     folder = study.output(args.output_dir, "--output-dir", "activation_correlation")
-    series, facts = gather(sources, lang, args.steps)
-    called = (
-        name
-        if args.output_dir
-        else dotted(name, beside.name(study, lang=args.lang), part_of_run(facts, series["steps"]))
-    )
-    output = folder / f"{called}_correlation_strength.json"
+    found = earlier.read(sources, lang, args.steps)
+    series, n = series_of(found, sources), len(found.steps)
+    if not args.output_dir:  # what is not the study's own result goes beside it
+        part = f"steps-{found.steps[0]}-to-{found.steps[-1]}.{n}" if n < found.facts["n_available"] else ""
+        name = dotted(name, beside.name(study, lang=args.lang), part)
+    output = folder / f"{name}_correlation_strength.json"
     refuse_other_output(output, lang, args.steps, args.overwrite)
     payload = strengths(series) | {"series": series, "note": None}
-    n = len(series["steps"])
     if n < 3:
         payload["note"] = f"{n} checkpoint{'s are' if n > 1 else ' is'} too few for a correlation (3 or more)"
         cli.warn(f"the run is too short: {payload['note']}; two points always lie on a line, so none is given")
     draw(output.with_suffix(""), payload)
-    results.write_json(output, payload, results.header(SCHEMA, **facts, seed=study.seed))
+    results.write_json(output, payload, results.header(SCHEMA, **found.facts, seed=study.seed))
     cli.say("\n".join(summary(payload)))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
-
-
-def part_of_run(facts: dict, steps: list[int]) -> str:
-    """What is added to the name of a result that is not of all checkpoints there are."""
-    return f"steps-{steps[0]}-to-{steps[-1]}.{len(steps)}" if facts["n_used"] < facts["n_available"] else ""
 
 
 def refuse_other_output(output: Path, lang: str, wanted: list[int] | None, overwrite: bool) -> None:
@@ -392,120 +257,25 @@ def refuse_other_output(output: Path, lang: str, wanted: list[int] | None, overw
     results.finished(output, SCHEMA, request, "another --output-dir", overwrite, asked)
 
 
-def gather(sources: Sources, lang: str, wanted: list[int] | None) -> tuple[dict, dict]:
-    """The series over steps that are correlated, and what the header says of them.
-
-    Raises:
-        InputError: a file is missing, or is about other steps, models, neurons or languages than the others.
-    """
-    place = sources.folder / sources.name
-    run = activation_files.find(place, lang, of_run=True)
-    base = activation_files.find(sources.folder / sources.base_tag, lang, of_run=False)
-    tokens = choose_tokens(run, base, sources.folder)
-    attention, attention_header = read_changes(sources.weights, "attn_vs_ffn", "weight-diff/attn_vs_ffn.py")
-    gates, gate_header = read_changes(sources.gates, "gate_lsn", "weight-diff/gate_lsn.py")
-    if not languages.same(gate_header.get("language", lang), lang):
-        raise InputError(f"{sources.gates} is about {gate_header['language']}, not {lang}; run weight-diff/gate_lsn.py")
-    have = {str(sources.weights): set(attention), str(sources.gates): set(gates)}
-    for control, what in ((False, "activation"), (True, "activation of the control")):
-        have[f"{what} in {place}"] = {step for kind, step in run[tokens] if kind == control and step}
-    steps = common_steps(have, wanted)
-
-    measured = {(control, 0): base[tokens][control, 0] for control in (False, True)}
-    measured |= {(control, step): run[tokens][control, step] for control in (False, True) for step in steps}
-    read = {key: read_activation(path, lang) for key, path in measured.items()}
-    models = refuse_strangers(
-        [
-            (sources.weights, weight_models(attention_header)),
-            (sources.gates, weight_models(gate_header)),
-            *((measured[key], activation_model(header, key[1])) for key, (_, header) in read.items()),
-        ]
-    )
-    refuse_other_neurons([(measured[key], header) for key, (_, header) in read.items()], sources.gates, gate_header)
-    n_layers = len(attention[steps[0]]["layers"])
-    interface = read_interface(sources.layers, n_layers, list(models.values()))
-
-    series = activation_series({key: value for key, (value, _) in read.items()}, steps)
-    series |= weight_series(sources, attention, gates, steps, interface)
-    return series, {
-        "models": {
-            "base": models.get("base"),
-            "checkpoints": {str(step): models[f"step {step}"] for step in steps if f"step {step}" in models},
-        },
-        "n_layers": n_layers,
-        "language": languages.canonical(lang, any_tag=True),
-        "tokens": tokens,
-        "interface_layers": interface,
-        "gate": retrieval_gate.carried(sources.layers),
-        "files": {
-            "activation": sources.folder,
-            "attn_vs_ffn": sources.weights,
-            "gate_lsn": sources.gates,
-            "layers": sources.layers,
-        },
-        "n_used": len(steps),
-        "n_available": len(set.intersection(*have.values())),
-    }
-
-
-def activation_series(means: dict[tuple[bool, int], float], steps: list[int]) -> dict:
-    """d over steps and what it is made of; `means` is {(is control, step): mean activation}, the base at step 0."""
-    lsn, control = ({step: means[kind, step] for step in steps} for kind in (False, True))
-    d = deviation(lsn, control, (means[False, 0], means[True, 0]))
-    return {
-        "steps": steps,
-        "d": d,
-        "abs_d": [abs(value) for value in d],
-        "activation": list(lsn.values()),
-        "activation_control": list(control.values()),
-        "base_activation": means[False, 0],
-        "base_activation_control": means[True, 0],
-    }
-
-
-def weight_series(sources: Sources, attention: dict, gates: dict, steps: list[int], interface: list[int]) -> dict:
-    """The changes over steps that d is correlated with; those of the control are None where there is none.
-
-    Raises:
-        InputError: a projection of an interface layer or a gate is missing.
-    """
-    try:
-        found = {"attention": [attention_change(attention[step]["layers"], interface) for step in steps]}
-    except (KeyError, TypeError):
-        raise InputError(
-            f"{sources.weights} lacks q, k, v or o of an interface layer; run weight-diff/attn_vs_ffn.py again"
-        ) from None
-    try:
-        gate = [gate_change(gates[step]["layers"]) for step in steps]
-        controlled = all(gates[step].get("control") for step in steps)
-        control = [gate_change(gates[step]["control"]) for step in steps] if controlled else None
-    except (KeyError, TypeError):
-        raise InputError(f"{sources.gates} lacks gate_proj of a layer; run weight-diff/gate_lsn.py again") from None
-    more = [a - b for a, b in zip(gate, control, strict=True)] if control else None
-    return found | {"gate": gate, "gate_control": control, "gate_minus_control": more}
-
-
 def summary(payload: dict) -> list[str]:
     """The lines for the terminal."""
     lines = []
     for kind in (*KINDS, "lsn_ffn_minus_control"):
-        if payload[kind] is None:
+        if payload[kind] is not None:
+            parts = [part["pearson"] for part in (payload[kind], payload[kind]["first_differences"])]
+            lines += [kind.replace("_", " "), *_told(parts, "correlation", "r")]
+    parts = payload["comparison"].values()
+    return [*lines, "interface attention minus lsn ffn", *_told(parts, "difference", "difference of r")]
+
+
+def _told(parts, key: str, label: str):
+    for name, part in zip(("raw", "first differences"), parts, strict=True):
+        if part[key] is None:
+            yield f"  {name}: none, {part['note']}"
             continue
-        lines.append(kind.replace("_", " "))
-        for label, part in (("raw", payload[kind]), ("first differences", payload[kind]["first_differences"])):
-            lines.append(f"  {label}: {_told(part['pearson'], 'correlation', 'r')}")
-    lines.append("interface attention minus lsn ffn")
-    for label, key in (("raw", "raw"), ("first differences", "first_differences")):
-        lines.append(f"  {label}: {_told(payload['comparison'][key], 'difference', 'difference of r')}")
-    return lines
-
-
-def _told(part: dict, key: str, label: str) -> str:
-    if part[key] is None:
-        return f"none, {part['note']}"
-    interval = "" if part["ci_low"] is None else f", 95 % [{part['ci_low']:+.2f}, {part['ci_high']:+.2f}]"
-    p = f", p {part['p_value']:.3f}" if "p_value" in part else ""
-    return f"{label} {part[key]:+.3f}{p}, {part['n_points']} points{interval}"
+        interval = "" if part["ci_low"] is None else f", 95 % [{part['ci_low']:+.2f}, {part['ci_high']:+.2f}]"
+        p = f", p {part['p_value']:.3f}" if "p_value" in part else ""
+        yield f"  {name}: {label} {part[key]:+.3f}{p}, {part['n_points']} points{interval}"
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from cpt_utils.base import cli, figures, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.measures import benchmark, gate
+from cpt_utils.measures.benchmark import Point, Series
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from cpt_utils.measures.benchmark import Point, Series
 
 SCHEMA = "downstream_correlation"
 RESULTS = {"downstream": "downstream-correlation/correlation.json"}
@@ -280,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         draw(place, f"{args.metric}, {task}", steps, series[task].points, changes, written)
         cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
         cli.say("\n".join(summary(kind, written[kind]) for kind in LAYER_TYPES))
-    cli.say(f"written: {output}, and beside it .pdf and .png" + (" of every task" if len(series) > 1 else ""))
+    cli.say(f"wrote {output}, and beside it .pdf and .png" + (" of every task" if len(series) > 1 else ""))
 
 
 def summary(kind: str, row: dict) -> str:

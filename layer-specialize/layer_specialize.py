@@ -144,7 +144,7 @@ def specialize(accuracy: np.ndarray) -> dict:
     if np.ptp(accuracy) <= EQUAL:
         raise InputError(
             f"all {len(accuracy)} layers have the accuracy {accuracy[0]:.6g}: there is nothing to split; "
-            "look at the retrieval figure (too easy a set, or a model that knows none of the two languages)"
+            "look at the retrieval figure (too easy a set, or a model that knows neither language)"
         )
     high = two_means(accuracy)
     hub = np.flatnonzero(high).tolist()

@@ -222,14 +222,11 @@ def scores(found: dict) -> list[str]:
         for metric in ("acc", "acc_norm"):
             if f"{metric},none" in row:
                 error = row.get(f"{metric}_stderr,none")
-                parts.append(f"{metric} {row[f'{metric},none']:.3f}" + (f" ±{error:.3f}" if _number(error) else ""))
+                error = f" ±{error:.3f}" if isinstance(error, int | float) else ""
+                parts.append(f"{metric} {row[f'{metric},none']:.3f}{error}")
         n = found["n-samples"].get(name, {}).get("effective")
         lines.append(f"  {name}: {', '.join(parts)}" + (f" ({n} rows)" if n else " (macro mean)"))
     return lines
-
-
-def _number(value) -> bool:
-    return isinstance(value, int | float)
 
 
 @contextlib.contextmanager
@@ -249,25 +246,15 @@ def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("models", nargs="*", metavar="MODEL", help="models and runs; default: the study's base and run")
     cli.add_named_models(p, None, "MODEL: or beside other models")
-    p.add_argument(
-        "--tasks",
-        metavar="T,T,..",
-        type=lambda text: text.split(","),
-        help="task or group names, e.g. sib200_gle_Latn; default: the study's data.task.name",
-    )
+    text = "task or group names, e.g. sib200_gle_Latn; default: the study's data.task.name"
+    p.add_argument("--tasks", metavar="T,T,..", type=lambda text: text.split(","), help=text)
     p.add_argument("--include-path", metavar="FOLDER", help="folder of task files; default: this one (hub data)")
-    p.add_argument(
-        "--tsv-dir",
-        metavar="DIR",
-        help="local data, <language>/{train,dev,test}.tsv; default: the study's data.task.dir",
-    )
+    text = "local data, <language>/{train,dev,test}.tsv; default: the study's data.task.dir"
+    p.add_argument("--tsv-dir", metavar="DIR", help=text)
     p.add_argument("-o", "--output", metavar="FOLDER", help="default: the study's lm_eval folder")
     swaps.add_flags(p)
-    p.add_argument(
-        "--log-samples",
-        action="store_true",
-        help="also write samples_<task>_<time>.jsonl, as lm_eval does; finished results stay without",
-    )
+    text = "also write samples_<task>_<time>.jsonl, as lm_eval does; finished results stay without"
+    p.add_argument("--log-samples", action="store_true", help=text)
     p.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each prompt; default: none here")
     cli.add_run_flags(p)
     cli.add_forward_flags(p, device_map=True)

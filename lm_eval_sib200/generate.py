@@ -175,9 +175,8 @@ def _quoted(text: str) -> str:
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--tsv-dir", metavar="DIR", help="local data, <language>/{train,dev,test}.tsv; default: the hub")
-    p.add_argument(
-        "--out", "--output", metavar="FOLDER", help="folder to write; needed with --tsv-dir, default: this script's own"
-    )
+    text = "folder to write; needed with --tsv-dir, default: this script's own"
+    p.add_argument("--out", "--output", metavar="FOLDER", help=text)
     return p
 
 

@@ -40,7 +40,7 @@ class Swap:
         """
         if args.swap is None:
             if args.base or args.layers:
-                raise InputError("--base and --layers say what is swapped; give --swap, too")
+                raise InputError("--base and --layers say what is swapped; give --swap as well")
             return None
         if args.output is None:
             raise InputError("--swap needs -o: the study's lm_eval folder holds the results of its models as they are")
@@ -66,7 +66,7 @@ class Swap:
         if self.kind != "layers":
             hub = script.semantic_hub(listed, pair.n_layers)
             if not hub:
-                raise InputError(f"{self.layers}: every layer is an interface layer, so that no layer is left to swap")
+                raise InputError(f"{self.layers}: every layer is an interface layer, so no layer is left to swap")
             listed = hub if self.kind == "semantic_hub" else script.random_layers(len(hub), pair.n_layers, self.seed)
         return surgery.layers_from_base(pair, listed)
 
@@ -90,16 +90,9 @@ class Swap:
 
 
 def add_flags(p) -> None:
-    p.add_argument(
-        "--swap",
-        choices=KINDS,
-        metavar="KIND",
-        help=f"evaluate each model with parts of the base in it, swapped in memory: {', '.join(KINDS)}",
-    )
+    text = f"evaluate each model with parts of the base in it, swapped in memory: {', '.join(KINDS)}"
+    p.add_argument("--swap", choices=KINDS, metavar="KIND", help=text)
     p.add_argument("--base", metavar="BASE", help="where the parts of --swap come from; default: the study's base")
-    p.add_argument(
-        "--layers",
-        metavar="L",
-        help="for --swap: numbers like 3,4,5, or the file of step 2 (ffn: of step 8) with interface layers for "
-        "semantic_hub and random, layers to swap for the others; default: the study's file",
-    )
+    text = "for --swap: numbers like 3,4,5, or the file of step 2 (ffn: of step 8) with interface layers for "
+    text += "semantic_hub and random, layers to swap for the others; default: the study's file"
+    p.add_argument("--layers", metavar="L", help=text)

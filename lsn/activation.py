@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
+from cpt_utils.architectures.arch_parts import Neurons
 from cpt_utils.base import cli, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
@@ -35,12 +36,8 @@ from cpt_utils.measures import tokenids
 from cpt_utils.models import ffn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from torch import nn
-
-    from cpt_utils.architectures.arch_parts import Neurons
 
 unfinished = cli.sibling("lsn/activation_partial.py")
 
@@ -112,7 +109,9 @@ class Counter:
         import torch
 
         config = ffn.decoder_config(model)
-        self.reader = ffn.Reader(model, arch, range(arch.n_layers(config)), activation_name(config) in KEEP_SIGN)
+        names = (config.get(key) for key in ("hidden_activation", "hidden_act", "activation_function"))
+        before = next(filter(None, names), None) in KEEP_SIGN
+        self.reader = ffn.Reader(model, arch, range(arch.n_layers(config)), before)
         self.n_layers = arch.n_layers(config)
         self.counts = torch.zeros(self.n_layers, arch.ffn_width(config), dtype=torch.long)
         self.routed = torch.zeros(self.n_layers, self.reader.experts, dtype=torch.long)
@@ -154,12 +153,6 @@ class Counter:
         taken = self.counts, self.routed
         self.counts, self.routed = map(torch.zeros_like, taken)
         return taken
-
-
-def activation_name(config: Mapping) -> str | None:
-    """What a configuration calls the nonlinearity of its FFN."""
-    keys = ("hidden_activation", "hidden_act", "activation_function")
-    return next((config[key] for key in keys if config.get(key)), None)
 
 
 def count(
@@ -342,7 +335,7 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
     other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
     name = args.name or (dotted(study.name, other) if study else None)
     if name is None:
-        raise InputError("nothing says how the files are called: give -n NAME, or run inside a study")
+        raise InputError("nothing says what to call the files: give -n NAME, or run inside a study")
     size = ffn.block_size(ref.config(), args.type, args.block_size or study.get("lsn.block_size"))
     wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
     run = study.get("run") if isinstance(study.get("run"), str) else None
@@ -366,9 +359,14 @@ def id_files(given: list[str] | None, study: Study) -> list[Path]:
     """The files to count: those given, else one for each of the study's languages."""
     if given:
         return [Path(path) for path in given]
-    folder = study.value(None, "-i", "tokens")
-    codes = study.value(None, "-i", "languages.lsn")
-    return [Path(folder) / tokenids.file_name(str(code), study.name) for code in codes]
+    return [id_file(study, str(code)) for code in study.value(None, "-i", "languages.lsn")]
+
+
+def id_file(study: Study, lang: str) -> Path:
+    """The study's token ids of a language; the name has the study's spelling."""
+    codes = [str(code) for code in study.get("languages.lsn", [])]
+    name = tokenids.file_name(languages.find(codes, lang, default=lang), study.name)
+    return Path(study.value(None, "-i", "tokens")) / name
 
 
 def language_of(path: Path) -> str:
@@ -390,7 +388,7 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     try:
         home = tokenization.tokenizer_folder(ref, run)
     except InputError:
-        cli.warn(f"{ref.spec} has no tokenizer files: that the token ids are of its tokenizer is taken on trust")
+        cli.warn(f"{ref.spec} has no tokenizer files: it is taken on trust that the token ids are of its tokenizer")
         home = None
     own = tokenizer_id.of_plain_text(home) if home else None
     ids, head = tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=own)

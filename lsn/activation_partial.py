@@ -61,7 +61,7 @@ class Partial:
         """
         found = [content for content in map(self._read, partial_files(self.stem)) if content is not None]
         if not found:
-            raise InputError(f"the partial counts {self.stem}.*.pt are gone: was the same command run twice at a time?")
+            raise InputError(f"the partial counts {self.stem}.*.pt are gone: was the same command running twice?")
         times = sum(content["done"].long() for content in found)
         if not bool((times == 1).all()):
             raise InputError(

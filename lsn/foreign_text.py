@@ -121,5 +121,5 @@ def judge_of(code: str, kind: str) -> tuple[str | None, Callable[[list[str]], li
     if scripts:
         return "script", script_judge(scripts)
     if kind == "script":
-        raise InputError(f"--filter script: {code} names no script; write the language as in gle_Latn")
+        raise InputError(f"--filter script: {code} names no script; write it with its script, as in gle_Latn")
     return None, None

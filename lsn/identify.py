@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +31,11 @@ from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import counts as activations
 from cpt_utils.measures import gate, masks
+from cpt_utils.measures.counts import Counts
+from cpt_utils.measures.masks import Layers
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from cpt_utils.measures.counts import Counts
-    from cpt_utils.measures.masks import Layers
 
 reporting = cli.sibling("lsn/identify_report.py")
 
@@ -56,6 +53,7 @@ CAPTIONS = {
         How much of the mask a part of the tokens already gives (Jaccard with the full mask), and the agreement of two
         parts without a common token. Where the curve is flat near one, fewer tokens would have been enough.""",
 }
+
 # Entropies closer than this are ties: the same rates in another order or at another scale differ in the last bits.
 TIE = 12  # decimals
 LAYERS, REPORT = "lsn-layers", "lsn-report"
@@ -184,6 +182,47 @@ def richest(layers: Layers, n: int) -> list[int]:
     return sorted(sorted(layers, key=lambda layer: (-len(layers[layer]), layer))[:n])
 
 
+# ---------------------------------------------------------------- the mask and what goes with it
+
+
+def identify(counts: list[Counts], outputs: dict[str, tuple], passed: dict | None) -> None:
+    """Find the mask, and write it and what goes with it.
+
+    Args:
+        outputs: path, schema and facts of "mask" and "report", and of "control" and "layers" where they are wanted.
+        passed: the gate of the interface layers, for the file of as many layers.
+    """
+    reporting.warn_about_tokens(counts)
+    paths = {what: path for what, (path, _, _) in outputs.items()}
+    facts = outputs["report"][2]
+    found = of_counts(counts, **facts["rates"])
+    report = reporting.describe(found, counts, richest)
+    report |= {"rates": facts["rates"], "convergence": reporting.convergence(counts, found, select, **facts["rates"])}
+    if "control" in outputs:
+        widths = facts["ffn_width"] if counts[0].width is None else counts[0].width.tolist()
+        control = masks.random_control(found.mask, facts["n_layers"], widths, facts["seed"])
+    reporting.draw(paths["report"].with_suffix(""), report)
+    results.write_json(paths["report"], report, results.header(REPORT, **facts))
+    if "layers" in outputs:
+        wanted = outputs["layers"][2]
+        lang, n = wanted["language"], wanted["n_layers_listed"]
+        rich, sizes = richest(found.mask[lang], n), report["languages"][lang]["counts"]
+        content = {"layers": rich, "language": lang, "counts": sizes}
+        results.write_list(paths["layers"], "layers", content, results.header(LAYERS, **wanted, gate=passed))
+    if "control" in outputs:
+        masks.write(paths["control"], control, **outputs["control"][2])
+    masks.write(paths["mask"], found.mask, **facts)  # last: where it is, all is
+    reporting.say_found(report)
+    reporting.say_convergence(report["convergence"])
+    if "layers" in outputs:
+        cli.say(f"the {n} layers richest in neurons of {lang}: {rich}")
+        bare = [layer for layer in rich if not sizes[layer]]
+        if bare:
+            cli.warn(f"{lang} has no neurons in layers {bare}: only {n - len(bare)} layers have any")
+    figures = f"{paths['report'].with_suffix('')}-*.pdf"
+    cli.say(f"wrote {', '.join(map(str, paths.values()))} and the figures {figures}")
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -209,7 +248,7 @@ def model_of(counts: list[Counts]) -> dict | None:
 
 
 def n_interface(study: Study, n_layers: int, model: dict | None) -> int:
-    """How many interface layers the study's split of layers has; it must be about the model that was counted."""
+    """How many interface layers the study's split has; it must be about the model that was counted."""
     path = study.input(None, "--n-layers", "layers")
     payload, header = results.read_json(path, "layer-specialize", n_layers=n_layers)
     made_for = (header.get("models") or {}).get("model")
@@ -224,61 +263,51 @@ def n_interface(study: Study, n_layers: int, model: dict | None) -> int:
     return len(layers)
 
 
+def finished(path: Path, schema: str, facts: dict, overwrite: bool) -> bool:
+    """Whether `path` is a finished result whose header says `facts`; see `results.finished`."""
+
+    def asked(head: dict) -> dict:
+        return {fact: head.get(fact) for fact in facts}
+
+    return results.finished(path, schema, facts, "another -o", overwrite, asked)
+
+
 # ---------------------------------------------------------------- the command
 
 
 def build_parser():
     p = cli.parser(__doc__)
-
-    def add(*names, **how):
-        p.add_argument(*names, **how)
-
+    add = p.add_argument
     add("-t", "--tag", metavar="TAG", help="counts TAG.<lang>.pt are read; default: the study's name")
-    langs = "two languages or more; default: the study's languages.lsn"
-    add("-l", "--lang", "--langs", metavar="en,ga,..", help=langs)
-    out = "folder to write to; default: the study's lsn/result, else result"
-    add("-o", "--output", "--outdir", metavar="OUT", help=out)
+    text = "two languages or more; default: the study's languages.lsn"
+    add("-l", "--lang", "--langs", metavar="en,ga,..", help=text)
     add(
-        "-a",
-        "--activation",
-        metavar="FOLDER",
-        help=f"folder of the counts; default: the study's lsn/activation_count, else {BY_HAND}",
+        "-o",
+        "--output",
+        "--outdir",
+        metavar="OUT",
+        help="folder to write to; default: the study's lsn/result, else result",
     )
-    add(
-        "--rate",
-        type=float,
-        metavar="R",
-        help="share of all neurons to select; default: the study's lsn.rate, else 0.01",
-    )
-    add(
-        "--filter-rate",
-        type=float,
-        default=0.95,
-        metavar="R",
-        help="quantile of all rates that a neuron must exceed in some language to be a candidate; default 0.95",
-    )
-    add(
-        "--bar-rate",
-        type=float,
-        metavar="R",
-        help="quantile that its rate in a language must exceed to belong to it; default: that of --filter-rate",
-    )
+    text = f"folder of the counts; default: the study's lsn/activation_count, else {BY_HAND}"
+    add("-a", "--activation", metavar="FOLDER", help=text)
+    text = "share of all neurons to select; default: the study's lsn.rate, else 0.01"
+    add("--rate", type=float, metavar="R", help=text)
+    text = "quantile of all rates that a neuron must exceed in some language to be a candidate; default 0.95"
+    add("--filter-rate", type=float, default=0.95, metavar="R", help=text)
+    text = "quantile that its rate in a language must exceed to belong to it; default: that of --filter-rate"
+    add("--bar-rate", type=float, metavar="R", help=text)
     add("--control-mask-out", metavar="F", help="random control mask; default in a study: TAG.control.json")
     add("--layers-out", metavar="F", help="layers richest in neurons; default in a study: TAG.layers.json")
     add("--layers-lang", metavar="LANG", help="language of --layers-out; default: the study's languages.target")
-    add(
-        "--n-layers",
-        type=cli.positive,
-        metavar="N",
-        help="layers of --layers-out; default: the study's lsn.layers, else as many as it has interface layers",
-    )
+    text = "layers of --layers-out; default: the study's lsn.layers, else as many as it has interface layers"
+    add("--n-layers", type=cli.positive, metavar="N", help=text)
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    langs = wanted_languages(study.value(args.lang, "-l", "languages.lsn"))
+    langs = languages.several(study.value(args.lang, "-l", "languages.lsn"), "-l")
     tag = args.tag or (study.name if study else study.value(None, "-t", "name"))
     rates = wanted_rates(study.value(args.rate, "--rate", "lsn.rate", 0.01), args.filter_rate, args.bar_rate)
     folder = counts_folder(args, study, tag)
@@ -305,67 +334,22 @@ def main(argv=None) -> None:
         "rates": rates,
         "seed": study.seed,
     }
-    outputs = {mask_path: (masks.SCHEMA, facts | {"control": False})}
-    outputs[mask_path.with_suffix(".report.json")] = REPORT, facts
+    outputs = {
+        "mask": (mask_path, masks.SCHEMA, facts | {"control": False}),
+        "report": (mask_path.with_suffix(".report.json"), REPORT, facts),
+    }
     if control_path:
-        outputs[control_path] = masks.SCHEMA, facts | {"control": True}
+        outputs["control"] = control_path, masks.SCHEMA, facts | {"control": True}
     if layers_path:
-        outputs[layers_path] = LAYERS, facts | {"language": layers_lang, "n_layers_listed": n_rich}
-    if len(outputs) < 2 + bool(control_path) + bool(layers_path):
+        outputs["layers"] = layers_path, LAYERS, facts | {"language": layers_lang, "n_layers_listed": n_rich}
+    if len({path for path, _, _ in outputs.values()}) < len(outputs):
         raise InputError("two results would go to one file; give --control-mask-out and --layers-out other names")
     # All are looked at, so that a stranger is refused even where another one is missing.
-    states = [
-        results.finished(path, schema, wanted, "another -o", args.overwrite, partial(of_keys, wanted))
-        for path, (schema, wanted) in outputs.items()
-    ]
+    states = [finished(*wanted, args.overwrite) for wanted in outputs.values()]
     if all(states):
-        cli.say(f"{', '.join(map(str, outputs))}: finished (--overwrite redoes them)")
+        cli.say(f"{', '.join(str(path) for path, _, _ in outputs.values())}: finished (--overwrite redoes them)")
         return
-    identify(counts, outputs, mask_path, control_path, layers_path, passed)
-
-
-def of_keys(keys: Iterable[str], head: dict) -> dict:
-    """What a header says of the facts `keys`, which are the request."""
-    return {key: head.get(key) for key in keys}
-
-
-def identify(
-    counts: list[Counts], outputs: dict, mask_path: Path, control_path: Path | None, layers_path: Path | None,
-    passed: dict | None,
-) -> None:  # fmt: skip
-    """Find the mask, and write it and what goes with it.
-
-    Args:
-        outputs: schema and facts of each file.
-        passed: the gate of the interface layers, for the file of as many layers.
-    """
-    reporting.warn_about_tokens(counts)
-    facts, report_path = outputs[mask_path][1], mask_path.with_suffix(".report.json")
-    found = of_counts(counts, **facts["rates"])
-    if control_path:
-        widths = facts["ffn_width"] if counts[0].width is None else counts[0].width.tolist()
-        control = masks.random_control(found.mask, facts["n_layers"], widths, facts["seed"])
-    report = reporting.describe(found, counts, richest)
-    report |= {"rates": facts["rates"], "convergence": reporting.convergence(counts, found, select, **facts["rates"])}
-    reporting.draw(report_path.with_suffix(""), report)
-    results.write_json(report_path, report, results.header(REPORT, **outputs[report_path][1]))
-    if layers_path:
-        lang, n = (outputs[layers_path][1][fact] for fact in ("language", "n_layers_listed"))
-        layers = {"layers": richest(found.mask[lang], n), "language": lang}
-        layers["counts"] = report["languages"][lang]["counts"]
-        head = results.header(LAYERS, **outputs[layers_path][1], gate=passed)
-        results.write_list(layers_path, "layers", layers, head)
-    if control_path:
-        masks.write(control_path, control, **outputs[control_path][1])
-    masks.write(mask_path, found.mask, **facts)  # last: where it is, all is
-    reporting.say_found(report)
-    reporting.say_convergence(report["convergence"])
-    if layers_path:
-        cli.say(f"the {n} layers richest in neurons of {lang}: {layers['layers']}")
-        bare = [layer for layer in layers["layers"] if not layers["counts"][layer]]
-        if bare:
-            cli.warn(f"{lang} has no neurons in layers {bare}: only {n - len(bare)} layers have any")
-    cli.say(f"wrote {', '.join(map(str, outputs))} and the figures {report_path.with_suffix('')}-*.pdf")
+    identify(counts, outputs, passed)
 
 
 def counts_folder(args, study: Study, tag: str) -> Path:
@@ -387,11 +371,10 @@ def refuse_one(langs: list[str], counted: list[str], folder: Path, tag: str, fla
         return
     known = languages.find(counted, langs[0], default=langs[0])
     every = [known, *(lang for lang in counted if lang != known)]
+    do = f"{folder} has counts of {counted[0]} only: run lsn/activation.py on token ids of another language first"
     if len(every) > 1:
         do = f"give all that were counted: python lsn/identify.py -t {tag} -l {','.join(every)}{flags}"
-    else:
-        do = f"{folder} has counts of {counted[0]} only: run lsn/activation.py on token ids of another language first"
-    raise InputError(f"-l {langs[0]}: neurons of one language stand out against other languages only; {do}")
+    raise InputError(f"-l {langs[0]}: neurons of one language stand out only against other languages; {do}")
 
 
 def other_than(study: Study, counts: list[Counts]) -> str:
@@ -410,28 +393,11 @@ def other_than(study: Study, counts: list[Counts]) -> str:
     return dotted(*words)
 
 
-def wanted_languages(given: str | list[str]) -> list[str]:
-    """The languages of -l or of the study, as they were written.
-
-    Raises:
-        InputError: none, or one in two spellings.
-    """
-    parts = given.replace(" ", ",").split(",") if isinstance(given, str) else given
-    langs = [str(part).strip() for part in parts if str(part).strip()]
-    for i, lang in enumerate(langs):
-        twice = next((other for other in langs[:i] if languages.same(other, lang)), None)
-        if twice is not None:
-            raise InputError(f"languages: {twice} and {lang} are one language; name each once")
-    if not langs:
-        raise InputError("-l (study key languages.lsn) names no language; name two or more")
-    return langs
-
-
 def wanted_rates(rate, filter_rate: float, bar_rate: float | None) -> dict[str, float]:
-    """The three rates as LAPE takes them."""
+    """The three rates as LAPE takes them; the first may come from a study, which can hold anything."""
     rates = {"rate": rate, "filter_rate": filter_rate, "bar_rate": filter_rate if bar_rate is None else bar_rate}
     for name, value in rates.items():
-        if not 0 < value <= 1:
+        if type(value) not in (int, float) or not 0 < value <= 1:
             where = "--rate (study key lsn.rate)" if name == "rate" else f"--{name.replace('_', '-')}"
             raise InputError(f"{where} is {value!r}; give a share above 0 and at most 1")
     return {name: float(value) for name, value in rates.items()}

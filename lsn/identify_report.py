@@ -6,13 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, figures
-
-if TYPE_CHECKING:
-    from cpt_utils.measures.counts import Counts
-    from cpt_utils.measures.masks import Layers
+from cpt_utils.measures.counts import Counts
+from cpt_utils.measures.masks import Layers
 
 ENOUGH = 0.9  # Jaccard with the mask of all tokens from which a person would have got the same neurons
 REPEATED = 0.2  # of the text: from here on its parts tell little about each other
@@ -251,15 +248,11 @@ def describe(found, counts: list[Counts], richest: Callable) -> dict:
 
 def warn_about_tokens(counts: list[Counts]) -> None:
     """A rate p from n independent tokens has the standard error sqrt(p (1 - p) / n), at most 0.5 / sqrt(n)."""
-
-    def error(one: Counts) -> float:
-        return 0.5 / math.sqrt(one.n)
-
     for one in counts:
         if one.n < FEW_TOKENS:
             cli.warn(
                 f"{one.lang} has {one.n:,} tokens: a firing rate from so few has a standard error of up to "
-                f"{error(one):.3f}, so chance decides part of the mask"
+                f"{0.5 / math.sqrt(one.n):.3f}, so chance decides part of the mask"
             )
         if one.routed is not None:
             got = one.routed[one.routed.any(-1)]
@@ -271,9 +264,10 @@ def warn_about_tokens(counts: list[Counts]) -> None:
                 )
     least, most = (pick(counts, key=lambda one: one.n) for pick in (min, max))
     if most.n > UNEVEN * least.n:
+        errors = " against ".join(f"{0.5 / math.sqrt(one.n):.4f}" for one in (least, most))
         cli.warn(
             f"{most.lang} has {most.n / least.n:.1f} times the tokens of {least.lang} ({most.n:,} and {least.n:,}), "
-            f"whose rates are noisier: standard error up to {error(least):.4f} against {error(most):.4f}"
+            f"whose rates are noisier: standard error up to {errors}"
         )
 
 
@@ -307,7 +301,7 @@ def say_convergence(found: dict | None) -> None:
         shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in twice.items())
         cli.warn(
             f"text stands in the tokens more than once ({shares} by runs of 10 tokens): its parts agree because they "
-            "are the same text, and the number of tokens says more than there is"
+            "are the same text, and there is less text than the number of tokens says"
         )
         return
     enough = found["enough"]
@@ -318,9 +312,8 @@ def say_convergence(found: dict | None) -> None:
             f"Jaccard of {found['enough_at']} or better"
         )
     else:
-        cli.say(
-            f"parts of the tokens do not give this mask to a Jaccard of {found['enough_at']}: more would still move it"
-        )
+        least = found["enough_at"]
+        cli.say(f"parts of the tokens do not give this mask to a Jaccard of {least}: more would still change it")
 
 
 def _lowest(found: dict) -> str:

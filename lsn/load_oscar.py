@@ -14,18 +14,12 @@ Tiny: python lsn/load_oscar.py --study demo/tiny.yaml --tokens 2000
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +35,7 @@ if TYPE_CHECKING:
 
 foreign = cli.sibling("lsn/foreign_text.py")
 corpus = cli.sibling("lsn/oscar_text.py")
+processes = cli.sibling("lsn/oscar_processes.py")
 
 TOKENS = 100_000_000
 BATCH_DOCUMENTS = 1000
@@ -112,16 +107,10 @@ def as_text(pieces: list[str], encodings: list, dtype: str, splitter: encoding.S
 
 
 def tokenize(
-    read: Iterable[tuple[list[str], list[int], list[int]]],
-    encode: Callable[[list[str]], list],
-    judge: Callable[[list[str]], list[str]] | None,
-    drop: bool,
-    target: int,
-    sink,
-    dtype: str = "<i4",
-    report: Callable[[int], None] = lambda tokens: None,
-    splitter: encoding.Splitter | None = None,
-) -> dict:
+    read: Iterable[tuple[list[str], list[int], list[int]]], encode: Callable[[list[str]], list],
+    judge: Callable[[list[str]], list[str]] | None, drop: bool, target: int, sink, dtype: str = "<i4",
+    report: Callable[[int], None] = lambda tokens: None, splitter: encoding.Splitter | None = None,
+) -> dict:  # fmt: skip
     """Write ids to the binary file `sink` until there are `target`; what was read does not depend on the batches.
 
     Returns:
@@ -150,15 +139,8 @@ def tokenize(
         chosen.tofile(sink)
         labels.update(label for label in named[: len(pieces)] if label)
         done["documents"], done["null_pieces"] = numbers[len(pieces) - 1], nulls[-1]
-        for key, number in (
-            ("tokens", len(chosen)),
-            ("pieces", len(pieces)),
-            ("seen_tokens", len(ids)),
-            ("other_pieces", other.sum()),
-            ("other_tokens", lengths[other].sum()),
-            ("special_pieces", again.sum()),
-        ):
-            done[key] += int(number)
+        done.update(tokens=len(chosen), pieces=len(pieces), seen_tokens=len(ids), special_pieces=int(again.sum()))
+        done.update(other_pieces=int(other.sum()), other_tokens=int(lengths[other].sum()))
         report(done["tokens"])
         if done["tokens"] == target:
             break
@@ -234,149 +216,32 @@ def refuse_nothing(lang: str, found: dict) -> None:
     raise InputError(f"the tokenizer yields no tokens for the {found['pieces']:,} pieces of {lang}; is it whole?")
 
 
-# ---------------------------------------------------------------- processes
-
-
-def outcome(task: dict, report: Callable[[int], None]) -> dict:
-    """`make` with errors as a value, so that a language that fails does not stop the others."""
-    try:
-        return {"payload": make(task, report)}
-    except InputError as error:
-        return {"error": str(error)}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
-
-
-def child() -> None:
-    """One language in a process of its own: the task on stdin, progress and the outcome as JSON lines on stdout."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is not for the reader of the channel
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the one that started this one ends it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way out
-    task = json.load(sys.stdin)
-    sys.argv = task["argv"]
-
-    def tell(message: dict) -> None:
-        try:
-            print(json.dumps(message), file=channel, flush=True)
-        except BrokenPipeError:  # the script that started this process is gone
-            os._exit(1)
-
-    tell(outcome(task, lambda tokens: tell({"tokens": tokens})))
-    os._exit(0)  # the threads of a stopped stream may abort an ordinary exit
-
-
-def in_process(task: dict, report: Callable[[int], None], threads: int, running: list) -> dict:
-    """`outcome` in a new process with its own share of threads."""
-    code = "from cpt_utils.base import cli; cli.sibling('lsn/load_oscar.py').child()"
-    defaults = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
-    # -P: modules are not looked up in the current folder, which may hold one called `datasets`.
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        env=defaults | os.environ,
-    )
-    running.append(process)
-    with contextlib.suppress(BrokenPipeError), process.stdin:
-        json.dump(task, process.stdin)
-    found = {}
-    with process.stdout:
-        for line in process.stdout:
-            message = json.loads(line)
-            if "tokens" in message:
-                report(message["tokens"])
-            else:
-                found = message
-    code = process.wait()
-    return found or {"error": f"its process ended with {f'signal {-code} (out of memory?)' if code < 0 else code}"}
-
-
-def run_all(tasks: list[dict], max_concurrent: int) -> Iterator[tuple[dict, dict]]:
-    """Every task with its outcome, as they finish; in this process where only one would run at a time."""
-    jobs = min(max_concurrent, len(tasks))
-    total = sum(task["request"]["tokens"] for task in tasks)
-    lock, done = threading.Lock(), Counter()
-    with cli.progress(total=total, desc="tokens", unit="token") as bar:
-
-        def report(task: dict, tokens: int) -> None:
-            with lock:
-                bar.update(tokens - done[task["path"]])
-                done[task["path"]] = tokens
-
-        def telling(task: dict) -> Callable[[int], None]:
-            return lambda tokens: report(task, tokens)
-
-        if jobs == 1:
-            for task in tasks:
-                yield task, outcome(task, telling(task))
-            return
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        running: list[subprocess.Popen] = []
-        pool = ThreadPoolExecutor(jobs)
-        try:
-            futures = {pool.submit(in_process, task, telling(task), threads, running): task for task in tasks}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:  # also after Ctrl-C
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                if process.poll() is None:
-                    process.terminate()
-
-
 # ---------------------------------------------------------------- the command
 
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--languages", metavar="L,L,..", help="language codes; default: the study's languages.lsn")
-    p.add_argument("--model-id", metavar="NAME", help="last part of the files' names; default: the study's name")
-    p.add_argument(
-        "--tokenizer", "--base", metavar="T", help="model whose tokenizer is used; default: the study's base"
-    )
-    p.add_argument("--output-dir", "--output", metavar="DIR", help="folder of the files; default: the study's tokens")
-    p.add_argument(
-        "--text",
-        action="extend",
-        nargs="+",
-        metavar="LANG=FILE",
-        help="text file (.gz allowed), a document a line; repeatable; default: the study's data.lsn_text, else mOSCAR",
-    )
-    p.add_argument(
-        "--parquet",
-        action="extend",
-        nargs="+",
-        metavar="LANG=FILES",
-        help="parquet in mOSCAR's schema: a file, a folder or a quoted pattern; repeatable",
-    )
-    p.add_argument("--revision", metavar="R", help="revision of mOSCAR on the hub; default: its newest")
-    p.add_argument(
-        "--tokens",
-        type=cli.positive,
-        metavar="N",
-        help=f"tokens a language; default: the study's lsn.tokens, else {TOKENS:,}",
-    )
-    p.add_argument(
-        "--max-concurrent", type=cli.positive, default=6, metavar="N", help="languages at a time; default %(default)s"
-    )
-    p.add_argument(
-        "--batch-documents",
-        type=cli.positive,
-        default=BATCH_DOCUMENTS,
-        metavar="N",
-        help="documents tokenized at a time, which changes no result; default %(default)s",
-    )
-    p.add_argument(
-        "--filter",
-        choices=("none", "script", "language"),
-        default="none",
-        help="drop pieces of another script, or identified as another language (py3langid); default %(default)s",
-    )
-    p.add_argument("--filter-report", action="store_true", help="only tell what --filter would drop, and keep it")
-    p.add_argument("--int64", action="store_true", help="64-bit ids, for readers that need them; default: 32 bits")
-    p.add_argument("--limit", type=cli.positive, metavar="N", help="use only the first N documents (for a try; marked)")
+    add = p.add_argument
+    add("--languages", metavar="L,L,..", help="language codes; default: the study's languages.lsn")
+    add("--model-id", metavar="NAME", help="last part of the files' names; default: the study's name")
+    add("--tokenizer", "--base", metavar="T", help="model whose tokenizer is used; default: the study's base")
+    add("--output-dir", "--output", metavar="DIR", help="folder of the files; default: the study's tokens")
+    text = "text file (.gz allowed), a document a line; repeatable; default: the study's data.lsn_text, else mOSCAR"
+    add("--text", action="extend", nargs="+", metavar="LANG=FILE", help=text)
+    text = "parquet in mOSCAR's schema: a file, a folder or a quoted pattern; repeatable"
+    add("--parquet", action="extend", nargs="+", metavar="LANG=FILES", help=text)
+    add("--revision", metavar="R", help="revision of mOSCAR on the hub; default: its newest")
+    text = f"tokens a language; default: the study's lsn.tokens, else {TOKENS:,}"
+    add("--tokens", type=cli.positive, metavar="N", help=text)
+    text = "languages at a time; default %(default)s"
+    add("--max-concurrent", type=cli.positive, default=6, metavar="N", help=text)
+    text = "documents tokenized at a time, which changes no result; default %(default)s"
+    add("--batch-documents", type=cli.positive, default=BATCH_DOCUMENTS, metavar="N", help=text)
+    text = "drop pieces of another script, or identified as another language (py3langid); default %(default)s"
+    add("--filter", choices=("none", "script", "language"), default="none", help=text)
+    add("--filter-report", action="store_true", help="only tell what --filter would drop, and keep it")
+    add("--int64", action="store_true", help="64-bit ids, for readers that need them; default: 32 bits")
+    add("--limit", type=cli.positive, metavar="N", help="use only the first N documents (for a try; marked)")
     return p
 
 
@@ -385,7 +250,7 @@ def main(argv=None) -> int:
     study = Study.find(args.study, args.seed)
     todo = [task for task in tasks(args, study) if not finished(task, args.overwrite)]
     failed = {}
-    for task, found in run_all(todo, args.max_concurrent) if todo else ():
+    for task, found in processes.run_all(todo, args.max_concurrent, make) if todo else ():
         lang = task["language"]
         if "error" in found:
             failed[lang] = found["error"]
@@ -427,20 +292,21 @@ def tell(lang: str, path: str, payload: dict) -> None:
 
 def tasks(args, study: Study) -> list[dict]:
     """What to make, a language each, with everything a person can get wrong checked as far as that is quick."""
-    chosen = chosen_languages(study.value(args.languages, "--languages", "languages.lsn"))
+    chosen = languages.several(study.value(args.languages, "--languages", "languages.lsn"), "--languages")
+    for code in chosen:
+        if not re.fullmatch(r"[\w-]+", code):
+            raise InputError(f"language {code!r} cannot stand in a file name; letters, digits, _ and - can")
     name = study.name if study and args.model_id is None else study.value(args.model_id, "--model-id", "name")
     ref = refs.model(study.value(args.tokenizer, "--tokenizer", "base"))
     folder = Path(study.value(args.output_dir, "--output-dir", "tokens"))
     target = study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS)
+    if type(target) is not int or target < 1:
+        raise InputError(f"lsn.tokens is {target!r}; it must be a number of tokens above 0")
     if args.filter_report and args.filter == "none":
         raise InputError("--filter-report tells what a filter would drop; give --filter script or --filter language")
     texts = sources(args, study, chosen)
-    for code in chosen:
-        canonical = languages.canonical(code, any_tag=True)
-        if args.filter == "language":
-            foreign.langid_labels(canonical)
-        elif args.filter == "script":
-            foreign.judge_of(canonical, "script")
+    for code in chosen if args.filter != "none" else ():
+        foreign.judge_of(languages.canonical(code, any_tag=True), args.filter)
     tokenizer_folder = tokenization.tokenizer_folder(ref)
     tokenizer = {
         "tokenizer": ref.spec,
@@ -474,20 +340,6 @@ def tasks(args, study: Study) -> list[dict]:
             }
         )
     return made
-
-
-def chosen_languages(given) -> list[str]:
-    """The codes of a comma-separated text or of a study's list, each language once."""
-    codes = [code.strip() for code in given.split(",") if code.strip()] if isinstance(given, str) else list(given)
-    if not codes:
-        raise InputError("no language is asked for; give --languages en,ga or the study key languages.lsn")
-    for code in codes:
-        if not re.fullmatch(r"[\w-]+", code):
-            raise InputError(f"language {code!r} cannot stand in a file name; letters, digits, _ and - can")
-        twice = [other for other in codes if languages.same(other, code)]
-        if len(twice) > 1:
-            raise InputError(f"{' and '.join(twice)} are one language; ask for it once")
-    return codes
 
 
 def sources(args, study: Study, chosen: list[str]) -> dict[str, tuple[dict, dict]]:
@@ -534,7 +386,7 @@ def finished(task: dict, overwrite: bool) -> bool:
     if "n_special_pieces" not in facts:
         cli.warn(
             f"{path} was made when a special token's text (such as <s>) became that token; "
-            "if the text may hold such, give --overwrite to make it again"
+            "if the text may hold any, give --overwrite to make it again"
         )
     short = "" if facts["complete"] else f", of {facts['target']:,} asked for"
     cli.say(f"{task['language']}: {path} is finished: {facts['n_tokens']:,} tokens{short} (--overwrite redoes it)")

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, figures, processes, results
+from cpt_utils.architectures import archs
+from cpt_utils.architectures.arch_parts import Neurons
+from cpt_utils.base import cli, figures, languages, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, opening, refs, relatives
@@ -38,9 +40,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from cpt_utils.architectures.arch_parts import Neurons
-    from cpt_utils.architectures.archs import Arch
-
+counting = cli.sibling("lsn/activation.py")
 places = cli.sibling("lsn/lsn_activation_places.py")
 
 SCHEMA = "lsn-activation"
@@ -67,7 +67,7 @@ class Activations:
         routed: layer -> int64 [experts], the tokens routed to each; layers with experts only.
     """
 
-    def __init__(self, model: nn.Module, arch: Arch, masks: Mapping[str, Layers]):
+    def __init__(self, model: nn.Module, arch: archs.Arch, masks: Mapping[str, Layers]):
         import torch
 
         self.tokens = 0
@@ -225,28 +225,14 @@ def build_parser():
     add("--run", metavar="RUN", nargs="+", help="run of checkpoints; beside --model the run that the mask is of")
     add("--base-tag", metavar="TAG", help="folder of the base's results; default base")
     add("-i", "--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
-    types = ("llama", "qwen")
-    add("-t", "--type", choices=types, help="blocks of 4096 (llama) or 2048 tokens; default: from the model")
-    add(
-        "-s",
-        "--save_folder",
-        "-o",
-        "--output",
-        metavar="F",
-        help="where results go; default: the study's lsn/lsn_activation",
-    )
-    add(
-        "-n",
-        "--name",
-        metavar="NAME",
-        help="of the run's folder, or of a single model's files; default: the study's name, a model's own",
-    )
-    add(
-        "-f",
-        "--mask_file",
-        metavar="MASK",
-        help="neurons by language (lsn/identify.py), or their random control alone; default: the study's",
-    )
+    text = "blocks of 4096 (llama) or 2048 tokens; default: from the model"
+    add("-t", "--type", choices=("llama", "qwen"), help=text)
+    text = "where results go; default: the study's lsn/lsn_activation"
+    add("-s", "--save_folder", "-o", "--output", metavar="F", help=text)
+    text = "of the run's folder, or of a single model's files; default: the study's name, a model's own"
+    add("-n", "--name", metavar="NAME", help=text)
+    text = "neurons by language (lsn/identify.py), or their random control alone; default: the study's"
+    add("-f", "--mask_file", metavar="MASK", help=text)
     add("--control-mask", metavar="MASK", help="random control; default: MASK with .control.json, if it is there")
     add("-l", "--lang", metavar="LANG", help="language; default: the study's languages.target")
     add("--tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens; default {TOKENS:,}")
@@ -268,7 +254,7 @@ def main(argv=None) -> None:
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.output(args.save_folder, "--save_folder", "lsn_activation")
     name, base_tag = places.names_of(args, study, models, is_run)
-    ids = args.id_path or id_file(study, lang)
+    ids = args.id_path or counting.id_file(study, lang)
     files = places.mask_files(args, study, not is_run and activation_files.is_control_name(name))
     if is_run and base is None:
         cli.warn("the base is not measured, which step 10 needs: give --base-model, or the study key base")
@@ -316,37 +302,24 @@ class Job:
         """A base may have a step in its own name (stage1-step1907359); in this run it is step 0."""
         return 0 if self.place.is_base else self.ref.step or 0
 
-    def path(self, mask: str) -> Path:
-        return self.place.file(mask, self.blocks.numel())
-
-    def earlier_path(self, mask: str) -> Path:
-        return self.place.earlier_file(mask, self.blocks.numel())
+    def paths(self, mask: str) -> list[Path]:
+        return self.place.files(mask, self.blocks.numel())
 
     def is_finished(self, mask: str) -> bool:
         """Raises InputError where another request has a file of this name, or of the earlier one."""
-        paths = dict.fromkeys((self.path(mask), self.earlier_path(mask)))
+        paths = self.paths(mask)
         made = [results.finished(path, SCHEMA, self.requests[mask], "another --name") for path in paths]
         return any(made)
 
     def write(self, mask: str, content: dict, header: dict) -> None:
-        results.write_json(self.path(mask), content, header)
-        if self.earlier_path(mask) != self.path(mask):
-            self.earlier_path(mask).unlink(missing_ok=True)
+        path, *earlier = self.paths(mask)
+        results.write_json(path, content, header)
+        for older in earlier:
+            older.unlink(missing_ok=True)
 
     def mean(self, mask: str) -> float:
-        path = self.path(mask) if self.path(mask).exists() else self.earlier_path(mask)
+        path = next(path for path in self.paths(mask) if path.exists())
         return results.read_json(path, SCHEMA, allow_limited=True)[0]["all_layers"]
-
-
-def id_file(study: Study, lang: str) -> Path:
-    """The study's token ids of a language."""
-    from cpt_utils.base import languages
-    from cpt_utils.measures import tokenids
-
-    folder = Path(study.value(None, "--id_path", "tokens"))
-    codes = [str(code) for code in study.get("languages.lsn", [])]
-    spelled = languages.find(codes, lang, default=lang)  # the file's name has the study's spelling
-    return folder / tokenids.file_name(spelled, study.name)
 
 
 def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) -> Masks:
@@ -355,12 +328,10 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
     Raises:
         InputError: models of different sizes, or masks that do not belong to them.
     """
-    from cpt_utils.architectures import archs
-
     widths = [ffn.widths(archs.for_config(ref.config()), ref.config()) for ref, _ in todo]
     for (ref, _), theirs in zip(todo, widths, strict=True):
         if theirs != widths[0]:
-            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
+            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits just one")
     described = relatives.of([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
     places = (files.get(mask) for mask in ("language", "control"))
     hint = "give its mask; of a base, name the run that it belongs to with --run (study key run)"
@@ -371,20 +342,15 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
 
 def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, device: torch.device) -> list[Job]:
     """Everything there is to measure; all is checked before the first model is loaded."""
-    counting = cli.sibling("lsn/activation.py")
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
     run = study.get("run") if isinstance(study.get("run"), str) else None
     size = ffn.block_size(todo[0][0].config(), args.type, args.block_size or study.get("lsn.block_size"))
-    batch_size = ffn.batch_size(args.batch_size, size)
     found = []
     for ref, place in todo:
         blocks, facts = counting.read(ids, ref, run, size, args.tokens, args.limit)
-        facts = {
-            "model": ref.describe(), "ids": facts, "block_size": size, "batch_size": batch_size, "dtype": str(dtype),
-            "device": device.type,
-        }  # fmt: skip
+        facts = counting.request_of(ref, facts, size, args.batch_size, dtype, device)
         requests = {mask: facts | {"mask": layers} for mask, layers in chosen.layers.items()}
-        job = Job(ref, place, blocks, requests, [], ids, dtype, batch_size)
+        job = Job(ref, place, blocks, requests, [], ids, dtype, facts["batch_size"])
         job.left.extend(mask for mask in requests if args.overwrite or not job.is_finished(mask))
         found.append(job)
     return found
@@ -397,7 +363,6 @@ def measure_all(
 
     `drop`: weights of a checkpoint on the hub go from the disk when it is done.
     """
-    from cpt_utils.architectures import archs
     from cpt_utils.models import loading
 
     means: dict[str, dict[int, float]] = {mask: {} for mask in chosen.layers}
@@ -407,7 +372,7 @@ def measure_all(
             model = loading.load_model(job.ref, job.dtype, process.device, process.device_map)
             following.pop(0)
             if following and process.is_main and not drop:
-                loading.prefetch(following[0])  # fetched while this one computes
+                loading.prefetch(following[0])  # read while this one computes
             followed = {mask: chosen.layers[mask] for mask in job.left}
             found = measure(model, archs.for_config(job.ref.config()), job.blocks, followed, job.batch_size, process)
             del model
@@ -424,8 +389,6 @@ def measure_all(
 
 
 def header(job: Job, mask: str, chosen: Masks) -> dict:
-    from cpt_utils.base import languages
-
     request = job.requests[mask]
     return results.header(
         SCHEMA,

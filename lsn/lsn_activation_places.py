@@ -1,4 +1,4 @@
-"""Which masks lsn/lsn_activation_cpt.py follows, and how its results are called."""
+"""Which masks lsn/lsn_activation_cpt.py follows, and what its results are called."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class Place:
     lang: str
     is_base: bool = False
 
-    def file(self, mask: str, tokens: int) -> Path:
-        return activation_files.path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
-
-    def earlier_file(self, mask: str, tokens: int) -> Path:
-        """What an earlier version called it; mostly the same."""
-        return activation_files.earlier_path_of(self.folder, self.stem, self.lang, tokens, mask == "control")
+    def files(self, mask: str, tokens: int) -> list[Path]:
+        """The file of a mask, and what an earlier version called it, where that is another name."""
+        naming = activation_files.path_of, activation_files.earlier_path_of
+        found = [name(self.folder, self.stem, self.lang, tokens, mask == "control") for name in naming]
+        return list(dict.fromkeys(found))
 
 
 def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Place:
@@ -34,7 +33,7 @@ def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: s
         return Place(folder / base_tag, "", lang, is_base=True)
     if is_run:
         return Place(folder / name, f"checkpoint-{ref.step}", lang)
-    # A control's published name (r, checkpoint-100-r) marks it, as `Place.file` does.
+    # A control's published name (r, checkpoint-100-r) marks it, as `Place.files` does.
     stem = name.removesuffix("r").removesuffix("-") if activation_files.is_control_name(name) else name
     return Place(folder, stem, lang)
 
@@ -48,7 +47,7 @@ def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> t
     base_tag = beside.name(study, base=args.base_model) or "base"
     name = args.name
     if name is None and not study:
-        raise InputError("nothing says how the results are called: give --name NAME, or run inside a study")
+        raise InputError("nothing says what to call the results: give --name NAME, or run inside a study")
     if name is None:
         name = dotted(study.name, beside.name(study, run=args.model or args.run)) if is_run else models[0].model_id
     step = None if is_run else activation_files.step_in(name)

@@ -34,10 +34,8 @@ def hub_documents(config: str, revision: str | None) -> Iterator[list[str | None
 
     where = f"{MOSCAR}, config {config}"
     try:
-        stream = datasets.load_dataset(
-            MOSCAR, config, split="train", streaming=True, revision=revision, columns=["text"]
-        )
-        for row in stream:
+        how = {"split": "train", "streaming": True, "revision": revision}
+        for row in datasets.load_dataset(MOSCAR, config, **how, columns=["text"]):
             yield textfiles.pieces(row, "text", where)
     except InputError:
         raise
@@ -140,12 +138,6 @@ def hub_sources(codes: list[str], revision: str | None) -> dict[str, tuple[dict,
     cli.say(f"{', '.join(codes)}: streamed from {MOSCAR}, revision {commit or 'unknown (the hub was not asked)'}")
     found = {}
     for code, config in configs.items():
-        identity = {
-            "source": "moscar",
-            "dataset": MOSCAR,
-            "config": config,
-            "split": "train",
-            "revision": revision,
-        }
+        identity = {"source": "moscar", "dataset": MOSCAR, "config": config, "split": "train", "revision": revision}
         found[code] = (identity | {"revision": commit}, identity)
     return found

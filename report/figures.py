@@ -194,7 +194,7 @@ def lsn_activation(found: Results, path: Path) -> None:
             activation_files.find(folder / name, lang, of_run)
             for name, of_run in ((found.study.name, True), ("base", False))
         )
-        tokens = step_10.choose_tokens(run, base, folder)
+        tokens = step_10.earlier.choose_tokens(run, base, folder)
     except InputError as reason:
         raise Missing(str(reason)) from None
     mine = {ref["step"]: ref for ref in found.run}

@@ -16,12 +16,12 @@ Tiny: python sentence-retrieval/sr_experiment.py --study demo/tiny.yaml
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, languages, processes, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, opening, refs, tokenization, tokenizer_id
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cpt_utils.architectures.archs import Arch
     from cpt_utils.models.batching import Encoded
+
+figure = cli.sibling("sentence-retrieval/sr_figure.py")
+chosen = cli.sibling("sentence-retrieval/sr_models.py")
+Job = chosen.Job
 
 SCHEMA = "sentence-retrieval"
 RESULTS = {"retrieval": "sentence-retrieval"}
@@ -58,7 +61,7 @@ SHUFFLES = 100
 
 
 def sentence_vectors(
-    model: PreTrainedModel, arch: Arch, sentences: Encoded, pad: int, batch_size: int | None = None,
+    model: PreTrainedModel, arch: archs.Arch, sentences: Encoded, pad: int, batch_size: int | None = None,
     special_tokens: bool = True, padding_side: str = "right", desc: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """Mean over the non-padding tokens of each hidden state: [L+1, sentences, hidden] on the CPU, in float32 (float64
@@ -176,7 +179,7 @@ def retrieve(
 
 
 def measure(
-    model: PreTrainedModel, arch: Arch, tokenizer: PreTrainedTokenizerBase, base: Encoded, target: Encoded,
+    model: PreTrainedModel, arch: archs.Arch, tokenizer: PreTrainedTokenizerBase, base: Encoded, target: Encoded,
     variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int | None = None, special_tokens: bool = True,
     desc: str = "",
 ) -> Retrieval:  # fmt: skip
@@ -189,11 +192,31 @@ def measure(
     return retrieve(*sides, variant, k, seed, (base.first, target.first))
 
 
+def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **how) -> Retrieval:
+    """`measure` of `pairs`, tokenized for the model `name`; `how` are its other arguments.
+
+    Also what the swap controls run on a model that is swapped in memory.
+
+    Raises:
+        InputError: a token id that the model has no embedding for.
+    """
+    from cpt_utils.models.batching import encode, positions
+
+    sides = [encode(tokenizer, texts, positions(model)) for texts in (pairs.base, pairs.target)]
+    largest = max(max(ids) for side in sides for ids in side.ids)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise InputError(
+            f"{name}: token id {largest} is beyond its {rows} embeddings; the tokenizer is another model's"
+        )
+    return measure(model, arch, tokenizer, *sides, **how)
+
+
 def _mean(hits: torch.Tensor) -> list[float]:
     return hits.double().mean(1).tolist()
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- the result
 
 
 def payload(found: Retrieval, model_path: str, base: str, target: str, seed: int) -> dict:
@@ -239,61 +262,20 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
     return found
 
 
-def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | None, n: int, title: str) -> None:
-    """Accuracy over hidden states, a line per model: the base black, checkpoints light to dark in step order."""
-    steps = sorted({ref.step for ref, _ in lines if ref.step is not None})
-    shades = dict(zip(steps, figures.colours(len(steps), ordered=True), strict=True))
-    # Runs side by side (swapped ones) differ in dash, and their lines carry the run's name.
-    runs = list(dict.fromkeys(Path(ref.spec).parent.name for ref, _ in lines if ref.step is not None))
-    others = iter(figures.colours(len(lines)))
-    with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.9 + 0.1 * max(0, len(lines) - 9)))
-        drawn = []
-        for number, (ref, result) in enumerate(lines):
-            name, run = Path(ref.spec).name, Path(ref.spec).parent.name
-            if ref.step is not None:
-                name = f"{run}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
-            is_base = number == 0 and ref.step is None and bool(steps)
-            alone = ref.step is None or (len(runs) > 1 and len(steps) == 1)  # a colour of its own, not of its step
-            shade = shades[ref.step] if not alone else figures.colour("base") if is_base else next(others)
-            style = ("-", "--", ":", "-.")[runs.index(run) % 4] if ref.step is not None else "-" if is_base else "--"
-            drawn.append((result["layer_accuracy"], {"linestyle": style, "color": shade, "label": name}))
-            if number in (0, len(lines) - 1):
-                low, high = zip(*(ci for _, ci in result["layer_accuracy_ci"]), strict=True)
-                axis.fill_between(range(len(low)), low, high, color=shade, alpha=0.15, linewidth=0)
-        figures.retrieval_axis(axis, drawn, untrained=untrained and untrained["layer_accuracy"])
-        axis.axhline(1 / n, color=figures.colour("chance"), linewidth=0.8, linestyle=(0, (1, 3)), label=f"chance 1/{n}")
-        axis.set_ylabel("retrieval accuracy")
-        axis.set_title(f"{title}, n = {n} sentences")
-        figure.legend(loc="outside lower center", ncols=3 if len(runs) < 2 else 2 if len(lines) > 4 else 1)
-        figures.save(figure, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A model to measure, or its untrained twin, and the file of the result."""
-
-    ref: refs.ModelRef
-    path: Path
-    untrained: bool = False
+# ---------------------------------------------------------------- every model
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Everything a measurement depends on but the model. `drop`: see --drop-revisions."""
+    """Everything a measurement depends on but the model; `how` are arguments of `measure`, `drop`: --drop-revisions."""
 
     pairs: sources.ParallelText
     process: processes.Process
     dtype: torch.dtype
-    margin: str
-    k: int
-    special_tokens: bool
-    batch_size: int | None
-    seed: int
+    how: dict
     homes: tuple[str | None, refs.ModelRef | None]
     overwrite: bool
     languages: tuple[str, str]
-    limit: int | None
     drop: bool = False
 
     def results(self, jobs: list[Job]) -> Iterator[tuple[Job, dict]]:
@@ -302,7 +284,7 @@ class Bench:
         """
         left, facts = [], {}
         for i, job in enumerate(jobs if self.process.is_main else []):
-            facts[job] = self.facts(job.ref, job.untrained)
+            facts[job] = self.facts(job)
             found = finished(job.path, facts[job], self.overwrite)
             if found is not None:
                 cli.say(f"{job.path} is finished")
@@ -310,7 +292,7 @@ class Bench:
             else:
                 left.append(i)
         left = [jobs[i] for i in self.process.gather(left)]
-        own = iter(self.process.share(left)[1:])  # while one is measured, the next is fetched
+        own = iter(self.process.share(left)[1:])  # while one is measured, the next is read
 
         def measured(job: Job) -> tuple[dict, dict]:
             following = next(own, None)
@@ -328,81 +310,47 @@ class Bench:
 
     def measured(self, job: Job) -> tuple[dict, dict[str, torch.Tensor]]:
         """A new measurement: payload, and the tensors of its .pt."""
-        found = self.retrieval(job.ref, job.untrained)
-        if self.drop and job.ref.step is not None:
-            job.ref.drop()
-        name = "untrained" if job.untrained else job.ref.spec
-        return payload(found, name, *self.languages, self.seed), found.tensors()
+        from cpt_utils.models import loading
 
-    def facts(self, ref: refs.ModelRef, untrained: bool) -> dict:
+        ref, process = job.ref, self.process
+        if job.untrained:
+            seed = self.how["seed"]
+            model = loading.load_untrained(ref, self.dtype, process.device, seed, process.device_map)
+        else:
+            model = loading.load_model(ref, self.dtype, process.device, process.device_map)
+            loading.announce(model, ref)
+        tokenizer = tokenization.load_tokenizer(ref, *self.homes)
+        desc = f"{'untrained' if job.untrained else ref.model_id}, "
+        arch = archs.for_config(ref.config())
+        found = of_pairs(model, arch, tokenizer, self.pairs, ref.spec, **self.how, desc=desc)
+        del model
+        if self.drop and ref.step is not None:
+            ref.drop()
+        name = "untrained" if job.untrained else ref.spec
+        return payload(found, name, *self.languages, self.how["seed"]), found.tensors()
+
+    def facts(self, job: Job) -> dict:
         """What the header says, and what a finished file must agree with."""
-        from cpt_utils.architectures.archs import for_config
-
+        config = job.ref.config()
+        like = {"untrained_like": identity.untrained_like(config)}
         base, target = (languages.canonical(code, any_tag=True) for code in self.languages)
         return {
-            "models": {"untrained_like": identity.untrained_like(ref.config())}
-            if untrained
-            else {"model": ref.describe()},
-            "n_layers": for_config(ref.config()).n_layers(ref.config()),
+            "models": like if job.untrained else {"model": job.ref.describe()},
+            "n_layers": archs.for_config(config).n_layers(config),
             "base_lang": base,
             "target_lang": target,
             "data": self.pairs.describe(),
             "n_used": len(self.pairs),
             "n_available": self.pairs.n_available,
-            "limit": self.limit,
-            "seed": self.seed,
+            "limit": self.pairs.facts["limit"],
+            "seed": self.how["seed"],
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.process.device.type,
-            "margin_variant": self.margin,
-            "k": self.k,
-            "special_tokens": self.special_tokens,
-            "tokenizer": tokenizer_id.tokenizer_used(ref, *self.homes),
+            "margin_variant": self.how["variant"],
+            "k": self.how["k"],
+            "special_tokens": self.how["special_tokens"],
+            "tokenizer": tokenizer_id.tokenizer_used(job.ref, *self.homes),
         }
-
-    def retrieval(self, ref: refs.ModelRef, untrained: bool) -> Retrieval:
-        """Load the model, measure, and let go of it."""
-        from cpt_utils.architectures.archs import for_config
-        from cpt_utils.models import loading
-
-        if untrained:
-            model = loading.load_untrained(ref, self.dtype, self.process.device, self.seed, self.process.device_map)
-        else:
-            model = loading.load_model(ref, self.dtype, self.process.device, self.process.device_map)
-            loading.announce(model, ref)
-        tokenizer = tokenization.load_tokenizer(ref, *self.homes)
-        name = "untrained" if untrained else ref.model_id
-        return of_pairs(
-            model, for_config(ref.config()), tokenizer, self.pairs, ref.spec, variant=self.margin, k=self.k,
-            seed=self.seed, batch_size=self.batch_size, special_tokens=self.special_tokens, desc=f"{name}, ",
-        )  # fmt: skip
-
-
-def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **how) -> Retrieval:
-    """`measure` of `pairs`, tokenized for the model `name`; `how` are its other arguments.
-
-    Also what the swap controls run on a model that is swapped in memory.
-    """
-    return measure(model, arch, tokenizer, *encode_pairs(model, tokenizer, pairs, name), **how)
-
-
-def encode_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: sources.ParallelText, name: str
-) -> tuple[Encoded, Encoded]:
-    """Both languages tokenized for `model`: (base, target).
-
-    Raises:
-        InputError: a token id that the model has no embedding for.
-    """
-    from cpt_utils.models.batching import encode, positions
-
-    sides = tuple(encode(tokenizer, texts, positions(model)) for texts in (pairs.base, pairs.target))
-    largest = max(max(ids) for side in sides for ids in side.ids)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise InputError(
-            f"{name}: token id {largest} is beyond its {rows} embeddings; the tokenizer is another model's"
-        )
-    return sides
 
 
 # ---------------------------------------------------------------- the command
@@ -411,30 +359,17 @@ def encode_pairs(
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add(
-        "--model_path",
-        "--model-path",
-        "--run",
-        nargs="+",
-        metavar="M",
-        help="models or runs; default: the study's base and run",
-    )
+    text = "models or runs; default: the study's base and run"
+    add("--model_path", "--model-path", "--run", nargs="+", metavar="M", help=text)
     add("--base", metavar="LANG", help="language that asks, e.g. eng_Latn; default: the study's languages.base")
     add("--target", metavar="LANG", help="language that is searched; default: the study's languages.target")
-    add(
-        "--artifact-out",
-        "--output",
-        metavar="DIR",
-        help="default: artifacts; inside a study <results>/sentence-retrieval",
-    )
+    text = "default: artifacts; inside a study <results>/sentence-retrieval"
+    add("--artifact-out", "--output", metavar="DIR", help=text)
     add("--margin-variant", choices=MARGINS, default="ratio", help="score of a pair; default ratio")
     add("--k", type=cli.positive, default=4, metavar="N", help="nearest neighbours of the margin; default 4")
     add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: in")
-    add(
-        "--no-untrained",
-        action="store_true",
-        help="only what was asked for: no untrained twin, nor the study's base beside the models of --model_path",
-    )
+    text = "only what was asked for: no untrained twin, nor the study's base beside the models of --model_path"
+    add("--no-untrained", action="store_true", help=text)
     sources.add_flags(p)
     cli.add_run_flags(p, drop=True)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
@@ -444,8 +379,8 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    models = targets(args, study)
-    base, target = sides(args, study)
+    models = chosen.targets(args, study)
+    base, target = chosen.sides(args, study)
     pairs = sources.from_arguments(args, study, base, target)  # before any model: missing or gated data end here
     cli.say(pairs.summary())
     opening.look_over(models)
@@ -454,21 +389,11 @@ def main(argv=None) -> None:
     given = args.artifact_out or (None if study else "artifacts")
     place = study.output(given, "--artifact-out", "retrieval", beside.name(study, limit=pairs.facts["limit"]))
     folder = place / f"{base}-{target}"
-    bench = Bench(
-        pairs=pairs,
-        process=process,
-        dtype=cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device),
-        margin=args.margin_variant,
-        k=args.k,
-        special_tokens=not args.no_special_tokens,
-        batch_size=args.batch_size,
-        seed=study.seed,
-        homes=study_homes(study),
-        overwrite=args.overwrite,
-        languages=(base, target),
-        limit=pairs.facts["limit"],
-        drop=args.drop_revisions,
-    )
+    how = {"variant": args.margin_variant, "k": args.k, "special_tokens": not args.no_special_tokens}
+    how |= {"seed": study.seed, "batch_size": args.batch_size}
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    homes = chosen.study_homes(study)
+    bench = Bench(pairs, process, dtype, how, homes, args.overwrite, (base, target), args.drop_revisions)
     double = [ref for ref in models if sum(other.model_id == ref.model_id for other in models) > 1]
     if double:
         raise InputError(
@@ -476,7 +401,7 @@ def main(argv=None) -> None:
             "measure them into different --artifact-out folders"
         )
     jobs = [Job(ref, folder / f"{ref.model_id}.json") for ref in models]
-    twins = {} if args.no_untrained else untrained_twins(models, folder)
+    twins = {} if args.no_untrained else chosen.untrained_twins(models, folder)
     jobs += dict.fromkeys(twins.values())
     found = {}
     for job, result in bench.results(jobs):
@@ -492,97 +417,9 @@ def main(argv=None) -> None:
         measured = jobs[: len(models)]
         gate.tell(*(gate.of_results(job.path, twins[job.ref].path, job.ref.spec, study.seed) for job in measured))
     untrained = found[twins[models[0]].path] if twins else None
-    name = "accuracy" if is_whole(study, args, models) else figure_name(args.model_path, models)
-    draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
+    name = "accuracy" if chosen.is_whole(study, args, models) else chosen.figure_name(args.model_path, models)
+    figure.draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
     cli.say(f"wrote {len(lines)} result{'s' * (len(lines) > 1)} and the figure {folder / name}.pdf")
-
-
-def figure_name(asked: list[str] | None, models: list[refs.ModelRef]) -> str:
-    """What was asked for, runs by their own name: so that two runs of many checkpoints do not make a name of pages."""
-    if not asked:
-        return "+".join(ref.model_id for ref in models)[:150]
-    names = [refs.local_id(text) if Path(text).is_dir() else refs.ModelRef(text).model_id for text in asked]
-    return "+".join(names)[:150]
-
-
-def untrained_twins(models: list[refs.ModelRef], folder: Path) -> dict[refs.ModelRef, Job]:
-    """The untrained twin of every model: one for each configuration among them.
-
-    Its file is the one that is there of this configuration; else untrained.json, and where that is of another one,
-    untrained.<model id>.json.
-    """
-    there = {path: shape_in(path) for path in sorted(folder.glob("untrained*.json"))}
-    shapes = {ref: identity.shape_hash(identity.untrained_like(ref.config())) for ref in models}
-    made: dict[str, Job] = {}
-    for ref, shape in shapes.items():
-        if shape not in made:
-            usual = folder / "untrained.json"
-            own = usual if there.get(usual) is None else folder / f"untrained.{ref.model_id}.json"
-            path = next((path for path, found in there.items() if found == shape), own)
-            there[path], made[shape] = shape, Job(ref, path, untrained=True)
-    return {ref: made[shape] for ref, shape in shapes.items()}
-
-
-def shape_in(path: Path) -> str | None:
-    """The hash of the configuration that the untrained model at `path` has; None where nothing says it."""
-    try:
-        models = results.read_json(path, SCHEMA, allow_limited=True)[1]["models"]
-        return identity.shape_hash(identity.untrained_like(models["untrained_like"]))
-    except (InputError, KeyError):  # said where the file is looked at as a result
-        return None
-
-
-def targets(args, study: Study) -> list[refs.ModelRef]:
-    """The models to measure: those given, else the checkpoints of the study's run; in a study its base as well."""
-    named = refs.models(args.model_path, args.steps) if args.model_path else None
-    spec = study.get("base") if args.model_path else study.value(None, "--model_path", "base")
-    if spec is None:
-        return named
-    # The base is step 0, whatever its name says: it may itself be a checkpoint of a longer training.
-    base = dataclasses.replace(refs.model(spec), step=None)
-    if named is None:
-        return [base, *refs.run(study.value(None, "--model_path", "run"), args.steps)]
-    own = [ref for ref in named if ref.model_id == base.model_id]
-    if own and not any(is_at(ref, base) for ref in own):  # another model of the base's name: their files are one
-        return named
-    others = [ref for ref in named if ref not in own]
-    return [base, *others] if own or not args.no_untrained else others
-
-
-def is_at(ref: refs.ModelRef, other: refs.ModelRef) -> bool:
-    """Whether both are one place, however it is spelled."""
-    if ref.is_local and other.is_local:
-        return os.path.samefile(ref.spec, other.spec)
-    return ref.spec == other.spec
-
-
-def is_whole(study: Study, args, models: list[refs.ModelRef]) -> bool:
-    """Whether `models` make the figure of the folder: in a study its run with the base, not parts or swapped models."""
-    if len(models) < 2 or not (study and (args.model_path or args.steps)):
-        return len(models) > 1
-    if not study.get("run") or not study.get("base"):
-        return False
-    try:
-        run = refs.run(study.get("run"))
-    except InputError:  # not there, or not yet
-        return False
-    return {ref.model_id for ref in models} == {ref.model_id for ref in (refs.model(study.get("base")), *run)}
-
-
-def sides(args, study: Study) -> tuple[str, str]:
-    """Base and target language as they were given; in a study's own folder a language has the study's spelling."""
-    found = []
-    for side, flag, given in (("base", "--base", args.base), ("target", "--target", args.target)):
-        own = study.get(f"languages.{side}") if args.artifact_out is None else None
-        asked = own if own and given and languages.same(own, given) else given
-        found.append(study.value(asked, flag, f"languages.{side}"))
-    return tuple(found)
-
-
-def study_homes(study: Study) -> tuple[str | None, refs.ModelRef | None]:
-    """Where a checkpoint without tokenizer files gets them: the study's run folder, then its base."""
-    run, base = study.get("run"), study.get("base")
-    return run if isinstance(run, str) else None, refs.model(base) if base else None
 
 
 if __name__ == "__main__":

@@ -227,11 +227,11 @@ def test_what_is_missing_is_named(study, no_figure):
     fails("no activations of the run: .*other does not exist; .*give --model-name", ["--model-name", "other"])
     kept = (place / "base" / "ga.98304.json").read_text()
     (place / "base" / "ga.98304.json").unlink()
-    fails("missing is the base's activation over 98304 tokens; run lsn/lsn_activation_cpt.py")
+    fails("lsn_activation lacks the base's activation over 98304 tokens; run lsn/lsn_activation_cpt.py")
     (place / "base" / "ga.98304.json").write_text(kept)
     for file in (place / "trial").glob("*-r.*"):
         file.rename(file.with_name(file.name + ".aside"))
-    fails("missing is the control of the checkpoints over 98304 tokens")
+    fails("lsn_activation lacks the control of the checkpoints over 98304 tokens")
     for file in (place / "trial").glob("*-r.*"):
         file.rename(file.with_name(file.name.removesuffix(".aside")))
     shutil.rmtree(place / "base")

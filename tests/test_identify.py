@@ -399,7 +399,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     fails(r"counts has no counts tag.<lang>.pt; run lsn/activation.py first")
     files()
     fails(r"nothing for fr \(fra_Latn\); there is en, eu, ga", langs="en,fr")
-    fails("-l .* names no language; name two or more", langs=",")
+    fails("-l .* names no language; give codes like en,ga", langs=",")
     fails("-l en: neurons of one language .*: python lsn/identify.py -t tag -l en,eu,ga -a .*counts", langs="en,")
     fails("give all that were counted: python lsn/identify.py -t tag -l ga,en,eu", langs="gle_Latn")
     fails("ga and gle_Latn are one language", langs="ga,gle_Latn")

@@ -621,7 +621,7 @@ def test_swaps_that_cannot_be(data, models, tmp_path):
     out, base = ["-o", str(tmp_path / "out")], ["--base", str(models / "base")]
     with pytest.raises(InputError, match="--swap needs -o"):
         evaluate.main([*common, "--swap", "layers", *base, "--layers", "1"])
-    with pytest.raises(InputError, match="give --swap, too"):
+    with pytest.raises(InputError, match="give --swap as well"):
         evaluate.main([*common, *out, "--layers", "1"])
     with pytest.raises(InputError, match="needs --layers"):
         evaluate.main([*common, *out, "--swap", "layers", *base])

@@ -267,7 +267,7 @@ def test_processes_write_what_one_process_writes_and_one_that_fails_stops_no_oth
 
 def test_a_process_that_dies_is_a_language_that_failed(monkeypatch):
     monkeypatch.setattr(script.sys, "executable", "/bin/false")
-    assert script.in_process({}, print, 1, []) == {"error": "its process ended with 1"}
+    assert script.processes.in_process({}, print, 1, []) == {"error": "its process ended with 1"}
 
 
 def test_killed_half_way_leaves_nothing_and_a_rerun_writes_the_same(tmp_path, tokenizer):
@@ -409,7 +409,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, tokenizer, capsys, monkeypatch
     fails("write LANGUAGE=FILE", tokenizer, out, "--text", "ga")
     fails("ga and gle_Latn are one language", tokenizer, out, languages="ga,gle_Latn")
     fails("cannot stand in a file name", tokenizer, out, languages="g.a")
-    fails("no language is asked for", tokenizer, out, languages=",")
+    fails("--languages .study key languages.lsn. names no language", tokenizer, out, languages=",")
     fails("--revision is of mOSCAR", tokenizer, out, *text, "--revision", "main")
     fails("give --filter script or", tokenizer, out, *text, "--filter-report")
     fails("no tokenizer files", save_tiny("llama", tmp_path / "bare", tokenizer=False), out, *text)

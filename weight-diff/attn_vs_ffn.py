@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, results
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, refs
+from cpt_utils.checkpoints import beside, refs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
     from cpt_utils.measures.compare import Change, Changes, Sums
+
+compared = cli.sibling("weight-diff/compared.py")
 
 SCHEMA = "attn_vs_ffn"
 RESULTS = {"attn_vs_ffn": "weight-diff/attn_vs_ffn.json"}
@@ -152,10 +152,7 @@ def draw(path: Path, payload: dict) -> None:
     """Attention and FFN by layer at the last checkpoint: the largest projection, and the mean over projections."""
     step = max(payload["checkpoints"], key=int)
     rows = list(payload["checkpoints"][step]["layers"].values())
-    titles = {
-        "summary": "largest projection (of 4 against {n})",
-        "summary_mean": "mean of the projections",
-    }
+    titles = {"summary": "largest projection (of 4 against {n})", "summary_mean": "mean of the projections"}
     count = max(sum(name in row for name in archs.FFN) for row in rows)
     looks = (("attention", "attention", "s", "-"), ("FFN", "ffn", "o", "--"))
     with figures.style() as plt:
@@ -179,61 +176,34 @@ def draw(path: Path, payload: dict) -> None:
 
 
 def build_parser():
-    p = cli.parser(__doc__)
-    p.add_argument("--base-model", "--base", metavar="B", help="base model; default: the study's base")
-    p.add_argument(
-        "--ckpt-model",
-        "--run",
-        nargs="+",
-        metavar="C",
-        help="run of checkpoints, one, or a list; default: the study's run",
-    )
-    p.add_argument(
-        "--output",
-        metavar="OUT",
-        help="JSON to write; default: the study's weight-diff/attn_vs_ffn.json (of other models or a part of the run "
-        "attn_vs_ffn.<checkpoint>.json), else weight_diff/<checkpoint>.json",
-    )
-    p.add_argument(
-        "--details",
-        action="store_true",
-        help="write OUT with .pt, too: the change of every attention head and FFN neuron",
-    )
-    p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
-    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
-    cli.add_run_flags(p, drop=True)
+    output = "the study's weight-diff/attn_vs_ffn.json (of other models or a part of the run "
+    output += "attn_vs_ffn.<checkpoint>.json), else weight_diff/<checkpoint>.json"
+    p = compared.parser(__doc__, "--ckpt-model", output)
+    text = "write OUT with .pt, too: the change of every attention head and FFN neuron"
+    p.add_argument("--details", action="store_true", help=text)
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    base = refs.model(study.value(args.base_model, "--base-model", "base"))
-    target = study.value(args.ckpt_model, "--ckpt-model", "run")
-    target = target[0] if isinstance(target, list) and len(target) == 1 else target
-    available = len(refs.run(target))
-    run = refs.run(target, args.steps)[: args.limit]
+    models = compared.Compared.from_arguments(args, study, "--ckpt-model")
     device = cli.device(args.device)
-    other = beside.name(study, args.base_model, args.ckpt_model, args.steps, args.limit)
-    output = study.output(args.output or (None if study else default_output(target)), "--output", "attn_vs_ffn", other)
+    other = beside.name(study, args.base_model, args.run, args.steps, args.limit)
+    given = args.output or (None if study else default_output(models.target))
+    output = study.output(given, "--output", "attn_vs_ffn", other)
 
-    facts = run_facts(base, run, available, args.limit) | {"seed": study.seed}
+    facts = models.facts() | {"seed": study.seed}
     details = output.with_suffix(".pt")
-    if made_already(output, SCHEMA, facts, args.overwrite) and (details.is_file() or not args.details):
+    made = compared.made_already(output, SCHEMA, facts, args.overwrite)
+    if made and (details.is_file() or not args.details):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
-
-    from cpt_utils.measures import compare
-
-    cli.sibling("weight-diff/int_and_sem.py").say_lacking(base)
-    found: compare.Changes = {}
-    for group in refs.one_at_a_time(run, args.drop_revisions, base):
-        cli.sibling("weight-diff/int_and_sem.py").say_left_out(base, group)
-        found |= compare.changes(base, group, device=device, details=args.details)
+    found = models.changes(args.drop_revisions, device=device, details=args.details)
     payload = {
-        "base_model": base.spec,
-        "target_model": target,
-        "checkpoints": {str(ref.step): checkpoint_row(found[ref.step]) for ref in run},
+        "base_model": models.base.spec,
+        "target_model": models.target,
+        "checkpoints": {str(ref.step): checkpoint_row(found[ref.step]) for ref in models.run},
     }
     draw(output.with_suffix(""), payload)
     details.unlink(missing_ok=True)  # what an earlier run left is not of this one
@@ -261,52 +231,6 @@ def default_output(target: str | list[str]) -> Path:
     first = target if isinstance(target, str) else target[0]
     name = Path(os.path.abspath(first)).name if os.path.isdir(first) else refs.model(first).model_id
     return Path("weight_diff") / f"{name}.json"
-
-
-def run_facts(base: refs.ModelRef, run: list[refs.ModelRef], available: int, limit: int | None) -> dict:
-    """What the header of a weight comparison says of its models."""
-    if base.is_local and base.step is not None and all(ref.step == 0 for ref in run):
-        cli.warn(f"{base.spec} is given as the base, but is called a checkpoint: is it the other way round?")
-    opening.look_over(run)
-    return {
-        "models": {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in run}},
-        "n_layers": archs.for_config(base.config()).n_layers(base.config()),
-        "n_used": len(run),
-        "n_available": available,
-        "limit": limit,
-    }
-
-
-def made_already(
-    output: Path, schema: str, facts: dict, overwrite: bool, more: Callable[[dict], dict] = lambda head: {}
-) -> bool:
-    """Whether `output` is a finished result of the same models and steps.
-
-    Args:
-        more: what else must be the same, read from a header (or `facts`).
-
-    Raises:
-        InputError: it is a result of something else, or no result of this script.
-    """
-    now = _request(facts) | more(facts)
-
-    def asked(head: dict) -> dict:
-        before = _request(head) | more(head)
-        if before["steps"] != now["steps"]:  # that says it; which models of these there are is no news
-            before["checkpoints"] = now["checkpoints"]
-        if None not in (before["limit"], now["limit"]):  # the steps are what a limit decides
-            before["limit"] = now["limit"]
-        return before
-
-    return results.finished(output, schema, now, "another --output", overwrite, asked)
-
-
-def _request(head: dict) -> dict:
-    """What a header, or `run_facts`, says that was asked for."""
-    models = head.get("models") or {}
-    checkpoints = models.get("checkpoints") or {}
-    request = {"steps": sorted(map(int, checkpoints)), "base": models.get("base"), "checkpoints": checkpoints}
-    return request | {"limit": head.get("limit")}
 
 
 if __name__ == "__main__":

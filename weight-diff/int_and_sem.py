@@ -20,11 +20,13 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, refs, relatives
+from cpt_utils.checkpoints import beside, relatives
 from cpt_utils.measures import gate
 
 if TYPE_CHECKING:
     from cpt_utils.measures.compare import Change
+
+compared = cli.sibling("weight-diff/compared.py")
 
 SCHEMA = "int_and_sem"
 RESULTS = {"int_and_sem": "weight-diff/int_and_sem.json"}
@@ -95,6 +97,22 @@ def read_layers(path: Path, group: str, n_layers: int, models: list[dict]) -> li
     return sorted(layers)
 
 
+def read_groups(files: dict[str, Path], n_layers: int, models: list[dict]) -> dict[str, list[int]]:
+    """The layers of both groups; those in neither are named.
+
+    Raises:
+        InputError: see `read_layers`, or a layer in both groups.
+    """
+    groups = {group: read_layers(path, group, n_layers, models) for group, path in files.items()}
+    both = sorted(set(groups["interface"]) & set(groups["semantic_hub"]))
+    if both:
+        raise InputError(f"layers {both} are in both groups; give the interface and the hub of one split")
+    neither = sorted(set(range(n_layers)) - set(groups["interface"]) - set(groups["semantic_hub"]))
+    if neither:
+        cli.say(f"layers {neither} are in neither group and enter no mean")
+    return groups
+
+
 def draw(path: Path, steps: list[int], averages: dict[str, list[float]], counts: dict[str, int]) -> None:
     """Both groups over training steps, with the base."""
     looks = {"interface": ("interface", "s", "-"), "semantic_hub": ("hub", "o", "--")}
@@ -112,40 +130,20 @@ def draw(path: Path, steps: list[int], averages: dict[str, list[float]], counts:
 
 
 def build_parser():
-    p = cli.parser(__doc__)
-    p.add_argument("--base-model", "--base", metavar="B", help="base model; default: the study's base")
-    p.add_argument(
-        "--target-dir",
-        "--run",
-        nargs="+",
-        metavar="RUN",
-        help="run of checkpoints, one, or a list; default: the study's run",
-    )
+    p = compared.parser(__doc__, "--target-dir", "the study's weight-diff/int_and_sem.json")
     for flag, what in (("--interface-json", "interface"), ("--hub-json", "semantic hub")):
         p.add_argument(flag, metavar="F", help=f"JSON with the {what} layers; default: step 2's file of the study")
-    p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's weight-diff/int_and_sem.json")
-    p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
-    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N checkpoints (for a try; marked)")
-    cli.add_run_flags(p, drop=True)
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    base = refs.model(study.value(args.base_model, "--base-model", "base"))
-    target = study.value(args.target_dir, "--target-dir", "run")
-    run = refs.run(target)
-    chosen = refs.run(target, args.steps)[: args.limit]
+    models = compared.Compared.from_arguments(args, study, "--target-dir")
     device = cli.device(args.device)
-    other = beside.name(study, args.base_model, args.target_dir, args.steps, args.limit)
+    other = beside.name(study, args.base_model, args.run, args.steps, args.limit)
     output = study.output(args.output, "--output", "int_and_sem", other)
-
-    from cpt_utils.measures import compare
-
-    n_layers = archs.for_config(base.config()).n_layers(base.config())
-    opening.look_over(chosen)
-    described = {ref.step: ref.describe() for ref in run}
+    facts = models.facts()
     files = {
         group: study.input(given, flag, "layers")
         for group, given, flag in (
@@ -153,42 +151,22 @@ def main(argv=None) -> None:
             ("semantic_hub", args.hub_json, "--hub-json"),
         )
     }
-    models = {"base": base.describe(), "checkpoints": {str(ref.step): described[ref.step] for ref in chosen}}
-    known = [models["base"], *described.values()]
-    groups = {group: read_layers(path, group, n_layers, known) for group, path in files.items()}
+    groups = read_groups(files, facts["n_layers"], models.known())
     passed = gate.carried(*files.values())
-    both = sorted(set(groups["interface"]) & set(groups["semantic_hub"]))
-    if both:
-        raise InputError(f"layers {both} are in both groups; give the interface and the hub of one split")
-    neither = sorted(set(range(n_layers)) - set(groups["interface"]) - set(groups["semantic_hub"]))
-    if neither:
-        cli.say(f"layers {neither} are in neither group and enter no mean")
-
-    facts = {
-        "models": models,
-        "n_layers": n_layers,
-        "layers": {group: {"layers": groups[group], "file": str(path)} for group, path in files.items()},
-        "n_used": len(chosen),
-        "n_available": len(run),
-        "limit": args.limit,
-        "seed": study.seed,
-    }
-    weights = cli.sibling("weight-diff/attn_vs_ffn.py")
-    if weights.made_already(output, SCHEMA, facts, args.overwrite, groups_of):
+    chosen = {group: {"layers": groups[group], "file": str(path)} for group, path in files.items()}
+    facts = {"models": facts["models"], "n_layers": facts["n_layers"], "layers": chosen} | facts
+    facts["seed"] = study.seed
+    if compared.made_already(output, SCHEMA, facts, args.overwrite, groups_of):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
-    say_lacking(base)
-    found: compare.Changes = {}
-    for group in refs.one_at_a_time(chosen, args.drop_revisions, base):
-        say_left_out(base, group)
-        found |= compare.changes(base, group, device=device)
-    by_layer = {ref.step: layer_changes(found[ref.step]) for ref in chosen}
-    averages = {group: [group_mean(by_layer[ref.step], groups[group]) for ref in chosen] for group in GROUPS}
+    found = models.changes(args.drop_revisions, device=device)
+    by_layer = {ref.step: layer_changes(found[ref.step]) for ref in models.run}
+    averages = {group: [group_mean(change, layers) for change in by_layer.values()] for group, layers in groups.items()}
     payload = {
-        "base_model": base.spec,
-        "target_model": target[0] if isinstance(target, list) and len(target) == 1 else target,
+        "base_model": models.base.spec,
+        "target_model": models.target,
         "checkpoints": {
-            str(ref.step): {f"{group}_avg": averages[group][i] for group in GROUPS} for i, ref in enumerate(chosen)
+            str(step): {f"{group}_avg": averages[group][i] for group in GROUPS} for i, step in enumerate(by_layer)
         },
         "layers": {str(step): {str(layer): value for layer, value in enumerate(by_layer[step])} for step in by_layer},
     }
@@ -196,38 +174,14 @@ def main(argv=None) -> None:
     # The sums go through float32 differences and float64 sums, whatever the models' dtypes.
     more = {"gate": passed, "dtype": "float32", "device": device.type}
     results.write_json(output, payload, results.header(SCHEMA, **facts, **more))
-    for i, ref in enumerate(chosen):
-        cli.say(f"step {ref.step}: " + ", ".join(f"{group} {averages[group][i]:.3e}" for group in GROUPS))
+    for i, step in enumerate(by_layer):
+        cli.say(f"step {step}: " + ", ".join(f"{group} {averages[group][i]:.3e}" for group in GROUPS))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
 def groups_of(head: dict) -> dict:
     """The layers of both groups as a header has them, from whichever file they were read."""
     return {f"{group} layers": chosen.get("layers") for group, chosen in head.get("layers", {}).items()}
-
-
-def say_lacking(base: refs.ModelRef) -> None:
-    """Name the layers without attention, or without an FFN: they enter no mean of what they lack."""
-    config = base.config()
-    arch = archs.for_config(config)
-    for what, projections in (("attention", archs.ATTENTION), ("FFN", archs.FFN)):
-        layers = arch.lacking(config, projections)
-        if layers:
-            instead = f" ({arch.instead(config, layers)} in its place)" if what == "attention" else ""
-            cli.say(f"layers {layers} have no {what}{instead}; they enter no mean of it")
-
-
-def say_left_out(base: refs.ModelRef, run: list[refs.ModelRef]) -> None:
-    """Name the tensors outside the layers that cannot be compared, such as an extended vocabulary's embeddings."""
-    from cpt_utils.measures import compare
-
-    said: dict[str, list[str]] = {}
-    for ref in run:
-        for name, why in compare.unlike(base, ref).items():
-            said.setdefault(f"{name} ({why})", []).append(str(ref.step))
-    for what, steps in said.items():
-        at = "" if len(steps) == len(run) else f" at step {', '.join(steps)}"
-        cli.say(f"outside the layers, and not compared: {what}{at}")
 
 
 if __name__ == "__main__":

@@ -155,9 +155,9 @@ def _refuse_unlike(base: Model, other: Model) -> None:
     """Refuse what is no pair for the scripts. One of the two may have a vision tower beside the same language model."""
     kinds, layers = zip(base.shape, other.shape, strict=True)
     if archs.text_type(base.config) != archs.text_type(other.config):
-        raise InputError(f"{base.ref.spec} is a {kinds[0]}, {other.ref.spec} a {kinds[1]}: they are no pair")
+        raise InputError(f"{base.ref.spec} is a {kinds[0]}, {other.ref.spec} a {kinds[1]}: they are not a pair")
     if layers[0] != layers[1]:
-        raise InputError(f"{base.ref.spec} has {layers[0]} layers, {other.ref.spec} {layers[1]}: they are no pair")
+        raise InputError(f"{base.ref.spec} has {layers[0]} layers, {other.ref.spec} {layers[1]}: they are not a pair")
 
 
 def _is_there(study: Study, key: str, report: Report) -> bool:

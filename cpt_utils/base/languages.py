@@ -138,6 +138,30 @@ def same(a: str, b: str) -> bool:
     return canonical(a, any_tag=True) == canonical(b, any_tag=True)
 
 
+def several(given: str | Iterable, flag: str) -> list[str]:
+    """The languages of a list with commas, which `flag` has, or of a study's languages.lsn, as they are written there.
+
+    Raises:
+        InputError: none, no text, or one language in two spellings.
+    """
+    codes = re.split(r"[,\s]+", given.strip(", \n")) if isinstance(given, str) else list(given)
+    if codes in ([], [""]):
+        raise InputError(f"{flag} (study key languages.lsn) names no language; give codes like en,ga")
+    for code in codes:
+        if not isinstance(code, str):
+            raise InputError(f"languages.lsn holds {code!r}; put the code in quotes (no is false in YAML)")
+    refuse_twice(codes)
+    return codes
+
+
+def refuse_twice(codes: list[str], do: str = "name each once") -> None:
+    """Refuse one language in two spellings; `do` says what to do about it."""
+    for i, code in enumerate(codes):
+        for other in codes[:i]:
+            if same(other, code):
+                raise InputError(f"{other} and {code} are one language; {do}")
+
+
 def find(names: Iterable[str], code: str, what: str = "languages", default=_RAISE) -> str:
     """The entry of `names` (file stems, keys of a mapping) that means the language `code`.
 
