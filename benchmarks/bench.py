@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import folders
 
 measure = cli.sibling("benchmarks/measure.py")
@@ -193,8 +194,6 @@ def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
 
 def forward(store, args, sizes: tuple[float, ...], device: str) -> None:
     """Forward passes: on the CPU models of `sizes` in float32, on a GPU those of SHAPES that it holds in bfloat16."""
-    import torch
-
     script = cli.sibling("benchmarks/forward.py")
     shapes = [(size, measure.shape_of(size)) for size in sizes]
     dtype, amount = "float32", (64, 2, 512) if max(sizes) >= 0.05 else (8, 2, 32)

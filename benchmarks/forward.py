@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
+from cpt_utils.base.lazy import torch
 from cpt_utils.interventions import activations
 from cpt_utils.models import batching, ffn, scoring
 
@@ -32,7 +33,6 @@ class Bench:
     """
 
     def __init__(self, shape, dtype: str, device: str, n_sentences: int, n_blocks: int, size: int):
-        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(**shape.config(dtype))
@@ -57,8 +57,6 @@ class Bench:
 
     def decoder_on_sentences(self) -> None:
         """The bare decoder on the batches that retrieval makes of the sentences."""
-        import torch
-
         lengths = [len(ids) for ids in self.sentences.ids]
         with torch.inference_mode():
             for rows in batching.batches(lengths, SENTENCES_A_BATCH):
@@ -71,8 +69,6 @@ class Bench:
         self.wait()
 
     def decoder_on_blocks(self) -> None:
-        import torch
-
         with torch.inference_mode():
             for at in range(0, len(self.blocks), self.batch):
                 ids = self.blocks[at : at + self.batch].to(self.model.device)
@@ -81,8 +77,6 @@ class Bench:
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
-        import torch
-
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -148,8 +142,6 @@ def check(bench: Bench, tolerance: float) -> None:
     Raises:
         AssertionError: they do not.
     """
-    import torch
-
     ways = {area: (found["ours"](), found["obvious"]()) for area, found in areas(bench).items()}
     for area in ("retrieval", "activations", "deactivation"):
         one, other = (torch.as_tensor(value, dtype=torch.float64) for value in ways[area])

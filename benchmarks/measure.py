@@ -24,6 +24,7 @@ from pathlib import Path
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import folders, formats
 
 INTERVAL = 0.02  # seconds between two readings
@@ -207,7 +208,6 @@ def shape_of(gigabytes: float) -> Shape:
 
 def write_model(folder: Path, shape: Shape, seed: int, shards: int, dtype: str) -> int:
     """A random model in `shards` files, two bytes a parameter, written block by block; returns its bytes."""
-    import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -242,8 +242,6 @@ def write_model(folder: Path, shape: Shape, seed: int, shards: int, dtype: str) 
 
 def machine() -> dict:
     """The machine in facts that name no one's: processor, cores, memory, GPU, releases."""
-    import torch
-
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     facts = {

@@ -15,12 +15,12 @@ import time
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def load(folder: str, dtype: str = "bfloat16"):
-    import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
@@ -60,8 +60,6 @@ def swap(base: str, checkpoint: str, out: str, component: str, layers: list[int]
 
 def states(model, sequences: list[list[int]], pad: int, batch_size: int):
     """Mean hidden states [layers + 1, sentences, hidden]: batches in the given order, all states and logits kept."""
-    import torch
-
     found = []
     for at in range(0, len(sequences), batch_size):
         rows = sequences[at : at + batch_size]
@@ -77,8 +75,6 @@ def states(model, sequences: list[list[int]], pad: int, batch_size: int):
 
 def _activations(model, ids):
     """The activations of every layer for blocks of ids, kept from hooks: layers x [blocks, size, neurons]."""
-    import torch
-
     kept: list[torch.Tensor] = []
     hooks = [
         layer.mlp.act_fn.register_forward_hook(lambda _m, _i, output: kept.append(output))
@@ -93,8 +89,6 @@ def _activations(model, ids):
 
 def counts(model, blocks, batch_size: int):
     """Tokens with a positive activation, by layer and neuron: int64 [layers, neurons]."""
-    import torch
-
     return sum(
         torch.stack([(kept > 0).sum((0, 1)) for kept in _activations(model, blocks[i : i + batch_size])]).cpu()
         for i in range(0, len(blocks), batch_size)
@@ -113,7 +107,6 @@ def activations(model, blocks, mask: dict[int, list[int]], batch_size: int) -> f
 
 def losses(model, sequences: list[list[int]], mask: dict[int, list[int]]) -> list[float]:
     """The loss of each sequence, one at a time, with masked neurons' activations set to zero by a hook that copies."""
-    import torch
 
     def silence(neurons: list[int]):
         def hook(_module, _input, output):
@@ -135,7 +128,6 @@ def losses(model, sequences: list[list[int]], mask: dict[int, list[int]]) -> lis
 
 
 def main(argv=None) -> None:
-    import torch
     from transformers import LlamaForCausalLM  # noqa: F401  the imports that the first load would do
 
     words = list(sys.argv[1:] if argv is None else argv)

@@ -15,16 +15,14 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, results, study, textfiles
+from cpt_utils.base import cli, keys, results, study, textfiles
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
+from cpt_utils.base.lazy import np
 
 packing = cli.sibling("cpt/packing.py")
 runs = cli.sibling("cpt/runs.py")
@@ -36,8 +34,6 @@ NULL = ""  # the empty word of IBM model 1: source of target words that translat
 @functools.lru_cache(maxsize=1)
 def word_pattern() -> re.Pattern:
     """Words: the longest runs of letters, marks and digits of any script (marks are why `\\w` will not do)."""
-    import sys
-
     ranges: list[list[int]] = []
     for code in range(sys.maxunicode + 1):
         if unicodedata.category(chr(code))[0] in "LMN":
@@ -64,8 +60,6 @@ def ibm1(source: list[list[str]], target: list[list[str]], iterations: int = 10)
     Returns:
         For each source word (NULL is the empty string), its target words and their probabilities.
     """
-    import numpy as np
-
     source = [[NULL, *line] for line in source]
     source_names, source_ids = _number(source)
     target_names, target_ids = _number(target)
@@ -97,8 +91,6 @@ def ibm1(source: list[list[str]], target: list[list[str]], iterations: int = 10)
 
 
 def _number(lines: list[list[str]]) -> tuple[list[str], list[np.ndarray]]:
-    import numpy as np
-
     ids: dict[str, int] = {}
     numbered = [np.array([ids.setdefault(word, len(ids)) for word in line], dtype=np.int64) for line in lines]
     return list(ids), numbered
@@ -240,8 +232,6 @@ def as_ranges(numbers: list[int]) -> str:
 
 def read_config(path: Path | None, given: dict, seed: int | None) -> dict:
     """The documents file with flags laid over it, defaults filled in and every document kind checked."""
-    from cpt_utils.base import keys
-
     models, where = cli.sibling("cpt/keys.py"), path or Path("flags")
     config = keys.read(path, "give --config the path of a YAML file", "see cpt/README.md") if path else {}
     config |= {key: value for key, value in given.items() if value is not None}
@@ -274,8 +264,6 @@ def default_documents(parallel: list[str], known: list[str]) -> list[dict]:
 
 def split_lines(config: dict, available: int) -> dict[str, list[int]]:
     """Disjoint seeded sets of line numbers, `parallel` and `monolingual`, each in increasing order."""
-    import numpy as np
-
     n_parallel = config.get("parallel_lines") or available // 2
     if n_parallel > available:
         raise InputError(f"parallel_lines is {n_parallel}, but there are {available} lines that all languages have")
@@ -292,8 +280,6 @@ def split_lines(config: dict, available: int) -> dict[str, list[int]]:
 
 def make(config: dict) -> dict:
     """Write every documents file of `config`; returns the facts that documents.json holds."""
-    import numpy as np
-
     out = Path(config["output"])
     texts, numbers = read_parallel(config["parallel"])
     used = split_lines(config, len(numbers))

@@ -15,15 +15,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, textfiles
+from cpt_utils.base import cli, keys, textfiles
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import refs, tokenization
 from cpt_utils.models import encoding
-
-if TYPE_CHECKING:
-    import numpy as np
 
 runs = cli.sibling("cpt/runs.py")
 
@@ -46,8 +43,6 @@ class Source:
     @classmethod
     def parse(cls, values: dict, where: str) -> Source:
         """A source from its mapping in the training file; InputError on unknown, missing or contradicting keys."""
-        from cpt_utils.base import keys
-
         found = keys.check(cli.sibling("cpt/keys.py").Source, values, where)
         hub, files = values.get("hub"), values.get("files", [])
         hub = {"id": hub} if isinstance(hub, str) else hub
@@ -202,8 +197,6 @@ def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.nda
     Raises:
         InputError: the source holds no text.
     """
-    import numpy as np
-
     eos = tokenizer.eos_token_id
     lengths: list[int] = []
     total = 0
@@ -248,8 +241,6 @@ def plan(lengths: list[np.ndarray], weights: list[float], total: int, seed: int)
         lengths: per source, tokens of each document [documents].
         weights: per source, share of tokens (any positive scale).
     """
-    import numpy as np
-
     sources, documents, places = [], [], []
     for number, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         share = math.ceil(total * weight / sum(weights))
@@ -283,8 +274,6 @@ def pack(
         The blocks, and per source: share, documents, passes over them, tokens used (eos included), and the counts of
         `tokenize`.
     """
-    import numpy as np
-
     data, facts_file = folder / "blocks.i32", folder / "blocks.json"
     if not facts_file.is_file():
         total = block_size * n_blocks

@@ -10,14 +10,11 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, locks, results, study
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import formats, step_names
-
-if TYPE_CHECKING:
-    import torch
 
 SCHEMA = "cpt-training"
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
@@ -124,8 +121,6 @@ def disk_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
     Raises:
         InputError: a value that is not finite in `dtype`.
     """
-    import torch
-
     seen: dict[tuple, torch.Tensor] = {}
     out = {}
     for name, tensor in state.items():
@@ -143,8 +138,6 @@ def disk_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
 
 def write_model(folder: Path, model, state: dict, tokenizer_files: Path, dtype_name: str) -> None:
     """Write a whole model folder (weights in `dtype_name`, configurations, tokenizer) into a new folder `folder`."""
-    import torch
-
     folder.mkdir(parents=True)
     cache, model.config.use_cache = getattr(model.config, "use_cache", True), True
     try:

@@ -19,9 +19,11 @@ import json
 import shutil
 from pathlib import Path
 
-from cpt_utils.base import cli, results, study, textfiles
+from cpt_utils.base import cli, keys, results, study, textfiles
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
+from cpt_utils.models import loading
 
 runs = cli.sibling("cpt/runs.py")
 packing = cli.sibling("cpt/packing.py")
@@ -47,8 +49,6 @@ def read_config(path: Path, given: dict, seed: int | None) -> dict:
     Raises:
         InputError: no such file, no YAML, an unknown key (naming the nearest), a missing or impossible value.
     """
-    from cpt_utils.base import keys
-
     values = keys.read(path, "give --config the path of a YAML file", "see cpt/README.md")
     if given.get("steps") and given.get("save_steps") is None and values.get("save_steps"):
         # A short try of a long run: the steps of the file that it does not reach are left out, in one line.
@@ -94,8 +94,6 @@ def model_config(config: dict, tokenizer, path: Path):
     """The configuration of a new model; vocabulary size and special ids are the tokenizer's where not given."""
     from transformers import AutoConfig
 
-    from cpt_utils.base import keys
-
     values = dict(config["model"])
     kind = values.pop("model_type", None)
     if kind is None:
@@ -117,13 +115,10 @@ def model_config(config: dict, tokenizer, path: Path):
 
 def prepare_model(config: dict, tokenizer, path: Path):
     """The float32 model to train: new with seeded weights, or loaded strictly from `from`."""
-    import torch
     from transformers import AutoModelForCausalLM, set_seed
 
     set_seed(config["seed"])
     if config["from"]:
-        from cpt_utils.models import loading
-
         model = loading.load_model(refs.model(config["from"]), torch.float32, torch.device("cpu"))
         model.requires_grad_(True)
     else:
@@ -197,8 +192,6 @@ def vocabularies(base: refs.ModelRef, tokenizer, rows: int) -> tuple[list[int], 
 def initialise(model, old: list[int], new: list[int]) -> None:
     """Draw the rows `new` of both embeddings from a normal distribution with the mean of the rows `old` and 1e-9 of
     their covariance, as `resize_token_embeddings` of transformers does for the rows that it adds (Hewitt 2021)."""
-    import torch
-
     head = model.get_output_embeddings()
     weights = [model.get_input_embeddings().weight]
     if head is not None and head.weight is not weights[0]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from cpt_utils.base import cli, results
+from cpt_utils.base import cli, keys, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 
@@ -249,15 +249,11 @@ def read_config(path: Path | None) -> dict:
 
 def checked(config: dict, where) -> dict:
     """`config`, after a look at every key; InputError says which is wrong, and that it stands in `where`."""
-    from cpt_utils.base import keys
-
     keys.check(cli.sibling("demo/keys.py").World, config, where)
     return config
 
 
 def read_yaml(path: Path) -> dict:
-    from cpt_utils.base import keys
-
     missing = "give --config a world file such as demo/world.yaml"
     return keys.read(path, missing, "demo/world.yaml shows what a world file may hold")
 

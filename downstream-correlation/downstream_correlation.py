@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, figures, results, stats
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.measures import benchmark, gate
 from cpt_utils.measures.benchmark import Point, Series
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SCHEMA = "downstream_correlation"
 RESULTS = {"downstream": "downstream-correlation/correlation.json"}
@@ -48,7 +45,6 @@ def relate(metric: list[float], change: list[float], redrawn: np.ndarray | None,
         metric, change: one value a checkpoint, in step order.
         redrawn: what `metric` might have been on other test rows [draws, checkpoints], or None where that is unknown.
     """
-    import numpy as np
 
     def found(metric, change, redrawn) -> dict:
         pearson = stats.correlation(change, metric)
@@ -66,8 +62,6 @@ def redraw(points: list[Point], seed: int) -> np.ndarray | None:
     Checkpoints are redrawn independently, although they share their test rows. Rows that are hard for every checkpoint
     move all accuracies together and leave r alone, so the spread found from these draws is, if anything, too wide.
     """
-    import numpy as np
-
     if not all(point.n for point in points):
         return None
     rows = np.array([point.n for point in points])
@@ -82,8 +76,6 @@ def measurement_error(r: float | None, change, redrawn: np.ndarray | None, seed:
     adding to each, on Fisher's scale z = artanh r, the error 1/sqrt(n - 3) of a correlation over n checkpoints.
     `measurement_share`: the first variance of z over the sum of both. None where not defined.
     """
-    import numpy as np
-
     found = {"ci_measurement_only": None, "ci_with_measurement_error": None, "measurement_share": None}
     if r is None or redrawn is None:
         return found
@@ -107,8 +99,6 @@ def reliability(points: list[Point]) -> float | None:
 
     0 where the noise alone would explain the variance; None where the rows are unknown or nothing varies.
     """
-    import numpy as np
-
     values, errors = [p.value for p in points], [p.stderr for p in points]
     if len(points) < 2 or None in errors or np.ptp(values) == 0:
         return None

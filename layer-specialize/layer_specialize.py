@@ -20,16 +20,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, figures, languages, results, stats
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
 from cpt_utils.measures import gate
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SCHEMA = "layer-specialize"
 RESULTS = {"layers": "layer-specialize/layers.json"}
@@ -59,8 +56,6 @@ def two_means(profiles: np.ndarray) -> np.ndarray:
 
     A profile that does not vary has no split: all its entries are False.
     """
-    import numpy as np
-
     profiles = np.asarray(profiles, dtype=np.float64)
     size = profiles.shape[-1]
     ordered = np.sort(profiles, axis=-1)
@@ -78,8 +73,6 @@ def two_means(profiles: np.ndarray) -> np.ndarray:
 
 def silhouette(values: np.ndarray, high: np.ndarray) -> float:
     """The mean silhouette of two groups of values [L] (Rousseeuw 1987); an entry alone in its group counts 0."""
-    import numpy as np
-
     distance = np.abs(values[:, None] - values[None, :])
     same = high[:, None] == high[None, :]
     own = (distance * same).sum(1) / np.maximum(same.sum(1) - 1, 1)
@@ -99,8 +92,6 @@ def label_stability(hits: np.ndarray, high: np.ndarray, seed: int, draws: int) -
         the share [L] of resamples that keep the label, and how many resamples there were: one in which all layers are
         equally good has no split and does not count.
     """
-    import numpy as np
-
     n = hits.shape[1]
     columns = hits.T.astype(np.float64)
     kept, counted = np.zeros(len(high)), 0
@@ -133,8 +124,6 @@ def specialize(accuracy: np.ndarray) -> dict:
     Raises:
         InputError: fewer than two layers, an accuracy that is no number, or accuracies that are all equal.
     """
-    import numpy as np
-
     accuracy = np.asarray(accuracy, dtype=np.float64)
     if len(accuracy) < 2:
         raise InputError(f"{len(accuracy)} layer cannot be split in two; at least two layers are needed")
@@ -169,8 +158,6 @@ def read_accuracy(path: Path, **expect) -> tuple[np.ndarray, dict]:
     Raises:
         InputError: not a retrieval result, one that was limited or disagrees with `expect`, or states missing or twice.
     """
-    import numpy as np
-
     payload, header = results.read_json(path, gate.RETRIEVAL, **expect)
     try:
         pairs = {int(state): math.nan if value is None else float(value) for state, value in payload["layer_accuracy"]}
@@ -190,8 +177,6 @@ def read_hits(path: Path, accuracy: np.ndarray) -> np.ndarray | None:
     Raises:
         InputError: the file belongs to another result.
     """
-    import numpy as np
-
     file = path.with_suffix(".pt")
     if not file.is_file():
         return None
@@ -289,8 +274,6 @@ def splitting(path: Path, sides: dict, study: Study, draws: int) -> tuple[dict, 
     if hits is None:
         cli.say(f"no {path.with_suffix('.pt').name} beside {path}: label stability is left out")
     else:
-        import numpy as np
-
         high = np.isin(np.arange(len(accuracy) - 1), split["semantic_layers"])
         split["label_stability"], split["stability_draws"] = label_stability(hits[1:], high, study.seed, draws)
     say_split(path, split)

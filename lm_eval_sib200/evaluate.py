@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import opening, refs, tokenization, tokenizer_id
 from cpt_utils.interventions import in_memory, surgery
+from cpt_utils.models import loading
 
 swaps = cli.sibling("lm_eval_sib200/swaps.py")
 
@@ -157,8 +159,6 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
-    from cpt_utils.models import loading
-
     model = loading.load_model(ref, dtype, device, args.device_map)
     tokenizer = tokenization.load_tokenizer(ref, base=base)
     with _quiet("lm_eval"):  # it warns that a loaded model ignores the arguments of the loader
@@ -231,8 +231,6 @@ def scores(found: dict) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet(logger: str):
-    import logging
-
     log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)

@@ -24,20 +24,16 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.architectures.arch_parts import Neurons
 from cpt_utils.base import cli, languages, processes, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
 from cpt_utils.measures import tokenids
-from cpt_utils.models import ffn
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from cpt_utils.models import ffn, loading
 
 unfinished = cli.sibling("lsn/activation_partial.py")
 
@@ -73,8 +69,6 @@ def batches(n_blocks: int, batch_size: int) -> list[tuple[int, range]]:
 
 def active_tokens(value: torch.Tensor) -> torch.Tensor:
     """The rows of `value` [.., I] above zero, for each column: integers [I], on its device."""
-    import torch
-
     active = (value > 0).view(-1, value.shape[-1])
     rows, width = active.shape
     if width % 8:
@@ -87,8 +81,6 @@ def active_tokens(value: torch.Tensor) -> torch.Tensor:
 
 def active_by_expert(value: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """The same for the rows of each expert: int64 [E, I], from `value` [rows, I] and bool `chosen` [E, rows]."""
-    import torch
-
     # A product of zeros and ones: exact in half precision, too, for 2048 rows at a time, and a GPU need not be asked
     # where one expert's rows end.
     exact = torch.float16 if value.is_cuda else torch.float32
@@ -105,9 +97,7 @@ class Counter:
             model without experts.
     """
 
-    def __init__(self, model: nn.Module, arch: archs.Arch):
-        import torch
-
+    def __init__(self, model: torch.nn.Module, arch: archs.Arch):
         config = ffn.decoder_config(model)
         names = (config.get(key) for key in ("hidden_activation", "hidden_act", "activation_function"))
         before = next(filter(None, names), None) in KEEP_SIGN
@@ -122,8 +112,6 @@ class Counter:
         Raises:
             InputError: activations that are NaN or infinite.
         """
-        import torch
-
         found: dict[tuple[int, Neurons], torch.Tensor] = {}
         routed: dict[int, torch.Tensor] = {}
         last = max(self.reader.groups, default=-1)
@@ -148,8 +136,6 @@ class Counter:
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`counts` and `routed` since the last call; both begin anew."""
-        import torch
-
         taken = self.counts, self.routed
         self.counts, self.routed = map(torch.zeros_like, taken)
         return taken
@@ -186,8 +172,6 @@ def content(counts: torch.Tensor, routed: torch.Tensor, widths: dict, plan, size
 
     `widths` are `width`, the neurons that each layer has, and `routed_width`, those of its experts.
     """
-    import torch
-
     blocks = torch.tensor([sum(len(rows) for at, rows in plan if at == s) for s in range(len(counts))])
     tokens, sums = blocks.cumsum(0) * size, counts.cumsum(0)
     found = {
@@ -311,8 +295,6 @@ def main(argv=None) -> None:
     process.wait()  # no process may see files that another is about to write
     if not todo:
         return
-
-    from cpt_utils.models import loading
 
     model = loading.load_model(ref, dtype, process.device, process.device_map)
     loading.announce(model, ref)

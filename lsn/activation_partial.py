@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import code, results
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
+from cpt_utils.base.lazy import torch
 
 
 class Partial:
@@ -25,8 +22,6 @@ class Partial:
 
     def __init__(self, out: Path, rank: int, request: dict, n_blocks: int, shape: tuple[int, int, int, int]):
         """`out`: where the result will be; `shape`: segments, L, I, E."""
-        import torch
-
         self.stem, self.request = partial_stem(out), json.dumps(request)
         self.path = self.stem.with_name(f"{self.stem.name}.{rank}.pt")
         self.done = torch.zeros(n_blocks, dtype=torch.bool)

@@ -23,21 +23,18 @@ import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, processes, results
+from cpt_utils.base import cli, figures, languages, processes, results, stats
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, refs, relatives, tokenization, tokenizer_id
 from cpt_utils.interventions import activations
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, evaluation, masks
-from cpt_utils.models import encoding, ffn, loading
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from cpt_utils.measures import conditions, evaluation, masks, tokenids
+from cpt_utils.measures.tokenids import RUN, run_hashes
+from cpt_utils.models import encoding, ffn, loading, scoring
 
 SCHEMA = "deactivation"
 RESULTS = {"deactivation": "lsn/deactivate.json"}
@@ -61,10 +58,6 @@ def seen(documents: list[list[int]], ids: np.ndarray, chunk: int = 1 << 20) -> l
     Runs are of tokenids.RUN tokens, in a shorter document of all it has. The first token is left out: the same words
     inside a text begin with a space, and with another token. What is then shorter than SHORTEST says nothing.
     """
-    import numpy as np
-
-    from cpt_utils.measures.tokenids import RUN, run_hashes
-
     by_length: dict[int, list[int]] = {}
     for number, document in enumerate(documents):
         by_length.setdefault(min(RUN, len(document) - 1), []).append(number)
@@ -154,8 +147,6 @@ class Loss:
 
 def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int | None) -> dict[str, list]:
     """The `scoring.TextScore` of every document, by language."""
-    from cpt_utils.models import scoring
-
     found = {}
     for lang, documents in texts.items():
         contexts, own = zip(*documents, strict=True)
@@ -176,10 +167,6 @@ def resampled(changes: dict, tokens: dict, seed: int, draws: int = 2000) -> dict
     Args:
         changes: deactivated -> evaluated -> change of each document's NLL; tokens: evaluated -> tokens of each.
     """
-    import numpy as np
-
-    from cpt_utils.base import stats
-
     found: dict[str, dict] = {d: {} for d in changes}
     for number, (e, counts) in enumerate(tokens.items()):
         weights = stats.resample_weights(len(counts), seed + number, draws)
@@ -194,8 +181,6 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
 
     Their `losses` are: evaluated -> {"nll": [documents], "tokens": [documents]}.
     """
-    import numpy as np
-
     by = {(record["lang"], record["number"]): record["losses"] for record in records}
     plain = {e: Loss(**by[None, None][e]) for e in languages_}
     drawn = sorted({number for _, number in by if number is not None})
@@ -256,8 +241,6 @@ def rank_among_random(own: float, others: list[float]) -> dict:
 
 def draw(path: Path, payload: dict) -> None:
     """Heat maps of the changes in NLL per token: the languages' neurons, and the mean over random sets of as many."""
-    import numpy as np
-
     names, rows = payload["languages"], list(payload["matrix"])
     own = np.array([[payload["matrix"][d][e] for e in names] for d in rows])
     chance = np.array([[np.mean([r[e] for r in payload["random"][d]]) for e in names] for d in rows])
@@ -431,8 +414,6 @@ def id_paths(args, study: Study) -> list[Path]:
 
 def prepare(ref, base, home, texts: dict, id_files: list[Path]) -> tuple:
     """The tokenizer and its hash, the held-out texts that the id files do not hold, and how many were left out."""
-    from cpt_utils.measures import tokenids
-
     run = home if isinstance(home, str) else None  # a folder, which may hold tokenizer files that a checkpoint lacks
     base = refs.model(base) if base else None
     tokenizer = tokenization.load_tokenizer(ref, run, base)

@@ -9,13 +9,10 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import languages
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
+from cpt_utils.base.lazy import np
 
 # Codes of ISO 15924 that stand for several scripts of Unicode; the others are known to Unicode under the same code.
 SCRIPTS = {
@@ -43,7 +40,6 @@ def scripts_of(code: str) -> tuple[str, ...]:
 
 def letter_table(scripts: tuple[str, ...]) -> np.ndarray:
     """For each code point 0 (no letter), 1 (a letter) or 2 (a letter of `scripts`), uint8 [code points]."""
-    import numpy as np
     import regex
 
     table = np.zeros(sys.maxunicode + 1, np.uint8)
@@ -60,8 +56,6 @@ def script_judge(scripts: tuple[str, ...]) -> Callable[[list[str]], list[str]]:
 
     A piece without letters is of any script.
     """
-    import numpy as np
-
     table = letter_table(scripts)
 
     def judge(pieces: list[str]) -> list[str]:

@@ -23,19 +23,16 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, languages, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import counts as activations
 from cpt_utils.measures import gate, masks
 from cpt_utils.measures.counts import Counts
 from cpt_utils.measures.masks import Layers
-
-if TYPE_CHECKING:
-    import numpy as np
 
 reporting = cli.sibling("lsn/identify_report.py")
 
@@ -86,8 +83,6 @@ def entropy(rates: np.ndarray) -> np.ndarray:
 
     Rates are added up in order of size, so that the order of languages does not matter to the last bit.
     """
-    import numpy as np
-
     ordered = np.sort(rates, axis=-1)
     total = np.zeros(rates.shape[:-1])
     for g in range(rates.shape[-1]):
@@ -102,8 +97,6 @@ def entropy(rates: np.ndarray) -> np.ndarray:
 
 def kth_smallest(values: np.ndarray, rate: float, flag: str) -> float:
     """The value of rank floor(rate * size), ascending and counted from 1, of all `values`."""
-    import numpy as np
-
     rank = share(rate, values.size)
     if not 1 <= rank <= values.size:
         raise InputError(f"{flag} {rate} of {values.size} rates is rank {rank}; give a rate above 0, at most 1")
@@ -130,8 +123,6 @@ def select(
         bar_rate: a selected neuron belongs to the languages above this quantile; None: the same.
         exists: bool [L, I], the neurons that there are; default: all. What is not there has no rate and no share.
     """
-    import numpy as np
-
     p = np.stack(
         [counts.astype(np.float64) / np.maximum(tokens, 1) for counts, tokens in zip(over_zero, n, strict=True)],
         axis=-1,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpt_utils.base import cli, figures
+from cpt_utils.base.lazy import np
 from cpt_utils.measures.counts import Counts
 from cpt_utils.measures.masks import Layers
 
@@ -67,8 +68,6 @@ def draw_counts(path: Path, by_language: dict[str, dict], n_layers: int) -> None
 
 def draw_overlap(path: Path, shared: dict) -> None:
     """Jaccard of the neurons of every two languages; the diagonal holds the number of neurons."""
-    import numpy as np
-
     names, n = shared["languages"], len(shared["languages"])
     values = np.array([[np.nan if value is None else value for value in row] for row in shared["jaccard"]], float)
     np.fill_diagonal(values, np.nan)

@@ -17,21 +17,19 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, languages, results, textfiles
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
 from cpt_utils.measures import tokenids
 from cpt_utils.models import encoding
-
-if TYPE_CHECKING:
-    import numpy as np
 
 foreign = cli.sibling("lsn/foreign_text.py")
 corpus = cli.sibling("lsn/oscar_text.py")
@@ -81,8 +79,6 @@ def flat(encodings: list, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: an id that `dtype` cannot hold.
     """
-    import numpy as np
-
     rows = [getattr(encoding, "ids", encoding) for encoding in encodings]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     try:
@@ -93,8 +89,6 @@ def flat(encodings: list, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 def as_text(pieces: list[str], encodings: list, dtype: str, splitter: encoding.Splitter | None) -> tuple:
     """`flat` of the encodings, and which pieces were tokenized again because they held the text of a special token."""
-    import numpy as np
-
     ids, lengths = flat(encodings, dtype)
     again = np.zeros(len(pieces), bool)
     if splitter and (suspects := splitter.suspects(pieces, ids, lengths)):
@@ -118,8 +112,6 @@ def tokenize(
         other_pieces, other_tokens, special_pieces (that held the text of a special token), null_pieces (left out), and
         labels: pieces by what they were judged to be.
     """
-    import numpy as np
-
     done = Counter(dict.fromkeys(COUNTS, 0))
     labels: Counter = Counter()
     for pieces, numbers, nulls, encodings in ahead(encode, read):
@@ -171,11 +163,6 @@ def make(task: dict, report: Callable[[int], None] = lambda tokens: None) -> dic
     Raises:
         InputError: text that cannot be read, no text, no tokens, or a folder that cannot be written.
     """
-    import tempfile
-
-    import numpy as np
-    import torch
-
     request, path = task["request"], Path(task["path"])
     by, judge = foreign.judge_of(request["language"], request["filter"])
     drop = request["filter"] != "none" and not request["report_only"]

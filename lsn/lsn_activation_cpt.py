@@ -20,25 +20,20 @@ Tiny: python lsn/lsn_activation_cpt.py --study demo/tiny.yaml --tokens 2000
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.architectures.arch_parts import Neurons
 from cpt_utils.base import cli, figures, languages, processes, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, opening, refs, relatives
 from cpt_utils.measures import activation_files, masks
 from cpt_utils.measures.masks import Layers
-from cpt_utils.models import ffn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    import torch
-    from torch import nn
+from cpt_utils.models import ffn, loading
 
 counting = cli.sibling("lsn/activation.py")
 places = cli.sibling("lsn/lsn_activation_places.py")
@@ -67,9 +62,7 @@ class Activations:
         routed: layer -> int64 [experts], the tokens routed to each; layers with experts only.
     """
 
-    def __init__(self, model: nn.Module, arch: archs.Arch, masks: Mapping[str, Layers]):
-        import torch
-
+    def __init__(self, model: torch.nn.Module, arch: archs.Arch, masks: Mapping[str, Layers]):
         self.tokens = 0
         self.index = {
             name: {layer: torch.tensor(list(neurons)) for layer, neurons in mask.items() if len(neurons)}
@@ -97,8 +90,6 @@ class Activations:
         Raises:
             InputError: activations that are NaN or infinite.
         """
-        import torch
-
         found: dict[int, torch.Tensor] = {}
         routed: dict[int, torch.Tensor] = {}
 
@@ -146,8 +137,6 @@ class Activations:
 
     def _per_token(self, name: str) -> dict[int, torch.Tensor]:
         """By layer, what the neurons' means are times `tokens`: of those that see every token the sums themselves."""
-        import torch
-
         scaled = {}
         for layer, sums in self.sums[name].items():
             if layer in self.routed:
@@ -363,8 +352,6 @@ def measure_all(
 
     `drop`: weights of a checkpoint on the hub go from the disk when it is done.
     """
-    from cpt_utils.models import loading
-
     means: dict[str, dict[int, float]] = {mask: {} for mask in chosen.layers}
     following = [job.ref for job in todo if job.left]
     for job in todo:

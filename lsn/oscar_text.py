@@ -5,6 +5,7 @@ Used by lsn/load_oscar.py. Everything is streamed: memory does not grow with the
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -101,8 +102,6 @@ def local_source(kind: str, place: str, given: str) -> tuple[dict, dict]:
     Raises:
         InputError: no such file, or one that holds no text.
     """
-    import glob
-
     fingerprint = cli.sibling("cpt/packing.py").fingerprint
     path = Path(place)
     if kind == "parquet":

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import controls, evaluation, gate, trial
-
-if TYPE_CHECKING:
-    import numpy as np
 
 ENDS = ("base", "target")  # the models as they are, which the file of a swap lists beside its sets
 
@@ -96,8 +93,6 @@ class Results:
 
     def hits(self, path: Path, payload: dict) -> np.ndarray:
         """The hits [L+1, sentences] beside the retrieval result `path`."""
-        import numpy as np
-
         step_2 = cli.sibling("layer-specialize/layer_specialize.py")
         file = self.there(path.with_suffix(".pt"), "retrieval")
         self.read.append(str(file))

@@ -18,20 +18,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, languages, processes, results, sources, stats
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch, transformers
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, opening, refs, tokenization, tokenizer_id
 from cpt_utils.measures import gate
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cpt_utils.models.batching import Encoded
+from cpt_utils.models import loading
+from cpt_utils.models.batching import Encoded, encode, for_each, padded, positions
+from cpt_utils.models.states import pooled_states
 
 figure = cli.sibling("sentence-retrieval/sr_figure.py")
 chosen = cli.sibling("sentence-retrieval/sr_models.py")
@@ -61,7 +58,7 @@ SHUFFLES = 100
 
 
 def sentence_vectors(
-    model: PreTrainedModel, arch: archs.Arch, sentences: Encoded, pad: int, batch_size: int | None = None,
+    model: transformers.PreTrainedModel, arch: archs.Arch, sentences: Encoded, pad: int, batch_size: int | None = None,
     special_tokens: bool = True, padding_side: str = "right", desc: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """Mean over the non-padding tokens of each hidden state: [L+1, sentences, hidden] on the CPU, in float32 (float64
@@ -70,12 +67,6 @@ def sentence_vectors(
     Entry 0 is the embedding output; the last entry is taken after the final norm. With `special_tokens` False the
     tokens that the tokenizer adds (BOS, EOS) are read by the model but left out of the mean.
     """
-    import torch
-
-    from cpt_utils.models import loading
-    from cpt_utils.models.batching import for_each, padded
-    from cpt_utils.models.states import pooled_states
-
     vectors, device = None, loading.input_device(model)
 
     def pool(rows: list[int]) -> None:
@@ -103,8 +94,6 @@ def sentence_vectors(
 
 def cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of every row of `x` [n, hidden] with every row of `y` [m, hidden]: [n, m]."""
-    import torch
-
     return torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(y, dim=1).T
 
 
@@ -160,8 +149,6 @@ def retrieve(
     Args:
         first: of base and target, where each sentence stands first in its list (`Encoded.first`); None: none repeats.
     """
-    import torch
-
     own = torch.arange(base.shape[1])
     asks, answers = (own, own) if first is None else map(torch.tensor, first)
     generator = torch.Generator().manual_seed(seed)
@@ -179,9 +166,9 @@ def retrieve(
 
 
 def measure(
-    model: PreTrainedModel, arch: archs.Arch, tokenizer: PreTrainedTokenizerBase, base: Encoded, target: Encoded,
-    variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int | None = None, special_tokens: bool = True,
-    desc: str = "",
+    model: transformers.PreTrainedModel, arch: archs.Arch, tokenizer: transformers.PreTrainedTokenizerBase,
+    base: Encoded, target: Encoded, variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int | None = None,
+    special_tokens: bool = True, desc: str = "",
 ) -> Retrieval:  # fmt: skip
     """Vectors of both languages, then `retrieve`."""
     pad = tokenizer.pad_token_id
@@ -200,8 +187,6 @@ def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **h
     Raises:
         InputError: a token id that the model has no embedding for.
     """
-    from cpt_utils.models.batching import encode, positions
-
     sides = [encode(tokenizer, texts, positions(model)) for texts in (pairs.base, pairs.target)]
     largest = max(max(ids) for side in sides for ids in side.ids)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -297,8 +282,6 @@ class Bench:
         def measured(job: Job) -> tuple[dict, dict]:
             following = next(own, None)
             if following is not None and not following.untrained and not self.drop:
-                from cpt_utils.models import loading
-
                 loading.prefetch(following.ref)
             return self.measured(job)
 
@@ -310,8 +293,6 @@ class Bench:
 
     def measured(self, job: Job) -> tuple[dict, dict[str, torch.Tensor]]:
         """A new measurement: payload, and the tensors of its .pt."""
-        from cpt_utils.models import loading
-
         ref, process = job.ref, self.process
         if job.untrained:
             seed = self.how["seed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpt_utils.base import figures, results
+from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.measures import controls, swap_figure
 
@@ -140,8 +141,6 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
 
 def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
     """A heat map for each seed: change of NLL by language (column) when the neurons of one (row) are silenced."""
-    import numpy as np
-
     found = [row["deactivation"] for row in seeds.values()]
     bound = max(abs(value) for one in found for row in one["matrix"].values() for value in row.values())
     with figures.style() as plt:

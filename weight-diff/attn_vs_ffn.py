@@ -18,17 +18,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, results
+from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
-
-if TYPE_CHECKING:
-    import torch
-
-    from cpt_utils.measures.compare import Change, Changes, Sums
+from cpt_utils.measures.compare import Change, Changes, Sums
 
 compared = cli.sibling("weight-diff/compared.py")
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, results
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import opening, refs
-
-if TYPE_CHECKING:
-    from cpt_utils.measures.compare import Changes
+from cpt_utils.measures import compare
+from cpt_utils.measures.compare import Changes
 
 
 def parser(doc: str, run: str, output: str):
@@ -66,8 +64,6 @@ class Compared:
 
     def changes(self, drop: bool, **how) -> Changes:
         """`compare.changes` of every checkpoint, with its arguments `how`; what is left out of a whole pass is said."""
-        from cpt_utils.measures import compare
-
         found: Changes = {}
         whole = "projections" not in how
         if whole:
@@ -124,8 +120,6 @@ def say_lacking(base: refs.ModelRef) -> None:
 
 def say_left_out(base: refs.ModelRef, run: list[refs.ModelRef]) -> None:
     """Name the tensors outside the layers that cannot be compared, such as an extended vocabulary's embeddings."""
-    from cpt_utils.measures import compare
-
     said: dict[str, list[str]] = {}
     for ref in run:
         for name, why in compare.unlike(base, ref).items():

@@ -17,16 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, languages, results
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside
 from cpt_utils.measures import masks
-
-if TYPE_CHECKING:
-    from cpt_utils.measures.compare import Change
+from cpt_utils.measures.compare import Change
 
 compared = cli.sibling("weight-diff/compared.py")
 

@@ -14,7 +14,6 @@ Tiny: python weight-diff/int_and_sem.py --study demo/tiny.yaml
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, results
@@ -22,9 +21,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, relatives
 from cpt_utils.measures import gate
-
-if TYPE_CHECKING:
-    from cpt_utils.measures.compare import Change
+from cpt_utils.measures.compare import Change
 
 compared = cli.sibling("weight-diff/compared.py")
 

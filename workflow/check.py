@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, languages, sources, textfiles
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import folders, identity, opening, refs, tokenizer_id
 
@@ -324,10 +326,6 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
 
 def machine() -> tuple[float, str]:
     """Floating-point operations a second of a forward pass here, and on what, from a moment of matrix products."""
-    import time
-
-    import torch
-
     device = cli.device("auto")
     dtype = cli.dtype(None, device)
     a = torch.randn(1024, 1024, device=device, dtype=dtype)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures.arch_layers import Layers
 from cpt_utils.architectures.arch_parts import (
@@ -30,10 +29,7 @@ from cpt_utils.architectures.arch_parts import (
     pieces,
 )
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from cpt_utils.base.lazy import torch
 
 # Constants that old checkpoints carry (causal masks, rotary frequencies, sinusoidal positions): no parameters, never
 # compared or swapped.
@@ -103,8 +99,6 @@ class Arch(Layers):
         Raises:
             InputError: a tensor is no whole number of the heads that config.json states, or is not there.
         """
-        import torch
-
         chosen, (heads, units) = sorted({*chosen}), self.head_counts(config, layer)
         of_queries = projection in ("q_proj", "o_proj")
         if not units or not chosen or (by_query and not of_queries):
@@ -209,14 +203,14 @@ class Arch(Layers):
 
     # --- in memory ---
 
-    def decoder(self, model: nn.Module) -> nn.Module:
+    def decoder(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module that holds embeddings, layers and final norm; running it alone leaves the head out."""
         return self._submodule(model, self.decoder_path)
 
-    def layers(self, model: nn.Module) -> nn.ModuleList:
+    def layers(self, model: torch.nn.Module) -> torch.nn.ModuleList:
         return self._submodule(model, f"{self.decoder_path}.{self.layers_name}")
 
-    def last(self, model: nn.Module) -> nn.Module:
+    def last(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module whose output is the last hidden state: the final norm, or the last layer where there is none."""
         return self._submodule(model, f"{self.decoder_path}.{self.norm}") if self.norm else self.layers(model)[-1]
 
@@ -228,23 +222,23 @@ class Arch(Layers):
         """Dotted name of the module that computes `projection` (perhaps with others) from the causal LM."""
         return f"{self.layer_path(layer)}.{as_slots(self.projections_at[projection])[0].module}"
 
-    def module(self, model: nn.Module, layer: int, projection: str) -> nn.Module:
+    def module(self, model: torch.nn.Module, layer: int, projection: str) -> torch.nn.Module:
         return self._submodule(model, self.module_path(layer, projection))
 
-    def in_layer(self, model: nn.Module, layer: int, path: str) -> nn.Module:
+    def in_layer(self, model: torch.nn.Module, layer: int, path: str) -> torch.nn.Module:
         """The module at a path below a layer."""
         return self._submodule(model, f"{self.layer_path(layer)}.{path}")
 
-    def down_module(self, model: nn.Module, layer: int) -> nn.Module:
+    def down_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
         """The last module of a dense FFN, or of the FFN beside a layer's experts."""
         slots = self.slots(model.config, layer, "down_proj", beside_experts=self.has_router(model.config, layer))
         return self.in_layer(model, layer, slots[0].module)
 
-    def experts_module(self, model: nn.Module, layer: int) -> nn.Module:
+    def experts_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
         """The module of a MoE layer's experts; called with (tokens [n, hidden], experts [n, top k], weights)."""
         return self.in_layer(model, layer, below(self.experts_at.block, "experts"))
 
-    def activation_module(self, model: nn.Module, layer: int) -> nn.Module:
+    def activation_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
         """The nonlinearity of a layer's FFN: its output is act(W_gate x), or act(W_up x) where there is no gate.
 
         That of a MoE layer sees only the tokens that are routed, expert by expert.
@@ -252,7 +246,7 @@ class Arch(Layers):
         return self.in_layer(model, layer, self.neurons(model.config, layer)[0].activation)
 
     def module_places(
-        self, disk_names: Iterable[str], model: nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
+        self, disk_names: Iterable[str], model: torch.nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
     ) -> dict[str, Place]:
         """Tensor on disk -> its place in `model.state_dict()`. Buffers that only files have are left out, and what
         they hold beside the model (`beyond`).
@@ -281,7 +275,7 @@ class Arch(Layers):
                 raise InputError(f"tensor {disk} has no place in the loaded {type(model).__name__}; nearest: {near}")
         return found
 
-    def module_names(self, disk_names: Iterable[str], model: nn.Module) -> dict[str, str]:
+    def module_names(self, disk_names: Iterable[str], model: torch.nn.Module) -> dict[str, str]:
         """`module_places` by name alone, for tensors on disk that are whole ones in memory.
 
         Raises:
@@ -387,7 +381,7 @@ class Arch(Layers):
         rows = at.features(projection, known[place].shape[1] // 2)
         return Place(place, (number,) if rows is None else (number, rows))
 
-    def _submodule(self, model: nn.Module, path: str) -> nn.Module:
+    def _submodule(self, model: torch.nn.Module, path: str) -> torch.nn.Module:
         try:
             return model.get_submodule(path)
         except AttributeError:

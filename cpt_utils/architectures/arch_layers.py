@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures.arch_parts import (
     ATTENTION,
@@ -22,9 +21,7 @@ from cpt_utils.architectures.arch_parts import (
     named,
 )
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
+from cpt_utils.base.lazy import torch
 
 # What configs call the same number. The first key that is there and not null counts.
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -283,8 +280,6 @@ class Layers:
         widths = [self._width(config, layer, name, width) for name in slot.order]
         before = slot.order.index(projection)
         if slot.by_group:
-            import torch
-
             groups, shares = self._shares(config, layer, slot, widths)
             first = sum(shares[:before])
             rows = torch.arange(groups * sum(shares)).view(groups, -1)[:, first : first + shares[before]].reshape(-1)

@@ -29,6 +29,7 @@ from cpt_utils.architectures.arch_parts import (
 )
 from cpt_utils.architectures.arch_table import ARCHS, TOWERS
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 
 __all__ = [
     "ARCHS",
@@ -130,7 +131,6 @@ def _entry_to_add(config: dict) -> str:
     """
     model_type, where = config["model_type"], "ARCHS in cpt_utils/architectures/arch_table.py"
     try:
-        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         given = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}

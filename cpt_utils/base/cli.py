@@ -12,12 +12,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
+from cpt_utils.base.lazy import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -152,8 +149,6 @@ def _steps(text: str) -> list[int]:
 
 def device(text: str = "auto") -> torch.device:
     """The torch device for a `--device` value."""
-    import torch
-
     if text in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -169,8 +164,6 @@ def device(text: str = "auto") -> torch.device:
 
 def dtype(text: str | None, on: torch.device) -> torch.dtype:
     """The torch dtype for a `--dtype` value; `auto` is bfloat16 on CUDA and float32 on the CPU."""
-    import torch
-
     if text in (None, "auto"):
         return torch.bfloat16 if on.type == "cuda" else torch.float32
     if text not in DTYPES:

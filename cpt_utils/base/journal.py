@@ -7,13 +7,10 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, code, results
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    from cpt_utils.base.processes import Process
+from cpt_utils.base.processes import Process
 
 
 class Journal:

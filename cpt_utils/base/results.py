@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,13 +21,10 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cpt_utils.base import cli, locks
+from cpt_utils.base import cli, languages, locks
 from cpt_utils.base.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
+from cpt_utils.base.lazy import torch
 
 HEADER = "_header"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")  # the names that `replacing` gives
@@ -164,10 +162,6 @@ def facts_beside(path: str | os.PathLike) -> Path:
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str | int | float]) -> None:
     """Save a dict of plain tensors, numbers and strings that `torch.load(weights_only=True)` reads."""
-    import io
-
-    import torch
-
     # Through memory: torch.save names the archive after the file, here a temporary one, and a rerun must give the same
     # bytes; and a full disk is an OSError only when Python writes.
     buffer = io.BytesIO()
@@ -186,8 +180,6 @@ def read_tensors(path: str | os.PathLike) -> dict:
 
 def load(path: str | os.PathLike):
     """Whatever `torch.save` put into a file, on the CPU, running no code from it."""
-    import torch
-
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -255,8 +247,6 @@ def _agree(fact: str, found, wanted) -> bool:
     if found == plain(wanted):
         return True
     if fact.endswith("_lang"):
-        from cpt_utils.base import languages
-
         return languages.same(found, wanted)
     return False
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+from cpt_utils.base.lazy import np
 
 LEVEL = 0.95
 EXACT = "a correlation of exactly 1 or -1 has no interval"
@@ -23,8 +21,6 @@ def bootstrap_means(values: np.ndarray, seed: int = 42, draws: int = 2000, level
 
     One resample of units serves all series, so that differences between them keep their pairing.
     """
-    import numpy as np
-
     values = np.asarray(values, dtype=np.float64)
     weights = resample_weights(values.shape[-1], seed, draws)
     means = values @ weights.T / values.shape[-1]
@@ -34,8 +30,6 @@ def bootstrap_means(values: np.ndarray, seed: int = 42, draws: int = 2000, level
 
 def resample_weights(n: int, seed: int, draws: int) -> np.ndarray:
     """How often each of `n` units is in each of `draws` resamples of size n: float64 [draws, n]."""
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     return np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)]).astype(np.float64)
 
@@ -50,7 +44,6 @@ def correlation(x, y, method: str = "pearson", level: float = LEVEL) -> dict:
     Returns:
         `correlation, p_value, n_points, ci_low, ci_high`, None where not defined, and then `note` with the reason.
     """
-    import numpy as np
     from scipy import stats
 
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)

@@ -25,6 +25,7 @@ from cpt_utils.checkpoints import formats, identity, tensors
 if TYPE_CHECKING:
     from cpt_utils.checkpoints.refs import ModelRef
 
+
 # Keys of adapter_config.json that do not change what the merged model computes, or that are read below. Any other key
 # with a value is refused.
 KNOWN = {

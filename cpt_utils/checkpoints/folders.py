@@ -20,14 +20,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, locks
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import formats, headers, tensors
-
-if TYPE_CHECKING:
-    import torch
 
 RECORD = "swap.json"  # what was written and from what; in every finished folder
 MARKER = ".unfinished"  # in a folder that is being written: it is ours, and not complete

@@ -13,15 +13,12 @@ import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import formats
 from cpt_utils.checkpoints.formats import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE
-
-if TYPE_CHECKING:
-    import torch
 
 # safetensors dtype -> (torch dtype, bytes per element)
 DTYPES = {
@@ -147,8 +144,6 @@ def torch_dtype(name: str) -> torch.dtype:
     Raises:
         InputError: one that nothing here computes with.
     """
-    import torch
-
     if name not in DTYPES:
         raise InputError(f"tensors of dtype {name} are not read here; convert the model to {', '.join(DTYPES)}")
     return getattr(torch, DTYPES[name][0])

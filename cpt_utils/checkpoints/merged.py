@@ -18,16 +18,12 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import adapters, formats, headers, refs, tensors, tokenization
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 ROWS = 256  # rows merged at a time, from row 0 on: a row has the same bits however it is asked for
 LOW_RANK = re.compile(
@@ -168,8 +164,6 @@ class AdapterFolder:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` (first dimension) of the merged tensor, in the base's dtype."""
-        import torch
-
         change = self.changes.get(name)
         if change is None:
             return self.base.rows(name, start, stop)
@@ -188,8 +182,6 @@ class AdapterFolder:
 
     def _after(self, step: LowRank | Bias | Tokens, block: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` after a step, in their dtype."""
-        import torch
-
         if isinstance(step, Tokens):
             block = block.clone()
             for i, row in enumerate(step.rows):
@@ -373,10 +365,8 @@ class AdapterFolder:
             )
 
 
-def apply(model: nn.Module, ref: refs.ModelRef) -> None:
+def apply(model: torch.nn.Module, ref: refs.ModelRef) -> None:
     """Give a loaded base the weights of the merged model, as if it had been saved and loaded in the model's dtype."""
-    import torch
-
     with AdapterFolder(ref) as stored, torch.no_grad():
         rows = stored.own.vocabulary(stored.kin)
         if rows and model.get_input_embeddings().weight.shape[0] != rows:
@@ -406,10 +396,8 @@ def _refuse_lost_rows(ref: refs.ModelRef, folder: Path, rows: int) -> None:
         )
 
 
-def _untie(model: nn.Module) -> None:
+def _untie(model: torch.nn.Module) -> None:
     """Give the output matrix, which was that of the embeddings, memory of its own."""
-    import torch
-
     head = model.get_output_embeddings()
     device = getattr(getattr(head, "_hf_hook", None), "execution_device", None) or head.weight.device
     head.weight = torch.nn.Parameter(head.weight.to(device, copy=True))

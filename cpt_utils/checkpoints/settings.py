@@ -10,18 +10,14 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
+from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.checkpoints import formats, step_names
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from cpt_utils.checkpoints import refs
+from cpt_utils.base.lazy import transformers
+from cpt_utils.checkpoints import formats, refs, step_names
 
 # Settings without influence on what a forward pass computes from a layer's weights.
 PASSING = re.compile(
@@ -194,7 +190,7 @@ def unknown_rope(config: Mapping) -> str | None:
     return None
 
 
-def read_configuration(folder: Path) -> PretrainedConfig:
+def read_configuration(folder: Path) -> transformers.PretrainedConfig:
     """The configuration in `folder` as transformers reads it: with the type's defaults, and in its present spelling."""
     from transformers import AutoConfig
 
@@ -205,8 +201,6 @@ def read_configuration(folder: Path) -> PretrainedConfig:
 @contextlib.contextmanager
 def quiet_loader():
     """Silence the loader's log lines and its progress bar, one per model, for the length of a block."""
-    from logging import getLogger
-
     from transformers.utils import logging
 
     offload = getLogger("accelerate.big_modeling")  # says that layers are offloaded; `announce` says it, too

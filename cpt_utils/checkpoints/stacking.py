@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import headers, tensors
 
 if TYPE_CHECKING:
-    import torch
-
     from cpt_utils.checkpoints.merged import AdapterFolder
 
     Folder = tensors.TensorFolder | AdapterFolder
@@ -134,8 +133,6 @@ class Restacked:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` (first dimension: of all experts in one tensor the experts)."""
-        import torch
-
         if name not in self.pairs:
             return self.folder.rows(name, start, stop)
         if self.pairs[name][0][1].expert is None:

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import formats, headers
 from cpt_utils.checkpoints.formats import INDEX, SINGLE
 
 if TYPE_CHECKING:
-    import torch
-
     from cpt_utils.checkpoints.refs import ModelRef
+
 
 FIRST_BYTES = 1 << 17  # of a remote file asked for at first: most headers are shorter
 
@@ -202,8 +202,6 @@ class TensorFolder:
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor, mapped from the file: its pages are read when they are touched."""
-        import torch
-
         file = self.shard_of(name)
         with self._lock:  # several threads may read
             if self._open is None or self._open[0] != file:
@@ -237,8 +235,6 @@ class TensorFolder:
         return list(self._open[1])
 
     def _map(self, file: str):
-        import torch
-
         path = self.path / file
         if self._remote:
             self.fetch([next(name for name, shard in self._shard_of.items() if shard == file)])
@@ -260,8 +256,6 @@ class TensorFolder:
 
 
 def _load_bin(path: Path, spec: str, config: dict) -> dict:
-    import torch
-
     formats.refuse_pointer(path)
     try:
         try:
@@ -289,8 +283,6 @@ def _load_bin(path: Path, spec: str, config: dict) -> dict:
 
 def _is_plain(name, tensor, size: int) -> bool:
     """Whether an entry of a .bin is a dense tensor that is really in the file (of `size` bytes)."""
-    import torch
-
     dense = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
     return dense and tensor.device.type == "cpu" and not tensor.is_quantized and tensor.nbytes <= size
 
@@ -304,8 +296,6 @@ def chunks(rows: int, row_bytes: int, limit: int = 32 << 20) -> Iterator[tuple[i
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, without a temporary of its size."""
-    import torch
-
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:  # float8 has no reductions

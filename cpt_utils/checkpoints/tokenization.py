@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import transformers
 from cpt_utils.checkpoints import formats, identity, refs, settings, step_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Files of SentencePiece, and the packages that transformers reads them with, by the modules they bring.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -92,7 +90,7 @@ def folder_and_whose(ref: refs.ModelRef, run: str | None, base: refs.ModelRef | 
 
 def load_tokenizer(
     ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None
-) -> PreTrainedTokenizerBase:
+) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of `ref` (see `tokenizer_folder`), padding on the right, with pad token (else eos, else unk).
 
     Raises:
@@ -108,15 +106,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in `folder`, as it is saved there.
 
     Raises:
         InputError: files that are damaged, or that transformers does not know, or a SentencePiece model alone where
             what reads it is not installed.
     """
-    from logging import getLogger
-
     from transformers import AutoTokenizer
 
     getLogger("transformers.modeling_rope_utils").setLevel("ERROR")  # `load_model` says it

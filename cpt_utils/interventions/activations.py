@@ -5,31 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from cpt_utils.architectures.archs import Arch
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.models import ffn
 from cpt_utils.models.trace import trace
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from cpt_utils.architectures.archs import Arch
 
 Mask = Mapping[int, Sequence[int]]  # layer -> neurons
 
 
 @contextlib.contextmanager
-def silenced(model: nn.Module, arch: Arch, mask: Mask) -> Iterator[nn.Module]:
+def silenced(model: torch.nn.Module, arch: Arch, mask: Mask) -> Iterator[torch.nn.Module]:
     """The model with the masked neurons' activations set to zero, until the block ends.
 
     What a neuron gives to the layer is its activation (times `up`, where there is a gate) through the down projection,
     so its input there is set to zero. Experts have no module for it: their columns of the down projection are zero for
     as long, and then what they were, bit by bit. A layer without masked neurons is not touched.
     """
-    import torch
-
     config = ffn.decoder_config(model)
     with contextlib.ExitStack() as stack:
         for layer, neurons in mask.items():
@@ -50,8 +43,6 @@ def silenced(model: nn.Module, arch: Arch, mask: Mask) -> Iterator[nn.Module]:
 
 def _zeros(index: torch.Tensor) -> Callable:
     """Sets the entries `index` of the last dimension to zero."""
-    import torch
-
     on = functools.cache(index.to)  # copied to a device once, not in every pass
 
     def edit(value: torch.Tensor) -> torch.Tensor:
@@ -64,7 +55,7 @@ def _zeros(index: torch.Tensor) -> Callable:
 
 @contextlib.contextmanager
 def _without_inputs(
-    down: nn.Parameter, experts: torch.Tensor, inputs: torch.Tensor, transposed: bool
+    down: torch.nn.Parameter, experts: torch.Tensor, inputs: torch.Tensor, transposed: bool
 ) -> Iterator[None]:
     """Inputs of the experts' down projections [E, hidden, I] set to zero, until the block ends.
 

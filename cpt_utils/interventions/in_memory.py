@@ -8,17 +8,13 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import values
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.interventions.surgery import Edit, Pair, Recipe
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 @dataclass
@@ -40,7 +36,7 @@ class Swapper:
         return Condition(name, recipe.key, functools.partial(self.applied, recipe=recipe), facts)
 
     @contextlib.contextmanager
-    def applied(self, model: nn.Module, recipe: Recipe) -> Iterator[nn.Module]:
+    def applied(self, model: torch.nn.Module, recipe: Recipe) -> Iterator[torch.nn.Module]:
         """`model` with the recipe's edits, until the block ends (also by an exception).
 
         Raises:
@@ -76,7 +72,7 @@ class Swapper:
             for held, own in replaced.values():
                 held.data = own
 
-    def _refuse_untying(self, model: nn.Module, edited: set[str]) -> None:
+    def _refuse_untying(self, model: torch.nn.Module, edited: set[str]) -> None:
         """Refuse an edit of one of two tensors on disk that are one in memory: the written folder would have two."""
         names = self.pair.arch.embedding_tensors(self.pair.target.names())
         if edited.isdisjoint(names):
@@ -108,7 +104,7 @@ def _untied(ref: refs.ModelRef, name: str) -> str:
     )
 
 
-def _held(model: nn.Module, name: str) -> torch.Tensor:
+def _held(model: torch.nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer of a dotted name."""
     module, _, last = name.rpartition(".")
     return getattr(model.get_submodule(module), last)
@@ -116,8 +112,6 @@ def _held(model: nn.Module, name: str) -> torch.Tensor:
 
 def _in_memory(pair: Pair, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
     """The edited tensor as the model, which holds `own` in its place, would have loaded it from the written folder."""
-    import torch
-
     shape = pair.target.shape(name)
     if tuple(own.shape) != tuple(shape):
         raise InputError(
@@ -133,7 +127,7 @@ def _in_memory(pair: Pair, name: str, edits: list[Edit], own: torch.Tensor) -> t
 
 
 @contextlib.contextmanager
-def apply(model: nn.Module, recipe: Recipe, pair: Pair) -> Iterator[nn.Module]:
+def apply(model: torch.nn.Module, recipe: Recipe, pair: Pair) -> Iterator[torch.nn.Module]:
     """One recipe on a loaded model of C; see `Swapper` for many."""
     with Swapper(pair, cache_bytes=0).applied(model, recipe):
         yield model

@@ -9,16 +9,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import folders, formats, headers, tensors, tokenization, tokenizer_id
 from cpt_utils.interventions import values
 from cpt_utils.interventions.surgery import Edit, Pair, Recipe, identity
-
-if TYPE_CHECKING:
-    import torch
 
 SCHEMA = "swap"
 CONFIG_FILES = (
@@ -168,8 +165,6 @@ def _checked(pair: Pair, files: list[folders.WeightFile], edits: dict[str, list[
 
 def _contents(pair: Pair, name: str, edits: dict[str, list[Edit]]) -> Iterator[memoryview]:
     """The bytes of a tensor, block by block."""
-    import torch
-
     if name in edits:
         blocks = values.blocks(pair, name, edits[name])
     else:

@@ -17,16 +17,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import opening, refs, settings, stacking, tokenization, tokenizer_id
 from cpt_utils.interventions.condition import digest, function_facts
-
-if TYPE_CHECKING:
-    import torch
 
 Function = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import tensors
 from cpt_utils.interventions.surgery import Edit, Pair, Recipe
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCK = 32 << 20  # bytes of a tensor worked on at a time
 
@@ -44,8 +41,6 @@ def _values(pair: Pair, edit: Edit, target: torch.Tensor, start: int, stop: int)
 
 def _fill(pair: Pair, edit: Edit, target: torch.Tensor, block: torch.Tensor, start: int, stop: int) -> None:
     """Write the edit's values into `block`, which holds rows `start` to `stop`."""
-    import torch
-
     base = pair.base.get(edit.base_tensor)
     if edit.expert is not None:
         if start <= edit.expert < stop:

@@ -19,17 +19,14 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import refs, tensors
 from cpt_utils.measures import matrices
 from cpt_utils.measures.matrices import Matrix, Side, WeightSlice
-
-if TYPE_CHECKING:
-    import torch
 
 # Entries of a matrix worked on at a time: many more fall out of the CPU's caches, many fewer cost more in calls than in
 # arithmetic. A GPU wants larger pieces.
@@ -220,8 +217,6 @@ def _pass(
 
     A thread works on one matrix at a time. Once the caller is done, or there is an error, all stop at their next block.
     """
-    import torch
-
     sums = max((m.span[1] - m.span[0]) * m.shape[1] // m.stretch for m in plan) * 20 * (len(sides) - 1)
     threads = max(1, min(torch.get_num_threads(), THREADS, FILES // len(sides), SUMS // sums))
     buffers, ended = _Buffers(torch.device(device)), threading.Event()
@@ -236,8 +231,6 @@ def _pass(
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Inside, torch computes in the thread that calls it."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -254,8 +247,6 @@ class _Buffers(threading.local):
 
     def get(self, name: str, dtype: torch.dtype, *shape: int, **place) -> torch.Tensor:
         """The buffer of that name as a tensor of this shape."""
-        import torch
-
         size = math.prod(shape)
         if (name, dtype) not in self.held or self.held[name, dtype].numel() < size:
             self.held[name, dtype] = torch.empty(size, dtype=dtype, **place)
@@ -268,8 +259,6 @@ def _changes_of(matrix: Matrix, sides: list[Side], buffers: _Buffers, ended: thr
     Raises:
         InputError: sums are not finite, and neither is what was read.
     """
-    import torch
-
     wide = any(side.stored.dtype(name) == torch.float64 for side, name in zip(sides, matrix.names, strict=True))
     for dtype in (torch.float64,) if wide else (torch.float32, torch.float64):  # squares beyond the range of float32
         rows, columns = _sums_of(matrix, sides, dtype, buffers, ended)
@@ -300,8 +289,6 @@ def _sums_of(
         Of each row, in stretches of columns: [checkpoints, 5, rows, stretches] (of squares the roots of the sums), and
         of each column float64 [checkpoints, 4, columns] or None.
     """
-    import torch
-
     (first, last), width, device = matrix.span, matrix.shape[1], buffers.device
     checkpoints, norm = len(sides) - 1, torch.linalg.vector_norm
     rows = torch.empty(checkpoints, 5, last - first, width // matrix.stretch, dtype=dtype, device=device)
@@ -429,8 +416,6 @@ def _change_of(matrix: Matrix, each: WeightSlice, sums: torch.Tensor, columns: t
 
 def _together(changes: list[Change]) -> Change:
     """The sums over several matrices of one projection, its neurons in their order."""
-    import torch
-
     if len(changes) == 1:
         return changes[0]
     whole = Change()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 from cpt_utils.base import cli, stats
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
 from cpt_utils.measures.evaluation import MEASURES
 
 SMALL = 300  # so many sets or fewer are all evaluated
@@ -62,8 +64,6 @@ def layer_sets(
     Raises:
         InputError: `treatment` is empty or all layers, so that there is nothing to compare it with.
     """
-    from itertools import combinations
-
     treatment, layers = sorted(set(treatment)), range(layers) if isinstance(layers, int) else sorted(layers)
     possible = math.comb(len(layers), len(treatment))
     if possible < 2:
@@ -110,8 +110,6 @@ def gains(records: list[dict], seed: int) -> dict[str, dict]:
     The interval is a bootstrap over units (sentences, documents, rows) of target minus base. A measure without units
     of its own (the best layer's retrieval) takes that of its kind.
     """
-    import numpy as np
-
     base, target = (next(r for r in records if r["name"] == name) for name in ("base", "target"))
     found = {}
     for name in target["units"]:
@@ -158,8 +156,6 @@ def compare(records: list[dict], treatment: str, seed: int) -> dict[str, dict]:
     The interval is a bootstrap over sentences (documents, rows) of `treatment` minus the mean of the random sets, which
     are held fixed.
     """
-    import numpy as np
-
     base, target, mine = (next(r for r in records if r["name"] == name) for name in ("base", "target", treatment))
     others = [r for r in records if r["name"] == "random"]
     found, gained = {}, gains(records, seed)
@@ -195,8 +191,6 @@ def summary(records: list[dict], seed: int = 42) -> list[dict]:
 
 def units_of(records: list[dict]) -> dict:
     """measure -> its per-unit values, float32 [records, units]."""
-    import torch
-
     return {name: torch.tensor([r["units"][name] for r in records]) for name in records[0]["units"]}
 
 
@@ -206,8 +200,6 @@ def intervals(rows: list[dict], records: list[dict], seed: int) -> None:
     `ci_low` and `ci_high` are those of the value; `change` is the value minus the target's, with an interval that
     keeps the pairing: the same sentences (documents, rows) are drawn for both.
     """
-    import numpy as np
-
     target = next(record for record in records if record["name"] == "target")
     named = [(row, record) for row, record in zip(rows, records, strict=True) if row["name"] != "random"]
     for row, _ in named:

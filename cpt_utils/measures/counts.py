@@ -13,14 +13,11 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, languages, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import relatives
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SCHEMA = "activation-counts"
 _NAMES = (
@@ -53,8 +50,6 @@ class Counts:
     @property
     def exists(self) -> np.ndarray | None:
         """Which neurons there are, bool [L, I]; None where all are."""
-        import numpy as np
-
         return None if self.width is None else np.arange(self.over_zero.shape[1]) < self.width[:, None]
 
     @property
@@ -66,8 +61,6 @@ class Counts:
 
         A neuron of an expert: those routed to it; of a dense layer, or beside the experts: all; padding: none.
         """
-        import numpy as np
-
         n = self.n if snapshot is None else self.snapshots_n[snapshot]
         if self.width is None:
             return n
@@ -126,8 +119,6 @@ def read(path: Path, lang: str) -> Counts:
     Raises:
         InputError: not such a file, a limited or foreign one, or counts that cannot be.
     """
-    import numpy as np
-
     tensors = results.read_tensors(path)
     try:
         n, over_zero = int(tensors["n"]), tensors["over_zero"].numpy().astype(np.int64)

@@ -9,15 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, languages, results, sources, textfiles
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import transformers
 from cpt_utils.measures import sib200
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from cpt_utils.models import scoring
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,18 @@ class Test:
         kinds = {"retrieval": self.pairs, "nll": self.heldout, "task": self.task}
         return [name for name, measure in MEASURES.items() if kinds[measure.kind] is not None]
 
-    def on(self, model: PreTrainedModel, arch: archs.Arch, tokenizer: PreTrainedTokenizerBase, name: str) -> dict:
+    def on(
+        self,
+        model: transformers.PreTrainedModel,
+        arch: archs.Arch,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        name: str,
+    ) -> dict:
         """`values` (a number each), `units` (what they are means of), `layer_accuracy` and `reverse_accuracy` [L+1]."""
         found: dict = {"values": {}, "units": {}}
         if self.pairs is not None:
             found |= self._retrieval(model, arch, tokenizer, name, found)
         if self.heldout is not None:
-            from cpt_utils.models import scoring
-
             contexts, texts = zip(*self.heldout, strict=True)
             scores = scoring.text_nlls(model, tokenizer, list(texts), self.batch_size, list(contexts))
             mean_bytes = sum(score.bytes for score in scores) / len(scores)
@@ -95,8 +97,6 @@ class Test:
 
     def _task(self, model, tokenizer) -> list[float]:
         """1 for every row whose category is the most likely one after the prompt, as lm_eval's `acc`; else 0."""
-        from cpt_utils.models import scoring
-
         prompts = [sib200.PROMPT.replace("{{text}}", text) for text, _ in self.task]
         logliks = scoring.choice_logliks(model, tokenizer, prompts, list(sib200.CHOICES), self.batch_size)
         best = [row.index(max(row)) for row in logliks]

@@ -11,13 +11,10 @@ import json
 import operator
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, results, stats
+from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import identity
-
-if TYPE_CHECKING:
-    import numpy as np
 
 RETRIEVAL = "sentence-retrieval"
 LEVEL = 0.99  # see `compare`
@@ -48,8 +45,6 @@ def compare(hits: np.ndarray, untrained: np.ndarray, seed: int = 42) -> dict:
         `passed` (the interval is above 0), `difference, ci_low, ci_high, level`, and what was subtracted: `accuracy`
         and `untrained_accuracy`; `n` sentences.
     """
-    import numpy as np
-
     n = hits.shape[1]
     order = np.random.default_rng(seed).permutation(n)
     halves = (order[: n // 2], order[n // 2 :]) if n > 1 else (order, order)

@@ -11,14 +11,11 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import opening, refs, settings, stacking
-
-if TYPE_CHECKING:
-    import torch
 
 # Entries summed in float32 before float64 takes over: norms of much longer rows are off by more than 1e-6.
 STRETCH = 1024

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
 from cpt_utils.checkpoints import tokenizer_id
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 SCHEMA = "token-ids"
 RUN = 16  # tokens: texts that share half of their runs of so many are the same text
@@ -47,8 +43,6 @@ def write(path: str | os.PathLike, ids: torch.Tensor, payload: dict, header: dic
     Raises:
         InputError: the folder cannot be written, or the disk is full.
     """
-    import torch
-
     path = Path(path)
     with results.replacing(path) as temporary:
         # A file object: torch.save names the archive inside after a path, and this one is temporary.
@@ -111,8 +105,6 @@ def read(
 
 def run_hashes(ids: np.ndarray, length: int = RUN) -> np.ndarray:
     """A 64-bit hash of every run of `length` tokens in `ids` [n]: uint64 [n - length + 1]."""
-    import numpy as np
-
     found = np.zeros(max(0, len(ids) - length + 1), dtype=np.uint64)
     factor = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
@@ -128,8 +120,6 @@ def repeated(ids: torch.Tensor) -> float:
     Of a long text a sample is looked at: the runs whose hash falls into one of several classes, so that every copy of
     a run is in it or none is.
     """
-    import numpy as np
-
     classes = np.uint64(max(1, len(ids) // _SAMPLE))
     kept = []
     for start in range(0, len(ids), _CHUNK):
@@ -154,8 +144,6 @@ def _check_tokenizer(path: Path, facts: dict, own: str | None) -> None:
 
 
 def _load(path: Path) -> torch.Tensor:
-    import torch
-
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {what}; a file of token ids is needed (lsn/load_oscar.py makes it)")
@@ -174,8 +162,6 @@ def _load(path: Path) -> torch.Tensor:
 
 
 def _check_range(path: Path, ids: torch.Tensor, vocab_size: int | None) -> None:
-    import torch
-
     for start in range(0, len(ids), _CHUNK):
         low, high = (int(value) for value in torch.aminmax(ids[start : start + _CHUNK].to(torch.int64)))
         if low < 0:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli, results
+from cpt_utils.base.lazy import torch
 from cpt_utils.base.processes import Process
 from cpt_utils.checkpoints import tokenization, tokenizer_id
 from cpt_utils.interventions import surgery
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import conditions, controls, evaluation
 from cpt_utils.models import loading
-
-if TYPE_CHECKING:
-    import torch
 
 SCHEMA = "swap-controls"
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import stats
-
-if TYPE_CHECKING:
-    import numpy as np
+from cpt_utils.base.lazy import np
 
 ALPHA = 0.05
 WORTH = 0.3  # the least correlation worth the name
@@ -105,7 +102,5 @@ def over_sentences(name: str, values: np.ndarray, seed: int) -> dict:
 
 
 def over_units(name: str, values, seed: int, of: str) -> dict:
-    import numpy as np
-
     values = np.asarray(values, dtype=np.float64)
     return number(name, float(values.mean()), stats.bootstrap_mean(values, seed), len(values), of)

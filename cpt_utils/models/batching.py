@@ -8,16 +8,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch, transformers
 from cpt_utils.models import encoding
 from cpt_utils.models.encoding import Encoded
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens of a batch, padding included. More does not pay on a CPU, where the activations of a layer leave the caches;
 # a GPU begins with it and works out its own budget, up to LARGEST, from which on no GPU gains.
@@ -28,7 +24,7 @@ ALIKE, ENOUGH = 0.8, 512  # share of the longest, tokens: see `batches`
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {(kind of step, --batch-size): limit}
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], positions: int | None = None) -> Encoded:
+def encode(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], positions: int | None = None) -> Encoded:
     """Tokenize with special tokens as the tokenizer adds them; texts longer than `positions` are cut, with a warning.
 
     Raises:
@@ -48,7 +44,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], positions: int 
     return replace(made, first=[where.setdefault(text, i) for i, text in enumerate(texts)])
 
 
-def positions(model: PreTrainedModel) -> int | None:
+def positions(model: transformers.PreTrainedModel) -> int | None:
     """The longest input that the configuration states, in tokens; None where it states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -77,7 +73,7 @@ def batches(lengths: list[int], batch_size: int | None = None, tokens: int = TOK
 
 
 def for_each(
-    model: PreTrainedModel, kind: str, lengths: list[int], step: Callable[[list[int]], None],
+    model: transformers.PreTrainedModel, kind: str, lengths: list[int], step: Callable[[list[int]], None],
     batch_size: int | None = None,
 ) -> None:  # fmt: skip
     """Call `step` with the indices of each batch, until every sequence was in one that went through.
@@ -126,8 +122,6 @@ def _fits(step: Callable, rows: list[int]) -> bool:
     `accelerate.utils.find_executable_batch_size` takes some of these errors for others ("CUDA error: out of memory",
     cuBLAS's), frees memory while the traceback holds the step's tensors, and collects garbage before every call.
     """
-    import torch
-
     try:
         step(rows)
         return True
@@ -144,7 +138,7 @@ def _fits(step: Callable, rows: list[int]) -> bool:
 class _Memory:
     """The GPUs' memory around a trial step: what the step took at its peak, and what is free."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: transformers.PreTrainedModel):
         self.gpus = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self.before = [self.taken(gpu, start=True) for gpu in self.gpus]
 
@@ -159,8 +153,6 @@ class _Memory:
     @staticmethod
     def taken(gpu: torch.device, start: bool = False) -> int:
         """Bytes of tensors now, with which the peak begins anew (`start`), or at the peak."""
-        import torch
-
         if start:
             torch.cuda.reset_peak_memory_stats(gpu)
             return torch.cuda.memory_allocated(gpu)
@@ -168,16 +160,12 @@ class _Memory:
 
     @staticmethod
     def free(gpu: torch.device) -> int:
-        import torch
-
         held = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)  # by the allocator, for no tensor
         return torch.cuda.mem_get_info(gpu)[0] + held
 
 
 def padded(sequences: list[list[int]], pad: int, side: str = "right"):
     """Token ids and attention mask, int64 [len(sequences), longest], padded with `pad` on `side`."""
-    import torch
-
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)

@@ -14,10 +14,10 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cpt_utils.base.lazy import np, transformers
+
 if TYPE_CHECKING:
-    import numpy as np
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Encoded:
     first: list[int] = field(default_factory=list)
 
 
-def of_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True) -> Encoded:
+def of_texts(
+    tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
+) -> Encoded:
     """The ids of `texts`, with what the tokenizer itself adds around one (BOS), unless `add_special_tokens` is off."""
-    import numpy as np
-
     more = {"return_special_tokens_mask": add_special_tokens, "verbose": False}
     made = tokenizer(texts, add_special_tokens=add_special_tokens, **more)
     ids = made["input_ids"]
@@ -59,7 +59,7 @@ class Splitter:
     `special`: their ids, but for the unknown token's; `added`: how many of them the tokenizer itself puts around one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = frozenset(marked | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
@@ -72,8 +72,6 @@ class Splitter:
 
         The unknown token counts where its own text stands there: ordinary text may have it.
         """
-        import numpy as np
-
         ends = np.cumsum(lengths)
 
         def number(wanted: np.ndarray) -> np.ndarray:
@@ -120,7 +118,7 @@ class Splitter:
 
 
 @functools.lru_cache(maxsize=4)
-def splitter_of(tokenizer: PreTrainedTokenizerBase) -> Splitter:
+def splitter_of(tokenizer: transformers.PreTrainedTokenizerBase) -> Splitter:
     return Splitter(tokenizer)
 
 

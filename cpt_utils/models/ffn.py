@@ -10,19 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.architectures.arch_parts import Neurons, below
+from cpt_utils.architectures.archs import Arch
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.models import loading
 from cpt_utils.models.trace import StopForward, trace
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from cpt_utils.architectures.archs import Arch
 
 BLOCK = {"llama": 4096, "qwen": 2048}  # tokens, by the published scripts' --type
 TOKENS_A_BATCH = 4096
@@ -75,7 +70,7 @@ class Reader:
     have nothing to hand over.
     """
 
-    def __init__(self, model: nn.Module, arch: Arch, layers: Sequence[int], before: bool = False):
+    def __init__(self, model: torch.nn.Module, arch: Arch, layers: Sequence[int], before: bool = False):
         config = decoder_config(model)
         self.model, self.arch, self.before = model, arch, before and arch.before
         self.groups = {layer: arch.neurons(config, layer) for layer in layers}
@@ -93,8 +88,6 @@ class Reader:
         `read(layer, group, value, experts)` gets the activations [.., I] of every token and None; or, of experts,
         those [rows, I] of tokens that were routed, and the expert of each row [rows], perhaps in several calls a layer.
         """
-        import torch
-
         if not self.groups:
             return
         self._left = {group.first for group in self.groups[max(self.groups)]}  # to be read in the last layer
@@ -130,8 +123,6 @@ class Reader:
 
     def _routed(self, layer: int, group: Neurons, read: Callable, stack: contextlib.ExitStack) -> list[tuple]:
         """Points around the experts of a layer, for those ways to run them that call their nonlinearity."""
-        import torch
-
         at, experts = self.arch.experts_at, self.arch.experts_module(self.model, layer)
         if at.routed_by == "score":
             return self._scored(layer, group, read)
@@ -184,7 +175,7 @@ class Reader:
 
 
 @contextlib.contextmanager
-def _intercepted(experts: nn.Module, see: Callable) -> Iterator[None]:
+def _intercepted(experts: torch.nn.Module, see: Callable) -> Iterator[None]:
     """Hands the gates' outputs to `see` where experts have a function in the place of a module."""
     name = "act_fn" if callable(vars(experts).get("act_fn")) else "_apply_gate"
     own = getattr(experts, name)
@@ -213,7 +204,7 @@ def _function(name: str) -> Callable:
     return ACT2FN[name]
 
 
-def decoder_config(model: nn.Module) -> dict:
+def decoder_config(model: torch.nn.Module) -> dict:
     return model.config.get_text_config().to_dict()
 
 

@@ -6,17 +6,12 @@ import contextlib
 import tempfile
 import threading
 import weakref
-from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch, transformers
 from cpt_utils.checkpoints import formats, identity, merged, opening, refs, settings
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
 
 # Where PEFT is installed, transformers adds an adapter that it finds beside a model to it, a second time if that one
 # was merged. It is told to look where none can be: in a folder that has the name of the file.
@@ -49,8 +44,6 @@ def experts(config, dtype: torch.dtype) -> dict[str, str]:
 
     Grouped products have no float64, and want rows of whole 16 bytes.
     """
-    import torch
-
     arch = archs.for_config(config)
     if arch.experts_at is None:
         return {}
@@ -63,7 +56,7 @@ def experts(config, dtype: torch.dtype) -> dict[str, str]:
 
 def load_model(
     ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, device_map: str | dict | None = None
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The causal LM of `ref` on `device` in `dtype`, in evaluation mode.
 
     transformers fills a tensor that is missing from a checkpoint with random numbers and logs a line; here that is an
@@ -76,8 +69,6 @@ def load_model(
     Raises:
         InputError: missing folder, damaged files, unknown architecture, or tensors that do not fit the configuration.
     """
-    import torch
-
     if ref.is_adapter:
         opening.open_folder(ref).close()  # what cannot be merged is said before its base is loaded
         model = load_model(ref.adapted, dtype, device, device_map)
@@ -135,10 +126,8 @@ def _in_one_line(ref: refs.ModelRef, quantised: str | None = None):
         raise InputError(f"{ref.spec} is quantised ({quantised}) and does not run here: {reason}; {remedy}") from error
 
 
-def _run_quantised(model: PreTrainedModel, ref: refs.ModelRef, how: str, dtype: torch.dtype) -> None:
+def _run_quantised(model: transformers.PreTrainedModel, ref: refs.ModelRef, how: str, dtype: torch.dtype) -> None:
     """Say how a model with quantised weights runs; what transformers cannot run here shows at the first token."""
-    import torch
-
     if not formats.for_transformers(ref.config()):
         raise InputError("config.json does not tell transformers so, which would take the codes for weights")
     runs = "which transformers runs as they are"
@@ -151,10 +140,8 @@ def _run_quantised(model: PreTrainedModel, ref: refs.ModelRef, how: str, dtype: 
     cli.once(f"{formats.run_of(ref.spec)}: quantised weights ({how}), {runs}")
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
+def input_device(model: transformers.PreTrainedModel) -> torch.device:
     """Where token ids belong: the device on which the embeddings are, or are brought to from memory or disk."""
-    import torch
-
     embeddings = model.get_input_embeddings()
     if embeddings.weight.device.type != "meta":
         return embeddings.weight.device
@@ -192,14 +179,12 @@ def _check(report: dict, ref: refs.ModelRef) -> None:
 
 def load_untrained(
     ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, seed: int, device_map: str | None = None
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """A model of `ref`'s configuration with seeded random weights: what a measurement gives before any training.
 
     Initialised on `device` in `dtype`, so that a large model needs no second copy; another device draws other numbers.
     With a `device_map` ("auto") it is initialised on the CPU, then spread.
     """
-    import torch
-
     config = settings.read_configuration(ref.config_folder())
     if ref.is_adapter:
         config.get_text_config().vocab_size = identity.vocabulary_size(ref.config())
@@ -227,7 +212,7 @@ def load_untrained(
     return model
 
 
-def announce(model: PreTrainedModel, ref: refs.ModelRef) -> None:
+def announce(model: transformers.PreTrainedModel, ref: refs.ModelRef) -> None:
     """Print what is about to run: model, size, dtype, device."""
     size = sum(p.numel() for p in model.parameters())
     text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch, transformers
 from cpt_utils.models import encoding, loading
 from cpt_utils.models.batching import encode, for_each, padded, positions
 from cpt_utils.models.trace import trace
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS = 512  # rows of logits that are turned into losses at a time
 
@@ -40,8 +37,8 @@ class TextScore:
 
 
 def text_nlls(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     texts: list[str],
     batch_size: int | None = None,
     contexts: list[str] | None = None,
@@ -55,8 +52,6 @@ def text_nlls(
     Raises:
         InputError: no texts, or one without a token to score.
     """
-    import torch
-
     if not texts:
         raise InputError("no text to score")
     whole = [f"{c} {t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
@@ -83,7 +78,7 @@ def text_nlls(
     return scores
 
 
-def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def _own_tokens(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of `text` with what the tokenizer puts in front of it, without what it puts behind."""
     (special,) = encoding.of_texts(tokenizer, [text]).special
     behind = next((n for n, flag in enumerate(reversed(special)) if not flag), len(special))
@@ -91,7 +86,10 @@ def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def mean_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int | None = None
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_size: int | None = None,
 ) -> TextScore:
     """The sum of `text_nlls` over all texts."""
     scores = text_nlls(model, tokenizer, texts, batch_size)
@@ -99,8 +97,8 @@ def mean_nll(
 
 
 def choice_logliks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: list[str],
     choices: list[str],
     batch_size: int | None = None,
@@ -110,8 +108,6 @@ def choice_logliks(
     Prompt and choice are tokenized together and cut where the prompt's own tokens end, which is lm_eval's rule; too
     long an input loses its beginning. The last token is only predicted, so choices of one token share one input.
     """
-    import torch
-
     limit = positions(model)
     place: dict[tuple[int, ...], int] = {}  # input -> its number
     wanted: list[tuple[int, list[int]]] = []  # (number of the input, tokens to predict at its end)
@@ -142,7 +138,9 @@ def choice_logliks(
     return [result[i : i + n] for i in range(0, len(result), n)]
 
 
-def _losses(model: PreTrainedModel, sequences: list[list[int]], pad: int, wanted: list[list[tuple[int, int]]]):
+def _losses(
+    model: transformers.PreTrainedModel, sequences: list[list[int]], pad: int, wanted: list[list[tuple[int, int]]]
+):
     """NLL in nats of the tokens asked for, a tensor on the CPU for each sequence, computed in float32 or better.
 
     The lm_head runs at the positions asked for alone: not at padding, nor in a prompt of which the end is asked for.
@@ -150,8 +148,6 @@ def _losses(model: PreTrainedModel, sequences: list[list[int]], pad: int, wanted
     Args:
         wanted: of each sequence, (position, token that should follow it).
     """
-    import torch
-
     flat = [(row, at, token) for row, pairs in enumerate(wanted) for at, token in pairs]
     rows, columns, targets = torch.tensor(flat, dtype=torch.long).view(-1, 3).T.to(loading.input_device(model))
     ids, mask = (t.to(rows.device) for t in padded(sequences, pad))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from cpt_utils.base.lazy import torch
 from cpt_utils.models.trace import trace
-
-if TYPE_CHECKING:
-    import torch
 
 
 def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_mask=None) -> torch.Tensor:
@@ -22,8 +19,6 @@ def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_
         input_ids, attention_mask: [batch, tokens]; padding on either side.
         pool_mask: [batch, tokens], the tokens that enter the mean; default `attention_mask`.
     """
-    import torch
-
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     keep = (attention_mask if pool_mask is None else pool_mask).bool()
     weights = keep[:, None].to(wide)
@@ -42,8 +37,6 @@ def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_
 
 def _states(model: torch.nn.Module, arch, input_ids, attention_mask, pool: Callable) -> torch.Tensor:
     """`pool` of every hidden state [batch, tokens, hidden] of one forward pass, stacked on the device of the input."""
-    import torch
-
     layers = arch.layers(model)
     pooled: list[torch.Tensor | None] = [None] * (len(layers) + 1)
 

@@ -1,0 +1,21 @@
+"""Libraries that take a second or more to import, imported when something of them is first used.
+
+So `--help` and a wrong flag are answered at once, and everything else imports what it needs at its top.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+
+
+class Later(types.ModuleType):
+    """Stands for a module that is imported at the first attribute asked of it."""
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+np = Later("numpy")
+torch = Later("torch")
+transformers = Later("transformers")
