@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from launch import shim
 
 pytestmark = pytest.mark.end_to_end
 
 SNAKEMAKE = [str(Path(sys.executable).with_name("snakemake")), "--snakefile", "workflow/Snakefile"]
+# The same, but the Python of the jobs is another.
+LED = "import sys; sys.executable = {!r}; from snakemake.cli import main; main()"
 PAIR = "eng_Latn-qaa_Latn"
 
 
@@ -47,15 +50,26 @@ def run(command, where, **environment):
 
 
 @pytest.fixture(scope="module")
-def finished(clone):
+def warm(tmp_path_factory):
+    """A `python` whose scripts are forks of one process: forty that import torch and transformers take minutes."""
+    return shim(tmp_path_factory.mktemp("bin"))
+
+
+@pytest.fixture(scope="module")
+def snakemake(warm):
+    """The workflow on the tiny demo, its jobs as forks."""
+    return [sys.executable, "-c", LED.format(str(warm)), *SNAKEMAKE[1:], "--config", "study=demo/tiny.yaml"]
+
+
+@pytest.fixture(scope="module")
+def finished(clone, snakemake):
     """The workflow stopped after the base, then gone on with to its end, two jobs at a time."""
-    config = ["--config", "study=demo/tiny.yaml"]
-    plan = run([*SNAKEMAKE, *config, "--dry-run"], clone)
+    plan = run([*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--dry-run"], clone)
     assert "train_base" in plan and "layer_swap_controls" in plan
-    run([*SNAKEMAKE, *config, "--cores", "2", "--until", "train_base"], clone)
+    run([*snakemake, "--cores", "2", "--until", "train_base"], clone)
     weights = clone / "build/tiny/base/model.safetensors"
     before = weights.stat().st_mtime_ns
-    run([*SNAKEMAKE, *config, "--cores", "2", "--report-after-run", "--report", "results/tiny.html"], clone)
+    run([*snakemake, "--cores", "2", "--report-after-run", "--report", "results/tiny.html"], clone)
     assert weights.stat().st_mtime_ns == before  # what was finished is not made again
     return clone
 
@@ -161,8 +175,8 @@ def test_each_step_of_part_two_read_what_the_step_before_wrote(finished):
     assert claims["C3"]["verdict"] in ("supported", "not supported", "undecided")
 
 
-def test_nothing_is_left_to_do(finished):
-    assert "Nothing to be done" in run([*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--cores", "1"], finished)
+def test_nothing_is_left_to_do(finished, snakemake):
+    assert "Nothing to be done" in run([*snakemake, "--cores", "1"], finished)
 
 
 def test_an_edited_method_runs_again_and_a_comment_does_not(finished, tmp_path):
@@ -200,12 +214,16 @@ def readme_commands():
     return [line for line in blocks.splitlines() if line.startswith(("python", "lm_eval"))]
 
 
-def test_the_commands_of_the_readme_run_as_printed(finished):
+def test_the_commands_of_the_readme_run_as_printed(finished, warm):
+    """The first of each folder in a Python of its own, as a user's, the others as forks."""
     (finished / "study.yaml").write_text((finished / "demo/tiny.yaml").read_text())
-    lines = readme_commands()
+    lines, seen = readme_commands(), set()
     assert len(lines) >= 22
     for line in lines:
         if line.startswith("lm_eval"):
-            continue  # its half minute is spent in test_lm_eval_sib200.py
+            continue  # test_lm_eval_sib200.py has it
+        folder = line.split()[1].partition("/")[0]
         # The tiny study in the place of the demo, its last step in the place of the demo's.
-        run(re.sub(r"\bdemo\b", "tiny", line).replace("checkpoint-600", "checkpoint-40"), finished)
+        line = re.sub(r"\bdemo\b", "tiny", line).replace("checkpoint-600", "checkpoint-40")
+        run(re.sub("^python", str(warm), line) if folder in seen else line, finished)
+        seen.add(folder)

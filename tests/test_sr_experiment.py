@@ -291,12 +291,12 @@ def test_two_processes_write_what_one_does(sr, project):
     for path in folder.iterdir():
         if not path.name.startswith("run__checkpoint-5"):
             path.unlink()
-    said = launch("sentence-retrieval/sr_experiment.py", *command(project)).stdout
+    said = launch("sentence-retrieval/sr_experiment.py", *command(project), forks=False).stdout
     two = {path.name: strip(path) if path.suffix == ".json" else path.read_bytes() for path in folder.iterdir()}
     assert two == one
     assert said.count("is finished") == said.count("wrote 3 results") == 1 and said.count(": best ") == 3
     # An error ends all processes, those too that wait for the one it happened to.
-    failed = launch("sentence-retrieval/sr_experiment.py", *command(project, "--k", "3"), code=1)
+    failed = launch("sentence-retrieval/sr_experiment.py", *command(project, "--k", "3"), code=1, forks=False)
     assert "error:" in failed.stderr and "is of another request (k: 3 asked for, 4 in the file)" in failed.stderr
 
 

@@ -252,7 +252,7 @@ class Forks:
                  "HF_DATASETS_CACHE": str(logs / "datasets"), "TMPDIR": str(logs)}  # fmt: skip
         self.logs = logs
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("server.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, str(helpers.ROOT / "tests/server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=(logs / "server.log").open("ab"), text=True, env=os.environ | quiet,
         )  # fmt: skip
         self.requests, self.answers = self.process.stdin, self.process.stdout

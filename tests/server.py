@@ -1,7 +1,8 @@
-"""Runs the project's scripts as forked children that fail on request; a process of its own, without threads.
+"""Runs the project's scripts as forked children, which may fail on request; a process of its own, without threads.
 
 Importing torch and transformers takes seconds, so they are imported once, here, and every command is a fork that runs
-the script as `python <script> ...` would. Requests come as lines of JSON on stdin, answers as lines of JSON on stdout:
+the script as `python <script> ...` would. Given a path, it listens there on a socket (launch.py). Else requests come as
+lines of JSON on stdin, answers as lines of JSON on stdout:
 
     {"jobs": [{"script": .., "argv": [..], "cwd": .., "log": .., "fault": {..} or null}], "timeout": seconds}
     [{"code": exit status, negative for a signal, "seconds": .., "timed_out": ..}]
@@ -28,12 +29,14 @@ import json
 import os
 import resource
 import runpy
+import select
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # What the scripts import that takes long; where one is not installed, the command that needs it says so.
 IMPORTED = (
     "torch",
@@ -41,7 +44,7 @@ IMPORTED = (
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.tokenization_utils_tokenizers",
-    "transformers.optimization",
+    "transformers.trainer",
     "safetensors.torch",
     "scipy.stats",
     "yaml",
@@ -123,9 +126,6 @@ def child(job: dict) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(job["cwd"])
-    script = str(ROOT / job["script"])
-    sys.argv = [script, *job["argv"]]
-    sys.path[0] = str(Path(script).parent)
     fault = job["fault"] or {}
     kind = fault.get("kind")
     if kind == "no_override":
@@ -135,6 +135,16 @@ def child(job: dict) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
     watch = Watch(job["cwd"], fault.get("n"), fault.get("errno")) if kind in ("boundary", "errno", "watch") else None
+    code = run_script(str(ROOT / job["script"]), job["argv"])
+    if kind == "watch":
+        Path(fault["report"]).write_text(json.dumps({"changes": watch.changes, "read": sorted(watch.read)}))
+    os._exit(code)
+
+
+def run_script(script: str, argv: list[str]) -> int:
+    """The exit status of `python <script> ...`, after all that an interpreter does at its end."""
+    sys.argv = [script, *argv]
+    sys.path[0] = str(Path(script).parent)
     code = 1
     try:
         runpy.run_path(script, run_name="__main__")
@@ -158,9 +168,7 @@ def child(job: dict) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        if kind == "watch":
-            Path(fault["report"]).write_text(json.dumps({"changes": watch.changes, "read": sorted(watch.read)}))
-        os._exit(code)
+    return code
 
 
 def mount(request: dict) -> dict | None:
@@ -246,6 +254,45 @@ def strike(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
+def listen(place: str) -> None:
+    """A fork for every connection, which sends a command, its folder, environment and files, and gets its status."""
+
+    def reap(*_):
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+    signal.signal(signal.SIGCHLD, reap)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(place)
+        server.listen(64)
+        print("ready", flush=True)
+        while sys.stdin not in (readable := select.select([server, sys.stdin], [], [])[0]):
+            connection, _ = readable[0].accept()
+            if not os.fork():
+                server.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                answer_one(connection)
+            connection.close()
+
+
+def answer_one(connection: socket.socket) -> None:
+    """Become the command that the connection sends; never returns."""
+    sent, files, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+    while not sent.endswith(b"\n"):
+        sent += connection.recv(1 << 16)
+    job = json.loads(sent)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(job["env"])
+    os.chdir(job["cwd"])
+    code = run_script(*job["command"])
+    connection.sendall(f"{code}\n".encode())
+    os._exit(code)
+
+
 def main() -> None:
     # Answers go out on a descriptor of their own, which a chatty library cannot write to.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -256,13 +303,17 @@ def main() -> None:
     import matplotlib.pyplot
 
     # The first figure of a process loads fonts and parses formulas for half a second.
-    figure = matplotlib.pyplot.figure(layout="constrained")
-    figure.add_subplot(title="$10^{-3}$").plot([0.0, 1e-6])
-    for suffix in ("pdf", "png"):
-        figure.savefig(io.BytesIO(), format=suffix)
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure = matplotlib.pyplot.figure(layout="constrained")
+        figure.add_subplot(title="$10^{-3}$").plot([0.0, 1e-6])
+        for suffix in ("pdf", "png"):
+            figure.savefig(io.BytesIO(), format=suffix)
     matplotlib.pyplot.close("all")
     gc.collect()
     gc.freeze()  # a fork that collects garbage would copy all of these pages
+    if sys.argv[1:]:
+        os.dup2(answers.fileno(), 1)
+        return listen(sys.argv[1])
     answers.write("ready\n")
     answers.flush()
     serve(sys.stdin, answers)
