@@ -68,13 +68,13 @@ class Attention:
         return got[0].clone(), got[1].clone()
 
 
-def positions(part: archs.Part, shape) -> torch.Tensor:
+def positions(part: archs.WeightSlice, shape) -> torch.Tensor:
     """The entries of a part along its dimension."""
     return torch.arange(shape[part.dim])[slice(None) if part.index is None else part.index]
 
 
 @contextlib.contextmanager
-def changed(model: nn.Module, place: archs.Place, part: archs.Part, by: float | None = None):
+def changed(model: nn.Module, place: archs.Location, part: archs.WeightSlice, by: float | None = None):
     """The model with a part set to `by`, or with noise on it, until the block ends."""
     held = place.view(model.state_dict()[place.name])
     saved, index = held.clone(), positions(part, held.shape)
@@ -87,7 +87,7 @@ def changed(model: nn.Module, place: archs.Place, part: archs.Part, by: float | 
         held.copy_(saved)
 
 
-def marked(parts: list[archs.Part], disk: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def marked(parts: list[archs.WeightSlice], disk: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensor on disk -> how often each of its entries is in the parts."""
     found: dict[str, torch.Tensor] = {}
     for part in parts:

@@ -252,7 +252,7 @@ def test_surgery_of_experts(case, what, tmp_path):
         check_swap(case, pair, recipe, slow, tmp_path / "out")
 
 
-def heads_of(case, layer, disk, chosen, by_query=False) -> dict[str, list[archs.Part]]:
+def heads_of(case, layer, disk, chosen, by_query=False) -> dict[str, list[archs.WeightSlice]]:
     """What the units or query heads have of every projection."""
     config = refs.model(case.target).config()
     return {

@@ -295,13 +295,13 @@ def test_mixed_dtypes_are_subtracted_in_float32(tmp_path):
 def test_extended_vocabulary_is_named_and_left_out(tmp_path):
     base = save_tiny("llama", tmp_path / "base", vocab_size=272)
     other = save_tiny("llama", tmp_path / "checkpoint-1", seed=1, vocab_size=300)
-    assert compare.unlike(refs.model(base), refs.model(other)) == {
+    assert compare.diff_tensors(refs.model(base), refs.model(other)) == {
         "lm_head.weight": "[272, 32] in the base, [300, 32] in the checkpoint",
         "model.embed_tokens.weight": "[272, 32] in the base, [300, 32] in the checkpoint",
     }
     assert compare.changes(refs.model(base), refs.run(other))[1][2]["q_proj"].mean_abs > 0
     same = save_tiny("llama", tmp_path / "checkpoint-2", seed=1)
-    assert compare.unlike(refs.model(base), refs.model(same)) == {}
+    assert compare.diff_tensors(refs.model(base), refs.model(same)) == {}
 
 
 def test_bin_files_and_shards_equal_one_safetensors_file(tmp_path):

@@ -30,7 +30,7 @@ def written(folder, config):
 
 
 def unlike(tmp_path, base, target):
-    return settings.unlike(written(tmp_path / "base", base), written(tmp_path / "target", target))
+    return settings.diff_settings(written(tmp_path / "base", base), written(tmp_path / "target", target))
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -109,7 +109,7 @@ def test_saving_again_changes_no_setting(tmp_path, model_type):
     ref = written(tmp_path / "base", short | {"model_type": model_type})
     settings.read_configuration(tmp_path / "base").save_pretrained(tmp_path / "target")
     target = refs.model(tmp_path / "target")
-    assert settings.unlike(ref, target) == settings.unlike(target, ref) == {}
+    assert settings.diff_settings(ref, target) == settings.diff_settings(target, ref) == {}
     assert target.config() != ref.config()
 
 

@@ -122,7 +122,7 @@ def say_left_out(base: refs.ModelRef, run: list[refs.ModelRef]) -> None:
     """Name the tensors outside the layers that cannot be compared, such as an extended vocabulary's embeddings."""
     said: dict[str, list[str]] = {}
     for ref in run:
-        for name, why in compare.unlike(base, ref).items():
+        for name, why in compare.diff_tensors(base, ref).items():
             said.setdefault(f"{name} ({why})", []).append(str(ref.step))
     for what, steps in said.items():
         at = "" if len(steps) == len(run) else f" at step {', '.join(steps)}"

@@ -21,9 +21,9 @@ from cpt_utils.architectures.arch_parts import (
     BESIDE,
     FFN,
     ROUTER,
-    Part,
-    Place,
+    Location,
     Slot,
+    WeightSlice,
     as_slots,
     below,
     pieces,
@@ -49,7 +49,7 @@ class Arch(Layers):
         projection: str,
         disk_names: Collection[str],
         shape: Callable[[str], tuple[int, ...]] | None = None,
-    ) -> list[Part]:
+    ) -> list[WeightSlice]:
         """The weights and, where there are some, the biases of `projection` in `layer`, among the tensors `disk_names`.
 
         Of a MoE layer's gate, up or down one weight for each expert, in order, then that of the FFN beside them;
@@ -86,7 +86,7 @@ class Arch(Layers):
         disk_names: Collection[str],
         shape: Callable[[str], tuple[int, ...]],
         by_query: bool = False,
-    ) -> list[Part]:
+    ) -> list[WeightSlice]:
         """What of an attention's projection belongs to the `chosen` units of `layer` and to no other: rows of q, k, v
         and of their biases, columns of o; and with the role BESIDE what else goes with these heads: segments of a norm
         over all heads, sinks, rows of an output gate. Nothing of a projection that the layer lacks.
@@ -112,7 +112,7 @@ class Arch(Layers):
         for name in self.with_heads.get(projection, ()):
             each = [h for one in chosen for h in range(one * size, (one + 1) * size)] if "{}" in name else [0]
             places = [self._find(f"{self.layers_name}.{layer}.{name.format(h)}", disk_names) for h in each]
-            (found if "{}" in name else whole).extend(Part(place, BESIDE) for place in places if place)
+            (found if "{}" in name else whole).extend(WeightSlice(place, BESIDE) for place in places if place)
         for part in whole:
             halves = 2 if self.differential and projection != "o_proj" else 1
             every = torch.arange(shape(part.tensor)[part.dim])[slice(None) if part.index is None else part.index]
@@ -126,7 +126,7 @@ class Arch(Layers):
 
     def shared_parts(
         self, config, layer: int, disk_names: Collection[str], shape: Callable[[str], tuple[int, ...]]
-    ) -> list[Part]:
+    ) -> list[WeightSlice]:
         """What of a layer's attention belongs to no single head: the output bias and the narrow layers of a latent
         attention; and with the role BESIDE norms that are the same for every head, and whatever else is below its
         module. With `head_parts` of all units that is each entry of the attention, once."""
@@ -144,7 +144,7 @@ class Arch(Layers):
         start, unused = f"{self.layers_name}.{layer}.{module}.", not self.has(config, layer, ["k_proj"])
         for name in sorted({*disk_names} - taken):
             if self.canonical(name).startswith(start) and not is_buffer(name) and not (unused and self.may_lack(name)):
-                found.append(Part(name, BESIDE))
+                found.append(WeightSlice(name, BESIDE))
         return found
 
     def layer_tensors(self, disk_names: Iterable[str], layer: int) -> list[str]:
@@ -247,7 +247,7 @@ class Arch(Layers):
 
     def module_places(
         self, disk_names: Iterable[str], model: torch.nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
-    ) -> dict[str, Place]:
+    ) -> dict[str, Location]:
         """Tensor on disk -> its place in `model.state_dict()`. Buffers that only files have are left out, and what
         they hold beside the model (`beyond`).
 
@@ -267,7 +267,7 @@ class Arch(Layers):
             if name is None:
                 place = self._place_within(disk, known, shape)
             else:
-                place = Place(name, flipped=self._is_flipped(disk, known[name], shape))
+                place = Location(name, flipped=self._is_flipped(disk, known[name], shape))
             if place is not None:
                 found[disk] = place
             elif not is_buffer(disk) and not self._is_beyond(canonical, known) and not self._of_other_tower(disk):
@@ -302,13 +302,14 @@ class Arch(Layers):
 
     def _slot_parts(
         self, config, layer: int, projection: str, slot: Slot, disk_names: Collection[str], beside_experts: bool = False
-    ) -> list[Part]:
+    ) -> list[WeightSlice]:
         """Weight and bias of a slot."""
         width = self._dense_width(config, layer, beside_experts) if projection in FFN else 0
         index = self._features(config, layer, projection, slot, width)
         stem = f"{self.layers_name}.{layer}.{slot.module}"
         weight, bias = self.disk_name(f"{stem}.weight", disk_names), self._find(f"{stem}.bias", disk_names)
-        return [Part(weight, "weight", int(self.transposed), index)] + ([Part(bias, "bias", 0, index)] if bias else [])
+        found = [WeightSlice(weight, "weight", int(self.transposed), index)]
+        return found + ([WeightSlice(bias, "bias", 0, index)] if bias else [])
 
     def _find(self, canonical: str, disk_names: Collection[str]) -> str | None:
         spelled = canonical
@@ -322,23 +323,23 @@ class Arch(Layers):
 
     def _expert_parts(
         self, config, layer: int, projection: str, disk_names: Collection[str], shape: Callable | None
-    ) -> list[Part]:
+    ) -> list[WeightSlice]:
         at, numbers = self.experts_at, range(self.experts(config, layer))
         block = below(f"{self.layers_name}.{layer}", at.block) if at.block else f"{self.layers_name}.{layer}"
         if projection == ROUTER:
-            parts = [Part(self.disk_name(f"{block}.{at.router}.weight", disk_names), "weight")]
+            parts = [WeightSlice(self.disk_name(f"{block}.{at.router}.weight", disk_names), "weight")]
             bias = self._find(f"{block}.{at.router}.bias", disk_names)
-            return parts + ([Part(bias, "bias")] if bias else [])
+            return parts + ([WeightSlice(bias, "bias")] if bias else [])
         width, together = self.expert_width(config, layer), f"{block}.experts.{at.in_memory(projection)}"
         index, name = at.features(projection, width), self._find(together, disk_names)
         if name:
             inputs = width if projection == "down_proj" else self._number(config, "hidden")
             dim = int(at.transposed != (at.flipped and shape is not None and shape(name)[-1] != inputs))
-            parts = [Part(name, "weight", dim, index, number) for number in numbers]
+            parts = [WeightSlice(name, "weight", dim, index, number) for number in numbers]
             bias = self._find(f"{together}_bias", disk_names)
-            return parts + ([Part(bias, "bias", 0, index, number) for number in numbers] if bias else [])
+            return parts + ([WeightSlice(bias, "bias", 0, index, number) for number in numbers] if bias else [])
         name = f"{block}.experts.{{}}.{at.names[projection]}.weight"
-        return [Part(self.disk_name(name.format(number), disk_names), "weight") for number in numbers]
+        return [WeightSlice(self.disk_name(name.format(number), disk_names), "weight") for number in numbers]
 
     def _is_flipped(self, disk: str, held: torch.Tensor, shape: Callable | None) -> bool:
         """Whether a file holds a tensor of experts the other way round than memory."""
@@ -357,7 +358,7 @@ class Arch(Layers):
             return self.may_lack(canonical)
         return not any(name.startswith(f"{self.decoder_path}.{self.layers_name}.{layer[1]}.") for name in known)
 
-    def _place_within(self, disk: str, known: Mapping[str, torch.Tensor], shape: Callable | None) -> Place | None:
+    def _place_within(self, disk: str, known: Mapping[str, torch.Tensor], shape: Callable | None) -> Location | None:
         """The place of a tensor that is a part of one in memory: an expert's, or one of several that are stacked."""
         match = re.fullmatch(rf"({re.escape(self.layers_name)}\.\d+)\.(.*)", self.canonical(disk))
         if match is None:
@@ -368,7 +369,7 @@ class Arch(Layers):
                 stem = disk.rpartition(".")[0].rpartition(".")[0]
                 before = [f"{stem}.{'.'.join(other.split('.')[-2:])}" for other in stack[: stack.index(name)]]
                 first = sum(shape(other)[0] for other in before)
-                return Place(f"{layer}.{memory}", (slice(first, first + shape(disk)[0]),))
+                return Location(f"{layer}.{memory}", (slice(first, first + shape(disk)[0]),))
         at = self.experts_at
         stem = re.escape(below(at.block, "experts")) if at else None
         expert = re.fullmatch(rf"{stem}\.(\d+)\.(\w+)\.weight", name) if at else None
@@ -379,7 +380,7 @@ class Arch(Layers):
         if place not in known or number >= len(known[place]):
             return None
         rows = at.features(projection, known[place].shape[1] // 2)
-        return Place(place, (number,) if rows is None else (number, rows))
+        return Location(place, (number,) if rows is None else (number, rows))
 
     def _submodule(self, model: torch.nn.Module, path: str) -> torch.nn.Module:
         try:

@@ -126,7 +126,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a tensor on disk is in memory: `index` (None: all) of the tensor `name` of the state dict.
 
     `flipped`: with the last two dimensions the other way round.
@@ -148,7 +148,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightSlice:
     """A matrix of a projection (or a bias) on disk: entries `index` along `dim` (its output features) of `tensor`.
 
     Of single heads (`Arch.head_parts`) it is their piece of that; of o, a piece of its inputs; with the role BESIDE,

@@ -64,7 +64,7 @@ def read_config(folder: Path, name: str) -> dict:
     return config
 
 
-def unlike(base: refs.ModelRef, target: refs.ModelRef) -> dict[str, tuple]:
+def diff_settings(base: refs.ModelRef, target: refs.ModelRef) -> dict[str, tuple]:
     """Settings in which two models of one type differ: name -> (the base's value, the target's), "unset" for none."""
     raw = [_decoder(ref.config()) for ref in (base, target)]
     if _stated(raw[0]) == _stated(raw[1]):  # saves an import of transformers

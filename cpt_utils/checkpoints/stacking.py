@@ -48,7 +48,7 @@ def like(
     compares shapes refuses it.
     """
     held, wanted = set(folder.names()), set(other.names())
-    pairs: dict[str, list[tuple[archs.Part, archs.Part]]] = {}
+    pairs: dict[str, list[tuple[archs.WeightSlice, archs.WeightSlice]]] = {}
     for layer in range(arch.n_layers(config)):
         if not arch.experts(config, layer) or arch.experts(config, layer) != other_arch.experts(other_config, layer):
             continue
@@ -71,7 +71,7 @@ class Restacked:
         pairs: name -> (a matrix of the folder, where it belongs in the tensor of that name), for all that it holds.
     """
 
-    def __init__(self, folder: Folder, pairs: dict[str, list[tuple[archs.Part, archs.Part]]]):
+    def __init__(self, folder: Folder, pairs: dict[str, list[tuple[archs.WeightSlice, archs.WeightSlice]]]):
         self.folder, self.pairs = folder, pairs
         self.spec, self.path, self.kind = folder.spec, folder.path, folder.kind
         self._moved = {own.tensor for held in pairs.values() for own, _ in held}
@@ -108,14 +108,14 @@ class Restacked:
             matrix[aim.dim] = max(aim.index.stop for _, aim in self.pairs[name])
         return (experts, *matrix)
 
-    def _size(self, own: archs.Part, aim: archs.Part) -> tuple[int, int]:
+    def _size(self, own: archs.WeightSlice, aim: archs.WeightSlice) -> tuple[int, int]:
         """(rows, columns) of a matrix of the folder, as it belongs into the other tensor."""
         size = list(self.folder.shape(own.tensor)[-2:])
         if own.index is not None:
             size[own.dim] = len(range(*own.index.indices(size[own.dim])))
         return tuple(size if own.dim == aim.dim else reversed(size))
 
-    def _matrix(self, own: archs.Part, aim: archs.Part) -> torch.Tensor:
+    def _matrix(self, own: archs.WeightSlice, aim: archs.WeightSlice) -> torch.Tensor:
         found = own.take(self.folder.get(own.tensor))
         return found if own.dim == aim.dim else found.T
 

@@ -48,10 +48,10 @@ def write_model(
     if found is not None:
         cli.say(f"{out} is there already, from the same base, target and recipe: kept")
         return found
-    unlike = pair.unlike(recipe)
-    if unlike:
-        named = "; ".join(f"{name} ({why})" for name, why in list(unlike.items())[:4])
-        more = f" and {len(unlike) - 4} more" if len(unlike) > 4 else ""
+    differing = pair.diff_tensors(recipe)
+    if differing:
+        named = "; ".join(f"{name} ({why})" for name, why in list(differing.items())[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         cli.once(f"outside the swap base and target differ; the target's are kept: {named}{more}")
     side = _side_files(pair, run)
     edits = recipe.by_tensor()
@@ -78,7 +78,7 @@ def write_model(
                 (partial / "config.json").write_text(json.dumps(pair.config, indent=2) + "\n", encoding="utf-8")
             if index is not None:
                 (partial / formats.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            return _record(pair, recipe, request, partial, changed, unlike)
+            return _record(pair, recipe, request, partial, changed, differing)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"the disk is full: {out} needs {needed / 1e9:.2f} GB; nothing was left behind") from error
@@ -183,7 +183,7 @@ def _own_blocks(target: tensors.TensorFolder, name: str) -> Iterator[torch.Tenso
         yield target.rows(name, start, stop)
 
 
-def _record(pair: Pair, recipe: Recipe, request: dict, partial: Path, changed: dict, unlike: dict) -> dict:
+def _record(pair: Pair, recipe: Recipe, request: dict, partial: Path, changed: dict, differing: dict) -> dict:
     moved, total = pair.share(recipe)
     edited, written = len(recipe.by_tensor()), len(pair.target.names())
     names = sorted(name for name in os.listdir(partial) if name != folders.MARKER)
@@ -194,7 +194,7 @@ def _record(pair: Pair, recipe: Recipe, request: dict, partial: Path, changed: d
         "parameters": total,
         "from_base": [edit.describe() for edit in recipe.edits],
         "conversions": changed,
-        "kept_though_unlike": unlike,
+        "kept_though_unlike": differing,
         "verification": {"tensors_read_back_and_equal": written, "edited": edited, "as_target": written - edited},
         "files": {name: (partial / name).stat().st_size for name in names},
     }

@@ -124,7 +124,7 @@ class Pair:
         self._base_names = {archs.meaning(self.base_arch, name): name for name in self.base.names()}
         settings.say_head(self.target, self.config)
         settings.say_own_code(self.target_ref.spec, self.config)
-        differ = settings.unlike(self.base_ref, self.target_ref)
+        differ = settings.diff_settings(self.base_ref, self.target_ref)
         if differ:
             each = [f"{key} is {theirs} in the base and {mine} in the target" for key, (theirs, mine) in differ.items()]
             cli.once(f"{'; '.join(each)}; swapped weights run under the target's", cli.warn)
@@ -178,7 +178,7 @@ class Pair:
             self._layer_edits[layer] = [self.edit(name) for name in held]
         return self._layer_edits[layer]
 
-    def unlike(self, recipe: Recipe) -> dict[str, str]:
+    def diff_tensors(self, recipe: Recipe) -> dict[str, str]:
         """Tensors outside the recipe that differ in shape, or that only one model has: name -> why."""
         edited, found = {edit.tensor for edit in recipe.edits}, {}
         canonical = {archs.meaning(self.arch, name): name for name in self.target.names()}

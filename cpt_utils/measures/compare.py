@@ -179,7 +179,7 @@ def changes(
     return found
 
 
-def unlike(base: refs.ModelRef, checkpoint: refs.ModelRef) -> dict[str, str]:
+def diff_tensors(base: refs.ModelRef, checkpoint: refs.ModelRef) -> dict[str, str]:
     """Tensors outside the layers that differ in shape, or that one side has not: they are not compared. Name -> why."""
     with matrices.Side(base) as one, matrices.Side(checkpoint, base) as other:
         ours = {archs.meaning(one.arch, name): name for name in one.names if one.arch.layer_of(name) is None}

@@ -56,7 +56,7 @@ class Side:
         names += [archs.ROUTER] * self.arch.has_router(self.config, layer)
         return [name for name in names if wanted is None or name in wanted]
 
-    def weights(self, layer: int, projection: str) -> list[archs.Part]:
+    def weights(self, layer: int, projection: str) -> list[archs.WeightSlice]:
         """Where the weight of `projection` in `layer` is on disk: one part, or one for each expert or step."""
         parts = self.arch.parts(self.config, layer, projection, self.names, self.stored.shape)
         return [part for part in parts if part.role == "weight"]
@@ -78,7 +78,7 @@ def opened(base: refs.ModelRef, checkpoints: list[refs.ModelRef]) -> Iterator[li
         one = stack.enter_context(Side(base))
         sides = [one, *(stack.enter_context(Side(ref, base)) for ref in checkpoints)]
         for other in sides[1:]:
-            _refuse_unlike(one, other)
+            _check_same_matrix(one, other)
         for side in sides:  # its code might use the weights in another way than their names say
             settings.say_own_code(side.spec, side.config)
         apart = next((side for side in sides if not side.is_stacked), None)
@@ -87,7 +87,7 @@ def opened(base: refs.ModelRef, checkpoints: list[refs.ModelRef]) -> Iterator[li
         yield sides
 
 
-def _refuse_unlike(one: Side, other: Side) -> None:
+def _check_same_matrix(one: Side, other: Side) -> None:
     if archs.text_type(one.config) != archs.text_type(other.config):
         raise InputError(
             f"{one.spec} is a {one.arch.model_type} and {other.spec} a {other.arch.model_type}; "
@@ -215,7 +215,7 @@ def plan(
     return list(found.values())
 
 
-def _place(part: archs.Part, shape: tuple[int, ...], matrix: Matrix) -> list[slice | torch.Tensor]:
+def _place(part: archs.WeightSlice, shape: tuple[int, ...], matrix: Matrix) -> list[slice | torch.Tensor]:
     """The rows and columns of a part within its tensor as a matrix."""
     first = 0 if part.expert is None else part.expert * shape[-2]
     place = [slice(first, first + shape[-2]), slice(0, shape[-1])]
@@ -231,7 +231,7 @@ def _place(part: archs.Part, shape: tuple[int, ...], matrix: Matrix) -> list[sli
     return place
 
 
-def _refuse_shapes(one: Side, ours: archs.Part, other: Side, theirs: archs.Part) -> None:
+def _refuse_shapes(one: Side, ours: archs.WeightSlice, other: Side, theirs: archs.WeightSlice) -> None:
     shapes = one.stored.shape(ours.tensor), other.stored.shape(theirs.tensor)
     if shapes[0] != shapes[1]:
         raise InputError(
