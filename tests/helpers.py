@@ -58,6 +58,11 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
+def nonlinearity(arch, model, layer: int):
+    """The module whose output is act(W_gate x) of a layer's FFN, or act(W_up x) where there is no gate."""
+    return arch.in_layer(model, layer, arch.neurons(model.config, layer)[0].activation)
+
+
 def tiny_model(model_type: str, seed: int = 0, dtype="float32", **config):
     """A random model in eval mode. Norms and biases are random too, so that a swap that forgets one shows."""
     import torch

@@ -40,7 +40,7 @@ def test_gpt2_without_prefix_and_with_masks(saved):
         "h.1.attn.c_attn.bias",
     ]
     assert "h.1.attn.bias" not in arch.layer_tensors(bare, 1)
-    names = arch.module_names(bare, model)
+    names = {disk: place.name for disk, place in arch.module_places(bare, model).items()}
     assert "h.1.attn.bias" not in names
     assert names["h.1.attn.c_attn.bias"] == "transformer.h.1.attn.c_attn.bias"
     assert arch.canonical("h.1.ln_1.weight") == arch.canonical("transformer.h.1.ln_1.weight")
@@ -140,7 +140,7 @@ def test_tensor_without_a_module(saved):
     model, disk = saved("llama")
     arch = archs.for_config(model.config)
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.extra\.weight has no place"):
-        arch.module_names([*disk, "model.layers.0.mlp.extra.weight"], model)
+        arch.module_places([*disk, "model.layers.0.mlp.extra.weight"], model)
 
 
 def test_sizes_of_sparse_configs():

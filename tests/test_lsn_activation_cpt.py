@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import load_script, save_tiny
+from helpers import load_script, nonlinearity, save_tiny
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -43,7 +43,7 @@ def slow_mean(folder, ids, mask) -> float:
     model = loading.load_model(refs.model(folder), torch.float64, torch.device("cpu"))
     arch, values = archs.for_config(model.config), []
     for layer, chosen in mask.items():
-        handle = arch.activation_module(model, layer).register_forward_hook(
+        handle = nonlinearity(arch, model, layer).register_forward_hook(
             lambda _m, _a, out, chosen=chosen: values.extend(out[..., chosen].flatten().tolist())
         )
         with torch.no_grad():

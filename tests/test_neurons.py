@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, bits, load_script, save_tiny, tiny_model
+from helpers import ARCHITECTURES, bits, load_script, nonlinearity, save_tiny, tiny_model
 
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
@@ -29,7 +29,7 @@ def slow_activations(model, arch, ids: torch.Tensor) -> list[torch.Tensor]:
     layers = range(arch.n_layers(model.config))
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
     handles = [
-        arch.activation_module(model, i).register_forward_hook(lambda _m, _a, out, i=i: kept[i].append(out.detach()))
+        nonlinearity(arch, model, i).register_forward_hook(lambda _m, _a, out, i=i: kept[i].append(out.detach()))
         for i in layers
     ]
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_experts_are_counted_over_the_tokens_routed_to_them(model_type, experts)
     assert dense == ([1] if model_type == "qwen3_moe" else [])
     seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in dense}
     for layer in dense:
-        arch.activation_module(reference, layer).register_forward_hook(lambda _m, _a, out, i=layer: seen[i].extend(out))
+        nonlinearity(arch, reference, layer).register_forward_hook(lambda _m, _a, out, i=layer: seen[i].extend(out))
     with torch.no_grad():
         for block in ids:
             reference(input_ids=block[None])

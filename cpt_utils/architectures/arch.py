@@ -238,13 +238,6 @@ class Arch(Layers):
         """The module of a MoE layer's experts; called with (tokens [n, hidden], experts [n, top k], weights)."""
         return self.in_layer(model, layer, below(self.experts_at.block, "experts"))
 
-    def activation_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
-        """The nonlinearity of a layer's FFN: its output is act(W_gate x), or act(W_up x) where there is no gate.
-
-        That of a MoE layer sees only the tokens that are routed, expert by expert.
-        """
-        return self.in_layer(model, layer, self.neurons(model.config, layer)[0].activation)
-
     def module_places(
         self, disk_names: Iterable[str], model: torch.nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
     ) -> dict[str, Location]:
@@ -274,20 +267,6 @@ class Arch(Layers):
                 near = _near(f"{self.decoder_path}.{canonical}", known)
                 raise InputError(f"tensor {disk} has no place in the loaded {type(model).__name__}; nearest: {near}")
         return found
-
-    def module_names(self, disk_names: Iterable[str], model: torch.nn.Module) -> dict[str, str]:
-        """`module_places` by name alone, for tensors on disk that are whole ones in memory.
-
-        Raises:
-            InputError: as `module_places`, and for an expert's tensor.
-        """
-        places = self.module_places(disk_names, model)
-        for disk, place in places.items():
-            if not place.whole:
-                raise InputError(
-                    f"{disk} is a part of {place.name} in the loaded model and has no name of its own there"
-                )
-        return {disk: place.name for disk, place in places.items()}
 
     # --- inside ---
 

@@ -19,21 +19,7 @@ class TextScore:
 
     nll: float
     tokens: int
-    words: int
     bytes: int
-
-    @property
-    def per_token(self) -> float:
-        return self.nll / self.tokens
-
-    @property
-    def per_word(self) -> float:
-        return self.nll / self.words
-
-    @property
-    def per_byte(self) -> float:
-        """The unit to compare languages in: tokens and words are longer in one language than in another."""
-        return self.nll / self.bytes
 
 
 def text_nlls(
@@ -72,7 +58,7 @@ def text_nlls(
                 read = tokenizer.decode(sequences[i][starts[i] :], skip_special_tokens=True)
                 kept = read if len(read) < len(kept) else kept
             total = float(own.sum(dtype=torch.float64))
-            scores[i] = TextScore(total, len(own), len(kept.split()), len(kept.encode()))
+            scores[i] = TextScore(total, len(own), len(kept.encode()))
 
     for_each(model, "logits of texts", [len(s) for s in sequences], score, batch_size)
     return scores
@@ -83,17 +69,6 @@ def _own_tokens(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> i
     (special,) = encoding.of_texts(tokenizer, [text]).special
     behind = next((n for n, flag in enumerate(reversed(special)) if not flag), len(special))
     return len(special) - behind
-
-
-def mean_nll(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    texts: list[str],
-    batch_size: int | None = None,
-) -> TextScore:
-    """The sum of `text_nlls` over all texts."""
-    scores = text_nlls(model, tokenizer, texts, batch_size)
-    return TextScore(*(sum(getattr(s, unit) for s in scores) for unit in ("nll", "tokens", "words", "bytes")))
 
 
 def choice_logliks(
