@@ -52,16 +52,11 @@ class Target:
     at: str  # "1 GB" (the row nearest to it) or "all"
     why: str = ""
 
-    def rows(self, rows: list[dict]) -> list[dict]:
-        own = [row for row in rows if row["area"] == self.area]
-        if self.at == "all" or not own:
-            return own
-        return [min(own, key=lambda row: abs(row["gigabytes"] - 1))]
-
     def worst(self, rows: list[dict]) -> tuple[float, dict] | None:
         """The figure of the row that is furthest from the bound; None where nothing was measured."""
-        found = [(self.figure(row["ways"]), row) for row in self.rows(rows)]
-        return (min if self.least else max)(found, key=lambda pair: pair[0]) if found else None
+        own = sorted((row for row in rows if row["area"] == self.area), key=lambda row: abs(row["gigabytes"] - 1))
+        found = [(self.figure(row["ways"]), row) for row in (own if self.at == "all" else own[:1])]
+        return (min if self.least else max)(found, key=lambda pair: pair[0], default=None)
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.least else value <= self.bound
@@ -75,17 +70,13 @@ def peak(way: str) -> Callable[[dict], float]:
     return lambda ways: ways[way]["peak_anonymous_bytes"] / 1e6
 
 
-WRITING = (
-    "flushed to the disk and read back, which `cp -r` is not: {ours, not flushed} s without flushing, "
-    "{ours, neither} s without both; `cp -r` with `sync` takes {floor, flushed} s"
-)
+WHOLE = "comparison, whole process"
+WRITING = "it is flushed to the disk and read back, which `cp -r` is not"
 HOOKS = "the bare decoder takes {floor} s, ours {ours} s"
 LOSS = "the lm_head and its softmax on every token come on top of the decoder; with hooks alone {decoder only} s"
-WHOLE = "comparison, whole process"
 TARGETS = (
     Target(WHOLE, "times faster than the obvious way", over("obvious", "ours"), 10, True, "x", "1 GB",
-           "of {ours} s `import torch` takes {imports} s; without the figure it is {ours, no figure} s; the obvious "
-           "way takes {obvious} s, in float32 {obvious, in float32} s"),
+           "of {ours} s `import torch` takes {imports} s; the obvious way takes {obvious} s"),
     Target("comparison itself", "share of the rate of `cat`", over("floor", "ours"), 0.35, True, "", "1 GB",
            "arithmetic on every weight takes {ours} s where reading takes {floor} s"),
     Target(WHOLE, "peak anonymous memory", peak("ours"), 600, False, "MB", "all"),
@@ -93,10 +84,8 @@ TARGETS = (
     Target("component swap", "time over `cp -r`", over("ours", "floor"), 1.3, False, "x", "1 GB", WRITING),
     Target("layer swap", "peak anonymous memory", peak("whole process"), 400, False, "MB", "all"),
     Target("component swap", "peak anonymous memory", peak("whole process"), 400, False, "MB", "all"),
-    Target("retrieval", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", HOOKS),
-    Target("counts", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", HOOKS),
-    Target("activations", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", HOOKS),
-    Target("deactivation", "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", LOSS),
+    *(Target(area, "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", why)
+      for area, why in (("retrieval", HOOKS), ("counts", HOOKS), ("activations", HOOKS), ("deactivation", LOSS))),
 )  # fmt: skip
 
 
@@ -107,16 +96,14 @@ def table(store) -> str:
     """The README's tables: for each machine the targets, and the rows they are judged by."""
     lines: list[str] = []
     for key, facts in store.machines.items():
-        rows = [row for row in store.rows.values() if row["machine"] == key]
-        if not rows:
-            continue
+        rows = sorted((row for row in store.rows.values() if row["machine"] == key), key=lambda row: row["gigabytes"])
         what = f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']} GB, {facts['system']}"
         what += f", {facts['gpu']}" if "gpu" in facts else ""
         days = sorted({row["date"] for row in rows})
-        what += f"; Python {facts['python']}, PyTorch {facts['torch']}; {' to '.join(sorted({days[0], days[-1]}))}"
-        lines += [f"**{what}**", ""]
+        when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
+        lines += [f"**{what}; Python {facts['python']}, PyTorch {facts['torch']}; {when}**", ""] if rows else []
         for device in dict.fromkeys(row["device"] for row in rows):
-            own = sorted((row for row in rows if row["device"] == device), key=lambda row: row["gigabytes"])
+            own = [row for row in rows if row["device"] == device]
             lines += [f"Targets on {device}:", "", *_targets(own), "", f"Measured on {device}:", "", *_rows(own), ""]
     return "\n".join(lines)
 
@@ -128,22 +115,14 @@ def _targets(rows: list[dict]) -> list[str]:
         if worst is None:
             continue
         value, row = worst
-        small = row["gigabytes"] < JUDGED
-        medians = {name: f"{measure.median(way):.3g}" for name, way in row["ways"].items()}
-        met = target.met(value)
+        small, met = row["gigabytes"] < JUDGED, target.met(value)
+        why = target.why.format_map({name: f"{measure.median(way):.3g}" for name, way in row["ways"].items()})
         lines.append(
             f"| {target.area}: {target.words} | {'≥' if target.least else '≤'} {target.bound:g} {target.unit} | "
             f"{value:.3g} {target.unit} ({row['gigabytes']:g} GB) | "
-            f"{'too small' if small else 'yes' if met else 'no'} | "
-            f"{'' if met or small else _filled(target.why, medians)} |"
+            f"{'too small' if small else 'yes' if met else 'no'} | {'' if met or small else why} |"
         )
     return lines
-
-
-def _filled(text: str, values: dict[str, str]) -> str:
-    for name, value in values.items():
-        text = text.replace("{" + name + "}", value)
-    return text
 
 
 def _rows(rows: list[dict]) -> list[str]:
@@ -157,7 +136,7 @@ def _rows(rows: list[dict]) -> list[str]:
             seconds = f"{measure.median(way):.3g} ({min(way['seconds']):.3g} to {max(way['seconds']):.3g})"
             others = [row["ways"].get(other) for other in ("floor", "obvious")]
             shares = [f"{measure.ratio(way, other):.2f}" if other else "" for other in others]
-            memory = [f"{way[key] / 1e6:,.0f} MB" for key in ("peak_anonymous_bytes", "peak_rss_bytes")]
+            memory = [f"{way[key] / 1e6:,.0f} MB" for key in measure.PEAKS]
             cells = [f"{row['area']}, {row['gigabytes']:g} GB", name, seconds, *shares, *memory]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -169,18 +148,18 @@ def _rows(rows: list[dict]) -> list[str]:
 def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
     """Comparison on the CPU and on the GPU, surgery; one pair of models on the disk at a time."""
     script = cli.sibling("benchmarks/weights.py")
+    folder = Path(args.folder) / "pair"
     for size in sizes:
         todo = ["comparison itself", WHOLE, "layer swap", "component swap"]
         if args.go_on and all(store.has(area, size, "cpu") for area in todo):
             continue
-        folder = Path(args.folder) / "pair"
         shutil.rmtree(folder, ignore_errors=True)
         folders.refuse_full_disk(folder.absolute(), round(3.2 * size * 1e9) + (1 << 28))
         say(f"a pair of {size:g} GB each")
+        judged = size == min(sizes, key=lambda other: abs(other - 1))  # by this size; the others are for slopes
+        repeats, slow = args.repeats or (5 if judged else 3), args.repeats or (2 if judged else 1)
         try:
             pair = script.Pair(folder, size)
-            judged = size == min(sizes, key=lambda other: abs(other - 1))  # by this size; the others are for slopes
-            repeats, slow = args.repeats or (5 if judged else 3), args.repeats or (2 if judged else 1)
             for where in dict.fromkeys(("cpu", device)):
                 for area, ways, more in script.comparison(pair, repeats, slow, where):
                     store.put(area, size, where, ways, **more)
@@ -194,28 +173,24 @@ def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
 
 def forward(store, args, sizes: tuple[float, ...], device: str) -> None:
     """Forward passes: on the CPU models of `sizes` in float32, on a GPU those of SHAPES that it holds in bfloat16."""
-    script = cli.sibling("benchmarks/forward.py")
+    script, tried = cli.sibling("benchmarks/forward.py"), max(sizes) < JUDGED
+    dtype, amount = "float32", (8, 2, 32) if tried else (64, 2, 512)
     shapes = [(size, measure.shape_of(size)) for size in sizes]
-    dtype, amount = "float32", (64, 2, 512) if max(sizes) >= 0.05 else (8, 2, 32)
     if device != "cpu":
-        dtype, amount = "bfloat16", (1024, 16, 2048) if max(sizes) >= 0.05 else amount
-        shapes = [(0.0, measure.Shape(*dims)) for dims in SHAPES.values()] if max(sizes) >= 0.05 else shapes
-        shapes = [(round(2e-9 * shape.parameters(), 2), shape) for _, shape in shapes]
-        free = torch.cuda.mem_get_info()[0]
-        shapes = [(size, shape) for size, shape in shapes if size * 1e9 * 1.5 < free]
+        dtype, amount = "bfloat16", amount if tried else (1024, 16, 2048)
+        found = [shape for _, shape in shapes] if tried else [measure.Shape(*dims) for dims in SHAPES.values()]
+        shapes = [(round(2e-9 * shape.parameters, 2), shape) for shape in found]
+        shapes = [(size, shape) for size, shape in shapes if size * 1e9 * 1.5 < torch.cuda.mem_get_info()[0]]
     for size, shape in shapes:
         if args.go_on and all(store.has(area, size, device) for area in ("retrieval", "counts", "deactivation")):
             continue
-        say(f"forward passes on {device}, {shape.parameters() / 1e9:.2f} B parameters in {dtype}")
+        say(f"forward passes on {device}, {shape.parameters / 1e9:.2f} B parameters in {dtype}")
         bench = script.Bench(shape, dtype, device, *amount)
         script.check(bench, 1e-3 if dtype == "float32" else 5e-2)
         repeats, slow = args.repeats or (5 if size == shapes[0][0] else 3), args.repeats or 2
         for area, ways, more in script.measured(bench, repeats, slow):
             store.put(area, size, device, ways, dtype=dtype, **more)
             say(f"{area} on {device}")
-        del bench
-        if device != "cpu":
-            torch.cuda.empty_cache()
 
 
 STARTED = time.monotonic()

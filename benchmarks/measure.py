@@ -1,8 +1,7 @@
 """What every benchmark shares: made-up models, time and memory of a way to do something, and the file of results.
 
-Memory is sampled every 20 ms from /proc/<pid>/smaps_rollup, summed over a process and its children: `Anonymous` is
-what it asked for and must keep (its heap), `Rss` counts the file pages in use as well, which the kernel may drop. A
-peak that lasts less than 20 ms can be missed.
+A way is a function, or the words of a command, whose memory is that of it and its children. A command that ends in a
+number has timed itself: the seconds after its imports.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import mmap
 import os
 import platform
@@ -24,75 +22,99 @@ from pathlib import Path
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.lazy import torch
-from cpt_utils.checkpoints import folders, formats
+from cpt_utils.base.lazy import torch, transformers
 
-INTERVAL = 0.02  # seconds between two readings
+INTERVAL = 0.02  # seconds between two readings of memory; a shorter peak can be missed
 SCHEMA = "benchmark"
-SAMPLING = True  # off in the rounds that are timed: a reading walks all pages of a process, and holds it up
-# What a way does and what it took: its own seconds where it knows better (a process that times itself), else None.
-Way = Callable[[], dict | None]
+PEAKS = ("peak_anonymous_bytes", "peak_rss_bytes")  # what must be kept; with the file pages that the kernel may drop
+Way = Callable[[], object] | list[str]
 
 
 # ---------------------------------------------------------------- memory and time
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """(anonymous, resident) bytes of a process and all its descendants; zeros for one that has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0, 0
-    own = [sum(int(line.split()[1]) << 10 for line in lines if line.startswith(key)) for key in ("Anonymous:", "Rss:")]
-    for child in children:
-        own = [mine + its for mine, its in zip(own, memory(child), strict=True)]
-    return own[0], own[1]
+    """(anonymous, resident) bytes of a process and all its descendants."""
+    import psutil
 
-
-def _children(task: Path) -> list[int]:
-    try:
-        return [int(pid) for pid in (task / "children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        for process in (first, *first.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                found.append(process.memory_info())
+    return sum(each.rss - each.shared for each in found), sum(each.rss for each in found)
 
 
 @contextlib.contextmanager
-def sampled(pid: int) -> Iterator[dict[str, int]]:
-    """Samples a process for the length of a block; the peaks stand in the dict afterwards."""
-    found, ended = {"peak_anonymous_bytes": 0, "peak_rss_bytes": 0, "readings": 0}, threading.Event()
+def sampled(pid: int, wanted: bool = True) -> Iterator[dict[str, int]]:
+    """Samples a process for the length of a block, where that is `wanted`; the peaks stand in the dict afterwards."""
+    found, ended = {}, threading.Event()
 
     def sample() -> None:
         while True:
-            for key, value in zip(("peak_anonymous_bytes", "peak_rss_bytes"), memory(pid), strict=True):
-                found[key] = max(found[key], value)
-            found["readings"] += 1
+            for key, value in zip(PEAKS, memory(pid), strict=True):
+                found[key] = max(found.get(key, 0), value)
             if ended.wait(INTERVAL):
                 return
 
     thread = threading.Thread(target=sample)
-    thread.start()
+    if wanted:
+        thread.start()
     try:
         yield found
     finally:
         ended.set()
-        thread.join()
+        if wanted:
+            thread.join()
 
 
-def watch(command: list[str]) -> dict:
-    """Run a command in the repository's root: seconds, peaks of its memory (while `SAMPLING`), its last line.
+def watch(command: list[str], sample: bool = True) -> dict:
+    """Run a command in the repository's root: seconds, peaks of its memory, its last line.
 
     Raises:
         InputError: the command failed.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cli.REPOSITORY)
-    with sampled(process.pid) if SAMPLING else contextlib.nullcontext({}) as peaks:
+    with sampled(process.pid, sample) as peaks:
         output, _ = process.communicate()
-    lines = output.strip().splitlines()[-1:] or ["no output"]
+    last = (output.strip().splitlines() or ["no output"])[-1]
     if process.returncode:
-        raise InputError(f"{' '.join(command[1:3])} failed: {lines[0]}")
-    return {"seconds": time.perf_counter() - start, **peaks, "last_line": lines[0]}
+        raise InputError(f"{' '.join(command[1:3])} failed: {last}")
+    return {"seconds": time.perf_counter() - start, **peaks, "last_line": last}
+
+
+def once(way: Way, sample: bool) -> dict:
+    """Seconds of a way and, with `sample`, peaks of memory; a function's include what this process holds already."""
+    if isinstance(way, list):
+        found = watch(way, sample)
+        with contextlib.suppress(ValueError):
+            found["seconds"] = float(found["last_line"])
+        return found
+    with sampled(os.getpid(), sample) as peaks:
+        start = time.perf_counter()
+        way()
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, **peaks}
+
+
+def interleaved(ways: dict[str, Way], repeats: dict[str, int], before: Callable[[], object] = lambda: None) -> dict:
+    """Every way by turns: first a round for the memory, then `repeats[name]` rounds for the seconds.
+
+    With one repeat the round for the memory is timed, too: for a quick look. `before` runs before each way, untimed.
+    """
+    found: dict[str, dict] = {name: {"seconds": []} for name in ways}
+    for number in range(max(repeats.values()) + 1):
+        for name, way in ways.items():
+            if number > repeats[name] or number == repeats[name] == 1:
+                continue
+            before()
+            own = once(way, sample=number == 0)
+            found[name] |= {key: own[key] for key in PEAKS if key in own}
+            if number or repeats[name] == 1:
+                found[name]["seconds"].append(own["seconds"])
+    return found
 
 
 def warm(size: int) -> None:
@@ -104,35 +126,6 @@ def warm(size: int) -> None:
     with mmap.mmap(-1, max(size, mmap.PAGESIZE)) as held:
         for at in range(0, len(held), mmap.PAGESIZE):
             held[at] = 1
-
-
-def interleaved(ways: dict[str, Way], repeats: dict[str, int], before: Callable[[], None] = lambda: None) -> dict:
-    """Every way by turns: first a round for the memory, then `repeats[name]` rounds for the seconds.
-
-    With one repeat the round for the memory is timed, too: for a quick look. `before` runs before each way, untimed. A
-    way that returns a dict has measured itself; the memory of the others includes what this process holds already.
-    """
-    global SAMPLING
-    found: dict[str, dict] = {name: {"seconds": []} for name in ways}
-    try:
-        for number in range(max(repeats.values()) + 1):
-            for name, run in ways.items():
-                if number > repeats[name] or number == repeats[name] == 1:
-                    continue
-                SAMPLING = number == 0
-                before()
-                with sampled(os.getpid()) if SAMPLING else contextlib.nullcontext({}) as peaks:
-                    start = time.perf_counter()
-                    own = run()
-                    seconds = time.perf_counter() - start
-                own = {"seconds": seconds, **peaks} | (own or {})
-                if SAMPLING:
-                    found[name] |= {key: own[key] for key in ("peak_anonymous_bytes", "peak_rss_bytes")}
-                if number or repeats[name] == 1:
-                    found[name]["seconds"].append(own["seconds"])
-    finally:
-        SAMPLING = True
-    return found
 
 
 def median(way: dict) -> float:
@@ -157,84 +150,48 @@ class Shape:
     layers: int
     vocab: int
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor by name, in order."""
-        found = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
-        for layer in range(self.layers):
-            stem = f"model.layers.{layer}"
-            found |= {f"{stem}.self_attn.{name}_proj.weight": (self.hidden, self.hidden) for name in "qkvo"}
-            found |= {f"{stem}.mlp.{name}_proj.weight": (self.ffn, self.hidden) for name in ("gate", "up")}
-            found |= {f"{stem}.mlp.down_proj.weight": (self.hidden, self.ffn)}
-            found |= {
-                f"{stem}.{name}.weight": (self.hidden,) for name in ("input_layernorm", "post_attention_layernorm")
-            }
-        return found | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocab, self.hidden)}
-
+    @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensors().values())
+        layer = self.hidden * (4 * self.hidden + 3 * self.ffn + 2)
+        return self.layers * layer + self.hidden * (2 * self.vocab + 1)
 
-    def config(self, dtype: str) -> dict:
-        return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.ffn,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": 4096,
-            "dtype": dtype,
-        }
+    def model(self, dtype: str, seed: int = 0, device: str = "cpu"):
+        """A model of this shape with random weights."""
+        config = transformers.AutoConfig.for_model(
+            "llama",
+            num_hidden_layers=self.layers,
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            vocab_size=self.vocab,
+            max_position_embeddings=4096,
+        )
+        torch.manual_seed(seed)
+        with torch.device(device):
+            made = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            )
+        return made.eval().requires_grad_(False)
 
 
 def shape_of(gigabytes: float) -> Shape:
     """A model of about so many bytes at two bytes a parameter."""
-    hidden, ffn, heads, vocab = next(
-        dims
-        for least, dims in (
-            (0.75, (2048, 5632, 16, 32000)),
-            (0.25, (1024, 2816, 16, 32000)),
-            (0.05, (512, 1408, 8, 16000)),
-            (0.0, (128, 352, 4, 1024)),
-        )
-        if gigabytes >= least
-    )
-    one = Shape(hidden, ffn, heads, 1, vocab).parameters()
-    layer = Shape(hidden, ffn, heads, 2, vocab).parameters() - one
-    layers = 1 + round((gigabytes * 1e9 / 2 - one) / layer)
-    return Shape(hidden, ffn, heads, max(2, layers), vocab)
+    sizes = {0.75: (2048, 5632, 16), 0.25: (1024, 2816, 16), 0.05: (512, 1408, 8), 0.0: (128, 352, 4)}
+    hidden, ffn, heads = next(dims for least, dims in sizes.items() if gigabytes >= least)
+    vocab = 32000 if hidden > 512 else 16000 if hidden == 512 else 1024
+    none, one = (Shape(hidden, ffn, heads, layers, vocab).parameters for layers in (0, 1))
+    return Shape(hidden, ffn, heads, max(2, round((gigabytes * 1e9 / 2 - none) / (one - none))), vocab)
 
 
-def write_model(folder: Path, shape: Shape, seed: int, shards: int, dtype: str) -> int:
-    """A random model in `shards` files, two bytes a parameter, written block by block; returns its bytes."""
+def write_model(folder: Path, shape: Shape, seed: int, shard: str) -> int:
+    """A random model in bfloat16, in files of at most `shard` ("1GB"); returns its bytes."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    folder.mkdir(parents=True)
-    every = shape.tensors()
-    names, weight_map, total = list(every), {}, 0
-    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(getattr(torch, dtype))
-    for number in range(shards):
-        held = names[number * len(names) // shards : (number + 1) * len(names) // shards]
-        file = formats.SINGLE if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        head, entries = folders.new_layout({name: (block.dtype, every[name]) for name in held})
-        weight_map |= dict.fromkeys(held, file)
-        with open(folder / file, "wb") as sink:
-            sink.write(head)
-            for entry in entries.values():
-                left = (entry.stop - entry.start) // 2
-                while left:
-                    part = block[: min(left, len(block))]
-                    sink.write(memoryview(part.view(torch.uint8).numpy()))
-                    left -= len(part)
-            total += sink.tell()
-    if shards > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / formats.INDEX).write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(shape.config(dtype)))
+    shape.model("bfloat16", seed).save_pretrained(folder, max_shard_size=shard)
     Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
-    return total
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- machine and results
@@ -252,9 +209,7 @@ def machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+    return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 class Store:

@@ -1,8 +1,8 @@
 """The obvious way to do what the scripts do, to measure them against: load everything with transformers, then loop.
 
-The first two are commands, as a user would run them; each prints the seconds that it took after its imports:
+The first two are commands, as a user would run them; the second prints the seconds that it took after its imports:
 
-    python benchmarks/obvious.py compare BASE CHECKPOINT [float32]
+    python benchmarks/obvious.py compare BASE CHECKPOINT
     python benchmarks/obvious.py swap BASE CHECKPOINT OUT layers|ffn 1,3,5
 
 The others are functions on a loaded model, for benchmarks/forward.py.
@@ -10,28 +10,24 @@ The others are functions on a loaded model, for benchmarks/forward.py.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.lazy import torch
+from cpt_utils.base.lazy import torch, transformers
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def load(folder: str, dtype: str = "bfloat16"):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+def load(folder: str):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
-def compare(base: str, checkpoint: str, dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
-    """Mean |dW|, Frobenius norm and largest |dW| of every projection of both models, held in memory whole.
-
-    In bfloat16 they are mapped from their files, as saved; in float32, which differences need anyway, they are copies.
-    """
-    one, other = load(base, dtype).state_dict(), load(checkpoint, dtype).state_dict()
+def compare(base: str, checkpoint: str) -> dict[str, dict[str, float]]:
+    """Mean |dW|, Frobenius norm and largest |dW| of every projection of both models, mapped from their files."""
+    one, other = load(base).state_dict(), load(checkpoint).state_dict()
     found = {}
     for name, weight in one.items():
         if any(part in name for part in PROJECTIONS):
@@ -73,34 +69,34 @@ def states(model, sequences: list[list[int]], pad: int, batch_size: int):
     return torch.cat(found, dim=1)
 
 
+@contextlib.contextmanager
+def hooked(model, hook_of):
+    """A forward hook `hook_of(layer)` on every layer's activation function."""
+    hooks = [layer.mlp.act_fn.register_forward_hook(hook_of(number)) for number, layer in enumerate(model.model.layers)]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 def _activations(model, ids):
     """The activations of every layer for blocks of ids, kept from hooks: layers x [blocks, size, neurons]."""
     kept: list[torch.Tensor] = []
-    hooks = [
-        layer.mlp.act_fn.register_forward_hook(lambda _m, _i, output: kept.append(output))
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), hooked(model, lambda _: lambda _m, _i, output: kept.append(output)):
         model(input_ids=ids.to(model.device))
-    for hook in hooks:
-        hook.remove()
     return kept
 
 
-def counts(model, blocks, batch_size: int):
+def counts(model, blocks):
     """Tokens with a positive activation, by layer and neuron: int64 [layers, neurons]."""
-    return sum(
-        torch.stack([(kept > 0).sum((0, 1)) for kept in _activations(model, blocks[i : i + batch_size])]).cpu()
-        for i in range(0, len(blocks), batch_size)
-    )
+    return sum(torch.stack([(kept > 0).sum((0, 1)) for kept in _activations(model, part)]).cpu() for part in blocks)
 
 
-def activations(model, blocks, mask: dict[int, list[int]], batch_size: int) -> float:
+def activations(model, blocks, mask: dict[int, list[int]]) -> float:
     """The mean activation of masked neurons over tokens and neurons."""
     total, number = 0.0, 0
-    for i in range(0, len(blocks), batch_size):
-        for layer, kept in enumerate(_activations(model, blocks[i : i + batch_size])):
-            own = kept[:, :, mask.get(layer, [])].double()
+    for part in blocks:
+        for layer, kept in enumerate(_activations(model, part)):
+            own = kept[:, :, mask[layer]].double()
             total, number = total + own.sum().item(), number + own.numel()
     return total / number
 
@@ -108,22 +104,19 @@ def activations(model, blocks, mask: dict[int, list[int]], batch_size: int) -> f
 def losses(model, sequences: list[list[int]], mask: dict[int, list[int]]) -> list[float]:
     """The loss of each sequence, one at a time, with masked neurons' activations set to zero by a hook that copies."""
 
-    def silence(neurons: list[int]):
+    def silence(layer: int):
         def hook(_module, _input, output):
             output = output.clone()
-            output[..., neurons] = 0
+            output[..., mask[layer]] = 0
             return output
 
         return hook
 
-    hooks = [model.model.layers[i].mlp.act_fn.register_forward_hook(silence(own)) for i, own in mask.items()]
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), hooked(model, silence):
         for row in sequences:
             ids = torch.tensor([row], device=model.device)
             found.append(model(input_ids=ids, labels=ids).loss.item() * (len(row) - 1))
-    for hook in hooks:
-        hook.remove()
     return found
 
 
@@ -133,13 +126,13 @@ def main(argv=None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()
     with torch.no_grad():
-        if len(words) in (3, 4) and words[0] == "compare":
+        if len(words) == 3 and words[0] == "compare":
             compare(*words[1:])
         elif len(words) == 6 and words[0] == "swap":
             swap(*words[1:5], [int(layer) for layer in words[5].split(",")])
+            cli.say(f"{time.perf_counter() - start:.4f}")
         else:
             raise InputError("obvious.py takes: compare BASE CHECKPOINT, or swap BASE CHECKPOINT OUT KIND LAYERS")
-    cli.say(f"{time.perf_counter() - start:.4f}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from cpt_utils.base.errors import InputError
 measure = cli.sibling("benchmarks/measure.py")
 
 SLOPES = ("comparison, whole process", "layer swap", "component swap")
-PASSES = ("retrieval", "counts", "activations", "deactivation")
 MODELS = {"7B": 7e9, "70B": 70e9}
 CHECKPOINTS = 20
 # What a study of two languages makes them read: in words, and tokens for one checkpoint.
@@ -50,70 +49,59 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
     return intercept, slope
 
 
-def rows_of(payload: dict, machine: str, area: str, device: str) -> list[dict]:
-    rows = payload["rows"].values()
-    return [row for row in rows if (row["machine"], row["area"], row["device"]) == (machine, area, device)]
+def table(*rows: list[str]) -> list[str]:
+    """A table in Markdown; the first row is its head. Nothing where there are no others."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""] if len(rows) > 1 else []
 
 
-def weights_table(payload: dict, machine: str, disk: float) -> list[str]:
+def weights_table(rows: list[dict], disk: float) -> list[str]:
     """Fits of what handles weights, and the predictions."""
-    head = " | ".join(f"{name} x {CHECKPOINTS}, read from {place}" for name in MODELS for place in ("memory", "disk"))
-    lines = [f"| what | sizes measured | seconds = a + b GB | {head} |", "|---|---|---|" + "---|" * 2 * len(MODELS)]
+    head = [f"{name} x {CHECKPOINTS}, read from {place}" for name in MODELS for place in ("memory", "disk")]
+    found = [["what", "sizes measured", "seconds = a + b GB", *head]]
     for area in SLOPES:
-        rows = rows_of(payload, machine, area, "cpu")
-        if not rows:
+        own = [row for row in rows if row["area"] == area]
+        if not own:
             continue
-        size = {id(row): row["bytes"] / (2e9 if "comparison" in area else 1e9) for row in rows}
-        a, b = fit([(size[id(row)], measure.median(row["ways"]["ours"])) for row in rows])
-        cells = [area, _range(row["gigabytes"] for row in rows), f"{a:.2g} + {b:.2g} GB"]
+        pair = area.startswith("comparison")  # one process, the base read once; the slope is of a pair
+        a, b = fit([(row["bytes"] / (2e9 if pair else 1e9), measure.median(row["ways"]["ours"])) for row in own])
+        sizes = sorted({row["gigabytes"] for row in own})
+        measured = " to ".join(f"{size:g}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+        cells = [area, f"{measured} GB", f"{a:.2g} + {b:.2g} GB"]
         for parameters in MODELS.values():
             gigabytes = 2e-9 * parameters
-            if "comparison" in area:  # one process, the base read once; the slope is of a pair
-                compute, moved = a + b * gigabytes * (1 + CHECKPOINTS) / 2, (1 + CHECKPOINTS) * gigabytes
-            else:  # each reads the target and writes as much
+            compute, moved = a + b * gigabytes * (1 + CHECKPOINTS) / 2, (1 + CHECKPOINTS) * gigabytes
+            if not pair:  # each reads the target and writes as much
                 compute, moved = CHECKPOINTS * (a + b * gigabytes), CHECKPOINTS * 2 * gigabytes
             cells += [_duration(compute), _duration(max(compute, moved / disk))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        found.append(cells)
+    return table(*found)
 
 
-def passes_table(payload: dict, machine: str, device: str) -> list[str]:
-    """Parameters times tokens a second of each forward-pass script, and what its work takes for a checkpoint."""
-    lines = [
-        "| what | parameters x tokens a second | work | " + " | ".join(f"{n}, one checkpoint" for n in MODELS) + " |"
-    ]
-    lines.append("|---|---|---|" + "---|" * len(MODELS))
-    for area in PASSES:
-        rows = rows_of(payload, machine, area, device)
-        if not rows:
-            continue
-        a, b = fit([(row["parameters"] * row["tokens"], measure.median(row["ways"]["ours"])) for row in rows])
-        if b == 0:
-            continue
-        words, tokens = WORK[area]
-        cells = [area, f"{1 / b:.2g}", f"{words}: {tokens / 1e6:.3g} M tokens"]
-        cells += [_duration(a + b * parameters * tokens) for parameters in MODELS.values()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def memory_table(payload: dict, machine: str) -> list[str]:
+def memory_table(rows: list[dict]) -> list[str]:
     """Peak anonymous memory by size: what must not grow."""
-    ways = {"comparison, whole process": "ours", "layer swap": "whole process", "component swap": "whole process"}
-    found = {area: {row["gigabytes"]: row for row in rows_of(payload, machine, area, "cpu")} for area in ways}
-    sizes = sorted({size for rows in found.values() for size in rows})
-    lines = ["| peak anonymous memory | " + " | ".join(f"{size:g} GB" for size in sizes) + " |"]
-    lines.append("|---|" + "---|" * len(sizes))
-    for area, way in ways.items():
-        peaks = [found[area].get(size, {}).get("ways", {}).get(way) for size in sizes]
-        cells = [f"{peak['peak_anonymous_bytes'] / 1e6:,.0f} MB" if peak else "" for peak in peaks]
-        lines.append(f"| {area} | {' | '.join(cells)} |")
-    return lines
+    ways = dict(zip(SLOPES, ("ours", "whole process", "whole process"), strict=True))
+    peaks = {
+        (row["area"], row["gigabytes"]): f"{row['ways'][ways[row['area']]]['peak_anonymous_bytes'] / 1e6:,.0f} MB"
+        for row in rows
+        if row["area"] in ways
+    }
+    sizes = sorted({size for _, size in peaks})
+    body = [[area, *(peaks.get((area, size), "") for size in sizes)] for area in ways]
+    return table(["peak anonymous memory", *(f"{size:g} GB" for size in sizes)], *(body if sizes else []))
 
 
-def _range(values) -> str:
-    found = sorted(set(values))
-    return " to ".join(f"{value:g}" for value in sorted({found[0], found[-1]})) + " GB"
+def passes_table(rows: list[dict]) -> list[str]:
+    """Parameters times tokens a second of each forward-pass script, and what its work takes for a checkpoint."""
+    found = [["what", "parameters x tokens a second", "work", *(f"{name}, one checkpoint" for name in MODELS)]]
+    for area, (words, tokens) in WORK.items():
+        own = [row for row in rows if row["area"] == area]
+        points = [(row["parameters"] * row["tokens"], measure.median(row["ways"]["ours"])) for row in own]
+        a, b = fit(points) if points else (0, 0)
+        if b:
+            cells = [area, f"{1 / b:.2g}", f"{words}: {tokens / 1e6:.3g} M tokens"]
+            found.append(cells + [_duration(a + b * parameters * tokens) for parameters in MODELS.values()])
+    return table(*found)
 
 
 def _duration(seconds: float) -> str:
@@ -127,13 +115,16 @@ def text(payload: dict, disk: float) -> str:
     lines: list[str] = []
     for machine, facts in payload["machines"].items():
         where = f"{facts['cpu']}, {facts['cores']} cores" + (f", {facts['gpu']}" if "gpu" in facts else "")
-        devices = dict.fromkeys(row["device"] for row in payload["rows"].values() if row["machine"] == machine)
+        rows = [row for row in payload["rows"].values() if row["machine"] == machine]
+        on = {
+            device: [row for row in rows if row["device"] == device]
+            for device in dict.fromkeys(r["device"] for r in rows)
+        }
         lines += [f"**{where}**; disk: {disk:g} GB/s assumed", ""]
-        weights, memory = weights_table(payload, machine, disk), memory_table(payload, machine)
-        lines += [*weights, "", *memory, ""] if len(weights) > 2 else []
-        for device in devices:
-            passes = passes_table(payload, machine, device)
-            lines += [f"Forward passes on {device}:", "", *passes, ""] if len(passes) > 2 else []
+        lines += weights_table(on.get("cpu", []), disk) + memory_table(on.get("cpu", []))
+        for device, own in on.items():
+            passes = passes_table(own)
+            lines += [f"Forward passes on {device}:", "", *passes] if passes else []
     return "\n".join(lines)
 
 
