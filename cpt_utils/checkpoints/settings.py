@@ -12,12 +12,16 @@ import re
 from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import transformers
-from cpt_utils.checkpoints import formats, refs, step_names
+from cpt_utils.checkpoints import formats, step_names
+
+if TYPE_CHECKING:
+    from cpt_utils.checkpoints import refs
 
 # Settings without influence on what a forward pass computes from a layer's weights.
 PASSING = re.compile(

@@ -26,7 +26,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import refs, tensors
 from cpt_utils.measures import matrices
-from cpt_utils.measures.matrices import Matrix, Side, WeightSlice
+from cpt_utils.measures.matrices import Matrix, MatrixSlice, Side
 
 # Entries of a matrix worked on at a time: many more fall out of the CPU's caches, many fewer cost more in calls than in
 # arithmetic. A GPU wants larger pieces.
@@ -397,7 +397,7 @@ def _refuse_not_finite(side: Side, name: str, first: int, last: int) -> None:
             raise InputError(f"{side.spec}: tensor {name} holds NaN or infinite values; the weights are damaged")
 
 
-def _change_of(matrix: Matrix, each: WeightSlice, sums: torch.Tensor, columns: torch.Tensor | None) -> Change:
+def _change_of(matrix: Matrix, each: MatrixSlice, sums: torch.Tensor, columns: torch.Tensor | None) -> Change:
     """One slice's change, from the sums of its matrix by row [5, rows, stretches] and by column [4, columns]."""
     first, cut = matrix.span[0], slice(each.columns.start // matrix.stretch, each.columns.stop // matrix.stretch)
     rows = slice(each.rows.start - first, each.rows.stop - first) if isinstance(each.rows, slice) else each.rows - first

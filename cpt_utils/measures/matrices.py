@@ -103,7 +103,7 @@ def _check_same_matrix(one: Side, other: Side) -> None:
 
 
 @dataclass
-class WeightSlice:
+class MatrixSlice:
     """A projection's weight, or one expert's share of it, within a matrix.
 
     Attributes:
@@ -154,7 +154,7 @@ class Matrix:
     layer: int
     names: list[str]
     shape: tuple[int, int]
-    slices: list[WeightSlice] = field(default_factory=list)
+    slices: list[MatrixSlice] = field(default_factory=list)
     every: int = 1
 
     @cached_property
@@ -205,7 +205,7 @@ def plan(
                 key = layer, part.tensor, part.expert
                 matrix = found.setdefault(key, Matrix(layer, [each.tensor for each in parts], flat))
                 place = _place(part, shape, matrix)
-                piece = WeightSlice(name, part.dim, *place, name in features, heads, details and name in archs.FFN)
+                piece = MatrixSlice(name, part.dim, *place, name in features, heads, details and name in archs.FFN)
                 if heads and piece.size[piece.axis] % heads:
                     raise InputError(
                         f"{part.tensor} of {one.spec} has shape {list(shape)}, which is no whole number of the {heads} "
