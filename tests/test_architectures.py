@@ -214,6 +214,7 @@ def test_weight_change(case):
         for what in ("layer", "attention", "ffn")[: 3 if name in LAYERS_OF_THEIR_OWN else 1]
     ],
     indirect=["case"],
+    scope="module",
 )
 def test_surgery(case, what, tmp_path):
     """The last layer of the base, or the attention or FFN of the last one that has it."""
@@ -233,7 +234,7 @@ def test_surgery(case, what, tmp_path):
         check_swap(case, pair, recipe, slow, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("case", "what"), EXPERTS, indirect=["case"])
+@pytest.mark.parametrize(("case", "what"), EXPERTS, indirect=["case"], scope="module")
 def test_surgery_of_experts(case, what, tmp_path):
     """The router, or one matrix of expert 3: a tensor on disk or a part of one, and mostly a part of one in memory."""
     base, slow = case.models[0], load(case.target)
@@ -282,7 +283,7 @@ def test_units_and_what_they_share_are_the_attention(case):
         assert sum(each.numel() for each in marks.values()) == sum(parameter.numel() for parameter in own)
 
 
-@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
 def test_all_units_are_the_attention_swap(case):
     """With what they share, bit by bit; and with what is none of the four projections the base's whole module."""
     base, own = case.models
@@ -305,7 +306,7 @@ def test_all_units_are_the_attention_swap(case):
     assert all(torch.equal(left, before[name]) for name, left in states[2].items())
 
 
-@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
 def test_heads_reach_their_own_columns(case):
     """Noise on what one unit has of k and v, or one query head of q and beside the projections, moves what the output
     matrix gets in its columns of that and nowhere else; zeros in a head's columns take away what it gives. Of what is
@@ -396,7 +397,7 @@ def test_hidden_states(case, side):
         torch.testing.assert_close(pooled[:, i], slow, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
 def test_counts_and_means(case):
     """Tokens with an activation above zero, token by token; far from zero, where xIELU is positive on both sides. Mean
     activations of the first, the middle and the last neuron of every layer."""
@@ -467,7 +468,7 @@ def dense_activations(model, block, found: Found, projection: str, ids) -> list[
     return kept
 
 
-@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True)
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
 def test_silenced_neurons(case):
     """As if the neurons' columns of the down projections were zero."""
     model = load(case.target)
