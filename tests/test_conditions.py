@@ -153,27 +153,45 @@ def test_each_model_is_loaded_once_and_only_one_is_held(tmp_path):
     assert loaded == ["base", "target"] and [row["on"] for row in payload["sets"]] == ["base", "target", "target"]
 
 
+def interpolated(alpha: float):
+    def between(base, target):
+        return base + alpha * (target - base)
+
+    return between
+
+
+def extrapolated(alpha: float):
+    def between(base, target):
+        return target + alpha * (target - base)
+
+    return between
+
+
+@dataclass(frozen=True)
+class Scaled:
+    factor: float
+
+    def __call__(self, base, target):
+        return self.factor * target
+
+    def of_base(self, base, target):
+        return self.factor * base
+
+
 def test_what_tells_functions_apart():
-    def interpolated(alpha: float):
-        def between(base, target):
-            return base + alpha * (target - base)
-
-        return between
-
-    @dataclass(frozen=True)
-    class Scaled:
-        factor: float
-
-        def __call__(self, base, target):
-            return self.factor * target
-
-    facts = [function_facts(f) for f in (interpolated(0.1), interpolated(0.2), Scaled(2.0), Scaled(3.0), torch.add)]
-    assert facts[:3] == [
-        {"function": "between", "parameters": {"alpha": 0.1}},
-        {"function": "between", "parameters": {"alpha": 0.2}},
+    functions = (
+        interpolated(0.1), interpolated(0.2), extrapolated(0.1), Scaled(2.0), Scaled(3.0), Scaled(2.0).of_base,
+        Scaled(3.0).of_base, torch.add,
+    )  # fmt: skip
+    facts = [function_facts(function) for function in functions]
+    assert facts[:4] == [
+        {"function": "interpolated.between", "parameters": {"alpha": 0.1}},
+        {"function": "interpolated.between", "parameters": {"alpha": 0.2}},
+        {"function": "extrapolated.between", "parameters": {"alpha": 0.1}},
         {"function": "Scaled", "parameters": {"factor": 2.0}},
     ]
-    assert len({json.dumps(f) for f in facts}) == 5
+    assert facts[5] == {"function": "Scaled.of_base", "parameters": {"factor": 2.0}}
+    assert len({json.dumps(f) for f in facts}) == len(functions)
     assert function_facts(functools.partial(truncated, rank=4)) == {"function": "truncated", "parameters": {"rank": 4}}
     assert function_facts(truncated) == {"function": "truncated"}
     with pytest.raises(ValueError, match="lambda"):

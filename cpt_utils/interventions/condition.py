@@ -52,7 +52,7 @@ def digest(value) -> str:
 
 
 def function_facts(function: Callable) -> dict:
-    """What a function is called, and the values it was made with: of a partial, a closure, a dataclass that is called.
+    """What a function is called, and the values it was made with: of a partial, a closure, an object with a method.
 
     Raises:
         ValueError: a lambda, or a value that JSON cannot hold: two of them could not be told apart.
@@ -64,10 +64,14 @@ def function_facts(function: Callable) -> dict:
         named = signature.bind_partial(*function.args, **function.keywords).arguments
         values = inner.get("parameters", {}) | dict(named)
         name = inner["function"]
-    elif dataclasses.is_dataclass(function):
+    elif inspect.ismethod(function) and not isinstance(function.__self__, type):
+        inner = function_facts(function.__self__)
+        name, values = f"{inner['function']}.{function.__name__}", inner.get("parameters", {})
+    elif dataclasses.is_dataclass(function) and not isinstance(function, type):
         name, values = type(function).__name__, dataclasses.asdict(function)
     elif inspect.isfunction(function):
-        name, values = function.__name__, dict(inspect.getclosurevars(function).nonlocals)
+        # With the function that made it: two of these may call what they make by one name.
+        name, values = function.__qualname__.replace("<locals>.", ""), dict(inspect.getclosurevars(function).nonlocals)
         values |= {
             key: parameter.default
             for key, parameter in inspect.signature(function).parameters.items()
@@ -77,7 +81,7 @@ def function_facts(function: Callable) -> dict:
         name = getattr(function, "__name__", type(function).__name__)
         if not inspect.isbuiltin(function) and vars(function):
             values = dict(vars(function))
-    if name == "<lambda>":
+    if name.endswith("<lambda>"):
         raise ValueError("a lambda cannot be told from another one: give a function with a name")
     try:
         json.dumps(values)
