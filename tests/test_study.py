@@ -64,6 +64,9 @@ def test_places_and_environment_are_filled_in(tmp_path, monkeypatch):
         ("data: {heldout: {no: a.txt}}\n", r"a key of data\.heldout is False; it must map language codes"),
         ("data: {task: {nam: x}}\n", r"unknown key data\.task\.nam; did you mean data\.task\.name"),
         ("no: x\n", "unknown key False"),
+        ("null: x\n", "unknown key None"),
+        ("data: {2024-01-01: x}\n", r"unknown key data\.2024-01-01"),
+        ("data: {heldout: {null: x}}\n", r"a key of data\.heldout is None"),
         ("a: [\n", "not valid YAML"),
     ],
 )

@@ -92,12 +92,15 @@ def _unknown(key, allowed: list[str], prefix: str) -> str:
 def _told(error: dict, model: type[Keys], values, name: str) -> str:
     """An error of pydantic's in the words of the file: dotted key, value, what it must be."""
     kind, models, field, above = error["type"], [model], None, name
+    # No key of the file as it stands: one that is missing, or is no text (null).
+    last = len(error["loc"]) - (error["loc"][-1:] == ("[key]",))
+    odd = last if kind in ("missing", "invalid_key") or last < len(error["loc"]) else None
     for depth, part in enumerate(error["loc"], 1):
         if isinstance(values, list) and isinstance(part, int):
             above, values = name, values[part]
             called = values.get("name") if isinstance(values, dict) else None
             name += f"[{part if called is None else called}]"
-        elif isinstance(values, dict) and (part in values or (kind, depth) == ("missing", len(error["loc"]))):
+        elif isinstance(values, dict) and (part in values or depth == odd):
             above, values, name = name, values.get(part), _dotted(name, part)
             field = next((m.fields()[part] for m in models if part in m.fields()), field)
             allowed = list(models[0].fields())
