@@ -330,13 +330,8 @@ def add_flags(p, own_file: str) -> None:
     """The flags of both scripts; `own_file` ("interface", "lsn_rich") says which layers the swap itself needs."""
     add = p.add_argument
     add("--base-model", "--base", metavar="B", help="base model; default: the study's base")
-    add(
-        "--checkpoint-dir",
-        "--run",
-        nargs="+",
-        metavar="RUN",
-        help="run of checkpoints, or one; default: the study's run",
-    )
+    words = "run of checkpoints, or one; default: the study's run"
+    add("--checkpoint-dir", "--run", nargs="+", metavar="RUN", help=words)
     for place, words in (
         ("interface", "file of step 2 with interface_layers"),
         ("lsn_rich", 'LSN-rich layers: a list, {"layers": [..]}, or the file of lsn/identify.py --layers-out'),

@@ -324,11 +324,8 @@ def main(argv=None) -> None:
         return {"losses": found}
 
     def write(records: list[dict], request: dict) -> None:
-        payload = summarize(records, list(neurons.own), study.seed)
-        payload |= {
-            "n_neurons": {lang: sum(map(len, own.values())) for lang, own in neurons.own.items()},
-            "left_out": left_out,
-        }
+        payload = summarize(records, list(neurons.own), study.seed) | {"left_out": left_out}
+        payload["n_neurons"] = {lang: sum(map(len, own.values())) for lang, own in neurons.own.items()}
         head = results.header(
             SCHEMA, models={"model": ref.describe()}, n_layers=len(neurons.widths), ffn_width=max(neurons.widths),
             mask=mask_file, languages={lang: languages.canonical(lang, any_tag=True) for lang in neurons.own},
@@ -358,10 +355,10 @@ def random_sets(given: int | None, study: Study) -> int:
 
 def wanted_languages(given: str | None, study: Study, mask_file: Path) -> list[str]:
     """The languages of --lang, of the study or of the mask, as they are written there."""
-    chosen = given.split(",") if given else study.get("languages.lsn") or masks.languages_in(mask_file)
+    chosen = languages.several(given or study.get("languages.lsn") or masks.languages_in(mask_file), "--lang")
     if len(chosen) < 2:
         raise InputError("one language has no other to be compared with; give two or more with --lang")
-    return [str(lang) for lang in chosen]
+    return chosen
 
 
 def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home) -> Masks:
