@@ -222,7 +222,8 @@ def _pass(
     buffers, ended = _Buffers(torch.device(device)), threading.Event()
     with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
         try:
-            yield from zip(plan, pool.map(lambda matrix: _changes_of(matrix, sides, buffers, ended), plan), strict=True)
+            each = pool.map if threads > 1 else map  # one thread for itself would only be waited for
+            yield from zip(plan, each(lambda matrix: _changes_of(matrix, sides, buffers, ended), plan), strict=True)
         finally:
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
