@@ -40,17 +40,24 @@ def test_an_intervention(copy):
     save_tiny("llama", copy / "base", seed=0)
     save_tiny("llama", copy / "run/checkpoint-10", seed=1)
     (copy / "text.txt").write_text("".join(f"line {n} of some text that nobody has seen\n" for n in range(8)))
-    flags = ["--output", "out.json", "--measures", "nll", "--heldout", "text.txt"]
+    flags = ["--layers", "1", "--output", "out.json", "--measures", "nll", "--heldout", "text.txt"]
     command = ["damping/damping.py", "--base", "base", "--run", "run", *flags]
     first = run(copy, *command)
     assert first.returncode == 0, first.stderr
     sets = json.loads((copy / "out.json").read_text())["sets"]
-    assert [row["name"] for row in sets] == ["base", "target", *["damped"] * LAYERS]
-    assert [row["layers"] for row in sets[2:]] == [[layer] for layer in range(LAYERS)]
+    assert [row["name"] for row in sets] == ["base", "target", "damped", *["random"] * (LAYERS - 1)]
+    assert [row["layers"] for row in sets[2:]] == [[1], [0], [2]] and (copy / "out.png").is_file()
+    place = json.loads((copy / "out.json").read_text())["comparison"]["nll_per_byte"]
+    assert place["own"] == sets[2]["values"]["nll_per_byte"] and place["n_random"] == LAYERS - 1
     assert len({row["values"]["nll_per_byte"] for row in sets}) == len(sets)
     assert "kept" in run(copy, *command).stdout
     refused = run(copy, *command, "--alpha", "0.25")
     assert refused.returncode == 2 and "another request" in refused.stderr
+    script = copy / "damping/damping.py"
+    script.write_text(code.replace("alpha * value)", "alpha * value * value)"), "utf-8")
+    assert "made by other code" in run(copy, *command).stderr
+    refused = run(copy, *command[:-8], "--layers", "3", *command[-6:])
+    assert refused.returncode == 2 and "layer 3 does not exist" in refused.stderr
 
 
 def test_a_model_type(copy):

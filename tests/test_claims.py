@@ -18,7 +18,8 @@ from cpt_utils.measures import compare, controls, verdicts
 
 script = load_script("report/claims.py")
 shown, CLAIMS = script.shown, script.claims()
-c1, c2, c3, c4, c5, c6 = (CLAIMS[f"C{n}"] for n in range(1, 7))
+PAPER = [f"C{n}" for n in range(1, 7)]  # the claims of which `MadeUp` makes the results; others are undecided
+c1, c2, c3, c4, c5, c6 = (CLAIMS[name] for name in PAPER)
 YES, NO, OPEN = verdicts.YES, verdicts.NO, verdicts.OPEN
 
 L, SENTENCES, SETS = 6, 150, 30
@@ -231,8 +232,8 @@ def made(finished, tmp_path):
 @pytest.mark.parametrize("truth", list(WORDS))
 def test_plain_results_give_plain_verdicts(truth, finished, no_figure):
     claims = run(finished[truth])
-    assert {name: row["verdict"] for name, row in claims.items()} == dict.fromkeys(CLAIMS, WORDS[truth])
-    for row in claims.values():
+    assert {name: claims[name]["verdict"] for name in PAPER} == dict.fromkeys(PAPER, WORDS[truth])
+    for row in map(claims.get, PAPER):
         assert row["numbers"] and row["files"] and row["reason"] and row["beside"]
         for one in row["numbers"]:
             assert one["ci_low"] <= one["value"] <= one["ci_high"] and one["n"] > 0
@@ -266,14 +267,14 @@ def test_a_failed_gate_leaves_no_verdict_on_layers(made, capsys):
         models={"model": made.run[-1]}, gate=failed_gate(), **LANGS,
     )  # fmt: skip
     claims = run(made)
-    assert {name: row["verdict"] for name, row in claims.items()} == dict.fromkeys(CLAIMS, verdicts.VOID) | {"C3": YES}
+    assert {name: claims[name]["verdict"] for name in PAPER} == dict.fromkeys(PAPER, verdicts.VOID) | {"C3": YES}
     assert claims["C2"]["numbers"] and claims["C2"]["reason"].endswith("everything built on them mean nothing")
     captured = capsys.readouterr()
     assert captured.err.count("its layers, its hub and everything built on them mean nothing") == 1
     assert "C5 no verdict: gate: run/checkpoint-20 does not retrieve clearly better" in captured.out
     assert results.read_json(made.results / "report/claims.json")[1]["gate"] == failed_gate()
     table = (made.results / "report/claims.md").read_text()
-    assert table.count("**no verdict: gate**") == 5 and table.count("**supported**") == 1
+    assert table.count("**no verdict: gate**") >= 5 and table.count("**supported**") == 1
     assert (made.results / "report/claims.png").stat().st_size > 1000
 
 
@@ -284,7 +285,7 @@ def test_tables_say_what_the_json_says(finished, no_figure):
     rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if " | **" in line}
     assert list(rows) == list(CLAIMS)
     tex = (made.results / "report/claims.tex").read_text()
-    lines = {line[:2]: line for line in tex.splitlines() if re.match(r"C\d &", line)}
+    lines = {line.split(" & ")[0]: line for line in tex.splitlines() if re.match(r"[A-Z]\d+ &", line)}
     assert tex.count("\\hline") == 3 and "toprule" not in tex
     for name, row in claims.items():
         assert f"**{row['verdict']}**" in rows[name] and f"& {row['verdict']} &" in lines[name]
@@ -432,7 +433,7 @@ def test_seeds_stand_side_by_side(finished, tmp_path, no_figure):
     study.write_text(f"name: made\nresults: {tmp_path}/seed-{{seed}}\n")
     script.main(["--study", str(study), "--seeds", "0,1,2", "--output", str(tmp_path / "out")])
     table = (tmp_path / "out" / "claims_seeds.md").read_text()
-    assert "| seed 0 | seed 1 | seed 2 |" in table and table.count("**not supported**") == len(CLAIMS)
+    assert "| seed 0 | seed 1 | seed 2 |" in table and table.count("**not supported**") == len(PAPER)
     value = json.loads((tmp_path / "seed-1/report/claims.json").read_text())["claims"]["C2"]["numbers"][0]["value"]
     row = next(line for line in table.splitlines() if line.startswith("| C2"))
     assert shown.digits(value) in row.split(" | ")[3]

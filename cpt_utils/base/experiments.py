@@ -67,6 +67,10 @@ def said(constant: str) -> dict[str, tuple]:
 def _find(constant: str, key: str) -> tuple:
     found = said(constant)
     if key not in found:
+        bare = [path for path in cli.REPOSITORY.glob("*/*.py") if not path.with_name("README.md").is_file()]
+        for path in bare:
+            if key in _literal(path, constant):
+                raise InputError(f"{path} has {key!r} in {constant}, but its folder has no README.md; write one")
         raise InputError(f"no script below {cli.REPOSITORY} has {key!r} in {constant}; it has {', '.join(found)}")
     return found[key]
 

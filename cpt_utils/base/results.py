@@ -22,7 +22,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from cpt_utils.base import cli, languages, locks
+from cpt_utils.base import cli, code, languages, locks
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 
@@ -49,6 +49,7 @@ def header(schema: str, version: int = 1, **facts) -> dict:
         **{key: plain(value) for key, value in facts.items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(),
+        "code": code.running(),
         "libraries": libraries(),
         "time": now(),
     }
@@ -331,6 +332,8 @@ def finished(
     before = (asked({**payload, **head}) if head else None) or {}
     request = {key: value for key, value in request.items() if key in before or key not in newer}
     refuse_other(path, before, request, hint)
+    if code.is_other(head.get("code")):
+        cli.once(f"{path} was made by other code than there is now: --overwrite makes it again", cli.warn)
     return True
 
 

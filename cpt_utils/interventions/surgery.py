@@ -220,7 +220,7 @@ def layers_from_base(pair: Pair, layers: Iterable[int]) -> Recipe:
     Raises:
         InputError: a layer the models do not have, shapes that differ, or a tensor that only one of them has.
     """
-    layers = _checked_layers(layers, pair.n_layers)
+    layers = checked_layers(layers, pair.n_layers)
     edits = [edit for layer in layers for edit in pair.layer_edits(layer)]
     return Recipe(f"layers {_listed(layers)} of the base", {"layers": layers}, tuple(edits))
 
@@ -231,7 +231,7 @@ def parts_from_base(pair: Pair, projections: Iterable[str], layers: Iterable[int
     The router of a mixture of experts may be among them (archs.ROUTER). A layer that has none of a projection (no
     router, no attention, no FFN) has nothing of it to swap.
     """
-    layers = _checked_layers(layers, pair.n_layers)
+    layers = checked_layers(layers, pair.n_layers)
     wanted = [name for name in (*pair.arch.projections(pair.config), archs.ROUTER) if name in set(projections)]
     names = set(pair.target.names())
     edits = [
@@ -264,7 +264,7 @@ def heads_from_base(
     """
     arch, names, edits, also = pair.arch, set(pair.target.names()), [], []
     base_config, kind = pair.base_ref.config(), "query head" if by_query else "unit"
-    heads = {layer: sorted({*chosen[layer]}) for layer in _checked_layers(chosen, pair.n_layers)}
+    heads = {layer: sorted({*chosen[layer]}) for layer in checked_layers(chosen, pair.n_layers)}
     for layer, own in heads.items():
         counts, theirs = arch.head_counts(pair.config, layer), pair.base_arch.head_counts(base_config, layer)
         if counts != theirs:
@@ -308,7 +308,7 @@ def tensors_from_base(pair: Pair, names: Iterable[str]) -> Recipe:
     return Recipe(f"{', '.join(names)} of the base", {"tensors": names}, tuple(pair.edit(name) for name in names))
 
 
-def _checked_layers(layers: Iterable[int], n_layers: int) -> list[int]:
+def checked_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     found = sorted(set(layers))
     wrong = [layer for layer in found if not 0 <= layer < n_layers]
     if wrong:

@@ -80,7 +80,12 @@ class Trial:
 
         Raises:
             InputError: `path` is the result of another request, or a model cannot be measured.
+            ValueError: there is no condition `treatment`, or none called "random".
         """
+        names = {one.name for one in wanted}
+        if treatment and not {treatment, "random"} <= names:
+            lacking = treatment if treatment not in names else "random"
+            raise ValueError(f"no condition is called {lacking}: there are {', '.join(sorted(names))}")
         ends = [Condition(role, {}, facts={"layers": []}, of=role) for role in self.models]
         tokenizers: dict = {}
 
