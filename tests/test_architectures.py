@@ -6,6 +6,7 @@ projection reach the attention as queries, which matrix feeds the activation, wh
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -59,8 +60,9 @@ IDS = torch.arange(3, 40)[None]
 
 
 def load(folder) -> nn.Module:
-    kind = loading.auto_class(AutoConfig.from_pretrained(folder))
-    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    config = AutoConfig.from_pretrained(folder)
+    kind = loading.auto_class(config)
+    model, report = kind.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     return model.eval()
 
@@ -82,6 +84,10 @@ class Case:
     @cached_property
     def models(self):
         return load(self.base), load(self.target)
+
+    def to_change(self) -> nn.Module:
+        """The target once more, for a test that changes it; to load it again takes longer."""
+        return copy.deepcopy(self.models[1])
 
     @cached_property
     def arch(self):
@@ -218,7 +224,7 @@ def test_weight_change(case):
 )
 def test_surgery(case, what, tmp_path):
     """The last layer of the base, or the attention or FFN of the last one that has it."""
-    base, slow = case.models[0], load(case.target)
+    base, slow = case.models[0], case.to_change()
     projections = {"layer": archs.PROJECTIONS, "attention": archs.ATTENTION, "ffn": archs.FFN}[what]
     layers = range(len(blocks_of(base)))
     having = [layer for layer in layers if case.arch.has(base.config, layer, projections)]
@@ -237,7 +243,7 @@ def test_surgery(case, what, tmp_path):
 @pytest.mark.parametrize(("case", "what"), EXPERTS, indirect=["case"], scope="module")
 def test_surgery_of_experts(case, what, tmp_path):
     """The router, or one matrix of expert 3: a tensor on disk or a part of one, and mostly a part of one in memory."""
-    base, slow = case.models[0], load(case.target)
+    base, slow = case.models[0], case.to_change()
     name = "router" if what == "router" else f"{what}_proj"
     layer = max(layer for layer in range(len(blocks_of(base))) if case.arch.has_router(base.config, layer))
     with surgery.Pair(case.base, case.target) as pair:
@@ -311,7 +317,7 @@ def test_heads_reach_their_own_columns(case):
     """Noise on what one unit has of k and v, or one query head of q and beside the projections, moves what the output
     matrix gets in its columns of that and nowhere else; zeros in a head's columns take away what it gives. Of what is
     said to be no head's, no piece does so."""
-    model, disk = load(case.target), read_tensors(case.target)
+    model, disk = case.to_change(), read_tensors(case.target)
     places = case.arch.module_places(disk, model, lambda tensor: disk[tensor].shape)
     seen = []
     for layer, found in enumerate(layers_of(model)):
@@ -401,7 +407,7 @@ def test_hidden_states(case, side):
 def test_counts_and_means(case):
     """Tokens with an activation above zero, token by token; far from zero, where xIELU is positive on both sides. Mean
     activations of the first, the middle and the last neuron of every layer."""
-    model, ids = load(case.target), torch.arange(4, 100).view(3, 32)
+    model, ids = case.to_change(), torch.arange(4, 100).view(3, 32)
     layers = layers_of(model)
     for found in layers:
         for view, rows in found.weights.get(case.arch.neuron_projection, []):
@@ -471,7 +477,7 @@ def dense_activations(model, block, found: Found, projection: str, ids) -> list[
 @pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
 def test_silenced_neurons(case):
     """As if the neurons' columns of the down projections were zero."""
-    model = load(case.target)
+    model = case.to_change()
     layers, ids = layers_of(model), torch.arange(4, 36).view(2, 16)
     mask = {layer: chosen_of(case, model, layer) for layer in range(len(layers))}
     with torch.no_grad():
