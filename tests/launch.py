@@ -82,7 +82,10 @@ def _server() -> str:
     folder = tempfile.mkdtemp(prefix="cpt-warm-")
     place = os.path.join(folder, "socket")
     command = [sys.executable, str(Path(__file__).with_name("server.py")), place]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"HF_DATASETS_CACHE": os.path.join(folder, "datasets")},
+    )  # fmt: skip
     atexit.register(lambda: (server.communicate(), shutil.rmtree(folder, ignore_errors=True)))
     assert server.stdout.readline() == "ready\n"
     return place

@@ -301,6 +301,7 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     import matplotlib.pyplot
+    from torch.utils import collect_env
 
     # The first figure of a process loads fonts and parses formulas for half a second.
     with matplotlib.rc_context({"pdf.fonttype": 42}):
@@ -309,6 +310,9 @@ def main() -> None:
         for suffix in ("pdf", "png"):
             figure.savefig(io.BytesIO(), format=suffix)
     matplotlib.pyplot.close("all")
+    # lm_eval asks for it with every model; pip, lscpu and others are started for it.
+    said = collect_env.get_pretty_env_info()
+    collect_env.get_pretty_env_info = lambda: said
     gc.collect()
     gc.freeze()  # a fork that collects garbage would copy all of these pages
     if sys.argv[1:]:

@@ -480,24 +480,19 @@ def test_killed_at_every_rename_it_ends_with_the_same_bits(train, base, texts, t
 
 @pytest.mark.slow
 def test_killed_from_outside_a_base_ends_with_the_same_bits(base, texts, tmp_path):
-    """The command line itself, killed while it trains; the same command then ends where `base` ended."""
+    """Killed while it trains; the command line itself then ends where `base` ended."""
     import time
 
-    config = write(tmp_path / "base.yaml", settings(texts, state_every=2))
-    command = [
-        sys.executable,
-        str(ROOT / "cpt" / "train.py"),
-        "--config",
-        config,
-        "--output-dir",
-        str(tmp_path / "out"),
-    ]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while first.poll() is None and not list((tmp_path / "out").glob(".state/state-*")):
+    args = ["--config", write(tmp_path / "base.yaml", settings(texts, state_every=2)), "--output-dir", tmp_path / "out"]
+    args = [*map(str, args)]
+    first = multiprocessing.get_context("fork").Process(target=die_at_replacement, args=(0, args))  # at none
+    first.start()
+    while first.is_alive() and not list((tmp_path / "out").glob(".state/state-*")):
         time.sleep(0.005)
     first.kill()
-    first.wait()
+    first.join()
     finished = (tmp_path / "out" / "train.json").exists()
+    command = [sys.executable, str(ROOT / "cpt" / "train.py"), *args]
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert finished or "going on from step" in second.stdout

@@ -683,36 +683,35 @@ def test_dropping_spares_the_base_and_what_others_use(online, tmp_path, models):
 # --- whole scripts ---
 
 
-def script(server: FakeHub, home: Path, *command: str, **variables: str) -> subprocess.CompletedProcess:
+def script(server: FakeHub, home: Path, *command: str) -> subprocess.CompletedProcess:
     """A script in a process of its own that sees the server as the hub."""
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE" and not k.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
 
 
-def test_weight_change_of_a_hub_run_equals_that_of_folders(server, tmp_path, models):
+def test_weight_change_of_a_hub_run_equals_that_of_folders(online, tmp_path, models, monkeypatch):
+    from helpers import load_script
+    from huggingface_hub import constants
+
     run = tmp_path / "run"
     for step in STEPS:
         shutil.copytree(models[REVISION.format(step)], run / f"checkpoint-{step}")
-    command = ["weight-diff/attn_vs_ffn.py", "--output"]
+    main = load_script("weight-diff/attn_vs_ffn.py").main
     hub_run = ["--base-model", "org/base", "--ckpt-model", "org/olmo@stage2-*"]
-    done = script(server, tmp_path / "home", *command, str(tmp_path / "hub.json"), *hub_run)
-    assert done.returncode == 0, done.stderr
-    from helpers import load_script
-
-    local = ["--base-model", str(models["main"]), "--ckpt-model", str(run)]
-    load_script(command[0]).main(["--output", str(tmp_path / "local.json"), *local])
+    main(["--output", str(tmp_path / "hub.json"), *hub_run])
+    main(["--output", str(tmp_path / "local.json"), "--base-model", str(models["main"]), "--ckpt-model", str(run)])
     ours, truth = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("hub", "local"))
     assert ours["checkpoints"] == truth["checkpoints"]
     described = ours["_header"]["models"]["checkpoints"]["1000"]
-    assert described["revision"] == server.repositories["org/olmo"].commit(REVISION.format(1000))
+    assert described["revision"] == online.repositories["org/olmo"].commit(REVISION.format(1000))
     # The same again, without a network.
-    again = script(
-        server, tmp_path / "home", *command, str(tmp_path / "off.json"), *hub_run, HF_HUB_OFFLINE="1", HF_ENDPOINT=""
-    )
-    assert again.returncode == 0, again.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", "")
+    forget()
+    main(["--output", str(tmp_path / "off.json"), *hub_run])
     assert json.loads((tmp_path / "off.json").read_text())["checkpoints"] == truth["checkpoints"]
 
 

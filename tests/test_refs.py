@@ -240,31 +240,28 @@ def fabricated_cache(folder, repository, revision, files):
     return commit
 
 
-def in_offline_process(cache, code):
-    """Run `code` with the hub switched off: the client reads these variables when it is imported."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+def test_a_hub_revision_is_read_from_the_cache_and_its_commit_recorded(tmp_path, monkeypatch):
+    import torch
+    from huggingface_hub import constants
 
+    from cpt_utils.models import loading
 
-def test_a_hub_revision_is_read_from_the_cache_and_its_commit_recorded(tmp_path):
     model = save_tiny("llama", tmp_path / "m")
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     commit = fabricated_cache(tmp_path / "cache", "org/tiny", "step1000", files)
-    code = (
-        "from cpt_utils.checkpoints import refs, tokenization\nfrom cpt_utils.models import loading\nimport torch\n"
-        "ref = refs.model('org/tiny@step1000')\n"
-        "print(ref.step, ref.describe()['revision'], ref.config()['model_type'])\n"
-        "print(loading.load_model(ref, torch.float32, torch.device('cpu')).num_parameters() > 0)\n"
-        "print(len(tokenization.load_tokenizer(ref)))\n"
-    )
-    done = in_offline_process(tmp_path / "cache", code)
-    assert done.stdout.split() == ["1000", commit, "llama", "True", "259"], done.stderr
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    ref = refs.model("org/tiny@step1000")
+    assert (ref.step, ref.describe()["revision"], ref.config()["model_type"]) == (1000, commit, "llama")
+    assert loading.load_model(ref, torch.float32, torch.device("cpu")).num_parameters() > 0
+    assert len(tokenization.load_tokenizer(ref)) == 259
 
 
 def test_a_repository_that_is_not_cached_says_so_offline(tmp_path):
+    """In a process of its own: the client reads these variables when it is imported."""
     code = "from cpt_utils.base import cli\nfrom cpt_utils.checkpoints import refs\n"
     code += "cli.run(lambda: refs.model('org/none').folder())"
-    done = in_offline_process(tmp_path, code)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith("error: org/none: no such folder here, not in the hub cache")
     assert len(done.stderr.strip().splitlines()) == 1
