@@ -276,7 +276,7 @@ def test_random_sets_are_of_layers_that_have_attention(hybrid, tmp_path, capsys)
 def test_conditions_and_sets_by_hand():
     having = {"attention": [1, 3, 4], "ffn": [0, 2, 3]}
     lists = {"interface": [0, 1], "lsn_rich": [2]}
-    found = COMPONENT_SWAP.conditions("attention_interface", lists, having)
+    found = COMPONENT_SWAP.crossed("attention_interface", lists, having)
     assert [(c.name, c.layers, c.asked) for c in found[:3]] == [
         ("attention_interface", (1,), (0, 1)),
         ("ffn_interface", (0,), (0, 1)),

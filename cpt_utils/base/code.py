@@ -45,7 +45,9 @@ def digest(script: str) -> str:
 def running() -> str | None:
     """`digest` of the script that this process runs; None where it is none of the repository's."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
-    return digest(path.relative_to(cli.REPOSITORY).as_posix()) if path.is_relative_to(cli.REPOSITORY) else None
+    if path.parent.parent != cli.REPOSITORY:  # not one of an environment below it either, such as pytest
+        return None
+    return digest(path.relative_to(cli.REPOSITORY).as_posix())
 
 
 def is_other(before: str | None) -> bool:
