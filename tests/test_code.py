@@ -107,9 +107,12 @@ def test_a_stamp_moves_with_the_hash_alone(repository, tmp_path):
     assert stamp.stat().st_mtime == 2_000  # as old as the newest file
     repository("toy/toy.py", SCRIPT.replace("and one", "and one more"))
     assert code.stamp("toy/toy.py", tmp_path / "stamps").stat().st_mtime == 2_000
+    before, was = stamp.with_name("toy__toy.py.before"), stamp.read_text()
+    assert not before.exists()
     repository("toy/helper.py", "def helper(x):\n    return -x\n")
     os.utime(tmp_path / "toy/helper.py", (1_500, 1_500))  # copied with an old time: it is another all the same
     assert code.stamp("toy/toy.py", tmp_path / "stamps").stat().st_mtime > 1_000_000
+    assert before.read_text() == was
 
 
 def test_what_other_code_measured_is_not_gone_on_with(tmp_path, monkeypatch):

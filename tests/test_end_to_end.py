@@ -191,6 +191,11 @@ def test_an_edited_method_runs_again_and_a_comment_does_not(finished, tmp_path):
     log = (clone / "results/tiny/logs/train-base.log").read_text()
     assert "removing the run recorded there (--overwrite)" in log  # the finished training is not kept
     assert "train_base" not in run([*workflow, "--dry-run"], clone)
+    # As after an update from a version without stamps: how the models were made is not known.
+    shutil.rmtree(clone / ".snakemake/code")
+    script.touch()
+    run([*workflow, "--until", "train_base", "--forcerun", "train_base"], clone)
+    assert "is finished" in (clone / "results/tiny/logs/train-base.log").read_text()
 
 
 def test_seeds_side_by_side(finished):

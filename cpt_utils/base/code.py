@@ -59,7 +59,8 @@ def is_other(before: str | None) -> bool:
 def stamp(script: str, folder: Path) -> Path:
     """A file in `folder` that is as old as what `script` is made of, for programs that compare times.
 
-    It gets a new time where the hash has become another; at first it has that of the newest file.
+    It gets a new time where the hash has become another, and `<stamp>.before` holds the one that it had. At first it
+    has the time of the newest file, which may be that of a download: what was there is then of unknown code.
     """
     path, now = folder / script.replace("/", "__"), digest(script)
     before = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -70,6 +71,8 @@ def stamp(script: str, folder: Path) -> Path:
         if before is None:
             newest = max((file.stat().st_mtime_ns for file in files(script)), default=0)
             os.utime(temporary, ns=(newest, newest))
+        else:
+            path.with_name(f"{path.name}.before").write_text(before, encoding="utf-8")
         os.replace(temporary, path)
     return path
 
