@@ -261,7 +261,8 @@ def header_of(job: Job, ref: refs.ModelRef, shape: tuple[int, int]) -> dict:
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("-m", "--model", "--run", metavar="M", help="model; default: the last checkpoint of the study's run")
+    add("-m", "--model", metavar="M", help="model; default: the last checkpoint of the study's run")
+    cli.add_named_models(p, None, "M: its last checkpoint, or that of --steps")
     add("-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages")
     text = "blocks of 4096 (llama) or 2048 tokens; default: from the model"
     add("-t", "--type", choices=("llama", "qwen"), help=text)
@@ -283,7 +284,7 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
-    ref = refs.model(args.model) if args.model else refs.run(study.value(None, "-m", "run"), args.steps)[-1]
+    ref = beside.model_or_last(study, args.model, args.named_run, "-m", args.steps)
     process = processes.Process(args.device, args.device_map)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     todo = []
@@ -314,13 +315,16 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
     codes = [language_of(path) for path in files]
     languages.refuse_twice(codes, "count one of their id files, or use another -n")
     folder = study.output(args.save_folder, "-s", "lsn_counts")
-    other = beside.name(study, run=args.model, steps=args.steps, limit=args.limit, last=True)
+    model = cli.named(args.model, args.named_run, "-m and --run")
+    other = beside.name(study, run=model, steps=args.steps, limit=args.limit, last=True)
     name = args.name or (dotted(study.name, other) if study else None)
     if name is None:
         raise InputError("nothing says what to call the files: give -n NAME, or run inside a study")
     size = ffn.block_size(ref.config(), args.type, args.block_size or study.get("lsn.block_size"))
     wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
-    run = study.get("run") if isinstance(study.get("run"), str) else None
+    run = args.named_run or study.get("run")
+    run = run[0] if isinstance(run, list) and len(run) == 1 else run
+    run = run if isinstance(run, str) else None  # a folder, which may hold tokenizer files that a checkpoint lacks
     found = []
     for path, code in zip(files, codes, strict=True):
         blocks, facts = read(path, ref, run, size, wanted, args.limit)

@@ -41,6 +41,17 @@ def count(*more) -> dict:
     return results.read_tensors("counts/tiny.ga.pt")
 
 
+def test_of_a_run_the_last_checkpoint_is_counted(place):
+    path, _ = write_ids(place)
+    for step in (10, 20):
+        save_tiny("llama", f"run/checkpoint-{step}", seed=step)
+    with pytest.raises(InputError, match="-m and --run name the same twice"):
+        count("-i", str(path), "--run", "run")
+    ACTIVATION.main(["--run", "run", "-n", "tiny", "-s", "counts", "--block-size", "32", "-i", str(path)])
+    counted = json.loads(results.read_tensors("counts/tiny.ga.pt")["header"])["request"]["model"]
+    assert counted["spec"] == "run/checkpoint-20"
+
+
 def test_counts_snapshots_and_header(place):
     path, ids = write_ids(place)
     found = count("-i", str(path))
