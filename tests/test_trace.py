@@ -141,6 +141,13 @@ def test_what_goes_in_or_comes_out_is_read_edited_or_the_end():
     assert not ran and torch.equal(model(ids).logits, whole)
 
 
+def test_a_side_that_no_module_has_is_refused_and_leaves_no_hook():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no side 'ouput'"), trace((module, "input", print), (module, "ouput", print)):
+        pass
+    assert not module._forward_pre_hooks and not module._forward_hooks
+
+
 def test_batches_cover_every_sequence_once_longest_first():
     lengths = [3, 9, 1, 9, 4]
     assert batches(lengths, 2) == [[1, 3], [4, 0], [2]]

@@ -35,6 +35,8 @@ def trace(*points: tuple[torch.nn.Module, str, Callable]) -> Iterator[None]:
         for module, side, function in points:
             if side == "output":
                 handles.append(module.register_forward_hook(_after(function)))
+            elif side not in ("input", "inputs"):
+                raise ValueError(f"a module has no side {side!r}: it is input, inputs or output")
             else:
                 handles.append(module.register_forward_pre_hook(_before(function, side), with_kwargs=True))
         with contextlib.suppress(StopForward):
