@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,18 @@ def _nothing_said_before():
     from cpt_utils.base import cli
 
     cli._said.clear()
+
+
+@pytest.fixture(autouse=True)
+def _figures_laid_out(request, monkeypatch):
+    """Figures are laid out, but not drawn, a third of a second each; tests marked `figures` look at them."""
+    from cpt_utils.base import figures, results
+
+    def lay_out(figure, path) -> None:
+        figure.draw_without_rendering()
+        for suffix in (".pdf", ".png"):
+            with results.replacing(Path(path).with_name(Path(path).name + suffix)) as temporary:
+                temporary.write_text("laid out\n")
+
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr(figures, "save", lay_out)

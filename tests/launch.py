@@ -1,7 +1,7 @@
 """Scripts in processes of their own, on the CPU: under `accelerate launch`, or as forks of one warm process.
 
 launch("layer-swap/layer-swap.py", "--controls", "3")                       # in two processes; checked
-run("weight-diff/attn_vs_ffn.py", "-o", "out.json", HF_HUB_OFFLINE="1")     # the finished process, as subprocess.run's
+run("weight-diff/attn_vs_ffn.py", "-o", "out.json", root=copy)              # the finished process, as subprocess.run's
 
 A fork runs the script as `python <script> ...` would, less the seconds in which Python imports torch and transformers.
 """
@@ -59,11 +59,11 @@ def launch(
     return done
 
 
-def run(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """A script of the repository in one fork; a variable of the environment that is None is not set there."""
-    environment = {name: value for name, value in (os.environ | environment).items() if value is not None}
+def run(script: str, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess:
+    """A script of the repository, or of a copy of it, in one fork in its folder."""
+    environment = os.environ | {"PYTHONPATH": str(root)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        code = _code(_start([str(ROOT / script), [*map(str, arguments)]], str(cwd), environment, out, err))
+        code = _code(_start([str(root / script), [*map(str, arguments)]], str(root), environment, out, err))
         out.seek(0), err.seek(0)
         return subprocess.CompletedProcess([script, *arguments], code, out.read(), err.read())
 

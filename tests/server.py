@@ -288,6 +288,7 @@ def answer_one(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
+    sys.path[1:1] = filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))
     code = run_script(*job["command"])
     connection.sendall(f"{code}\n".encode())
     os._exit(code)

@@ -117,6 +117,7 @@ def test_a_failed_gate_goes_on_and_is_said(study, no_figure, capsys):
     assert capsys.readouterr().err.count("everything built on them mean nothing") == 1
 
 
+@pytest.mark.figures
 def test_equals_scipy_on_the_same_numbers(study, capsys):
     weights, gates, others, means = write_all(study)
     script.main([])

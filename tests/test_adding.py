@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from launch import shim
 from test_claims import STEPS, L, MadeUp
 
 BLOCK = re.compile(r"^(?:In )?`([\w./-]+)`(?:, above the verdicts)?:\n\n```\w*\n(.*?)^```", re.M | re.S)
@@ -89,7 +90,7 @@ def test_an_experiment_is_a_folder_a_script_and_a_rule(copy, workflow):
 
 def test_a_claim_is_a_file(copy, workflow):
     """Where the experiment was not run the claim is undecided, with the reason; elsewhere it is judged, and shown."""
-    claims = [sys.executable, str(copy / "report/claims.py"), "--study", "study.yaml"]
+    claims = [str(shim(copy.parent)), str(copy / "report/claims.py"), "--study", "study.yaml"]
     said = run(copy, *claims, "--seed", "4")
     assert "T1 undecided: depth/depth.json is not there (it is made by depth/depth.py)" in said
     run(copy, *claims)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 from helpers import ROOT, save_tiny
+from launch import run
 
 LAYERS = 3
 
@@ -28,11 +26,6 @@ def copy(tmp_path):
     return tmp_path
 
 
-def run(copy, *command):
-    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
-
-
 def test_an_intervention(copy):
     (code,) = re.findall(r"```python\n(.*?)```", recipe(1), re.S)
     (copy / "damping").mkdir()
@@ -42,7 +35,7 @@ def test_an_intervention(copy):
     (copy / "text.txt").write_text("".join(f"line {n} of some text that nobody has seen\n" for n in range(8)))
     flags = ["--layers", "1", "--output", "out.json", "--measures", "nll", "--heldout", "text.txt"]
     command = ["damping/damping.py", "--base", "base", "--run", "run", *flags]
-    first = run(copy, *command)
+    first = run(*command, root=copy)
     assert first.returncode == 0, first.stderr
     sets = json.loads((copy / "out.json").read_text())["sets"]
     assert [row["name"] for row in sets] == ["base", "target", "damped", *["random"] * (LAYERS - 1)]
@@ -50,13 +43,13 @@ def test_an_intervention(copy):
     place = json.loads((copy / "out.json").read_text())["comparison"]["nll_per_byte"]
     assert place["own"] == sets[2]["values"]["nll_per_byte"] and place["n_random"] == LAYERS - 1
     assert len({row["values"]["nll_per_byte"] for row in sets}) == len(sets)
-    assert "kept" in run(copy, *command).stdout
-    refused = run(copy, *command, "--alpha", "0.25")
+    assert "kept" in run(*command, root=copy).stdout
+    refused = run(*command, "--alpha", "0.25", root=copy)
     assert refused.returncode == 2 and "another request" in refused.stderr
     script = copy / "damping/damping.py"
     script.write_text(code.replace("alpha * value)", "alpha * value * value)"), "utf-8")
-    assert "made by other code" in run(copy, *command).stderr
-    refused = run(copy, *command[:-8], "--layers", "3", *command[-6:])
+    assert "made by other code" in run(*command, root=copy).stderr
+    refused = run(*command[:-8], "--layers", "3", *command[-6:], root=copy)
     assert refused.returncode == 2 and "layer 3 does not exist" in refused.stderr
 
 
@@ -68,7 +61,7 @@ def test_a_model_type(copy):
     save_tiny("helium", copy / "base", seed=0)
     save_tiny("helium", copy / "run/checkpoint-10", seed=1)
     command = ["weight-diff/attn_vs_ffn.py", "--base", "base", "--run", "run", "--output", "out.json"]
-    refused = run(copy, *command)
+    refused = run(*command, root=copy)
     assert refused.returncode == 2
     entry = re.search(r"add (\'helium\': Arch\(\)) to (ARCHS) in (cpt_utils/\S+\.py)", refused.stderr)
     assert entry, refused.stderr
@@ -76,6 +69,6 @@ def test_a_model_type(copy):
     text = (copy / entry[3]).read_text("utf-8")
     start = re.search(rf"^{entry[2]}\b.*= {{\n", text, re.M).end()
     (copy / entry[3]).write_text(f"{text[:start]}    {entry[1]},\n{text[start:]}", "utf-8")
-    done = run(copy, *command)
+    done = run(*command, root=copy)
     assert done.returncode == 0, done.stderr
     assert json.loads((copy / "out.json").read_text())["checkpoints"]["10"]["summary"]["attn"] > 0

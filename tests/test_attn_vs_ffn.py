@@ -232,6 +232,7 @@ def test_what_is_refused_leaves_nothing(tmp_path):
         script.main(["--ckpt-model", str(other)])
 
 
+@pytest.mark.figures
 def test_one_checkpoint_outside_a_study_and_a_run_inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny("gpt2", tmp_path / "build" / "base")

@@ -260,6 +260,7 @@ def test_the_numbers_are_those_of_the_files(finished, no_figure):
     assert claims["C3"]["numbers"][0]["value"] == pytest.approx(gap)
 
 
+@pytest.mark.figures
 def test_a_failed_gate_leaves_no_verdict_on_layers(made, capsys):
     """Every claim would be supported; those that rest on layers are none of this model."""
     made.write(
@@ -296,6 +297,7 @@ def test_tables_say_what_the_json_says(finished, no_figure):
     assert all(one["name"].replace("|", "\\|") in table for row in claims.values() for one in row["beside"])
 
 
+@pytest.mark.figures
 def test_a_rerun_gives_the_same_bytes_but_for_time_and_command(made):
     (made.results / "weight-diff/attn_vs_ffn.json").unlink()  # the figure has a panel without numbers, too
 

@@ -103,6 +103,7 @@ def test_both_layer_types_equal_scipy(tmp_path):
     ]
 
 
+@pytest.mark.figures
 def test_a_rerun_gives_the_same_bytes(tmp_path):
     source, diff = bench(tmp_path / "b.json"), weight_diff(tmp_path / "d.json")
     correlate(tmp_path, source, diff, figure=True)

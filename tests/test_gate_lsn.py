@@ -141,6 +141,7 @@ def test_masks_that_are_refused(tmp_path, no_figure):
     command(tmp_path)
 
 
+@pytest.mark.figures
 def test_without_arguments_in_a_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny("qwen3", tmp_path / "build" / "base")

@@ -51,6 +51,7 @@ def lape(over_zero: dict, n: dict, **rates):
     return script.select([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
 
 
+@pytest.mark.figures
 def test_languages_without_neurons_have_a_figure_of_their_overlap(tmp_path):
     """Jaccard is undefined then: None off the diagonal."""
     shared = {"languages": ["en", "ga"], "jaccard": [[None, None], [None, None]], "shared": [[0, 0], [0, 0]]}
@@ -257,6 +258,7 @@ def test_all_ten_languages_of_a_7b_model_equal_the_definition(tmp_path, no_figur
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.figures
 def test_mask_control_layers_report_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     over_zero, n = some_counts(5, n_layers=4)

@@ -226,6 +226,7 @@ def test_models_that_are_refused_leave_nothing(tmp_path):
         script.main(["--target-dir", str(other)])
 
 
+@pytest.mark.figures
 def test_without_arguments_in_a_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny("qwen3", tmp_path / "build" / "base")

@@ -172,6 +172,7 @@ def measured(n=60, rates=(0.05, 0.1, 0.3, 0.8, 0.7, 0.2), seed=0):
     return hits.mean(1).tolist(), hits
 
 
+@pytest.mark.figures
 def test_command_writes_layers_and_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     accuracy, hits = measured()

@@ -228,6 +228,7 @@ def test_controls_against_written_folders(shared, study):
             assert row["own_gain_lost"] is None
 
 
+@pytest.mark.figures
 def test_controls_go_on_after_a_kill(study, capsys):
     """Killed after the second set, then run again: the same bytes as an unbroken run, measured sets not repeated."""
     flags = ["--controls", "3", "--measures", "retrieval", "nll"]

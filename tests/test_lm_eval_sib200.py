@@ -402,7 +402,7 @@ def test_the_command_line_gives_the_numbers_of_the_driver(tasks, models, evaluat
         "t.TaskManager = functools.partial(t.TaskManager, include_defaults=False)\n"
         "runpy.run_module('lm_eval', run_name='__main__', alter_sys=True)\n"
     )
-    done = run(tmp_path / "lm_eval_alone.py", *command, cwd=tmp_path)
+    done = run("lm_eval_alone.py", *command, root=tmp_path)
     assert done.returncode == 0, done.stderr
     line, driver = result(tmp_path, name), result(evaluated, name)
     for key in ("results", "groups", "n-samples", "n-shot", "versions", "group_subtasks", "higher_is_better"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import os
 import random
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
-from helpers import ROOT, load_script, save_tiny, tiny_tokenizer
+from helpers import load_script, save_tiny, tiny_tokenizer
 
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
@@ -274,18 +275,18 @@ def test_killed_half_way_leaves_nothing_and_a_rerun_writes_the_same(tmp_path, to
     file = text_file(tmp_path / "t", [[" ".join(document)] for document in make_documents(50)])
     arguments = ["--languages", "ga", "--model-id", "m", "--tokenizer", str(tokenizer), "--text", f"ga={file}"]
     arguments += ["--tokens", "2000", "--batch-documents", "5", "--output-dir"]
-    killed = (
-        "import itertools, os, sys; from cpt_utils.base import cli; s = cli.sibling('lsn/load_oscar.py')\n"
-        "read = s.corpus.batches\n"
-        "def dies(*a):\n"
-        "    yield from itertools.islice(read(*a), 4)\n"
-        "    os.kill(os.getpid(), 9)\n"
-        "s.corpus.batches = dies\n"
-        "s.main(sys.argv[1:])\n"
-    )
-    out = tmp_path / "out"
-    process = subprocess.run([sys.executable, "-c", killed, *arguments, str(out)], cwd=ROOT, capture_output=True)
-    assert process.returncode == -9
+    out, read = tmp_path / "out", script.corpus.batches
+
+    def dies(*args):
+        yield from itertools.islice(read(*args), 4)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        script.corpus.batches = dies
+        script.main([*arguments, str(out)])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(out.iterdir()) == []
     for folder in ("out", "unbroken"):
         assert script.main([*arguments, str(tmp_path / folder)]) == 0

@@ -9,6 +9,7 @@ from test_claims import HUB, INTERFACE, STEPS, L, MadeUp
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 
+pytestmark = pytest.mark.figures
 script = load_script("report/figures.py")
 LANGUAGES = ["eng_Latn", "fra_Latn", "gle_Latn"]
 

@@ -339,6 +339,7 @@ def test_a_result_of_other_settings_is_not_taken_for_finished(sr, project):
         sr.main(command(project))
 
 
+@pytest.mark.figures
 def test_measuring_swapped_models_leaves_the_studys_figure(sr, project, monkeypatch):
     monkeypatch.chdir(project)
     (project / "study.yaml").write_text(
