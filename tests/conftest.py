@@ -20,6 +20,28 @@ for name, value in {
 # Whatever the caller's setting: tests fork, and a forked child of a process with several OpenMP threads hangs.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# What takes longest is begun first.
+FIRST = ("tests/test_end_to_end.py", "tests/faults/", "tests/test_architectures.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [not item.nodeid.startswith(name) for name in FIRST])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """--dist loadfile, but files begin in the order in which they stand, and the fault tests share one bench."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "faults" if nodeid.startswith("tests/faults/") else super()._split_scope(nodeid)
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
 
 @pytest.fixture(autouse=True)
 def _nothing_said_before():
