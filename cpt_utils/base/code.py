@@ -19,6 +19,11 @@ from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 
 PACKAGE = "cpt_utils"
+# What carries a method and is none: an edit there makes no number another.
+PLUMBING = {
+    f"{PACKAGE}/base/{name}.py"
+    for name in ("cli", "code", "errors", "experiments", "journal", "lazy", "locks", "results")
+}
 SAID = {"CAPTIONS"}  # names whose values are words about a script: they decide nothing
 
 
@@ -35,10 +40,12 @@ def files(script: str) -> list[Path]:
 
 
 def digest(script: str) -> str:
-    """The hash of all that `script` is made of."""
+    """The hash of all that `script` is made of, but for PLUMBING."""
     whole = hashlib.sha256()
     for path in sorted(files(script)):
-        whole.update(f"{path.relative_to(cli.REPOSITORY).as_posix()} {_digest(path)}\n".encode())
+        name = path.relative_to(cli.REPOSITORY).as_posix()
+        if name not in PLUMBING:
+            whole.update(f"{name} {_digest(path)}\n".encode())
     return whole.hexdigest()[:16]
 
 

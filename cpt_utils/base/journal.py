@@ -38,6 +38,7 @@ class Journal:
                     if whole:
                         self.done[line["key"]] = line["record"]
                     elif not results.same(line["request"], first["request"]) or code.is_other(line.get("code")):
+                        cli.say(f"{self.path} is of another request, or of other code: begun anew")
                         break
                 except (ValueError, LookupError, TypeError):
                     break

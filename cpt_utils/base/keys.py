@@ -1,8 +1,7 @@
 """Files of settings in YAML, read and checked against a model of their keys; what is wrong is told in one line.
 
 A model is a subclass of `Keys`. Its types are strict: a number in quotes is a text, `no` is a boolean and no language.
-The description of a field says what its value must be, and ends the message. Models and this module are imported where
-a file is read, not at the top of a script: pydantic takes a tenth of a second.
+The description of a field says what its value must be, and ends the message.
 """
 
 from __future__ import annotations
