@@ -326,7 +326,7 @@ def test_controls_go_on_after_a_kill(study, capsys):
     assert "3 of 13 sets were measured before" in capsys.readouterr().out
     one, other = (json.loads((study / name / "controls.json").read_text()) for name in ("unbroken", "out"))
     for result in (one, other):
-        del result["_header"]["time"], result["_header"]["command"]
+        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
     assert one == other
     assert [row["name"] for row in one["sets"][2:6]] == [
         "ffn_lsn_rich", "ffn_interface", "attention_lsn_rich", "attention_interface",
@@ -346,7 +346,7 @@ def test_two_processes_measure_what_one_does(study):
         launch(f"component-swap/{name}.py", *flags, f"{name}.two")
         one, two = (json.loads((study / f"{name}.{n}" / "controls.json").read_text()) for n in ("one", "two"))
         for result in (one, two):
-            del result["_header"]["time"], result["_header"]["command"]
+            del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
         assert one == two
         assert (study / f"{name}.one/controls.pt").read_bytes() == (study / f"{name}.two/controls.pt").read_bytes()
 

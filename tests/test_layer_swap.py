@@ -256,7 +256,7 @@ def test_controls_go_on_after_a_kill(study, capsys):
     assert not partial.exists()
     one, other = (json.loads((study / name / "controls.json").read_text()) for name in ("unbroken", "out"))
     for result in (one, other):
-        del result["_header"]["time"], result["_header"]["command"]
+        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
     assert one == other
     assert (study / "unbroken" / "controls.png").read_bytes() == (study / "out" / "controls.png").read_bytes()
     SWAP.main([*flags, "-o", "out"])
@@ -289,7 +289,7 @@ def test_two_processes_measure_what_one_does(study):
     assert said.count("2 of 7 sets were measured before") == said.count("of the 5 other sets") == 1
     one, two = (json.loads((study / name / "controls.json").read_text()) for name in ("one", "two"))
     for result in (one, two):
-        del result["_header"]["time"], result["_header"]["command"]
+        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
     assert one == two and sorted(os.listdir("one")) == sorted(os.listdir("two"))
     assert (study / "one" / "controls.pt").read_bytes() == (study / "two" / "controls.pt").read_bytes()
 

@@ -261,7 +261,7 @@ def test_files_of_a_run(sr, project):
 def strip(path):
     content = json.loads(path.read_text())
     content.pop("timestamp")
-    for key in ("time", "command"):
+    for key in ("time", "command", "code"):
         content["_header"].pop(key)
     return content
 
@@ -283,6 +283,7 @@ def test_a_rerun_keeps_finished_files_and_overwrite_gives_the_same(sr, project, 
 
 
 @pytest.mark.slow
+@pytest.mark.figures
 def test_two_processes_write_what_one_does(sr, project):
     """Four models over two processes, one of which was finished before."""
     sr.main(command(project))

@@ -131,7 +131,7 @@ def make_world(folder: Path) -> None:
 
 # ---------------------------------------------------------------- folders as values
 
-VOLATILE = ("time", "command", "git_commit")
+VOLATILE = ("time", "command", "git_commit", "code")
 # What lm_eval writes of the moment and the machine.
 LM_EVAL = ("date", "start_time", "end_time", "total_evaluation_time_seconds", "git_hash", "pretty_env_info")
 TEMPORARY = re.compile(r"(^|/)\.[^/]|\.(partial|replaced|tmp)($|[./])|\.tmp")
