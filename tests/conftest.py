@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ for name, value in {
     os.environ.setdefault(name, value)
 # Whatever the caller's setting: tests fork, and a forked child of a process with several OpenMP threads hangs.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish(session):
+    """transformers writes every config out for a message that nobody asked for: an eighth of the time of loading."""
+    if module := sys.modules.get("transformers.configuration_utils"):
+        module.PreTrainedConfig.__repr__ = object.__repr__
+
 
 # What takes longest is begun first.
 FIRST = ("tests/test_end_to_end.py", "tests/faults/", "tests/test_architectures.py")

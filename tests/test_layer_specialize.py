@@ -58,7 +58,7 @@ def test_split_is_the_best_of_all_two_way_splits(layers):
 def test_split_on_1000_profiles_against_all_cuts_and_kmeans(capsys):
     from sklearn.cluster import KMeans
 
-    checked, worse = 0, {1: 0, 10: 0}
+    checked, worse = 0, {1: 0, 10: 0}  # KMeans runs on the first 400
     for number, values in enumerate(profiles(1300)):
         high = script.two_means(values)
         ours = within(values, high)
@@ -70,7 +70,8 @@ def test_split_on_1000_profiles_against_all_cuts_and_kmeans(capsys):
         split = script.specialize(values)
         assert (np.flatnonzero(high) == split["semantic_layers"]).all()
         assert np.array_equal(values > split["threshold"], high) or np.isclose(values, split["threshold"]).any()
-        for starts, state in ((1, number), (10, 0)):  # the second as the published script calls it
+        # The second as the published script calls it.
+        for starts, state in ((1, number), (10, 0)) if checked < 400 else ():
             kmeans = KMeans(2, n_init=starts, random_state=state).fit(values[:, None])
             theirs = within(values, kmeans.labels_.astype(bool))
             assert theirs >= ours - 1e-12
@@ -80,8 +81,8 @@ def test_split_on_1000_profiles_against_all_cuts_and_kmeans(capsys):
             break
     assert checked == 1000
     with capsys.disabled():
-        print(f"\nKMeans of scikit-learn is never better; worse on {worse[1]}, with ten starts on {worse[10]}, of 1000")
-    assert worse[1] > 100 and 0 < worse[10] < 20
+        print(f"\nKMeans of scikit-learn is never better; worse on {worse[1]}, with ten starts on {worse[10]}, of 400")
+    assert worse[1] > 40 and 0 < worse[10] < 8
 
 
 def test_order_of_layers_does_not_matter():
