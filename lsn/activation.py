@@ -396,7 +396,10 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
     if overwrite or not out.exists():
         return False
     found = results.read_tensors(out)
-    before = json.loads(found.get("header", "{}")).get("request")
+    try:
+        before = json.loads(found.get("header", "{}")).get("request")
+    except ValueError:
+        raise InputError(f"{out} is damaged: its header is no JSON; give --overwrite to redo it") from None
     results.refuse_other(out, before, request, "another -s or -n")
     cli.say(f"{out} is finished (--overwrite redoes it)")
     return True

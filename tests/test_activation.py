@@ -91,6 +91,9 @@ def test_finished_files_are_kept_and_others_refused(place, capsys):
     count("-i", str(path), "--overwrite")
     one, other = torch.load("counts/tiny.ga.pt"), results.read_tensors("counts/tiny.ga.pt")
     assert torch.equal(one["over_zero"], other["over_zero"]) and len(before) > 0
+    torch.save(one | {"header": one["header"][:-9]}, "counts/tiny.ga.pt")
+    with pytest.raises(InputError, match="header is no JSON"):
+        count("-i", str(path))
 
 
 def killed(argv: list[str], after: int) -> None:

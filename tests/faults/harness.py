@@ -179,7 +179,10 @@ def _tensors(data: bytes) -> bytes:
     if isinstance(value, torch.Tensor):
         return data
     if isinstance(value, dict) and isinstance(value.get("header"), str):
-        value["header"] = json.loads(value["header"])
+        try:
+            value["header"] = json.loads(value["header"])
+        except ValueError:
+            return b"damaged: " + data
     return json.dumps(plain(value)).encode()
 
 
