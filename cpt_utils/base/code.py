@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import hashlib
 import os
 import sys
@@ -41,11 +42,16 @@ def files(script: str) -> list[Path]:
 
 def digest(script: str) -> str:
     """The hash of all that `script` is made of, but for PLUMBING."""
-    whole = hashlib.sha256()
-    for path in sorted(files(script)):
-        name = path.relative_to(cli.REPOSITORY).as_posix()
-        if name not in PLUMBING:
-            whole.update(f"{name} {_digest(path)}\n".encode())
+    whole, collecting = hashlib.sha256(), gc.isenabled()
+    gc.disable()  # syntax trees are a million small objects: beside torch's, each collection takes a tenth of a second
+    try:
+        for path in sorted(files(script)):
+            name = path.relative_to(cli.REPOSITORY).as_posix()
+            if name not in PLUMBING:
+                whole.update(f"{name} {_digest(path)}\n".encode())
+    finally:
+        if collecting:
+            gc.enable()
     return whole.hexdigest()[:16]
 
 
@@ -103,11 +109,19 @@ def _uses(path: Path) -> list[Path]:
                 # In a folder below a floor modules may be found by their names: it counts whole.
                 whole = len(place.relative_to(cli.REPOSITORY).parts) > 2 and place.is_dir()
                 found += sorted(place.glob("*.py")) if whole else [place.with_suffix(".py")]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "sibling" and node.args:
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and "sibling" in (getattr(node.func, k, "") for k in ("attr", "id"))
+        ):
             found += _named(node.args[0])
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in beside:
             found.append(path.with_name(node.value))
     return found
+
+
+def _name(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))
 
 
 def _named(argument: ast.expr) -> list[Path]:
