@@ -50,6 +50,7 @@ def digest(script: str) -> str:
             if name not in PLUMBING:
                 whole.update(f"{name} {_digest(path)}\n".encode())
     finally:
+        _tree.cache_clear()  # or the process has them to take apart at its end
         if collecting:
             gc.enable()
     return whole.hexdigest()[:16]
