@@ -32,7 +32,7 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, refs, relatives, tokenization, tokenizer_id
 from cpt_utils.interventions import activations
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, evaluation, masks, tokenids
+from cpt_utils.measures import conditions, controls, evaluation, masks, tokenids
 from cpt_utils.measures.tokenids import RUN, run_hashes
 from cpt_utils.models import encoding, ffn, loading, scoring
 
@@ -201,11 +201,11 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
     rows = {}
     for d in matrix:
         low, high = np.quantile(resampled_own[d], (0.025, 0.975))
-        rows[d] = rank_among_random(own[d], chance[d]) | {"ci_low": float(low), "ci_high": float(high)}
+        rows[d] = among_random(own[d], chance[d]) | {"ci_low": float(low), "ci_high": float(high)}
     together = sum(resampled_own.values()) / len(resampled_own)
     low, high = np.quantile(together, (0.025, 0.975))
     chance_together = [math.fsum(values) / len(values) for values in zip(*chance.values(), strict=True)]
-    overall = rank_among_random(math.fsum(own.values()) / len(own), chance_together)
+    overall = among_random(math.fsum(own.values()) / len(own), chance_together)
     intervals = {
         d: {e: [float(q) for q in np.quantile(draws[d][e], (0.025, 0.975))] for e in languages_} for d in matrix
     }
@@ -227,16 +227,11 @@ def selectivity_draws(draws: dict) -> dict:
     return {d: row[d] - sum(v for e, v in row.items() if e != d) / (len(row) - 1) for d, row in draws.items()}
 
 
-def rank_among_random(own: float, others: list[float]) -> dict:
+def among_random(own: float, others: list[float]) -> dict:
     """A selectivity among those of random sets: `p_value` = (1 + sets at least as selective) / (1 + sets)."""
-    at_least = sum(other >= own for other in others)
-    return {
-        "selectivity": own,
-        "random_mean": math.fsum(others) / len(others),
-        "random_max": max(others),
-        "n_random": len(others),
-        "p_value": (1 + at_least) / (1 + len(others)),
-    }
+    found = controls.rank_among_random(own, others, higher_is_better=True)
+    kept = {key: found[key] for key in ("random_mean", "random_max", "n_random", "p_value")}
+    return {"selectivity": own, **kept}
 
 
 def draw(path: Path, payload: dict) -> None:

@@ -69,14 +69,11 @@ def judge(made: dict[str, ModuleType], found: evidence.Results) -> dict[str, dic
     """
     judged = {}
     for name, claim in made.items():
-        found.read = []
         try:
-            verdict = claim.judge(found)
+            with found.reading(name):
+                verdict = claim.judge(found)
         except evidence.Missing as reason:
             verdict = verdicts.Verdict(verdicts.OPEN, str(reason))
-        except KeyError as error:
-            files = ", ".join(found.read) or found.folder
-            raise InputError(f"{name}: {files} has no {error}; run again the step that wrote it") from error
         if claim.ON_LAYERS and found.gate and not found.gate["passed"]:
             verdict.verdict, verdict.reason = verdicts.VOID, gate.words(found.gate)
         verdict.files = list(dict.fromkeys(found.read))

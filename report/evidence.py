@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from cpt_utils.base import cli, experiments, languages, results
@@ -28,6 +30,20 @@ class Results:
         self.folder = study.result("claims").parent.parent
         self.gate = gate.carried(study.result("layers"))
         self.read: list[str] = []
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """For a claim or figure `name`: `read` begins anew; a key that a file lacks is told with the files.
+
+        Raises:
+            InputError: a file lacks a key.
+        """
+        self.read = []
+        try:
+            yield
+        except KeyError as error:
+            files = ", ".join(self.read) or self.folder
+            raise InputError(f"{name}: {files} has no {error}; run again the step that wrote it") from error
 
     def path(self, step: str, *below: str, how: str = "") -> Path:
         """A file of `step` in the study; Missing where it is not there."""

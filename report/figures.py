@@ -260,15 +260,12 @@ def main(argv=None) -> None:
     output = study.output(args.output, "--output", "figures")
     found, drawn = Results(study), []
     for name, function in FIGURES.items():
-        found.read = []
         try:
-            function(found, output / name)
+            with found.reading(name):
+                function(found, output / name)
             drawn.append(name)
         except Missing as reason:
             cli.say(f"{name} is left out: {reason}")
-        except KeyError as error:
-            files = ", ".join(found.read) or found.folder
-            raise InputError(f"{name}: {files} has no {error}; run again the step that wrote it") from error
     if not drawn:
         raise InputError(f"there is no result to draw in {found.folder}; run the steps first")
     cli.say(f"wrote {', '.join(drawn)} to {output}, each as PDF and PNG")

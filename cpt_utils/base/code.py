@@ -110,11 +110,7 @@ def _uses(path: Path) -> list[Path]:
                 # In a folder below a floor modules may be found by their names: it counts whole.
                 whole = len(place.relative_to(cli.REPOSITORY).parts) > 2 and place.is_dir()
                 found += sorted(place.glob("*.py")) if whole else [place.with_suffix(".py")]
-        elif (
-            isinstance(node, ast.Call)
-            and node.args
-            and "sibling" in (getattr(node.func, k, "") for k in ("attr", "id"))
-        ):
+        elif isinstance(node, ast.Call) and node.args and _name(node.func) == "sibling":
             found += _named(node.args[0])
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in beside:
             found.append(path.with_name(node.value))
@@ -122,6 +118,7 @@ def _uses(path: Path) -> list[Path]:
 
 
 def _name(function: ast.expr) -> str:
+    """What is called, without what it is called on."""
     return getattr(function, "attr", getattr(function, "id", ""))
 
 

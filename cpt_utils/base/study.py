@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from cpt_utils.base import cli, experiments, keys, study_keys
+from cpt_utils.base import cli, experiments
 from cpt_utils.base.errors import InputError
 
 REQUIRED = object()
@@ -26,6 +26,8 @@ class Study:
         if seed is not None:
             self.values["seed"] = seed
         if self.values:
+            from cpt_utils.base import keys, study_keys  # pydantic: a tenth of a second, of which --help needs none
+
             keys.check(study_keys.Study, self.values, path)
         places = {"seed": self.values.get("seed", 42), "name": self.values.get("name", path.stem if path else "study")}
         self.values = expand(self.values, lambda text: _in_place(text, places))
@@ -39,6 +41,7 @@ class Study:
         file = Path(path) if path else Path("study.yaml")
         if not path and not file.is_file():
             return cls(seed=seed)
+        from cpt_utils.base import keys
 
         missing, empty = "give --study the path of a YAML file", "it needs at least base, run, languages and results"
         return cls(keys.read(file, missing, empty), file, seed)
