@@ -189,7 +189,7 @@ def main(argv=None) -> None:
             refuse_other(out / "metadata.json", payload)
         else:
             refuse_leftover(out, payload, wanted)
-        write_folders(pair, wanted, out, run_folder(study), args.overwrite)
+        write_folders(pair, wanted, out, study.get("run"), args.overwrite)
         models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
         header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, seed=study.seed, gate=head["gate"])
         results.write_json(out / "metadata.json", payload, header)
@@ -197,7 +197,7 @@ def main(argv=None) -> None:
 
 def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, out: Path, args, study: Study) -> None:
     """OUT/controls.json with --controls, else OUT/in_memory.json for the sets of --methods."""
-    trial = Trial.from_arguments(args, study, pair, head, retrieval.of_pairs, run_folder(study))
+    trial = Trial.from_arguments(args, study, pair, head, retrieval.of_pairs, study.get("run"))
     hub = semantic_hub(interface, pair.n_layers)
     facts = {"interface_layers": interface, "semantic_hub_layers": hub}
     sets, path = [(name, sorted(layers)) for name, layers in wanted.items()], out / "in_memory.json"
@@ -223,12 +223,6 @@ def draw(path: Path, payload: dict, n_layers: int) -> None:
     n_random = sum(row["name"] == "random" for row in payload["sets"])
     title = f"{len(hub['layers'])} of {n_layers} layers from the base, {n_random} random sets of as many"
     swap_figure.draw(path, [swap_figure.row_of(payload, hub, "hub swap", "hub")], title, n_layers)
-
-
-def run_folder(study: Study) -> str | None:
-    """The study's run where it is a folder: it may hold the tokenizer files that a checkpoint lacks."""
-    run = study.get("run")
-    return run if isinstance(run, str) else None
 
 
 if __name__ == "__main__":

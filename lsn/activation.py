@@ -322,9 +322,7 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
         raise InputError("nothing says what to call the files: give -n NAME, or run inside a study")
     size = ffn.block_size(ref.config(), args.type, args.block_size or study.get("lsn.block_size"))
     wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
-    run = args.named_run or study.get("run")
-    run = run[0] if isinstance(run, list) and len(run) == 1 else run
-    run = run if isinstance(run, str) else None  # a folder, which may hold tokenizer files that a checkpoint lacks
+    run = beside.run_asked_for(study, args.named_run)
     found = []
     for path, code in zip(files, codes, strict=True):
         blocks, facts = read(path, ref, run, size, wanted, args.limit)

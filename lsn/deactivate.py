@@ -287,9 +287,7 @@ def main(argv=None) -> None:
     n_random = random_sets(args.random, study)
     run = cli.named(args.model, args.named_run, "MODEL and --run")
     ref = beside.model_or_last(study, args.model, args.named_run, "MODEL", args.steps)
-    base, home = args.base or study.get("base"), study.get("run")
-    if args.named_run:
-        home = args.named_run[0] if len(args.named_run) == 1 else args.named_run
+    base, home = args.base or study.get("base"), beside.run_asked_for(study, args.named_run)
     mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask")
     other = beside.name(study, args.base, run, steps=args.steps, limit=args.limit, last=True)
     output = study.output(args.output, "-o", "deactivation", other)
@@ -404,9 +402,8 @@ def id_paths(args, study: Study) -> list[Path]:
     return cli.sibling("lsn/activation.py").id_files(None, study)
 
 
-def prepare(ref, base, home, texts: dict, id_files: list[Path]) -> tuple:
+def prepare(ref, base, run, texts: dict, id_files: list[Path]) -> tuple:
     """The tokenizer and its hash, the held-out texts that the id files do not hold, and how many were left out."""
-    run = home if isinstance(home, str) else None  # a folder, which may hold tokenizer files that a checkpoint lacks
     base = refs.model(base) if base else None
     tokenizer = tokenization.load_tokenizer(ref, run, base)
     own = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run, base))

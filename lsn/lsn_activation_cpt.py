@@ -332,11 +332,10 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
 def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, device: torch.device) -> list[Job]:
     """Everything there is to measure; all is checked before the first model is loaded."""
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
-    run = study.get("run") if isinstance(study.get("run"), str) else None
     size = ffn.block_size(todo[0][0].config(), args.type, args.block_size or study.get("lsn.block_size"))
     found = []
     for ref, place in todo:
-        blocks, facts = counting.read(ids, ref, run, size, args.tokens, args.limit)
+        blocks, facts = counting.read(ids, ref, study.get("run"), size, args.tokens, args.limit)
         facts = counting.request_of(ref, facts, size, args.batch_size, dtype, device)
         requests = {mask: facts | {"mask": layers} for mask, layers in chosen.layers.items()}
         job = Job(ref, place, blocks, requests, [], ids, dtype, facts["batch_size"])

@@ -104,7 +104,7 @@ def sides(args, study: Study) -> tuple[str, str]:
     return tuple(found)
 
 
-def study_homes(study: Study) -> tuple[str | None, refs.ModelRef | None]:
+def study_homes(study: Study) -> tuple[str | list | None, refs.ModelRef | None]:
     """Where a checkpoint without tokenizer files gets them: the study's run folder, then its base."""
-    run, base = study.get("run"), study.get("base")
-    return run if isinstance(run, str) else None, refs.model(base) if base else None
+    base = study.get("base")
+    return study.get("run"), refs.model(base) if base else None

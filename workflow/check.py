@@ -186,10 +186,9 @@ def _described(model: Model) -> str:
 def tokenizers(study: Study, found: list[Model], report: Report) -> None:
     """Whether base and checkpoints have one tokenizer; where they differ, what follows."""
     run, base = study.get("run"), found[0].ref
-    home = run if isinstance(run, str) else None
     kinds: dict[str, list[str]] = {}
     for model in found:
-        kind = report.tried(tokenizer_id.tokenizer_used, model.ref, home, base)
+        kind = report.tried(tokenizer_id.tokenizer_used, model.ref, run, base)
         if kind:
             kinds.setdefault(kind, []).append("base" if model is found[0] else str(model.ref.step))
     if len(kinds) == 1:

@@ -44,6 +44,12 @@ def model_or_last(study: Study, model: str | None, run: list[str] | None, flag: 
     return refs.model(model) if model else refs.run(study.value(run, flag, "run"), steps)[-1]
 
 
+def run_asked_for(study: Study, named_run: list[str] | None):
+    """The run of --run, else the study's; a list of one is that one."""
+    run = named_run or study.get("run")
+    return run[0] if isinstance(run, list) and len(run) == 1 else run
+
+
 def _run_of(study: Study) -> list[str]:
     """Where the checkpoints of the study's run are; nowhere while it is yet to be made."""
     try:

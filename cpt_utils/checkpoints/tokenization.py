@@ -61,8 +61,10 @@ def tokenizer_folder(ref: refs.ModelRef, run: str | None = None, base: refs.Mode
     return folder
 
 
-def folder_and_whose(ref: refs.ModelRef, run: str | None, base: refs.ModelRef | None) -> tuple[Path, str]:
-    """The folder, and in words whose it is where it is not the model's own."""
+def folder_and_whose(
+    ref: refs.ModelRef, run: str | os.PathLike | list | None, base: refs.ModelRef | None
+) -> tuple[Path, str]:
+    """The folder, and in words whose it is where it is not the model's own. A `run` that is a list is no folder."""
     own = ref.side_files()
     if has_tokenizer(own):
         return own, ""
@@ -72,7 +74,7 @@ def folder_and_whose(ref: refs.ModelRef, run: str | None, base: refs.ModelRef | 
     elif ref.subfolder:
         parent = refs.ModelRef(f"{ref.repository}@{ref.revision}" if ref.revision else ref.repository).side_files()
     else:
-        parent = Path(run) if run and os.path.isdir(run) else None
+        parent = Path(run) if isinstance(run, str | os.PathLike) and os.path.isdir(run) else None
     base = ref.adapted or base
     if parent is not None and has_tokenizer(parent):
         return parent, f"{parent.name}/" if ref.is_local else ref.repository

@@ -87,9 +87,8 @@ def write_model(
 
 def _request(pair: Pair, recipe: Recipe, run: str | os.PathLike | None) -> dict:
     """What two calls must share for one's result to serve the other."""
-    home = os.fspath(run) if run else None
     facts = {"base": identity(pair.base_ref), "target": identity(pair.target_ref)}
-    facts["tokenizer"] = tokenizer_id.tokenizer_used(pair.target_ref, home, pair.base_ref)
+    facts["tokenizer"] = tokenizer_id.tokenizer_used(pair.target_ref, run, pair.base_ref)
     return json.loads(json.dumps(facts | {"recipe": recipe.facts, "edits": recipe.edits_digest}))
 
 
@@ -126,7 +125,7 @@ def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
     if pair.config.get("auto_map"):  # for those who run it; nothing here does
         code = Path((pair.target_ref.adapted or pair.target_ref).folder(["*.py"]))
         found |= {path.name: path for path in sorted(code.glob("*.py"))}
-    folder = Path(tokenization.tokenizer_folder(pair.target_ref, os.fspath(run) if run else None, pair.base_ref))
+    folder = Path(tokenization.tokenizer_folder(pair.target_ref, run, pair.base_ref))
     found |= {name: folder / name for name in formats.TOKENIZER_FILES if (folder / name).is_file()}
     return found
 
