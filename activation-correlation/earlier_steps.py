@@ -8,7 +8,7 @@ from pathlib import Path
 from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import relatives
-from cpt_utils.measures import activation_files, gate
+from cpt_utils.measures import activation_files, gate, layer_lists
 
 AGAIN = "run again the step that wrote the older one"
 NAMES = {"mask": "masks", "control": "control masks", "text": "texts"}
@@ -156,7 +156,7 @@ def read_interface(path: Path, n_layers: int, models: list[dict]) -> list[int]:
     """The interface layers of step 2's file; it must be about one of `models`, where they are known."""
     if not models:  # files of the published scripts say of no model what it is
         models = [ref for ref in (results.read_json(path)[1].get("models") or {}).values() if isinstance(ref, dict)]
-    return cli.sibling("weight-diff/int_and_sem.py").read_layers(path, "interface", n_layers, models)
+    return layer_lists.read_layers(path, "interface", n_layers, models, averaged=True)[0]
 
 
 def common_steps(steps: dict[str, set[int]], wanted: list[int] | None) -> list[int]:

@@ -403,7 +403,7 @@ def read_lists(
     given = {"interface": args.layer_selection, "lsn_rich": args.layer_list}
     mine = treatment.partition("_")[2]
     lists, known, paths = {}, {}, []
-    for place in sorted(layer_lists.FILES, key=lambda name: name != mine):
+    for place in sorted(given, key=lambda name: name != mine):
         file = layer_lists.FILES[place]
         if place != mine and not args.controls and args.crossed_folders is None:
             continue

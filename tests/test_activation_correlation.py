@@ -279,8 +279,8 @@ def test_files_of_other_models_neurons_or_languages(study, no_figure):
 
     fails(r"checkpoint-40.ga.98304.json and .* different models \(step 40", run, trained_again(40))
     fails(r"base/ga.98304.json and .* different models \(base", base, trained_again(None))
-    fails("layers.json was made for .* neither the base nor a checkpoint", layers, trained_again(200))
-    fails("names layer 5, but the model", layers, lambda found: found["interface_layers"].append(5))
+    fails("layers.json was made from .* neither the base nor a checkpoint", layers, trained_again(200))
+    fails("names layer 5; the model", layers, lambda found: found["interface_layers"].append(5))
 
     def says(**facts):
         return lambda found: found["_header"].update(facts)

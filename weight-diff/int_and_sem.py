@@ -19,8 +19,8 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, relatives
-from cpt_utils.measures import gate
+from cpt_utils.checkpoints import beside
+from cpt_utils.measures import gate, layer_lists
 from cpt_utils.measures.compare import Change
 
 compared = cli.sibling("weight-diff/compared.py")
@@ -32,8 +32,7 @@ CAPTIONS = {
         Mean absolute weight change against the base over training steps, averaged over the projections of a layer and
         then over interface layers and over hub layers. Step 0 is the base itself.""",
 }
-# Group of layers -> its key in step 2's file; the published scripts write a file for each group, with the key `layers`.
-GROUPS = {"interface": "interface_layers", "semantic_hub": "semantic_layers"}
+GROUPS = ("interface", "semantic_hub")
 
 
 # ---------------------------------------------------------------- the method
@@ -64,43 +63,15 @@ def group_mean(change: list[float | None], layers: list[int]) -> float:
 # ---------------------------------------------------------------- files
 
 
-def read_layers(path: Path, group: str, n_layers: int, models: list[dict]) -> list[int]:
-    """The layers of `group` (a key of GROUPS), sorted, from step 2's file or from one with the key `layers`.
-
-    Args:
-        models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
-
-    Raises:
-        InputError: no such list, a layer the model does not have, or a file made for another model or layer count.
-    """
-    payload, header = results.read_json(path, n_layers=n_layers)
-    made_for = (header.get("models") or {}).get("model")
-    if made_for and not relatives.belongs(made_for, models):
-        raise InputError(
-            f"{path} was made for {made_for.get('spec')}, which is neither the base nor a checkpoint of this run, or "
-            "was trained again since; run layer-specialize/layer_specialize.py again, or give this run's file"
-        )
-    layers = payload
-    if isinstance(payload, dict):
-        layers = payload.get("layers", payload.get(GROUPS[group]))
-    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
-        raise InputError(f"{path} has no list of layers under {GROUPS[group]} or layers; give the file of step 2")
-    if not layers:
-        raise InputError(f"{path}: the list of {group} layers is empty; there is nothing to average")
-    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
-    if wrong or len(set(layers)) != len(layers):
-        what = f"layer {wrong[0]}, but the model has layers 0 to {n_layers - 1}" if wrong else "a layer twice"
-        raise InputError(f"{path} names {what}; give the layers of this model")
-    return sorted(layers)
-
-
 def read_groups(files: dict[str, Path], n_layers: int, models: list[dict]) -> dict[str, list[int]]:
     """The layers of both groups; those in neither are named.
 
     Raises:
-        InputError: see `read_layers`, or a layer in both groups.
+        InputError: see `layer_lists.read_layers`, or a layer in both groups.
     """
-    groups = {group: read_layers(path, group, n_layers, models) for group, path in files.items()}
+    groups = {
+        group: layer_lists.read_layers(path, group, n_layers, models, averaged=True)[0] for group, path in files.items()
+    }
     both = sorted(set(groups["interface"]) & set(groups["semantic_hub"]))
     if both:
         raise InputError(f"layers {both} are in both groups; give the interface and the hub of one split")

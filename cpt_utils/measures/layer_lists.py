@@ -1,4 +1,4 @@
-"""Files that say where to intervene: the interface layers, or those richest in a language's neurons."""
+"""Files that say which layers: those of the interface, of the hub, or those richest in a language's neurons."""
 
 from __future__ import annotations
 
@@ -22,35 +22,45 @@ class LayerFile:
 
 FILES = {
     "interface": LayerFile("interface_layers", "layer-specialize", "--layer-selection", "layers"),
+    "semantic_hub": LayerFile("semantic_layers", "layer-specialize", "--hub-json", "layers"),
     "lsn_rich": LayerFile("layers", "lsn-layers", "--layer-list", "lsn_layers"),
 }
 
 
-def read_layers(path: Path, place: str, n_layers: int, models: list[dict]) -> tuple[list[int], dict, dict]:
+def read_layers(
+    path: Path, place: str, n_layers: int, models: list[dict], averaged: bool = False
+) -> tuple[list[int], dict, dict]:
     """The layers of `place` (a key of FILES) in order, and the file's payload and header; `{}` where it has none.
 
     The file is the step's own, one with the same key, or a bare list.
 
     Args:
         models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
+        averaged: a value is averaged over them: an empty list will not do, and one of any step under the key `layers`
+            will, because the published scripts write a file for each group.
 
     Raises:
-        InputError: no such list, layers the model does not have, or a file made from a model of another run.
+        InputError: no such list, a layer the model does not have or twice, or a file made from a model of another run.
     """
     expected = FILES[place]
-    payload, head = results.read_json(path, schema=expected.schema, n_layers=n_layers)
+    payload, head = results.read_json(path, None if averaged else expected.schema, n_layers=n_layers)
     if not isinstance(payload, dict):
         payload = {expected.key: payload}
-    layers = payload.get(expected.key)
+    key = "layers" if averaged and "layers" in payload else expected.key
+    layers = payload.get(key)
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise InputError(f"{path} has no list {expected.key}; give the file of {experiments.made_by(expected.step)}")
+        raise InputError(f"{path} has no list {key}; give the file of {experiments.made_by(expected.step)}")
+    if averaged and not layers:
+        raise InputError(f"{path}: the list of {place} layers is empty; there is nothing to average")
     wrong = [layer for layer in layers if not 0 <= layer < n_layers]
     if wrong:
         raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {n_layers - 1}")
+    if len(set(layers)) < len(layers):
+        raise InputError(f"{path} names a layer twice; give each of the {place} layers once")
     measured = (head.get("models") or {}).get("model")
     if measured and not relatives.belongs(measured, models):
         raise InputError(
-            f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of the target's run; give the "
-            "file of this pair"
+            f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of this run, or trained again "
+            f"since; run {experiments.made_by(expected.step)} again, or give the file of this pair"
         )
-    return sorted(set(layers)), payload, head
+    return sorted(layers), payload, head
