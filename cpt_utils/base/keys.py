@@ -51,7 +51,8 @@ def read(path: Path, missing: str, empty: str) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; {missing}") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
+        words = str(error).replace('in "<unicode string>", ', "").split()
+        raise InputError(f"{path} is not valid YAML: {' '.join(words)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no keys; {empty}")
     return values
