@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     study = Study.find(args.study, args.seed)
     path = study.value(args.config, "--config", "train.world", None)
     config = settings(read_config(Path(path) if path else None), args, study.get("seed"))
-    out = Path(args.out or config["out"])
+    out = Path(args.out or config["out"].replace("{seed}", str(config["seed"])))
     del config["out"]
     if not claim(out, config, args.overwrite):
         cli.say(f"{out} holds this world already; nothing to do (--overwrite makes it again)")

@@ -83,6 +83,13 @@ def test_another_seed_is_another_world(script, world, tmp_path):
     assert lines(other / "lexicon.tsv") != lines(world / "lexicon.tsv")
 
 
+def test_the_folder_of_a_world_file_may_hold_the_seed(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "world.yaml").write_text("out: worlds/seed-{seed}\nscale: 0.02\n")
+    script.main(["--config", "world.yaml", "--seed", "3"])
+    assert json.loads((tmp_path / "worlds/seed-3/world.json").read_text())["config"]["seed"] == 3
+
+
 def test_size_of_one_kind_disturbs_no_other(script, world, tmp_path):
     larger = make(script, tmp_path / "larger", "--scale", 0.1)
     for name in ("base/text.eng_Latn.txt", "base/mixed.qaa_Latn.txt"):
