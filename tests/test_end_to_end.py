@@ -220,9 +220,12 @@ def readme_commands():
 
 
 def test_the_commands_of_the_readme_run_as_printed(finished, warm):
-    """The first of each folder in a Python of its own, as a user's, the others as forks."""
+    """The first of four folders in a Python of its own, as a user's, the others as forks.
+
+    Forks differ in what is imported before they start alone. The four run a model, read weights, call lm_eval, and draw.
+    """
     (finished / "study.yaml").write_text((finished / "demo/tiny.yaml").read_text())
-    lines, seen = readme_commands(), set()
+    lines, fresh = readme_commands(), {"sentence-retrieval", "weight-diff", "lm_eval_sib200", "report"}
     assert len(lines) >= 22
     for line in lines:
         if line.startswith("lm_eval"):
@@ -230,5 +233,6 @@ def test_the_commands_of_the_readme_run_as_printed(finished, warm):
         folder = line.split()[1].partition("/")[0]
         # The tiny study in the place of the demo, its last step in the place of the demo's.
         line = re.sub(r"\bdemo\b", "tiny", line).replace("checkpoint-600", "checkpoint-40")
-        run(re.sub("^python", str(warm), line) if folder in seen else line, finished)
-        seen.add(folder)
+        run(line if folder in fresh else re.sub("^python", str(warm), line), finished)
+        fresh.discard(folder)
+    assert not fresh
