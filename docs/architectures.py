@@ -103,8 +103,8 @@ def heads(arch: archs.Arch) -> str:
     pairs = ["in pairs"] if arch.differential else []
     slots = [slot for name in archs.ATTENTION for slot in archs.as_slots(arch.projections_at.get(name, ()))]
     shared = [f"`{slot.module.rpartition('.')[2]}` shared" for slot in slots if slot.shared]
-    own = [name for names in arch.with_heads.values() for name in names]
-    named = dict.fromkeys(name.partition(".")[2].removesuffix(".weight").removesuffix(".bias") for name in own)
+    beside = [name for names in arch.with_heads.values() for name in names]
+    named = dict.fromkeys(name.partition(".")[2].removesuffix(".weight").removesuffix(".bias") for name in beside)
     return ", ".join([*pairs, *(f"`{name.removesuffix('.{}')}`" for name in named), *shared])
 
 
@@ -138,8 +138,8 @@ def row(arch: archs.Arch) -> str:
 
 
 def tower(name: str) -> str:
-    own, arch = arch_table.TOWERS[name], archs.ARCHS[name]
-    text = f"{own.own} (as `{own.text}`)" if own.own else f"`{own.text}`"
+    entry, arch = arch_table.TOWERS[name], archs.ARCHS[name]
+    text = f"{entry.config_type} (as `{entry.text}`)" if entry.config_type else f"`{entry.text}`"
     return f"| `{name}` | {text} | `{arch.decoder_path}` | {', '.join(arch.examples)} |"
 
 

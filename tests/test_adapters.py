@@ -147,7 +147,7 @@ def test_fused_and_transposed_modules(tmp_path, model_type, targets, settings):
     model = AutoModelForCausalLM.from_pretrained(base)
     from cpt_utils.architectures import archs
 
-    places = archs.for_config(refs.model(base).config()).module_places(read_tensors(base), model)
+    places = archs.for_config(refs.model(base).config()).locations(read_tensors(base), model)
     memory = {disk: place.name for disk, place in places.items()}
     whole = {}
     if settings.get("bias"):  # trained biases replace the base's; they are saved below `base_layer`

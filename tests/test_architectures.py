@@ -165,7 +165,7 @@ def check_neurons(model, arch, layer: int, found: Found) -> None:
 def test_every_tensor_on_disk_has_its_place(case):
     model, disk = case.models[1], read_tensors(case.target)
     state, covered = {n: t for n, t in model.state_dict().items() if not TOWER.search(n)}, {}
-    for name, place in case.arch.module_places(disk, model, lambda name: disk[name].shape).items():
+    for name, place in case.arch.locations(disk, model, lambda name: disk[name].shape).items():
         if place.name not in state:
             continue  # another tower's
         own = place.view(state[place.name])
@@ -254,7 +254,7 @@ def test_surgery_of_experts(case, what, tmp_path):
         edits = [pair.edit(p.tensor, p.dim, p.index, expert=p.expert) for own in parts for p in own]
         recipe = surgery.Recipe(name, {}, tuple(edits))
         if what != "router" and edits[0].whole:
-            (place,) = pair.arch.module_places([edits[0].tensor], slow).values()
+            (place,) = pair.arch.locations([edits[0].tensor], slow).values()
             assert not place.whole and re.search(r"\.experts\.\w+_proj$", place.name)
         check_swap(case, pair, recipe, slow, tmp_path / "out")
 
@@ -318,7 +318,7 @@ def test_heads_reach_their_own_columns(case):
     matrix gets in its columns of that and nowhere else; zeros in a head's columns take away what it gives. Of what is
     said to be no head's, no piece does so."""
     model, disk = case.to_change(), read_tensors(case.target)
-    places = case.arch.module_places(disk, model, lambda tensor: disk[tensor].shape)
+    places = case.arch.locations(disk, model, lambda tensor: disk[tensor].shape)
     seen = []
     for layer, found in enumerate(layers_of(model)):
         counts = case.arch.head_counts(model.config, layer)
@@ -524,7 +524,7 @@ def test_opt_without_a_final_norm(tmp_path):
     folder = save_tiny("opt", tmp_path / "opt", word_embed_proj_dim=16, do_layer_norm_before=False)
     model = load(folder)
     arch = archs.for_config(model.config)
-    assert set(arch.module_places(read_tensors(folder), model)) == set(read_tensors(folder))
+    assert set(arch.locations(read_tensors(folder), model)) == set(read_tensors(folder))
     (found,) = compare.changes(refs.model(folder), [refs.model(folder)]).values()
     assert found[2]["down_proj"].mean_abs == 0
     with pytest.raises(InputError, match=r"has no module model\.decoder\.final_layer_norm"):

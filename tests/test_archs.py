@@ -40,7 +40,7 @@ def test_gpt2_without_prefix_and_with_masks(saved):
         "h.1.attn.c_attn.bias",
     ]
     assert "h.1.attn.bias" not in arch.layer_tensors(bare, 1)
-    names = {disk: place.name for disk, place in arch.module_places(bare, model).items()}
+    names = {disk: place.name for disk, place in arch.locations(bare, model).items()}
     assert "h.1.attn.bias" not in names
     assert names["h.1.attn.c_attn.bias"] == "transformer.h.1.attn.c_attn.bias"
     assert arch.canonical("h.1.ln_1.weight") == arch.canonical("transformer.h.1.ln_1.weight")
@@ -139,8 +139,8 @@ def test_a_rule_that_matches_nothing_names_near_misses():
 def test_tensor_without_a_module(saved):
     model, disk = saved("llama")
     arch = archs.for_config(model.config)
-    with pytest.raises(InputError, match=r"layers\.0\.mlp\.extra\.weight has no place"):
-        arch.module_places([*disk, "model.layers.0.mlp.extra.weight"], model)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.extra\.weight has no counterpart"):
+        arch.locations([*disk, "model.layers.0.mlp.extra.weight"], model)
 
 
 def test_sizes_of_sparse_configs():
@@ -338,13 +338,13 @@ def test_layers_that_predict_further_tokens_are_no_part_of_the_model(saved):
     """DeepSeek-V3's files hold a layer 61, Qwen3-Next's `mtp.*`; in a Llama's such a layer would be one too many."""
     model, disk = saved("deepseek_v3")
     arch, more = archs.for_config(model.config), "model.layers.3.eh_proj.weight"
-    assert more not in arch.module_places([*disk, more], model)
+    assert more not in arch.locations([*disk, more], model)
     model, disk = saved("qwen3_next")
     arch = archs.for_config(model.config)
-    assert set(arch.module_places([*disk, "mtp.layers.0.mlp.gate.weight"], model)) == set(disk)
+    assert set(arch.locations([*disk, "mtp.layers.0.mlp.gate.weight"], model)) == set(disk)
     model, disk = saved("llama")
-    with pytest.raises(InputError, match=r"layers\.3\.mlp\.up_proj\.weight has no place"):
-        archs.for_config(model.config).module_places([*disk, "model.layers.3.mlp.up_proj.weight"], model)
+    with pytest.raises(InputError, match=r"layers\.3\.mlp\.up_proj\.weight has no counterpart"):
+        archs.for_config(model.config).locations([*disk, "model.layers.3.mlp.up_proj.weight"], model)
 
 
 def test_keys_and_values_that_no_layer_reads(tmp_path):

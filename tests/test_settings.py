@@ -214,8 +214,8 @@ def test_own_code_is_said_and_goes_along(tmp_path, capsys):
     other = own_code(save_tiny("mistral", tmp_path / "other"))  # and where weights are compared
     compare.changes(refs.model(other), refs.run(tmp_path / "out"))
     assert capsys.readouterr().out == said[0].replace("the checkpoints in ", "").replace("/run:", "/other:") + "\n"
-    settings.say_own_code("x", {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}})  # no model's
-    settings.say_own_code("x", {"auto_map": "broken"})
+    settings.say_custom_code("x", {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}})  # no model's
+    settings.say_custom_code("x", {"auto_map": "broken"})
     assert capsys.readouterr().out == ""
 
 

@@ -3,8 +3,8 @@
 A *projection* is q, k, v, o, gate, up or down of one layer. On disk it is a tensor, or a slice of a fused one (Phi-3,
 GPT-NeoX, GPT-2), several (latent attention), or one for each expert of a mixture of experts (MoE), perhaps all in one
 tensor; `Arch.parts` says which. In memory it is a module; `Arch.module` returns it. Names on disk and in memory differ
-(prefixes, `embed_out` against `lm_head`, experts that are one parameter in memory); `Arch.module_places` maps one to
-the other. Layers may differ: a layer without attention or without an FFN has none of its projections.
+(prefixes, `embed_out` against `lm_head`, experts that are one parameter in memory); `Arch.locations` maps one to the
+other. Layers may differ: a layer without attention or without an FFN has none of its projections.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Arch(Layers):
             whole = [replace(part, dim=1 - part.dim) for part in whole if part.role == "weight"]
         for name in self.with_heads.get(projection, ()):
             each = [h for one in chosen for h in range(one * size, (one + 1) * size)] if "{}" in name else [0]
-            places = [self._find(f"{self.layers_name}.{layer}.{name.format(h)}", disk_names) for h in each]
-            (found if "{}" in name else whole).extend(WeightSlice(place, BESIDE) for place in places if place)
+            tensors = [self._find(f"{self.layers_name}.{layer}.{name.format(h)}", disk_names) for h in each]
+            (found if "{}" in name else whole).extend(WeightSlice(tensor, BESIDE) for tensor in tensors if tensor)
         for part in whole:
             halves = 2 if self.differential and projection != "o_proj" else 1
             every = torch.arange(shape(part.tensor)[part.dim])[slice(None) if part.index is None else part.index]
@@ -136,8 +136,8 @@ class Arch(Layers):
         found, taken = [], set()
         for projection in ATTENTION:
             for slot in self.slots(config, layer, projection):
-                own = self._slot_parts(config, layer, projection, slot, disk_names)
-                found += [part for part in own if slot.shared or (projection == "o_proj" and part.role == "bias")]
+                parts = self._slot_parts(config, layer, projection, slot, disk_names)
+                found += [part for part in parts if slot.shared or (projection == "o_proj" and part.role == "bias")]
             taken |= {part.tensor for part in self.head_parts(config, layer, projection, units, disk_names, shape)}
         taken |= {part.tensor for part in found}
         module = self.slots(config, layer, "o_proj")[0].module.rpartition(".")[0]
@@ -238,18 +238,18 @@ class Arch(Layers):
         """The module of a MoE layer's experts; called with (tokens [n, hidden], experts [n, top k], weights)."""
         return self.in_layer(model, layer, below(self.experts_at.block, "experts"))
 
-    def module_places(
+    def locations(
         self, disk_names: Iterable[str], model: torch.nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
     ) -> dict[str, Location]:
-        """Tensor on disk -> its place in `model.state_dict()`. Buffers that only files have are left out, and what
+        """Tensor on disk -> where it is in `model.state_dict()`. Buffers that only files have are left out, and what
         they hold beside the model (`beyond`).
 
         Args:
-            shape: the shape of a tensor on disk, by which those that are stacked in memory find their places: files of
-                one model may cut them differently.
+            shape: the shape of a tensor on disk, which says where those that are stacked in memory go: files of one
+                model may cut them differently.
 
         Raises:
-            InputError: a tensor has no place in the model; near misses are named.
+            InputError: a tensor has no counterpart in the model; near misses are named.
         """
         known = model.state_dict()
         found = {}
@@ -258,14 +258,16 @@ class Arch(Layers):
             names = (disk, f"{self.decoder_path}.{canonical}", canonical)
             name = next((name for name in names if name in known), None)
             if name is None:
-                place = self._place_within(disk, known, shape)
+                location = self._location_within(disk, known, shape)
             else:
-                place = Location(name, flipped=self._is_flipped(disk, known[name], shape))
-            if place is not None:
-                found[disk] = place
+                location = Location(name, flipped=self._is_flipped(disk, known[name], shape))
+            if location is not None:
+                found[disk] = location
             elif not is_buffer(disk) and not self._is_beyond(canonical, known) and not self._of_other_tower(disk):
                 near = _near(f"{self.decoder_path}.{canonical}", known)
-                raise InputError(f"tensor {disk} has no place in the loaded {type(model).__name__}; nearest: {near}")
+                raise InputError(
+                    f"tensor {disk} has no counterpart in the loaded {type(model).__name__}; nearest: {near}"
+                )
         return found
 
     # --- inside ---
@@ -327,8 +329,8 @@ class Arch(Layers):
 
     def _of_other_tower(self, disk: str) -> bool:
         """Whether a tensor is not the language model's, of a type with other towers."""
-        own = (self.layers_name, self.norm, *self.embeddings, self.head)
-        return bool(self.text_type) and not self.canonical(disk).startswith(tuple(f"{name}." for name in own))
+        decoder_names = (self.layers_name, self.norm, *self.embeddings, self.head)
+        return bool(self.text_type) and not self.canonical(disk).startswith(tuple(f"{name}." for name in decoder_names))
 
     def _is_beyond(self, canonical: str, known: Mapping[str, torch.Tensor]) -> bool:
         """Whether a tensor is one that files of the type hold beside what the model has."""
@@ -337,8 +339,8 @@ class Arch(Layers):
             return self.may_lack(canonical)
         return not any(name.startswith(f"{self.decoder_path}.{self.layers_name}.{layer[1]}.") for name in known)
 
-    def _place_within(self, disk: str, known: Mapping[str, torch.Tensor], shape: Callable | None) -> Location | None:
-        """The place of a tensor that is a part of one in memory: an expert's, or one of several that are stacked."""
+    def _location_within(self, disk: str, known: Mapping[str, torch.Tensor], shape: Callable | None) -> Location | None:
+        """Where a tensor is that is a part of one in memory: an expert's, or one of several that are stacked."""
         match = re.fullmatch(rf"({re.escape(self.layers_name)}\.\d+)\.(.*)", self.canonical(disk))
         if match is None:
             return None
@@ -352,14 +354,14 @@ class Arch(Layers):
         at = self.experts_at
         stem = re.escape(below(at.block, "experts")) if at else None
         expert = re.fullmatch(rf"{stem}\.(\d+)\.(\w+)\.weight", name) if at else None
-        projection = {own: meaning for meaning, own in at.names.items()}.get(expert[2]) if expert else None
+        projection = {on_disk: meaning for meaning, on_disk in at.names.items()}.get(expert[2]) if expert else None
         if projection is None:
             return None
-        place, number = f"{layer}.{below(at.block, 'experts')}.{at.in_memory(projection)}", int(expert[1])
-        if place not in known or number >= len(known[place]):
+        together, number = f"{layer}.{below(at.block, 'experts')}.{at.in_memory(projection)}", int(expert[1])
+        if together not in known or number >= len(known[together]):
             return None
-        rows = at.features(projection, known[place].shape[1] // 2)
-        return Location(place, (number,) if rows is None else (number, rows))
+        rows = at.features(projection, known[together].shape[1] // 2)
+        return Location(together, (number,) if rows is None else (number, rows))
 
     def _submodule(self, model: torch.nn.Module, path: str) -> torch.nn.Module:
         try:

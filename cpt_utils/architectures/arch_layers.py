@@ -48,7 +48,7 @@ class Layers:
         projections_at: projection -> where it is below a layer (of a MoE: below one of its dense layers); several
             slots where several matrices make it.
         experts_at: the experts of a MoE type; None for a dense one.
-        mixers: kind of a layer in the config -> the module that it has in the place of attention.
+        mixers: kind of a layer in the config -> the module that it has instead of attention.
         bare: kinds of layers that have no FFN.
         decoder_path: path of the module that holds the layers, from the causal LM.
         prefixes: what stands in front of the decoder's names on disk; a model saved without its head has no prefix,
@@ -204,8 +204,8 @@ class Layers:
 
     def expert_width(self, config, layer: int) -> int:
         """I, the neurons of one expert of a MoE layer."""
-        own = self.experts_at.width
-        return own(self.settled(config), layer) if own else self._number(config, "expert_ffn")
+        width_of = self.experts_at.width
+        return width_of(self.settled(config), layer) if width_of else self._number(config, "expert_ffn")
 
     def neurons(self, config, layer: int) -> tuple[Neurons, ...]:
         """The layer's neurons in their order, by where they are read: () in a layer without an FFN."""
@@ -219,9 +219,9 @@ class Layers:
         if width:
             rows = self._features(config, layer, self.neuron_projection, slots[0], width)
             first = found[-1].stop if found else 0
-            unit = (slots[0].module, 0, width) if rows is None else (slots[0].module, rows.start, rows.stop)
+            source = (slots[0].module, 0, width) if rows is None else (slots[0].module, rows.start, rows.stop)
             activation = at.shared_activation if experts else self.activation
-            found.append(Neurons(first, first + width, 0, unit, activation))
+            found.append(Neurons(first, first + width, 0, source, activation))
         return tuple(found)
 
     @property
@@ -268,9 +268,9 @@ class Layers:
 
     def _dense_width(self, config, layer: int, beside_experts: bool = False) -> int:
         """Neurons of a layer's dense FFN, or of the one beside its experts."""
-        own = self.experts_at.shared_width if beside_experts else self.dense_width
-        if own is not None:
-            return own(self.settled(config), layer)
+        width_of = self.experts_at.shared_width if beside_experts else self.dense_width
+        if width_of is not None:
+            return width_of(self.settled(config), layer)
         return self._number(config, "ffn", required=False) or 4 * self._number(config, "hidden")
 
     def _features(self, config, layer: int, projection: str, slot: Slot, width: int) -> slice | torch.Tensor | None:

@@ -41,7 +41,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "its tokens are predicted in any order (two-stream attention)": ("xlnet",),
     "attention by hashing in reversible layers": ("reformer",),
     "it cannot be run on text alone: it wants prompt tokens of its own in front": ("cpmant",),
-    "some of its layers attend to images, in the place of attention to text": ("idefics", "mllama"),
+    "some of its layers attend to images, instead of to text": ("idefics", "mllama"),
     "it attends to what is in front of its answer in both directions": ("paligemma",),
     "it makes blocks of tokens out of noise": ("diffusion_gemma",),
     "it drafts for another model, whose keys and values it attends to": (

@@ -1,7 +1,7 @@
 """What an entry of the table of architectures is made of, and what `Arch` says of a model with it.
 
-A *slot* is where a projection is in memory, a *part* where it is on disk, a *place* where a tensor on disk is in
-memory, and *neurons* are those units of an FFN that can be read in one module.
+A *slot* is where a projection is in memory, a *part* where it is on disk, a *location* where a tensor on disk is in
+memory, and *neurons* are those of an FFN that can be read in one module.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ class Location:
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """What of the tensor in memory is the tensor on disk, in its shape."""
-        own = tensor if self.index is None else tensor[self.index]
-        return own.transpose(-1, -2) if self.flipped else own
+        part = tensor if self.index is None else tensor[self.index]
+        return part.transpose(-1, -2) if self.flipped else part
 
 
 @dataclass(frozen=True)
@@ -192,18 +192,18 @@ def pieces(positions: torch.Tensor, n: int, chosen: list[int], halves: int = 1) 
 
 @dataclass(frozen=True)
 class Neurons:
-    """Neurons `first` to `stop` of a layer, which are read in one place: a dense FFN's, or all experts'.
+    """Neurons `first` to `stop` of a layer, which are read in one module: a dense FFN's, or all experts'.
 
     Attributes:
         experts: how many experts they belong to, in turn, each as many; 0 where they see every token.
-        unit: (module below the layer, its output features from, to) that are their pre-activations; None of experts.
+        source: (module below the layer, its output features from, to) that are their pre-activations; None of experts.
         activation: path of the nonlinearity below the layer; empty where no module computes it.
     """
 
     first: int
     stop: int
     experts: int = 0
-    unit: tuple[str, int, int] | None = None
+    source: tuple[str, int, int] | None = None
     activation: str = ""
 
     @property

@@ -51,8 +51,8 @@ GATED = "`q_proj` holds an output gate for every head beside its queries."
 AHEAD = r"mtp\."
 # Layers that attend to another layer's keys and values have none of their own; some files hold them all the same.
 SHARED_KV = LLAMA_ATTENTION | {
-    "k_proj": Slot("self_attn.k_proj", when=lambda c, layer: own_keys(c, layer)),
-    "v_proj": Slot("self_attn.v_proj", when=lambda c, layer: own_keys(c, layer) and not keys_are_values(c, layer)),
+    "k_proj": Slot("self_attn.k_proj", when=lambda c, layer: has_keys(c, layer)),
+    "v_proj": Slot("self_attn.v_proj", when=lambda c, layer: has_keys(c, layer) and not keys_are_values(c, layer)),
 }
 UNUSED_KV = r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
 
@@ -62,7 +62,7 @@ def narrow_queries(config) -> bool:
     return getattr(config, "q_lora_rank", None) is not None
 
 
-def own_keys(config, layer: int) -> bool:
+def has_keys(config, layer: int) -> bool:
     """Whether a layer of a Gemma has keys of its own."""
     return config.kv_sharing_modes[layer] != "reuse"
 
@@ -74,13 +74,13 @@ def keys_are_values(config, layer: int) -> bool:
 
 def gemma4_width(config, layer: int) -> int:
     """The neurons of a Gemma 4's dense FFN; perhaps twice as many where the layer has no keys of its own."""
-    return config.intermediate_size * (1 + (config.use_double_wide_mlp and not own_keys(config, layer)))
+    return config.intermediate_size * (1 + (config.use_double_wide_mlp and not has_keys(config, layer)))
 
 
 def gemma4_heads(config, layer: int) -> tuple[int, int, int]:
     """The heads of a layer, which are larger, and perhaps share keys more, where attention is global."""
-    own = config.per_layer_config[layer]
-    return config.num_attention_heads, own.num_key_value_heads, own.head_dim
+    layer_config = config.per_layer_config[layer]
+    return config.num_attention_heads, layer_config.num_key_value_heads, layer_config.head_dim
 
 
 def by_kind(config, layer: int) -> bool:
@@ -925,13 +925,13 @@ class Tower:
 
     Attributes:
         text: the table's entry for its language model; a config that names another type of the table has that one.
-        own: what configs call the language model where it is of no type of its own.
+        config_type: what configs call the language model where it has no type of its own.
         prefixes, renames, decoder_path, head: as those of `Arch`.
         more: what else differs from `text`.
     """
 
     text: str
-    own: str = ""
+    config_type: str = ""
     decoder_path: str = "model.language_model"
     prefixes: tuple[str, ...] = ("language_model.model.", "model.language_model.")
     renames: tuple[tuple[str, str], ...] = LLAVA
@@ -940,7 +940,7 @@ class Tower:
 
     def around(self, text: Arch, name: str) -> Arch:
         """The entry of this type, with this language model."""
-        kind = self.own if text.model_type == self.text and self.own else text.model_type
+        kind = self.config_type if text.model_type == self.text and self.config_type else text.model_type
         return replace(
             text, text_type=kind, decoder_path=self.decoder_path, prefixes=self.prefixes, renames=self.renames,
             examples=self.examples, model_type=name, **self.more,

@@ -87,7 +87,7 @@ def text_type(config) -> str:
     """
     arch = for_config(config)
     tower = TOWERS.get(arch.model_type)
-    if tower is not None and arch.text_type == tower.own:  # the same model under a name that only configs have
+    if tower is not None and arch.text_type == tower.config_type:  # the same model under a name that only configs have
         return tower.text
     return arch.text_type or arch.model_type
 
@@ -105,7 +105,7 @@ def _with_text_model(values: dict) -> Arch:
     text = values.get("text_config")
     stated = text.get("model_type") if isinstance(text, dict) else None
     tower = TOWERS.get(name)
-    if tower is None or stated in (None, tower.text, tower.own):
+    if tower is None or stated in (None, tower.text, tower.config_type):
         return ARCHS[name]
     if stated not in ARCHS:
         why = f": {LEFT_OUT[stated]}" if stated in LEFT_OUT else f"; {_entry_to_add(text)}"
@@ -118,9 +118,9 @@ def _with_text_model(values: dict) -> Arch:
 def kin(config) -> tuple[Arch, ...]:
     """The architectures under whose names this language model may be: its own, and those of the same one alone, or with
     other towers beside it."""
-    own, text = for_config(config), text_type(config)
+    named, text = for_config(config), text_type(config)
     found = {text: ARCHS.get(text)} | {name: ARCHS[name] for name, tower in TOWERS.items() if tower.text == text}
-    return (own, *(arch for name, arch in found.items() if arch is not None and name != own.model_type))
+    return (named, *(arch for name, arch in found.items() if arch is not None and name != named.model_type))
 
 
 def _entry_to_add(config: dict) -> str:

@@ -105,10 +105,10 @@ def _uses(path: Path) -> list[Path]:
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
             module = cli.REPOSITORY / node.module.replace(".", "/")
-            for place in (module, *(module / name.name for name in node.names)):
+            for module_path in (module, *(module / name.name for name in node.names)):
                 # In a folder below a floor modules may be found by their names: it counts whole.
-                whole = len(place.relative_to(cli.REPOSITORY).parts) > 2 and place.is_dir()
-                found += sorted(place.glob("*.py")) if whole else [place.with_suffix(".py")]
+                whole = len(module_path.relative_to(cli.REPOSITORY).parts) > 2 and module_path.is_dir()
+                found += sorted(module_path.glob("*.py")) if whole else [module_path.with_suffix(".py")]
         elif isinstance(node, ast.Call) and node.args and _name(node.func) == "sibling":
             found += _named(node.args[0])
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in beside:
@@ -139,7 +139,7 @@ def _digest(path: Path) -> str:
 
 
 def _tell(node, told: list[str]) -> None:
-    """A syntax tree in words, without places and docstrings. (`ast.dump` differs between versions of Python.)"""
+    """A syntax tree in words, without line numbers and docstrings. (`ast.dump` differs between versions of Python.)"""
     if isinstance(node, ast.AST):
         told.append(f"({type(node).__name__}")
         for name in node._fields:

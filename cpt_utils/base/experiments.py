@@ -5,7 +5,7 @@ A script beside a README.md says it in literals at its top level, which are read
     RESULTS = {"deactivation": "lsn/deactivate.json"}
     CAPTIONS = {"deactivation": "Part II: 2. Language-specific neurons\\nThe change of the loss per token when ..."}
 
-A step's place is below the study's `results`; `{name}` in it stands for the study's name. A caption's first line is its
+A step's path is below the study's `results`; `{name}` in it stands for the study's name. A caption's first line is its
 section in the report; the rest is reStructuredText, or the name of another caption, whose text is this one's, too.
 """
 

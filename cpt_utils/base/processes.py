@@ -1,7 +1,7 @@
 """Several processes, one result: what `accelerate launch` starts, seen by a script that must also run alone.
 
 process = Process(args.device, args.device_map)
-own = process.share(list_of_items)               # every world-th item, from `rank` on
+mine = process.share(list_of_items)              # every world-th item, from `rank` on
 rows = process.gather([(i, value), ...])         # on every process: the lists of all, one after the other
 if process.is_main: write(...)
 process.wait()
@@ -98,5 +98,5 @@ class Process:
         """
         for start in range(0, len(items), self.world):
             group = items[start : start + self.world]
-            own = [work(item) for item in group[self.rank : self.rank + 1]]
-            yield list(zip(group, self.gather(own), strict=True))
+            done = [work(item) for item in group[self.rank : self.rank + 1]]
+            yield list(zip(group, self.gather(done), strict=True))

@@ -99,7 +99,7 @@ def replacing(path: str | os.PathLike):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if path.is_dir():  # os.replace would say only that
-            raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
+            raise InputError(f"cannot write {path}: it is a folder; move it, or give another path")
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {cli.os_reason(error)}") from error
@@ -291,13 +291,13 @@ def diff_request(before: dict | None, now: dict) -> str:
 
 
 def _differences(before, now, name: str) -> Iterator[tuple]:
-    """(dotted name, before, now) of the smallest parts in which two requests differ; of models at two places these."""
+    """(dotted name, before, now) of the smallest parts in which two requests differ; of models with two paths these."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         yield name, before, now
         return
-    places = before.get("spec"), now.get("spec")
-    if all(places) and len({*map(os.path.abspath, places)}) == 2:
-        yield name, *places
+    specs = before.get("spec"), now.get("spec")
+    if all(specs) and len({*map(os.path.abspath, specs)}) == 2:
+        yield name, *specs
         return
     for key in {**essential(now), **essential(before)}:
         old, new = before.get(key), now.get(key)

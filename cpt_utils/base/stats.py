@@ -38,7 +38,7 @@ def correlation(x, y, method: str = "pearson", level: float = LEVEL) -> dict:
     """Correlation of two series with p value and interval.
 
     Pearson's interval is Fisher's z with standard error 1/sqrt(n-3), Spearman's the same with Fieller's factor 1.06,
-    which scipy has not; its own for Pearson's is this one.
+    which scipy does not have; scipy's own interval for Pearson's is this one.
     Fewer than 4 points give no interval, fewer than 3 no correlation: two points always lie on a line.
 
     Returns:

@@ -152,16 +152,16 @@ def base_of(ref: ModelRef, model: Callable[[str], ModelRef]) -> ModelRef:
     """
     settings = read_settings(ref.folder([formats.ADAPTER_CONFIG]))
     named = settings.base or "a base that it does not name"
-    place = f"base_model_name_or_path of its {formats.ADAPTER_CONFIG}"
+    key = f"base_model_name_or_path of its {formats.ADAPTER_CONFIG}"
     base, why = None, "which is not here" if settings.base else ""
     if settings.base:
         with contextlib.suppress(InputError):
             base = model(settings.base)
-    remedy = f"write where its base is into {place}"
+    remedy = f"write where its base is into {key}"
     if _is_quantised(base, settings.base):
         base, why, original = None, "which is quantised", formats.original_of(settings.base)
         by_name = f" (by its name {original})" if original else ""
-        remedy = f"write the 16-bit model that it was made from{by_name} into {place}"
+        remedy = f"write the 16-bit model that it was made from{by_name} into {key}"
     if base is None:
         told = f"{ref.spec} is an adapter of {named}{f', {why}' if why else ''}"
         if ref.base is None:
@@ -196,8 +196,8 @@ def merged_config(values: dict, folder: Path) -> dict:
         values: the configuration of the base; folder: the adapter's.
     """
     values, kin = dict(values), archs.kin(values)
-    with OwnFile(folder) as own:
-        rows = own.vocabulary(kin)
+    with AdapterFile(folder) as stored:
+        rows = stored.vocabulary(kin)
     if read_settings(folder).unties(kin) and values.get("tie_word_embeddings") is not False:
         values |= {"tie_word_embeddings": False}
     if rows is None or rows == identity.vocabulary_size(values):
@@ -223,8 +223,8 @@ def sample(folder: Path, base: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class OwnFile(tensors.TensorFolder):
-    """The adapter's own file of tensors."""
+class AdapterFile(tensors.TensorFolder):
+    """The tensors in the adapter's file, by PEFT's names."""
 
     def _look(self):
         for kind, name in zip(("safetensors", "bin"), formats.ADAPTER_WEIGHTS, strict=True):
@@ -253,5 +253,5 @@ class OwnFile(tensors.TensorFolder):
     def vocabulary(self, kin: tuple[archs.Arch, ...]) -> int | None:
         """Rows of embeddings or output matrix where the adapter brings its own; None where it does not."""
         whole, arch = self.replaced(), kin[0]
-        rows = {each.canonical(name): self.shape(own)[0] for each in kin for name, own in whole.items()}
+        rows = {each.canonical(name): self.shape(saved)[0] for each in kin for name, saved in whole.items()}
         return rows.get(f"{arch.embeddings[0]}.weight", rows.get(f"{arch.head}.weight"))

@@ -18,7 +18,7 @@ def name(study: Study, base=None, run=None, steps=None, limit=None, lang=None, l
     Args:
         base, run: model references, `run` also a list.
         steps, limit: of --steps and --limit, parts of a run or of the data.
-        lang: a language in the place of the study's target.
+        lang: a language instead of the study's target.
         last: the result is of one model, in the study that of the run's last checkpoint.
     """
     if not study:

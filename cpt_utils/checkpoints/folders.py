@@ -93,19 +93,19 @@ def layout_of(folder: tensors.TensorFolder) -> tuple[list[WeightFile], dict | No
 def new_layout(held: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, headers.Entry]]:
     """Header bytes and entries of a new safetensors file: wide dtypes first, so that every tensor is aligned."""
     header: dict = {"__metadata__": {"format": "pt"}}
-    position, places = 0, {}
+    position, layout = 0, {}
     for name, (dtype, shape) in sorted(held.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         size = math.prod(shape) * dtype.itemsize
         spelled = headers.dtype_name(dtype)
         header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [position, position + size]}
-        places[name] = (spelled, shape, position, position + size)
+        layout[name] = (spelled, shape, position, position + size)
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
     entries = {
         name: headers.Entry(spelled, shape, first + start, first + stop)
-        for name, (spelled, shape, start, stop) in places.items()
+        for name, (spelled, shape, start, stop) in layout.items()
     }
     return struct.pack("<Q", len(text)) + text, entries
 
@@ -131,11 +131,11 @@ def spans(file: WeightFile, elsewhere: Callable[[str, headers.Entry], tuple[Path
     for name, entry in file.entries.items():
         if entry.start == entry.stop:
             continue
-        place = elsewhere(name, entry)
-        if place is True and file.like is not None:
+        origin = elsewhere(name, entry)
+        if origin is True and file.like is not None:
             add(Span(entry.start, entry.stop, file.like, entry.start))
-        elif isinstance(place, tuple):
-            add(Span(entry.start, entry.stop, *place))
+        elif isinstance(origin, tuple):
+            add(Span(entry.start, entry.stop, *origin))
         else:
             add(Span(entry.start, entry.stop, tensor=name))
     return found
@@ -204,8 +204,8 @@ def verify_file(file: WeightFile, parts: list[Span], digests: dict[str, bytes], 
                 same = _digest(copy.fileno(), span.start, span.stop, bar) == digests[span.tensor]
             else:
                 with open(span.source, "rb") as source:
-                    places = source.fileno(), span.source_start, copy.fileno(), span.start
-                    same = _same_bytes(*places, span.stop - span.start, bar)
+                    starts = source.fileno(), span.source_start, copy.fileno(), span.start
+                    same = _same_bytes(*starts, span.stop - span.start, bar)
             if not same:
                 raise InputError(f"{path}: what was written differs from its source when read back; check the disk")
 
@@ -355,7 +355,7 @@ def _finish(partial: Path, out: Path) -> None:
     old = _replaced(out)
     if out.is_dir() and any(out.iterdir()):
         if not (out / RECORD).is_file():
-            raise InputError(f"{out} was filled by something else in the meantime; choose another place")
+            raise InputError(f"{out} was filled by something else in the meantime; choose another folder")
         os.rename(out, old)
     os.rename(partial, out)
     _sync(out.parent)

@@ -45,8 +45,8 @@ class Quantised(InputError):
 
 def run_of(spec: str) -> str:
     """What a message that is said once names: a checkpoint stands for its run."""
-    place, _, name = spec.rpartition("/")
-    return f"the checkpoints in {place}" if place and _CHECKPOINT.search(name) else spec
+    folder, _, name = spec.rpartition("/")
+    return f"the checkpoints in {folder}" if folder and _CHECKPOINT.search(name) else spec
 
 
 # ---------------------------------------------------------------- Git LFS
@@ -55,7 +55,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_pointer(path: str | os.PathLike) -> bool:
-    """Whether a file is what Git leaves in the place of a large one that was not fetched."""
+    """Whether a file is what Git leaves instead of a large one that was not fetched."""
     try:
         if not os.path.isfile(path):  # a pipe would block
             return False
@@ -270,11 +270,12 @@ def _shards(where: str, here: list[str], names: Collection[str]) -> str | None:
 
 def _foreign(where: str, here: list[str], names: Collection[str]) -> str | None:
     """What other programs read."""
-    own = next((name for name in here if re.match(r"consolidated\S*\.(safetensors|pth?)$", name)), None)
-    if own:
+    consolidated = next((name for name in here if re.match(r"consolidated\S*\.(safetensors|pth?)$", name)), None)
+    if consolidated:
         return (
-            f"{where} holds {own}, the format of Mistral and Meta, with names of its own; take {SINGLE} from the same "
-            "repository, or convert it with transformers' convert_mistral_weights_to_hf or convert_llama_weights_to_hf"
+            f"{where} holds {consolidated}, the format of Mistral and Meta, whose tensors have other names; take "
+            f"{SINGLE} from the same repository, or convert it with transformers' convert_mistral_weights_to_hf or "
+            "convert_llama_weights_to_hf"
         )
     gguf = next((name for name in here if name.endswith(".gguf")), None)
     if gguf:
@@ -321,8 +322,8 @@ def _below(where: str, here: list[str], names: Collection[str]) -> str | None:
     )
     if nested:
         more = f" (also {', '.join(nested[1:4])})" if len(nested) > 1 else ""
-        place, at, revision = str(where).partition("@") if not os.path.isdir(where) else (where, "", "")
-        inside = f"{place}/{nested[0]}{at}{revision}"
+        folder, at, revision = str(where).partition("@") if not os.path.isdir(where) else (where, "", "")
+        inside = f"{folder}/{nested[0]}{at}{revision}"
         return f"{where} holds no weights itself; they are in its folder {nested[0]}{more}: give {inside}"
     if "adapter_config.json" in here or "adapter_model.safetensors" in here:
         return f"{where} holds only a PEFT adapter; merge it into its base first (merge_and_unload, save_pretrained)"

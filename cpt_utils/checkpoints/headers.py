@@ -102,7 +102,8 @@ def parse_header(data: bytes, size: int, path: Path | str) -> Header:
     for name, entry in entries.items():
         if entry.start != position:
             raise InputError(
-                f"{path}: the header places {name} at byte {entry.start}, where {position} is next; damaged"
+                f"{path}: the header places {name} at byte {entry.start}, where {position} comes next; it is damaged, "
+                "copy the file again"
             )
         position = entry.stop
     if position != size:
@@ -194,8 +195,8 @@ def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
             f"{index} is no index of shards (damaged JSON, or no weight_map); copy the model again"
         ) from None
     for file in files:
-        own = isinstance(file, str) and file == os.path.basename(file) and file.isprintable() and "\\" not in file
-        if not own or not file.endswith(suffix):
+        plain = isinstance(file, str) and file == os.path.basename(file) and file.isprintable() and "\\" not in file
+        if not plain or not file.endswith(suffix):
             raise InputError(f"{index} names {file!r}, which is not a {suffix} file of its own folder; refused")
     if not files:
         raise InputError(f"{index} names no shards; copy the model again")

@@ -148,15 +148,15 @@ def drop(repository: str, revision: str | None, folder: str = "") -> int:
     if known is None or known.folder is None:
         return 0
     before = _before[repository]
-    own = {p for p in (known.folder / folder).iterdir() if p.suffix in WEIGHTS and p not in before}
+    fetched = {p for p in (known.folder / folder).iterdir() if p.suffix in WEIGHTS and p not in before}
     known.asked.clear()
-    if not own:
+    if not fetched:
         return 0
     from huggingface_hub import scan_cache_dir
 
     cache = scan_cache_dir(_storage(repository).parent)
     snapshots = [revision for repo in cache.repos for revision in repo.revisions]
-    files = [file for found in snapshots for file in found.files if file.file_path in own]
+    files = [file for found in snapshots for file in found.files if file.file_path in fetched]
     strategy = cache.delete_files(*files)
     strategy.execute()
     return strategy.expected_freed_size

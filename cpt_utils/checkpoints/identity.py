@@ -56,13 +56,13 @@ def weights_sample(
             for position in sorted({size * i // blocks for i in range(blocks)} | {max(0, size - block)}):
                 file.seek(position)
                 digest.update(file.read(block))
-            for position in _tensor_places(file, size) if name.endswith(".safetensors") else ():
+            for position in _sampled_positions(file, size) if name.endswith(".safetensors") else ():
                 file.seek(position)
                 digest.update(file.read(_PIECE))
     return digest.hexdigest()[:16]
 
 
-def _tensor_places(file, size: int) -> list[int]:
+def _sampled_positions(file, size: int) -> list[int]:
     """Where the first, middle and last bytes of the tensors of a safetensors file are; [] for a damaged header."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -71,13 +71,13 @@ def _tensor_places(file, size: int) -> list[int]:
     try:
         header = json.loads(file.read(length))
         spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-        places = {8 + length + p for a, b in spans for p in (a, (a + b) // 2, max(a, b - _PIECE))}
+        positions = {8 + length + p for a, b in spans for p in (a, (a + b) // 2, max(a, b - _PIECE))}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    return sorted(place for place in places if 0 <= place < size)
+    return sorted(position for position in positions if 0 <= position < size)
 
 
-_PIECE = 1 << 12  # bytes read at each place of a tensor
+_PIECE = 1 << 12  # bytes read at each position in a tensor
 
 
 def vocabulary_size(config: dict) -> int | None:

@@ -6,7 +6,7 @@
 Bit for bit what PEFT's `merge_and_unload().save_pretrained()` leaves, in the dtype that the base has on disk: B A and
 the sum in float32, then rounded; of embeddings the product is rounded before it is added, too. scale is alpha / r, or
 alpha / sqrt(r) with `use_rslora`. What was trained whole (`modules_to_save`, biases, rows of embeddings), or was saved
-whole, stands in the base's place, perhaps with another number of rows (an extended vocabulary).
+whole, replaces what the base has, perhaps with another number of rows (an extended vocabulary).
 
 Of a base that ties its output matrix to its embeddings, what is added to one is in both; where one was trained whole,
 the output matrix is a tensor of its own.
@@ -92,7 +92,7 @@ class AdapterFolder:
         self.base_ref = ref.adapted if ref.base or base is None else ref.with_base(base).adapted
         self.kin = archs.kin(self.base_ref.config())
         self.arch = self.kin[0]
-        self.own = adapters.OwnFile(self.path)
+        self.adapter = adapters.AdapterFile(self.path)
         try:
             self.base_ref.say_adapter_beside()
             self.base = tensors.TensorFolder(self.base_ref, lazy).refuse_unfit()
@@ -112,7 +112,7 @@ class AdapterFolder:
         self.close()
 
     def close(self) -> None:
-        self.own.close()
+        self.adapter.close()
         self.base.close()
 
     def __contains__(self, name: str) -> bool:
@@ -150,7 +150,7 @@ class AdapterFolder:
         return self._shape_of(change) if change else self.base.shape(name)
 
     def _shape_of(self, change: Change) -> tuple[int, ...]:
-        return self.own.shape(change.start) if change.start else self.base.shape(change.base)
+        return self.adapter.shape(change.start) if change.start else self.base.shape(change.base)
 
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(self.changes[name].base if name in self.changes else name)
@@ -160,7 +160,7 @@ class AdapterFolder:
         change, shape = self.changes.get(name), self.shape(name)
         if change is None:
             return self.base.get(name)
-        return self.rows(name, 0, shape[0]) if shape else self.own.get(change.start).to(self.dtype(name))
+        return self.rows(name, 0, shape[0]) if shape else self.adapter.get(change.start).to(self.dtype(name))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` (first dimension) of the merged tensor, in the base's dtype."""
@@ -172,7 +172,7 @@ class AdapterFolder:
         merged = torch.empty((max(0, stop - start), *shape[1:]), dtype=dtype)
         for first in range(start - start % ROWS, stop, ROWS):
             last = min(first + ROWS, shape[0])
-            found = self.own.rows(change.start, first, last) if change.start else None
+            found = self.adapter.rows(change.start, first, last) if change.start else None
             block = self.base.rows(change.base, first, last) if found is None else found.to(dtype)
             for step in change.steps:
                 block = self._after(step, block, first, last)
@@ -186,12 +186,12 @@ class AdapterFolder:
             block = block.clone()
             for i, row in enumerate(step.rows):
                 if first <= row < last:
-                    block[row - first] = self.own.rows(step.tensor, i, i + 1)[0].to(block.dtype)
+                    block[row - first] = self.adapter.rows(step.tensor, i, i + 1)[0].to(block.dtype)
             return block
         if isinstance(step, Bias):
-            added = self.own.rows(step.tensor, first, last).float() * step.scale
+            added = self.adapter.rows(step.tensor, first, last).float() * step.scale
         else:
-            a, b = self.own.get(step.a).float(), self.own.get(step.b).float()
+            a, b = self.adapter.get(step.a).float(), self.adapter.get(step.b).float()
             added = (a[:, first:last].T @ b.T if step.flipped else b[first:last] @ a) * step.scale
             added = added.to(block.dtype) if step.rounded else added
         wide = torch.promote_types(block.dtype, torch.float32)
@@ -204,8 +204,8 @@ class AdapterFolder:
         found: dict[str, Change] = {}
         if self._is_tied and self.settings.unties(self.kin):
             self.new_head = self._head
-            found[self.new_head] = Change(self._places[self._embedding])
-        whole = self.own.replaced()
+            found[self.new_head] = Change(self._disk_names[self._embedding])
+        whole = self.adapter.replaced()
         # Of two tied matrices that were both saved, and are one, that of the embeddings comes last and counts.
         for name in sorted(whole, key=lambda name: self._canonical(name) == self._embedding):
             if not name.endswith((".weight", ".bias")):
@@ -214,7 +214,7 @@ class AdapterFolder:
                 )
             disk = self._disk_name(name)
             change = found.setdefault(disk, Change(disk))
-            mine, theirs = self.own.shape(whole[name]), self.base.shape(change.base)
+            mine, theirs = self.adapter.shape(whole[name]), self.base.shape(change.base)
             self._refuse_shape(name, mine, theirs, mine[:1] == theirs[:1] or disk in self._of_vocabulary)
             change.start = whole[name]
         steps = self._steps()
@@ -235,19 +235,19 @@ class AdapterFolder:
 
     def _steps(self) -> dict[str, LowRank | Bias | Tokens]:
         """What is added to which tensor, by names in memory."""
-        own: dict[str, dict[str, str]] = {}
+        products: dict[str, dict[str, str]] = {}
         found: dict[str, LowRank | Bias | Tokens] = {}
-        for name in self.own.names():
+        for name in self.adapter.names():
             module = name.removeprefix(adapters.PREFIX)
             match = LOW_RANK.fullmatch(module)
             if match:
-                own.setdefault(match[1], {})[match["side"] or match["embedding"] or "bias"] = name
+                products.setdefault(match[1], {})[match["side"] or match["embedding"] or "bias"] = name
             elif module.endswith(adapters.TOKENS):
                 module = module.removesuffix(adapters.TOKENS)
                 found[f"{module}.weight"] = Tokens(name, self.settings.rows(module))
             elif ".lora_" in module:
                 raise InputError(f"{self.spec}: the adapter's tensor {name} is of a kind that is not merged here")
-        for module, names in own.items():
+        for module, names in products.items():
             if "A" not in names or "B" not in names:
                 raise InputError(f"{self.spec}: the adapter holds only one of A and B of {module}; copy it again")
             if f"{module}.weight" in found:
@@ -262,7 +262,7 @@ class AdapterFolder:
         return found
 
     def _scale(self, module: str, names: dict[str, str]) -> float:
-        a, b = self.own.shape(names["A"]), self.own.shape(names["B"])
+        a, b = self.adapter.shape(names["A"]), self.adapter.shape(names["B"])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
             raise InputError(f"{self.spec}: A {list(a)} and B {list(b)} of {module} make no product; copy it again")
         return self.settings.scale(module, a[0])
@@ -270,15 +270,15 @@ class AdapterFolder:
     def _step_shape(self, step: LowRank | Bias | Tokens) -> tuple[int, ...]:
         """The shape of a tensor that the step fits; of trained rows the smallest."""
         if isinstance(step, Bias):
-            return self.own.shape(step.tensor)
+            return self.adapter.shape(step.tensor)
         if isinstance(step, Tokens):
-            n, *width = self.own.shape(step.tensor)
+            n, *width = self.adapter.shape(step.tensor)
             if n != len(step.rows):
                 raise InputError(
                     f"{self.spec}: {step.tensor} has {n} rows, and its configuration names {len(step.rows)}"
                 )
             return (max(step.rows, default=0) + 1, *width)
-        a, b = self.own.shape(step.a), self.own.shape(step.b)
+        a, b = self.adapter.shape(step.a), self.adapter.shape(step.b)
         return (a[1], b[0]) if step.flipped else (b[0], a[1])
 
     def _refuse_shape(self, name: str, mine: tuple[int, ...], theirs: tuple[int, ...], fits: bool) -> None:
@@ -297,7 +297,7 @@ class AdapterFolder:
     # --- names ---
 
     @cached_property
-    def _places(self) -> dict[str, str]:
+    def _disk_names(self) -> dict[str, str]:
         return {self.arch.canonical(name): name for name in self.base.names()}
 
     @cached_property
@@ -310,33 +310,33 @@ class AdapterFolder:
 
     @cached_property
     def _is_tied(self) -> bool:
-        return self._head not in self._places and self._embedding in self._places
+        return self._head not in self._disk_names and self._embedding in self._disk_names
 
     @cached_property
     def _of_vocabulary(self) -> frozenset[str]:
         """Tensors with a row for each token, by their names on disk."""
         names = {self._embedding, self._head, f"{self.arch.head}.bias"}
-        return frozenset({self._head, *(self._places[name] for name in names if name in self._places)})
+        return frozenset({self._head, *(self._disk_names[name] for name in names if name in self._disk_names)})
 
     def _canonical(self, name: str) -> str:
         """The canonical name of what is called `name` in memory, perhaps in the memory of its language model alone."""
         found = [arch.canonical(name) for arch in self.kin]
-        return next((each for each in found if each in self._places or each == self._head), found[0])
+        return next((each for each in found if each in self._disk_names or each == self._head), found[0])
 
     def _disk_name(self, name: str) -> str:
         """The name on disk of what is called `name` in memory; of a tied output matrix that of the embeddings."""
         canonical = self._canonical(name)
         if canonical == self._head and self._is_tied:
-            return self.new_head or self._places[self._embedding]
-        if canonical not in self._places:
+            return self.new_head or self._disk_names[self._embedding]
+        if canonical not in self._disk_names:
             raise InputError(f"{self.spec}: the adapter changes {name}, which {self.base_ref.spec} does not have")
-        return self._places[canonical]
+        return self._disk_names[canonical]
 
     # --- what is missing ---
 
     def _refuse_half(self, found: dict[str, Change]) -> None:
         """Refuse embeddings and an output matrix of different sizes: what is missing would be made up at random."""
-        disk = {self._embedding: self._places.get(self._embedding), self._head: self._places.get(self._head)}
+        disk = {self._embedding: self._disk_names.get(self._embedding), self._head: self._disk_names.get(self._head)}
         disk[self._head] = disk[self._head] or self.new_head
         rows = {name: self._shape_of(found.get(at, Change(at)))[0] for name, at in disk.items() if at}
         if len(set(rows.values())) > 1 and any(at in found for at in disk.values()):
@@ -356,7 +356,7 @@ class AdapterFolder:
                 raise InputError(f"{self.spec}: the adapter trained {end} whole, but its file holds nothing of it")
 
     def _warn_tied(self, found: dict[str, Change]) -> None:
-        both = found.get(self._places.get(self._embedding)) if self._is_tied and not self.new_head else None
+        both = found.get(self._disk_names.get(self._embedding)) if self._is_tied and not self.new_head else None
         if both and any(isinstance(step, LowRank) for step in both.steps):
             cli.once(
                 f"{formats.run_of(self.spec)}: the base ties its output matrix to its embeddings; what the adapter "
@@ -368,17 +368,17 @@ class AdapterFolder:
 def apply(model: torch.nn.Module, ref: refs.ModelRef) -> None:
     """Give a loaded base the weights of the merged model, as if it had been saved and loaded in the model's dtype."""
     with AdapterFolder(ref) as stored, torch.no_grad():
-        rows = stored.own.vocabulary(stored.kin)
+        rows = stored.adapter.vocabulary(stored.kin)
         if rows and model.get_input_embeddings().weight.shape[0] != rows:
             model.resize_token_embeddings(rows, mean_resizing=False)
         _refuse_lost_rows(ref, stored.path, model.get_input_embeddings().weight.shape[0])
         if stored.new_head:
             _untie(model)
-        for disk, place in stored.arch.module_places(stored.changes, model).items():
-            parameter = model.get_parameter(place.name)
+        for disk, location in stored.arch.locations(stored.changes, model).items():
+            parameter = model.get_parameter(location.name)
             if parameter.is_meta:
                 raise InputError(f"{ref.spec}: an adapter cannot be merged into layers that are kept on the disk")
-            (parameter if place.index is None else parameter[place.index]).copy_(stored.get(disk))
+            (parameter if location.index is None else parameter[location.index]).copy_(stored.get(disk))
     model.requires_grad_(False)
 
 

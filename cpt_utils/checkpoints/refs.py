@@ -217,8 +217,8 @@ class ModelRef:
             return self._weights_sample
         files = hub.contents(self.repository, self.revision)
         kinds = formats.ADAPTER_PATTERNS if self.is_adapter else formats.WEIGHT_PATTERNS
-        own = sorted(name for name in self.names if any(fnmatch.fnmatch(name, kind) for kind in kinds))
-        return str([(name, files[os.path.join(self.subfolder, name)]) for name in own]) if own else None
+        weights = sorted(name for name in self.names if any(fnmatch.fnmatch(name, kind) for kind in kinds))
+        return str([(name, files[os.path.join(self.subfolder, name)]) for name in weights]) if weights else None
 
     @cached_property
     def _config_hash(self) -> str | None:
@@ -311,16 +311,17 @@ def revisions(spec: str) -> list[ModelRef]:
     """
     name, _, pattern = spec.partition("@")
     if any(sign in name for sign in "*?["):
-        place, _, folders = name.rpartition("/")
-        _refuse_missing_folder(place)
-        ref = ModelRef(f"{place}@{pattern}" if pattern else place)
+        parent, _, folders = name.rpartition("/")
+        _refuse_missing_folder(parent)
+        ref = ModelRef(f"{parent}@{pattern}" if pattern else parent)
         there = {os.path.dirname(file) for file in ref.names}
         found = _in_repository(ref, [folder for folder in there if folder and fnmatch.fnmatchcase(folder, folders)])
-        what = f"{place} has no folder"
+        what = f"{parent} has no folder"
     else:
         _refuse_missing_folder(name)
         steps = step_names.told(spec, hub.revisions(name, pattern))
-        found, what = [ModelRef(f"{name}@{own}", step) for own, step in steps.items()], f"{name} has no branch or tag"
+        found = [ModelRef(f"{name}@{revision}", step) for revision, step in steps.items()]
+        what = f"{name} has no branch or tag"
     if not found:
         raise InputError(f"{spec}: {what} of that pattern with a step in its name")
     return found
@@ -345,11 +346,11 @@ def _expand(text: str | os.PathLike) -> list[ModelRef]:
 
 def _say_final_model(folder: str, found: list[ModelRef]) -> None:
     """Say whose twin the model is that lies beside the checkpoints of a run, as a Trainer leaves it."""
-    own = ModelRef(folder)
-    if not {"config.json", formats.ADAPTER_CONFIG} & own.names:
+    final = ModelRef(folder)
+    if not {"config.json", formats.ADAPTER_CONFIG} & final.names:
         return
     with contextlib.suppress(InputError, OSError):  # damaged checkpoints are said where they are read
-        sample = own._weights_sample
+        sample = final._weights_sample
         if sample is None:
             return
         twin = next((ref for ref in reversed(found) if ref._weights_sample == sample), None)

@@ -49,11 +49,11 @@ def belongs(measured: dict, models: list[dict]) -> bool:
         return True
     if measured.get("revision"):
         return ModelRef(measured["spec"]).repository in {ModelRef(model["spec"]).repository for model in models}
-    place = Path(measured["spec"]).resolve()
+    measured_at = Path(measured["spec"]).resolve()
     known = {Path(model["spec"]).resolve(): model.get("step") for model in models}
     # A path that is among the models holds other weights now: it was trained again.
     return (
-        place not in known
+        measured_at not in known
         and measured.get("step") is not None
-        and place.parent in {path.parent for path, step in known.items() if step is not None}
+        and measured_at.parent in {path.parent for path, step in known.items() if step is not None}
     )

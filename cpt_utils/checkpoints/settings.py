@@ -161,7 +161,7 @@ def _equal(stored, one: str, other: str) -> bool:
     return all(stored.rows(one, *part).equal(stored.rows(other, *part)) for part in parts)
 
 
-def say_own_code(spec: str, config: Mapping) -> None:
+def say_custom_code(spec: str, config: Mapping) -> None:
     """Say once that the code which a model brings along is not run."""
     named = config.get("auto_map")
     named = named if isinstance(named, Mapping) else {}
@@ -186,10 +186,10 @@ def unknown_rope(config: Mapping) -> str | None:
             for each in kinds:
                 kind = each.get("rope_type", each.get("type")) if isinstance(each, Mapping) else None
                 if kind is not None and kind not in known:
-                    own = "; the model's own code computes it, which is not run" if config.get("auto_map") else ""
+                    by_code = "; the model's own code computes it, which is not run" if config.get("auto_map") else ""
                     return (
                         f"{key} in config.json is of type {kind!r}, which transformers {__version__} does not know (it "
-                        f"knows {', '.join(known)}){own}"
+                        f"knows {', '.join(known)}){by_code}"
                     )
     return None
 

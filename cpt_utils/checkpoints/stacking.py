@@ -55,12 +55,12 @@ def like(
         for projection in (name for name in archs.FFN if name in arch.experts_at.names):
             mine = arch.parts(config, layer, projection, held, folder.shape)
             theirs = other_arch.parts(other_config, layer, projection, wanted, other.shape)
-            for own, aim in zip(
+            for source, aim in zip(
                 *([part for part in each if part.role == "weight"] for each in (mine, theirs)), strict=True
             ):
-                if (own.expert is None) != (aim.expert is None):
+                if (source.expert is None) != (aim.expert is None):
                     name = arch.prefixes[0] + other_arch.canonical(aim.tensor)
-                    pairs.setdefault(name, []).append((own, aim))
+                    pairs.setdefault(name, []).append((source, aim))
     return Restacked(folder, pairs) if pairs else folder
 
 
@@ -74,7 +74,7 @@ class Restacked:
     def __init__(self, folder: Folder, pairs: dict[str, list[tuple[archs.WeightSlice, archs.WeightSlice]]]):
         self.folder, self.pairs = folder, pairs
         self.spec, self.path, self.kind = folder.spec, folder.path, folder.kind
-        self._moved = {own.tensor for held in pairs.values() for own, _ in held}
+        self._moved = {source.tensor for held in pairs.values() for source, _ in held}
         self._last: tuple[str, torch.Tensor] | None = None
 
     def __contains__(self, name: str) -> bool:
@@ -92,7 +92,7 @@ class Restacked:
         self.folder.fetch(held)
 
     def _sources(self, name: str) -> set[str]:
-        return {own.tensor for own, _ in self.pairs[name]} if name in self.pairs else {name}
+        return {source.tensor for source, _ in self.pairs[name]} if name in self.pairs else {name}
 
     def dtype(self, name: str) -> torch.dtype:
         return self.folder.dtype(next(iter(self._sources(name))))
@@ -100,32 +100,32 @@ class Restacked:
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.pairs:
             return self.folder.shape(name)
-        own, aim = self.pairs[name][0]
+        source, aim = self.pairs[name][0]
         if aim.expert is None:
-            return self._size(own, aim)
-        experts, matrix = max(aim.expert for _, aim in self.pairs[name]) + 1, list(self._size(own, aim))
+            return self._size(source, aim)
+        experts, matrix = max(aim.expert for _, aim in self.pairs[name]) + 1, list(self._size(source, aim))
         if aim.index is not None:
             matrix[aim.dim] = max(aim.index.stop for _, aim in self.pairs[name])
         return (experts, *matrix)
 
-    def _size(self, own: archs.WeightSlice, aim: archs.WeightSlice) -> tuple[int, int]:
+    def _size(self, source: archs.WeightSlice, aim: archs.WeightSlice) -> tuple[int, int]:
         """(rows, columns) of a matrix of the folder, as it belongs into the other tensor."""
-        size = list(self.folder.shape(own.tensor)[-2:])
-        if own.index is not None:
-            size[own.dim] = len(range(*own.index.indices(size[own.dim])))
-        return tuple(size if own.dim == aim.dim else reversed(size))
+        size = list(self.folder.shape(source.tensor)[-2:])
+        if source.index is not None:
+            size[source.dim] = len(range(*source.index.indices(size[source.dim])))
+        return tuple(size if source.dim == aim.dim else reversed(size))
 
-    def _matrix(self, own: archs.WeightSlice, aim: archs.WeightSlice) -> torch.Tensor:
-        found = own.take(self.folder.get(own.tensor))
-        return found if own.dim == aim.dim else found.T
+    def _matrix(self, source: archs.WeightSlice, aim: archs.WeightSlice) -> torch.Tensor:
+        found = source.take(self.folder.get(source.tensor))
+        return found if source.dim == aim.dim else found.T
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor; of one that is put together here the last one is kept."""
         if name not in self.pairs:
             return self.folder.get(name)
-        own, aim = self.pairs[name][0]
+        source, aim = self.pairs[name][0]
         if aim.expert is None:
-            return self._matrix(own, aim)
+            return self._matrix(source, aim)
         if self._last is None or self._last[0] != name:
             self._last = None
             self._last = name, self.rows(name, 0, self.shape(name)[0])
@@ -140,22 +140,22 @@ class Restacked:
         experts, *matrix = self.shape(name)
         stop = min(stop, experts)
         found = torch.empty((max(0, stop - start), *matrix), dtype=self.dtype(name))
-        for own, aim in self.pairs[name]:
+        for source, aim in self.pairs[name]:
             if start <= aim.expert < stop:
-                archs.take(found[aim.expert - start], aim.dim, aim.index).copy_(self._matrix(own, aim))
+                archs.take(found[aim.expert - start], aim.dim, aim.index).copy_(self._matrix(source, aim))
         return found
 
     def folder_of(self, name: str) -> tensors.TensorFolder | _Bytes | None:
         """Where a tensor's bytes are; None where it is in no plain file, or not in one piece."""
         if name not in self.pairs:
             return self.folder.folder_of(name)
-        own, aim = self.pairs[name][0]
-        plain = self.folder.folder_of(own.tensor)
-        rows = own.index is None or (own.dim == 0 and own.index.step in (None, 1))
-        if plain is None or aim.expert is not None or own.dim != aim.dim or not rows:
+        source, aim = self.pairs[name][0]
+        plain = self.folder.folder_of(source.tensor)
+        rows = source.index is None or (source.dim == 0 and source.index.step in (None, 1))
+        if plain is None or aim.expert is not None or source.dim != aim.dim or not rows:
             return None
-        whole, size = plain.entry(own.tensor), self._size(own, aim)
+        whole, size = plain.entry(source.tensor), self._size(source, aim)
         row = math.prod(whole.shape[2:]) * (whole.stop - whole.start) // max(1, math.prod(whole.shape))
-        start = whole.start + (own.expert * whole.shape[1] + (own.index.start if own.index else 0)) * row
+        start = whole.start + (source.expert * whole.shape[1] + (source.index.start if source.index else 0)) * row
         entry = headers.Entry(whole.dtype, size, start, start + size[0] * row)
-        return _Bytes(Path(plain.path), plain.shard_of(own.tensor), entry)
+        return _Bytes(Path(plain.path), plain.shard_of(source.tensor), entry)

@@ -69,6 +69,6 @@ def in_folder(folder: str | os.PathLike) -> dict[str, int]:
         raise InputError(f"{folder} cannot be read: {error.strerror or error}") from None
     names = [name for name in names if not name.startswith(_PASSING)]
     plain = [name for name in names if CHECKPOINT.fullmatch(name)]
-    own = ("config.json", ADAPTER_CONFIG)
-    others = [n for n in names if n not in plain and any(os.path.isfile(os.path.join(folder, n, f)) for f in own)]
+    configs = ("config.json", ADAPTER_CONFIG)
+    others = [n for n in names if n not in plain and any(os.path.isfile(os.path.join(folder, n, f)) for f in configs)]
     return told(folder, [*plain, *others])

@@ -65,9 +65,9 @@ def folder_and_whose(
     ref: refs.ModelRef, run: str | os.PathLike | list | None, base: refs.ModelRef | None
 ) -> tuple[Path, str]:
     """The folder, and in words whose it is where it is not the model's own. A `run` that is a list is no folder."""
-    own = ref.side_files()
-    if has_tokenizer(own):
-        return own, ""
+    side_files = ref.side_files()
+    if has_tokenizer(side_files):
+        return side_files, ""
     # Its own run comes first: the study's run may be another one, with other tokens.
     if ref.is_local:
         parent = Path(ref.spec).resolve().parent
@@ -128,9 +128,9 @@ def open_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
                 f"({' and '.join(missing)} not installed); pip install {' '.join(READERS)}, or put the tokenizer.json "
                 "of the same model into the folder"
             )
-    place = configuration_of_tokenizer(folder)
+    config_folder = configuration_of_tokenizer(folder)
     try:
-        config = settings.read_configuration(place) if place not in (None, folder) else None
+        config = settings.read_configuration(config_folder) if config_folder not in (None, folder) else None
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         wrong = _wrong_configuration(folder)  # the tokenizer's class is found through it

@@ -71,8 +71,8 @@ def _hashes(folder: Path, files: str) -> tuple[str, str]:
         ids = [loaded(text, add_special_tokens=True)["input_ids"] for text in probe()]
         added = {token.content for token in loaded.added_tokens_decoder.values()}
         entries = sorted(loaded.get_vocab().items())
-        own = [(token, number) for token, number in entries if token not in added]
-        _known[files] = _short([ids, entries]), _short([_plain_ids(loaded), own])
+        plain = [(token, number) for token, number in entries if token not in added]
+        _known[files] = _short([ids, entries]), _short([_plain_ids(loaded), plain])
     return _known[files]
 
 

@@ -64,10 +64,10 @@ def _without_inputs(
     if down.is_meta:
         raise InputError("experts that wait on the disk or in memory cannot be silenced; use GPUs that hold the model")
     data = down.data.transpose(1, 2) if transposed else down.data
-    place = experts.to(down.device), slice(None), inputs.to(down.device)
-    saved = data[place]  # a copy
-    data[place] = 0
+    region = experts.to(down.device), slice(None), inputs.to(down.device)
+    saved = data[region]  # a copy
+    data[region] = 0
     try:
         yield
     finally:
-        data[place] = saved
+        data[region] = saved

@@ -13,7 +13,7 @@ EMBEDDINGS = "embeddings"
 
 
 def layers_having(config: dict) -> dict[str, list[int]]:
-    """The layers that have attention, and those that have an FFN; says which have not."""
+    """The layers that have attention, and those that have an FFN; says which lack either."""
     arch, having = archs.for_config(config), {}
     for component, projections in COMPONENTS.items():
         lacking = arch.lacking(config, projections)

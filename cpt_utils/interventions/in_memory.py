@@ -21,7 +21,7 @@ from cpt_utils.interventions.surgery import Edit, Pair, Recipe
 class Swapper:
     """Applies recipes to a loaded model of C, with exactly the numbers that the written folder would have.
 
-    A swap puts other tensors in the place of the model's and the model's own back at the end, so leaving it restores
+    A swap exchanges the model's tensors for others and puts the model's own back at the end, so leaving it restores
     every bit and costs nothing. What was computed for one recipe is kept for the next ones up to `cache_bytes`.
     Where several tensors on disk are one in memory (experts), the swap works on a copy of that one.
     """
@@ -48,29 +48,29 @@ class Swapper:
             values.say_conversions(self.pair, recipe)
             self._said = True
         grouped = recipe.by_tensor()
-        places = self.pair.arch.module_places(grouped, model, self.pair.target.shape)
+        locations = self.pair.arch.locations(grouped, model, self.pair.target.shape)
         replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (tensor, its own values)
         self._refuse_untying(model, set(grouped))
         try:
             for name, edits in grouped.items():
-                place = places[name]
-                held = _held(model, place.name)
+                location = locations[name]
+                held = _held(model, location.name)
                 again = id(held) in replaced  # a head that is tied to the embeddings
-                held, own = replaced.setdefault(id(held), (held, held.data))
-                if place.whole:
-                    found = self._values(name, edits, own)
+                held, original = replaced.setdefault(id(held), (held, held.data))
+                if location.whole:
+                    found = self._values(name, edits, original)
                     if again and not found.equal(held.data):
                         raise InputError(_untied(self.pair.base_ref, name))
                     held.data = found
                     continue
-                found = self._values(name, edits, place.view(own))
-                if held.data_ptr() == own.data_ptr():
-                    held.data = own.clone()
-                place.view(held.data).copy_(found)
+                found = self._values(name, edits, location.view(original))
+                if held.data_ptr() == original.data_ptr():
+                    held.data = original.clone()
+                location.view(held.data).copy_(found)
             yield model
         finally:
-            for held, own in replaced.values():
-                held.data = own
+            for held, original in replaced.values():
+                held.data = original
 
     def _refuse_untying(self, model: torch.nn.Module, edited: set[str]) -> None:
         """Refuse an edit of one of two tensors on disk that are one in memory: the written folder would have two."""
@@ -78,18 +78,18 @@ class Swapper:
         if edited.isdisjoint(names):
             return
         together: dict[int, set[str]] = {}
-        for name, place in self.pair.arch.module_places(names, model, self.pair.target.shape).items():
-            together.setdefault(id(_held(model, place.name)), set()).add(name)
+        for name, location in self.pair.arch.locations(names, model, self.pair.target.shape).items():
+            together.setdefault(id(_held(model, location.name)), set()).add(name)
         for group in together.values():
             if edited & group and group - edited:
                 raise InputError(_untied(self.pair.target_ref, min(group - edited)))
 
-    def _values(self, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
-        key = (name, own.dtype, str(own.device), json.dumps([edit.describe() for edit in edits]))
+    def _values(self, name: str, edits: list[Edit], original: torch.Tensor) -> torch.Tensor:
+        key = (name, original.dtype, str(original.device), json.dumps([edit.describe() for edit in edits]))
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        found = _in_memory(self.pair, name, edits, own)
+        found = _in_memory(self.pair, name, edits, original)
         if all(edit.function is None for edit in edits) and found.nbytes <= self.cache_bytes:
             self._cache[key] = found
             while sum(held.nbytes for held in self._cache.values()) > self.cache_bytes:
@@ -110,15 +110,15 @@ def _held(model: torch.nn.Module, name: str) -> torch.Tensor:
     return getattr(model.get_submodule(module), last)
 
 
-def _in_memory(pair: Pair, name: str, edits: list[Edit], own: torch.Tensor) -> torch.Tensor:
-    """The edited tensor as the model, which holds `own` in its place, would have loaded it from the written folder."""
+def _in_memory(pair: Pair, name: str, edits: list[Edit], original: torch.Tensor) -> torch.Tensor:
+    """The edited tensor as the model, which holds `original` there, would have loaded it from the written folder."""
     shape = pair.target.shape(name)
-    if tuple(own.shape) != tuple(shape):
+    if tuple(original.shape) != tuple(shape):
         raise InputError(
-            f"{name} is {list(shape)} in {pair.target_ref.spec} and {list(own.shape)} in the loaded model; "
+            f"{name} is {list(shape)} in {pair.target_ref.spec} and {list(original.shape)} in the loaded model; "
             "load the target itself"
         )
-    found = torch.empty(shape, dtype=own.dtype, device=own.device)
+    found = torch.empty(shape, dtype=original.dtype, device=original.device)
     flat, position = values.rows_of(found), 0
     for block in values.blocks(pair, name, edits):
         flat[position : position + block.shape[0]].copy_(block)

@@ -1,4 +1,4 @@
-"""A swap as a complete model folder, written shard by shard along the target's own files and read back."""
+"""A swap as a complete model folder, written shard by shard along the target's files and read back."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_model(
     edits = recipe.by_tensor()
     pair.base.fetch({edit.base_tensor for edit in recipe.edits})
     files, index = folders.layout_of(pair.target)
-    parts = {file.name: folders.spans(file, _places(pair, edits)) for file in files}
+    parts = {file.name: folders.spans(file, _origins(pair, edits)) for file in files}
     size = sum(file.size for file in files)
     needed = size + sum(path.stat().st_size for path in side.values()) + (1 << 20)
 
@@ -101,16 +101,18 @@ def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / folders.RECORD).is_file():
-        raise InputError(f"{out} holds something that this collection did not write; choose another place or remove it")
+        raise InputError(f"{out} holds something that these scripts did not write; choose another folder, or remove it")
     record, head = results.read_json(out / folders.RECORD, schema=SCHEMA)
     if not head:
-        raise InputError(f"{out} holds a {folders.RECORD} that is not ours; choose another place or remove it")
+        raise InputError(
+            f"{out} holds a {folders.RECORD} that these scripts did not write; choose another folder, or remove it"
+        )
     if overwrite:
         return None
     if record.get("request") != request:
         raise InputError(
             f"{out} holds another swap ({record.get('recipe')}, base {head['models']['base']['spec']}, target "
-            f"{head['models']['target']['spec']}); choose another place, remove it, or give --overwrite"
+            f"{head['models']['target']['spec']}); choose another folder, remove it, or give --overwrite"
         )
     for name, size in record["files"].items():
         if not (out / name).is_file() or (out / name).stat().st_size != size:
@@ -120,8 +122,8 @@ def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:
 
 def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
     """Configuration and tokenizer files to copy: name -> path."""
-    own = Path(pair.target_ref.config_folder())
-    found = {name: own / name for name in CONFIG_FILES if (own / name).is_file()}
+    config_folder = Path(pair.target_ref.config_folder())
+    found = {name: config_folder / name for name in CONFIG_FILES if (config_folder / name).is_file()}
     if pair.config.get("auto_map"):  # for those who run it; nothing here does
         code = Path((pair.target_ref.adapted or pair.target_ref).folder(["*.py"]))
         found |= {path.name: path for path in sorted(code.glob("*.py"))}
@@ -130,10 +132,10 @@ def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
     return found
 
 
-def _places(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
+def _origins(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
     """Where each tensor's bytes are: in the target's file, in another one, or nowhere as such."""
 
-    def place(name: str, entry: headers.Entry) -> tuple[Path, int] | bool | None:
+    def origin(name: str, entry: headers.Entry) -> tuple[Path, int] | bool | None:
         if name not in edits and pair.target.kind == "safetensors":
             return True
         if name in edits and not _copies_bytes(pair, edits[name], entry):
@@ -142,7 +144,7 @@ def _places(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
         folder = source.folder_of(stored)  # of an adapter's own tensors the base's, if it leaves them alone
         return (folder.path / folder.shard_of(stored), folder.entry(stored).start) if folder else None
 
-    return place
+    return origin
 
 
 def _copies_bytes(pair: Pair, edits: list[Edit], entry: headers.Entry) -> bool:
@@ -167,12 +169,12 @@ def _contents(pair: Pair, name: str, edits: dict[str, list[Edit]]) -> Iterator[m
     if name in edits:
         blocks = values.blocks(pair, name, edits[name])
     else:
-        blocks = _own_blocks(pair.target, name)
+        blocks = _target_blocks(pair.target, name)
     for block in blocks:
         yield memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _own_blocks(target: tensors.TensorFolder, name: str) -> Iterator[torch.Tensor]:
+def _target_blocks(target: tensors.TensorFolder, name: str) -> Iterator[torch.Tensor]:
     shape = target.shape(name)
     if not shape:
         yield target.get(name).view(1)

@@ -123,7 +123,7 @@ class Pair:
         self._layer_edits: dict[int, list[Edit]] = {}
         self._base_names = {archs.meaning(self.base_arch, name): name for name in self.base.names()}
         settings.say_head(self.target, self.config)
-        settings.say_own_code(self.target_ref.spec, self.config)
+        settings.say_custom_code(self.target_ref.spec, self.config)
         differ = settings.diff_settings(self.base_ref, self.target_ref)
         if differ:
             each = [f"{key} is {theirs} in the base and {mine} in the target" for key, (theirs, mine) in differ.items()]
@@ -167,7 +167,7 @@ class Pair:
         return edit
 
     def layer_edits(self, layer: int) -> list[Edit]:
-        """Edits that put the whole layer of the base in place; made once, because controls ask for hundreds of sets."""
+        """Edits that put in the whole layer of the base; made once, because controls ask for hundreds of sets."""
         if layer not in self._layer_edits:
             mine = self.arch.layer_tensors(self.target.names(), layer)
             meanings = {archs.meaning(self.arch, name) for name in mine}
@@ -265,7 +265,7 @@ def heads_from_base(
     arch, names, edits, also = pair.arch, set(pair.target.names()), [], []
     base_config, kind = pair.base_ref.config(), "query head" if by_query else "unit"
     heads = {layer: sorted({*chosen[layer]}) for layer in checked_layers(chosen, pair.n_layers)}
-    for layer, own in heads.items():
+    for layer, chosen_heads in heads.items():
         counts, theirs = arch.head_counts(pair.config, layer), pair.base_arch.head_counts(base_config, layer)
         if counts != theirs:
             raise InputError(
@@ -273,7 +273,7 @@ def heads_from_base(
                 f"{counts[1]} in {pair.target_ref.spec}; single heads can be swapped where both have as many"
             )
         n = counts[0] if by_query else counts[1]
-        wrong = [head for head in own if not 0 <= head < n]
+        wrong = [head for head in chosen_heads if not 0 <= head < n]
         if wrong:
             there = f"{kind}s 0 to {n - 1}" if n else "no attention"
             raise InputError(f"{kind} {wrong[0]} of layer {layer} does not exist: the layer has {there}")
@@ -281,7 +281,7 @@ def heads_from_base(
         parts = [
             part
             for name in archs.ATTENTION
-            for part in arch.head_parts(*at, name, own, names, pair.target.shape, by_query)
+            for part in arch.head_parts(*at, name, chosen_heads, names, pair.target.shape, by_query)
         ]
         parts += arch.shared_parts(*at, names, pair.target.shape) if shared else []
         parts = [part for part in parts if beside or part.role != archs.BESIDE]
@@ -289,10 +289,11 @@ def heads_from_base(
         edits += [replace(pair.edit(part.tensor), dim=part.dim, index=part.index) for part in parts]
         also += [arch.canonical(part.tensor).split(".", 2)[2] for part in parts if part.role == archs.BESIDE]
     words = "; ".join(
-        f"{kind}{'s' * (len(own) != 1)} {_listed(own)} of the base in layer {layer}" for layer, own in heads.items()
+        f"{kind}{'s' * (len(chosen_heads) != 1)} {_listed(chosen_heads)} of the base in layer {layer}"
+        for layer, chosen_heads in heads.items()
     )
     words += f", and what they have of {', '.join(dict.fromkeys(also))}" if also else ""
-    facts = {"heads": {str(layer): own for layer, own in heads.items()}, "of": f"{kind}s"}
+    facts = {"heads": {str(layer): chosen_heads for layer, chosen_heads in heads.items()}, "of": f"{kind}s"}
     return Recipe(words, facts | {"shared": shared, "beside": beside}, tuple(edits))
 
 
@@ -327,8 +328,8 @@ def identity(ref: refs.ModelRef) -> str:
         folder = Path(ref.spec)
         tokenizer = tokenizer_id.of(folder) if tokenization.has_tokenizer(folder) else None
         return "-".join(str(fact) for fact in (facts["weights_sample"], facts.get("config_sha256"), tokenizer))
-    own = f"{ref.repository}@{facts.get('revision') or ref.revision or 'main'}/{ref.subfolder}".rstrip("/")
-    return f"{own}+{identity(ref.adapted)}" if ref.is_adapter else own
+    on_hub = f"{ref.repository}@{facts.get('revision') or ref.revision or 'main'}/{ref.subfolder}".rstrip("/")
+    return f"{on_hub}+{identity(ref.adapted)}" if ref.is_adapter else on_hub
 
 
 # --- small things ---

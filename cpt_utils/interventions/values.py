@@ -45,8 +45,8 @@ def _fill(pair: Pair, edit: Edit, target: torch.Tensor, block: torch.Tensor, sta
     if edit.expert is not None:
         if start <= edit.expert < stop:
             matrices = (archs.take(held, edit.dim, edit.index) for held in (base[edit.expert], target[edit.expert]))
-            own = archs.take(block[edit.expert - start], edit.dim, edit.index)
-            own.copy_(_converted(pair, edit, *matrices, block.dtype))
+            region = archs.take(block[edit.expert - start], edit.dim, edit.index)
+            region.copy_(_converted(pair, edit, *matrices, block.dtype))
         return
     positions = slice(0, target.shape[edit.dim]) if edit.index is None else edit.index
     if edit.dim > 0:

@@ -48,9 +48,9 @@ class Series:
     left_out: list[str] = field(default_factory=list)
 
 
-def or_by_hand(place: str | os.PathLike | None) -> str:
+def or_by_hand(folder: str | os.PathLike | None) -> str:
     """What else writes the results that are read here. By itself lm_eval prints a table and saves nothing."""
-    return f" (or lm_eval --output_path {place or 'FOLDER'}; without that flag it saves nothing)"
+    return f" (or lm_eval --output_path {folder or 'FOLDER'}; without that flag it saves nothing)"
 
 
 def read(
@@ -125,7 +125,7 @@ def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> fl
     if max(values.values()) <= 1:
         return 1.0
     # Half a percent is no accuracy that anybody reports among others of 60: such a file mixes the two.
-    shares = {place: value for place, value in values.items() if 0 < value <= 1}
+    shares = {task_and_step: value for task_and_step, value in values.items() if 0 < value <= 1}
     if shares:
         (low, value), (high, other) = next(iter(shares.items())), max(values.items(), key=lambda item: item[1])
         raise InputError(
@@ -192,9 +192,9 @@ def _of_run(found: list[ResultFile], run, base: str | None) -> list[tuple[int, R
     runs = [run] if isinstance(run, str) else list(run or [])
     models = [result for result in found if not _is_changed(result, runs, base)]
     # The base first: it may be a revision of the run's own repository, and is step 0 whatever its name says.
-    is_base = {r.path: base is not None and _place(r.name) == _place(base) for r in models}
-    own = [r for r in models if not is_base[r.path] and any(_belongs(r.name, one) for one in runs)]
-    return [(0, r) for r in models if is_base[r.path]] + _steps(own)
+    is_base = {r.path: base is not None and _path_and_revision(r.name) == _path_and_revision(base) for r in models}
+    checkpoints = [r for r in models if not is_base[r.path] and any(_belongs(r.name, one) for one in runs)]
+    return [(0, r) for r in models if is_base[r.path]] + _steps(checkpoints)
 
 
 def _by_name(found: list[ResultFile], base: str | None) -> list[tuple[int, ResultFile]]:
@@ -213,7 +213,7 @@ def _steps(found: list[ResultFile]) -> list[tuple[int, ResultFile]]:
 
 def _is_changed(result: ResultFile, runs: list[str], base: str | None) -> bool:
     """Whether something was put on or into a model that is a checkpoint itself: then it is neither's result."""
-    if result.adapter is None or (base is not None and _place(result.model) == _place(base)):
+    if result.adapter is None or (base is not None and _path_and_revision(result.model) == _path_and_revision(base)):
         return result.is_swapped
     return any(_belongs(result.model, one) for one in runs) or step_names.step_of(_last(result.model)) is not None
 
@@ -222,25 +222,25 @@ def _belongs(name: str, run: str) -> bool:
     """Whether the model `name` is `run` itself, a folder directly below it, or a revision of the same repository."""
     if refs.is_pattern(run):
         return fnmatch.fnmatchcase(name, run)
-    (place, revision), (whole, branch) = _place(name), _place(run)
-    if os.path.dirname(place) == whole:
+    (path, revision), (whole, branch) = _path_and_revision(name), _path_and_revision(run)
+    if os.path.dirname(path) == whole:
         return revision == branch
     # Of `org/name` any revision is, of `org/name@run-a/step100` those that start with `run-a/`.
     alike = not branch or os.path.dirname(revision) == os.path.dirname(branch)
-    return place == whole and (revision == branch or (revision != "" and alike))
+    return path == whole and (revision == branch or (revision != "" and alike))
 
 
 def _last(name: str) -> str:
     """The part of a model's name that holds its step: the folder, or the revision of a repository."""
-    place, revision = _place(name)
+    path, revision = _path_and_revision(name)
     folder = os.path.basename(refs.ModelRef(name).subfolder)
-    return revision if revision and step_names.step_of(folder) is None else os.path.basename(place)
+    return revision if revision and step_names.step_of(folder) is None else os.path.basename(path)
 
 
-def _place(name: str) -> tuple[str, str]:
+def _path_and_revision(name: str) -> tuple[str, str]:
     """(one spelling for relative and absolute paths, revision); a name on the hub stays as distinct as it was."""
-    place, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
-    return os.path.abspath(place), "" if revision == "main" else revision
+    path, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    return os.path.abspath(path), "" if revision == "main" else revision
 
 
 def _words(result: ResultFile) -> str:
@@ -253,7 +253,7 @@ def _say_base(chosen: list[tuple[int, ResultFile]], base: str | None) -> None:
     """Say on which model adapters were put, where it is not by its name the base of the comparison."""
     under = {result.model for _, result in chosen if result.adapter}
     for model in sorted(under) if base is not None else ():
-        if _place(model) != _place(base):
+        if _path_and_revision(model) != _path_and_revision(base):
             cli.warn(f"the adapters were evaluated on {model}, the weights compared with {base}: taken for one model")
 
 
@@ -288,7 +288,7 @@ def _newest(found: list[tuple[int, ResultFile]], task: str) -> tuple[list[tuple[
     for step, result in sorted(found, key=lambda pair: (pair[1].date or 0, pair[1].path)):
         if result.quantised != kind:
             continue
-        model = _place(result.name)
+        model = _path_and_revision(result.name)
         if limit := result.limit(task):
             limited[model] = f"{result.path}: {limit}"
             continue
@@ -354,9 +354,9 @@ def _short(value) -> str:
 
 
 def _check_weights(result: ResultFile, compared: dict[tuple, str]) -> None:
-    """Refuse a result whose header names other weights than `compared` ({place: weights_sample}) does."""
+    """Refuse a result whose header names other weights than `compared` ({(path, revision): weights_sample}) does."""
     evaluated = result.header.get("models", {}).get("model", {}).get("weights_sample")
-    expected = compared.get(_place(result.name))
+    expected = compared.get(_path_and_revision(result.name))
     if evaluated and expected and evaluated != expected:
         raise InputError(
             f"{result.name} changed between its evaluation and the comparison of its weights; run both again"
@@ -364,14 +364,14 @@ def _check_weights(result: ResultFile, compared: dict[tuple, str]) -> None:
 
 
 def _weights_samples(described) -> dict[tuple, str]:
-    """{place of a model: weights_sample} of every model described at any depth of a header's `models`."""
+    """{(path, revision) of a model: weights_sample} of every model described at any depth of a header's `models`."""
     if isinstance(described, list):
         described = dict(enumerate(described))
     if not isinstance(described, dict):
         return {}
     if described.get("spec") and described.get("weights_sample"):
-        return {_place(described["spec"]): described["weights_sample"]}
-    return {place: sample for below in described.values() for place, sample in _weights_samples(below).items()}
+        return {_path_and_revision(described["spec"]): described["weights_sample"]}
+    return {model: sample for below in described.values() for model, sample in _weights_samples(below).items()}
 
 
 # --- both ---

@@ -246,11 +246,11 @@ class _Buffers(threading.local):
     def __init__(self, device: torch.device):
         self.device, self.held = device, {}
 
-    def get(self, name: str, dtype: torch.dtype, *shape: int, **place) -> torch.Tensor:
+    def get(self, name: str, dtype: torch.dtype, *shape: int, **options) -> torch.Tensor:
         """The buffer of that name as a tensor of this shape."""
         size = math.prod(shape)
         if (name, dtype) not in self.held or self.held[name, dtype].numel() < size:
-            self.held[name, dtype] = torch.empty(size, dtype=dtype, **place)
+            self.held[name, dtype] = torch.empty(size, dtype=dtype, **options)
         return self.held[name, dtype][:size].view(shape)
 
 
@@ -402,10 +402,10 @@ def _change_of(matrix: Matrix, each: MatrixSlice, sums: torch.Tensor, columns: t
     """One slice's change, from the sums of its matrix by row [5, rows, stretches] and by column [4, columns]."""
     first, cut = matrix.span[0], slice(each.columns.start // matrix.stretch, each.columns.stop // matrix.stretch)
     rows = slice(each.rows.start - first, each.rows.stop - first) if isinstance(each.rows, slice) else each.rows - first
-    own = sums[:, rows, cut]
-    totals = own[:MAX].sum((1, 2)).tolist()
-    change = Change(math.prod(each.size), *totals[: BASE + 1], own[MAX].amax().item(), ckpt_sq=totals[CKPT])
-    along = [own[:MAX].sum(2), None if columns is None else columns[:, each.columns]]
+    part = sums[:, rows, cut]
+    totals = part[:MAX].sum((1, 2)).tolist()
+    change = Change(math.prod(each.size), *totals[: BASE + 1], part[MAX].amax().item(), ckpt_sq=totals[CKPT])
+    along = [part[:MAX].sum(2), None if columns is None else columns[:, each.columns]]
     if each.features:
         change.rows = along[each.dim][ABS].clone()
     if each.heads:

@@ -169,10 +169,10 @@ def _check_widths(one: Counts) -> None:
     fits = one.width.shape == (layers,) and one.width.min() >= 0 and 1 <= one.width.max() <= neurons
     what = "neurons by layer do"
     if fits and one.routed is not None:
-        what, own = "experts' tokens do", one.routed_width
-        fits = one.routed.ndim == 2 and len(one.routed) == layers and own.shape == (layers,)
-        fits = fits and (own <= one.width).all() and own[one.routed.any(-1)].min(initial=1) >= 1
-        fits = fits and not any(own[one.routed.any(-1)] % one.routed.shape[1])
+        what, routed_width = "experts' tokens do", one.routed_width
+        fits = one.routed.ndim == 2 and len(one.routed) == layers and routed_width.shape == (layers,)
+        fits = fits and (routed_width <= one.width).all() and routed_width[one.routed.any(-1)].min(initial=1) >= 1
+        fits = fits and not any(routed_width[one.routed.any(-1)] % one.routed.shape[1])
         fits = fits and [part.shape for part in one.snapshots_routed] == [one.routed.shape] * len(one.snapshots)
     if not fits or (one.over_zero > one.tokens()).any():
         raise InputError(f"{one.path}: its {what} not fit its counts; run lsn/activation.py again")

@@ -12,7 +12,8 @@ from cpt_utils.checkpoints import relatives
 
 @dataclass(frozen=True)
 class LayerFile:
-    """A file that says where to swap: the key of its list, its schema, our flag for it, its place in a study."""
+    """A file that says where to swap: the key of its list, its schema, the flag that names it, and
+    the step of a study that makes it."""
 
     key: str
     schema: str
@@ -28,11 +29,11 @@ FILES = {
 
 
 def read_layers(
-    path: Path, place: str, n_layers: int, models: list[dict], averaged: bool = False
+    path: Path, layer_set: str, n_layers: int, models: list[dict], averaged: bool = False
 ) -> tuple[list[int], dict, dict]:
-    """The layers of `place` (a key of FILES) in order, and the file's payload and header; `{}` where it has none.
+    """The layers of `layer_set` (a key of FILES) in order, and the file's payload and header; `{}` where it has none.
 
-    The file is the step's own, one with the same key, or a bare list.
+    The file is that of the step, another one with the same key, or a bare list.
 
     Args:
         models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
@@ -42,7 +43,7 @@ def read_layers(
     Raises:
         InputError: no such list, a layer the model does not have or twice, or a file made from a model of another run.
     """
-    expected = FILES[place]
+    expected = FILES[layer_set]
     payload, head = results.read_json(path, None if averaged else expected.schema, n_layers=n_layers)
     if not isinstance(payload, dict):
         payload = {expected.key: payload}
@@ -51,12 +52,12 @@ def read_layers(
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise InputError(f"{path} has no list {key}; give the file of {experiments.made_by(expected.step)}")
     if averaged and not layers:
-        raise InputError(f"{path}: the list of {place} layers is empty; there is nothing to average")
+        raise InputError(f"{path}: the list of {layer_set} layers is empty; there is nothing to average")
     wrong = [layer for layer in layers if not 0 <= layer < n_layers]
     if wrong:
         raise InputError(f"{path} names layer {wrong[0]}; the model has layers 0 to {n_layers - 1}")
     if len(set(layers)) < len(layers):
-        raise InputError(f"{path} names a layer twice; give each of the {place} layers once")
+        raise InputError(f"{path} names a layer twice; give each of the {layer_set} layers once")
     measured = (head.get("models") or {}).get("model")
     if measured and not relatives.belongs(measured, models):
         raise InputError(

@@ -90,24 +90,24 @@ def read_both(
     Raises:
         InputError: the language has no neuron, or the control is not one of this mask.
     """
-    own, others = (
+    specific, controls = (
         read(file, lang, n_layers, ffn_width, models, control=is_control, instead=instead) if file else None
         for file, is_control in ((path, False), (control, True))
     )
-    if not any((own or others).values()):
+    if not any((specific or controls).values()):
         raise InputError(
             f"{path or control} has no neuron of {lang}, so there is nothing to follow; identify more neurons "
             "(lsn/identify.py --rate), or choose another --lang"
         )
-    for layer, neurons in own.items() if own and others else ():
-        drawn = others[layer]
+    for layer, neurons in specific.items() if specific and controls else ():
+        drawn = controls[layer]
         if len(drawn) != len(neurons) or set(drawn) & set(neurons):
             what = f"{len(drawn)} neurons" if len(drawn) != len(neurons) else "neurons of the mask"
             raise InputError(
                 f"{control} has {what} in layer {layer}, where {path} has {len(neurons)}: it is the control of another "
                 "mask; run lsn/identify.py again for both"
             )
-    return own, others
+    return specific, controls
 
 
 def is_control(path: str | os.PathLike) -> bool | None:
@@ -117,8 +117,8 @@ def is_control(path: str | os.PathLike) -> bool | None:
 
 def control_beside(path: Path) -> Path | None:
     """The control mask beside a mask, `<mask>.control.json`, where it is there."""
-    place = path.with_suffix(".control.json")
-    return place if place.is_file() else None
+    control = path.with_suffix(".control.json")
+    return control if control.is_file() else None
 
 
 def random_control(
@@ -126,7 +126,7 @@ def random_control(
 ) -> dict[str, Layers]:
     """For each language as many neurons in each layer as its mask has, drawn at random outside every language's mask.
 
-    Each language and layer has a draw of its own, whatever the order of languages. Controls of two languages may share
+    Each language and layer is drawn separately, whatever the order of languages. Controls of two languages may share
     neurons. Those of all experts of a layer are drawn from alike.
 
     Raises:

@@ -69,7 +69,8 @@ class Side:
 
 @contextmanager
 def opened(base: refs.ModelRef, checkpoints: list[refs.ModelRef]) -> Iterator[list[Side]]:
-    """Base and checkpoints side by side, experts laid out alike: where one has each in tensors of its own, on all.
+    """Base and checkpoints side by side, experts laid out alike: where one has each in a tensor of its
+    own, all have.
 
     Raises:
         InputError: they differ in architecture or in the number of layers or experts.
@@ -80,7 +81,7 @@ def opened(base: refs.ModelRef, checkpoints: list[refs.ModelRef]) -> Iterator[li
         for other in sides[1:]:
             _check_same_matrix(one, other)
         for side in sides:  # its code might use the weights in another way than their names say
-            settings.say_own_code(side.spec, side.config)
+            settings.say_custom_code(side.spec, side.config)
         apart = next((side for side in sides if not side.is_stacked), None)
         for side in sides if apart else ():
             side.lay_like(apart)
@@ -204,8 +205,8 @@ def plan(
                 flat = (math.prod(shape[:-1]), shape[-1])
                 key = layer, part.tensor, part.expert
                 matrix = found.setdefault(key, Matrix(layer, [each.tensor for each in parts], flat))
-                place = _place(part, shape, matrix)
-                piece = MatrixSlice(name, part.dim, *place, name in features, heads, details and name in archs.FFN)
+                region = _region(part, shape, matrix)
+                piece = MatrixSlice(name, part.dim, *region, name in features, heads, details and name in archs.FFN)
                 if heads and piece.size[piece.axis] % heads:
                     raise InputError(
                         f"{part.tensor} of {one.spec} has shape {list(shape)}, which is no whole number of the {heads} "
@@ -215,20 +216,20 @@ def plan(
     return list(found.values())
 
 
-def _place(part: archs.WeightSlice, shape: tuple[int, ...], matrix: Matrix) -> list[slice | torch.Tensor]:
+def _region(part: archs.WeightSlice, shape: tuple[int, ...], matrix: Matrix) -> list[slice | torch.Tensor]:
     """The rows and columns of a part within its tensor as a matrix."""
     first = 0 if part.expert is None else part.expert * shape[-2]
-    place = [slice(first, first + shape[-2]), slice(0, shape[-1])]
+    region = [slice(first, first + shape[-2]), slice(0, shape[-1])]
     index = part.index
     if isinstance(index, slice) and index.step not in (None, 1):  # columns that alternate; they are read sorted
         matrix.every = index.step
         half = shape[-1] // index.step
         index = slice(index.start * half, (index.start + 1) * half)
     if index is not None and part.dim == 0:
-        place[0] = slice(first + index.start, first + index.stop) if isinstance(index, slice) else first + index
+        region[0] = slice(first + index.start, first + index.stop) if isinstance(index, slice) else first + index
     elif index is not None:
-        place[1] = index
-    return place
+        region[1] = index
+    return region
 
 
 def _refuse_shapes(one: Side, ours: archs.WeightSlice, other: Side, theirs: archs.WeightSlice) -> None:

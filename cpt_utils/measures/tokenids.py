@@ -130,16 +130,16 @@ def repeated(ids: torch.Tensor) -> float:
     return 1 - len(np.unique(every)) / len(every) if len(every) else 0.0
 
 
-def _check_tokenizer(path: Path, facts: dict, own: str | None) -> None:
+def _check_tokenizer(path: Path, facts: dict, expected: str | None) -> None:
     made_with = facts.get("vocabulary_sha256")
-    if not own or not made_with or made_with == own:
+    if not expected or not made_with or made_with == expected:
         return
-    if not tokenizer_id.comparable(made_with, own):
+    if not tokenizer_id.comparable(made_with, expected):
         cli.warn(f"{path} does not say what its tokenizer does to text: taken on trust to be the model's own")
         return
     raise InputError(
         f"{path} was made with a tokenizer that is not the model's ({facts.get('tokenizer')}: {made_with}, the "
-        f"model's: {own}); run lsn/load_oscar.py with --tokenizer of this model"
+        f"model's: {expected}); run lsn/load_oscar.py with --tokenizer of this model"
     )
 
 

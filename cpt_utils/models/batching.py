@@ -64,8 +64,8 @@ def batches(lengths: list[int], batch_size: int | None = None, tokens: int = TOK
         if batch_size is not None:
             full = len(rows) == batch_size
         else:
-            unlike = lengths[i] < ALIKE * longest and len(rows) * longest >= ENOUGH
-            full = (len(rows) + 1) * longest > tokens or unlike
+            too_short = lengths[i] < ALIKE * longest and len(rows) * longest >= ENOUGH
+            full = (len(rows) + 1) * longest > tokens or too_short
         if full or not rows:
             plan.append([])
         plan[-1].append(i)
@@ -96,8 +96,8 @@ def for_each(
             memory = _Memory(model)
         size, tokens = (None, limit or TOKENS) if batch_size is None else (limit or batch_size, TOKENS)
         done: set[int] = set()
-        for places in batches([lengths[i] for i in left], size, tokens):
-            rows = [left[at] for at in places]
+        for batch in batches([lengths[i] for i in left], size, tokens):
+            rows = [left[at] for at in batch]
             took = len(rows) * max(lengths[i] for i in rows)
             if not _fits(step, rows):
                 if len(rows) == 1:
@@ -170,7 +170,7 @@ def padded(sequences: list[list[int]], pad: int, side: str = "right"):
     ids = torch.full((len(sequences), longest), pad)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)
     for row, sequence in enumerate(sequences):
-        place = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
-        ids[row, place] = torch.tensor(sequence)
-        mask[row, place] = 1
+        columns = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
     return ids, mask

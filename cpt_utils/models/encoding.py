@@ -75,8 +75,8 @@ class Splitter:
         ends = np.cumsum(lengths)
 
         def number(wanted: np.ndarray) -> np.ndarray:
-            places = np.flatnonzero(wanted)
-            return np.bincount(np.searchsorted(ends, places, side="right"), minlength=len(lengths))
+            positions = np.flatnonzero(wanted)
+            return np.bincount(np.searchsorted(ends, positions, side="right"), minlength=len(lengths))
 
         found = number(np.isin(ids, list(self.special))) > added
         if self.unknown is not None:

@@ -109,7 +109,7 @@ class Reader:
                 raise StopForward
 
     def _dense(self, layer: int, group: Neurons, read: Callable, _stack) -> list[tuple]:
-        module, start, stop = group.unit
+        module, start, stop = group.source
         act = None if self.before or group.activation else _function(self.arch.function)
 
         def see(output: torch.Tensor) -> None:
@@ -176,25 +176,25 @@ class Reader:
 
 @contextlib.contextmanager
 def _intercepted(experts: torch.nn.Module, see: Callable) -> Iterator[None]:
-    """Hands the gates' outputs to `see` where experts have a function in the place of a module."""
+    """Hands the gates' outputs to `see` where experts have a function instead of a module."""
     name = "act_fn" if callable(vars(experts).get("act_fn")) else "_apply_gate"
-    own = getattr(experts, name)
+    original = getattr(experts, name)
 
     def apply(x):
         if name == "_apply_gate":  # gate and up together
             see(x[..., : x.shape[-1] // 2] if experts.is_concatenated else x[..., ::2])
         else:
             see(x)
-        return own(x)
+        return original(x)
 
     setattr(experts, name, apply)
     try:
         yield
     finally:
         if name == "act_fn":
-            experts.act_fn = own
+            experts.act_fn = original
         else:
-            del experts._apply_gate  # the class's own is seen again
+            del experts._apply_gate  # the class's method is seen again
 
 
 def _function(name: str) -> Callable:

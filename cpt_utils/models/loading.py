@@ -77,7 +77,7 @@ def load_model(
     folder = ref.folder((*formats.WEIGHT_PATTERNS, "*.json"))
     with opening.open_folder(ref, codes=True) as stored:  # one line instead of a loader's traceback or a random tensor
         settings.say_head(stored, ref.config())
-        settings.say_own_code(ref.spec, ref.config())
+        settings.say_custom_code(ref.spec, ref.config())
     more = {}
     if device_map is not None:
         offload = tempfile.TemporaryDirectory(prefix="offload-")  # what fits nowhere, and is not so on the disk
@@ -216,7 +216,7 @@ def announce(model: transformers.PreTrainedModel, ref: refs.ModelRef) -> None:
     """Print what is about to run: model, size, dtype, device."""
     size = sum(p.numel() for p in model.parameters())
     text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"
-    places = {str(place): None for place in getattr(model, "hf_device_map", {"": model.device}).values()}
-    cli.say(f"{ref.spec}: {text} parameters, {str(model.dtype).removeprefix('torch.')} on {', '.join(places)}")
-    if "disk" in places:
+    devices = {str(device): None for device in getattr(model, "hf_device_map", {"": model.device}).values()}
+    cli.say(f"{ref.spec}: {text} parameters, {str(model.dtype).removeprefix('torch.')} on {', '.join(devices)}")
+    if "disk" in devices:
         cli.warn(f"{ref.spec} is larger than the memory: layers are read from the disk in every batch, which is slow")

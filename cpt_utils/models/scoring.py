@@ -43,7 +43,7 @@ def text_nlls(
     whole = [f"{c} {t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
     sequences = encode(tokenizer, whole, positions(model)).ids
     # The first scored token of each: as lm_eval does, where the context's own tokens end.
-    starts = [max(1, _own_tokens(tokenizer, context)) if context else 1 for context in contexts or [""] * len(texts)]
+    starts = [max(1, _scored_from(tokenizer, context)) if context else 1 for context in contexts or [""] * len(texts)]
     for text, ids, start in zip(texts, sequences, starts, strict=True):
         if len(ids) <= start:
             raise InputError(f"a text of fewer than two tokens, or cut off, cannot be scored: {text[:60]!r}")
@@ -52,19 +52,19 @@ def text_nlls(
     def score(rows: list[int]) -> None:
         wanted = [[(at - 1, sequences[i][at]) for at in range(starts[i], len(sequences[i]))] for i in rows]
         losses = _losses(model, [sequences[i] for i in rows], tokenizer.pad_token_id, wanted)
-        for i, own in zip(rows, losses, strict=True):
+        for i, text_losses in zip(rows, losses, strict=True):
             kept = texts[i]
             if len(sequences[i]) == positions(model):  # perhaps cut: count what was read
                 read = tokenizer.decode(sequences[i][starts[i] :], skip_special_tokens=True)
                 kept = read if len(read) < len(kept) else kept
-            total = float(own.sum(dtype=torch.float64))
-            scores[i] = TextScore(total, len(own), len(kept.encode()))
+            total = float(text_losses.sum(dtype=torch.float64))
+            scores[i] = TextScore(total, len(text_losses), len(kept.encode()))
 
     for_each(model, "logits of texts", [len(s) for s in sequences], score, batch_size)
     return scores
 
 
-def _own_tokens(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> int:
+def _scored_from(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of `text` with what the tokenizer puts in front of it, without what it puts behind."""
     (special,) = encoding.of_texts(tokenizer, [text]).special
     behind = next((n for n, flag in enumerate(reversed(special)) if not flag), len(special))
@@ -84,14 +84,14 @@ def choice_logliks(
     long an input loses its beginning. The last token is only predicted, so choices of one token share one input.
     """
     limit = positions(model)
-    place: dict[tuple[int, ...], int] = {}  # input -> its number
+    numbers: dict[tuple[int, ...], int] = {}  # input -> its number
     wanted: list[tuple[int, list[int]]] = []  # (number of the input, tokens to predict at its end)
     contexts = encoding.of_texts(tokenizer, prompts).ids
     wholes = encoding.of_texts(tokenizer, [f"{prompt} {choice}" for prompt in prompts for choice in choices]).ids
     for at, whole in enumerate(wholes):
         read = tuple(whole[:-1][-limit:] if limit else whole[:-1])
-        wanted.append((place.setdefault(read, len(place)), whole[len(contexts[at // len(choices)]) :]))
-    inputs = [list(read) for read in place]
+        wanted.append((numbers.setdefault(read, len(numbers)), whole[len(contexts[at // len(choices)]) :]))
+    inputs = [list(read) for read in numbers]
     asked: list[list[int]] = [[] for _ in inputs]
     for request, (number, _) in enumerate(wanted):
         asked[number].append(request)
@@ -100,8 +100,8 @@ def choice_logliks(
     def score(rows: list[int]) -> None:
         pairs: list[list[tuple[int, int]]] = []  # of each input, the targets of all its requests
         for i in rows:
-            own = [wanted[request][1] for request in asked[i]]
-            pairs.append([(len(inputs[i]) - len(ids) + at, id) for ids in own for at, id in enumerate(ids)])
+            targets = [wanted[request][1] for request in asked[i]]
+            pairs.append([(len(inputs[i]) - len(ids) + at, id) for ids in targets for at, id in enumerate(ids)])
         found = _losses(model, [inputs[i] for i in rows], tokenizer.pad_token_id, pairs)
         for i, losses in zip(rows, found, strict=True):
             parts = losses.split([len(wanted[request][1]) for request in asked[i]])

@@ -257,20 +257,20 @@ def from_arguments(args, study, base: str, target: str) -> ParallelText:
 
     A source given on the command line takes no file, folder or split from the study: they belong to the study's source.
     """
-    own = args.source in (None, study.get("data.source"))
+    from_study = args.source in (None, study.get("data.source"))
     source = study.value(args.source, "--source", "data.source", "flores")
 
-    def place(given, flag: str, key: str):
-        return study.value(given, flag, f"data.{key}", None) if own else given
+    def option(given, flag: str, key: str):
+        return study.value(given, flag, f"data.{key}", None) if from_study else given
 
     return parallel(
         source,
         base,
         target,
-        dir=place(args.data_dir, "--data-dir", "dir"),
-        base_file=place(args.base_file, "--base-file", "base_file"),
-        target_file=place(args.target_file, "--target-file", "target_file"),
-        split=place(args.split, "--split", "split"),
+        dir=option(args.data_dir, "--data-dir", "dir"),
+        base_file=option(args.base_file, "--base-file", "base_file"),
+        target_file=option(args.target_file, "--target-file", "target_file"),
+        split=option(args.split, "--split", "split"),
         limit=args.limit,
-        drop_empty=bool(place(args.drop_empty, "--drop-empty", "drop_empty")),
+        drop_empty=bool(option(args.drop_empty, "--drop-empty", "drop_empty")),
     )

@@ -34,9 +34,9 @@ def read(codes: dict[str, str], dir, split: str | None) -> tuple[dict, dict]:
             sides[side] = by_id(rows, "id", f"FLORES+ {name} {split}")
             facts[side] = {"spelling": name}
         return sides, facts
-    place = _split_folder(local_folder(dir), split)
+    folder = _split_folder(local_folder(dir), split)
     for side, code in codes.items():
-        file = _language_file(place, code, split)
+        file = _language_file(folder, code, split)
         facts[side] = {"spelling": _language_of(file, split), "files": {str(file): results.file_sha256(file)}}
         if file.suffix not in TABLES:  # of a release archive: a sentence a line, the same in every file
             sides[side] = {str(number): line for number, line in enumerate(textfiles.lines(file), 1)}
@@ -59,9 +59,9 @@ def read(codes: dict[str, str], dir, split: str | None) -> tuple[dict, dict]:
 
 def _split_folder(folder: Path, split: str) -> Path:
     """Where the language files of `split` lie: in its folder, here or in a release archive's; else in `folder`."""
-    for place in (folder, folder / "flores200_dataset", folder / "flores101_dataset"):
-        if (place / split).is_dir():
-            return place / split
+    for parent in (folder, folder / "flores200_dataset", folder / "flores101_dataset"):
+        if (parent / split).is_dir():
+            return parent / split
     return folder
 
 

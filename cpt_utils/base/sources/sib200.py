@@ -37,10 +37,10 @@ def read(codes: dict[str, str], dir, split: str | None) -> tuple[dict, dict]:
                 found += more
             facts[side] = {"spelling": name}
         else:
-            place = language_folder(dir, code)
-            found = rows(place, split or "all")
-            files = [place / f"{part}.tsv" for part in parts]
-            facts[side] = {"spelling": place.name, "files": {str(file): results.file_sha256(file) for file in files}}
+            folder = language_folder(dir, code)
+            found = rows(folder, split or "all")
+            files = [folder / f"{part}.tsv" for part in parts]
+            facts[side] = {"spelling": folder.name, "files": {str(file): results.file_sha256(file) for file in files}}
         sides[side] = by_id(found, "index_id", f"SIB-200 {code}")
     return sides, facts
 

@@ -67,12 +67,12 @@ def _columns(file: Path, first: list[str], codes: dict, given: dict) -> tuple[di
         return {"base": 0, "target": 1}, numbers
     if None in given.values():
         raise InputError(f"{file}: a column is given for one language only; give FILE:COLUMN for both")
-    places = [int(name) if name.isdecimal() else 0 for name in given.values()]
-    if all(1 <= place <= len(first) for place in places):
-        return {side: place - 1 for side, place in zip(given, places, strict=True)}, numbers
+    columns = [int(name) if name.isdecimal() else 0 for name in given.values()]
+    if all(1 <= column <= len(first) for column in columns):
+        return {side: column - 1 for side, column in zip(given, columns, strict=True)}, numbers
     wrong = [name for name in given.values() if first.count(name) != 1]
     if wrong and all(name.isdecimal() for name in given.values()):
-        outside = next(place for place in places if not 1 <= place <= len(first))
+        outside = next(column for column in columns if not 1 <= column <= len(first))
         raise InputError(f"{file} has columns 1 to {len(first)}, no column {outside}")
     if wrong:
         raise InputError(f"{file}: no single column is named {wrong[0]!r}; line 1 has {', '.join(first)[:200]}")
