@@ -43,7 +43,7 @@ KINDS = {"interface_attention": ("interface attention", "attention", ""), "lsn_f
 
 def deviation(lsn: list[float], control: list[float], base: tuple[float, float]) -> list[float]:
     """d_s of every step: how far the neurons' activation above their control has moved from the base's."""
-    return [(own - other) - (base[0] - base[1]) for own, other in zip(lsn, control, strict=True)]
+    return [(specific - other) - (base[0] - base[1]) for specific, other in zip(lsn, control, strict=True)]
 
 
 def attention_change(layers: dict[str, dict], interface: list[int]) -> float:
@@ -157,13 +157,13 @@ def _bars(axis, payload: dict) -> None:
             found = part["pearson"]
             if found["correlation"] is None:
                 continue
-            r, place = found["correlation"], j + (i - 0.5) * 0.36
+            r, x = found["correlation"], j + (i - 0.5) * 0.36
             look = {"color": figures.colour(meaning), "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-            axis.bar(place, r, width=0.34, label=label if j == 0 else None, **look)
+            axis.bar(x, r, width=0.34, label=label if j == 0 else None, **look)
             shown = True
             if found["ci_low"] is not None:
                 error = [[r - found["ci_low"]], [found["ci_high"] - r]]
-                axis.errorbar(place, r, yerr=error, color="black", capsize=2, linewidth=0.8)
+                axis.errorbar(x, r, yerr=error, color="black", capsize=2, linewidth=0.8)
     n = len(payload["series"]["steps"])
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks([0, 1], [f"raw\n(n = {n} checkpoints)", f"first differences\n(n = {max(0, n - 1)})"])
@@ -231,7 +231,7 @@ def main(argv=None) -> None:
     folder = study.output(args.output_dir, "--output-dir", "activation_correlation")
     found = earlier.read(sources, lang, args.steps)
     series, n = series_of(found, sources), len(found.steps)
-    if not args.output_dir:  # what is not the study's own result goes beside it
+    if not args.output_dir:  # what differs from the study goes beside its result
         part = f"steps-{found.steps[0]}-to-{found.steps[-1]}.{n}" if n < found.facts["n_available"] else ""
         name = dotted(name, beside.name(study, lang=args.lang), part)
     output = folder / f"{name}_correlation_strength.json"

@@ -45,8 +45,8 @@ def read(sources: Sources, lang: str, wanted: list[int] | None) -> Found:
     Raises:
         InputError: a file is missing, or is about other steps, models, neurons or languages than the others.
     """
-    place = sources.folder / sources.name
-    run = activation_files.find(place, lang, of_run=True)
+    run_folder = sources.folder / sources.name
+    run = activation_files.find(run_folder, lang, of_run=True)
     base = activation_files.find(sources.folder / sources.base_tag, lang, of_run=False)
     tokens = choose_tokens(run, base, sources.folder)
     attention, attention_header = read_changes(sources.weights, "attn_vs_ffn", "weight-diff/attn_vs_ffn.py")
@@ -55,7 +55,7 @@ def read(sources: Sources, lang: str, wanted: list[int] | None) -> Found:
         raise InputError(f"{sources.gates} is about {gate_header['language']}, not {lang}; run weight-diff/gate_lsn.py")
     have = {str(sources.weights): set(attention), str(sources.gates): set(gates)}
     for control, what in ((False, "activation"), (True, "activation of the control")):
-        have[f"{what} in {place}"] = {step for kind, step in run[tokens] if kind == control and step}
+        have[f"{what} in {run_folder}"] = {step for kind, step in run[tokens] if kind == control and step}
     steps = common_steps(have, wanted)
 
     kinds = [(control, step) for control in (False, True) for step in (0, *steps)]
@@ -92,7 +92,7 @@ def read(sources: Sources, lang: str, wanted: list[int] | None) -> Found:
     return Found(steps, means, attention, gates, interface, facts)
 
 
-def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> str:
+def choose_tokens(run: dict[str, dict], base: dict[str, dict], folder: Path) -> str:
     """The number of tokens for which mask and control of the base and of checkpoints are there.
 
     Raises:
@@ -112,10 +112,10 @@ def choose_tokens(run: dict[str, dict], base: dict[str, dict], place: Path) -> s
         return full[0]
     if full:
         raise InputError(
-            f"{place} has activations over {' and over '.join(sorted(full))} tokens; keep one kind, and move the other"
+            f"{folder} has activations over {' and over '.join(sorted(full))} tokens; keep one kind, and move the other"
         )
     made_by = experiments.made_by("lsn_activation")
-    raise InputError(f"{place} lacks {', '.join(missing)}; run {made_by} with the mask and its control")
+    raise InputError(f"{folder} lacks {', '.join(missing)}; run {made_by} with the mask and its control")
 
 
 def read_activation(path: Path, lang: str) -> tuple[float, dict]:
