@@ -54,8 +54,8 @@ class Target:
 
     def worst(self, rows: list[dict]) -> tuple[float, dict] | None:
         """The figure of the row that is furthest from the bound; None where nothing was measured."""
-        own = sorted((row for row in rows if row["area"] == self.area), key=lambda row: abs(row["gigabytes"] - 1))
-        found = [(self.figure(row["ways"]), row) for row in (own if self.at == "all" else own[:1])]
+        near = sorted((row for row in rows if row["area"] == self.area), key=lambda row: abs(row["gigabytes"] - 1))
+        found = [(self.figure(row["ways"]), row) for row in (near if self.at == "all" else near[:1])]
         return (min if self.least else max)(found, key=lambda pair: pair[0], default=None)
 
     def met(self, value: float) -> bool:
@@ -103,8 +103,8 @@ def table(store) -> str:
         when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
         lines += [f"**{what}; Python {facts['python']}, PyTorch {facts['torch']}; {when}**", ""] if rows else []
         for device in dict.fromkeys(row["device"] for row in rows):
-            own = [row for row in rows if row["device"] == device]
-            lines += [f"Targets on {device}:", "", *_targets(own), "", f"Measured on {device}:", "", *_rows(own), ""]
+            here = [row for row in rows if row["device"] == device]
+            lines += [f"Targets on {device}:", "", *_targets(here), "", f"Measured on {device}:", "", *_rows(here), ""]
     return "\n".join(lines)
 
 
@@ -159,7 +159,7 @@ def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
         judged = size == min(sizes, key=lambda other: abs(other - 1))  # by this size; the others are for slopes
         repeats, slow = args.repeats or (5 if judged else 3), args.repeats or (2 if judged else 1)
         try:
-            pair = script.Pair(folder, size)
+            pair = script.RandomPair(folder, size)
             for where in dict.fromkeys(("cpu", device)):
                 for area, ways, more in script.comparison(pair, repeats, slow, where):
                     store.put(area, size, where, ways, **more)

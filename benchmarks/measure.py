@@ -110,10 +110,10 @@ def interleaved(ways: dict[str, Way], repeats: dict[str, int], before: Callable[
             if number > repeats[name] or number == repeats[name] == 1:
                 continue
             before()
-            own = once(way, sample=number == 0)
-            found[name] |= {key: own[key] for key in PEAKS if key in own}
+            taken = once(way, sample=number == 0)
+            found[name] |= {key: taken[key] for key in PEAKS if key in taken}
             if number or repeats[name] == 1:
-                found[name]["seconds"].append(own["seconds"])
+                found[name]["seconds"].append(taken["seconds"])
     return found
 
 

@@ -96,8 +96,8 @@ def activations(model, blocks, mask: dict[int, list[int]]) -> float:
     total, number = 0.0, 0
     for part in blocks:
         for layer, kept in enumerate(_activations(model, part)):
-            own = kept[:, :, mask[layer]].double()
-            total, number = total + own.sum().item(), number + own.numel()
+            masked = kept[:, :, mask[layer]].double()
+            total, number = total + masked.sum().item(), number + masked.numel()
     return total / number
 
 

@@ -57,15 +57,15 @@ def table(*rows: list[str]) -> list[str]:
 
 def weights_table(rows: list[dict], disk: float) -> list[str]:
     """Fits of what handles weights, and the predictions."""
-    head = [f"{name} x {CHECKPOINTS}, read from {place}" for name in MODELS for place in ("memory", "disk")]
+    head = [f"{name} x {CHECKPOINTS}, read from {medium}" for name in MODELS for medium in ("memory", "disk")]
     found = [["what", "sizes measured", "seconds = a + b GB", *head]]
     for area in SLOPES:
-        own = [row for row in rows if row["area"] == area]
-        if not own:
+        of_area = [row for row in rows if row["area"] == area]
+        if not of_area:
             continue
         pair = area.startswith("comparison")  # one process, the base read once; the slope is of a pair
-        a, b = fit([(row["bytes"] / (2e9 if pair else 1e9), measure.median(row["ways"]["ours"])) for row in own])
-        sizes = sorted({row["gigabytes"] for row in own})
+        a, b = fit([(row["bytes"] / (2e9 if pair else 1e9), measure.median(row["ways"]["ours"])) for row in of_area])
+        sizes = sorted({row["gigabytes"] for row in of_area})
         measured = " to ".join(f"{size:g}" for size in dict.fromkeys((sizes[0], sizes[-1])))
         cells = [area, f"{measured} GB", f"{a:.2g} + {b:.2g} GB"]
         for parameters in MODELS.values():
@@ -95,8 +95,8 @@ def passes_table(rows: list[dict]) -> list[str]:
     """Parameters times tokens a second of each forward-pass script, and what its work takes for a checkpoint."""
     found = [["what", "parameters x tokens a second", "work", *(f"{name}, one checkpoint" for name in MODELS)]]
     for area, (words, tokens) in WORK.items():
-        own = [row for row in rows if row["area"] == area]
-        points = [(row["parameters"] * row["tokens"], measure.median(row["ways"]["ours"])) for row in own]
+        of_area = [row for row in rows if row["area"] == area]
+        points = [(row["parameters"] * row["tokens"], measure.median(row["ways"]["ours"])) for row in of_area]
         a, b = fit(points) if points else (0, 0)
         if b:
             cells = [area, f"{1 / b:.2g}", f"{words}: {tokens / 1e6:.3g} M tokens"]
@@ -122,8 +122,8 @@ def text(payload: dict, disk: float) -> str:
         }
         lines += [f"**{where}**; disk: {disk:g} GB/s assumed", ""]
         lines += weights_table(on.get("cpu", []), disk) + memory_table(on.get("cpu", []))
-        for device, own in on.items():
-            passes = passes_table(own)
+        for device, of_device in on.items():
+            passes = passes_table(of_device)
             lines += [f"Forward passes on {device}:", "", *passes] if passes else []
     return "\n".join(lines)
 

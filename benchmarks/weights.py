@@ -26,7 +26,7 @@ PYTHON = sys.executable
 OBVIOUS = [PYTHON, "benchmarks/obvious.py"]
 
 
-class Pair:
+class RandomPair:
     """A base in one file and a checkpoint in shards of a gigabyte (`run/checkpoint-1`), random, in bfloat16."""
 
     def __init__(self, folder: Path, gigabytes: float):
@@ -46,7 +46,7 @@ class Pair:
         subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
 
 
-def comparison(pair: Pair, repeats: int, slow: int, device: str = "cpu") -> Iterator[tuple[str, dict, dict]]:
+def comparison(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -> Iterator[tuple[str, dict, dict]]:
     """The whole process against the obvious way, and the comparison itself against reading both files once."""
     script = [PYTHON, "weight-diff/attn_vs_ffn.py", "--base-model", pair.base, "--ckpt-model", pair.target]
     changes = partial(compare.changes, refs.model(pair.base), refs.run(pair.target), device=device)
@@ -64,7 +64,7 @@ def comparison(pair: Pair, repeats: int, slow: int, device: str = "cpu") -> Iter
     yield "comparison, whole process", measure.interleaved(whole, times), {"bytes": 2 * pair.bytes}
 
 
-def surgeries(pair: Pair, repeats: int, slow: int) -> Iterator[tuple[str, dict, dict]]:
+def surgeries(pair: RandomPair, repeats: int, slow: int) -> Iterator[tuple[str, dict, dict]]:
     """Layer swap and component swap of half of the layers against `cp -r` of the target."""
     out, models = pair.folder / "out", [pair.base, pair.target]
     flags = ["--base-model", pair.base, "--checkpoint-dir", pair.target, "--layer-list", str(pair.layers)]
