@@ -201,8 +201,8 @@ def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], cha
             axis.errorbar(x, values, yerr=errors, fmt="none", ecolor=figures.colour("random"), elinewidth=0.6, zorder=1)
             colours = figures.colours(len(steps), ordered=True)
             axis.scatter(x, values, c=colours, marker="o" if name == "interface" else "s", s=14, zorder=2)
-            for step, *place in zip(steps, x, values, strict=True):
-                axis.annotate(str(step), place, xytext=(3, 3), textcoords="offset points", fontsize=6)
+            for step, *point in zip(steps, x, values, strict=True):
+                axis.annotate(str(step), point, xytext=(3, 3), textcoords="offset points", fontsize=6)
             r = found[kind]["correlation"]
             title = f"{kind.replace('_', ' ')}: {'no r' if r is None else f'r = {r:.2f}'} (n = {len(steps)})"
             axis.set_title(title, color=figures.colour(name))
@@ -220,7 +220,7 @@ def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("benchmark", nargs="?", metavar="BENCHMARK", help="default: the study's lm_eval folder")
     p.add_argument("weight_diff", nargs="?", metavar="WEIGHT_DIFF", help="default: the study's weight difference")
-    p.add_argument("-o", "--output", metavar="OUT", help="JSON to write; default: the study's place for it")
+    p.add_argument("-o", "--output", metavar="OUT", help="JSON to write; default: the study's file for it")
     text = "every N-th common step; default 1, all"
     p.add_argument("--checkpoint-stride", type=cli.positive, default=1, metavar="N", help=text)
     cli.add_run_flags(p)
@@ -265,8 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     results.write_json(output, described, head)
     for task, (written, steps, _) in found.items():
-        place = output if task == first else output.with_name(f"{output.stem}.{task.replace('/', '__')}.json")
-        draw(place, f"{args.metric}, {task}", steps, series[task].points, changes, written)
+        path = output if task == first else output.with_name(f"{output.stem}.{task.replace('/', '__')}.json")
+        draw(path, f"{args.metric}, {task}", steps, series[task].points, changes, written)
         cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
         cli.say("\n".join(summary(kind, written[kind]) for kind in LAYER_TYPES))
     cli.say(f"wrote {output}, and beside it .pdf and .png" + (" of every task" if len(series) > 1 else ""))
