@@ -66,7 +66,7 @@ def is_local(folder: Path) -> bool:
 
 
 def load_tasks(folder: Path, names: list[str]):
-    """(task manager, {task: Task}) for `names`: the tasks of `folder`, and lm_eval's own where one of them is meant.
+    """(task manager, {task: Task}) for `names`: those of `folder`, or of lm_eval itself where one is meant.
 
     Raises:
         InputError: an unknown task, or data that cannot be loaded.
@@ -125,7 +125,7 @@ def finished(output: Path, wanted: dict) -> Path | None:
     It must be of the same folder, however that was spelled: checkpoints with the same weights have a result each. A
     limited run never stands for a full one. Batch size and device may differ: they move nothing but the last digits.
     """
-    place = _place(wanted)
+    wanted_path = _model_path(wanted)
     for path in sorted(output.glob("*/results_*.json"), key=lambda path: path.name, reverse=True):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def finished(output: Path, wanted: dict) -> Path | None:
         except (json.JSONDecodeError, UnicodeDecodeError):
             cli.once(f"{path} is not valid JSON and is ignored", cli.warn)
             continue
-        if _place(head) != place:
+        if _model_path(head) != wanted_path:
             continue
         done = {"prompts": head.get("data", {}).get("prompts", {}), "versions": content.get("versions", {})}
         same = all(done[kind].get(task) == one for kind in done for task, one in wanted["data"][kind].items())
@@ -144,7 +144,7 @@ def finished(output: Path, wanted: dict) -> Path | None:
     return None
 
 
-def _place(head: dict) -> str | None:
+def _model_path(head: dict) -> str | None:
     """Where the model of a header is: its folder, or its name on the hub."""
     spec = ((head.get("models") or {}).get("model") or {}).get("spec")
     return spec and (os.path.abspath(spec) if os.path.isdir(spec) else spec)
@@ -191,7 +191,7 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
 
 
 def save(found: dict, tracker, output: Path, header: dict) -> Path:
-    """Write the result where and as lm_eval writes it, whole or not at all; its own writer only logs a failure.
+    """Write the result where and as lm_eval writes it, whole or not at all; lm_eval's writer only logs a failure.
 
     With samples, their files come first: where the result is, they are.
     """
@@ -207,11 +207,11 @@ def save(found: dict, tracker, output: Path, header: dict) -> Path:
         if not written or len(logs) < len(samples):
             raise InputError(f"lm_eval could not write its result below {scratch}; is the disk full?")
         json.loads(written[0].read_text(encoding="utf-8"))
-        place = output / written[0].parent.name / written[0].name
+        path = output / written[0].parent.name / written[0].name
         for file in (*logs, written[0]):
-            with results.replacing(place.parent / file.name) as temporary:
+            with results.replacing(path.parent / file.name) as temporary:
                 shutil.copyfile(file, temporary)
-    return place
+    return path
 
 
 def scores(found: dict) -> list[str]:
@@ -323,8 +323,8 @@ def evaluate_once(
         return f"  finished before: {done}"
     found, tracker = evaluate(ref, base, manager, args, dtype, process.device, swap and swap[:2])
     more = {"gate": swap[3]} if swap else {}
-    place = save(found, tracker, output, results.header(SCHEMA, **wanted, **more, device=str(process.device)))
-    return "\n".join([*scores(found), f"  {place}"])
+    path = save(found, tracker, output, results.header(SCHEMA, **wanted, **more, device=str(process.device)))
+    return "\n".join([*scores(found), f"  {path}"])
 
 
 if __name__ == "__main__":

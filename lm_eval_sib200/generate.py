@@ -73,8 +73,8 @@ def hub_files(languages: list[str]) -> dict[str, str]:
     """File name -> text of the committed folder: data from the hub, one configuration of the data set a language."""
     files = {TEMPLATE: template("Davlan/sib200"), GROUP_FILE: group(languages)}
     for code in languages:
-        own = [f"include: {_quoted(TEMPLATE)}", f"task: {_quoted(task_name(code))}", f"dataset_name: {_quoted(code)}"]
-        files[f"{task_name(code)}.yaml"] = "\n".join([MARK, *own, ""])
+        lines = [f"include: {_quoted(TEMPLATE)}", f"task: {_quoted(task_name(code))}", f"dataset_name: {_quoted(code)}"]
+        files[f"{task_name(code)}.yaml"] = "\n".join([MARK, *lines, ""])
     return files
 
 
@@ -102,7 +102,7 @@ def tsv_files(folder: str | os.PathLike) -> dict[str, str]:
         for path in paths.values():
             read_tsv(path)
         # An include is replaced key by key, not merged: everything below dataset_kwargs has to stand here.
-        own = [
+        lines = [
             f"include: {_quoted(TEMPLATE)}",
             f"task: {_quoted(task_name(code))}",
             "dataset_kwargs:",
@@ -110,7 +110,7 @@ def tsv_files(folder: str | os.PathLike) -> dict[str, str]:
             "  data_files:",
             *(f"    {split}: {_quoted(str(path))}" for split, path in paths.items()),
         ]
-        files[f"{task_name(code)}.yaml"] = "\n".join([MARK, *own, ""])
+        files[f"{task_name(code)}.yaml"] = "\n".join([MARK, *lines, ""])
     return files
 
 

@@ -36,7 +36,7 @@ class Swap:
         """None without --swap.
 
         Raises:
-            InputError: no base, no layers, or no place for results that are not the study's own models'.
+            InputError: no base, no layers, or no folder for the results of models that are changed.
         """
         if args.swap is None:
             if args.base or args.layers:
@@ -76,9 +76,9 @@ class Swap:
             if found[-1] >= pair.n_layers:
                 raise InputError(f"--layers names layer {found[-1]}; the model has layers 0 to {pair.n_layers - 1}")
             return found
-        place = "lsn_rich" if self.kind == "ffn" else "interface"
+        layer_set = "lsn_rich" if self.kind == "ffn" else "interface"
         models = [pair.base_ref.describe(), pair.target_ref.describe()]
-        return layer_lists.read_layers(Path(self.layers), place, pair.n_layers, models)[0]
+        return layer_lists.read_layers(Path(self.layers), layer_set, pair.n_layers, models)[0]
 
     def facts(self, pair: surgery.Pair, recipe: surgery.Recipe) -> dict:
         """What the result's header says of the swap; the target is the header's model."""
