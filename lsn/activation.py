@@ -185,7 +185,8 @@ def content(counts: torch.Tensor, routed: torch.Tensor, widths: dict, plan, size
         sums = routed.cumsum(0)
         found |= {"routed": sums[-1].clone(), "snapshots_routed": sums[:-1].clone()}
         beside = any(
-            own not in (0, all_of) for own, all_of in zip(widths["routed_width"], widths["width"], strict=True)
+            routed_width not in (0, width)
+            for routed_width, width in zip(widths["routed_width"], widths["width"], strict=True)
         )
         found |= {"routed_width": torch.tensor(widths["routed_width"])} if beside else {}
     if routed.shape[-1] or len(set(widths["width"])) > 1:
@@ -214,10 +215,10 @@ def count_file(
     groups = [arch.neurons(config, layer) for layer in range(arch.n_layers(config))]
     widths = {
         "width": ffn.widths(arch, config),
-        "routed_width": [sum(group.stop - group.first for group in own if group.experts) for own in groups],
+        "routed_width": [sum(group.stop - group.first for group in of_layer if group.experts) for of_layer in groups],
     }
     shape = (len(groups), max(widths["width"]))
-    experts = max((group.experts for own in groups for group in own), default=0)
+    experts = max((group.experts for of_layer in groups for group in of_layer), default=0)
     plan = batches(len(job.blocks), job.request["batch_size"])
     if anew and process.is_main:
         unfinished.remove_partial(job.out)
@@ -268,7 +269,7 @@ def build_parser():
     add("-t", "--type", choices=("llama", "qwen"), help=text)
     text = "where counts go; default: the study's lsn/activation_count"
     add("-s", "--save_folder", "-o", "--output", metavar="FOLDER", help=text)
-    text = "first part of the files' names; default: the study's name, and of another model its own"
+    text = "first part of the files' names; default: the study's name, or that of another model"
     add("-n", "--name", metavar="NAME", help=text)
     text = "tokens a block; default: that of -t, at most the model's positions"
     add("--block-size", type=cli.positive, metavar="N", help=text)
@@ -374,8 +375,8 @@ def read(path: Path, ref: refs.ModelRef, run: str | None, size: int, tokens: int
     except InputError:
         cli.warn(f"{ref.spec} has no tokenizer files: it is taken on trust that the token ids are of its tokenizer")
         home = None
-    own = tokenizer_id.of_plain_text(home) if home else None
-    ids, head = tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=own)
+    vocabulary = tokenizer_id.of_plain_text(home) if home else None
+    ids, head = tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=vocabulary)
     blocks = ffn.blocks(ids, size, tokens, str(path))
     limited = limit if limit is not None and limit < len(blocks) else None
     blocks = blocks[:limited]

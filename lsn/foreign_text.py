@@ -44,8 +44,8 @@ def letter_table(scripts: tuple[str, ...]) -> np.ndarray:
 
     table = np.zeros(sys.maxunicode + 1, np.uint8)
     every = "".join(map(chr, range(sys.maxunicode + 1)))
-    own = "".join(rf"\p{{Script={script}}}" for script in scripts)
-    for value, letters in ((1, r"\p{L}+"), (2, rf"(?:(?=\p{{L}})[{own}])+")):
+    classes = "".join(rf"\p{{Script={script}}}" for script in scripts)
+    for value, letters in ((1, r"\p{L}+"), (2, rf"(?:(?=\p{{L}})[{classes}])+")):
         for run in regex.finditer(letters, every):
             table[run.start() : run.end()] = value
     return table
@@ -63,10 +63,10 @@ def script_judge(scripts: tuple[str, ...]) -> Callable[[list[str]], list[str]]:
         kinds = table[codes]
         ends = np.cumsum([len(piece) for piece in pieces])
         # Differences of running sums, because a piece may be empty.
-        letters, own = (
+        letters, of_scripts = (
             np.diff(np.concatenate([[0], np.cumsum(kinds >= kind)])[np.concatenate([[0], ends])]) for kind in (1, 2)
         )
-        return ["other" if wrong else "" for wrong in ((letters > 0) & (2 * own <= letters)).tolist()]
+        return ["other" if wrong else "" for wrong in ((letters > 0) & (2 * of_scripts <= letters)).tolist()]
 
     return judge
 
@@ -90,7 +90,7 @@ def langid_labels(code: str) -> list[str]:
 
 
 def language_judge(labels: list[str]) -> Callable[[list[str]], list[str]]:
-    """A function that says which other language each piece is identified as, `` for the own one or for no language."""
+    """A function that says which other language each piece is identified as, `` for that of `labels` or for none."""
     import py3langid
 
     fine = {*labels, NO_LANGUAGE}

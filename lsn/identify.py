@@ -163,9 +163,9 @@ def of_counts(counts: list[Counts], **rates) -> Selection:
     return select(over_zero, tokens, [one.lang for one in counts], exists=counts[0].exists, **rates)
 
 
-def by_layer(places: np.ndarray, n_layers: int) -> Layers:
+def by_layer(pairs: np.ndarray, n_layers: int) -> Layers:
     """Sorted (layer, neuron) pairs [n, 2] as {layer: [neurons]} with every layer."""
-    return {layer: places[places[:, 0] == layer, 1].tolist() for layer in range(n_layers)}
+    return {layer: pairs[pairs[:, 0] == layer, 1].tolist() for layer in range(n_layers)}
 
 
 def richest(layers: Layers, n: int) -> list[int]:
@@ -218,13 +218,13 @@ def identify(counts: list[Counts], outputs: dict[str, tuple], passed: dict | Non
 
 
 def refuse_stale(counts: list[Counts], study: Study) -> None:
-    """Refuse the study's own counts where its models have been trained again since.
+    """Refuse the study's counts where its models have been trained again since.
 
     Raises:
         InputError: the counts are of none of the study's models.
     """
     made_for, here = model_of(counts), [study.get("base"), study.get("run")]
-    if made_for is None or not all(isinstance(place, str) and Path(place).is_dir() for place in here):
+    if made_for is None or not all(isinstance(spec, str) and Path(spec).is_dir() for spec in here):
         return
     if not relatives.belongs(made_for, [ref.describe() for ref in [refs.model(here[0]), *refs.run(here[1])]]):
         raise InputError(
@@ -310,7 +310,7 @@ def main(argv=None) -> None:
     if study and not args.activation:
         refuse_stale(counts, study)
     called = dotted(tag, other_than(study, counts) if study and tag == study.name and not args.output else "")
-    mask_path, control_path, layers_path = places(study, called, args)
+    mask_path, control_path, layers_path = output_paths(study, called, args)
     n_layers, ffn_width = counts[0].over_zero.shape
     layers_lang, n_rich = wanted_layers(study, args, langs, layers_path, n_layers, model_of(counts))
     as_interface = layers_path and study.value(args.n_layers, "--n-layers", "lsn.layers", None) is None
@@ -344,10 +344,10 @@ def main(argv=None) -> None:
 
 
 def counts_folder(args, study: Study, tag: str) -> Path:
-    """Where the counts are: -a, else the study's place, else where the published README has them written."""
-    by_hand, own = Path(BY_HAND), study.result("lsn_counts")
-    if study and not args.activation and has_counts(by_hand, tag) and not has_counts(own, tag):
-        cli.say(f"{own} has no counts {tag}.<lang>.pt; using those in {by_hand}")
+    """Where the counts are: -a, else the study's folder, else where the published README has them written."""
+    by_hand, in_study = Path(BY_HAND), study.result("lsn_counts")
+    if study and not args.activation and has_counts(by_hand, tag) and not has_counts(in_study, tag):
+        cli.say(f"{in_study} has no counts {tag}.<lang>.pt; using those in {by_hand}")
         return by_hand
     return study.input(args.activation or (None if study else by_hand), "-a", "lsn_counts")
 
@@ -369,7 +369,7 @@ def refuse_one(langs: list[str], counted: list[str], folder: Path, tag: str, fla
 
 
 def other_than(study: Study, counts: list[Counts]) -> str:
-    """What tells counts from the study's own, of its last checkpoint and all its languages; mostly nothing."""
+    """What tells counts from those of the study, of its last checkpoint and all its languages; mostly nothing."""
     words, made_for = [], model_of(counts)
     with contextlib.suppress(InputError):  # results may outlive their models
         last = refs.run(study.value(None, "-t", "run"))[-1]
@@ -394,14 +394,14 @@ def wanted_rates(rate, filter_rate: float, bar_rate: float | None) -> dict[str, 
     return {name: float(value) for name, value in rates.items()}
 
 
-def places(study: Study, tag: str, args) -> tuple[Path, Path | None, Path | None]:
+def output_paths(study: Study, tag: str, args) -> tuple[Path, Path | None, Path | None]:
     """Where mask, control mask and layers go; outside a study the last two are written on request only."""
     out = Path(args.output or "result") if args.output or not study else study.result("lsn_mask").parent
 
-    def place(given: str | None, name: str) -> Path | None:
+    def path(given: str | None, name: str) -> Path | None:
         return Path(given) if given else out / f"{tag}.{name}.json" if study else None
 
-    return out / f"{tag}.json", place(args.control_mask_out, "control"), place(args.layers_out, "layers")
+    return out / f"{tag}.json", path(args.control_mask_out, "control"), path(args.layers_out, "layers")
 
 
 def wanted_layers(study: Study, args, langs, path: Path | None, n_layers: int, model) -> tuple[str | None, int | None]:

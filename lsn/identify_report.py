@@ -118,7 +118,7 @@ def draw_convergence(path: Path, found: dict) -> None:
 
 
 def draw_no_convergence(path: Path) -> None:
-    """In the place of the curve, where there are no parts of the tokens to compare."""
+    """Instead of the curve, where there are no parts of the tokens to compare."""
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(figures.COLUMN, 0.8))
         axis.set_axis_off()

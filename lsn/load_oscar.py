@@ -339,11 +339,11 @@ def sources(args, study: Study, chosen: list[str]) -> dict[str, tuple[dict, dict
     local: dict[str, tuple[str, str, str]] = {}
     for flag, kind, items in (("--text", "text", args.text), ("--parquet", "parquet", args.parquet)):
         for item in items or []:
-            ((lang, place),) = language_files([item], flag).items()
+            ((lang, pattern),) = language_files([item], flag).items()
             code = languages.find(chosen, lang, f"{flag} {item}: languages asked for")
             if code in local:
                 raise InputError(f"{flag} {item}: the text of {code} is given twice; give one source for a language")
-            local[code] = (kind, place, f"{flag} {item}")
+            local[code] = (kind, pattern, f"{flag} {item}")
     in_study = study.get("data.lsn_text", {})
     found = {}
     for code in chosen:

@@ -92,20 +92,20 @@ def batches(
 # ---------------------------------------------------------------- where text comes from
 
 
-def local_source(kind: str, place: str, given: str) -> tuple[dict, dict]:
+def local_source(kind: str, pattern: str, given: str) -> tuple[dict, dict]:
     """What a header says of local files (`documents_of` reads from it), and what identifies them wherever they lie.
 
     Args:
         kind: `text` (one file) or `parquet` (a file, a folder or a pattern).
-        given: how the user gave `place`, for the message.
+        given: how the user gave `pattern`, for the message.
 
     Raises:
         InputError: no such file, or one that holds no text.
     """
     fingerprint = cli.sibling("cpt/packing.py").fingerprint
-    path = Path(place)
+    path = Path(pattern)
     if kind == "parquet":
-        paths = sorted(path.rglob("*.parquet")) if path.is_dir() else sorted(map(Path, glob.glob(place)))
+        paths = sorted(path.rglob("*.parquet")) if path.is_dir() else sorted(map(Path, glob.glob(pattern)))
     else:
         paths = [path]
     if path.is_file():  # a name may hold the signs of a pattern
