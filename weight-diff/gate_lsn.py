@@ -44,7 +44,7 @@ SUMMARY = {"layers": "lsn", "control": "control"}  # mask -> key of its mean ove
 
 def mask_change(layers: dict[int, Change], mask: masks.Layers) -> dict[str, dict[str, float]]:
     """`{"layer_<l>": {"gate_proj": mean |dW| over the rows of its neurons}}`, of layers in which the mask has any."""
-    return {f"layer_{i}": {KEY: float(layers[i].row_means[own].mean())} for i, own in mask.items() if own}
+    return {f"layer_{i}": {KEY: float(layers[i].row_means[neurons].mean())} for i, neurons in mask.items() if neurons}
 
 
 def mean_over_layers(layers: dict[str, dict[str, float]]) -> float:
@@ -135,13 +135,13 @@ def main(argv=None) -> None:
     arch = archs.for_config(config)
     facts = models.facts()
     widths = [arch.ffn_width(config, layer) for layer in range(facts["n_layers"])]
-    own, control = masks.read_both(mask_file, control_file, lang, len(widths), widths, models.known())
-    chosen = {"layers": own} | ({"control": control} if control else {})
+    specific, control = masks.read_both(mask_file, control_file, lang, len(widths), widths, models.known())
+    chosen = {"layers": specific} | ({"control": control} if control else {})
     facts |= {
         "ffn_width": max(widths),
         "language": languages.canonical(lang, any_tag=True),
         "projection": arch.neuron_projection,
-        "mask": fingerprint(own),
+        "mask": fingerprint(specific),
         "control": fingerprint(control) if control_file else None,
         "mask_file": mask_file,
         "control_file": control_file,

@@ -44,8 +44,8 @@ def layer_changes(layers: dict[int, dict[str, Change]]) -> list[float | None]:
     The router of a mixture of experts is no projection, and all experts together are one. A layer without attention has
     those of its FFN, and the other way round; None of one that has neither.
     """
-    own = [[change for name, change in layers[i].items() if name in archs.PROJECTIONS] for i in sorted(layers)]
-    return [sum(change.mean_abs for change in here) / len(here) if here else None for here in own]
+    by_layer = [[change for name, change in layers[i].items() if name in archs.PROJECTIONS] for i in sorted(layers)]
+    return [sum(change.mean_abs for change in here) / len(here) if here else None for here in by_layer]
 
 
 def group_mean(change: list[float | None], layers: list[int]) -> float:
