@@ -147,13 +147,13 @@ def models(study: Study, report: Report) -> list[Model]:
             report.say(f"with {len(steps)} of them a correlation (C4, C6) has no interval; four or more give one")
     one = first or next(iter(found), None)
     for model in found:
-        report.tried(_refuse_unlike, one, model)
+        report.tried(_check_pair, one, model)
     if first and found:
         tokenizers(study, [first, *found], report)
     return [model for model in [first, *found] if model]
 
 
-def _refuse_unlike(base: Model, other: Model) -> None:
+def _check_pair(base: Model, other: Model) -> None:
     """Refuse what is no pair for the scripts. One of the two may have a vision tower beside the same language model."""
     kinds, layers = zip(base.shape, other.shape, strict=True)
     if archs.text_type(base.config) != archs.text_type(other.config):
@@ -164,12 +164,12 @@ def _refuse_unlike(base: Model, other: Model) -> None:
 
 def _is_there(study: Study, key: str, report: Report) -> bool:
     """Whether there is a model to look at; said where the study trains it first, a problem where nothing names it."""
-    place, trained = study.get(key), study.get("train.base" if key == "base" else "train.cpt")
-    if place is None:
+    spec, trained = study.get(key), study.get("train.base" if key == "base" else "train.cpt")
+    if spec is None:
         report.tried(study.value, None, f"the key {key}", key)
         return False
-    if trained and not (isinstance(place, str) and (Path(place) / "train.json").is_file()):
-        report.say(f"{key} {place}: trained first, by {trained}")
+    if trained and not (isinstance(spec, str) and (Path(spec) / "train.json").is_file()):
+        report.say(f"{key} {spec}: trained first, by {trained}")
         return False
     return True
 
@@ -194,7 +194,7 @@ def tokenizers(study: Study, found: list[Model], report: Report) -> None:
     if len(kinds) == 1:
         report.say("tokenizers: all alike")
     elif kinds:
-        groups = "; ".join(", ".join(own) for own in kinds.values())
+        groups = "; ".join(", ".join(models) for models in kinds.values())
         report.say(
             f"tokenizers: {len(kinds)} kinds ({groups}): retrieval, loss and task take each model's own; token ids of "
             "Part II are made with the base's, and models whose plain text has other ids refuse them"
@@ -226,8 +226,8 @@ def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
                 sizes["target"] += tokens * languages.same(code, str(study.get("languages.target")))
     task = study.get("data.task")
     if task:
-        place = task.get("dir")
-        where = f"in {place}{report.tried(_text, study, place) or ''}" if place else "from the hub"
+        folder = task.get("dir")
+        where = f"in {folder}{report.tried(_text, study, folder) or ''}" if folder else "from the hub"
         report.say(f"task {task.get('name')}, {where}")
     return sizes
 
