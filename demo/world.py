@@ -290,8 +290,8 @@ def claim(out: Path, config: dict, overwrite: bool) -> bool:
     strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS) if out.is_dir() else [out.name]
     if strangers:
         raise InputError(f"{out} holds {strangers[0]}, which is no part of a world; give --out a new folder")
-    place = out / "world.json"
-    return not results.finished(place, SCHEMA, config, "--out a new folder", overwrite, lambda found: found["config"])
+    path = out / "world.json"
+    return not results.finished(path, SCHEMA, config, "--out a new folder", overwrite, lambda found: found["config"])
 
 
 def build_parser():

@@ -56,7 +56,7 @@ def neuron_rows(seeds: dict[int, dict]) -> Rows:
 
 
 def deactivation_rows(seeds: dict[int, dict]) -> Rows:
-    """Changes of NLL per token (thousandths), the selectivity and its place among random sets."""
+    """Changes of NLL per token (thousandths), the selectivity and its rank among random sets."""
     rows, languages = [], []
     for seed, found in seeds.items():
         languages = found["deactivation"]["languages"]
@@ -99,7 +99,7 @@ def interval(found: dict, key: str = "correlation") -> str:
 
 
 def swap_rows(seeds: dict[int, dict]) -> Rows:
-    """Component swaps of the last checkpoint: what each moves, what it costs, its place among random layers."""
+    """Component swaps of the last checkpoint: what each moves, what it costs, its rank among random layers."""
     rows = []
     for seed, found in seeds.items():
         for name in (*CONDITIONS, *(f"{name}_embeddings" for name in CONDITIONS), "embeddings"):
@@ -109,7 +109,7 @@ def swap_rows(seeds: dict[int, dict]) -> Rows:
             if at is None:
                 continue
             row = sets[at]
-            places = row.get("place") or {}
+            ranks = row.get("place") or {}
             cells = []
             for measure in ("retrieval_mean", "nll_per_byte"):
                 if measure not in row["values"]:
@@ -117,8 +117,8 @@ def swap_rows(seeds: dict[int, dict]) -> Rows:
                     continue
                 lost = row["gain_lost"].get(measure)
                 cells.append(f"{row['values'][measure]:.3f}" + (f" ({lost:.0%})" if lost is not None else ""))
-                place = places.get(measure)
-                cells.append(f"{place['rank']} of {place['n_random'] + 1}" if place else "-")
+                rank = ranks.get(measure)
+                cells.append(f"{rank['rank']} of {rank['n_random'] + 1}" if rank else "-")
             layers = ", ".join(map(str, row["layers"])) or "-"
             rows.append([seed, name, layers, f"{row['share']:.1%}", *cells])
     head = ["seed", "from the base", "layers", "parameters", "retrieval (gain lost)", "rank"]
@@ -126,15 +126,15 @@ def swap_rows(seeds: dict[int, dict]) -> Rows:
 
 
 def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
-    """For each seed the two swaps among random layers of their own component."""
+    """For each seed the two swaps among those of the same component in random layers."""
     rows = []
     for seed, found in seeds.items():
-        for side, own, words in (
+        for side, treatment, words in (
             ("attention", "attention_interface", "attention, interface"),
             ("ffn", "ffn_lsn_rich", "FFN, LSN-rich layers"),
         ):
             payload = found[side]
-            mine = payload["sets"][controls.find(payload["sets"], own)]
+            mine = payload["sets"][controls.find(payload["sets"], treatment)]
             rows.append(swap_figure.row_of(payload, mine, f"seed {seed}: {words}", side))
     swap_figure.draw(path, rows, "one component of the base in some layers, among random layers")
 
