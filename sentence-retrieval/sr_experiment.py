@@ -22,17 +22,18 @@ from pathlib import Path
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli, languages, processes, results, sources, stats
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.lazy import torch, transformers
+from cpt_utils.base.lazy import np, torch, transformers
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, opening, refs, tokenization, tokenizer_id
-from cpt_utils.measures import gate
-from cpt_utils.models import loading
+from cpt_utils.measures import curves, gate
+from cpt_utils.models import loading, states
 from cpt_utils.models.batching import Encoded, encode, for_each, padded, positions
-from cpt_utils.models.states import pooled_states
 
 figure = cli.sibling("sentence-retrieval/sr_figure.py")
 chosen = cli.sibling("sentence-retrieval/sr_models.py")
+scoring = cli.sibling("sentence-retrieval/sr_scores.py")
 Job = chosen.Job
+DIGITS = 4  # of what is no count: further ones are float rounding, which moves with the batch
 
 SCHEMA = "sentence-retrieval"
 RESULTS = {"retrieval": "sentence-retrieval"}
@@ -50,8 +51,6 @@ CAPTIONS = {
     "retrieval_components": """Part II: 4. Component swaps
         Retrieval over hidden states of the last checkpoint and after its two component swaps.""",
 }
-MARGINS = ("ratio", "distance", "absolute")
-SHUFFLES = 100
 
 
 # ---------------------------------------------------------------- the method
@@ -60,12 +59,12 @@ SHUFFLES = 100
 def sentence_vectors(
     model: transformers.PreTrainedModel, arch: archs.Arch, sentences: Encoded, pad: int, batch_size: int | None = None,
     special_tokens: bool = True, padding_side: str = "right", desc: str = "",
-) -> torch.Tensor:  # fmt: skip
-    """Mean over the non-padding tokens of each hidden state: [L+1, sentences, hidden] on the CPU, in float32 (float64
-    for a float64 model).
+) -> states.Pooled:  # fmt: skip
+    """The non-padding tokens of each hidden state, pooled in every way, in one pass: [L+1, sentences, hidden] each, on
+    the CPU, in float32 (float64 for a float64 model).
 
     Entry 0 is the embedding output; the last entry is taken after the final norm. With `special_tokens` False the
-    tokens that the tokenizer adds (BOS, EOS) are read by the model but left out of the mean.
+    tokens that the tokenizer adds (BOS, EOS) are read by the model but enter nothing.
     """
     vectors, device = None, loading.input_device(model)
 
@@ -79,107 +78,40 @@ def sentence_vectors(
             if not keep.any(1).all():
                 raise InputError("a sentence consists of special tokens only; keep them in the mean, or remove it")
         ids, mask, keep = (t.to(device) for t in (ids, mask, keep))
-        pooled = pooled_states(model, arch, ids, mask, keep).cpu()
+        pooled = [part.cpu() for part in states.pooled_states(model, arch, ids, mask, keep)]
         if vectors is None:
-            vectors = torch.empty(len(pooled), len(sentences.ids), pooled.shape[-1], dtype=pooled.dtype)
-        vectors[:, rows] = pooled
+            n = len(sentences.ids)
+            vectors = states.Pooled(*(part.new_empty(len(part), n, *part.shape[2:]) for part in pooled))
+        for whole, part in zip(vectors, pooled, strict=True):
+            whole[:, rows] = part
         bar.update(len(rows))
 
     with cli.progress(desc=desc, total=len(sentences.ids), unit="sentence") as bar:
         for_each(model, "states", [len(ids) for ids in sentences.ids], pool, batch_size)
-    if not torch.isfinite(vectors).all():
+    if not all(torch.isfinite(part).all() for part in vectors):
         raise InputError("the hidden states are not finite: NaN weights, or an overflow (try --dtype float32)")
     return vectors
-
-
-def cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of every row of `x` [n, hidden] with every row of `y` [m, hidden]: [n, m]."""
-    return torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(y, dim=1).T
-
-
-def margin_scores(a: torch.Tensor, variant: str = "ratio", k: int = 4) -> torch.Tensor:
-    """Score of every pair from the cosines `a` [n, m] (Artetxe and Schwenk, 2019).
-
-    With m_i the mean of the k largest entries of row i, m_j of column j, and b_ij = (m_i + m_j) / 2 + 1e-6:
-    `ratio` a / b, `distance` a - b, `absolute` a. With fewer than k sentences, all of them are neighbours.
-    """
-    if variant == "absolute":
-        return a
-    rows = a.topk(min(k, a.shape[1]), dim=1).values.mean(1, keepdim=True)
-    columns = a.topk(min(k, a.shape[0]), dim=0).values.mean(0, keepdim=True)
-    b = (rows + columns) / 2 + 1e-6
-    return a / b if variant == "ratio" else a - b
-
-
-@dataclasses.dataclass(frozen=True)
-class Retrieval:
-    """Hits at each hidden state, boolean [L+1, sentences]; `chance` [L+1] is the accuracy of shuffled pairings."""
-
-    hits: torch.Tensor
-    hits_reverse: torch.Tensor
-    hits_centred: torch.Tensor
-    chance: torch.Tensor
-
-    @property
-    def accuracy(self) -> list[float]:
-        """Base -> target accuracy at every hidden state: the paper's measure."""
-        return _mean(self.hits)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The hits as uint8, for the `.pt` beside the JSON: step 2 resamples their sentences."""
-        return {name: getattr(self, name).byte() for name in ("hits", "hits_reverse", "hits_centred")}
-
-    @property
-    def mean_accuracy(self) -> list[float]:
-        """The mean of both directions at every hidden state."""
-        return [(f + b) / 2 for f, b in zip(_mean(self.hits), _mean(self.hits_reverse), strict=True)]
-
-
-def retrieve(
-    base: torch.Tensor, target: torch.Tensor, variant: str = "ratio", k: int = 4, seed: int = 42,
-    first: tuple[list[int], list[int]] | None = None,
-) -> Retrieval:  # fmt: skip
-    """Retrieve at every hidden state, from sentence vectors [L+1, sentences, hidden] of two languages, paired by row.
-
-    A hit is a sentence whose highest score is its translation, or another copy of that: copies are one sentence, and
-    which of them scores highest is float rounding, so that it moves with the batch. `hits_centred` is base -> target
-    after each language's mean vector is taken off: what is left of a fall in accuracy that a mere offset between
-    languages causes.
-
-    Args:
-        first: of base and target, where each sentence stands first in its list (`Encoded.first`); None: none repeats.
-    """
-    own = torch.arange(base.shape[1])
-    asks, answers = (own, own) if first is None else map(torch.tensor, first)
-    generator = torch.Generator().manual_seed(seed)
-    shuffles = torch.stack([torch.randperm(len(own), generator=generator) for _ in range(SHUFFLES)])
-    forward, backward, centred, chance = [], [], [], []
-    for x, y in zip(base, target, strict=True):
-        scores = margin_scores(cosine(x, y), variant, k)
-        found = answers[scores.argmax(1)]
-        forward.append(found == answers)
-        backward.append(asks[scores.argmax(0)] == asks)
-        chance.append((found == answers[shuffles]).double().mean())
-        level = margin_scores(cosine(x - x.mean(0), y - y.mean(0)), variant, k)
-        centred.append(answers[level.argmax(1)] == answers)
-    return Retrieval(torch.stack(forward), torch.stack(backward), torch.stack(centred), torch.stack(chance))
 
 
 def measure(
     model: transformers.PreTrainedModel, arch: archs.Arch, tokenizer: transformers.PreTrainedTokenizerBase,
     base: Encoded, target: Encoded, variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int | None = None,
     special_tokens: bool = True, desc: str = "",
-) -> Retrieval:  # fmt: skip
-    """Vectors of both languages, then `retrieve`."""
+) -> scoring.Retrieval:  # fmt: skip
+    """Both languages pooled by one pass over each."""
     pad = tokenizer.pad_token_id
     sides = [
         sentence_vectors(model, arch, side, pad, batch_size, special_tokens, desc=f"{desc}{name}")
         for side, name in ((base, "base language"), (target, "target language"))
     ]
-    return retrieve(*sides, variant, k, seed, (base.first, target.first))
+    lengths = tuple(
+        [len(ids) - (0 if special_tokens else sum(own)) for ids, own in zip(side.ids, side.special, strict=True)]
+        for side in (base, target)
+    )
+    return scoring.Retrieval(*sides, variant, k, seed, (base.first, target.first), lengths)
 
 
-def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **how) -> Retrieval:
+def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **how) -> scoring.Retrieval:
     """`measure` of `pairs`, tokenized for the model `name`; `how` are its other arguments.
 
     Also what the swap controls run on a model that is swapped in memory.
@@ -197,35 +129,28 @@ def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **h
     return measure(model, arch, tokenizer, *sides, **how)
 
 
-def _mean(hits: torch.Tensor) -> list[float]:
-    return hits.double().mean(1).tolist()
-
-
 # ---------------------------------------------------------------- the result
 
 
-def payload(found: Retrieval, model_path: str, base: str, target: str, seed: int) -> dict:
+def payload(found: scoring.Retrieval, model_path: str, base: str, target: str, seed: int) -> dict:
     """The JSON of one model, without its header. Accuracies are shares in [0, 1], one entry per hidden state 0..L."""
 
-    def by_layer(values) -> list:
-        return [[layer, value] for layer, value in enumerate(values)]
+    def by_layer(values, digits: int | None = None) -> list:
+        rows = values.tolist() if digits is None else values.double().round(decimals=digits).tolist()
+        return [[layer, value] for layer, value in enumerate(rows)]
 
-    low, high = stats.bootstrap_means(found.hits.numpy(), seed)
-    both = (found.hits.double() + found.hits_reverse.double()) / 2
-    low_both, high_both = stats.bootstrap_means(both.numpy(), seed)
-    return {
-        "model_path": model_path,
-        "base_lang": base,
-        "target_lang": target,
-        "timestamp": results.now(),
-        "layer_accuracy": by_layer(found.accuracy),
-        "layer_accuracy_ci": by_layer(zip(low.tolist(), high.tolist(), strict=True)),
-        "reverse_accuracy": by_layer(_mean(found.hits_reverse)),
-        "mean_accuracy": by_layer(found.mean_accuracy),
-        "mean_accuracy_ci": by_layer(zip(low_both.tolist(), high_both.tolist(), strict=True)),
-        "centred_accuracy": by_layer(_mean(found.hits_centred)),
-        "shuffled_accuracy": by_layer(found.chance.tolist()),
-    }
+    units = {curve.key: getattr(found, curve.hits).double() for curve in curves.MEASURES.values()}
+    units["mean_accuracy"] = (found.hits.double() + found.hits_reverse.double()) / 2
+    units |= {key: getattr(found, key) for key in curves.DIAGNOSTICS}
+    ends = torch.from_numpy(np.stack(stats.bootstrap_means(torch.stack(list(units.values())).numpy(), seed), -1))
+    content = {"model_path": model_path, "base_lang": base, "target_lang": target, "timestamp": results.now()}
+    for (key, each), interval in zip(units.items(), ends, strict=True):
+        digits = DIGITS if key in curves.DIAGNOSTICS else None
+        content |= {key: by_layer(each.mean(1), digits), f"{key}_ci": by_layer(interval, digits)}
+    content["mean_accuracy"] = [[layer, value] for layer, value in enumerate(found.mean_accuracy)]
+    content["reverse_accuracy"] = by_layer(found.hits_reverse.double().mean(1))
+    content["shuffled_accuracy"] = by_layer(found.chance)
+    return results.plain(content)
 
 
 def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
@@ -346,7 +271,7 @@ def build_parser():
     add("--target", metavar="LANG", help="language that is searched; default: the study's languages.target")
     text = "default: artifacts; inside a study <results>/sentence-retrieval"
     add("--artifact-out", "--output", metavar="DIR", help=text)
-    add("--margin-variant", choices=MARGINS, default="ratio", help="score of a pair; default ratio")
+    add("--margin-variant", choices=scoring.MARGINS, default="ratio", help="score of a pair; default ratio")
     add("--k", type=cli.positive, default=4, metavar="N", help="nearest neighbours of the margin; default 4")
     add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: in")
     text = "only what was asked for: no untrained twin, nor the study's base beside the models of --model_path"

@@ -391,7 +391,7 @@ def check_swap(case, pair, recipe, slow, out) -> None:
 def test_hidden_states(case, side):
     """Pooled states of a padded batch = means over `output_hidden_states`, one sentence at a time."""
     model, sentences = case.models[1], [[5, 9, 17, 40, 3], [7, 8], [30, 31, 32, 33, 34, 35]]
-    pooled = pooled_states(model, case.arch, *padded(sentences, pad=0, side=side))
+    pooled = pooled_states(model, case.arch, *padded(sentences, pad=0, side=side)).mean
     assert pooled.shape == (len(blocks_of(model)) + 1, len(sentences), 32)
     for i, ids in enumerate(sentences):
         with torch.inference_mode():

@@ -12,6 +12,7 @@ from cpt_utils.architectures.archs import for_config
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.measures import gate
+from cpt_utils.models import states
 from cpt_utils.models.batching import encode
 
 WORDS_A = "the cat dog sees a red house runs fast seven birds sing loud today rivers".split()  # noqa: SIM905
@@ -30,6 +31,12 @@ def sentences(words, n, seed):
 @pytest.fixture(scope="module")
 def sr():
     return load_script("sentence-retrieval/sr_experiment.py")
+
+
+def retrieve(sr, base, target, *how, **more):
+    """Retrieval over the vectors alone, however they were pooled."""
+    share = base[..., 0].abs()
+    return sr.scoring.Retrieval(*(states.Pooled(x, x, x, x, share) for x in (base, target)), *how, **more)
 
 
 def slow_accuracy(model, tokenizer, base, target, variant, k=4):
@@ -85,7 +92,7 @@ def test_batch_size_and_padding_side_move_nothing_but_ties(sr, dtype):
 
     def vectors(batch_size, padding):
         return [
-            sr.sentence_vectors(model, arch, side, tokenizer.pad_token_id, batch_size, padding_side=padding)
+            sr.sentence_vectors(model, arch, side, tokenizer.pad_token_id, batch_size, padding_side=padding).mean
             for side in sides
         ]
 
@@ -93,8 +100,8 @@ def test_batch_size_and_padding_side_move_nothing_but_ties(sr, dtype):
     for batch_size, padding in ((64, "right"), (64, "left"), (7, "left"), (None, "right")):
         other = vectors(batch_size, padding)
         for layer in range(len(reference[0])):
-            scores = sr.margin_scores(sr.cosine(reference[0][layer], reference[1][layer]))
-            again = sr.margin_scores(sr.cosine(other[0][layer], other[1][layer]))
+            scores = sr.scoring.margin_scores(sr.scoring.cosine(reference[0][layer], reference[1][layer]))
+            again = sr.scoring.margin_scores(sr.scoring.cosine(other[0][layer], other[1][layer]))
             changed = (scores.argmax(1) != again.argmax(1)).nonzero().flatten().tolist()
             top = scores.topk(2, dim=1).values
             margins = {i: float(top[i, 0] - top[i, 1]) for i in changed}
@@ -106,7 +113,7 @@ def test_batch_size_and_padding_side_move_nothing_but_ties(sr, dtype):
 def test_a_language_against_itself_is_found_at_every_layer(sr):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     side = encode(tokenizer, sentences(WORDS_A, 40, 5))
-    for variant in sr.MARGINS:
+    for variant in sr.scoring.MARGINS:
         found = sr.measure(model, for_config(model.config), tokenizer, side, side, variant)
         assert found.accuracy == found.mean_accuracy == [1.0] * 4
 
@@ -114,12 +121,12 @@ def test_a_language_against_itself_is_found_at_every_layer(sr):
 def test_shuffled_pairs_give_chance(sr):
     torch.manual_seed(0)
     vectors = torch.randn(3, 200, 16)
-    found = sr.retrieve(vectors, vectors)
+    found = retrieve(sr, vectors, vectors)
     assert found.accuracy == [1.0] * 3
     # 100 shuffles of 200 sentences: the mean share of fixed points is 1/200, standard error 1/200/10.
     assert all(abs(c - 1 / 200) < 4 / 200 / 10 for c in found.chance.tolist())
     permuted = vectors[:, torch.randperm(200)]
-    assert max(sr.retrieve(vectors, permuted).accuracy) < 0.05
+    assert max(retrieve(sr, vectors, permuted).accuracy) < 0.05
 
 
 def test_centring_undoes_an_offset_between_languages(sr):
@@ -127,14 +134,14 @@ def test_centring_undoes_an_offset_between_languages(sr):
     x = torch.randn(1, 100, 8)
     x[..., 0] += 30  # each language keeps to a place of its own, far from the origin
     y = x + 0.1 * torch.randn(1, 100, 8) + 30 * torch.eye(8)[1]
-    found = sr.retrieve(x, y, "absolute")
+    found = retrieve(sr, x, y, "absolute")
     assert found.hits_centred.double().mean() > found.accuracy[0] + 0.2
 
 
 def test_the_reverse_direction_is_the_transpose(sr):
     torch.manual_seed(0)
     x, y = torch.randn(2, 50, 4), torch.randn(2, 50, 4)
-    there, back = sr.retrieve(x, y, "distance"), sr.retrieve(y, x, "distance")
+    there, back = retrieve(sr, x, y, "distance"), retrieve(sr, y, x, "distance")
     assert torch.equal(there.hits_reverse, back.hits) and torch.equal(there.hits, back.hits_reverse)
 
 
@@ -155,13 +162,13 @@ def test_any_copy_of_the_translation_counts_whatever_the_batch(sr, dtype):
 
     def found(batch_size, padding, first):
         vectors = [
-            sr.sentence_vectors(model, arch, side, tokenizer.pad_token_id, batch_size, padding_side=padding)
+            sr.sentence_vectors(model, arch, side, tokenizer.pad_token_id, batch_size, padding_side=padding).mean
             for side in sides
         ]
         if dtype == "bfloat16":  # its rounding moves other argmaxes as well: here copies against copies alone
             vectors[1] = vectors[0] = torch.stack([vectors[0]] * 2).mean(0)
-            return sr.retrieve(*vectors, first=first and (first[0], first[0]))
-        return sr.retrieve(*vectors, first=first)
+            return retrieve(sr, *vectors, first=first and (first[0], first[0]))
+        return retrieve(sr, *vectors, first=first)
 
     first = tuple(side.first for side in sides)
     reference = found(None, "right", first)
@@ -185,7 +192,7 @@ def test_copies_raise_chance(sr):
     vectors = torch.randn(1, 60, 16).repeat_interleave(2, dim=1)
     first = [i - i % 2 for i in range(120)]
     # A shuffled pair is right for two of 120 sentences, by 100 shuffles: standard error 1/600.
-    assert abs(float(sr.retrieve(vectors, vectors, first=(first, first)).chance) - 2 / 120) < 4 / 600
+    assert abs(float(retrieve(sr, vectors, vectors, first=(first, first)).chance) - 2 / 120) < 4 / 600
 
 
 def test_sentences_that_cannot_be_told_apart_are_no_copies(sr):
@@ -194,16 +201,16 @@ def test_sentences_that_cannot_be_told_apart_are_no_copies(sr):
     x, y = torch.randn(2, 1, 200, 16)
     x[..., 0] += 1e5
     y[..., 0] += 1e5
-    scores = sr.margin_scores(sr.cosine(x[0], y[0]))
+    scores = sr.scoring.margin_scores(sr.scoring.cosine(x[0], y[0]))
     assert float(scores.max() - scores.min()) < 1e-6
-    assert sr.retrieve(x, y).accuracy[0] < 0.05
+    assert retrieve(sr, x, y).accuracy[0] < 0.05
 
 
 def test_special_tokens_can_be_left_out_of_the_mean(sr):
     model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
     side = encode(tokenizer, ["one two"])
     arch = for_config(model.config)
-    without = sr.sentence_vectors(model, arch, side, 0, special_tokens=False)
+    without = sr.sentence_vectors(model, arch, side, 0, special_tokens=False).mean
     with torch.inference_mode():
         states = model(torch.tensor(side.ids), output_hidden_states=True).hidden_states
     torch.testing.assert_close(without[:, 0], torch.stack([state[0, 1:].mean(0) for state in states]))
@@ -211,7 +218,7 @@ def test_special_tokens_can_be_left_out_of_the_mean(sr):
 
 def test_margins_with_fewer_sentences_than_neighbours(sr):
     a = torch.tensor([[1.0, 0.2], [0.1, 0.9]])
-    assert sr.margin_scores(a, "ratio", k=4).argmax(1).tolist() == [0, 1]
+    assert sr.scoring.margin_scores(a, "ratio", k=4).argmax(1).tolist() == [0, 1]
 
 
 # ---------------------------------------------------------------- the command

@@ -32,7 +32,7 @@ def test_pooled_states_equal_the_loop_over_sentences(model_type, side):
     exact = model_type != "gemma2"
     model = tiny_model(model_type, dtype="float64" if exact else "float32")
     ids, mask = padded(SEQUENCES, pad=0, side=side)
-    pooled = pooled_states(model, for_config(model.config), ids, mask)
+    pooled = pooled_states(model, for_config(model.config), ids, mask).mean
     slow = slow_pooled(model, SEQUENCES)
     assert pooled.shape == slow.shape == (model.config.num_hidden_layers + 1, len(SEQUENCES), 32)
     tolerance = 1e-10 if exact else 1e-5
@@ -45,7 +45,7 @@ def test_layers_that_return_tuples_are_pooled_like_those_that_return_tensors(mod
     model = tiny_model(model_type, dtype="float64")
     arch = for_config(model.config)
     ids, mask = padded(SEQUENCES, pad=0)
-    plain = pooled_states(model, arch, ids, mask)
+    plain = pooled_states(model, arch, ids, mask).mean
 
     def unpack(_module, args, kwargs):
         return tuple(untuple(a) for a in args[:1]) + args[1:], kwargs
@@ -55,7 +55,7 @@ def test_layers_that_return_tuples_are_pooled_like_those_that_return_tensors(mod
         module.register_forward_pre_hook(unpack, with_kwargs=True)
     for module in modules[:-1]:
         module.register_forward_hook(lambda _module, _args, output: (output, None))
-    assert torch.equal(pooled_states(model, arch, ids, mask), plain)
+    assert torch.equal(pooled_states(model, arch, ids, mask).mean, plain)
     assert untuple((1, 2)) == 1 and untuple([3]) == 3
 
 
@@ -68,7 +68,7 @@ def test_only_the_kept_tokens_enter_the_mean():
     with torch.inference_mode():
         states = model(ids, output_hidden_states=True).hidden_states
     expected = torch.stack([state[:, 1:].mean(1) for state in states])
-    torch.testing.assert_close(pooled_states(model, arch, ids, mask, keep), expected)
+    torch.testing.assert_close(pooled_states(model, arch, ids, mask, keep).mean, expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -76,17 +76,17 @@ def test_what_padding_positions_hold_does_not_matter(bad):
     model = tiny_model("llama")
     arch = for_config(model.config)
     ids, mask = padded(SEQUENCES, pad=0)
-    expected = pooled_states(model, arch, ids, mask)
+    expected = pooled_states(model, arch, ids, mask).mean
 
     def spoil(_module, _args, output):
         return output.masked_fill(mask[:, :, None] == 0, bad)
 
     handle = model.model.norm.register_forward_hook(spoil)
-    torch.testing.assert_close(pooled_states(model, arch, ids, mask), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(pooled_states(model, arch, ids, mask).mean, expected, rtol=1e-6, atol=1e-7)
     handle.remove()
     with torch.no_grad():
         model.model.embed_tokens.weight[17] = bad  # of a token that counts
-    assert not torch.isfinite(pooled_states(model, arch, ids, mask)[0, 0]).all()
+    assert not torch.isfinite(pooled_states(model, arch, ids, mask).mean[0, 0]).all()
 
 
 def test_hooks_are_removed_also_when_the_forward_fails():
@@ -235,7 +235,7 @@ def test_states_do_not_depend_on_the_budget(model_type, monkeypatch):
 
         def step(rows, model=model, states=states):
             ids, mask = padded([sequences[i] for i in rows], 0)
-            states[:, rows] = pooled_states(model, for_config(model.config), ids, mask)
+            states[:, rows] = pooled_states(model, for_config(model.config), ids, mask).mean
 
         for_each(model, "states", [len(s) for s in sequences], step)
         found.append(states)

@@ -3,47 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cpt_utils.base.lazy import torch
 from cpt_utils.models.trace import trace
 
 
-def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_mask=None) -> torch.Tensor:
-    """Mean over the non-padding tokens at every hidden state: [L+1, batch, hidden], float32 (float64 for float64).
+class Pooled(NamedTuple):
+    """Sentences at every hidden state, each vector [L+1, sentences, hidden].
+
+    mean: of the tokens' hidden states, as published.
+    unit: of the hidden states scaled to length 1 each, so that no token outweighs the others.
+    weighted: the t-th token that enters counts t times (Muennighoff 2022; MEXA: Kargaran et al. 2024).
+    last: the last token that enters.
+    largest: [L+1, sentences], the share of the sum of the tokens' norms that the largest one holds.
+    """
+
+    mean: torch.Tensor
+    unit: torch.Tensor
+    weighted: torch.Tensor
+    last: torch.Tensor
+    largest: torch.Tensor
+
+
+def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_mask=None) -> Pooled:
+    """The non-padding tokens at every hidden state, pooled in every way: float32 (float64 for float64), one pass.
 
     Entry 0 is the embedding output, entry l+1 the output of layer l, and the last entry is taken after the final norm,
-    like `output_hidden_states=True`. The mean is taken on the device inside the hooks, so that no more than one
-    layer's state is alive at a time. The lm_head is never run.
+    like `output_hidden_states=True`. All is summed on the device inside the hooks, so that no more than one layer's
+    state is alive at a time. The lm_head is never run.
 
     Args:
         input_ids, attention_mask: [batch, tokens]; padding on either side.
-        pool_mask: [batch, tokens], the tokens that enter the mean; default `attention_mask`.
+        pool_mask: [batch, tokens], the tokens that enter; default `attention_mask`.
     """
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     keep = (attention_mask if pool_mask is None else pool_mask).bool()
-    weights = keep[:, None].to(wide)
+    places = keep.cumsum(1) * keep
+    ends = keep & (places == places.amax(1, keepdim=True))
+    ones, fixed = keep[:, None].to(wide), torch.stack([places, ends], 1).to(wide)
 
-    def product(hidden: torch.Tensor) -> torch.Tensor:  # a tenth of the time of masking, copying and summing
-        return torch.bmm(weights.to(hidden.device), hidden.to(wide))[:, 0]
+    def product(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:  # a tenth of the time of masking, copying, summing
+        hidden = hidden.to(wide)
+        return torch.bmm(ones.to(hidden.device), hidden)[:, 0], *others(hidden)
 
-    def masked(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.to(wide).masked_fill(~keep.to(hidden.device)[:, :, None], 0).sum(1)
+    def masked(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = hidden.to(wide).masked_fill(~keep.to(hidden.device)[:, :, None], 0)
+        return hidden.sum(1), *others(hidden)
 
-    sums = _states(model, arch, input_ids, attention_mask, product)
-    if not torch.isfinite(sums).all():  # perhaps inf or NaN at a padding position: 0 * NaN is NaN
-        sums = _states(model, arch, input_ids, attention_mask, masked)
-    return sums / keep.sum(1, keepdim=True).to(wide)
+    def others(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        norms = torch.linalg.vector_norm(hidden, dim=2).masked_fill(~keep.to(hidden.device), 0)
+        scale = norms.reciprocal().masked_fill(norms == 0, 0)
+        sums = torch.bmm(torch.cat([scale[:, None], fixed.to(hidden.device)], 1), hidden)
+        return *sums.unbind(1), norms.amax(1) / norms.sum(1).clamp(min=torch.finfo(wide).tiny)
+
+    found = _states(model, arch, input_ids, attention_mask, product)
+    if not torch.isfinite(found[0]).all():  # perhaps inf or NaN at a padding position: 0 * NaN is NaN
+        found = _states(model, arch, input_ids, attention_mask, masked)
+    mean, unit, weighted, last, largest = found
+    count = keep.sum(1, keepdim=True).to(wide)
+    return Pooled(mean / count, unit / count, weighted / places.sum(1, keepdim=True).to(wide), last, largest)
 
 
-def _states(model: torch.nn.Module, arch, input_ids, attention_mask, pool: Callable) -> torch.Tensor:
-    """`pool` of every hidden state [batch, tokens, hidden] of one forward pass, stacked on the device of the input."""
+def _states(model: torch.nn.Module, arch, input_ids, attention_mask, pool: Callable) -> list[torch.Tensor]:
+    """`pool` of every hidden state [batch, tokens, hidden] of one forward pass: each of the tensors that it gives,
+    stacked over the hidden states on the device of the input."""
     layers = arch.layers(model)
-    pooled: list[torch.Tensor | None] = [None] * (len(layers) + 1)
+    pooled: list[tuple[torch.Tensor, ...]] = [()] * (len(layers) + 1)
 
     def into(index: int) -> Callable:
         def put(hidden: torch.Tensor) -> None:
             hidden = hidden[0] if arch.streams and hidden.dim() == 4 else hidden
-            pooled[index] = pool(hidden).to(input_ids.device)
+            pooled[index] = tuple(part.to(input_ids.device) for part in pool(hidden))
 
         return put
 
@@ -56,4 +87,4 @@ def _states(model: torch.nn.Module, arch, input_ids, attention_mask, pool: Calla
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         )
-    return torch.stack(pooled)
+    return [torch.stack(parts) for parts in zip(*pooled, strict=True)]

@@ -1,0 +1,58 @@
+"""The curves of a retrieval result over hidden states: their names, and where in its JSON and its `.pt` each stands."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LENGTH = 0.5  # of `length_spearman`, see `measuring_length`
+
+
+class Curve(NamedTuple):
+    """A measure of retrieval: its key in the JSON, its tensor [L+1, sentences] in the .pt, its name in figures."""
+
+    key: str
+    hits: str
+    label: str
+
+
+MEASURES = {
+    "published": Curve("layer_accuracy", "hits", "published"),
+    "unit": Curve("unit_accuracy", "hits_unit", "unit"),
+    "centred": Curve("centred_accuracy", "hits_centred", "centred"),
+    "unit_centred": Curve("unit_centred_accuracy", "hits_unit_centred", "unit, centred"),
+    "mexa_weighted": Curve("mexa_weighted", "hits_mexa_weighted", "MEXA, weighted mean"),
+    "mexa_last": Curve("mexa_last", "hits_mexa_last", "MEXA, last token"),
+}
+# What else a result says of each hidden state: no accuracies, but what the published one may rest on.
+DIAGNOSTICS = {"largest_norm_share": "norm in largest token", "length_spearman": "Spearman with length"}
+
+
+def measuring_length(result: dict) -> list[int]:
+    """The hidden states at which the published curve measures the length of sentences; of old results none.
+
+    Those at which the cosines follow the length of sentences more than halfway (the interval of Spearman's correlation
+    lies above .5), and at which the translation is found clearly more often where each token counts alike and each
+    language is centred (the intervals of both accuracies are apart): length is all that the mean lacked.
+    """
+    keys = ("length_spearman_ci", "layer_accuracy_ci", "unit_centred_accuracy_ci")
+    if any(key not in result for key in keys):
+        return []
+    length, published, centred = (dict(result[key]) for key in keys)
+    apart = [state for state in length if published[state][1] < centred[state][0]]
+    return sorted(state for state in apart if length[state][0] is not None and length[state][0] > LENGTH)
+
+
+def words(model: str, result: dict) -> str | None:
+    """One plain sentence where the published curve measures length; None where it does so nowhere."""
+    states = measuring_length(result)
+    if not states:
+        return None
+    published, centred, length, share = (
+        max(value for state, value in result[key] if state in states)
+        for key in ("layer_accuracy", "unit_centred_accuracy", "length_spearman", "largest_norm_share")
+    )
+    return (
+        f"{model}: at hidden states {states} the published curve (at most {published:.2f}) measures the length of "
+        f"sentences: cosines follow it (Spearman up to {length:.2f}), one token holds up to {share:.2f} of the norm. "
+        f"With each token of length 1 and each language centred up to {centred:.2f} are found (--measure unit_centred)"
+    )
