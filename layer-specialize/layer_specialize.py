@@ -24,9 +24,9 @@ from pathlib import Path
 from cpt_utils.base import cli, figures, languages, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
-from cpt_utils.base.study import Study
+from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, refs
-from cpt_utils.measures import gate
+from cpt_utils.measures import curves, gate
 
 SCHEMA = "layer-specialize"
 RESULTS = {"layers": "layer-specialize/layers.json"}
@@ -107,17 +107,6 @@ def label_stability(hits: np.ndarray, high: np.ndarray, seed: int, draws: int) -
     return (kept / counted).tolist(), counted
 
 
-def blocks(layers: list[int]) -> list[list[int]]:
-    """The contiguous blocks of sorted `layers` as [first, last]: [3, 4, 5, 8] -> [[3, 5], [8, 8]]."""
-    found: list[list[int]] = []
-    for layer in layers:
-        if found and layer == found[-1][1] + 1:
-            found[-1][1] = layer
-        else:
-            found.append([layer, layer])
-    return found
-
-
 def specialize(accuracy: np.ndarray) -> dict:
     """Interface and hub of the accuracies [L] of the layers' outputs h_1 .. h_L, with what describes the split.
 
@@ -144,34 +133,54 @@ def specialize(accuracy: np.ndarray) -> dict:
         "centres": {"interface": float(centres[0]), "semantic": float(centres[1])},
         "threshold": float(sum(centres) / 2),
         "silhouette": silhouette(accuracy, high),
-        "hub_contiguous": len(blocks(hub)) == 1,
-        "hub_blocks": blocks(hub),
+        "hub_contiguous": len(curves.blocks(hub)) == 1,
+        "hub_blocks": curves.blocks(hub),
     }
+
+
+def splits(profiles: dict[str, np.ndarray], measure: str) -> dict[str, dict]:
+    """The split by each measure, from its accuracies [L] by layer; `differs`: the layers that it calls otherwise than
+    the split by `measure` does. Where a profile has no split, all is None but `why`."""
+    found, keys = {}, ("interface_layers", "semantic_layers", "silhouette")
+    hub = set(specialize(profiles[measure])["semantic_layers"])
+    for name, accuracy in profiles.items():
+        try:
+            split = specialize(accuracy)
+        except InputError as error:
+            found[name] = dict.fromkeys((*keys, "differs")) | {"why": str(error).split(";")[0]}
+            continue
+        found[name] = {key: split[key] for key in keys} | {"differs": sorted(hub ^ set(split["semantic_layers"]))}
+    return found
 
 
 # ---------------------------------------------------------------- files
 
 
-def read_accuracy(path: Path, **expect) -> tuple[np.ndarray, dict]:
-    """The accuracies [L+1] of a retrieval result, by hidden state whatever their order in the file, and its header.
+def read_curve(path: Path, payload: dict, header: dict, measure: str = "published") -> np.ndarray:
+    """The accuracies [L+1] of a retrieval result by one measure, by hidden state whatever their order in the file.
 
     Raises:
-        InputError: not a retrieval result, one that was limited or disagrees with `expect`, or states missing or twice.
+        InputError: no retrieval result, one from before that curve, or hidden states missing or twice.
     """
-    payload, header = results.read_json(path, gate.RETRIEVAL, **expect)
+    key = curves.MEASURES[measure].key
+    if measure != "published" and key not in payload:
+        raise InputError(
+            f"{path} has no {key}, it is from before the curve {measure}; run sentence-retrieval/sr_experiment.py "
+            "again with --overwrite"
+        )
     try:
-        pairs = {int(state): math.nan if value is None else float(value) for state, value in payload["layer_accuracy"]}
-        twice = len(pairs) != len(payload["layer_accuracy"])
+        pairs = {int(state): math.nan if value is None else float(value) for state, value in payload[key]}
+        twice = len(pairs) != len(payload[key])
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path} has no layer_accuracy [[state, accuracy], ..]; give a retrieval result") from None
+        raise InputError(f"{path} has no {key} [[state, accuracy], ..]; give a retrieval result") from None
     if twice or sorted(pairs) != list(range(len(pairs))):
-        raise InputError(f"{path}: layer_accuracy must hold each hidden state from 0 to L once; it has {sorted(pairs)}")
+        raise InputError(f"{path}: {key} must hold each hidden state from 0 to L once; it has {sorted(pairs)}")
     if header.get("n_layers", len(pairs) - 1) != len(pairs) - 1:
         raise InputError(f"{path}: {len(pairs)} hidden states do not fit a model of {header['n_layers']} layers")
-    return np.array([pairs[state] for state in sorted(pairs)]), header
+    return np.array([pairs[state] for state in sorted(pairs)])
 
 
-def read_hits(path: Path, accuracy: np.ndarray) -> np.ndarray | None:
+def read_hits(path: Path, accuracy: np.ndarray, measure: str = "published") -> np.ndarray | None:
     """The hits [L+1, n] beside the retrieval result `path`; None where the file is not there.
 
     Raises:
@@ -180,7 +189,7 @@ def read_hits(path: Path, accuracy: np.ndarray) -> np.ndarray | None:
     file = path.with_suffix(".pt")
     if not file.is_file():
         return None
-    hits = results.read_tensors(file).get("hits")
+    hits = results.read_tensors(file).get(curves.MEASURES[measure].hits)
     if hits is None or hits.ndim != 2 or len(hits) != len(accuracy) or not hits.shape[1]:
         raise InputError(f"{file} does not hold the hits [{len(accuracy)}, n] of {path.name}; run retrieval again")
     hits = hits.numpy().astype(np.uint8)
@@ -189,32 +198,26 @@ def read_hits(path: Path, accuracy: np.ndarray) -> np.ndarray | None:
     return hits
 
 
-def draw(path: Path, split: dict, n: int | None, title: str) -> None:
-    """Accuracy by layer, coloured by label, with the threshold; below it how often each label is kept."""
+def draw(path: Path, split: dict, measure: str, n: int | None, title: str) -> None:
+    """Accuracy by layer, coloured by label, with the threshold; below it how often each label is kept, and the split by
+    every measure."""
     accuracy, stability = [value for _, value in split["layer_accuracy"]], split["label_stability"]
+    heights = [3, *([1] if stability else []), *([0.25 * len(split["splits"])] if len(split["splits"]) > 1 else [])]
     with figures.style() as plt:
-        heights, size = ([3, 1], 2.8) if stability else ([1], 2.2)
-        figure, axes = plt.subplots(
-            len(heights), sharex=True, squeeze=False, height_ratios=heights, figsize=(figures.COLUMN, size)
-        )
+        size = (figures.COLUMN, 1.5 + 0.45 * sum(heights))
+        figure, axes = plt.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights, figsize=size)
         axis = axes[0, 0]
         axis.plot(range(len(accuracy)), accuracy, color="0.7", linewidth=0.8, zorder=1)
         groups = (("interface_layers", "interface", "s"), ("semantic_layers", "hub", "o"))
         for key, meaning, marker in groups:
             layers = split[key]
             label = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(layers)} layer{'s' * (len(layers) > 1)})"
-            axis.plot(
-                layers,
-                [accuracy[layer] for layer in layers],
-                marker,
-                color=figures.colour(meaning),
-                label=label,
-                zorder=2,
-            )
+            look = {"color": figures.colour(meaning), "label": label, "zorder": 2}
+            axis.plot(layers, [accuracy[layer] for layer in layers], marker, **look)
         axis.axhline(split["threshold"], color="0.4", linewidth=0.8, linestyle="--", label="threshold")
-        axis.set_ylabel("retrieval accuracy")
+        axis.set_ylabel("retrieval accuracy" if measure == "published" else curves.MEASURES[measure].label)
         axis.set_ylim(bottom=0)
-        axis.set_title(title + (f", n = {n} sentences" if n else ""))
+        figure.suptitle(title + (f", n = {n} sentences" if n else ""), fontsize=8)
         axis.legend(loc="best")
         if stability:
             for key, meaning, _ in groups:
@@ -222,8 +225,23 @@ def draw(path: Path, split: dict, n: int | None, title: str) -> None:
                 axes[1, 0].bar(split[key], shares, color=figures.colour(meaning), width=0.6)
             axes[1, 0].set_ylim(0, 1)
             axes[1, 0].set_ylabel("label kept")
+        if len(split["splits"]) > 1:
+            draw_splits(plt, axes[-1, 0], split["splits"], len(accuracy))
         figures.layer_axis(axes[-1, 0], len(accuracy))
         figures.save(figure, path)
+
+
+def draw_splits(plt, axis, found: dict[str, dict], n_layers: int) -> None:
+    """A row for the split by each measure, in the colours of interface and hub; grey where there is none."""
+    rows = np.full((len(found), n_layers), np.nan)
+    for row, split in zip(rows, found.values(), strict=True):
+        row[split["interface_layers"] or []], row[split["semantic_layers"] or []] = 0, 1
+    shades = plt.matplotlib.colors.ListedColormap([figures.colour("interface"), figures.colour("hub")])
+    axis.set_facecolor("0.85")
+    axis.imshow(rows, cmap=shades, vmin=0, vmax=1, aspect="auto", alpha=0.8)
+    axis.hlines(np.arange(1, len(rows)) - 0.5, -0.5, n_layers - 0.5, color="white", linewidth=1.5)
+    axis.set_yticks(range(len(rows)), list(found), fontsize=6)
+    axis.tick_params(axis="y", length=0)
 
 
 # ---------------------------------------------------------------- the command
@@ -234,6 +252,8 @@ def build_parser():
     p.add_argument("retrieval", nargs="?", metavar="SR.json", help="retrieval result; default: the study's last step")
     text = "JSON to write; default: the study's layer-specialize/layers.json; outside a study stdout"
     p.add_argument("-o", "--output", metavar="OUT", help=text)
+    text = "curve to split by; default: the study's measure, else published"
+    p.add_argument("--measure", choices=list(curves.MEASURES), help=text)
     text = "resamples for label stability; default 1000"
     p.add_argument("--draws", type=cli.positive, default=1000, metavar="N", help=text)
     cli.add_run_flags(p)
@@ -243,32 +263,37 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed)
+    own = study.value(None, "--measure", "measure", "published")
+    measure = args.measure or own
     output = Path(args.output) if args.output else None
     if study and not output:
-        output = study.output(None, "-o", "layers", other_than(study, args.retrieval, args.steps))
+        other = dotted(other_than(study, args.retrieval, args.steps), measure if measure != own else "")
+        output = study.output(None, "-o", "layers", other)
     # What goes to the study's own place must be about the study's languages.
     sides = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target") if args.output is None}
     path = Path(args.retrieval) if args.retrieval else last_result(study, args.steps)
     if output is None:
         with contextlib.redirect_stdout(sys.stderr):  # so that `> layers.json` gets the layers alone
-            split = splitting(path, sides, study, args.draws)[0]
+            split = splitting(path, measure, sides, study, args.draws)[0]
         print(json.dumps({key: split[key] for key in ("interface_layers", "semantic_layers")}, indent=4))
         return
     refuse_stranger(output, args.overwrite)
-    split, facts = splitting(path, sides, study, args.draws)
-    draw(output.with_suffix(""), split, split["n_sentences"] or facts.get("n_used"), path.stem.replace("__", "/"))
+    split, facts = splitting(path, measure, sides, study, args.draws)
+    title = path.stem.replace("__", "/")
+    draw(output.with_suffix(""), split, measure, split["n_sentences"] or facts.get("n_used"), title)
     results.write_json(output, split, results.header(SCHEMA, **facts))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
-def splitting(path: Path, sides: dict, study: Study, draws: int) -> tuple[dict, dict]:
+def splitting(path: Path, measure: str, sides: dict, study: Study, draws: int) -> tuple[dict, dict]:
     """The payload for the retrieval result `path`, and the facts of its header; the split and the gate are said.
 
     Args:
         sides: languages that the result must be about.
     """
-    accuracy, header = read_accuracy(path, **sides)
-    hits = read_hits(path, accuracy)
+    payload, header = results.read_json(path, gate.RETRIEVAL, **sides)
+    accuracy = read_curve(path, payload, header, measure)
+    hits = read_hits(path, accuracy, measure)
     split = specialize(accuracy[1:])
     split |= {"label_stability": None, "stability_draws": 0, "n_sentences": None if hits is None else hits.shape[1]}
     if hits is None:
@@ -276,9 +301,14 @@ def splitting(path: Path, sides: dict, study: Study, draws: int) -> tuple[dict, 
     else:
         high = np.isin(np.arange(len(accuracy) - 1), split["semantic_layers"])
         split["label_stability"], split["stability_draws"] = label_stability(hits[1:], high, study.seed, draws)
-    say_split(path, split)
-    passed = checked(path, header, hits, study.seed)
-    base = base_split(study, path) if study else None
+    say_split(path, split, measure)
+    there = [name for name, curve in curves.MEASURES.items() if name == measure or curve.key in payload]
+    split["splits"] = splits({name: read_curve(path, payload, header, name)[1:] for name in there}, measure)
+    say_others(split["splits"], measure)
+    if measure == "published":
+        curves.tell((path.stem, payload))
+    passed = checked(path, header, hits, measure, study.seed)
+    base = base_split(study, path, measure) if study else None
     if base:
         changed = sorted(set(base["semantic_layers"]) ^ set(split["semantic_layers"]))
         split["base_split"] = base
@@ -290,21 +320,21 @@ def splitting(path: Path, sides: dict, study: Study, draws: int) -> tuple[dict, 
 
     kept = ("models", "base_lang", "target_lang", "data", "n_used", "n_available", "margin_variant", "k", "dtype")
     facts = {key: header[key] for key in kept if key in header}
-    facts |= {"n_layers": len(accuracy) - 1, "retrieval": path, "seed": study.seed, "draws": draws, "gate": passed}
-    return split, facts
+    facts |= {"n_layers": len(accuracy) - 1, "retrieval": path, "measure": measure, "seed": study.seed, "draws": draws}
+    return split, facts | {"gate": passed}
 
 
-def checked(path: Path, header: dict, hits: np.ndarray | None, seed: int) -> dict | None:
+def checked(path: Path, header: dict, hits: np.ndarray | None, measure: str, seed: int) -> dict | None:
     """The gate, which is said: whether the model retrieves better than its untrained twin; None where nobody knows."""
     twin = gate.twin_beside(path, header) if hits is not None else None
-    if twin is None:
+    if twin is None or curves.MEASURES[measure].hits not in results.read_tensors(twin.with_suffix(".pt")):
         what = "its hits" if hits is None else "an untrained twin of it"
         cli.say(
             f"whether {path.stem} retrieves better than an untrained model is not checked: {what} must lie beside it "
             "(sentence-retrieval/sr_experiment.py without --no-untrained writes both)"
         )
         return None
-    found = gate.of_results(path, twin, header["models"]["model"]["spec"], seed)
+    found = gate.of_results(path, twin, header["models"]["model"]["spec"], seed, measure)
     gate.tell(found)
     return found
 
@@ -333,13 +363,14 @@ def last_result(study: Study, steps: list[int] | None) -> Path:
     return path
 
 
-def base_split(study: Study, beside: Path) -> dict | None:
+def base_split(study: Study, beside: Path, measure: str) -> dict | None:
     """The split of the study's base, where its retrieval result is beside that of the checkpoint; None otherwise."""
     base = study.get("base")
     path = beside.with_name(f"{refs.model(base).model_id}.json") if base else None
     if path is None or path == beside or not path.is_file():
         return None
-    accuracy = read_accuracy(path)[0][1:]  # a file that is there must be readable
+    payload, header = results.read_json(path, gate.RETRIEVAL)  # a file that is there must be readable
+    accuracy = read_curve(path, payload, header, measure)[1:]
     try:
         split = specialize(accuracy)
     except InputError as error:
@@ -354,8 +385,9 @@ def refuse_stranger(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another -o")
 
 
-def say_split(path: Path, split: dict) -> None:
-    cli.say(f"{path.stem}: interface {split['interface_layers']}, semantic hub {split['semantic_layers']}")
+def say_split(path: Path, split: dict, measure: str) -> None:
+    by = "" if measure == "published" else f" by {measure}"
+    cli.say(f"{path.stem}{by}: interface {split['interface_layers']}, semantic hub {split['semantic_layers']}")
     centres = split["centres"]
     shape = "one block" if split["hub_contiguous"] else f"{len(split['hub_blocks'])} blocks {split['hub_blocks']}"
     cli.say(
@@ -366,6 +398,18 @@ def say_split(path: Path, split: dict) -> None:
         shaky = [layer for layer, share in enumerate(split["label_stability"]) if share < 0.95]
         which = f"layers {shaky} keep their label in fewer than" if shaky else "every layer keeps its label in at least"
         cli.say(f"{which} 95 % of {split['stability_draws']} resamples of the {split['n_sentences']} sentences")
+
+
+def say_others(found: dict[str, dict], measure: str) -> None:
+    """Where the splits by the other measures differ from that by `measure`."""
+    words = []
+    for name, split in found.items():
+        if name != measure:
+            layers = split["differs"]
+            other = "there is none" if layers is None else f"{len(layers)} differ" if layers else "the same"
+            words.append(f"{name}: {other}" + (f" ({curves.ranges(layers)})" if layers else ""))
+    if words:
+        cli.say(f"layers that the other curves' splits call otherwise than that by {measure} does: {'; '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 A sentence's vector at a hidden state is the mean over its tokens. Each base-language sentence looks for its translation
 among all target-language sentences by margin-scored cosine similarity; the accuracy at a hidden state is the share of
-sentences that find it. Low accuracy in outer layers and high accuracy in middle ones shows where languages meet.
+sentences that find it. Low accuracy in outer layers and high accuracy in middle ones shows where languages meet. Beside
+that curve, from the same pass: other vectors and scores, which one token of huge norm does not turn into lengths.
 
 In:   one or more models or runs; parallel sentences (FLORES+ dev by default, or SIB-200, two text files, a TSV).
 Out:  <artifact-out>/<base>-<target>/<model id>.json with `layer_accuracy` [[0, acc], ..., [L, acc]] and more,
-      beside it <model id>.pt with `hits` [L+1, sentences], and a figure with a line per model in step order.
+      beside it <model id>.pt with `hits` [L+1, sentences], and a figure: a panel per curve, a line per model.
 
 Full: python sentence-retrieval/sr_experiment.py --model_path meta-llama/Llama-2-7b-hf runs/eus \
           --base eng_Latn --target eus_Latn
@@ -39,11 +40,14 @@ SCHEMA = "sentence-retrieval"
 RESULTS = {"retrieval": "sentence-retrieval"}
 CAPTIONS = {
     "retrieval": """Part I: 1. Sentence retrieval
-        Sentence retrieval accuracy at every hidden state (0 is the embedding output, the last one is taken after the
-        final norm): the base in black, checkpoints light to dark in step order, with 95 % bootstrap intervals over
-        sentences for the first and the last model. The dotted grey line is an untrained model of the same
-        configuration, the lower one chance. Claim C1, low accuracy in outer layers and high accuracy in middle ones,
-        is decided by the profile above the untrained line.""",
+        Sentence retrieval at every hidden state (0 is the embedding output, the last one is taken after the final
+        norm): the base in black, checkpoints light to dark in step order, with 95 % bootstrap intervals over sentences
+        for the first and the last model. Published: mean of the tokens' hidden states. Unit: every token scaled to
+        length 1 first. Centred: each language's mean vector taken off. MEXA: share of pairs whose cosine is above all
+        others of both sentences. The last two panels say what the published curve may rest on: the share of the norm in
+        the largest token, and how far cosines follow the length of sentences. Grey: there it measures length. Dashed:
+        an untrained model of the same configuration. Claim C1, low accuracy in outer layers and high accuracy in middle
+        ones, is decided by the profile above the untrained line.""",
     "retrieval_swapped": """Part I: 4. Layer swaps
         Sentence retrieval accuracy of the two swapped models at every hidden state: the last checkpoint with the
         semantic hub's layers of the base, and with as many layers drawn at random. One random draw decides nothing;
@@ -319,6 +323,10 @@ def main(argv=None) -> None:
     if not process.is_main:
         return
     lines = [(job.ref, found[job.path]) for job in jobs if not job.untrained]
+    curves.tell(*((ref.spec, result) for ref, result in lines))
+    before = [ref.spec for ref, result in lines if curves.MEASURES["unit"].key not in result]
+    if before:
+        cli.say(f"measured before there were all curves: {', '.join(before)}; --overwrite measures them again")
     if twins:
         measured = jobs[: len(models)]
         gate.tell(*(gate.of_results(job.path, twins[job.ref].path, job.ref.spec, study.seed) for job in measured))

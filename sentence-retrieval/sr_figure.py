@@ -1,4 +1,4 @@
-"""The figure of sr_experiment.py: retrieval accuracy over hidden states, a line for each model."""
+"""The figure of sr_experiment.py: every curve over hidden states, a panel each, a line for each model."""
 
 from __future__ import annotations
 
@@ -6,33 +6,102 @@ from pathlib import Path
 
 from cpt_utils.base import figures
 from cpt_utils.checkpoints import refs
+from cpt_utils.measures import curves
+
+PANELS = {curve.key: curve.label for curve in curves.MEASURES.values()} | curves.DIAGNOSTICS
+ACCURACIES = {curve.key for name, curve in curves.MEASURES.items() if not name.startswith("mexa")}
+MEXA = {curve.key for curve in curves.MEASURES.values()} - ACCURACIES
+COLUMNS = 4
+Lines = list[tuple[refs.ModelRef, dict]]
 
 
-def draw(path: Path, lines: list[tuple[refs.ModelRef, dict]], untrained: dict | None, n: int, title: str) -> None:
-    """Accuracy over hidden states, a line per model: the base black, checkpoints light to dark in step order."""
+def draw(path: Path, lines: Lines, untrained: dict | None, n: int, title: str) -> None:
+    """The curves that the results have (older ones have two): the base black, checkpoints light to dark in step order.
+
+    Bands: 95 % of the first and the last model. Grey: where the published curve of the last model measures length.
+    """
+    panels = [key for key in PANELS if any(key in result for _, result in lines)]
     steps = sorted({ref.step for ref, _ in lines if ref.step is not None})
-    shades = dict(zip(steps, figures.colours(len(steps), ordered=True), strict=True))
-    # Runs side by side (swapped ones) differ in dash, and their lines carry the run's name.
-    runs = list(dict.fromkeys(Path(ref.spec).parent.name for ref, _ in lines if ref.step is not None))
-    others = iter(figures.colours(len(lines)))
+    drawn = [(result, look) for (_, result), look in zip(lines, looks(lines, steps), strict=True)]
+    twin = {"linestyle": (0, (3, 1)), "color": figures.colour("random"), "label": "untrained"}
     with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.9 + 0.1 * max(0, len(lines) - 9)))
-        drawn = []
-        for number, (ref, result) in enumerate(lines):
-            name, run = Path(ref.spec).name, Path(ref.spec).parent.name
-            if ref.step is not None:
-                name = f"{run}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
-            is_base = number == 0 and ref.step is None and bool(steps)
-            alone = ref.step is None or (len(runs) > 1 and len(steps) == 1)  # a colour of its own, not of its step
-            shade = shades[ref.step] if not alone else figures.colour("base") if is_base else next(others)
-            style = ("-", "--", ":", "-.")[runs.index(run) % 4] if ref.step is not None else "-" if is_base else "--"
-            drawn.append((result["layer_accuracy"], {"linestyle": style, "color": shade, "label": name}))
-            if number in (0, len(lines) - 1):
-                low, high = zip(*(ci for _, ci in result["layer_accuracy_ci"]), strict=True)
-                axis.fill_between(range(len(low)), low, high, color=shade, alpha=0.15, linewidth=0)
-        figures.retrieval_axis(axis, drawn, untrained=untrained and untrained["layer_accuracy"])
-        axis.axhline(1 / n, color=figures.colour("chance"), linewidth=0.8, linestyle=(0, (1, 3)), label=f"chance 1/{n}")
-        axis.set_ylabel("retrieval accuracy")
-        axis.set_title(f"{title}, n = {n} sentences")
-        figure.legend(loc="outside lower center", ncols=3 if len(runs) < 2 else 2 if len(lines) > 4 else 1)
+        rows = -(-len(panels) // COLUMNS)
+        size = (figures.PAGE, 0.5 + 1.45 * rows + 0.12 * len({look["label"] for _, look in drawn}) / 3)
+        figure, axes = plt.subplots(rows, min(COLUMNS, len(panels)), figsize=size, squeeze=False)
+        cells = dict(zip(panels, axes.flat, strict=False))
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for key, axis in cells.items():
+            for result, look in [*drawn, *([(untrained, twin)] if untrained else [])]:
+                if key in result:
+                    plot(axis, key, result, look, band=result in (drawn[0][0], drawn[-1][0]))
+            axis.set_title(PANELS[key])
+            figures.layer_axis(axis, len(lines[0][1]["layer_accuracy"]) - 1, hidden_states=True, most=5)
+            axis.set_xlabel("hidden state" if axis in axes[-1] else "")
+        for keys in (ACCURACIES, MEXA):
+            alike(cells, keys)
+        for key in ACCURACIES & cells.keys():
+            chance = figures.colour("chance")
+            cells[key].axhline(1 / n, color=chance, linewidth=0.8, linestyle=(0, (1, 3)), label=f"chance 1/{n}")
+        for state in curves.measuring_length(lines[-1][1]):
+            axes[0, 0].axvspan(state - 0.5, state + 0.5, color="0.9", linewidth=0, label="measures length", zorder=0)
+        figure.suptitle(f"{title}, n = {n} sentences", fontsize=8)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        named = {label: handle for handle, label in zip(handles, labels, strict=True) if label[:1] != "_"}
+        figure.legend(named.values(), named, loc="outside lower center", ncols=min(5, len(named)))
+        if len(steps) > 1:
+            colour_bar(plt, figure, axes, steps)
         figures.save(figure, path)
+
+
+def looks(lines: Lines, steps: list[int]) -> list[dict]:
+    """How each model's line looks; several steps have no name but a colour of the bar, several runs differ in dash."""
+    shades = dict(zip(steps, figures.colours(len(steps), ordered=True), strict=True))
+    runs = list(dict.fromkeys(Path(ref.spec).parent.name for ref, _ in lines if ref.step is not None))
+    others, found = iter(figures.colours(len(lines))), []
+    for number, (ref, _) in enumerate(lines):
+        run = Path(ref.spec).parent.name
+        if ref.step is None:
+            base = number == 0 and bool(steps)
+            shade, label = figures.colour("base") if base else next(others), Path(ref.spec).name
+            found.append({"linestyle": "-" if base else "--", "color": shade, "label": label})
+            continue
+        alone = len(runs) > 1 and len(steps) == 1  # a colour of its own, not of its step
+        label = f"{run}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
+        if len(steps) > 1:
+            label = run if len(runs) > 1 and ref.step == steps[-1] else None
+        style = ("-", "--", ":", "-.")[runs.index(run) % 4]
+        found.append({"linestyle": style, "color": next(others) if alone else shades[ref.step], "label": label})
+    return found
+
+
+def alike(cells: dict, keys: set[str]) -> None:
+    """One scale for the panels of `keys`, whose numbers only the leftmost bears."""
+    own = [axis for key, axis in cells.items() if key in keys]
+    for at, axis in enumerate(own):
+        axis.set_ylim(0, max(other.get_ylim()[1] for other in own))
+        axis.tick_params(labelleft=at == 0)
+    if own:
+        own[0].set_ylabel("accuracy" if keys == ACCURACIES else "share of pairs")
+
+
+def plot(axis, key: str, result: dict, look: dict, band: bool) -> None:
+    """One curve of one model, and its interval where it is to be shown. What is not defined is left open."""
+    states, values = zip(*sorted(result[key]), strict=True)
+    axis.plot(states, [float("nan") if value is None else value for value in values], linewidth=0.9, **look)
+    ends = [(state, *ends) for state, ends in result.get(f"{key}_ci", []) if None not in ends]
+    if band and ends:
+        axis.fill_between(*zip(*ends, strict=True), color=look["color"], alpha=0.15, linewidth=0)
+
+
+def colour_bar(plt, figure, axes, steps: list[int]) -> None:
+    """The colours of the steps, in their order, beside all panels; at most seven are named."""
+    colours = plt.matplotlib.colors.ListedColormap(figures.colours(len(steps), ordered=True))
+    scale = plt.matplotlib.colors.BoundaryNorm(range(len(steps) + 1), len(steps))
+    bar = figure.colorbar(plt.matplotlib.cm.ScalarMappable(scale, colours), ax=axes, aspect=40, pad=0.01)
+    every = -(-len(steps) // 7)
+    named = range((len(steps) - 1) % every, len(steps), every)  # the last one among them
+    bar.set_ticks([at + 0.5 for at in named], labels=[str(steps[at]) for at in named])
+    bar.ax.tick_params(length=0, which="both")
+    bar.set_label("training step")
+    bar.outline.set_visible(False)

@@ -120,8 +120,8 @@ def test_silhouette_equals_scikit_learn():
 
 
 def test_blocks():
-    assert script.blocks([3, 4, 5, 8]) == [[3, 5], [8, 8]]
-    assert script.blocks([]) == []
+    assert script.curves.blocks([3, 4, 5, 8]) == [[3, 5], [8, 8]]
+    assert script.curves.blocks([]) == []
     assert script.specialize(np.array([0.1, 0.8, 0.2, 0.9]))["hub_contiguous"] is False
 
 

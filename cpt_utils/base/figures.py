@@ -158,8 +158,8 @@ def retrieval_axis(axis, lines: list[tuple[list, dict]], hub: list[int] = (), un
     axis.set_ylim(bottom=0)
 
 
-def layer_axis(axis, n_layers: int, hidden_states: bool = False) -> None:
-    """Integer ticks over layers, at most a dozen of them."""
+def layer_axis(axis, n_layers: int, hidden_states: bool = False, most: int = 12) -> None:
+    """Integer ticks over layers, about `most` of them."""
     last = n_layers if hidden_states else n_layers - 1
-    axis.set_xticks(range(0, last + 1, max(1, -(-last // 12))))
+    axis.set_xticks(range(0, last + 1, max(1, -(-last // most))))
     axis.set_xlabel("hidden state (0 = embedding output)" if hidden_states else "layer")

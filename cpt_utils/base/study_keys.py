@@ -56,4 +56,8 @@ class Study(Keys):
     controls: Annotated[Literal["all"] | PositiveInt, Field(description="it is all, or the number of random sets")] = (
         "all"
     )
+    measure: Annotated[
+        Literal["published", "unit", "centred", "unit_centred", "mexa_weighted", "mexa_last"] | None,
+        Field(description="it is the retrieval curve that layers are split by, published unless said"),
+    ] = None
     train: group("world documents base cpt task", MaybeText) | None = None

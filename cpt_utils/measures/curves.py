@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cpt_utils.base import cli
+
 LENGTH = 0.5  # of `length_spearman`, see `measuring_length`
 
 
@@ -42,17 +44,39 @@ def measuring_length(result: dict) -> list[int]:
     return sorted(state for state in apart if length[state][0] is not None and length[state][0] > LENGTH)
 
 
-def words(model: str, result: dict) -> str | None:
-    """One plain sentence where the published curve measures length; None where it does so nowhere."""
-    states = measuring_length(result)
-    if not states:
-        return None
+def tell(*results: tuple[str, dict]) -> None:
+    """One plain sentence, of (model, result), where the published curve measures length; nothing where it does not.
+
+    The numbers are those of the last such model.
+    """
+    found = [(model, result, states) for model, result in results if (states := measuring_length(result))]
+    if not found:
+        return
+    model, result, states = found[-1]
     published, centred, length, share = (
         max(value for state, value in result[key] if state in states)
         for key in ("layer_accuracy", "unit_centred_accuracy", "length_spearman", "largest_norm_share")
     )
-    return (
-        f"{model}: at hidden states {states} the published curve (at most {published:.2f}) measures the length of "
-        f"sentences: cosines follow it (Spearman up to {length:.2f}), one token holds up to {share:.2f} of the norm. "
-        f"With each token of length 1 and each language centred up to {centred:.2f} are found (--measure unit_centred)"
+    others = ", ".join(other for other, *_ in found[:-1])
+    cli.warn(
+        f"{model}: at hidden states {ranges(states)} the published curve measures the length of sentences: cosines "
+        f"follow it (Spearman up to {length:.2f}), one token holds up to {share:.2f} of the norm, and at most "
+        f"{published:.2f} are found; with every token of length 1 and languages centred (unit_centred) up to "
+        f"{centred:.2f} are" + (f"; likewise {others}" if others else "")
     )
+
+
+def blocks(layers: list[int]) -> list[list[int]]:
+    """The contiguous blocks of sorted `layers` as [first, last]: [3, 4, 5, 8] -> [[3, 5], [8, 8]]."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][1] + 1:
+            found[-1][1] = layer
+        else:
+            found.append([layer, layer])
+    return found
+
+
+def ranges(layers: list[int]) -> str:
+    """Sorted layers, or hidden states, in words: [3, 4, 5, 8] -> 3 to 5, 8."""
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in blocks(layers))

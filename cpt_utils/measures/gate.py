@@ -15,6 +15,7 @@ from pathlib import Path
 from cpt_utils.base import cli, results, stats
 from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import identity
+from cpt_utils.measures import curves
 
 RETRIEVAL = "sentence-retrieval"
 LEVEL = 0.99  # see `compare`
@@ -70,6 +71,7 @@ def words(found: dict) -> str:
     model = found["model"]
     interval = f"[{found['ci_low']:+.3f}, {found['ci_high']:+.3f}]"
     by = f"{found['difference']:+.3f} {interval} at {found['level']:.0%}, {found['n']} sentences"
+    by += f", by {found['measure']}" if "measure" in found else ""
     if found["passed"]:
         return f"{model} retrieves better than its untrained twin ({by})"
     return (
@@ -95,10 +97,13 @@ def tell(*found: dict) -> None:
 # --- files ---
 
 
-def of_results(path: Path, untrained: Path, model: str, seed: int) -> dict:
-    """`compare` of two retrieval results, whose hits lie beside them, with the names of both sides."""
-    hits = [results.read_tensors(file.with_suffix(".pt"))["hits"].numpy() for file in (path, untrained)]
-    return {"model": model, **compare(*hits, seed), "untrained": untrained}
+def of_results(path: Path, untrained: Path, model: str, seed: int, measure: str = "published") -> dict:
+    """`compare` of two retrieval results, whose hits lie beside them, with the names of both sides, and of the measure
+    where it is not the published one."""
+    key = curves.MEASURES[measure].hits
+    hits = [results.read_tensors(file.with_suffix(".pt"))[key].numpy() for file in (path, untrained)]
+    found = {"model": model, **compare(*hits, seed), "untrained": untrained}
+    return found if measure == "published" else found | {"measure": measure}
 
 
 def twin_beside(path: Path, header: dict) -> Path | None:
