@@ -2,13 +2,15 @@
 
 The neurons of language d are set to zero and the mean NLL per token is measured on held-out text of every language e. The
 matrix of changes has d in its rows and e in its columns. Selective neurons hurt their own language (the diagonal) more
-than the others; random sets of as many neurons per layer, drawn outside all masks, say what chance gives.
+than the others; where the diagonal is no harm, selectivity means nothing. Random sets of as many neurons per layer,
+drawn outside all masks, say what chance gives. A language's neurons fire more than most, so other sets fire as often.
 
 In:   MODEL (default: the last checkpoint of the study's run), --mask_file of lsn/identify.py, held-out text by language
       (--heldout LANG=FILE; default data.heldout of the study), and the token ids the neurons were found on (--id_path;
-      default the study's): text that stands in both is left out, so that the two are disjoint.
-Out:  OUT (default: the study's lsn/deactivate.json): `unmasked`, `matrix`, `selectivity` with interval and p, `random`;
-      a heat map beside it.
+      default the study's): text that stands in both is left out, so that the two are disjoint. How often neurons fire is
+      read from the counts of lsn/activation.py (--activation; default the study's).
+Out:  OUT (default: the study's lsn/deactivate.json): `unmasked`, `matrix`, `diagonal`, `selectivity` with interval and
+      p, `random`, `active`; a heat map beside it.
 
 A killed run goes on with the next set. On several GPUs: accelerate launch lsn/deactivate.py ...; each process measures
 whole sets, and the numbers are the same.
@@ -20,84 +22,35 @@ Tiny: python lsn/deactivate.py --study demo/tiny.yaml --random 5
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, processes, results, stats
+from cpt_utils.base import cli, languages, processes, results, stats
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, identity, refs, relatives, tokenization, tokenizer_id
 from cpt_utils.interventions import activations
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, controls, evaluation, masks, tokenids
-from cpt_utils.measures.tokenids import RUN, run_hashes
-from cpt_utils.models import encoding, ffn, loading, scoring
+from cpt_utils.measures import conditions, controls, counts, evaluation, masks, tokenids
+from cpt_utils.models import ffn, loading, scoring
+
+overlap = cli.sibling("lsn/heldout_overlap.py")
+report = cli.sibling("lsn/deactivate_report.py")
 
 SCHEMA = "deactivation"
 RESULTS = {"deactivation": "lsn/deactivate.json"}
 CAPTIONS = {
     "deactivation": """Part II: 2. Language-specific neurons
         The change of the loss per token when the neurons of one language (row) are silenced, on text of each language
-        (column), beside the same for random neurons, as many in each layer. Neurons are a language's own where the
-        diagonal stands out, and more than it does at random.""",
+        (column), beside the same for random neurons, as many in each layer, and for as many that fire as often. Neurons
+        are a language's own where the diagonal is a harm, stands out, and more than it does at random.""",
 }
-RANDOM = 19  # random sets a language: with them p can be .05
-SHORTEST = 8  # tokens: a shorter document may be anywhere by chance
-MOST_SEEN = 0.1  # of the held-out documents
-
-
-# ---------------------------------------------------------------- text to find, text to test
-
-
-def seen(documents: list[list[int]], ids: np.ndarray, chunk: int = 1 << 20) -> list[bool]:
-    """Which documents (lists of token ids) are in `ids` [n]: half or more of their runs of tokens are.
-
-    Runs are of tokenids.RUN tokens, in a shorter document of all it has. The first token is left out: the same words
-    inside a text begin with a space, and with another token. What is then shorter than SHORTEST says nothing.
-    """
-    by_length: dict[int, list[int]] = {}
-    for number, document in enumerate(documents):
-        by_length.setdefault(min(RUN, len(document) - 1), []).append(number)
-    found = [False] * len(documents)
-    for length, numbers in by_length.items():
-        if length < SHORTEST:
-            continue
-        runs = [run_hashes(np.asarray(documents[number][1:]), length) for number in numbers]
-        wanted = np.unique(np.concatenate(runs))
-        there = np.zeros(len(wanted), dtype=bool)
-        for start in range(0, len(ids), chunk):
-            there |= np.isin(wanted, run_hashes(np.asarray(ids[start : start + chunk + length - 1]), length))
-        present = wanted[there]
-        for number, own in zip(numbers, runs, strict=True):
-            found[number] = bool(np.isin(own, present).mean() >= 0.5)
-    return found
-
-
-def disjoint(
-    texts: dict[str, list[tuple[str, str]]], ids: list[tuple[Path, torch.Tensor]], tokenizer
-) -> tuple[dict[str, list[tuple[str, str]]], dict[str, int]]:
-    """The held-out documents, (context, text) by language, that no id file holds, and how many were left out.
-
-    Raises:
-        InputError: more than a tenth of a language's documents are in the text of the neurons.
-    """
-    kept, left_out = {}, {}
-    for lang, documents in texts.items():
-        encoded = encoding.of_texts(tokenizer, [text for _, text in documents], add_special_tokens=False).ids
-        known = [False] * len(documents)
-        for _, tokens in ids:
-            known = [a or b for a, b in zip(known, seen(encoded, tokens.numpy()), strict=True)]
-        left_out[lang] = sum(known)
-        if left_out[lang] > MOST_SEEN * len(documents):
-            raise InputError(
-                f"{left_out[lang]} of {len(documents)} held-out documents of {lang} are in the text the neurons were "
-                f"found on ({', '.join(str(path) for path, _ in ids)}); give other held-out text"
-            )
-        kept[lang] = [document for document, is_known in zip(documents, known, strict=True) if not is_known]
-    return kept, left_out
+RANDOM = 19  # random sets a language, and as many of equal activity: with them p can be .05
+COUNTS = "activation_count"  # where the published README has activation.py write
 
 
 # ---------------------------------------------------------------- the method
@@ -112,11 +65,14 @@ class Masks:
     widths: list[int]
 
 
-def deactivations(own: Masks, arch: archs.Arch, n_random: int, seed: int) -> list[Condition]:
+def deactivations(
+    own: Masks, arch: archs.Arch, n_random: int, seed: int, rates: dict[str, np.ndarray] | None = None
+) -> list[Condition]:
     """Nothing silenced; the neurons of each language that has some; for each of these `n_random` random sets.
 
-    A random set has as many neurons per layer as the language's, drawn outside all masks. The facts of a condition are
-    its `lang` (None: nothing is silenced) and, of a random set, its `number`.
+    A random set has as many neurons per layer as the language's, drawn outside all masks. With `rates` (see
+    `firing_rates`) as many sets "active" follow, whose neurons fire as often, too. The facts of a condition are its
+    `lang` (None: nothing is silenced) and, of a control, its `number`.
     """
 
     def silencing(name: str, neurons: masks.Layers, lang: str | None, number: int | None = None) -> Condition:
@@ -129,6 +85,10 @@ def deactivations(own: Masks, arch: archs.Arch, n_random: int, seed: int) -> lis
     for number in range(n_random):
         drawn = masks.random_control(own.everyone, len(own.widths), own.widths, seed=f"{seed}/{number}")
         found += [silencing("random", drawn[languages.find(drawn, lang)], lang, number) for lang in there]
+    for number, lang in itertools.product(range(n_random), there if rates else ()):
+        named = languages.find(own.everyone, lang)
+        drawn = masks.active_control(own.everyone, named, rates[lang], own.widths, seed=f"{seed}/{number}")
+        found.append(silencing("active", drawn, lang, number))
     return found
 
 
@@ -168,9 +128,9 @@ def resampled(changes: dict, tokens: dict, seed: int, draws: int = 2000) -> dict
         changes: deactivated -> evaluated -> change of each document's NLL; tokens: evaluated -> tokens of each.
     """
     found: dict[str, dict] = {d: {} for d in changes}
-    for number, (e, counts) in enumerate(tokens.items()):
-        weights = stats.resample_weights(len(counts), seed + number, draws)
-        total = weights @ np.asarray(counts, dtype=np.float64)
+    for number, (e, scored) in enumerate(tokens.items()):
+        weights = stats.resample_weights(len(scored), seed + number, draws)
+        total = weights @ np.asarray(scored, dtype=np.float64)
         for d, row in changes.items():
             found[d][e] = weights @ np.asarray(row[e], dtype=np.float64) / total
     return found
@@ -181,34 +141,29 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
 
     Their `losses` are: evaluated -> {"nll": [documents], "tokens": [documents]}.
     """
-    by = {(record["lang"], record["number"]): record["losses"] for record in records}
+    silenced = [record for record in records if record.get("name") != "active"]
+    by = {(record["lang"], record["number"]): record["losses"] for record in silenced}
     plain = {e: Loss(**by[None, None][e]) for e in languages_}
-    drawn = sorted({number for _, number in by if number is not None})
 
-    def per_document(lang: str, number: int | None = None) -> dict[str, list[float]]:
-        return {e: [a - b for a, b in zip(by[lang, number][e]["nll"], plain[e].nll, strict=True)] for e in languages_}
+    def per_document(losses: dict) -> dict[str, list[float]]:
+        return {e: [a - b for a, b in zip(losses[e]["nll"], plain[e].nll, strict=True)] for e in languages_}
 
     def means(changes: dict[str, list[float]]) -> dict[str, float]:
         return {e: math.fsum(changes[e]) / sum(plain[e].tokens) for e in languages_}
 
-    changes = {d: per_document(d) for d in languages_ if (d, None) in by}
+    def sets(drawn: list[dict]) -> dict[str, list[dict]]:
+        ordered = sorted((r for r in drawn if r["number"] is not None), key=lambda r: r["number"])
+        return {d: [means(per_document(r["losses"])) for r in ordered if r["lang"] == d] for d in matrix}
+
+    changes = {d: per_document(by[d, None]) for d in languages_ if (d, None) in by}
     matrix = {d: means(row) for d, row in changes.items()}
-    own = selectivity(matrix)
     draws = resampled(changes, {e: plain[e].tokens for e in languages_}, seed)
-    resampled_own = selectivity_draws(draws)
-    random = {d: [means(per_document(d, number)) for number in drawn] for d in matrix}
-    chance = {d: [selectivity({d: row})[d] for row in rows] for d, rows in random.items()}
-    rows = {}
-    for d in matrix:
-        low, high = np.quantile(resampled_own[d], (0.025, 0.975))
-        rows[d] = among_random(own[d], chance[d]) | {"ci_low": float(low), "ci_high": float(high)}
-    together = sum(resampled_own.values()) / len(resampled_own)
-    low, high = np.quantile(together, (0.025, 0.975))
-    chance_together = [math.fsum(values) / len(values) for values in zip(*chance.values(), strict=True)]
-    overall = among_random(math.fsum(own.values()) / len(own), chance_together)
+    random, active = sets(silenced), sets([record for record in records if record.get("name") == "active"])
     intervals = {
         d: {e: [float(q) for q in np.quantile(draws[d][e], (0.025, 0.975))] for e in languages_} for d in matrix
     }
+    own_text = {d: diagonal(matrix[d][d], *intervals[d][d]) for d in matrix}
+    rows, overall = places(matrix, draws, random, active, own_text)
     return {
         "languages": languages_,
         "unmasked": {e: plain[e].mean for e in languages_},
@@ -216,10 +171,45 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
         "documents": {e: len(plain[e].tokens) for e in languages_},
         "matrix": matrix,
         "intervals": intervals,
+        "diagonal": own_text,
         "selectivity": rows,
-        "overall": overall | {"ci_low": float(low), "ci_high": float(high)},
+        "overall": overall,
         "random": random,
+        "active": active if any(active.values()) else None,
     }
+
+
+def diagonal(harm: float, low: float, high: float) -> dict:
+    """What silencing does to the language's own text: `verdict` is harm (worse), reverse (better), or none."""
+    return {
+        "harm": harm,
+        "ci_low": low,
+        "ci_high": high,
+        "verdict": "harm" if low > 0 else "reverse" if high < 0 else "none",
+    }
+
+
+def places(matrix: dict, draws: dict, random: dict, active: dict, own_text: dict) -> tuple[dict, dict]:
+    """The selectivity of each language, and their mean: interval, place among both kinds of control, `meaningful`."""
+    own, resampled_own = selectivity(matrix), selectivity_draws(draws)
+    chance, as_active = (
+        {d: [selectivity({d: row})[d] for row in rows] for d, rows in sets.items()} for sets in (random, active)
+    )
+
+    def place(value: float, drawn: np.ndarray, others: list[float], alike: list[float], of: list[dict]) -> dict:
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        found = among_random(value, others) | {"ci_low": float(low), "ci_high": float(high)}
+        matched = among_random(value, alike) if alike else {"n_random": 0}
+        found |= {f"active_{key}": matched.get(f"random_{key}") for key in ("mean", "max")}
+        found |= {"n_active": matched["n_random"], "p_value_active": matched.get("p_value")}
+        return found | {"meaningful": all(row["verdict"] == "harm" for row in of)}
+
+    def means(sets: dict[str, list[float]]) -> list[float]:
+        return [math.fsum(values) / len(values) for values in zip(*sets.values(), strict=True)]
+
+    rows = {d: place(own[d], resampled_own[d], chance[d], as_active[d], [own_text[d]]) for d in matrix}
+    mean, drawn = math.fsum(own.values()) / len(own), sum(resampled_own.values()) / len(resampled_own)
+    return rows, place(mean, drawn, means(chance), means(as_active), list(own_text.values()))
 
 
 def selectivity_draws(draws: dict) -> dict:
@@ -232,28 +222,6 @@ def among_random(own: float, others: list[float]) -> dict:
     found = controls.rank_among_random(own, others, higher_is_better=True)
     kept = {key: found[key] for key in ("random_mean", "random_max", "n_random", "p_value")}
     return {"selectivity": own, **kept}
-
-
-def draw(path: Path, payload: dict) -> None:
-    """Heat maps of the changes in NLL per token: the languages' neurons, and the mean over random sets of as many."""
-    names, rows = payload["languages"], list(payload["matrix"])
-    own = np.array([[payload["matrix"][d][e] for e in names] for d in rows])
-    chance = np.array([[np.mean([r[e] for r in payload["random"][d]]) for e in names] for d in rows])
-    bound = max(np.abs(own).max(), np.abs(chance).max()) or 1.0
-    side = 0.45 * len(names) + 0.5
-    with figures.style() as plt:
-        width = min(figures.PAGE, 2 * side + 1.6)
-        fig, axes = plt.subplots(1, 2, figsize=(width, 0.36 * len(rows) + 1.1), sharey=True)
-        for axis, values, title in (
-            (axes[0], own, "language's neurons"),
-            (axes[1], chance, f"random, mean of {len(next(iter(payload['random'].values())))}"),
-        ):
-            image = figures.heat_map(axis, values, rows, names, bound, 35)
-            axis.set_title(title)
-            axis.set_xlabel("evaluated on")
-        axes[0].set_ylabel("deactivated")
-        fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.9)
-        figures.save(fig, path)
 
 
 # ---------------------------------------------------------------- the command
@@ -269,11 +237,14 @@ def build_parser():
     add("--lang", metavar="L,L,..", help="languages; default: the study's languages.lsn, else all of the mask")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
     add("--id_path", nargs="+", metavar="IDS", help="token ids the neurons were found on; default: the study's")
+    text = f"folder of the counts that the mask was made from; default: the study's, else {COUNTS}"
+    add("-a", "--activation", metavar="FOLDER", help=text)
     add(
         "--random",
         type=int,
         metavar="N",
-        help=f"random sets a language, 5 or more; default {RANDOM}, or the study's `controls` where that is smaller",
+        help=f"random sets a language, and as many as active, 5 or more; default {RANDOM}, or the study's `controls` "
+        "where that is smaller",
     )
     add("-o", "--output", metavar="OUT", help="JSON to write; default: the study's lsn/deactivate.json")
     cli.add_run_flags(p, drop=True)
@@ -292,6 +263,7 @@ def main(argv=None) -> None:
     other = beside.name(study, args.base, run, steps=args.steps, limit=args.limit, last=True)
     output = study.output(args.output, "-o", "deactivation", other)
     neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), base, home)
+    rates = firing_rates(args.activation, study, mask_file, neurons, relatives.of([ref], base, home))
     texts, facts = heldout_texts(args, study, list(neurons.own))
     id_files = id_paths(args, study)
 
@@ -319,18 +291,19 @@ def main(argv=None) -> None:
     def write(records: list[dict], request: dict) -> None:
         payload = summarize(records, list(neurons.own), study.seed) | {"left_out": left_out}
         payload["n_neurons"] = {lang: sum(map(len, own.values())) for lang, own in neurons.own.items()}
+        payload["activity"] = activity(wanted, rates) if rates else None
         head = results.header(
             SCHEMA, models={"model": ref.describe()}, n_layers=len(neurons.widths), ffn_width=max(neurons.widths),
             mask=mask_file, languages={lang: languages.canonical(lang, any_tag=True) for lang in neurons.own},
             heldout=facts, token_ids=[str(path) for path in id_files], limit=args.limit, seed=study.seed,
             dtype=str(dtype).removeprefix("torch."), device=str(process.device), request=request,
         )  # fmt: skip
-        draw(output.with_suffix(""), payload)
+        report.draw(output.with_suffix(""), payload)
         results.write_json(output, payload, head)
-        say(payload)
+        report.say(payload)
         cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
-    wanted = deactivations(neurons, archs.for_config(ref.config()), n_random, study.seed)
+    wanted = deactivations(neurons, archs.for_config(ref.config()), n_random, study.seed, rates)
     conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite)
     if args.drop_revisions:
         ref.drop()
@@ -375,23 +348,55 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home)
     return Masks(everyone, own, widths)
 
 
+def firing_rates(
+    given: str | None, study: Study, mask_file: Path, neurons: Masks, described: list[dict]
+) -> dict[str, np.ndarray] | None:
+    """How often each neuron fires on its language's text: language -> share of its tokens, float64 [layers, neurons].
+
+    Of the languages that have neurons; None, and said, where their counts are not there.
+
+    Raises:
+        InputError: counts of another model than the mask's, or counted again since.
+    """
+    places = [Path(given)] if given else [*filter(None, [study.result("lsn_counts")]), Path(COUNTS)]
+    made_of, found = masks.counted(mask_file), {}
+    for lang in (lang for lang, own in neurons.own.items() if any(own.values())):
+        known = made_of.get(languages.find(made_of, lang, default=None)) or {}
+        name = known.get("counts") or f"{mask_file.stem}.{languages.find(neurons.everyone, lang)}.pt"
+        path = next((place / name for place in places if (place / name).is_file()), None)
+        if path is None:
+            lacking = f"{' and '.join(map(str, places))} lack{'s' * (len(places) == 1)} the counts {name}"
+            if given:
+                raise InputError(f"{lacking}; give -a the folder that lsn/activation.py wrote")
+            cli.warn(f"{lacking}: no random sets of equal activity; run lsn/activation.py, or give its folder with -a")
+            return None
+        one = counts.read(path, lang)
+        model = (one.header.get("models") or {}).get("model")
+        if known.get("counts_sha256", one.hash()) != one.hash() or (model and not relatives.belongs(model, described)):
+            raise InputError(f"{path} is not what {mask_file} was made from; run lsn/identify.py again, or give its -a")
+        if one.over_zero.shape != (len(neurons.widths), max(neurons.widths)):
+            raise InputError(f"{path} counts neurons of another model than {mask_file}; give the folder of its counts")
+        found[lang] = one.over_zero / np.maximum(one.tokens(), 1)
+    return found
+
+
+def activity(silenced: list[Condition], rates: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """The mean firing rate of each language's neurons on its text (`own`), and of its controls: `random`, `active`."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for one in (one for one in silenced if one.facts["lang"] is not None):
+        lang, kind = one.facts["lang"], one.name if one.facts["number"] is not None else "own"
+        own = [float(rates[lang][layer][neuron]) for layer, row in one.key["neurons"].items() for neuron in row]
+        found.setdefault(lang, {}).setdefault(kind, []).extend(own)
+    return {lang: {kind: math.fsum(row) / len(row) for kind, row in rows.items()} for lang, rows in found.items()}
+
+
 def heldout_texts(args, study: Study, chosen: list[str]) -> tuple[dict, dict]:
     """Held-out documents (context, text) of every language, and what the header says of them."""
     mapping = study.get("data.heldout") or {}
     if args.heldout:
         mapping = cli.sibling("cpt/documents.py").language_files(args.heldout, "--heldout")
     together = int(study.get("data.heldout_lines") or 1) if not args.heldout else 1
-    texts, facts = {}, {}
-    for lang in chosen:
-        key = languages.find(mapping, lang, default=None)
-        if key is None:
-            raise InputError(f"no held-out text of {lang}: give --heldout {lang}=FILE, or data.heldout in the study")
-        path = Path(mapping[key])
-        if not path.is_file():
-            raise InputError(f"{path} does not exist: the held-out text of {lang}")
-        texts[lang] = evaluation.documents(path, together)[: args.limit]
-        facts[lang] = {"file": str(path), "sha256": results.file_sha256(path), "documents": len(texts[lang])}
-    return texts, facts
+    return evaluation.heldout_by_language(mapping, chosen, together, args.limit)
 
 
 def id_paths(args, study: Study) -> list[Path]:
@@ -411,30 +416,11 @@ def prepare(ref, base, run, texts: dict, id_files: list[Path]) -> tuple:
         (path, tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=own)[0])
         for path in id_files
     ]
-    texts, left_out = disjoint(texts, ids, tokenizer)
+    texts, left_out = overlap.disjoint(texts, ids, tokenizer)
     for lang, n in left_out.items():
         if n:
             cli.say(f"{n} held-out documents of {lang} are in the text the neurons were found on, and are left out")
     return tokenizer, tokenizer_id.tokenizer_used(ref, run, base), texts, left_out
-
-
-def say(payload: dict) -> None:
-    """Print the matrix and what it says."""
-    names = payload["languages"]
-    cli.say("NLL per token: " + ", ".join(f"{e} {payload['unmasked'][e]:.4f}" for e in names))
-    for d, row in payload["matrix"].items():
-        found = payload["selectivity"][d]
-        cli.say(
-            f"without the {payload['n_neurons'][d]} neurons of {d}: "
-            + ", ".join(f"{e} {row[e]:+.4f}" for e in names)
-            + f"; selectivity {found['selectivity']:+.4f} [{found['ci_low']:+.4f}, {found['ci_high']:+.4f}], "
-            f"{found['n_random']} random sets {found['random_mean']:+.4f}, p = {found['p_value']:.3f}"
-        )
-    found = payload["overall"]
-    cli.say(
-        f"overall selectivity {found['selectivity']:+.4f} [{found['ci_low']:+.4f}, {found['ci_high']:+.4f}], random "
-        f"{found['random_mean']:+.4f}, p = {found['p_value']:.3f}"
-    )
 
 
 if __name__ == "__main__":

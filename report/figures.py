@@ -226,7 +226,7 @@ def ffn_swap(found: Results, path: Path) -> None:
 def deactivation(found: Results, path: Path) -> None:
     script = cli.sibling("lsn/deactivate.py")
     payload, _ = found.json(found.path("deactivation"), script.SCHEMA)
-    script.draw(path, payload)
+    script.report.draw(path, payload)
 
 
 FIGURES = {

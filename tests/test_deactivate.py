@@ -20,6 +20,7 @@ from cpt_utils.measures import masks, tokenids
 from cpt_utils.models import loading
 
 SCRIPT = load_script("lsn/deactivate.py")
+OVERLAP = load_script("lsn/heldout_overlap.py")
 OWN = {"en": {0: [3, 4], 1: [], 2: [9]}, "ga": {0: [1, 7], 1: [2], 2: []}, "sw": {0: [], 1: [], 2: []}}
 TEXTS = {
     "en": [f"the {a} number {n} walks over the hill" for n, a in enumerate(("red", "old", "sad", "big", "shy"))],
@@ -96,6 +97,113 @@ def test_matrix_selectivity_and_random_sets(study, capsys):
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(InputError, match="another request"):
         SCRIPT.main(["--random", "6", "--dtype", "float64"])
+
+
+def write_counts(folder, lang: str, over_zero: torch.Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    results.write_tensors(folder / f"demo.{lang}.pt", {"n": 1000, "over_zero": over_zero})
+
+
+def test_sets_of_equal_activity_stand_beside_the_random_ones(study, capsys):
+    """The masked neurons fire on 90 % of the tokens, eight others in each layer, too, the rest hardly ever."""
+    SCRIPT.main(["--random", "5", "--dtype", "float64", "--batch-size", "2", "-o", "without.json"])
+    without, _ = results.read_json("without.json")
+    assert without["active"] is None and without["activity"] is None
+    assert without["selectivity"]["en"]["p_value_active"] is None
+    assert "no random sets of equal activity; run lsn/activation.py" in capsys.readouterr().err
+    over_zero = torch.full((3, 48), 10)
+    for neurons in OWN.values():
+        for layer, chosen in neurons.items():
+            over_zero[layer, chosen] = 900
+    over_zero[:, 30:38] = torch.arange(890, 898)
+    for lang in ("en", "ga"):
+        write_counts(study / "results/lsn/activation_count", lang, over_zero)
+    SCRIPT.main(["--random", "5", "--dtype", "float64", "--batch-size", "2"])
+    found, _ = results.read_json("results/lsn/deactivate.json")
+    new = ("active", "activity", "diagonal", "selectivity", "overall")
+    assert {key: value for key, value in found.items() if key not in new} == {
+        key: value for key, value in without.items() if key not in new
+    }
+    plain = slow_nll("ga", {})
+    for number, row in enumerate(found["active"]["en"]):
+        control = masks.active_control(OWN, "en", over_zero.numpy() / 1000, 48, seed=f"42/{number}")
+        assert {layer: len(chosen) for layer, chosen in control.items()} == {0: 2, 1: 0, 2: 1}
+        assert {neuron for chosen in control.values() for neuron in chosen} <= set(range(30, 38))
+        assert row["ga"] == pytest.approx(slow_nll("ga", control) - plain, abs=1e-10)
+    chance = [r["en"] - (r["ga"] + r["sw"]) / 2 for r in found["active"]["en"]]
+    mine = found["selectivity"]["en"]
+    assert mine["p_value_active"] == (1 + sum(c >= mine["selectivity"] for c in chance)) / 6 and mine["n_active"] == 5
+    assert found["activity"]["en"]["own"] == pytest.approx(0.9) and found["activity"]["en"]["active"] > 0.88
+    assert found["activity"]["en"]["random"] < 0.5
+    assert "those as active on 89%" in capsys.readouterr().out
+    write_counts(study / "results/lsn/activation_count", "en", over_zero[:, :40])
+    with pytest.raises(InputError, match=r"demo.en.pt counts neurons of another model"):
+        SCRIPT.main(["--random", "5", "-o", "other.json"])
+    with pytest.raises(InputError, match=r"nowhere lacks the counts demo.en.pt; give -a the folder"):
+        SCRIPT.main(["--random", "5", "-a", "nowhere"])
+
+
+def test_counts_that_a_mask_was_not_made_from_are_refused(study):
+    path = study / "results/lsn/result/demo.json"
+    content = json.loads(path.read_text())
+    content["_header"]["tokens"] = {lang: {"counts": f"demo.{lang}.pt", "counts_sha256": "0" * 16} for lang in OWN}
+    path.write_text(json.dumps(content))
+    for lang in OWN:
+        write_counts(study / "results/lsn/activation_count", lang, torch.ones(3, 48, dtype=torch.long))
+    with pytest.raises(InputError, match=r"demo.en.pt is not what .*demo.json was made from; run lsn/identify.py"):
+        SCRIPT.main(["--random", "5"])
+
+
+def records_of(changes: dict[str, dict[str, float]]) -> list[dict]:
+    """Records in which silencing d changes the loss of 20 documents of e by changes[d][e], give or take .01."""
+    spread = [0.01 * (-1) ** i for i in range(20)]
+
+    def losses(row: dict[str, float]) -> dict:
+        return {e: {"nll": [2 + row.get(e, 0.0) + s for s in spread], "tokens": [1] * 20} for e in changes}
+
+    noisy = {d: losses(row) for d, row in changes.items()}
+    for row in noisy.values():
+        for one in row.values():
+            one["nll"] = [nll + 0.02 * (i % 4 - 1.5) for i, nll in enumerate(one["nll"])]
+    found = [{"name": "none", "lang": None, "number": None, "losses": losses({})}]
+    found += [{"name": d, "lang": d, "number": None, "losses": row} for d, row in noisy.items()]
+    for kind in ("random", "active"):
+        found += [{"name": kind, "lang": d, "number": n, "losses": losses({})} for n in range(5) for d in changes]
+    return found
+
+
+def test_selectivity_means_nothing_where_the_language_itself_is_not_hurt(tmp_path, capsys):
+    """A language that stays as it was while the others improve is selective by the number, and so is one that improves
+    less than they do."""
+    changes = {
+        "aa": {"aa": 0.2, "bb": 0.0, "cc": 0.0},
+        "bb": {"aa": -0.2, "bb": 0.0, "cc": -0.2},
+        "cc": {"aa": -0.3, "bb": -0.3, "cc": -0.1},
+    }
+    found = SCRIPT.summarize(records_of(changes), list(changes), 0)
+    assert [row["verdict"] for row in found["diagonal"].values()] == ["harm", "none", "reverse"]
+    assert all(row["selectivity"] > 0.15 and row["p_value"] < 0.2 for row in found["selectivity"].values())
+    assert [row["meaningful"] for row in found["selectivity"].values()] == [True, False, False]
+    assert not found["overall"]["meaningful"]
+    for d, row in found["diagonal"].items():
+        assert (row["harm"], row["ci_low"]) == (found["matrix"][d][d], found["intervals"][d][d][0])
+    found |= {"n_neurons": dict.fromkeys(changes, 3), "activity": None}
+    SCRIPT.report.say(found)
+    said = capsys.readouterr().out
+    assert "on aa a harm [" in said and "on bb no harm, so that its selectivity means nothing" in said
+    assert "on cc harm in reverse (better without them)" in said
+    drawn = []
+    own = SCRIPT.report.figures.save
+    try:
+        SCRIPT.report.figures.save = lambda fig, path: drawn.append(fig) or own(fig, path)
+        SCRIPT.report.draw(tmp_path / "new", found)
+        old = {key: value for key, value in found.items() if key not in ("diagonal", "active", "activity")}
+        SCRIPT.report.draw(tmp_path / "old", old)  # as results of before are
+    finally:
+        SCRIPT.report.figures.save = own
+    assert [len(fig.axes) for fig in drawn] == [4, 3]  # the last is the colour bar
+    labels = [[text.get_text() for text in fig.axes[0].get_yticklabels()] for fig in drawn]
+    assert labels == [["aa\nharm", "bb\nno harm", "cc\nharm in reverse"], ["aa", "bb", "cc"]]
 
 
 def test_a_killed_run_goes_on(study, capsys):
@@ -178,7 +286,7 @@ def test_seen_is_what_a_slow_search_says():
     expected = [slow(document) for document in documents]
     assert expected[:4] == [True] * 3 + [False] and expected[4:6] == [False, False]
     for chunk in (64, 1000, 1 << 20):
-        assert SCRIPT.seen(documents, ids, chunk) == expected
+        assert OVERLAP.seen(documents, ids, chunk) == expected
 
 
 def test_bad_input_is_one_line(study):
@@ -198,7 +306,7 @@ def test_a_sentence_inside_a_text_is_seen():
     """Its first token differs there (a space goes before it); and a phrase of a few tokens says nothing."""
     ids = np.arange(100, 200)
     inside = [7, *range(121, 140)]
-    assert SCRIPT.seen([inside, [7, *range(121, 130)], [7, *range(121, 125)]], ids) == [True, True, False]
+    assert OVERLAP.seen([inside, [7, *range(121, 130)], [7, *range(121, 125)]], ids) == [True, True, False]
 
 
 def test_a_mask_of_before_a_training_is_refused_whatever_is_asked(study):

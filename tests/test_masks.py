@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import save_tiny
 
@@ -145,3 +146,32 @@ def test_a_layer_without_room_for_a_control_is_named():
         masks.random_control(mask, 2, 8, 0)
     exactly = masks.random_control({"a": {0: [0, 1, 2, 3]}}, 1, 8, 0)
     assert exactly == {"a": {0: [4, 5, 6, 7]}}
+
+
+def test_a_control_of_equal_activity_is_near_in_rate_and_outside_all_masks():
+    rng = np.random.default_rng(0)
+    rates = rng.random((3, 200))
+    mask = {"en": {0: [1, 5, 9], 1: [], 2: list(range(20))}, "ga": {0: [5, 7], 1: [0], 2: [50]}}
+    drawn = [masks.active_control(mask, "en", rates, 200, seed=number) for number in range(20)]
+    for control in drawn:
+        for layer, own in mask["en"].items():
+            chosen = control[layer]
+            assert len(set(chosen)) == len(own) and not set(chosen) & {*own, *mask["ga"][layer]}
+            # 200 neurons lie .005 apart: sorted by rate, partners are some places off.
+            apart = np.sort(rates[layer, own]) - np.sort(rates[layer, chosen])
+            assert not len(own) or np.abs(apart).max() < 0.08
+    assert drawn[0] == masks.active_control(mask, "en", rates, 200, seed=0)
+    assert len({str(control) for control in drawn}) == 20
+    # Where no neuron is close the nearest are taken, and where there are too few the layer is named.
+    rates[0, :10], rates[0, 10:] = 0.9, np.linspace(0, 0.3, 190)
+    far = {"en": {0: [1], 1: [], 2: []}, "ga": {0: [*range(10)], 1: [], 2: []}}
+    assert masks.active_control(far, "en", rates, 200)[0][0] >= 200 - masks.CLOSE
+    with pytest.raises(InputError, match="layer 0 has 4 of 12 neurons outside the mask, but the control of en needs 8"):
+        masks.active_control({"en": {0: list(range(8))}}, "en", rates[:1, :12], 12)
+
+
+def test_a_control_of_equal_activity_knows_only_the_neurons_that_a_layer_has():
+    rates = np.zeros((2, 10))
+    rates[0, 4:] = 0.5  # of padding
+    control = masks.active_control({"en": {0: [0, 1], 1: [3]}}, "en", rates, [4, 10])
+    assert control[0] == [2, 3]

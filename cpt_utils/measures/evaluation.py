@@ -186,6 +186,27 @@ def documents(file: Path, together: int) -> list[tuple[str, str]]:
     return [(group[0], " ".join(group[1:])) for group in groups]
 
 
+def heldout_by_language(
+    files: dict[str, str | None], chosen: list[str], together: int, limit: int | None
+) -> tuple[dict[str, list[tuple[str, str]]], dict[str, dict]]:
+    """The `documents` of every language `chosen`, and what a header says of their files.
+
+    Raises:
+        InputError: a language that `files` have not, in any spelling, or a file that is not there.
+    """
+    texts, facts = {}, {}
+    for lang in chosen:
+        key = languages.find(files, lang, default=None)
+        if key is None or files[key] is None:
+            raise InputError(f"no held-out text of {lang}: give --heldout {lang}=FILE, or data.heldout in the study")
+        path = Path(files[key])
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: the held-out text of {lang}")
+        texts[lang] = documents(path, together)[:limit]
+        facts[lang] = {"file": str(path), "sha256": results.file_sha256(path), "documents": len(texts[lang])}
+    return texts, facts
+
+
 def _task_file(study) -> Path | None:
     """The study's test rows, where its task is one on local files."""
     folder, name = study.get("data.task.dir"), study.get("data.task.name")

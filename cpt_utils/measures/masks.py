@@ -7,6 +7,7 @@ Where layers differ in width (experts beside dense layers), functions take all w
 
 from __future__ import annotations
 
+import bisect
 import os
 import random
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from pathlib import Path
 
 from cpt_utils.base import languages, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import relatives
 
 SCHEMA = "lsn-mask"
+CLOSE = 5  # neurons nearest in rate, of which one is drawn: more of them differ in activity, fewer make sets alike
 
 Layers = dict[int, list[int]]
 
@@ -115,6 +118,11 @@ def is_control(path: str | os.PathLike) -> bool | None:
     return _load(path)[1].get("control")
 
 
+def counted(path: str | os.PathLike) -> dict[str, dict]:
+    """What the header of a mask says of the counts it was made from, by language; {} where it says nothing."""
+    return _load(path)[1].get("tokens") or {}
+
+
 def control_beside(path: Path) -> Path | None:
     """The control mask beside a mask, `<mask>.control.json`, where it is there."""
     control = path.with_suffix(".control.json")
@@ -132,24 +140,62 @@ def random_control(
     Raises:
         InputError: a layer has fewer neurons outside the mask than a language has inside.
     """
-    widths = by_layer(ffn_width, n_layers)
-    outside = {
-        layer: sorted(set(range(widths[layer])).difference(*(mask[lang].get(layer, ()) for lang in mask)))
-        for layer in range(n_layers)
-    }
+    outside = _outside(mask, by_layer(ffn_width, n_layers))
     control: dict[str, Layers] = {}
     for lang, layers in mask.items():
         control[lang] = {}
         for layer in range(n_layers):
             n = len(layers.get(layer, ()))
-            if n > len(outside[layer]):
-                raise InputError(
-                    f"layer {layer} has {len(outside[layer])} of {widths[layer]} neurons outside the mask, but the "
-                    f"control of {lang} needs {n}; identify fewer neurons with a lower --rate"
-                )
             # Seeded by a text: Python hashes it the same way everywhere, and sets of other layers stay independent.
             control[lang][layer] = sorted(random.Random(f"{seed}/{lang}/{layer}").sample(outside[layer], n))
     return control
+
+
+def active_control(
+    mask: dict[str, Layers], lang: str, rates: np.ndarray, ffn_width: int | Sequence[int], seed: int | str = 42
+) -> Layers:
+    """As many neurons in each layer as `lang` has, about as active as these, outside every language's mask.
+
+    The neurons of a layer come in a drawn order, and each gets a partner: one of the CLOSE neurons nearest in rate that
+    are outside all masks and not yet taken, drawn. Where none is close, the nearest are far: compare the mean rates.
+
+    Args:
+        rates: the share of the language's tokens on which each neuron is active, [layers, neurons].
+
+    Raises:
+        InputError: a layer has fewer neurons outside the mask than a language has inside.
+    """
+    found: Layers = {}
+    for layer, outside in _outside(mask, by_layer(ffn_width, len(rates))).items():
+        own, draw = sorted(mask[lang].get(layer, ())), random.Random(f"{seed}/active/{lang}/{layer}")
+        left = sorted((float(rates[layer][neuron]), neuron) for neuron in outside)
+        found[layer] = []
+        for neuron in draw.sample(own, len(own)):
+            rate = float(rates[layer][neuron])
+            at = bisect.bisect_left(left, (rate,))
+            near = sorted(left[max(0, at - CLOSE) : at + CLOSE], key=lambda other, to=rate: abs(other[0] - to))
+            partner = draw.choice(near[:CLOSE])
+            left.remove(partner)
+            found[layer].append(partner[1])
+        found[layer].sort()
+    return found
+
+
+def _outside(mask: dict[str, Layers], widths: Sequence[int]) -> Layers:
+    """The neurons of each layer that no language has in its mask, in order: enough for a control of each language."""
+    outside = {
+        layer: sorted(set(range(width)).difference(*(layers.get(layer, ()) for layers in mask.values())))
+        for layer, width in enumerate(widths)
+    }
+    for lang, layers in mask.items():
+        for layer, there in outside.items():
+            n = len(layers.get(layer, ()))
+            if n > len(there):
+                raise InputError(
+                    f"layer {layer} has {len(there)} of {widths[layer]} neurons outside the mask, but the control of "
+                    f"{lang} needs {n}; identify fewer neurons with a lower --rate"
+                )
+    return outside
 
 
 def write(path: str | os.PathLike, mask: dict[str, Layers], control: bool = False, **facts) -> None:

@@ -1,0 +1,71 @@
+"""What lsn/deactivate.py found, as a figure and in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt_utils.base import cli, figures
+from cpt_utils.base.lazy import np
+
+# What silencing a language's neurons does to the language itself; anything but a harm leaves selectivity no meaning.
+VERDICTS = {
+    "harm": ("harm", "a harm"),
+    "none": ("no harm", "no harm, so that its selectivity means nothing"),
+    "reverse": ("harm in reverse", "harm in reverse (better without them), so that its selectivity means nothing"),
+}
+
+
+def draw(path: Path, payload: dict) -> None:
+    """Heat maps of the changes in NLL per token: the languages' neurons, and the means over both kinds of random sets.
+
+    Below the name of a row stands what silencing does to the language itself. Results of before have no such verdict,
+    and no sets of equal activity.
+    """
+    names, rows = payload["languages"], list(payload["matrix"])
+    shown = [("language's neurons", {d: [row] for d, row in payload["matrix"].items()})]
+    for kind, words in (("random", "random"), ("active", "as active")):
+        if payload.get(kind):
+            n = len(next(iter(payload[kind].values())))
+            shown.append((f"{words}, mean of {n}", payload[kind]))
+    maps = [np.array([[np.mean([r[e] for r in sets[d]]) for e in names] for d in rows]) for _, sets in shown]
+    bound = max(np.abs(values).max() for values in maps) or 1.0
+    side = 0.45 * len(names) + 0.5
+    with figures.style() as plt:
+        width = min(figures.PAGE, len(maps) * side + 1.6)
+        fig, axes = plt.subplots(1, len(maps), figsize=(width, 0.36 * len(rows) + 1.1), sharey=True)
+        for axis, values, (title, _) in zip(axes, maps, shown, strict=True):
+            image = figures.heat_map(axis, values, rows, names, bound, 35)
+            axis.set_title(title)
+            axis.set_xlabel("evaluated on")
+        found = payload.get("diagonal", {})
+        words = [f"{d}\n{VERDICTS[found[d]['verdict']][0]}" if d in found else d for d in rows]
+        axes[0].set_yticks(range(len(rows)), words)
+        axes[0].set_ylabel("deactivated")
+        fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.9)
+        figures.save(fig, path)
+
+
+def say(payload: dict) -> None:
+    """Print the matrix and what it says."""
+    names = payload["languages"]
+    cli.say("NLL per token: " + ", ".join(f"{e} {payload['unmasked'][e]:.4f}" for e in names))
+    for d, row in payload["matrix"].items():
+        changes = ", ".join(f"{e} {row[e]:+.4f}" for e in names)
+        cli.say(f"without the {payload['n_neurons'][d]} neurons of {d}: {changes}; {_place(payload['selectivity'][d])}")
+        own, rates = payload["diagonal"][d], ""
+        if fires := (payload["activity"] or {}).get(d):
+            rates = f"; they fire on {fires['own']:.0%} of its tokens, random ones on {fires['random']:.0%}, those as "
+            rates += f"active on {fires['active']:.0%}"
+        cli.say(f"  on {d} {VERDICTS[own['verdict']][1]} [{own['ci_low']:+.4f}, {own['ci_high']:+.4f}]{rates}")
+    unhurt = [d for d, own in payload["diagonal"].items() if own["verdict"] != "harm"]
+    means = f"; it means nothing, as {', '.join(unhurt)} is not hurt" if unhurt else ""
+    cli.say(f"overall {_place(payload['overall'])}{means}")
+
+
+def _place(found: dict) -> str:
+    """A selectivity, with its interval, among the random sets of both kinds."""
+    words = f"selectivity {found['selectivity']:+.4f} [{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
+    for kind, name, p in (("random", "random", "p_value"), ("active", "as active", "p_value_active")):
+        if found[f"n_{kind}"]:
+            words += f", {found[f'n_{kind}']} {name} {found[f'{kind}_mean']:+.4f} (p = {found[p]:.3f})"
+    return words
