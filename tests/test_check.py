@@ -139,13 +139,15 @@ def test_the_plan_of_data_that_are_missing(study):
     data = study.whole["data"]
     without = {key: value for key, value in data.items() if key not in ("heldout", "task")}
     made = check.plan(Study.find(study(data=without)))
-    assert (made.task, made.loss, made.deactivation, made.lsn) == (False, False, False, ["eng_Latn", "deu_Latn"])
+    assert (made.task, made.loss, made.losses, made.deactivation) == (False,) * 4
+    assert made.lsn == ["eng_Latn", "deu_Latn"]
     assert [text.partition(":")[0] for text in made.left_out] == [
-        "the downstream task and what rests on it (C6, half of Figure 2)", "the loss after a swap",
+        "the downstream task and what rests on it (C6, half of Figure 2)", "the loss of each language over CPT",
+        "the loss after a swap",
         "deactivation (Figure 9)",
     ]  # fmt: skip
     made = check.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}})))
-    assert made.loss and not made.deactivation
+    assert made.loss and made.losses and not made.deactivation
     assert made.left_out == ["deactivation (Figure 9): data.heldout has no text of eng_Latn"]
 
 

@@ -43,6 +43,7 @@ class Plan:
     lsn: list[str]
     deactivation: bool
     loss: bool
+    losses: bool  # of every language over CPT
     left_out: list[str] = field(default_factory=list)
 
 
@@ -57,6 +58,9 @@ def plan(study: Study) -> Plan:
     left_out = []
     if not study.get("data.task"):
         left_out.append("the downstream task and what rests on it (C6, half of Figure 2): the study has no data.task")
+    losses = any(heldout.values())
+    if not losses:
+        left_out.append("the loss of each language over CPT: the study has no data.heldout")
     if not loss:
         left_out.append(f"the loss after a swap: data.heldout has no text of {target}")
     if lacking:
@@ -70,7 +74,7 @@ def plan(study: Study) -> Plan:
         left_out.append(
             f"verdicts on C2 and C5: with {controls} random sets (controls) no p can reach .05; {ENOUGH} can"
         )
-    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, left_out)
+    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, left_out)
 
 
 # ---------------------------------------------------------------- the report
@@ -290,6 +294,7 @@ def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, floa
     rows = 204 * 7 * 60 if chosen.task else 0  # of SIB-200: prompts with seven choices
     yield "retrieval", (n_checkpoints + 4) * pairs
     yield "the task", (n_checkpoints + 3) * rows
+    yield "the loss of each language", (n_checkpoints + 1) * sizes["heldout"]
     yield f"layer swaps, up to {sets} sets", (sets + 3) * (pairs + heldout + rows)
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)
@@ -297,7 +302,7 @@ def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, floa
         yield "activation over CPT", (n_checkpoints + 1) * min(each, 98_304)
         yield f"component swaps, up to {sets} sets each", 2 * (sets + 11) * (pairs + heldout)
     if chosen.deactivation:
-        yield "deactivation", (len(chosen.lsn) + 21) * sizes["heldout"]
+        yield "deactivation", (1 + len(chosen.lsn) * (1 + 2 * min(ENOUGH, max(5, sets)))) * sizes["heldout"]
 
 
 def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float], report: Report) -> None:

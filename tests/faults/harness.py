@@ -51,6 +51,7 @@ COMMANDS = (
     _command("downstream", "downstream-correlation/downstream_correlation.py"),
     _command("layer_swap", "layer-swap/layer-swap.py"),
     _command("layer_swap_controls", "layer-swap/layer-swap.py", "--controls 4 --measures retrieval nll"),
+    _command("language_loss", "language-loss/language_loss.py"),
     _command("attn_vs_ffn", "weight-diff/attn_vs_ffn.py"),
     _command("token_ids", "lsn/load_oscar.py", "--max-concurrent 1"),
     _command("counts", "lsn/activation.py", "--save-every 0"),

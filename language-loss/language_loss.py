@@ -1,0 +1,214 @@
+"""What continued pre-training costs on every language: the loss on held-out text at the base and at every checkpoint.
+
+A language that the model knew and that CPT leaves out may be forgotten. The negative log-likelihood (NLL) per byte of
+held-out text says how far, at each step, for each language; its change is against the base on the same documents.
+
+In:   B and RUN (default: the study's), held-out text by language (--heldout LANG=FILE; default: all of data.heldout).
+Out:  OUT (default: the study's language-loss/language_loss.json): {language: {"base" or step: {`nll_per_byte`, ..}}};
+      beside it .pt (every document), .md (a table) and a figure with a line for each language.
+
+A killed run goes on with the next model. On several GPUs: accelerate launch language-loss/language_loss.py ...; each
+process measures whole models, and the numbers are the same.
+
+Full: python language-loss/language_loss.py --base meta-llama/Llama-2-7b-hf --run runs/eus --heldout en=en.txt eu=eu.txt --output loss.json
+Tiny: python language-loss/language_loss.py --study demo/tiny.yaml
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, languages, processes, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions, evaluation
+from cpt_utils.models import loading
+
+SCHEMA = "language-loss"
+RESULTS = {"language_loss": "language-loss/language_loss.json"}
+CAPTIONS = {
+    "language_loss": """Part I: 5. Loss by language
+        The loss on held-out text of each language at the base (step 0) and at every checkpoint, and its change against
+        the base on the same documents, with 95 % bootstrap intervals over documents. Above 0 a language is forgotten,
+        below 0 it is learned.""",
+}
+BASE = "base"
+
+
+# ---------------------------------------------------------------- the method
+
+
+def losses(model, ref: refs.ModelRef, tokenizer, texts: dict[str, list], batch_size: int | None) -> dict[str, list]:
+    """NLL per byte of every document (context, text), by language: the loss that swaps are measured by."""
+    arch = archs.for_config(ref.config())
+    tests = {lang: evaluation.Test(heldout=documents, batch_size=batch_size) for lang, documents in texts.items()}
+    return {
+        lang: test.on(model, arch, tokenizer, f"{ref.spec} on {lang}")["units"]["nll_per_byte"]
+        for lang, test in tests.items()
+    }
+
+
+def summarize(units: dict[str, dict[str, list[float]]], seed: int) -> dict[str, dict[str, dict]]:
+    """What the result says, from `units`: language -> model ("base" or step) -> NLL per byte of each document.
+
+    A document's value is its NLL in nats over the mean bytes of a document, so that the mean is all nats over all
+    bytes. Intervals: bootstrap over documents, the same draws for all models of a language.
+    """
+    found: dict[str, dict[str, dict]] = {}
+    for lang, models in units.items():
+        values = np.asarray(list(models.values()), dtype=np.float64)  # [models, documents]
+        change = values - np.asarray(models[BASE], dtype=np.float64)
+        low, high = stats.bootstrap_means(np.stack([values, change]), seed)  # [2, models]
+        found[lang] = {}
+        for i, (name, documents) in enumerate(models.items()):
+            mean = math.fsum(documents) / len(documents)
+            row = {"nll_per_byte": mean, "ci_low": float(low[0, i]), "ci_high": float(high[0, i])}
+            row |= {"perplexity_per_byte": math.exp(mean), "documents": len(documents)}
+            if name != BASE:
+                ends = {"ci_low": float(low[1, i]), "ci_high": float(high[1, i])}
+                row["change"] = {"mean": mean - found[lang][BASE]["nll_per_byte"], **ends}
+            found[lang][name] = row
+    return found
+
+
+def table(found: dict[str, dict[str, dict]]) -> str:
+    """The result as a table in Markdown, a line for each language and model."""
+    head = "language", "step", "documents", "nats per byte", "perplexity per byte", "change against the base"
+    lines = [head, ["---"] * len(head)]
+    for lang, models in found.items():
+        for name, row in models.items():
+            change = row.get("change")
+            changed = f"{change['mean']:+.4f} {_interval(change, '+')}" if change else ""
+            loss = f"{row['nll_per_byte']:.4f} {_interval(row)}"
+            lines.append([lang, name, str(row["documents"]), loss, f"{row['perplexity_per_byte']:.4f}", changed])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _interval(row: dict, sign: str = "") -> str:
+    return f"[{row['ci_low']:{sign}.4f}, {row['ci_high']:{sign}.4f}]"
+
+
+def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
+    """A line for each language over training steps, the base at 0: its loss, and the change against the base."""
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, 2, figsize=(figures.PAGE, 2.4))
+        axes[1].axhline(0, color=figures.colour("chance"), linewidth=0.6)
+        for number, (lang, models) in enumerate(found.items()):
+            steps = [0 if name == BASE else int(name) for name in models]
+            look = {"color": figures.colours(number + 1)[-1], "marker": figures.MARKERS[number % len(figures.MARKERS)]}
+            nothing = {"mean": 0.0, "ci_low": 0.0, "ci_high": 0.0}
+            changes = [row.get("change", nothing) for row in models.values()]
+            for axis, key, rows in ((axes[0], "nll_per_byte", models.values()), (axes[1], "mean", changes)):
+                axis.plot(steps, [row[key] for row in rows], label=lang, **look)
+                ends = [[row[end] for row in rows] for end in ("ci_low", "ci_high")]
+                axis.fill_between(steps, *ends, color=look["color"], alpha=0.2, linewidth=0)
+        for axis, words in zip(axes, ("NLL (nats per byte)", "change against the base"), strict=True):
+            axis.set_xlabel("training step (0 = base)")
+            axis.set_ylabel(words)
+        axes[0].legend(loc="best")
+        figures.save(fig, path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("--base", metavar="B", help="base model; default: the study's base")
+    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
+    add("--output", metavar="OUT", help="JSON to write; default: the study's language-loss/language_loss.json")
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed)
+    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
+    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
+    texts, facts = heldout(args, study)
+    other = beside.name(study, args.base, args.run, args.steps, args.limit)
+    output = study.output(args.output, "--output", "language_loss", other)
+    opening.look_over(models.values())
+
+    process = processes.Process(args.device, args.device_map)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    homes = beside.run_asked_for(study, args.run), models[BASE]
+    request = {
+        "models": {name: ref.describe() for name, ref in models.items()},
+        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
+        **facts, "seed": study.seed, "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
+        "batch_size": args.batch_size,
+    }  # fmt: skip
+
+    def load(name: str):
+        model = loading.load_model(models[name], dtype, process.device, process.device_map)
+        loading.announce(model, models[name])
+        return model
+
+    def measured(model, one: Condition) -> dict:
+        tokenizer = tokenization.load_tokenizer(models[one.of], *homes)
+        found = losses(model, models[one.of], tokenizer, texts, args.batch_size)
+        if args.drop_revisions and one.of != BASE:
+            models[one.of].drop()
+        return {"units": found}
+
+    def write_all(records: list[dict], request: dict) -> None:
+        write(output, {lang: {one["name"]: one["units"][lang] for one in records} for lang in texts}, request)
+
+    wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in models.items()]
+    conditions.measure(
+        output, SCHEMA, request, wanted, load, measured, write_all, process, args.overwrite, "another --output"
+    )
+
+
+def heldout(args, study: Study) -> tuple[dict[str, list], dict]:
+    """The documents by language, and what a request says of them."""
+    files = cli.sibling("cpt/documents.py").language_files(args.heldout, "--heldout") or study.get("data.heldout", {})
+    chosen = [lang for lang in files if files[lang]]
+    if not chosen:
+        raise InputError("no held-out text: give --heldout LANG=FILE .., or data.heldout in the study")
+    together = int(study.get("data.heldout_lines") or 1)
+    texts, facts = evaluation.heldout_by_language(files, chosen, together, args.limit)
+    return texts, {"heldout": facts, "lines": together, "limit": args.limit}
+
+
+def write(output: Path, units: dict[str, dict[str, list[float]]], request: dict) -> None:
+    """Everything that is written, from NLL per byte of each document by language and model; the JSON last."""
+    found = summarize(units, request["seed"])
+    draw(output.with_suffix(""), found)
+    tensors = {lang: torch.tensor(list(rows.values()), dtype=torch.float64) for lang, rows in units.items()}
+    results.write_tensors(output.with_suffix(".pt"), tensors)
+    results.write_text(output.with_suffix(".md"), table(found))
+    described = dict(request["models"])
+    models = {BASE: described.pop(BASE), "checkpoints": described}
+    facts = {key: request[key] for key in ("heldout", "lines", "limit", "seed", "dtype", "device")}
+    names = {lang: languages.canonical(lang, any_tag=True) for lang in units}
+    head = results.header(SCHEMA, models=models, languages=names, **facts, request=request)
+    results.write_json(output, found, head)
+    say(found)
+    cli.say(f"wrote {output}, the table {output.with_suffix('.md')} and the figure {output.with_suffix('.pdf')}")
+
+
+def say(found: dict[str, dict[str, dict]]) -> None:
+    """Print, for each language, its loss at the base and the last checkpoint, and whether it was forgotten."""
+    for lang, models in found.items():
+        name, last = list(models.items())[-1]
+        change = last["change"]
+        what = "worse" if change["ci_low"] > 0 else "better" if change["ci_high"] < 0 else "not clear of 0"
+        cli.say(
+            f"{lang}: {models[BASE]['nll_per_byte']:.4f} nats per byte at the base, {last['nll_per_byte']:.4f} at step "
+            f"{name}: {change['mean']:+.4f} {_interval(change, '+')}, {what}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
