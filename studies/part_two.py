@@ -62,10 +62,11 @@ def deactivation_rows(seeds: dict[int, dict]) -> Rows:
         languages = found["deactivation"]["languages"]
         for lang, changes in found["deactivation"]["matrix"].items():
             row = found["deactivation"]["selectivity"][lang]
-            rows.append([seed, lang, *(f"{1000 * changes[e]:+.1f}" for e in languages), *_selectivity(row)])
-        rows.append([seed, "all", *("" for _ in languages), *_selectivity(found["deactivation"]["overall"])])
-    head = ["seed", "deactivated", *(f"on {e}" for e in languages), "selectivity", "random sets, mean (most)", "p"]
-    return head, rows
+            own = found["deactivation"].get("diagonal", {}).get(lang, {}).get("verdict", "-")
+            rows.append([seed, lang, *(f"{1000 * changes[e]:+.1f}" for e in languages), own, *_selectivity(row)])
+        rows.append([seed, "all", *("" for _ in languages), "", *_selectivity(found["deactivation"]["overall"])])
+    head = ["seed", "deactivated", *(f"on {e}" for e in languages), "own text", "selectivity"]
+    return [*head, "random sets, mean (most)", "p", "p, as active"], rows
 
 
 def _selectivity(row: dict) -> list[str]:
@@ -74,6 +75,7 @@ def _selectivity(row: dict) -> list[str]:
         f"{1000 * row['selectivity']:+.1f} [{low:+.1f}, {high:+.1f}]",
         f"{1000 * row['random_mean']:+.1f} ({1000 * row['random_max']:+.1f})",
         f"{row['p_value']:.2f}",
+        "-" if row.get("p_value_active") is None else f"{row['p_value_active']:.2f}",
     ]
 
 
