@@ -224,7 +224,7 @@ def readme_commands():
 def test_the_commands_of_the_readme_run_as_printed(finished, warm):
     """The first of four folders in a Python of its own, as a user's, the others as forks.
 
-    Forks differ in what is imported before they start alone. The four run a model, read weights, call lm_eval, and draw.
+    Forks differ in what is imported before they start alone. The four run a model, read weights, call lm_eval, draw.
     """
     (finished / "study.yaml").write_text((finished / "demo/tiny.yaml").read_text())
     lines, fresh = readme_commands(), {"sentence-retrieval", "weight-diff", "lm_eval_sib200", "report"}
