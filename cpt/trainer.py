@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import WEIGHTS_NAME
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
@@ -116,6 +117,26 @@ class Training(Trainer):
             for older in runs.states(folder)[:-1]:
                 shutil.rmtree(older)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Put the weights into a state under their names in memory.
+
+        The Trainer would write them as a model folder has them, and read them back by their names alone: of types whose
+        names or experts differ on disk a resumed run would silently go on from the base's weights.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(self.accelerator.unwrap_model(self.model).state_dict(), Path(output_dir) / WEIGHTS_NAME)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        if load_result.unexpected_keys:
+            raise InputError(
+                f"{self.run_folder}: the state of this run was written by an earlier version, which could not go on "
+                f"with models of this type ({load_result.unexpected_keys[0]}); start again with --overwrite"
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def put_model(self, place: Path, put) -> None:
         """Write the model into a partial folder and let `put` move it to `place`."""

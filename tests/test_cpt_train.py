@@ -501,6 +501,22 @@ def test_killed_from_outside_a_base_ends_with_the_same_bits(base, texts, tmp_pat
     assert all(bits(stored[name]).equal(bits(wanted[name])) for name in wanted)
 
 
+@pytest.mark.parametrize("kind", ["gpt_neox", "mixtral"])
+def test_a_killed_run_goes_on_where_names_differ_on_disk(train, texts, tmp_path, kind, monkeypatch):
+    """transformers writes these models under other names, or other tensors, than they have in memory."""
+    values = settings(texts, steps=5, state_every=3)
+    values["model"] |= {"model_type": kind, "num_local_experts": 2}
+    values["model"] = {k: v for k, v in values["model"].items() if kind == "mixtral" or not k.startswith("num_") or (
+        k in ("num_hidden_layers", "num_attention_heads"))}  # fmt: skip
+    config, whole, killed = write(tmp_path / "c.yaml", values), tmp_path / "whole", tmp_path / "killed"
+    train.main(["--config", config, "--output-dir", str(whole)])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(train, "finish", lambda *_: sys.exit(1))
+        train.main(["--config", config, "--output-dir", str(killed)])
+    train.main(["--config", config, "--output-dir", str(killed)])
+    same_files(whole, killed)
+
+
 def test_one_process_at_a_time(train, texts, tmp_path):
     config = write(tmp_path / "c.yaml", settings(texts))
     with cli.sibling("cpt/runs.py").only_one(tmp_path / "out"), pytest.raises(InputError, match="another process"):
