@@ -62,8 +62,8 @@ class Target:
         return value >= self.bound if self.least else value <= self.bound
 
 
-def over(one: str, other: str) -> Callable[[dict], float]:
-    return lambda ways: measure.ratio(ways[one], ways[other])
+def over(one: str, other: str, key: str = "seconds") -> Callable[[dict], float]:
+    return lambda ways: measure.ratio(ways[one], ways[other], key)
 
 
 def peak(way: str) -> Callable[[dict], float]:
@@ -71,6 +71,7 @@ def peak(way: str) -> Callable[[dict], float]:
 
 
 WHOLE = "comparison, whole process"
+AREAS = ("retrieval", "all curves", "counts", "activations", "deactivation")  # of forward passes
 WRITING = "it is flushed to the disk and read back, which `cp -r` is not"
 HOOKS = "the bare decoder takes {floor} s, ours {ours} s"
 LOSS = "the lm_head and its softmax on every token come on top of the decoder; with hooks alone {decoder only} s"
@@ -86,6 +87,8 @@ TARGETS = (
     Target("component swap", "peak anonymous memory", peak("whole process"), 400, False, "MB", "all"),
     *(Target(area, "time over the bare decoder", over("ours", "floor"), 1.1, False, "x", "all", why)
       for area, why in (("retrieval", HOOKS), ("counts", HOOKS), ("activations", HOOKS), ("deactivation", LOSS))),
+    Target("all curves", "user CPU time over the bare decoder", over("ours", "floor", "user_seconds"), 1.1, False, "x",
+           "all", HOOKS),
 )  # fmt: skip
 
 
@@ -182,7 +185,7 @@ def forward(store, args, sizes: tuple[float, ...], device: str) -> None:
         shapes = [(round(2e-9 * shape.parameters, 2), shape) for shape in found]
         shapes = [(size, shape) for size, shape in shapes if size * 1e9 * 1.5 < torch.cuda.mem_get_info()[0]]
     for size, shape in shapes:
-        if args.go_on and all(store.has(area, size, device) for area in ("retrieval", "counts", "deactivation")):
+        if args.go_on and all(store.has(area, size, device) for area in AREAS):
             continue
         say(f"forward passes on {device}, {shape.parameters / 1e9:.2f} B parameters in {dtype}")
         bench = script.Bench(shape, dtype, device, *amount)

@@ -64,6 +64,12 @@ class Bench:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def curves(self) -> dict:
+        """All curves and their intervals, of the sentences with themselves for another language."""
+        how = {"batch_size": AT_ONCE}
+        found = retrieval.measure(self.model, self.arch, self.tokenizer, self.sentences, self.sentences, **how)
+        return retrieval.payload(found, "", "", "", 42)
+
     def counts(self):
         counter = counting.Counter(self.model, self.arch)
         for block in self.blocks:
@@ -90,9 +96,10 @@ class Bench:
         return {
             "retrieval": {
                 "floor": sentences,
-                "ours": lambda: retrieval.sentence_vectors(model, arch, self.sentences, pad, AT_ONCE),
+                "ours": lambda: retrieval.sentence_vectors(model, arch, self.sentences, pad, AT_ONCE).mean,
                 "obvious": lambda: obvious.states(model, ids, pad, AT_ONCE),
             },
+            "all curves": {"floor": lambda: (sentences(), sentences()), "ours": self.curves},
             "counts": {
                 "floor": blocks,
                 "ours": self.counts,
@@ -119,6 +126,8 @@ def check(bench: Bench, tolerance: float) -> None:
         AssertionError: they do not.
     """
     for area, ways in bench.ways().items():
+        if "obvious" not in ways:
+            continue
         one, other = (torch.as_tensor(ways[name](), dtype=torch.float64) for name in ("ours", "obvious"))
         apart = (one - other).abs()
         if area == "counts":  # of tokens; a few lie near the threshold
@@ -130,7 +139,7 @@ def check(bench: Bench, tolerance: float) -> None:
 def measured(bench: Bench, repeats: int, slow: int) -> Iterator[tuple[str, dict, dict]]:
     """The rows of one model: (area, ways, more facts)."""
     for area, ways in bench.ways().items():
-        kind = "sentences" if area in ("retrieval", "deactivation") else "blocks"
+        kind = "blocks" if area in ("counts", "activations") else "sentences"
         times = dict.fromkeys(ways, repeats) | {"obvious": slow}
         yield area, measure.interleaved(ways, times), {"tokens": bench.tokens[kind], "parameters": bench.parameters}
 

@@ -86,17 +86,18 @@ def watch(command: list[str], sample: bool = True) -> dict:
 
 
 def once(way: Way, sample: bool) -> dict:
-    """Seconds of a way and, with `sample`, peaks of memory; a function's include what this process holds already."""
+    """Seconds of a way (of a function also this process's user CPU) and, with `sample`, peaks of memory; a function's
+    include what this process holds already."""
     if isinstance(way, list):
         found = watch(way, sample)
         with contextlib.suppress(ValueError):
             found["seconds"] = float(found["last_line"])
         return found
     with sampled(os.getpid(), sample) as peaks:
-        start = time.perf_counter()
+        start, user = time.perf_counter(), os.times().user
         way()
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, **peaks}
+        seconds, user = time.perf_counter() - start, os.times().user - user
+    return {"seconds": seconds, "user_seconds": user, **peaks}
 
 
 def interleaved(ways: dict[str, Way], repeats: dict[str, int], before: Callable[[], object] = lambda: None) -> dict:
@@ -113,7 +114,8 @@ def interleaved(ways: dict[str, Way], repeats: dict[str, int], before: Callable[
             taken = once(way, sample=number == 0)
             found[name] |= {key: taken[key] for key in PEAKS if key in taken}
             if number or repeats[name] == 1:
-                found[name]["seconds"].append(taken["seconds"])
+                for key in taken.keys() & {"seconds", "user_seconds"}:
+                    found[name].setdefault(key, []).append(taken[key])
     return found
 
 
@@ -132,9 +134,9 @@ def median(way: dict) -> float:
     return statistics.median(way["seconds"])
 
 
-def ratio(one: dict, other: dict) -> float:
+def ratio(one: dict, other: dict, key: str = "seconds") -> float:
     """The median over the rounds that both took part in of the quotient of their seconds."""
-    return statistics.median(a / b for a, b in zip(one["seconds"], other["seconds"], strict=False))
+    return statistics.median(a / b for a, b in zip(one[key], other[key], strict=False))
 
 
 # ---------------------------------------------------------------- made-up models

@@ -367,3 +367,89 @@ def test_in_a_study_the_last_checkpoint_is_read_and_the_base_compared(tmp_path, 
     with pytest.raises(InputError, match="target_lang eus_Latn, but ga is needed"):
         script.main([str(other)])
     script.main([str(other), "-o", "elsewhere.json", "--draws", "5"])
+
+
+def with_curves(path, rates, seed=0, n=200, **facts):
+    """A retrieval result with the curves of `rates` {measure: the rate of hits at hidden states 0..L}."""
+    import torch
+
+    hits = {name: measured(n, values, seed + at)[1] for at, (name, values) in enumerate(rates.items())}
+    retrieval(path, hits["published"].mean(1), **facts)
+    content = json.loads(path.read_text())
+    names = script.curves.MEASURES
+    content |= {names[name].key: [[i, float(v)] for i, v in enumerate(own.mean(1))] for name, own in hits.items()}
+    path.write_text(json.dumps(content))
+    tensors = {names[name].hits: torch.tensor(own, dtype=torch.uint8) for name, own in hits.items()}
+    results.write_tensors(path.with_suffix(".pt"), tensors)
+    return path
+
+
+RATES = {
+    "published": (0.05, 0.9, 0.8, 0.1, 0.1, 0.1),
+    "unit_centred": (0.05, 0.1, 0.1, 0.8, 0.9, 0.1),
+    "mexa_last": (0, 0, 0, 0, 0, 0),
+}
+
+
+@pytest.mark.figures
+def test_any_curve_splits_and_where_splits_differ_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = with_curves(tmp_path / "m.json", RATES)
+    script.main([str(source), "-o", "published.json", "--draws", "20"])
+    said = capsys.readouterr().out
+    assert "unit_centred: 4 differ (0 to 3); mexa_last: there is none" in said
+    script.main([str(source), "-o", "other.json", "--draws", "20", "--measure", "unit_centred"])
+    said = capsys.readouterr().out
+    assert "m by unit_centred: interface [0, 1, 4], semantic hub [2, 3]" in said
+    found, header = results.read_json("published.json")
+    other, facts = results.read_json("other.json")
+    assert (header["measure"], facts["measure"]) == ("published", "unit_centred")
+    assert found["semantic_layers"] == [0, 1] and other["semantic_layers"] == [2, 3]
+    assert list(found["splits"]) == list(other["splits"]) == list(RATES)
+    for payload, own in ((found, "published"), (other, "unit_centred")):
+        assert payload["splits"][own]["differs"] == [] and payload["splits"]["mexa_last"]["semantic_layers"] is None
+        assert "all 5 layers have the accuracy 0" in payload["splits"]["mexa_last"]["why"]
+        for key in ("interface_layers", "semantic_layers", "silhouette"):
+            assert payload["splits"][own][key] == payload[key]
+    assert found["splits"]["unit_centred"]["differs"] == [0, 1, 2, 3] == other["splits"]["published"]["differs"]
+    assert (tmp_path / "published.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+    with pytest.raises(InputError, match="all 5 layers have the accuracy 0"):
+        script.main([str(source), "-o", "x.json", "--measure", "mexa_last"])
+    # A result of before has the published curve alone.
+    old = retrieval(tmp_path / "old.json", *measured())
+    with pytest.raises(InputError, match=r"old.json has no unit_accuracy, .* run sentence-retrieval/sr_experiment.py"):
+        script.main([str(old), "-o", "x.json", "--measure", "unit"])
+    script.main([str(old), "-o", "x.json", "--draws", "5"])
+    assert list(results.read_json("x.json")[0]["splits"]) == ["published"]
+
+
+def test_in_a_study_its_measure_has_the_place_and_the_gate_is_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = study_folder(tmp_path)
+    model = {"spec": "run/checkpoint-10", "config_sha256": identity.shape_hash(CONFIG)}
+    facts = {"data": {"pairs_sha256": "p"}, "k": 4}
+    with_curves(folder / "run__checkpoint-10.json", RATES, models={"model": model}, **facts)
+    twin = RATES | {"published": [0.9] * 6, "unit_centred": [0.1] * 6}
+    with_curves(folder / "untrained.json", twin, seed=9, models={"untrained_like": CONFIG}, **facts)
+    script.main(["--draws", "5"])
+    script.main(["--draws", "5", "--measure", "unit_centred"])
+    place = tmp_path / "results/layer-specialize"
+    assert results.read_json(place / "layers.json")[1]["gate"]["passed"] is False
+    found = results.read_json(place / "layers.unit_centred.json")[1]
+    assert found["gate"]["passed"] is True and found["gate"]["measure"] == "unit_centred"
+    assert "sentences, by unit_centred)" in capsys.readouterr().out
+    with open("study.yaml", "a") as file:
+        file.write("measure: unit_centred\n")
+    script.main(["--draws", "5"])
+    assert results.read_json(place / "layers.json")[1]["measure"] == "unit_centred"
+    script.main(["--draws", "5", "--measure", "published"])
+    assert results.read_json(place / "layers.published.json")[0]["semantic_layers"] == [0, 1]
+
+
+def test_the_measures_of_a_study_are_the_curves():
+    from typing import get_args
+
+    from cpt_utils.base.study_keys import Study
+
+    named = get_args(get_args(Study.model_fields["measure"].annotation)[0])
+    assert named == tuple(script.curves.MEASURES)
