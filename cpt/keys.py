@@ -15,12 +15,14 @@ NUMBER = "it must be a number, 0 or more"
 STEPS = "it must be a list of steps, whole numbers above 0"
 TEXTS = "it needs two or more languages with a text each: {en: a.txt, ga: b.txt}"
 TWO = "two of the parallel languages"
+PART = "it must say a part of the model: hub, outer:0.25, [0, 1] (cpt/README.md)"
 
 Count = Annotated[int, Field(ge=1, description="it must be a whole number above 0")]
 Lines = Annotated[int | None, Field(ge=0, description="it must be a number of lines")]
 Number = Annotated[float, Field(strict=False, ge=0, allow_inf_nan=False, description=NUMBER)]  # YAML reads 2e-3 as text
 Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True, min_length=1, description="it must be a name")]
 Folder = Annotated[str, Field(min_length=1, description="give --output-dir, or output in the file")]
+Part = Annotated[int | str | list[int] | None, Field(description=PART)]
 Seed = Annotated[int, Field(ge=0, description="it must be a whole number, 0 or more")]
 
 
@@ -79,6 +81,9 @@ class Training(Keys):
     dtype_on_disk: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: Any = False
+    freeze: Part = None
+    train_only: Part = None
+    io: Literal["trained", "frozen"] | None = None
     seed: Seed
 
     @model_validator(mode="after")
@@ -86,6 +91,13 @@ class Training(Keys):
         tokenizer = self.tokenizer or Tokenizer()
         if (self.model is None) == (self.start is None):
             raise ValueError("give either model (a configuration) or from (a model to train further)")
+        parts = [self.freeze, self.train_only]
+        if None not in parts:
+            raise ValueError("give either freeze or train_only")
+        if parts != [None, None] and not self.start:
+            raise ValueError("freeze and train_only are of a model that is trained further (from)")
+        if parts == [None, None] and self.io:
+            raise ValueError("io goes with freeze or train_only")
         if beyond := [step for step in self.save_steps or [] if step > self.steps]:
             raise ValueError(f"save_steps holds {beyond[0]}, but the run has steps 1 to {self.steps}")
         if self.start and tokenizer.vocab_size:

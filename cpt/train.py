@@ -5,9 +5,11 @@ In:  a training file (YAML): model or from, tokenizer, sources with shares of to
 Out: RUN/checkpoint-<step>/ at the steps of save_steps, or, without save_steps, the final model in RUN itself; each is a
      whole Hugging Face model folder. RUN/train.json (losses, tokens per source) is written last: where it is, the run
      is finished. RUN/.state/ holds what a killed run needs to go on to the same bits; it is removed at the end.
+A part of the model may be left as it is, bit for bit: freeze or train_only.
 
 Full:  MULTI30K_DIR=path/to/captions python cpt/train.py --config studies/multi30k/base.yaml --seed 0
 Tiny:  python cpt/train.py --config studies/multi30k/base.yaml --seed 0 --steps 20 --output-dir build/try
+Part:  python cpt/train.py --study demo/demo.yaml --stage cpt --train-only outer:0.25 --output-dir build/try/outer
 GPUs:  accelerate launch cpt/train.py --config my.yaml
 """
 
@@ -22,11 +24,13 @@ from pathlib import Path
 from cpt_utils.base import cli, keys, results, study, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
-from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
+from cpt_utils.checkpoints import refs, relatives, tokenization, tokenizer_id
+from cpt_utils.measures import layer_sets
 from cpt_utils.models import loading
 
 runs = cli.sibling("cpt/runs.py")
 packing = cli.sibling("cpt/packing.py")
+freezing = cli.sibling("cpt/freezing.py")
 
 
 # Keys of a model configuration that transformers still takes though its own configurations no longer list them.
@@ -55,6 +59,8 @@ def read_config(path: Path, given: dict, seed: int | None) -> dict:
         kept = [step for step in values["save_steps"] if step <= given["steps"]] or [given["steps"]]
         cli.say(f"--steps {given['steps']}: checkpoints at {', '.join(map(str, kept))}")
         values["save_steps"] = kept
+    if any(given.get(mode) is not None for mode in freezing.MODES):  # the command line's part is in the file's place
+        values = {key: value for key, value in values.items() if key not in freezing.MODES}
     values |= {key: value for key, value in given.items() if value is not None}
     if seed is None:
         seed = 42 if values.get("seed") is None else values["seed"]
@@ -70,9 +76,28 @@ def defaults() -> dict:
     return cli.sibling("cpt/keys.py").Training.defaults()
 
 
-def settings_of(config: dict, sources: list) -> dict:
+def choice_of(config: dict, found: study.Study, path: Path):
+    """What of the model is left as it is (`freezing.Choice`); None: nothing.
+
+    Args:
+        found: the study whose layers, mask and weight change the words of the training file mean.
+    """
+    mode = next((mode for mode in freezing.MODES if config[mode] is not None), None)
+    if mode is None:
+        return None
+    base = refs.model(config["from"])
+    known = relatives.of([base], found.get("base"), found.get("run")) if found else None
+    try:
+        part = layer_sets.read(config[mode], layer_sets.Place(base.config(), found, known))
+    except InputError as error:
+        raise InputError(f"{path}: {mode} {error}") from None
+    return freezing.Choice(mode, part, (config["io"] or ("trained" if mode == "freeze" else "frozen")) == "trained")
+
+
+def settings_of(config: dict, sources: list, choice) -> dict:
     """What decides the numbers of a run, wherever its files lie: two runs with equal settings are one run."""
-    settings = {key: value for key, value in config.items() if key not in FREE}
+    settings = {key: value for key, value in config.items() if key not in (*FREE, *freezing.MODES, "io")}
+    settings |= choice.facts() if choice else {}
     settings["sources"] = [source.describe() for source in sources]
     if config["from"]:
         settings["from"] = _identity(config["from"])
@@ -226,13 +251,13 @@ def check_space(run: Path, model, config: dict) -> None:
         raise InputError(f"{run}: the run needs about {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free")
 
 
-def train(config: dict, path: Path, device: str, overwrite: bool) -> None:
-    """Carry the run of `config` to its end, from the beginning or from its last state."""
+def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -> None:
+    """Carry the run of `config` to its end, from the beginning or from its last state; `choice`: see `choice_of`."""
     run = Path(config["output"])
     sources = [packing.Source.parse(values, str(path)) for values in config["sources"]]
     for source in sources:
         source.check()
-    settings = settings_of(config, sources)
+    settings = settings_of(config, sources, choice)
 
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
@@ -252,12 +277,13 @@ def train(config: dict, path: Path, device: str, overwrite: bool) -> None:
                 return
             try:
                 model, files, blocks, tokens = prepare(config, sources, run, path)
+                frozen = freezing.Frozen(model, choice, refs.model(config["from"])) if choice else None
             except (InputError, OSError):
                 if main_process:
                     runs.withdraw(run)
                 raise
         try:
-            trainer = cli.sibling("cpt/trainer.py").make(config, run, model, files, blocks, device, path)
+            trainer = cli.sibling("cpt/trainer.py").make(config, run, model, files, blocks, device, path, frozen)
             found = runs.states(run / ".state")
             if found:
                 record = json.loads((found[-1] / "losses.json").read_text(encoding="utf-8"))
@@ -295,6 +321,8 @@ def announce(config: dict, trainer, tokens: dict, done: int) -> None:
         f"{text} parameters; {config['steps']} steps of {config['batch_size']} x {config['block_size']} tokens on "
         f"{trainer.args.world_size} x {trainer.args.device.type}; {arithmetic}{why}"
     )
+    if trainer.frozen:
+        cli.say(trainer.frozen.summary())
     for name, facts in tokens.items():
         cli.say(
             f"  {name}: {facts['share']:.3f} of the tokens, {facts['tokens_used']:,} used, {facts['passes']} passes"
@@ -321,14 +349,16 @@ def finish(run: Path, config: dict, settings: dict, trainer, tokens: dict) -> No
         "losses": trainer.losses,
         "settings": settings,
     }
-    header = results.header(
-        runs.SCHEMA, seed=config["seed"], dtype=config["dtype_on_disk"], device=trainer.args.device.type
-    )
+    facts = {"seed": config["seed"], "dtype": config["dtype_on_disk"], "device": trainer.args.device.type}
+    facts |= {"trained": trainer.frozen.facts()} if trainer.frozen else {}
+    header = results.header(runs.SCHEMA, **facts)
     results.write_json(run / "train.json", payload, header)
     shutil.rmtree(run / ".state", ignore_errors=True)
     last = trainer.losses[-50:]
     mean = f"loss {sum(last) / len(last):.3f} (mean of the last {len(last)})"
     cli.say(f"{run}: {config['steps']} steps in {seconds:.0f} s, {mean}")
+    if trainer.frozen:
+        cli.say(trainer.frozen.summary())
 
 
 def step_list(text: str) -> list[int]:
@@ -356,6 +386,13 @@ def build_parser():
     p.add_argument(
         "--state-every", type=cli.positive, metavar="N", help="steps between states to go on from; default 200"
     )
+    words = "hub, interface, outer:0.25, last:2, random:4:0, all/attention, lsn, .. (cpt/README.md)"
+    p.add_argument("--freeze", metavar="PART", help=f"leave this part of the layers as it is: {words}")
+    p.add_argument("--train-only", metavar="PART", help="train this part of the layers alone")
+    p.add_argument(
+        "--io", choices=("trained", "frozen"),
+        help="embeddings, final norm and head; default: trained with freeze, frozen with train_only",
+    )  # fmt: skip
     p.add_argument(
         "--device", default="auto", choices=("auto", "cpu"), help="auto: a GPU when there is one; default auto"
     )
@@ -365,8 +402,8 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     config_path, output, start = args.config, args.output_dir, args.start
+    found = study.Study.find(args.study, args.seed) if args.stage or args.study else study.Study()
     if args.stage:
-        found = study.Study.find(args.study, args.seed)
         config_path = found.value(config_path, "--config", f"train.{args.stage}")
         output = found.value(output, "--output-dir", "base" if args.stage == "base" else "run")
         start = found.value(start, "--from", "base") if args.stage == "cpt" else start
@@ -383,10 +420,13 @@ def main(argv=None) -> None:
         "batch_size": args.batch_size,
         "block_size": args.block_size,
         "state_every": args.state_every,
+        "freeze": args.freeze,
+        "train_only": args.train_only,
+        "io": args.io,
     }
     config = read_config(path, given, args.seed)
     try:
-        train(config, path, args.device, args.overwrite)
+        train(config, path, args.device, args.overwrite, choice_of(config, found, path))
     except InputError:
         raise
     except Exception as error:

@@ -52,11 +52,12 @@ class Training(Trainer):
         config: the settings of cpt/train.py.
         run: the run folder.
         tokenizer_files: folder whose tokenizer files go into every checkpoint.
+        frozen: what stays as it is (`freezing.Frozen`); None: nothing.
     """
 
-    def __init__(self, config: dict, run: Path, tokenizer_files: Path, **kwargs):
+    def __init__(self, config: dict, run: Path, tokenizer_files: Path, frozen, **kwargs):
         super().__init__(**kwargs)
-        self.config, self.run_folder, self.tokenizer_files = config, run, tokenizer_files
+        self.config, self.run_folder, self.tokenizer_files, self.frozen = config, run, tokenizer_files, frozen
         self.losses: list[float] = []  # of finished steps
         self.unread: list[torch.Tensor] = []  # losses of micro-batches, still on the device
         self.seconds_before = 0.0
@@ -152,7 +153,7 @@ class Training(Trainer):
 
 
 class Steps(TrainerCallback):
-    """Asks for saving at the right steps, and draws the progress bar."""
+    """Asks for saving at the right steps, puts frozen entries back, and draws the progress bar."""
 
     def __init__(self, config: dict, trainer: Training):
         self.config, self.trainer, self.bar = config, trainer, None
@@ -162,6 +163,10 @@ class Steps(TrainerCallback):
             name = f"training {self.trainer.run_folder.name}"
             self.bar = cli.progress(desc=name, total=self.config["steps"], unit="step")
             self.bar.update(state.global_step)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.frozen:
+            self.trainer.frozen.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
         step, config = state.global_step, self.config
@@ -190,8 +195,8 @@ def per_device(config: dict, path: Path) -> int:
     return size
 
 
-def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: str, path: Path) -> Training:
-    """The trainer of a run, ready for `train()`."""
+def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: str, path: Path, frozen) -> Training:
+    """The trainer of a run, ready for `train()`; `frozen`: see `Training`."""
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     half = config["precision"] == "bfloat16"
     if config["precision"] == "auto":
@@ -231,6 +236,7 @@ def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: 
             config,
             run,
             tokenizer_files,
+            frozen,
             model=model,
             args=arguments,
             train_dataset=Blocks(blocks),
@@ -238,6 +244,8 @@ def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: 
         )
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"{path}: the training settings are refused: {runs.first_line(error)}") from error
+    if frozen and frozen.parts and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise InputError(f"{path}: neurons and parts of fused tensors cannot be frozen under FSDP or DeepSpeed")
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Steps(config, trainer))

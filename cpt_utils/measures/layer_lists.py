@@ -29,14 +29,15 @@ FILES = {
 
 
 def read_layers(
-    path: Path, layer_set: str, n_layers: int, models: list[dict], averaged: bool = False
+    path: Path, layer_set: str, n_layers: int, models: list[dict] | None, averaged: bool = False
 ) -> tuple[list[int], dict, dict]:
     """The layers of `layer_set` (a key of FILES) in order, and the file's payload and header; `{}` where it has none.
 
     The file is that of the step, another one with the same key, or a bare list.
 
     Args:
-        models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run.
+        models: `ModelRef.describe()` of the base and the checkpoints; the file must be about this run. None: it
+            is taken on trust.
         averaged: a value is averaged over them: an empty list will not do, and one of any step under the key `layers`
             will, because the published scripts write a file for each group.
 
@@ -59,7 +60,7 @@ def read_layers(
     if len(set(layers)) < len(layers):
         raise InputError(f"{path} names a layer twice; give each of the {layer_set} layers once")
     measured = (head.get("models") or {}).get("model")
-    if measured and not relatives.belongs(measured, models):
+    if measured and models is not None and not relatives.belongs(measured, models):
         raise InputError(
             f"{path} was made from {measured['spec']}, neither the base nor a checkpoint of this run, or trained again "
             f"since; run {experiments.made_by(expected.step)} again, or give the file of this pair"

@@ -1,0 +1,198 @@
+"""What of a model a training leaves as it is, exactly: whole tensors, and entries of tensors that are trained in part.
+
+A frozen tensor asks for no gradient: it gets no optimizer state, no weight decay, and stands in no gradient norm. Of a
+tensor that is frozen in part (a neuron's rows of gate and up, its columns of down; one half of a fused projection) the
+frozen entries' gradients are set to zero before they are added up, clipped or shared, so that AdamW's moments of them
+stay zero, and their values are put back after every step, which undoes the decay, whatever the optimizer does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpt_utils.architectures import archs
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
+from cpt_utils.checkpoints import opening, refs
+from cpt_utils.measures.layer_sets import Part
+
+MODES = ("freeze", "train_only")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is asked for: `part` is frozen ("freeze") or alone is trained ("train_only"), of the layers.
+
+    `io`: whether everything that is of no layer is trained, embeddings, final norm, output matrix.
+    """
+
+    mode: str
+    part: Part
+    io: bool
+
+    def facts(self) -> dict:
+        """What decides the run, for its settings."""
+        return {self.mode: self.part.facts(), "io": "trained" if self.io else "frozen"}
+
+
+class Frozen:
+    """Freezes what `choice` says of a loaded model; `restore`, called after every step, puts frozen entries back.
+
+    Args:
+        base: the model on disk that was loaded; its tensors tell where components and neurons are.
+
+    Attributes:
+        parts: parameter -> bool mask of its frozen entries, of those that are frozen in part.
+
+    Raises:
+        InputError: nothing is left to train, or nothing is frozen; weights that are one in memory are asked to be both.
+    """
+
+    def __init__(self, model: torch.nn.Module, choice: Choice, base: refs.ModelRef):
+        self.choice, self.arch, self.config = choice, archs.for_config(base.config()), base.config()
+        self.parts: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._held: dict[torch.nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
+        chosen = self._chosen(model, base)
+        self.n_parameters = self.n_trained = 0
+        trained: set[int] = set()
+        for name, parameter in model.named_parameters():
+            layer, inside = self.arch.layer_of(name), chosen.get(parameter, False)
+            frozen = (not choice.io) if layer is None else inside if choice.mode == "freeze" else _not(inside)
+            left = parameter.numel() - _count(frozen, parameter)
+            self.n_parameters, self.n_trained = self.n_parameters + parameter.numel(), self.n_trained + left
+            if left:
+                trained |= {layer} - {None}
+            if not left:
+                parameter.requires_grad_(False)
+            elif left < parameter.numel():
+                self._freeze_entries(parameter, frozen)
+        if self.n_trained in (0, self.n_parameters):
+            what = "nothing is left to train" if not self.n_trained else "nothing is frozen"
+            raise InputError(f"{choice.mode}: {choice.part.words!r} with io {choice.facts()['io']}: {what}")
+        self.layers = sorted(trained)
+
+    def facts(self) -> dict:
+        """What was trained, for the record of the run."""
+        n = self.arch.n_layers(self.config)
+        facts = self.choice.facts() | {"words": self.choice.part.words, "layers_trained": self.layers}
+        facts |= {"share_of_layers": len(self.layers) / n, "trainable_parameters": self.n_trained}
+        return facts | {"share_of_parameters": self.n_trained / self.n_parameters}
+
+    def summary(self) -> str:
+        facts, n = self.facts(), self.arch.n_layers(self.config)
+        return (
+            f"{self.choice.mode} {self.choice.part.words}, embeddings, final norm and head {facts['io']}: "
+            f"{len(self.layers)} of {n} layers ({facts['share_of_layers']:.0%}) and {self.n_trained:,} of "
+            f"{self.n_parameters:,} parameters ({facts['share_of_parameters']:.1%}) are trained"
+        )
+
+    def restore(self) -> None:
+        """Put the frozen entries of tensors that are trained in part back."""
+        with torch.no_grad():
+            for parameter, (index, values) in self._held.items():
+                if index.device != parameter.device:
+                    index, values = index.to(parameter.device), values.to(parameter.device)
+                    self._held[parameter] = index, values
+                parameter.put_(index, values)
+
+    def _freeze_entries(self, parameter: torch.nn.Parameter, frozen: torch.Tensor) -> None:
+        self.parts[parameter] = frozen
+        index = frozen.reshape(-1).nonzero().squeeze(1)
+        self._held[parameter] = index, parameter.detach().reshape(-1)[index].clone()
+        parameter.register_hook(lambda gradient: gradient.masked_fill(self._on(parameter, gradient.device), 0))
+
+    def _on(self, parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor:
+        if self.parts[parameter].device != device:
+            self.parts[parameter] = self.parts[parameter].to(device)
+        return self.parts[parameter]
+
+    def _chosen(self, model: torch.nn.Module, base: refs.ModelRef) -> dict:
+        """parameter -> whether it is of the chosen part: True, or a bool mask of the entries that are."""
+        part, found = self.choice.part, {}
+        self._refuse_shared(model)
+        if part.component is None and part.neurons is None:
+            named = model.named_parameters()
+            return {p: True for name, p in named if self.arch.layer_of(name) in part.layers}
+        with opening.open_folder(base, lazy=True) as stored:
+            names, parameters = set(stored.names()), dict(model.named_parameters(remove_duplicate=False))
+            regions = [region for layer in part.layers for region in self._regions(layer, names, stored.shape)]
+            places = self.arch.module_places({tensor for tensor, *_ in regions}, model, stored.shape)
+            for tensor, expert, dim, positions in regions:
+                parameter = parameters.get(places[tensor].name)
+                if parameter is None:  # a buffer, which no training changes
+                    continue
+                mask = found.setdefault(parameter, torch.zeros(parameter.shape, dtype=torch.bool))
+                view = places[tensor].view(mask)
+                view = view if expert is None else view[expert]
+                if positions is None:
+                    view.fill_(True)
+                else:
+                    view.index_fill_(dim, positions, True)
+        return found
+
+    def _refuse_shared(self, model: torch.nn.Module) -> None:
+        """Refuse weights that several layers, or a layer and the embeddings, have in common, and that would be both."""
+        names: dict[torch.nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        for own in names.values():
+            layers = {self.arch.layer_of(name) for name in own}
+            if len({"io" if layer is None else layer in self.choice.part.layers for layer in layers}) > 1:
+                raise InputError(
+                    f"{self.choice.mode}: {self.choice.part.words!r} has a part in weights that {' and '.join(own[:3])}"
+                    " have in common; take all of these layers, or none"
+                )
+
+    def _regions(self, layer: int, names: set[str], shape) -> list[tuple]:
+        """(tensor on disk, expert, dimension, positions or None) of the part in a layer."""
+        part, at = self.choice.part, (self.config, layer)
+        if part.neurons is not None:
+            return self._neuron_regions(layer, part.neurons[layer], names, shape)
+        if part.component == "attention":
+            units = range(self.arch.head_counts(*at)[1])
+            parts = [p for name in archs.ATTENTION for p in self.arch.head_parts(*at, name, units, names, shape)]
+            parts += self.arch.shared_parts(*at, names, shape)
+        else:
+            own = [name for name in self.arch.projections(*at) if name in archs.FFN]
+            parts = [p for name in own for p in self.arch.parts(*at, name, names, shape)]
+        return [(p.tensor, p.expert, p.dim, _positions(p, shape)) for p in parts]
+
+    def _neuron_regions(self, layer: int, neurons: list[int], names: set[str], shape) -> list[tuple]:
+        """Rows of gate and up with their biases, columns of down, of each expert's neurons its own."""
+        at, found = (self.config, layer), []
+        groups = self.arch.neurons(*at)
+        firsts = [group.first + e * group.width for group in groups for e in range(max(1, group.experts))]
+        widths = [group.width for group in groups for _ in range(max(1, group.experts))]
+        for name in (name for name in self.arch.projections(*at) if name in archs.FFN):
+            parts = self.arch.parts(*at, name, names, shape)
+            weights = [p for p in parts if p.role == "weight"]
+            biases = [p for p in parts if p.role == "bias"]
+            of_bias = [p.expert if p.expert is not None else len(firsts) - 1 for p in biases]
+            numbered = [*enumerate(weights), *zip(of_bias, biases, strict=True)]
+            for number, p in numbered:
+                first, width = firsts[number], widths[number]
+                own = torch.tensor([n - first for n in neurons if first <= n < first + width], dtype=torch.long)
+                if name == "down_proj" and p.role == "bias":
+                    continue  # of no single neuron
+                if name == "down_proj":
+                    found.append((p.tensor, p.expert, 1 - p.dim, own))
+                else:
+                    every = _positions(p, shape)
+                    found.append((p.tensor, p.expert, p.dim, own if every is None else every[own]))
+        return found
+
+
+def _positions(part: archs.WeightSlice, shape) -> torch.Tensor | None:
+    """The entries of a part along its dimension; None: all."""
+    if part.index is None or isinstance(part.index, torch.Tensor):
+        return part.index
+    size = shape(part.tensor)[part.dim + (0 if part.expert is None else 1)]
+    return torch.arange(size)[part.index]
+
+
+def _not(frozen: bool | torch.Tensor) -> bool | torch.Tensor:
+    return ~frozen if isinstance(frozen, torch.Tensor) else not frozen
+
+
+def _count(frozen: bool | torch.Tensor, parameter: torch.nn.Parameter) -> int:
+    return int(frozen.sum()) if isinstance(frozen, torch.Tensor) else frozen * parameter.numel()
