@@ -27,7 +27,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
 from cpt_utils.interventions import in_memory, on_disk, surgery
-from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_figure
+from cpt_utils.measures import controls, evaluation, gate, layer_lists, matched, swap_figure
 from cpt_utils.measures.trial import Trial
 
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
@@ -37,8 +37,9 @@ RESULTS = {"layer_swap": "layer-swap"}
 CAPTIONS = {
     "controls": """Part I: 4. Layer swaps
         What putting layers of the base back into the last checkpoint costs: the hub swap among swaps of other sets of
-        as many layers, for each measure, with the base and the unchanged checkpoint. Claim C2, the hub swap costs less
-        than random swaps of the same size, is decided by the hub's place among the sets, not by one random draw.""",
+        as many layers, for each measure, with the base and the unchanged checkpoint; squares are sets of the hub's
+        shape. Claim C2, the hub swap costs less than random swaps of the same size, is decided by the hub's place
+        among the sets, not by one random draw.""",
 }
 METHODS = ("semantic_hub", "random")
 # What this script leaves in OUT, finished or not.
@@ -209,6 +210,9 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
         )
         facts |= {"n_possible_sets": possible, "enumerated": len(others) == possible - 1}
         sets, path = [("semantic_hub", hub), *(("random", layers) for layers in others)], out / "controls.json"
+        measured = [(None, layers) for _, layers in sets]
+        added = matched.to_add([(None, hub)], {None: range(pair.n_layers)}, measured, study.seed)
+        sets += [("matched", layers) for _, layers in added]
     swapper = in_memory.Swapper(pair)
     swaps = [swapper.condition(name, surgery.layers_from_base(pair, layers), layers=layers) for name, layers in sets]
     compared = (

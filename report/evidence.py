@@ -158,7 +158,8 @@ class Results:
         if units is None or len(units) != len(sets) or abs(units.double().mean(1).numpy() - values).max() > 1e-5:
             raise InputError(f"{pt} does not belong to {path.name} beside it; run {made_by} --overwrite again")
         self.read.append(str(pt))
-        random = [i for i, row in enumerate(sets) if row["name"] == "random"]
+        drawn = controls.randoms(sets, sets[at])  # there may be others, of the component that it is compared with
+        random = [i for i, row in enumerate(sets) if any(row is other for other in drawn)]
         found = {"sets": sets, "values": values, "units": units.double().numpy(), "own": at, "random": random}
         found |= {end: next(v for row, v in zip(sets, values, strict=True) if row["name"] == end) for end in ENDS}
         return found | {"payload": payload, "path": path}, header

@@ -208,6 +208,7 @@ def test_controls_against_written_folders(shared, study):
     retrieval.main(["--model_path", str(study / "written[1, 2]"), "--artifact-out", "sr", "--no-untrained"])
     result = json.loads(next((study / "sr" / "eng_Latn-qaa_Latn").glob("*.json")).read_text())
     assert [accuracy for _, accuracy in result["layer_accuracy"]] == sets[2]["layer_accuracy"]
+    assert result["unit_centred_accuracy"][-1] == [4, sets[2]["values"]["retrieval_readout"]]
     assert sets[2]["values"]["retrieval_mean"] == pytest.approx(np.mean(sets[2]["layer_accuracy"][1:]), abs=1e-12)
 
     units = results.read_tensors(out / "controls.pt")
@@ -226,6 +227,36 @@ def test_controls_against_written_folders(shared, study):
             assert row["own_gain_lost"] == pytest.approx((target - hub) / (target - base))
         else:
             assert row["own_gain_lost"] is None
+
+
+@pytest.mark.figures
+def test_matched_sets_are_measured_beside_the_drawn_ones(study, capsys):
+    """With one random set the only one of the hub's shape is not among them: it is added, and counts apart."""
+    place = study / "results" / "layer-specialize" / "layers.json"
+    place.write_text('{"interface_layers": [2]}')
+    SWAP.main(["--controls", "1", "--measures", "retrieval", "nll"])
+    out = study / "results" / "layer-swap"
+    payload, _ = results.read_json(out / "controls.json", schema="swap-controls")
+    sets = payload["sets"]
+    assert [row["name"] for row in sets] == ["base", "target", "semantic_hub", "random", "matched"]
+    assert (sets[2]["layers"], sets[4]["layers"]) == ([0, 1, 3], [0, 2, 3]) != sets[3]["layers"]
+    assert sets[2]["shape"] == {"size": 3, "first": 0, "last": 3, "mean_depth": 4 / 3, "blocks": 2}
+    assert payload["comparison"]["nll_per_byte"]["n_random"] == 1 and not payload["enumerated"]
+    row, units = payload["matched"]["semantic_hub"], results.read_tensors(out / "controls.pt")
+    assert row["layers"] == [[0, 2, 3]] and row["nll_per_byte"]["n_matched"] == 1
+    assert list(units) == ["retrieval_mean", "retrieval_readout", "nll_per_byte"]
+    for name, values in units.items():
+        own, other = sets[2]["values"][name], sets[4]["values"][name]
+        assert values.double().mean(1).tolist() == pytest.approx([one["values"][name] for one in sets], rel=1e-6)
+        assert row[name]["own_minus_matched"] == pytest.approx(own - other)
+        assert row[name]["ci_low"] <= own - other + 1e-9 and own - other - 1e-9 <= row[name]["ci_high"]
+    assert payload["additive"]["nll_per_byte"]["why"] == "3 sets are too few for a fit of 4 layers"
+    said = capsys.readouterr().out
+    assert "1 of 1 sets of the treatments' shape" in said and "rank" in said and "matched [0, 2, 3]" not in said
+    payload["matched"] = {}  # drawn apart: without them the figure is another
+    before = (out / "controls.png").read_bytes()
+    SWAP.draw(out / "controls", payload, 4)
+    assert (out / "controls.png").read_bytes() != before
 
 
 @pytest.mark.figures

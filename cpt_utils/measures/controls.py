@@ -17,6 +17,7 @@ from cpt_utils.measures.evaluation import MEASURES
 
 SMALL = 300  # so many sets or fewer are all evaluated
 DISTINCT = 20  # fewer other sets than this tell little: said in words
+UNNAMED = ("base", "target", "random", "matched")  # records that are no treatment
 
 
 # --- which sets ---
@@ -90,6 +91,11 @@ def find(sets: list[dict], name: str) -> int | None:
     return next((i for i, row in enumerate(sets) if name in (row["name"], *row.get("also", ()))), None)
 
 
+def randoms(rows: list[dict], mine: dict) -> list[dict]:
+    """The random sets of the component of `mine`."""
+    return [row for row in rows if row["name"] == "random" and row.get("component") == mine.get("component")]
+
+
 def gain_lost(
     value: float, base: float, target: float, higher_is_better: bool, interval: dict | None = None
 ) -> float | None:
@@ -108,16 +114,18 @@ def gains(records: list[dict], seed: int) -> dict[str, dict]:
     """What CPT gained by each measure, above 0 where the target is better: `gain, ci_low, ci_high`.
 
     The interval is a bootstrap over units (sentences, documents, rows) of target minus base. A measure without units
-    of its own (the best layer's retrieval) takes that of its kind.
+    of its own (the best layer's retrieval) takes the first of its kind.
     """
     base, target = (next(r for r in records if r["name"] == name) for name in ("base", "target"))
-    found = {}
+    found: dict[str, dict] = {}
     for name in target["units"]:
         sign = 1 if MEASURES[name].higher_is_better else -1
         units = sign * (np.asarray(target["units"][name]) - np.asarray(base["units"][name]))
         low, high = stats.bootstrap_mean(units, seed)
-        found[MEASURES[name].kind] = {"gain": float(units.mean()), "ci_low": low, "ci_high": high}
-    return {name: found[MEASURES[name].kind] for name in target["values"] if MEASURES[name].kind in found}
+        found[name] = {"gain": float(units.mean()), "ci_low": low, "ci_high": high}
+        found.setdefault(MEASURES[name].kind, found[name])
+    kinds = {name: MEASURES[name].kind for name in target["values"]}
+    return {name: found.get(name, found[kind]) for name, kind in kinds.items() if kind in found}
 
 
 def rank_among_random(treatment: float, others: list[float], higher_is_better: bool) -> dict:
@@ -127,7 +135,11 @@ def rank_among_random(treatment: float, others: list[float], higher_is_better: b
     count half), 0 where none is.
     The p values are one-sided: `p_value` for costing less than random sets, (1 + random sets at least as good) /
     (1 + random sets); `p_worse` for costing more, the same with at least as bad.
+
+    Raises:
+        InputError: a value that is absent or not finite, which has no place.
     """
+    _refuse_gaps([treatment, *others])
     sign = 1 if higher_is_better else -1
     better = sum(sign * other > sign * treatment for other in others)
     equal = sum(other == treatment for other in others)
@@ -150,6 +162,29 @@ def rank_among_random(treatment: float, others: list[float], higher_is_better: b
     }
 
 
+def place_in_grid(first: float, firsts: list[float], second: float, seconds: list[float]) -> dict:
+    """Where `first` - `second` stands among the differences of all pairs of a set of each side.
+
+    Either side's own set may stand beside any of the other's: all (n + 1)(m + 1) pairs count, own row and column among
+    them, because were both own sets drawn like the others, each pair was as likely to be the own one. `p_value` is
+    one-sided for a difference at least as large, `p_opposite` for one at least as small.
+
+    Args:
+        firsts, seconds: of the n and m other sets.
+    """
+    values = [first, *firsts], [second, *seconds]
+    _refuse_gaps([*values[0], *values[1]])
+    grid = np.subtract.outer(*map(np.asarray, values)).round(9)  # equal numbers of hits may differ in the last bit
+    own, n = grid[0, 0], grid.size
+    found = {"own": float(own), "rank": 1 + int((grid > own).sum()), "n_pairs": n}
+    return found | {"p_value": int((grid >= own).sum()) / n, "p_opposite": int((grid <= own).sum()) / n}
+
+
+def _refuse_gaps(values: list) -> None:
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise InputError("a swap without a finite value has no place among others; measure them again (--overwrite)")
+
+
 def compare(records: list[dict], treatment: str, seed: int) -> dict[str, dict]:
     """For each measure: gain lost by `treatment` and by the random sets, its place, and an interval of the difference.
 
@@ -157,7 +192,7 @@ def compare(records: list[dict], treatment: str, seed: int) -> dict[str, dict]:
     are held fixed.
     """
     base, target, mine = (next(r for r in records if r["name"] == name) for name in ("base", "target", treatment))
-    others = [r for r in records if r["name"] == "random"]
+    others = randoms(records, mine)
     found, gained = {}, gains(records, seed)
     for name, value in mine["values"].items():
         measure = MEASURES[name]
@@ -195,13 +230,13 @@ def units_of(records: list[dict]) -> dict:
 
 
 def intervals(rows: list[dict], records: list[dict], seed: int) -> None:
-    """Add bootstrap intervals over units to the rows of all sets that are not random, per measure that has units.
+    """Add bootstrap intervals over units to the rows of all sets that are no controls, per measure that has units.
 
     `ci_low` and `ci_high` are those of the value; `change` is the value minus the target's, with an interval that
     keeps the pairing: the same sentences (documents, rows) are drawn for both.
     """
     target = next(record for record in records if record["name"] == "target")
-    named = [(row, record) for row, record in zip(rows, records, strict=True) if row["name"] != "random"]
+    named = [(row, record) for row, record in zip(rows, records, strict=True) if row["name"] not in UNNAMED[2:]]
     for row, _ in named:
         row |= {"ci_low": {}, "ci_high": {}, "change": {}}
     for name in target["units"]:
@@ -224,9 +259,9 @@ def rank_all(rows: list[dict], treatment: str) -> None:
     def alike(row: dict) -> bool:
         return row.get("component") == mine.get("component") and len(row["layers"]) == len(mine["layers"])
 
-    drawn = [row for row in rows if row["name"] == "random"]
+    drawn = randoms(rows, mine)
     for row in rows:
-        if row["name"] in ("base", "target", "random") or not alike(row):
+        if row["name"] in UNNAMED or not alike(row):
             continue
         others = [other for other in [*drawn, mine] if other["layers"] != row["layers"]]
         row["place"] = {
@@ -237,7 +272,7 @@ def rank_all(rows: list[dict], treatment: str) -> None:
 
 def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict | None = None) -> None:
     """Print the outcome, a line a measure: `sets` are those of the result, `passed` the gate of the layers."""
-    for row in [row for row in sets if row["name"] != "random" or compared is None]:
+    for row in [row for row in sets if row["name"] not in UNNAMED[2:] or compared is None]:
         lost = {name: share for name, share in row["gain_lost"].items() if share is not None}
         swapped = row["name"] not in ("base", "target")
         parts = [

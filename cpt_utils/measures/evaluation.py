@@ -31,9 +31,13 @@ class Measure:
 MEASURES = {
     "retrieval_mean": Measure("retrieval accuracy, mean over layers", True, "retrieval"),
     "retrieval_best": Measure("retrieval accuracy, best layer", True, "retrieval", units=False),
+    "retrieval_readout": Measure("retrieval accuracy, last hidden state", True, "retrieval"),
     "nll_per_byte": Measure("NLL of held-out text (nats per byte)", False, "nll"),
     "task_accuracy": Measure("task accuracy", True, "task"),
 }
+# What decides whether a swap costs much. The mean over h_1 .. h_L and the best of them also say how deep its layers
+# lie: a swap reaches no hidden state before its first layer.
+DECIDING = ("retrieval_readout", "nll_per_byte", "task_accuracy")
 KINDS = ("retrieval", "nll", "task")
 
 
@@ -86,11 +90,15 @@ class Test:
         return found
 
     def _retrieval(self, model, arch, tokenizer, name: str, found: dict) -> dict:
-        """Base -> target retrieval at every hidden state; a sentence's unit is its share of hits over h_1 .. h_L."""
+        """Base -> target retrieval at every hidden state; a sentence's unit is its share of hits over h_1 .. h_L.
+
+        The readout, whatever layers were changed: the last hidden state, tokens alike in length, languages centred.
+        """
         how = {"seed": self.seed, "batch_size": self.batch_size}
         measured = self.retrieve(model, arch, tokenizer, self.pairs, name, **how)
         accuracy = measured.hits.double().mean(1).tolist()
         found["units"]["retrieval_mean"] = measured.hits[1:].double().mean(0).tolist()
+        found["units"]["retrieval_readout"] = measured.hits_unit_centred[-1].double().tolist()
         found["values"]["retrieval_best"] = max(accuracy[1:])
         reverse = measured.hits_reverse.double().mean(1).tolist()
         return {"layer_accuracy": accuracy, "reverse_accuracy": reverse}

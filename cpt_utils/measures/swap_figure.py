@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpt_utils.base import figures
+from cpt_utils.measures import controls
 from cpt_utils.measures.evaluation import MEASURES
+
+LANE = 0.6  # the height of the line of squares below a swap
 
 
 @dataclass
@@ -21,6 +24,7 @@ class Row:
         meaning: of its colour, see `figures.colour`.
         changes: measure -> the `change` of a row of controls.json, whose interval is drawn.
         others: the rows of the random sets that it is compared with.
+        matched: the rows of the sets of its shape.
         hollow: drawn as a white diamond.
     """
 
@@ -31,14 +35,19 @@ class Row:
     target: dict[str, float]
     changes: dict[str, dict] = field(default_factory=dict)
     others: Sequence[dict] = ()
+    matched: Sequence[dict] = ()
     hollow: bool = False
 
 
 def row_of(payload: dict, found: dict, label: str, meaning: str, compared: bool = True, hollow: bool = False) -> Row:
-    """The swap `found`, one of the `sets` of a controls.json; `compared` with its random sets."""
+    """The swap `found`, of the `sets` of a controls.json; beside sets of its shape, and random ones if `compared`."""
     ends = {end: next(row["values"] for row in payload["sets"] if row["name"] == end) for end in ("base", "target")}
-    others = [row for row in payload["sets"] if row["name"] == "random"] if compared else []
-    return Row(label, meaning, found["values"], **ends, changes=found.get("change") or {}, others=others, hollow=hollow)
+    alike = ((payload.get("matched") or {}).get(found["name"]) or {}).get("layers") or []
+    same = {tuple(row["layers"]): row for row in payload["sets"] if row.get("component") == found.get("component")}
+    matched = [same[tuple(layers)] for layers in alike]
+    others = [row for row in controls.randoms(payload["sets"], found) if row not in matched] if compared else []
+    return Row(label, meaning, found["values"], **ends, changes=found.get("change") or {}, others=others,
+               matched=matched, hollow=hollow)  # fmt: skip
 
 
 def draw(path: Path, rows: list[Row], title: str, n_layers: int | None = None) -> None:
@@ -46,31 +55,36 @@ def draw(path: Path, rows: list[Row], title: str, n_layers: int | None = None) -
 
     Whiskers are bootstrap intervals of the difference from the checkpoint, over the same sentences (documents, rows).
     Dots are random sets; with `n_layers`, open ones hold the first or the last layer, which often decides what a swap
-    costs.
+    costs. Squares below are sets of the swap's own shape. The best layer's retrieval, which has no interval, is left
+    out beside the readout.
     """
-    measures = [name for name in MEASURES if name in rows[0].values]
+    measures = [name for name in MEASURES if all(name in row.values for row in rows)]
+    if "retrieval_readout" in measures:
+        measures.remove("retrieval_best")
     shared = all(row.base == rows[0].base and row.target == rows[0].target for row in rows)
     heights, at = [], 0.0
     for row in rows:
         at += 0.5 if row.others else 0.0  # the dots need room above and below
         heights.append(at)
-        at += 1.5 if row.others else 1.0
+        at += (1.5 if row.others else 1.0) + (LANE if row.matched else 0.0)
+    bottom = heights[-1] + 0.9 + (LANE if rows[-1].matched else 0.0)
     with figures.style() as plt:
         size = (figures.COLUMN if len(measures) == 1 else figures.PAGE, 1.25 + 0.2 * (at + 0.5))
         fig, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
         for axis, name in zip(axes[0], measures, strict=True):
             for row, y in zip(rows, heights, strict=True):
                 _dots(axis, row, name, y, n_layers)
+                _squares(axis, row, name, y + (0.5 if row.others else 0.1) + LANE / 2)
                 _diamond(axis, row, name, y)
                 for end, line in (("base", ":"), ("target", "--")):
-                    reach = (-1, heights[-1] + 1) if shared else (y - 0.6, y + 0.6)
+                    reach = (-1, bottom + 0.1) if shared else (y - 0.6, y + 0.6)
                     value = getattr(row, end)[name]
                     axis.plot([value] * 2, reach, line, color=figures.colour(end), linewidth=1, zorder=0)
             axis.set_xlabel(textwrap.fill(MEASURES[name].label, {3: 24, 4: 19}.get(len(measures), 30)))
             axis.locator_params(axis="x", nbins=4)
             axis.margins(x=0.08)
         axes[0, 0].set_yticks(heights, [row.label for row in rows])
-        axes[0, 0].set_ylim(heights[-1] + 0.9, -0.9)
+        axes[0, 0].set_ylim(bottom, -0.9)
         fig.suptitle(title, fontsize=8)
         fig.legend(
             handles=_legend(plt, rows, n_layers), loc="outside lower center", ncols=2 if len(measures) == 1 else 5
@@ -87,6 +101,12 @@ def _dots(axis, row: Row, name: str, y: float, n_layers: int | None) -> None:
         values = [row.others[i]["values"][name] for i in chosen]
         look = {"facecolors": "none" if is_outer else grey, "edgecolors": grey, "linewidths": 0.5, "zorder": 1}
         axis.scatter(values, [height[i] for i in chosen], s=7, **look)
+
+
+def _squares(axis, row: Row, name: str, y: float) -> None:
+    values = [other["values"][name] for other in row.matched]
+    look = {"facecolors": "none", "edgecolors": figures.colour(row.meaning), "linewidths": 0.8, "zorder": 2}
+    axis.scatter(values, [y] * len(values), s=10, marker="s", **look)
 
 
 def _outer(other: dict, n_layers: int | None) -> bool:
@@ -115,6 +135,9 @@ def _legend(plt, rows: list[Row], n_layers: int | None) -> list:
         label = f"random set with layer 0 or {n_layers - 1}" if is_outer else "random set of layers"
         face = {"markerfacecolor": "none"} if is_outer else {}
         found.append(plt.Line2D([], [], color=grey, marker="o", linestyle="", markersize=3, label=label, **face))
+    if any(row.matched for row in rows):
+        look = {"color": "none", "markeredgecolor": "black", "linestyle": "", "marker": "s"}
+        found.append(plt.Line2D([], [], **look, markersize=3, label="set of the swap's shape"))
     if any(row.hollow for row in rows):
         look = {"color": "white", "markeredgecolor": "black", "linestyle": "", "marker": "D"}
         found.append(plt.Line2D([], [], **look, markersize=4, label="with embeddings, lm_head"))

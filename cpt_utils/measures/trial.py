@@ -12,7 +12,7 @@ from cpt_utils.base.processes import Process
 from cpt_utils.checkpoints import tokenization, tokenizer_id
 from cpt_utils.interventions import surgery
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, controls, evaluation
+from cpt_utils.measures import conditions, controls, evaluation, matched
 from cpt_utils.models import loading
 
 SCHEMA = "swap-controls"
@@ -65,6 +65,7 @@ class Trial:
     def measure(
         self, path: Path, wanted: list[Condition], treatment: str | None = None, facts: dict | None = None,
         figure: Callable[[Path, dict], None] | None = None, gate: dict | None = None,
+        more: Callable[[list[dict]], dict] | None = None,
     ) -> None:  # fmt: skip
         """Measure base, target and the conditions of the target, and write `path` (see `conditions.measure`).
 
@@ -74,7 +75,7 @@ class Trial:
             treatment: name of the condition to compare with those named "random"; None for no comparison. With it the
                 per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside
                 `path`.
-            facts: payload of the result beside comparison and sets.
+            facts, more: payload of the result beside comparison and sets, and what makes more of it of the records.
             figure: draws the payload: (path without suffix, payload) -> None.
             gate: that of the layers (`gate.carried`), for the header.
 
@@ -102,20 +103,21 @@ class Trial:
 
         def write(records: list[dict], request: dict) -> None:
             compared = controls.compare(records, treatment, self.seed) if treatment else None
-            sets = controls.summary(records, self.seed)
-            payload = {**(facts or {}), "comparison": compared, "sets": sets, "request": request}
+            sets = [row | {"shape": matched.shape(row["layers"])} for row in controls.summary(records, self.seed)]
+            found = matched.statistics(records, treatment, self.pair.n_layers, self.seed) if treatment else {}
+            found |= more(records) if more else {}
+            payload = {**(facts or {}), "comparison": compared, **found, "sets": sets, "request": request}
             if treatment:
                 controls.intervals(sets, records, self.seed)
                 controls.rank_all(sets, treatment)
-                units = controls.units_of(records)
-                results.write_tensors(path.with_suffix(".pt"), units)
+                results.write_tensors(path.with_suffix(".pt"), controls.units_of(records))
             if figure is not None:
                 figure(path.with_suffix(""), payload)
-            described = {role: ref.describe() for role, ref in self.models.items()}
-            head = {"models": described, "n_layers": self.pair.n_layers, **self.test.facts, "gate": gate}
-            head |= {"dtype": request["dtype"], "device": str(self.process.device)}
-            results.write_json(path, payload, results.header(SCHEMA, **head))
+            head = {"models": {role: ref.describe() for role, ref in self.models.items()}, "gate": gate}
+            head |= {"n_layers": self.pair.n_layers, "dtype": request["dtype"], "device": str(self.process.device)}
+            results.write_json(path, payload, results.header(SCHEMA, **self.test.facts, **head))
             controls.say(sets, compared, gate)
+            matched.say(found, treatment, gate)
 
         conditions.measure(
             path, SCHEMA, self.request(wanted), [*ends, *wanted], load, measured, write, self.process, self.overwrite,
