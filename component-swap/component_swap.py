@@ -7,6 +7,7 @@ from what the place does.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable
@@ -20,18 +21,19 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, folders, opening, refs
 from cpt_utils.interventions import components, in_memory, on_disk, surgery
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import controls, evaluation, gate, layer_lists, swap_figure
+from cpt_utils.measures import controls, evaluation, gate, layer_lists, matched
 from cpt_utils.measures.trial import Trial
 
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
+shown = cli.sibling("component-swap/component_controls.py")
 
 SCHEMA = "component-swap"
 CAPTIONS = {
     "component_swap": """Part II: 4. Component swaps
         What putting one component of the base back into the last checkpoint costs: attention or FFN, in interface
         layers or in those richest in the new language's neurons, with and without embeddings, and random layers of
-        the same number. Claim C5 compares attention in interface layers with the FFN in LSN-rich ones, and both with
-        random layers.""",
+        the same number; squares are sets of a swap's shape. Claim C5 compares attention in interface layers with the
+        FFN in LSN-rich ones, and both with random layers.""",
 }
 # What these scripts leave in OUT, finished or not.
 OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|controls\..+|\..+")
@@ -243,7 +245,7 @@ def measure(
     trial: Trial, wanted: list[ComponentSwap], out: Path, number: str | int, facts: dict, gate: dict | None,
     having: dict[str, list[int]],
 ) -> None:  # fmt: skip
-    """OUT/controls.json, .pt and figure: base, target, the swaps (the first is compared), random sets of layers.
+    """OUT/controls.json, .pt and figure: base, target, the swaps (the first is compared), random and matched sets.
 
     Args:
         number: of random sets: "all", or how many.
@@ -274,9 +276,9 @@ def measure(
         cli.say(f"{condition.name}: {swaps[-1].facts['share']:.1%} of the parameters")
     if left_out:
         cli.say(f"left out: {', '.join(left_out)} ({next(iter(left_out.values()))})")
-    for layers in others:
-        recipe = recipes.component(treatment.component, layers)
-        swaps.append(_condition(swapper, "random", layers, treatment.component, recipe, {}))
+    for name, component, layers in _controls(wanted, others, having, trial.seed):
+        recipe = recipes.component(component, layers)
+        swaps.append(_condition(swapper, name, layers, component, recipe, {}))
     facts = {
         "own": treatment.name,
         "step": pair.target_ref.step,
@@ -287,40 +289,33 @@ def measure(
         "enumerated": len(others) == possible - 1,
         "left_out": left_out,
     }
-    trial.measure(out / "controls.json", swaps, treatment.name, facts, draw, gate)
+    pairs = functools.partial(shown.pairs, own=treatment.name, seed=trial.seed)
+    trial.measure(out / "controls.json", swaps, treatment.name, facts, shown.draw, gate, pairs)
+
+
+def _controls(
+    wanted: list[ComponentSwap], others: list[list[int]], having: dict[str, list[int]], seed: int
+) -> list[tuple[str, str, list[int]]]:
+    """(name, component, layers) of the random sets, and of the matched sets that are not among them.
+
+    Where the FFN is a crossed control of attention, the same random layers are measured with it too: only sets of the
+    same layers tell what the component does from what the layers do.
+    """
+    treatment, plain = wanted[0], [one for one in wanted if one.component and not one.embeddings]
+    drawn = [treatment.component]
+    drawn += [kind for kind in dict.fromkeys(one.component for one in plain) if treatment.component == "attention"][1:]
+    found = [
+        ("random", kind, layers) for kind in drawn for layers in others if set(layers) <= set(having[kind])
+    ]  # fmt: skip
+    compared = [(one.component, one.layers) for one in plain if one.component in drawn]
+    added = matched.to_add(compared, having, [*compared, *((kind, layers) for _, kind, layers in found)], seed)
+    return found + [("matched", kind, layers) for kind, layers in added]
 
 
 def _condition(swapper, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> Condition:
     parameters, total = swapper.pair.share(recipe)
     facts = {"layers": list(layers), "component": moved, "share": parameters / total, **more}
     return swapper.condition(name, recipe, **facts)
-
-
-def draw(path: Path, payload: dict) -> None:
-    """Every swap among the checkpoint and the base, the script's own among random sets; from a controls.json alone."""
-    named = [row for row in payload["sets"] if row["name"] not in ("base", "target", "random")]
-    rows = []
-    # Attention, FFN, embeddings; each swap followed by itself with embeddings, whichever was measured first.
-    for row in sorted(named, key=lambda row: ("afe".index(row["component"][0]), row["name"])):
-        component, _, extra = row["component"].partition("+")
-        meaning = "random" if component == components.EMBEDDINGS else component
-        compared = row["name"] == payload["own"]
-        rows.append(swap_figure.row_of(payload, row, _label(row), meaning, compared, bool(extra)))
-    treatment = named[[row["name"] for row in named].index(payload["own"])]
-    n_random = sum(row["name"] == "random" for row in payload["sets"])
-    n_layers = payload.get("n_layers_having", payload["n_layers"])
-    swap_figure.draw(path, rows, f"{n_random} random sets of {len(treatment['layers'])} of {n_layers} layers")
-
-
-def _label(row: dict) -> str:
-    """ "attention, interface (8 %)": component, place, share of the parameters."""
-    names = [name.removesuffix(f"_{components.EMBEDDINGS}") for name in (row["name"], *row.get("also", ()))]
-    component, _, place = names[0].partition("_")
-    words = {"interface": "interface", "lsn_rich": "LSN-rich"}
-    where = " = ".join(words[name.partition("_")[2]] for name in names) if place else ""
-    shown = {"attention": "attention", "ffn": "FFN", components.EMBEDDINGS: "embeddings, lm_head"}[component]
-    more = " + emb." if "+" in row["component"] else ""
-    return f"{shown}{', ' + where if where else ''}{more} ({100 * row['share']:.0f} %)"
 
 
 # --- the command ---

@@ -21,7 +21,7 @@ from cpt_utils.measures import activation_files
 
 evidence = cli.sibling("report/evidence.py")
 shown = cli.sibling("report/shown.py")
-component_swap = cli.sibling("component-swap/component_swap.py")
+component_controls = cli.sibling("component-swap/component_controls.py")
 Results, Missing = evidence.Results, evidence.Missing
 
 RESULTS = {"figures": "report/figures"}
@@ -216,11 +216,11 @@ def strengths(found: Results, path: Path) -> None:
 
 
 def attention_swap(found: Results, path: Path) -> None:
-    component_swap.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
+    component_controls.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
 
 
 def ffn_swap(found: Results, path: Path) -> None:
-    component_swap.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
+    component_controls.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
 
 
 def deactivation(found: Results, path: Path) -> None:

@@ -233,8 +233,11 @@ def test_controls_against_written_folders(shared, study):
     assert payload["lsn_rich_holds"] == {"first_layer": False, "last_layer": True}
     assert payload["n_possible_sets"] == 6 and payload["enumerated"]
     sets = payload["sets"]
-    assert [row["name"] for row in sets] == ["base", "target", *NAMED, *["random"] * 5]
-    assert sorted([*(row["layers"] for row in sets[11:]), INTERFACE]) == [list(s) for s in combinations(range(4), 2)]
+    assert [row["name"] for row in sets] == ["base", "target", *NAMED, *["random"] * 10]
+    assert [row["component"] for row in sets[11:]] == ["attention"] * 5 + ["ffn"] * 5
+    others = [row["layers"] for row in sets[11:16]]
+    assert others == [row["layers"] for row in sets[16:]]
+    assert sorted([*others, INTERFACE]) == [list(s) for s in combinations(range(4), 2)]
 
     test = evaluation.Test(
         pairs=sources.parallel(
@@ -293,13 +296,13 @@ def test_controls_against_written_folders(shared, study):
     # Places: the same component and number of layers; a crossed set stands among the random ones and the script's own.
     assert {name for name in NAMED if "place" in rows[name]} == {"attention_interface", "attention_lsn_rich"}
     place = rows["attention_lsn_rich"]["place"]["nll_per_byte"]
-    others = [r["values"]["nll_per_byte"] for r in [sets[2], *sets[11:]] if r["layers"] != RICH]
+    others = [r["values"]["nll_per_byte"] for r in [sets[2], *sets[11:16]] if r["layers"] != RICH]
     assert place["n_random"] == len(others) == 5 and place["random_mean"] == pytest.approx(np.mean(others))
     comparison = payload["comparison"]["nll_per_byte"]
     own = rows["attention_interface"]["place"]["nll_per_byte"]
     assert own == {key: comparison[key] for key in own}
 
-    component_swap.draw(study / "again", {key: value for key, value in payload.items() if key != "request"})
+    component_swap.shown.draw(study / "again", {key: value for key, value in payload.items() if key != "request"})
     assert (study / "again.png").read_bytes() == (out / "controls.png").read_bytes()
 
 
@@ -351,6 +354,78 @@ def test_two_processes_measure_what_one_does(study):
         assert (study / f"{name}.one/controls.pt").read_bytes() == (study / f"{name}.two/controls.pt").read_bytes()
 
 
+def made_up(interface, rich, n_layers=6, drawn=None, seed=0):
+    """Records of attn_int_swap.py in which what a set costs is drawn; `drawn`: the random sets, else all others."""
+    rng = np.random.default_rng(seed)
+
+    def record(name, layers=(), component=None):
+        units = {"nll_per_byte": rng.normal(1, 0.3, 20).tolist()}
+        row = {"name": name, "layers": list(layers), "units": units, "component": component}
+        return row | {"values": {"nll_per_byte": float(np.mean(units["nll_per_byte"]))}}
+
+    every = [list(s) for s in combinations(range(n_layers), len(interface)) if list(s) != interface]
+    places = {"interface": interface, "lsn_rich": rich}
+    named = [(f"{kind}_{place}", places[place], kind) for kind in ("attention", "ffn") for place in places]
+    sets = [("random", layers, kind) for kind in ("attention", "ffn") for layers in drawn or every]
+    return [record("base"), record("target"), *(record(*one) for one in [*named, *sets])]
+
+
+@pytest.mark.parametrize("drawn", [None, [[0, 1], [2, 3], [4, 5], [3, 4]]])
+def test_pairs_of_attention_and_ffn_are_those_of_the_slow_way(drawn):
+    """Costs of all pairs of sets, the own row and column among them; the same difference in the same layers."""
+    interface, rich = [0, 5], [3, 4]
+    records = made_up(interface, rich, drawn=drawn)
+    found = component_swap.shown.pairs(records, "attention_interface", 7)["pairs"]["nll_per_byte"]
+    cost = {}
+    for row in records[2:]:  # where a set was measured under a name and as a random one, the name counts
+        lost = row["values"]["nll_per_byte"] - records[1]["values"]["nll_per_byte"]
+        cost.setdefault((row["component"], tuple(row["layers"])), lost)
+    sets = [tuple(s) for s in [interface, *(drawn or combinations(range(6), 2))]]
+    sides = [{(kind, layers) for layers in sets} for kind in ("attention", "ffn")]
+    grid = [cost[one] - cost[other] for one in sides[0] for other in sides[1]]
+    row, own = found["crossed"], cost["attention", (0, 5)] - cost["ffn", (3, 4)]
+    assert row["n_pairs"] == len(grid) == len(set(sets)) ** 2 and row["own"] == pytest.approx(own)
+    assert row["rank"] == 1 + sum(d > own + 1e-9 for d in grid)
+    assert row["p_value"] == sum(d >= own - 1e-9 for d in grid) / len(grid)
+    assert row["p_opposite"] == sum(d <= own + 1e-9 for d in grid) / len(grid)
+    units = np.subtract(records[2]["units"]["nll_per_byte"], records[5]["units"]["nll_per_byte"])
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(stats.bootstrap_mean(units, 7))
+    for place, layers in (("interface", (0, 5)), ("lsn_rich", (3, 4))):
+        row = found["same_layers"][place]
+        differences = {s: cost["attention", s] - cost["ffn", s] for s in sets}
+        own = differences.pop(layers)
+        assert row["own"] == pytest.approx(own) and row["n_random"] == len(differences)
+        assert row["rank"] == 1 + sum(d > own for d in differences.values())
+        assert row["p_value"] == (1 + sum(d >= own for d in differences.values())) / (1 + len(differences))
+        assert row["random_mean"] == pytest.approx(np.mean(list(differences.values())))
+
+
+def test_places_of_two_sizes_are_no_pair():
+    """More layers cost more: nothing is said of them as a pair, but of the one that has its random sets."""
+    records = made_up([0, 5], [2, 3, 4])
+    found = component_swap.shown.pairs(records, "attention_interface", 7)["pairs"]["nll_per_byte"]
+    assert found["crossed"] is None and found["same_layers"]["lsn_rich"] is None
+    assert found["same_layers"]["interface"]["n_random"] == 14
+    alone = [row for row in records if row["component"] != "ffn" or row["name"] != "random"]
+    assert component_swap.shown.pairs(alone, "attention_interface", 7) == {}
+
+
+def test_which_sets_are_measured_beside_the_crossed_ones():
+    """The same random sets for both components in attention's file; matched sets of each that are not among them."""
+    lists = {"interface": [0, 2, 3, 5], "lsn_rich": [1, 3, 4, 6]}
+    having = {"attention": list(range(8)), "ffn": [0, 1, 2, 3, 4, 5, 6]}
+    drawn = [[0, 1, 2, 3], [0, 2, 4, 5], [4, 5, 6, 7]]
+    wanted = component_swap.crossed("attention_interface", lists, having)
+    found = component_swap._controls(wanted, drawn, having, 0)
+    assert found[:5] == [
+        *(("random", "attention", layers) for layers in drawn), *(("random", "ffn", layers) for layers in drawn[:2]),
+    ]  # fmt: skip
+    mates = [0, 1, 3, 5], [1, 2, 4, 6], [1, 3, 5, 6]  # and [0, 2, 4, 5], which was drawn
+    assert found[5:] == [("matched", kind, layers) for kind in having for layers in mates]
+    alone = component_swap._controls(component_swap.crossed("ffn_lsn_rich", lists, having), drawn, having, 0)
+    assert {kind for _, kind, _ in alone} == {"ffn"}
+
+
 def test_places_that_coincide(study, shared, capsys):
     (study / "same.json").write_text(json.dumps({"layers": INTERFACE[::-1]}))
     flags = ["--controls", "1", "--measures", "nll", "--limit", "3", "--layer-list", "same.json"]
@@ -390,7 +465,7 @@ def test_outside_a_study_and_another_vocabulary(shared, tmp_path, monkeypatch, c
     assert "left out: attention_interface_embeddings, " in capsys.readouterr().out
     payload, _ = results.read_json("wider/controls.json", allow_limited=True)
     assert set(payload["left_out"]) == {name for name in NAMED if "embeddings" in name}
-    assert [row["name"] for row in payload["sets"]] == ["base", "target", *NAMED[:4], "random"]
+    assert [row["name"] for row in payload["sets"]] == ["base", "target", *NAMED[:4], "random", "random"]
     given = {flag: arguments[arguments.index(flag) + 1] for flag in ("--base-model", "--layer-selection")}
     flags = [str(word) for pair in given.items() for word in pair]
     ATTENTION.main([*flags, "--checkpoint-dir", str(tmp_path / "wide"), "--output-dir", "written"])
