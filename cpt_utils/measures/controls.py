@@ -32,7 +32,7 @@ def add_flag(p, treatment: str) -> None:
         type=_number_of_sets,
         metavar="all|N",
         help=f"compare {treatment} with random sets of its size: all of them where they are 300 or fewer (else 300), "
-        "or N seeded draws; without a value the study's `controls`, else all",
+        "or N seeded draws, and beside these the sets of its shape; without a value the study's `controls`, else all",
     )
 
 
