@@ -116,13 +116,13 @@ class Frozen:
         with opening.open_folder(base, lazy=True) as stored:
             names, parameters = set(stored.names()), dict(model.named_parameters(remove_duplicate=False))
             regions = [region for layer in part.layers for region in self._regions(layer, names, stored.shape)]
-            places = self.arch.module_places({tensor for tensor, *_ in regions}, model, stored.shape)
+            locations = self.arch.locations({tensor for tensor, *_ in regions}, model, stored.shape)
             for tensor, expert, dim, positions in regions:
-                parameter = parameters.get(places[tensor].name)
+                parameter = parameters.get(locations[tensor].name)
                 if parameter is None:  # a buffer, which no training changes
                     continue
                 mask = found.setdefault(parameter, torch.zeros(parameter.shape, dtype=torch.bool))
-                view = places[tensor].view(mask)
+                view = locations[tensor].view(mask)
                 view = view if expert is None else view[expert]
                 if positions is None:
                     view.fill_(True)
