@@ -66,6 +66,7 @@ def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
     assert list(found["checkpoints"]) == ["5", "10", "100"] and header["n_used"] == header["n_available"] == 3
     for step, row in found["checkpoints"].items():
         sums = {"summary": [], "summary_mean": [], "summary_relative": [], "summary_relative_mean": []}
+        whole = {side: [0.0, 0.0] for side in PARTS}  # squares of the difference and of the base
         assert list(row["layers"]) == ["layer_0", "layer_1", "layer_2"]
         for layer in range(3):
             ours = on_disk(base, model_type, layer)
@@ -74,6 +75,9 @@ def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
             absolute = {name: np.abs(theirs[name] - ours[name]).mean() for name in ours}
             relative = {name: np.linalg.norm(theirs[name] - ours[name]) / np.linalg.norm(ours[name]) for name in ours}
             assert {name for name in here if name.endswith("_proj")} == set(absolute)
+            for side, name in ((side, name) for side, names in PARTS.items() for name in names if name in ours):
+                whole[side][0] += np.square(theirs[name] - ours[name]).sum()
+                whole[side][1] += np.square(ours[name]).sum()
             # The script subtracts in float32, the loop in float64.
             assert {name: here[name] for name in absolute} == pytest.approx(absolute, rel=1e-6)
             assert {name: here["relative"][name] for name in relative} == pytest.approx(relative, rel=1e-6)
@@ -100,6 +104,8 @@ def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
         for key, values in sums.items():
             assert [row[key]["attn"], row[key]["ffn"]] == pytest.approx(np.mean(values, 0), rel=1e-12)
             assert row["attention_above_ffn"][key] == sum(a > b for a, b in values)
+        pooled = {side: (moved / base) ** 0.5 for side, (moved, base) in whole.items()}
+        assert found["pooled"][step] == pytest.approx(pooled, rel=1e-6)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
