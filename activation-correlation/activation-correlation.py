@@ -247,7 +247,7 @@ def main(argv=None) -> None:
 
 
 def refuse_other_output(output: Path, lang: str, wanted: list[int] | None, overwrite: bool) -> None:
-    """An older result is made anew, which takes a second; any other file is replaced on request only."""
+    """An older result is made again, which takes a second; any other file is replaced on request only."""
     request = {"language": languages.canonical(lang, any_tag=True), "steps": wanted and sorted(wanted)}
 
     def asked(found: dict) -> dict:

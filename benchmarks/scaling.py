@@ -140,7 +140,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     payload, head = results.read_json(args.input, measure.SCHEMA)
     if not head or args.disk <= 0:
-        raise InputError(f"{args.input} is no file of benchmarks/bench.py, or --disk is not above zero")
+        raise InputError(f"{args.input} is not a file of benchmarks/bench.py, or --disk is not above zero")
     found = text(payload, args.disk)
     measure.between_markers(Path(args.doc), "scaling", found)
     cli.say(found)

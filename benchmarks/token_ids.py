@@ -61,7 +61,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     source, tokenizer = Path(args.text), refs.model(args.tokenizer).side_files()
     if not source.is_file():
-        raise InputError(f"{source} does not exist; give --text a file with a sentence a line")
+        raise InputError(f"{source} does not exist; give --text a file with a sentence per line")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text"
         write_text(source, path, round(args.megabytes * 1e6))

@@ -1,7 +1,7 @@
 """Generate the demo world: texts in English and in invented languages that all speak of one small world of meanings.
 
 In:  a world file (demo/world.yaml: languages, seed, sizes, chances), demo/vocabulary.yaml, and knobs as flags.
-Out: one folder with training documents by kind (one a line), parallel test sentences whose meanings no training text
+Out: one folder with training documents by kind (one per line), parallel test sentences whose meanings no training text
      holds, held-out documents, a classification task in the form of SIB-200, facts told in one language and asked in
      another, the lexicon, world.json with settings and counts. The same seed gives the same bytes. See demo/README.md.
 
@@ -82,7 +82,7 @@ class Maker:
     def mixed(self, draw: random.Random, code: str) -> str:
         """A passage in the grammar of one language, with a share of the content words from the other.
 
-        Words that are no contact words stay, or become, English: bilingual text says nothing about them.
+        Words that are not contact words stay, or become, English: bilingual text says nothing about them.
         """
         spoken, lent = draw.sample([self.base, code], 2)
         contact, lexicon, share = self.languages[code].contact, self.languages[lent].lexicon, self.texts["borrowed"]
@@ -127,7 +127,7 @@ class Maker:
         """`n` sentences that share no clause and differ from each other in every language.
 
         Raises:
-            InputError: the world has not so many.
+            InputError: the world does not have so many.
         """
         draw = random.Random(f"{self.seed}/test")
         found, clauses, said = [], set(), set()
@@ -283,13 +283,13 @@ def claim(out: Path, config: dict, overwrite: bool) -> bool:
     """Whether `out` is to be written; False when it holds this very world already.
 
     Raises:
-        InputError: `out` holds another world, or files that are no part of one.
+        InputError: `out` holds another world, or files that are not part of one.
     """
     if not out.exists():
         return True
     strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS) if out.is_dir() else [out.name]
     if strangers:
-        raise InputError(f"{out} holds {strangers[0]}, which is no part of a world; give --out a new folder")
+        raise InputError(f"{out} holds {strangers[0]}, which is not part of a world; give --out a new folder")
     path = out / "world.json"
     return not results.finished(path, SCHEMA, config, "--out a new folder", overwrite, lambda found: found["config"])
 

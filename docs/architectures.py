@@ -33,10 +33,10 @@ part of the tests.
   rows of an output gate. "In pairs": a head is the difference of two, h and h + half of all, and so is a KV head.
   "Shared" are the narrow layers of a latent attention. They and the output bias, norms that are the same for every
   head, indexers and the like belong to no head; all units with shared matrices and output bias are what a swap of
-  attention moves. What stands in the place of attention has no heads here, as it has none of the projections. Units of
+  attention moves. What a layer has instead of attention has no heads here, as it has none of the projections. Units of
   a layer that attends to another's keys are its query heads alone.
 - **in its place**: hybrids have layers without attention. What stands there (linear attention, Mamba, a short
-  convolution) is no attention: it moves with whole layers only. Such a layer enters no mean of attention and has
+  convolution) is not attention: it moves with whole layers only. Such a layer enters no mean of attention and has
   nothing of it to swap, and every script says which layers these are; so it is with layers without an FFN.
 - **gate**: without one the neurons are those of the up projection, and a layer has six projections.
 - **experts**: a mixture of experts (MoE): how many there are, and which layers are dense, says the config. On disk
@@ -71,7 +71,7 @@ A type that is not here stops with a message that gives the reason, or says whic
 calls the modules of its layers. Where these are Llama's names in all layers the entry is `"the_type": Arch()`; what can
 differ is listed at `Layers` in `cpt_utils/architectures/arch_layers.py`. Then run
 `pytest tests/test_architectures.py -k the_type` (what its tiny config needs beyond the usual sizes stands in `TINY` in
-`tests/tiny.py`) and write this page anew.
+`tests/tiny.py`) and write this page again.
 
 `--dtype float64` makes results independent of the batch, bit by bit, where the whole arithmetic is in float64. Gemma 2,
 Bloom and MPT take their attention's softmax in float32 even then (differences of 4e-7 and less); XGLM has no float64.

@@ -42,7 +42,7 @@ def relate(metric: list[float], change: list[float], redrawn: np.ndarray | None,
     """Everything reported of one layer type: Pearson and Spearman on levels and on first differences.
 
     Args:
-        metric, change: one value a checkpoint, in step order.
+        metric, change: one value per checkpoint, in step order.
         redrawn: what `metric` might have been on other test rows [draws, checkpoints], or None where that is unknown.
     """
 
@@ -150,7 +150,7 @@ def read_changes(path: Path) -> tuple[dict, dict, dict[int, dict[str, float]]]:
         if step is None or not row or not all(isinstance(v, int | float) and math.isfinite(v) for v in row.values()):
             raise InputError(f"{path}: checkpoint {name!r} lacks a step, interface_avg or semantic_hub_avg")
         if step in changes:
-            raise InputError(f"{path}: step {step} comes twice; keep one of its entries")
+            raise InputError(f"{path}: step {step} appears twice; keep one of its entries")
         changes[step] = {kind: float(value) for kind, value in row.items()}
     return payload, header, dict(sorted(changes.items()))
 

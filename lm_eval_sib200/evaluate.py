@@ -5,7 +5,7 @@ In:   models and runs (in a study: its base and run); tasks of this folder (data
 Out:  <output>/<model, each / as __>/results_<time>.json, with one more key, `_header`. A model that has a result there
       for the same weights, prompts and settings is left alone: an interrupted evaluation goes on where it stopped.
 With --swap, the models as step 4 or 11 would write them with parts of the base, without writing them.
-`lm_eval --model hf --include_path lm_eval_sib200 ...` gives the same numbers, but takes some 17 seconds more a model.
+`lm_eval --model hf --include_path lm_eval_sib200 ...` gives the same numbers, but takes some 17 seconds more per model.
 
     python lm_eval_sib200/evaluate.py MODEL RUN --tasks sib200_gle_Latn -o results/lm_eval
     python lm_eval_sib200/evaluate.py MODEL --swap semantic_hub --base BASE --layers layers.json --tasks sib200_gle_Latn -o results/swapped
@@ -42,10 +42,10 @@ RESULTS = {"lm_eval": "lm_eval"}
 def task_folder(args, study: Study, scratch: Path) -> Path:
     """The folder with the tasks: as given, else made in `scratch` for local TSV files, else this one (hub data)."""
     if args.include_path and args.tsv_dir:
-        raise InputError("--include-path and --tsv-dir exclude each other: give one of them")
+        raise InputError("--include-path and --tsv-dir are mutually exclusive: give one of them")
     if args.include_path:
         if not Path(args.include_path).is_dir():
-            raise InputError(f"{args.include_path} is no folder; --include-path needs a folder of task files")
+            raise InputError(f"{args.include_path} is not a folder; --include-path needs a folder of task files")
         return Path(args.include_path)
     data = args.tsv_dir or study.get("data.task.dir")
     if data is None:
@@ -215,7 +215,7 @@ def save(found: dict, tracker, output: Path, header: dict) -> Path:
 
 
 def scores(found: dict) -> list[str]:
-    """One line a task or group: accuracy with its binomial standard error, and the rows."""
+    """One line per task or group: accuracy with its binomial standard error, and the rows."""
     lines = []
     for name, row in (found["results"] | found.get("groups", {})).items():
         parts = []

@@ -1,4 +1,4 @@
-"""Writes the SIB-200 tasks for lm_eval: one YAML a language, their group `sib200`, and the template that all include.
+"""Writes the SIB-200 tasks for lm_eval: one YAML per language, their group `sib200`, and the template that all include.
 
 In:   the 205 codes in languages.txt (data from the hub, Davlan/sib200), or with --tsv-dir a folder of local files
       <language>/{train,dev,test}.tsv with the columns index_id, category, text (dev may be absent)
@@ -70,7 +70,7 @@ def group(languages: list[str]) -> str:
 
 
 def hub_files(languages: list[str]) -> dict[str, str]:
-    """File name -> text of the committed folder: data from the hub, one configuration of the data set a language."""
+    """File name -> text of the committed folder: data from the hub, one configuration of the data set per language."""
     files = {TEMPLATE: template("Davlan/sib200"), GROUP_FILE: group(languages)}
     for code in languages:
         lines = [f"include: {_quoted(TEMPLATE)}", f"task: {_quoted(task_name(code))}", f"dataset_name: {_quoted(code)}"]
@@ -95,7 +95,7 @@ def tsv_files(folder: str | os.PathLike) -> dict[str, str]:
     files = {TEMPLATE: template("csv"), GROUP_FILE: group(languages)}
     for code in languages:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", code):
-            raise InputError(f"{folder / code}: the folder name is no language code, and would be no task name")
+            raise InputError(f"{folder / code}: the folder name is not a language code, and cannot be a task name")
         paths = {split: folder / code / tsv for split, tsv in SPLITS.items() if (folder / code / tsv).is_file()}
         if missing := sorted(SPLITS[split] for split in ("train", "test") if split not in paths):
             raise InputError(f"{folder / code} lacks {' and '.join(missing)}; a task needs train.tsv and test.tsv")
@@ -175,7 +175,7 @@ def _quoted(text: str) -> str:
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--tsv-dir", metavar="DIR", help="local data, <language>/{train,dev,test}.tsv; default: the hub")
-    text = "folder to write; needed with --tsv-dir, default: this script's own"
+    text = "folder to write; needed with --tsv-dir, default: this script's folder"
     p.add_argument("--out", "--output", metavar="FOLDER", help=text)
     return p
 

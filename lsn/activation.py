@@ -135,7 +135,7 @@ class Counter:
             self.routed[layer, : len(row)] += row.cpu()
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`counts` and `routed` since the last call; both begin anew."""
+        """`counts` and `routed` since the last call; both start again from zero."""
         taken = self.counts, self.routed
         self.counts, self.routed = map(torch.zeros_like, taken)
         return taken
@@ -148,7 +148,7 @@ def count(
     counted = partial.done | partial.others
     left = [(segment, rows) for segment, rows in plan if not bool(counted[rows.start : rows.stop].all())][rank::world]
     if bool(counted.any()):
-        cli.say(f"{int(counted.sum())} of {len(blocks)} blocks were counted before; going on with the rest")
+        cli.say(f"{int(counted.sum())} of {len(blocks)} blocks were counted before; continuing with the rest")
     saved = time.monotonic()
     bar = cli.progress(desc=f"{partial.stem.name.strip('.').removesuffix('.partial')}", total=len(left), unit="batch")
     counter = Counter(model, arch)
@@ -398,7 +398,7 @@ def finished(out: Path, request: dict, overwrite: bool) -> bool:
     try:
         before = json.loads(found.get("header", "{}")).get("request")
     except ValueError:
-        raise InputError(f"{out} is damaged: its header is no JSON; give --overwrite to redo it") from None
+        raise InputError(f"{out} is damaged: its header is not JSON; give --overwrite to redo it") from None
     results.refuse_other(out, before, request, "another -s or -n")
     cli.say(f"{out} is finished (--overwrite redoes it)")
     return True

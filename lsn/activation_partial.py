@@ -38,7 +38,7 @@ class Partial:
                 self.others |= found["done"]
 
     def _read(self, path: Path) -> dict | None:
-        """A file's content; None for one of another request or of other code, which is begun anew."""
+        """A file's content; None for one of another request or of other code, which is started over."""
         found = results.read_tensors(path)
         mine = found.get("request") == self.request and not code.is_other(found.get("code"))
         return found if mine and "routed" in found else None

@@ -334,7 +334,7 @@ def main(argv=None) -> None:
     if layers_path:
         outputs["layers"] = layers_path, LAYERS, facts | {"language": layers_lang, "n_layers_listed": n_rich}
     if len({path for path, _, _ in outputs.values()}) < len(outputs):
-        raise InputError("two results would go to one file; give --control-mask-out and --layers-out other names")
+        raise InputError("two results would go to the same file; give --control-mask-out and --layers-out other names")
     # All are looked at, so that a stranger is refused even where another one is missing.
     states = [finished(*wanted, args.overwrite) for wanted in outputs.values()]
     if all(states):

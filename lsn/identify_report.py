@@ -159,7 +159,7 @@ def convergence(counts: list[Counts], full, select: Callable, **rates) -> dict |
 
     A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves share
     no position, and tell how well the mask of half the tokens repeats, unless the text itself repeats (`repeated`, the
-    share of its runs of 10 tokens that stand before, too; None where the counts do not say).
+    share of its runs of 10 tokens that occurred before; None where the counts do not say).
     """
     n_snapshots = {len(one.snapshots_n) for one in counts}
     if len(n_snapshots) != 1 or n_snapshots == {0}:
@@ -280,7 +280,7 @@ def say_found(report: dict) -> None:
         cli.warn(f"{wanted:,} neurons were to be selected, but only {n:,} are above the bar in any language")
     for lang, facts in report["languages"].items():
         if not facts["n_neurons"]:
-            cli.warn(f"{lang} gets no neuron: it is listed in the mask, empty; a higher --rate may give it some")
+            cli.warn(f"{lang} gets no neurons: it is listed in the mask, empty; a higher --rate may give it some")
             continue
         cli.say(
             f"{lang}: {facts['n_neurons']:,} neurons, {sum(facts['own']):,} of them no other language's; most in "
@@ -299,8 +299,8 @@ def say_convergence(found: dict | None) -> None:
     if twice:
         shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in twice.items())
         cli.warn(
-            f"text stands in the tokens more than once ({shares} by runs of 10 tokens): its parts agree because they "
-            "are the same text, and there is less text than the number of tokens says"
+            f"some text occurs in the tokens more than once ({shares} by runs of 10 tokens): its parts agree because "
+            "they are the same text, and there is less text than the number of tokens says"
         )
         return
     enough = found["enough"]

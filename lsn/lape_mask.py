@@ -32,7 +32,7 @@ def read(path: Path, langs: list[str]) -> dict[str, masks.Layers]:
     except (TypeError, ValueError, RuntimeError):
         lists = []
     if not lists or not lists[0] or len({len(layers) for layers in lists}) > 1:
-        raise InputError(f"{path} is no LAPE mask (a list of languages, each a list of as many layers of neurons)")
+        raise InputError(f"{path} is not a LAPE mask (a list of languages, each a list of as many layers of neurons)")
     if len(lists) != len(langs):
         raise InputError(
             f"{path} holds {len(lists)} languages, but -l names {len(langs)}; LAPE leaves out languages without "

@@ -200,7 +200,7 @@ def refuse_nothing(lang: str, found: dict) -> None:
         raise InputError(f"the text of {lang} is empty")
     if found["seen_tokens"]:
         raise InputError(f"the filter drops every piece of {lang} ({found['pieces']:,} read); is it another language?")
-    raise InputError(f"the tokenizer yields no tokens for the {found['pieces']:,} pieces of {lang}; is it whole?")
+    raise InputError(f"the tokenizer yields no tokens for the {found['pieces']:,} pieces of {lang}; is it complete?")
 
 
 # ---------------------------------------------------------------- the command
@@ -213,7 +213,7 @@ def build_parser():
     add("--model-id", metavar="NAME", help="last part of the files' names; default: the study's name")
     add("--tokenizer", "--base", metavar="T", help="model whose tokenizer is used; default: the study's base")
     add("--output-dir", "--output", metavar="DIR", help="folder of the files; default: the study's tokens")
-    text = "text file (.gz allowed), a document a line; repeatable; default: the study's data.lsn_text, else mOSCAR"
+    text = "text file (.gz allowed), one document per line; repeatable; default: the study's data.lsn_text, else mOSCAR"
     add("--text", action="extend", nargs="+", metavar="LANG=FILE", help=text)
     text = "parquet in mOSCAR's schema: a file, a folder or a quoted pattern; repeatable"
     add("--parquet", action="extend", nargs="+", metavar="LANG=FILES", help=text)
@@ -273,16 +273,16 @@ def tell(lang: str, path: str, payload: dict) -> None:
         share = payload["n_tokens"] / payload["target"]
         cli.warn(
             f"{lang}: the text ends at {payload['n_tokens']:,} of {payload['target']:,} tokens ({share:.1%}); "
-            "they are saved, and marked as not complete"
+            "they are saved, and marked as incomplete"
         )
 
 
 def tasks(args, study: Study) -> list[dict]:
-    """What to make, a language each, with everything a person can get wrong checked as far as that is quick."""
+    """What to make, one language each, with everything a person can get wrong checked as far as that is quick."""
     chosen = languages.several(study.value(args.languages, "--languages", "languages.lsn"), "--languages")
     for code in chosen:
         if not re.fullmatch(r"[\w-]+", code):
-            raise InputError(f"language {code!r} cannot stand in a file name; letters, digits, _ and - can")
+            raise InputError(f"language {code!r} cannot be part of a file name; letters, digits, _ and - can")
     name = study.name if study and args.model_id is None else study.value(args.model_id, "--model-id", "name")
     ref = refs.model(study.value(args.tokenizer, "--tokenizer", "base"))
     folder = Path(study.value(args.output_dir, "--output-dir", "tokens"))
@@ -355,7 +355,7 @@ def sources(args, study: Study, chosen: list[str]) -> dict[str, tuple[dict, dict
             found[code] = corpus.local_source(*local[code])
     hub = [code for code in chosen if code not in found]
     if args.revision and not hub:
-        raise InputError("--revision is of mOSCAR, but the text of every language comes from local files")
+        raise InputError("--revision applies to mOSCAR, but the text of every language comes from local files")
     return found | corpus.hub_sources(hub, args.revision)
 
 

@@ -63,7 +63,7 @@ def mask_files(args, study: Study, named_control: bool) -> dict[str, Path]:
         named_control: --name is one that the published scripts have for controls.
 
     Raises:
-        InputError: a name that means the control where the mask is none, or two controls.
+        InputError: a name that means the control where the mask is not one, or two controls.
     """
     path = study.input(args.mask_file, "--mask_file", "lsn_mask")
     control = Path(args.control_mask) if args.control_mask else masks.control_beside(path)

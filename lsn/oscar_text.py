@@ -62,7 +62,7 @@ def batches(
 ) -> Iterator[tuple[list[str], list[int], list[int]]]:
     """Pieces of up to `size` documents (fewer where they are long), of the first `limit` in all.
 
-    An empty or null piece is none, and a document without any other is no document.
+    An empty or null piece does not count, and neither does a document without any other.
 
     Returns:
         pieces [n], the number of each piece's document [n], and how many null pieces stood before each piece and before

@@ -92,7 +92,7 @@ def test_finished_files_are_kept_and_others_refused(place, capsys):
     one, other = torch.load("counts/tiny.ga.pt"), results.read_tensors("counts/tiny.ga.pt")
     assert torch.equal(one["over_zero"], other["over_zero"]) and len(before) > 0
     torch.save(one | {"header": one["header"][:-9]}, "counts/tiny.ga.pt")
-    with pytest.raises(InputError, match="header is no JSON"):
+    with pytest.raises(InputError, match="header is not JSON"):
         count("-i", str(path))
 
 

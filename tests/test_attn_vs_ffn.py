@@ -264,4 +264,4 @@ def test_base_and_checkpoint_the_wrong_way_round(tmp_path, monkeypatch, capsys):
     save_tiny("llama", "base", seed=0, layers=2)
     save_tiny("llama", "run/checkpoint-5", seed=1, layers=2)
     load_script("weight-diff/attn_vs_ffn.py").main(["--base-model", "run/checkpoint-5", "--ckpt-model", "base"])
-    assert "are the two exchanged?" in capsys.readouterr().err
+    assert "were the two mixed up?" in capsys.readouterr().err

@@ -534,7 +534,7 @@ BAD = {
     "no text": (lambda v: v.pop("sources"), "sources is missing"),
     "a missing file": (lambda v: change_source(v, files="gone.txt"), r"gone.txt does not exist"),
     "an empty source": (lambda v: change_source(v, files="empty.txt"), "source a holds no text"),
-    "a table": (lambda v: change_source(v, files="a.csv"), "source a: a.csv is a table, of which nothing says what is"),
+    "a table": (lambda v: change_source(v, files="a.csv"), "source a: a.csv is a table, and nothing says which column"),
     "a compressed file": (lambda v: change_source(v, files="a.txt.zst"), "source a: a.txt.zst is compressed"),
     "a folder": (lambda v: change_source(v, files="."), "source a: . is a folder"),
     "a text that is a number": (lambda v: change_source(v, files="n.jsonl"), "row 1: the column text holds 5, neither"),

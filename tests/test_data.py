@@ -138,7 +138,7 @@ def test_rows_that_name_their_split_are_held_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], "id 1 comes twice"),
+        ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], "id 1 appears twice"),
         ([{"id": 1, "text": "  "}], "gle_Latn sentence of id 1 is empty; .* leave out such pairs with --drop-empty"),
         ([{"id": i, "text": ""} for i in (10, 2, 1)], "of id 1 is empty, and 2 more pairs have an empty side; fill it"),
         ([{"id": 1, "text": None}], "gle_Latn sentence of id 1 is empty"),
@@ -357,7 +357,7 @@ def test_text_errors(tmp_path):
         sources.parallel("text", "en", "de", base_file=base, target_file=broken)
     with pytest.raises(InputError, match="no sentence in common"):
         sources.parallel("text", "en", "de", base_file=write(tmp_path / "e", ""), target_file=write(tmp_path / "f", ""))
-    for name, message in (("a.tsv", "is a table, of which nothing .* --source tsv"), ("a.zip", "unpack it")):
+    for name, message in (("a.tsv", "is a table, and nothing says which .* --source tsv"), ("a.zip", "unpack it")):
         with pytest.raises(InputError, match=message):
             sources.parallel("text", "en", "de", base_file=base, target_file=write(tmp_path / name, "1\n2\n3\n"))
 

@@ -252,7 +252,7 @@ def test_moved_folders_are_taken_by_their_step(tmp_path, capsys):
     assert found["interface"]["n_points"] == 6
     assert "build/run" in capsys.readouterr().err
     lm_eval_file(folder, "third/checkpoint-40", 0.5)
-    with pytest.raises(InputError, match="step 40 comes twice"):
+    with pytest.raises(InputError, match="step 40 appears twice"):
         correlate(tmp_path, folder, weight_diff(tmp_path / "d.json"))
 
 
@@ -326,7 +326,7 @@ def test_a_checkpoint_trained_again_is_refused(tmp_path):
             lambda p: bench(p / "b.json", {15: 0.61, 40: 63.0}),
             r"0\.61 for sib200_gle_Latn at step 15 and 63\.0 .* at step 40; write all of them as shares",
         ),
-        (lambda p: bench(p / "b.json", {"last": 0.5}), "no step"),
+        (lambda p: bench(p / "b.json", {"last": 0.5}), "not a step"),
         (lambda p: lm_eval_file(p / "one", "build/run/checkpoint-15", 0.5), "give the folder"),
         (lambda p: bench(p / "b.json", task="other"), "holds no task sib200_gle_Latn; it holds other"),
     ],
@@ -341,7 +341,7 @@ def test_percent_is_a_hundred_times_the_share(tmp_path, capsys):
     values = {0: 0.0} | dict(zip(STEPS, ACC, strict=True))  # nothing right is 0 either way
     shares = correlate(tmp_path, bench(tmp_path / "b.json", values), diff)
     percent = correlate(tmp_path, bench(tmp_path / "b.json", {s: round(100 * v, 6) for s, v in values.items()}), diff)
-    assert "taken for percent" in capsys.readouterr().out
+    assert "taken as percent" in capsys.readouterr().out
     assert percent["values"]["300"] == pytest.approx(shares["values"]["300"])
     for kind in ("interface", "semantic_hub"):
         assert percent[kind]["correlation"] == pytest.approx(shares[kind]["correlation"])
@@ -432,7 +432,7 @@ def test_weight_file_of_another_step_is_named(tmp_path):
     ("row", "said"),
     [
         ('"15": {"interface_avg": NaN, "semantic_hub_avg": 1}', "lacks a step, interface_avg or semantic_hub_avg"),
-        ('"step15": {"interface_avg": 1, "semantic_hub_avg": 1}', "step 15 comes twice"),
+        ('"step15": {"interface_avg": 1, "semantic_hub_avg": 1}', "step 15 appears twice"),
     ],
 )
 def test_a_change_that_is_no_number_or_comes_twice(tmp_path, row, said):
@@ -444,7 +444,7 @@ def test_a_change_that_is_no_number_or_comes_twice(tmp_path, row, said):
 
 @pytest.mark.parametrize("n", ["204", -3, 0, 2.5])
 def test_a_number_of_rows_that_is_none(tmp_path, n):
-    with pytest.raises(InputError, match=f"n of {TASK} at step 15 is {n!r}, no number of rows"):
+    with pytest.raises(InputError, match=f"n of {TASK} at step 15 is {n!r}, not a number of rows"):
         correlate(tmp_path, bench(tmp_path / "b.json", n=n), weight_diff(tmp_path / "d.json"))
 
 

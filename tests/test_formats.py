@@ -161,8 +161,8 @@ def test_folders_of_other_things(plain, tmp_path, names, match):
         (lambda n: f"_fsdp_wrapped_module.{n}", "_fsdp_wrapped_module is of FSDP"),
         (lambda n: n.replace(".mlp", "._checkpoint_wrapped_module.mlp"), "activation checkpointing"),
         (lambda n: f"_forward_module.{n}", "Lightning"),
-        (lambda n: f"model.{n}", r"called model.model.embed_tokens.weight, where .*take 'model.' off"),
-        (lambda n: f"actor.{n}", "take 'actor.' off"),
+        (lambda n: f"model.{n}", r"called model.model.embed_tokens.weight, where .*remove 'model.'"),
+        (lambda n: f"actor.{n}", "remove 'actor.'"),
     ],
 )  # fmt: skip
 def test_names_of_wrappers(plain, tmp_path, change, match):

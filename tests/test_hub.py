@@ -256,11 +256,11 @@ def test_a_pattern_of_revisions_is_a_run(online):
     run = refs.run("org/olmo@stage2-*")
     assert [ref.spec for ref in run] == [f"org/olmo@{REVISION.format(step)}" for step in STEPS]
     assert [ref.step for ref in refs.models(["org/base", "org/olmo@stage2-*"], steps=[512])] == [None, 512]
-    with pytest.raises(InputError, match="step 512 comes twice in the run: org/olmo@stage1-step512, org/olmo@stage2"):
+    with pytest.raises(InputError, match="step 512 appears twice in the run: org/olmo@stage1-step512, org/olmo@stage2"):
         refs.run("org/olmo@*")
-    with pytest.raises(InputError, match="no branch or tag of that pattern with a step"):
+    with pytest.raises(InputError, match="no branch or tag that matches the pattern and has a step"):
         refs.run("org/olmo@ma*")
-    with pytest.raises(InputError, match="pattern of revisions or folders, a run; one model is needed"):
+    with pytest.raises(InputError, match="pattern of revisions or folders, that is, a run; name one model"):
         refs.model("org/olmo@stage2-*").config()
     with pytest.raises(InputError, match="neither a folder here nor a repository"):
         refs.run("org/none@step*")
@@ -301,7 +301,7 @@ def test_folders_of_a_repository_are_a_run(online, nested, models):
     assert tokenization.tokenizer_folder(last).name == last.resolved_revision()  # that of the repository
     with pytest.raises(InputError, match=r"org/cpt has no folder checkpoint-7; it has checkpoint-"):
         refs.model("org/cpt/checkpoint-7").config()
-    with pytest.raises(InputError, match="has no folder of that pattern with a step"):
+    with pytest.raises(InputError, match="has no folder that matches the pattern and has a step"):
         refs.run("org/cpt/epoch-*")
 
 
@@ -315,7 +315,7 @@ def test_branches_with_a_slash_are_a_run(online, nested):
     assert [ref.step for ref in run] == sorted(STEPS[:2])
     assert run[0].revision == f"run-a/step{min(STEPS[:2])}" and "/" not in run[0].model_id
     assert run[0].config()["model_type"] == "llama"
-    with pytest.raises(InputError, match="comes twice in the run"):
+    with pytest.raises(InputError, match="appears twice in the run"):
         refs.run("org/cpt@run-*")
 
 

@@ -369,7 +369,7 @@ def test_published_files_and_a_language_that_gets_none(tmp_path, no_figure, caps
     assert json.loads((tmp_path / "l.json").read_text()) == [0, 1]
     err = capsys.readouterr().err
     assert "no header in tag.en.pt and 2 more: model, tokenizer and text are taken on trust" in err
-    assert "eu gets no neuron: it is listed in the mask, empty" in err
+    assert "eu gets no neurons: it is listed in the mask, empty" in err
     assert "eu has no neurons in layers [0, 1]: only 0 layers have any" in err
     assert re.search(r"en has [\d.]+ times the tokens of (ga|eu) \([\d,]+ and \d+\), whose rates are noisier", err)
     assert not list(tmp_path.rglob("*control*"))  # outside a study on request only
@@ -414,7 +414,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     wanted = ["--layers-out", "c.json", "--layers-lang", "en"]
     fails("4 layers asked for, but the model has 3", *wanted, "--n-layers", "4")
     fails("nothing says where the result of layer-specialize/layer_specialize.py is: give --n-layers", *wanted)
-    fails("two results would go to one file", "--control-mask-out", tmp_path / "out" / "tag.json")
+    fails("two results would go to the same file", "--control-mask-out", tmp_path / "out" / "tag.json")
     files(ga={"models": {"model": model | {"spec": "org/other", "model_id": "org__other"}}})
     fails(r"counts of different models: tag.en.pt is of org/n, tag.ga.pt of org/other; count every language with")
     files(ga={"models": {"model": model | {"revision": "c"}}})
@@ -436,7 +436,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         ({"n": 1}, r"a neuron is active on \d+ of 1 tokens"),
         ({"over_zero": torch.zeros(5)}, r"over_zero is \[5\], not \[layers, neurons\]"),
         ({"over_zero": "x"}, "has no counts"),
-        ({"snapshots_n": torch.tensor([1])}, "its snapshots are no parts of its counts"),
+        ({"snapshots_n": torch.tensor([1])}, "its snapshots are not parts of its counts"),
     ):
         files()
         change("eu", **tensors)

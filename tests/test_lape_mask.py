@@ -63,5 +63,5 @@ def test_every_reader_says_what_to_do(tmp_path, legacy):
 @pytest.mark.parametrize("content", [[], {"a": torch.ones(1)}, [[torch.tensor([1])], []], [1, 2], torch.ones(2), "no"])
 def test_what_is_no_mask(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(InputError, match=r"x.pth is no LAPE mask"):
+    with pytest.raises(InputError, match=r"x.pth is not a LAPE mask"):
         script.main([str(tmp_path / "x.pth"), "-l", "en,vi", "-o", str(tmp_path / "out.json")])

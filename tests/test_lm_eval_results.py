@@ -235,7 +235,7 @@ def test_an_adapter_of_another_run_is_neither_the_bases_nor_a_checkpoints_result
     assert len(left_out) == 4 and all("another model" in note for note in left_out)
     assert any("sft/adapter on runs/gle/checkpoint-300" in note for note in left_out)
     # Where the folders were moved, two models have the name of one step, and nothing says which is meant.
-    with pytest.raises(InputError, match="step 300 comes twice"):
+    with pytest.raises(InputError, match="step 300 appears twice"):
         values(folder, run="moved/away")
 
 

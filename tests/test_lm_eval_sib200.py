@@ -565,7 +565,7 @@ def test_bad_requests_are_one_line(data, models, tmp_path, monkeypatch):
         evaluate.main([str(tmp_path / "absent"), "--tasks", "sib200_gle_Latn", "--tsv-dir", str(data), *out])
     with pytest.raises(InputError, match="--tasks"):
         evaluate.main([base, "--tsv-dir", str(data), *out])
-    with pytest.raises(InputError, match="exclude each other"):
+    with pytest.raises(InputError, match="are mutually exclusive"):
         evaluate.main([base, "--tasks", "x", "--tsv-dir", str(data), "--include-path", str(data), *out])
     assert not done and not (tmp_path / "out").exists()
 

@@ -70,8 +70,8 @@ def test_masks_that_are_refused_in_one_line(tmp_path):
     fails("layer 1 of en names neuron 8, but the model has 0 to 7", payload={"en": {"0": [], "1": [8], "2": []}})
     fails("layer 0 of en names neuron -1", payload={"en": {"0": [-1], "1": [], "2": []}})
     fails("layer 2 of en names a neuron twice", payload={"en": {"0": [], "1": [], "2": [4, 4]}})
-    fails("layer 2 of en is no list of neuron numbers", payload={"en": {"0": [], "1": [], "2": [0.5]}})
-    fails("layer 2 of en is no list of neuron numbers", payload={"en": {"0": [], "1": [], "2": {"4": 1}}})
+    fails("layer 2 of en is not a list of neuron numbers", payload={"en": {"0": [], "1": [], "2": [0.5]}})
+    fails("layer 2 of en is not a list of neuron numbers", payload={"en": {"0": [], "1": [], "2": {"4": 1}}})
     fails("en and eng_Latn both mean eng", lang="eng", payload={"en": {}, "eng_Latn": {}})
     for payload in ([1], {}, {"layers": [1, 2]}):
         fails("holds no masks", payload=payload)

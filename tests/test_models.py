@@ -42,7 +42,7 @@ def test_a_wrong_shape_is_refused(tmp_path):
         ({"rms_norm_eps": "x"}, r"config.json cannot be loaded: Validation error for field 'rms_norm_eps'.*'x'"),
         ({"layer_types": ["full_attention"]}, "config.json cannot be loaded: .*layer_types"),
         ({"num_hidden_layers": [3]}, r"num_hidden_layers is \[3\], where one number is needed"),
-        ({"max_position_embeddings": "4k"}, "max_position_embeddings is 4k, which is no size of a model"),
+        ({"max_position_embeddings": "4k"}, "max_position_embeddings is 4k, which cannot be a size of a model"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\], which no model has"),
         ({"text_config": 5}, "text_config is 5, which no model has"),
     ],

@@ -115,7 +115,7 @@ def test_revisions_of_one_repository_are_a_run():
     assert [ref.step for ref in found] == [512, 3000, 10000]
     assert found[0].repository == "org/olmo" and found[0].revision == "stage2-ingredient1-step512-tokens5B"
     assert found[0].model_id == "org__olmo@stage2-ingredient1-step512-tokens5B"
-    with pytest.raises(InputError, match="step 512 comes twice"):
+    with pytest.raises(InputError, match="step 512 appears twice"):
         refs.run([*names, "org/olmo@step512"])
     with pytest.raises(InputError, match="no step in its name"):
         refs.run([*names, "org/olmo@main"])
@@ -152,12 +152,12 @@ def test_a_mistyped_path_is_not_taken_for_a_repository(a_run, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("[1, 2]", "holds no configuration"),
+        ("[1, 2]", "does not hold a configuration"),
         ("[" * 100_000, "is not valid JSON"),
         ('{"vocab_size": ' + "9" * 5000 + "}", "is not valid JSON"),
-        ('{"num_hidden_layers": 1e400}', "num_hidden_layers is inf, which is no size"),
-        ('{"num_hidden_layers": NaN}', "num_hidden_layers is nan, which is no size"),
-        ('{"num_hidden_layers": -3}', "is -3, which is no size"),
+        ('{"num_hidden_layers": 1e400}', "num_hidden_layers is inf, which cannot be a size"),
+        ('{"num_hidden_layers": NaN}', "num_hidden_layers is nan, which cannot be a size"),
+        ('{"num_hidden_layers": -3}', "is -3, which cannot be a size"),
         ('{"hidden_size": 4503599627370496}', "hidden_size is 4503599627370496"),
         ('{"text_config": {"vocab_size": "many"}}', "vocab_size is many"),
         ('{"intermediate_size": true}', "intermediate_size is True"),
@@ -174,7 +174,7 @@ def test_configurations_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     assert refs.model(tmp_path).describe()["weights_sample"] is None
     os.mkfifo(tmp_path / "config.json")  # would block whoever opens it
-    with pytest.raises(InputError, match="not there, or no file"):
+    with pytest.raises(InputError, match="does not exist, or is not a file"):
         refs.model(tmp_path).config()
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_bytes(b'{"hidden_size": 64.0, "num_key_value_heads": null, "n_inner": [1]}')

@@ -158,7 +158,7 @@ def test_heads_that_are_tied_or_not(tmp_path, capsys):
         model = loading.load_model(refs.model(tmp_path / name), torch.float32, CPU)
         surgery.Pair(tied, tmp_path / name).close()
         said = capsys.readouterr().out
-        assert said.count("differs; it counts, as for transformers") == says, name
+        assert said.count("differs; it is used, as by transformers") == says, name
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name in ("tied", "same"))
         assert model.lm_head.weight.equal(read_tensors(tmp_path / name).get("lm_head.weight", model.lm_head.weight))
 

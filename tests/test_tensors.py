@@ -184,18 +184,18 @@ def test_index_and_shards(tmp_path):
         "a\\b.safetensors", "a\0.safetensors", "a\n.safetensors", "..", "", ".safetensors/", 7, None, ["x"], {"x": 1},
     ):  # fmt: skip
         write(extra=outside)
-        refused(folder, "not a .safetensors file of its own folder|no index of shards")
+        refused(folder, "not a .safetensors file of its own folder|not an index of shards")
     write(extra="model-00002-of-00003.safetensors")
     refused(folder, "places extra in model-00002-of-00003.safetensors, which does not hold it")
     for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}'):
         index.write_text(text)
-        refused(folder, "no index of shards|not a .safetensors file|names no shards")
+        refused(folder, "not an index of shards|not a .safetensors file|names no shards")
     index.write_text(
         '{"weight_map": {"w": "model-00001-of-00003.safetensors", "w": "model-00002-of-00003.safetensors"}}'
     )
-    refused(folder, "no index of shards")
+    refused(folder, "not an index of shards")
     index.write_text('{"weight_map": ' + "[" * 100_000)
-    refused(folder, "no index of shards")
+    refused(folder, "not an index of shards")
     write(extra="a" * 5000 + ".safetensors")
     refused(folder, "cannot be read: File name too long")
     write()

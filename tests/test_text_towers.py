@@ -167,9 +167,11 @@ def test_an_adapter_of_the_whole_model_on_its_language_model(tmp_path):
 def test_other_text_models_are_refused(tmp_path):
     wrapper = save_tiny("gemma3", tmp_path / "a", tokenizer=False)
     other = save_tiny("gemma2", tmp_path / "b", tokenizer=False)
-    with pytest.raises(InputError, match=r"is a gemma3 and .* a gemma2; base and checkpoints must be one architecture"):
+    with pytest.raises(
+        InputError, match=r"is a gemma3 and .* a gemma2; base and checkpoints must have one architecture"
+    ):
         compare.changes(refs.model(wrapper), [refs.model(other)])
-    with pytest.raises(InputError, match=r"is a gemma2 and .* a gemma3; base and target must be one architecture"):
+    with pytest.raises(InputError, match=r"is a gemma2 and .* a gemma3; base and target must have one architecture"):
         surgery.Pair(refs.model(other), refs.model(wrapper))
 
 

@@ -66,7 +66,9 @@ def test_what_holds_no_text_is_refused_by_name(tmp_path, names, what):
 
 def test_a_table_a_folder_and_nothing(tmp_path):
     (tmp_path / "a.csv").write_text("id,text\n1,one\n")
-    with pytest.raises(InputError, match=r"a\.csv is a table, of which nothing says what is text; write its texts as"):
+    with pytest.raises(
+        InputError, match=r"a\.csv is a table, and nothing says which column is text; write the texts as"
+    ):
         list(textfiles.texts(tmp_path / "a.csv"))
     with pytest.raises(InputError, match="is a folder"):
         list(textfiles.texts(tmp_path))
@@ -142,8 +144,8 @@ def test_pieces_of_other_shapes():
     ("name", "content", "message"),
     [
         ("a.jsonl", b"{}\n{\n", "line 2 is not JSON"),
-        ("a.json", b'[\n{"text": "a"}\n]\n', "line 1 is not JSON .*one object a line"),
-        ("a.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object; one object a line"),
+        ("a.json", b'[\n{"text": "a"}\n]\n', "line 1 is not JSON .*one object per line"),
+        ("a.json", b'[{"text": "a"}]\n', "line 1 is not a JSON object; one object per line"),
         ("a.txt", "é".encode("latin-1"), "cannot be read as UTF-8 text .*save it as UTF-8"),
         ("a.txt", "é".encode("utf-16"), "cannot be read as UTF-8 text"),
         ("a.txt.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-9], "cannot be read as UTF-8 text"),

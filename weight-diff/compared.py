@@ -48,7 +48,7 @@ class Compared:
         """What a header says of the models, which are looked over."""
         base = self.base
         if base.is_local and base.step is not None and all(ref.step == 0 for ref in self.run):
-            cli.warn(f"{base.spec} is given as the base, but is named like a checkpoint: are the two exchanged?")
+            cli.warn(f"{base.spec} is given as the base, but is named like a checkpoint: were the two mixed up?")
         opening.look_over(self.run)
         return {
             "models": {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in self.run}},
@@ -84,7 +84,7 @@ def made_already(
         more: what else must be the same, read from a header (or `facts`).
 
     Raises:
-        InputError: it is a result of something else, or no result of this script.
+        InputError: it is a result of something else, or not a result of this script.
     """
     now = _request(facts) | more(facts)
 

@@ -41,8 +41,8 @@ GROUPS = ("interface", "semantic_hub")
 def layer_changes(layers: dict[int, dict[str, Change]]) -> list[float | None]:
     """The change of each layer [L]: the mean over its projections of the mean |dW|, each projection counting alike.
 
-    The router of a mixture of experts is no projection, and all experts together are one. A layer without attention has
-    those of its FFN, and the other way round; None of one that has neither.
+    The router of a mixture of experts is not a projection, and all experts together are one. A layer without attention
+    has those of its FFN, and the other way round; None of one that has neither.
     """
     by_layer = [[change for name, change in layers[i].items() if name in archs.PROJECTIONS] for i in sorted(layers)]
     return [sum(change.mean_abs for change in here) / len(here) if here else None for here in by_layer]

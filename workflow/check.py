@@ -158,7 +158,8 @@ def models(study: Study, report: Report) -> list[Model]:
 
 
 def _check_pair(base: Model, other: Model) -> None:
-    """Refuse what is no pair for the scripts. One of the two may have a vision tower beside the same language model."""
+    """Refuse what is not a pair for the scripts. One of the two may have a vision tower beside the same language
+    model."""
     kinds, layers = zip(base.shape, other.shape, strict=True)
     if archs.text_type(base.config) != archs.text_type(other.config):
         raise InputError(f"{base.ref.spec} is a {kinds[0]}, {other.ref.spec} a {kinds[1]}: they are not a pair")
@@ -329,7 +330,7 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
 
 
 def machine() -> tuple[float, str]:
-    """Floating-point operations a second of a forward pass here, and on what, from a moment of matrix products."""
+    """Floating-point operations per second of a forward pass here, and on what, from a moment of matrix products."""
     device = cli.device("auto")
     dtype = cli.dtype(None, device)
     a = torch.randn(1024, 1024, device=device, dtype=dtype)

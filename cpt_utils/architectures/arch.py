@@ -97,7 +97,7 @@ class Arch(Layers):
             by_query: they are query heads instead, of which single ones have nothing of k and v.
 
         Raises:
-            InputError: a tensor is no whole number of the heads that config.json states, or is not there.
+            InputError: a tensor does not divide into the heads that config.json states, or is not there.
         """
         chosen, (heads, units) = sorted({*chosen}), self.head_counts(config, layer)
         of_queries = projection in ("q_proj", "o_proj")
@@ -118,7 +118,7 @@ class Arch(Layers):
             every = torch.arange(shape(part.tensor)[part.dim])[slice(None) if part.index is None else part.index]
             if len(every) % (n * halves):
                 raise InputError(
-                    f"{part.tensor} has shape {list(shape(part.tensor))}, which is no whole number of the {n * halves} "
+                    f"{part.tensor} has shape {list(shape(part.tensor))}, which does not divide into the {n * halves} "
                     "heads that config.json states"
                 )
             found.append(replace(part, index=pieces(every, n, chosen, halves)))

@@ -24,8 +24,8 @@ REASONS: dict[str, tuple[str, ...]] = {
     ),
     "layers share the weights of one attention and one FFN, so that none can be swapped alone": ("zamba", "zamba2"),
     "its hidden states change with the padding, which its recurrent layers read": ("recurrent_gemma",),
-    "it keeps several residual streams, mixed anew in each layer (hyper-connections), so that a layer hands on no one "
-    "hidden state": ("deepseek_v4", "glm5_next", "hy_v4", "qwen4_exp", "qwen4_exp_text"),
+    "it keeps several residual streams, mixed again in each layer (hyper-connections), so that a layer hands on no "
+    "single hidden state": ("deepseek_v4", "glm5_next", "hy_v4", "qwen4_exp", "qwen4_exp_text"),
     "its input to a layer is a mixture of all layers before it": ("inkling2", "inkling2_text"),
     "convolutions over keys, values and outputs, and shared experts in tensors of three dimensions, of which no entry "
     "knows": ("inkling_mm_model", "inkling_text"),
@@ -37,7 +37,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "each kind of its layers has a configuration of its own": ("dots3_note", "dots3_note_text"),
     "it runs two stacks of layers in turns, several times a token": ("hrm_text",),
     "it reads bytes, in stacks of three kinds": ("blt",),
-    "attention and FFN of a layer stand in separate lists, and it reads ids of languages": ("xlm",),
+    "attention and FFN of a layer are in separate lists, and it reads ids of languages": ("xlm",),
     "its tokens are predicted in any order (two-stream attention)": ("xlnet",),
     "attention by hashing in reversible layers": ("reformer",),
     "it cannot be run on text alone: it wants prompt tokens of its own in front": ("cpmant",),
@@ -50,7 +50,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "adapters for images and speech stand within its layers": ("phi4_multimodal",),
     "text and images have experts of their own": ("ernie4_5_vl_moe",),
     "it makes images, too": ("chameleon", "emu3", "janus"),
-    "it describes images, reads documents or acts, and is no language model with an image tower": (
+    "it describes images, reads documents or acts, and is not a language model with an image tower": (
         "blip", "blip-2", "deepseek_ocr2", "evolla", "git", "glm_ocr", "got_ocr2", "granite_docling", "instructblip",
         "instructblipvideo", "kosmos-2", "kosmos-2.5", "minicpm_ocr", "paddleocr_vl", "pi0", "pp_chart2table",
         "qianfan_ocr", "shieldgemma2", "unlimited_ocr",

@@ -2,7 +2,7 @@
 
 A script is made of itself, the scripts that it names in calls of `cli.sibling` (in an f-string, all that may be meant),
 the modules of the package that it imports anywhere, and so on through these; and of tables beside them whose names
-they say.
+they mention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 
 PACKAGE = "cpt_utils"
-# What carries a method and is none: an edit there makes no number another.
+# What carries a method but is none: an edit there makes no number another.
 PLUMBING = {
     f"{PACKAGE}/base/{name}.py"
     for name in ("cli", "code", "errors", "experiments", "journal", "lazy", "locks", "results")
@@ -64,7 +64,7 @@ def running() -> str | None:
 
 
 def is_other(before: str | None) -> bool:
-    """Whether this process is known to run another code than `before`, the `running` of an earlier one."""
+    """Whether this process is known to run other code than `before`, the `running` of an earlier one."""
     now = running() if before else None
     return now is not None and now != before
 

@@ -50,7 +50,7 @@ def said(constant: str) -> dict[str, tuple]:
     """{key: (value, script)} of the dicts RESULTS or CAPTIONS of the scripts, which lie beside a README.md.
 
     Raises:
-        InputError: such a dict is no literal, or two scripts have the same key in it.
+        InputError: such a dict is not a literal, or two scripts have the same key in it.
     """
     found: dict[str, tuple] = {}
     folders = sorted(readme.parent for readme in cli.REPOSITORY.glob("*/README.md"))

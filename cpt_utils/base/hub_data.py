@@ -55,7 +55,9 @@ def rows(repository: str, name: str, split: str, revision: str | None, columns: 
         datasets.utils.logging.set_verbosity(quiet)
     missing = [column for column in columns if column not in loaded.column_names]
     if missing:
-        raise InputError(f"{repository}, config {name}: no column {', '.join(missing)}, only {loaded.column_names}")
+        raise InputError(
+            f"{repository}, config {name}, has no column {', '.join(missing)}, only {', '.join(loaded.column_names)}"
+        )
     # Since datasets 4 `loaded["text"]` is a lazy Column; a slice of it is a list.
     values = [loaded[column][:] for column in columns]
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*values, strict=True)]

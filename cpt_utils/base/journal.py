@@ -15,7 +15,7 @@ from cpt_utils.base.processes import Process
 
 class Journal:
     """Records by key in a file of JSON lines. The first line is the request and the code that answers it; a file of
-    another one is begun anew, so that what two versions of a method found is never mixed.
+    another one is started over, so that what two versions of a method found is never mixed.
 
     The file is locked as long as the process lives, so that a measurement that is started twice runs once.
 
@@ -38,7 +38,7 @@ class Journal:
                     if whole:
                         self.done[line["key"]] = line["record"]
                     elif not results.same(line["request"], first["request"]) or code.is_other(line.get("code")):
-                        cli.say(f"{self.path} is of another request, or of other code: begun anew")
+                        cli.say(f"{self.path} is of another request, or of other code: starting over")
                         break
                 except (ValueError, LookupError, TypeError):
                     break
@@ -89,7 +89,7 @@ class Journal:
 def complete(
     notes: Journal | None, process: Process, keys: Iterable[str], measured: Callable[[str], dict], desc: str
 ) -> None:
-    """Add the record of every key that the journal lacks, `measured(key)`, one a process in each round.
+    """Add the record of every key that the journal lacks, `measured(key)`, one per process in each round.
 
     Only the first process has `notes`; what is in them is known to all, so a run that was killed goes on with any
     number of processes.
@@ -97,7 +97,7 @@ def complete(
     keys = list(keys)
     known = set(process.gather(list(notes.done) if notes else []))
     if known:
-        cli.say(f"{len(known)} of {len(keys)} sets were measured before; going on with the next")
+        cli.say(f"{len(known)} of {len(keys)} sets were measured before; continuing with the rest")
     with cli.progress(desc=desc, total=len(keys), unit="set") as bar:
         bar.update(len(known))
         for found in process.rounds([key for key in keys if key not in known], measured):

@@ -1,6 +1,6 @@
 """Files of settings in YAML, read and checked against a model of their keys; what is wrong is told in one line.
 
-A model is a subclass of `Keys`. Its types are strict: a number in quotes is a text, `no` is a boolean and no language.
+A model is a subclass of `Keys`. Its types are strict: a number in quotes is text, `no` is a boolean and not a language.
 The description of a field says what its value must be, and ends the message.
 """
 
@@ -92,7 +92,7 @@ def _unknown(key, allowed: list[str], prefix: str) -> str:
 def _told(error: dict, model: type[Keys], values, name: str) -> str:
     """An error of pydantic's in the words of the file: dotted key, value, what it must be."""
     kind, models, field, above = error["type"], [model], None, name
-    # No key of the file as it stands: one that is missing, or is no text (null).
+    # No key of the file as it stands: one that is missing, or is not text (null).
     last = len(error["loc"]) - (error["loc"][-1:] == ("[key]",))
     odd = last if kind in ("missing", "invalid_key") or last < len(error["loc"]) else None
     for depth, part in enumerate(error["loc"], 1):

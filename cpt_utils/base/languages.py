@@ -142,7 +142,7 @@ def several(given: str | Iterable, flag: str) -> list[str]:
     """The languages of a list with commas, which `flag` has, or of a study's languages.lsn, as they are written there.
 
     Raises:
-        InputError: none, no text, or one language in two spellings.
+        InputError: none, not text, or one language in two spellings.
     """
     codes = re.split(r"[,\s]+", given.strip(", \n")) if isinstance(given, str) else list(given)
     if codes in ([], [""]):

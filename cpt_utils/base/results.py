@@ -202,7 +202,7 @@ def read_json(
     Language facts (`*_lang`) agree when they mean the same language.
 
     Raises:
-        InputError: no such file, no JSON, another schema, a fact that disagrees, or a run made with `--limit`.
+        InputError: no such file, not JSON, another schema, a fact that disagrees, or a run made with `--limit`.
     """
     path = Path(path)
     try:
@@ -229,7 +229,7 @@ def read_json(
         cli.warn(f"{path} has no header: its model and settings are taken on trust")
         return payload, {}
     if not isinstance(head, dict):
-        raise InputError(f"{path} has a {HEADER} that is no header; write the file again")
+        raise InputError(f"{path} has a {HEADER} that is not a header; write the file again")
     if schema is not None and head.get("schema") != schema:
         raise InputError(f"{path} holds {head.get('schema')!r}, but {schema!r} is needed; give the file of that step")
     if head.get("limit") is not None and not allow_limited:
@@ -255,7 +255,7 @@ def _agree(fact: str, found, wanted) -> bool:
 def essential(request):
     """What decides a request: a model is its weights and configuration, a text its hash, wherever they are.
 
-    So a path that is spelled in another way, or a file that was moved, makes no other request. None counts as absent.
+    So a path that is spelled in another way, or a file that was moved, makes no difference. None counts as absent.
     """
     if isinstance(request, list):
         return [essential(part) for part in request]

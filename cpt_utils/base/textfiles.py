@@ -1,10 +1,10 @@
 """Readers of local text: which kind a file is, and its texts and rows.
 
-A file is what its name says. `.parquet`, and `.jsonl`, `.ndjson` or `.json` (an object a line) hold their text in a
+A file is what its name says. `.parquet`, and `.jsonl`, `.ndjson` or `.json` (an object per line) hold their text in a
 column; `.tsv` and `.csv` are tables, whose columns somebody has to name; names of archives, documents and binary
-formats are refused with what to do; everything else is plain text, a line a text. All but parquet may end in `.gz`.
+formats are refused with what to do; everything else is plain text, a text per line. All but parquet may end in `.gz`.
 
-Two readers of TSV, because two ways of writing them are about and the file does not say which one it is of:
+Two readers of TSV, because two ways of writing them are in use and the file does not say which one it is of:
 
 - `tsv_cells`: quotes are characters like others. For parallel sentences, which are exported without quoting more often
   than not: there a sentence that opens with a quote must not swallow the lines up to the next quote.
@@ -34,7 +34,7 @@ NO_TEXT = {
     "is a table in a binary format; write it as .parquet": (
         ".arrow", ".feather", ".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite", ".tfrecord", ".xls", ".xlsx", ".ods",
     ),
-    "is a document with a layout; write its text as .txt, a document or sentence a line": (
+    "is a document with a layout; write its text as .txt, one document or sentence per line": (
         ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".ppt", ".pptx",
     ),
     "is binary and holds no text; give the text as .txt, .jsonl or .parquet": (
@@ -68,8 +68,8 @@ def check(file: Path) -> None:
         raise InputError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}; a file of text is needed")
     if kind(file) == "table":
         raise InputError(
-            f"{file} is a table, of which nothing says what is text; write its texts as .jsonl, "
-            'an object {"text": ..} a line, or as .txt, a text a line (sentence pairs: --source tsv)'
+            f"{file} is a table, and nothing says which column is text; write the texts as .jsonl, "
+            'one object {"text": ..} per line, or as .txt, one text per line (sentence pairs: --source tsv)'
         )
 
 
@@ -125,7 +125,7 @@ def pieces(row: dict, column: str, where: str) -> list[str | None]:
 
 
 def joined(document: list[str | None]) -> str:
-    """The pieces of a document with a newline between them; null ones are no text, a document of them is empty."""
+    """The pieces of a document with a newline between them; null ones are not text, a document of them is empty."""
     return "\n".join(piece for piece in document if piece is not None)
 
 
@@ -140,7 +140,7 @@ def texts(file: Path, column: str = "text") -> Iterator[str]:
 
 def say_nulls(n: int, where: str) -> None:
     if n:
-        cli.warn(f"{where}: {n:,} {'text is' if n == 1 else 'texts are'} null; a null is no text and is left out")
+        cli.warn(f"{where}: {n:,} {'text is' if n == 1 else 'texts are'} null; a null is not text and is left out")
 
 
 # ---------------------------------------------------------------- lines and rows
@@ -152,7 +152,7 @@ def lines(file: Path) -> Iterator[str]:
     Only line feeds end a line: U+2028 or a lone carriage return inside a sentence must not shift the alignment.
 
     Raises:
-        InputError: no such file, or no UTF-8 text.
+        InputError: no such file, or not UTF-8 text.
     """
     opener = gzip.open if file.suffix == ".gz" else open
     try:
@@ -160,22 +160,26 @@ def lines(file: Path) -> Iterator[str]:
             for line in stream:
                 yield line.removesuffix("\n").removesuffix("\r").lstrip(BOM)
     except FileNotFoundError:
-        raise InputError(f"{file} does not exist; a text file with one sentence or document a line is needed") from None
+        raise InputError(
+            f"{file} does not exist; a text file with one sentence or document per line is needed"
+        ) from None
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text ({error}); if it is text, save it as UTF-8") from None
 
 
 def json_rows(file: Path) -> Iterator[dict]:
-    """The objects of a JSON Lines file; empty lines are none."""
+    """The objects of a JSON Lines file; empty lines are skipped."""
     for number, line in enumerate(lines(file), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{file}: line {number} is not JSON ({error.msg}); one object a line is needed") from None
+            raise InputError(
+                f"{file}: line {number} is not JSON ({error.msg}); one object per line is needed"
+            ) from None
         if not isinstance(row, dict):
-            raise InputError(f"{file}: line {number} is not a JSON object; one object a line is needed")
+            raise InputError(f"{file}: line {number} is not a JSON object; one object per line is needed")
         yield row
 
 
@@ -183,7 +187,7 @@ def parquet_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[dict]:
     """The rows of a parquet file, of `columns` or all, a few hundred in memory at a time.
 
     Raises:
-        InputError: no parquet file, or without one of `columns`.
+        InputError: not a parquet file, or one without one of `columns`.
     """
     import pyarrow
     from pyarrow import parquet
@@ -217,7 +221,7 @@ def tsv_cells(file: Path) -> list[list[str]]:
     if quoted:
         cli.warn(
             f"{file}: {len(quoted)} cells look as pandas or a spreadsheet quotes them (line {quoted[0][0]}: "
-            f"{quoted[0][1][:40]}); here quotes are read as they stand, so write the file without quoting "
+            f"{quoted[0][1][:40]}); here quotes are read literally, so write the file without quoting "
             "(pandas: quoting=3), or as .jsonl"
         )
     return cells
@@ -234,7 +238,7 @@ def quoted_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     Every cell ends in its line. So a quote that is never closed is found where it stands, and swallows nothing.
 
     Raises:
-        InputError: no such file, no UTF-8, no rows, other columns, a line with more or fewer cells, or quotes that no
+        InputError: no such file, not UTF-8, no rows, other columns, a line with more or fewer cells, or quotes that no
             CSV writer leaves so.
     """
     rows: list[list[str]] = []
@@ -243,7 +247,7 @@ def quoted_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
             (cells,) = csv.reader([line], delimiter="\t", strict=True)
         except csv.Error as error:
             raise InputError(
-                f"{file}, line {number}: not as pandas writes a TSV ({error}); a cell with a quote in it stands in "
+                f"{file}, line {number}: not as pandas writes a TSV ({error}); a cell that contains a quote must be in "
                 'quotes and has each of its own twice: "He said ""no"" to me"'
             ) from None
         if rows and len(cells) != len(rows[0]):

@@ -99,7 +99,9 @@ def read_settings(folder: Path) -> Settings:
     values = formats.read_json(file)
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{folder} holds a PEFT adapter of type {kind}; only LORA is merged here, merge it with PEFT")
+        raise InputError(
+            f"{folder} holds a PEFT adapter of type {kind}; only LORA is merged here; merge this one with PEFT"
+        )
     other = sorted(key for key, value in values.items() if key not in KNOWN and value)
     if values.get("init_lora_weights") not in PLAIN_STARTS:
         other.append(f"init_lora_weights {values['init_lora_weights']!r}")
@@ -108,17 +110,17 @@ def read_settings(folder: Path) -> Settings:
     ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
     numbers = [values.get("r"), values.get("lora_alpha"), *_values(ranks), *_values(alphas)]
     if not all(type(n) in (int, float) and 0 < n < 1e6 for n in numbers):
-        raise InputError(f"{file}: r and lora_alpha must be positive numbers, also in their patterns")
+        raise InputError(f"{file}: r and lora_alpha must be positive numbers, in their patterns, too")
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not all(isinstance(text, str | None) for text in (base, revision)):
-        raise InputError(f"{file}: base_model_name_or_path is no name of a model")
+        raise InputError(f"{file}: base_model_name_or_path is not the name of a model")
     if base and revision and not os.path.isdir(base) and "@" not in base:
         base = f"{base}@{revision}"
     try:
         for pattern in (*ranks, *alphas):
             re.compile(pattern)
     except re.error:
-        raise InputError(f"{file}: {pattern!r} in a pattern of modules is no regular expression") from None
+        raise InputError(f"{file}: the module pattern {pattern!r} is not a regular expression") from None
     targets, whole = values.get("target_modules"), values.get("modules_to_save")
     return Settings(
         base or "", values["r"], values["lora_alpha"], bool(values.get("use_rslora")), ranks, alphas,
@@ -140,14 +142,14 @@ def _tokens(given, file: Path) -> dict[str, list[int]]:
         if not (
             isinstance(rows, list) and all(type(n) is int and n >= 0 for n in rows) and len(set(rows)) == len(rows)
         ):
-            raise InputError(f"{file}: trainable_token_indices must be lists of different rows, 0 or more")
+            raise InputError(f"{file}: trainable_token_indices must be lists of distinct row numbers, 0 or more")
     return found
 
 
 def base_of(ref: ModelRef, model: Callable[[str], ModelRef]) -> ModelRef:
     """The model that an adapter was trained on: the one its configuration names, else the one given with the reference.
 
-    The one it names comes first: merged into another model, the same adapter is no checkpoint of anything. But a
+    The one it names comes first: merged into another model, the same adapter is not a checkpoint of anything. But a
     quantised one holds codes, to which nothing can be added. `model` makes a reference of its name.
     """
     settings = read_settings(ref.folder([formats.ADAPTER_CONFIG]))

@@ -38,7 +38,7 @@ Contents = Callable[[str], Iterator[memoryview]]
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One weight file to write. `like` is an existing file with the same layout; None where that is no safetensors."""
+    """One weight file to write. `like` is an existing file with the same layout; None where that is not safetensors."""
 
     name: str
     head: bytes
@@ -314,7 +314,7 @@ def remove_unfinished(out: Path) -> None:
         names = os.listdir(partial) if partial.is_dir() and not partial.is_symlink() else None
         # A record without a marker is a complete folder whose writer was killed just before the last rename.
         if names is None or (names and MARKER not in names and RECORD not in names):
-            raise InputError(f"{partial} is in the way and was not written by this collection; move it elsewhere")
+            raise InputError(f"{partial} is in the way and was not written by these scripts; move it elsewhere")
         if MARKER in names:
             marker = os.open(partial / MARKER, os.O_RDWR)
             try:

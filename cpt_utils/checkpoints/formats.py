@@ -1,4 +1,4 @@
-"""What lies in model folders and is no plain weight: named, with what to do about it.
+"""What lies in model folders and is not a plain weight: named, with what to do about it.
 
 Quantised codes, Git LFS pointers, other programs' formats and shards, tensors that a wrapper renamed, files and
 config.json that disagree about the layers. `opening.open_folder` asks here, so that comparing, swapping and loading
@@ -158,7 +158,7 @@ def for_transformers(config: Mapping) -> bool:
 
 
 def on_the_fly(config: Mapping) -> bool:
-    """Whether plain weights belong to the configuration: BitNet's are made codes of each time it runs."""
+    """Whether plain weights belong to the configuration: BitNet's are turned into codes each time it runs."""
     return (stated(config) or "").startswith("bitnet")
 
 
@@ -174,7 +174,7 @@ def without_quantisation(config):
 def codes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, str] | None:
     """(name, what it is) of a tensor that holds codes or lies beside some, among `tensors`: name -> (dtype, shape).
 
-    Norms, biases and constants are no codes, whatever their dtype.
+    Norms, biases and constants are not codes, whatever their dtype.
     """
     for name, (dtype, shape) in tensors.items():
         known = archs.is_buffer(name) or _PLAIN_INTEGERS.search(name) or len(shape) < 2
@@ -370,8 +370,8 @@ def _refuse_wrapped(spec: str, config: Mapping, names: Collection[str]) -> None:
         wrapper = wrapper or (parts[0] if parts[0] in _WRAPPERS else None)
         if wrapper:
             raise InputError(
-                f"{spec}: its tensors have a wrapper's names ({name}); {wrapper} is of {_WRAPPERS[wrapper]}, or take "
-                f"it off the names in the file ({PAGE} says how)"
+                f"{spec}: its tensors have a wrapper's names ({name}); {wrapper} is of {_WRAPPERS[wrapper]}, or "
+                f"remove it from the names in the file ({PAGE} says how)"
             )
     arch = archs.ARCHS.get(config.get("model_type"))
     if arch is None:
@@ -381,8 +381,8 @@ def _refuse_wrapped(spec: str, config: Mapping, names: Collection[str]) -> None:
         end = next((each for each in wanted if name.endswith(f".{each}")), None)
         if end:
             raise InputError(
-                f"{spec}: its tensors are called {name}, where {end} is meant; take {name.removesuffix(end)!r} off the "
-                f"names in the file ({PAGE} says how)"
+                f"{spec}: its tensors are called {name}, where {end} is meant; remove {name.removesuffix(end)!r} "
+                f"from the names in the file ({PAGE} says how)"
             )
 
 
@@ -407,17 +407,17 @@ def read_json(file: Path) -> dict:
     """A configuration file.
 
     Raises:
-        InputError: it is no file, no JSON, or holds no object.
+        InputError: it is not a file, not JSON, or holds no object.
     """
     refuse_pointer(file)
     try:
         if not file.is_file():
-            raise InputError(f"{file} is not there, or no file")
+            raise InputError(f"{file} does not exist, or is not a file")
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON ({error}); copy the model again") from None
     if not isinstance(config, dict):
-        raise InputError(f"{file} holds no configuration; copy the model again")
+        raise InputError(f"{file} does not hold a configuration; copy the model again")
     return config

@@ -118,10 +118,10 @@ def _cut_off(path: Path | str) -> str:
 
 
 def _no_doubles(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, refused where a key comes twice: readers differ in which one they take."""
+    """A JSON object, refused where a key appears twice: readers differ in which one they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key appears twice")
     return found
 
 
@@ -192,7 +192,7 @@ def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
-            f"{index} is no index of shards (damaged JSON, or no weight_map); copy the model again"
+            f"{index} is not an index of shards (damaged JSON, or no weight_map); copy the model again"
         ) from None
     for file in files:
         plain = isinstance(file, str) and file == os.path.basename(file) and file.isprintable() and "\\" not in file

@@ -39,7 +39,7 @@ def weights_sample(
     """A short hash of a model folder's weights: of every safetensors tensor its first, middle and last bytes, of every
     file its size and `blocks` evenly spaced blocks.
 
-    Reads a megabyte or two a file, so it costs nothing beside loading. Two trainings differ in every block, and a
+    Reads a megabyte or two per file, so it costs nothing beside loading. Two trainings differ in every block, and a
     change of a whole tensor shows in that tensor; that of a few rows inside a large one may not. None where the folder
     holds no weights.
     """

@@ -264,7 +264,9 @@ class AdapterFolder:
     def _scale(self, module: str, names: dict[str, str]) -> float:
         a, b = self.adapter.shape(names["A"]), self.adapter.shape(names["B"])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
-            raise InputError(f"{self.spec}: A {list(a)} and B {list(b)} of {module} make no product; copy it again")
+            raise InputError(
+                f"{self.spec}: A {list(a)} and B {list(b)} of {module} cannot be multiplied; copy it again"
+            )
         return self.settings.scale(module, a[0])
 
     def _step_shape(self, step: LowRank | Bias | Tokens) -> tuple[int, ...]:
@@ -341,7 +343,9 @@ class AdapterFolder:
         rows = {name: self._shape_of(found.get(at, Change(at)))[0] for name, at in disk.items() if at}
         if len(set(rows.values())) > 1 and any(at in found for at in disk.values()):
             sizes = " and ".join(f"{name} of {n} rows" for name, n in rows.items())
-            raise InputError(f"{self.spec}: with the adapter there is {sizes}; save both with it (modules_to_save)")
+            raise InputError(
+                f"{self.spec}: with the adapter the model has {sizes}; save both with it (modules_to_save)"
+            )
 
     def _refuse_gaps(self, whole: dict, steps: dict) -> None:
         """What the configuration names, and the base has, must be in the file at least once."""

@@ -104,7 +104,7 @@ class ModelRef:
         if formats.ADAPTER_CONFIG in self.names and not self.is_adapter:
             cli.once(
                 f"{formats.run_of(self.spec)}: beside the model there is an adapter ({formats.ADAPTER_CONFIG}); the "
-                "model is taken as it is, and the adapter as merged into it already"
+                "model is used as it is, and the adapter taken to be merged into it already"
             )
 
     @cached_property
@@ -156,9 +156,7 @@ class ModelRef:
 
     def _refuse_unfit(self) -> None:
         if is_pattern(self.spec):
-            raise InputError(
-                f"{self.spec} is a pattern of revisions or folders, a run; one model is needed here, name one"
-            )
+            raise InputError(f"{self.spec} is a pattern of revisions or folders, that is, a run; name one model here")
         _refuse_missing_folder(self.spec)
 
     def drop(self) -> None:
@@ -248,7 +246,7 @@ def _refuse_missing_folder(spec: str) -> None:
 
 
 def looks_local(spec: str) -> bool:
-    """Whether a reference that is no folder can only have been meant as one."""
+    """Whether a reference that is not a folder can only have been meant as one."""
     name = spec.partition("@")[0]
     return not _REPOSITORY.fullmatch(name) or any(parent.name and parent.is_dir() for parent in Path(name).parents)
 
@@ -323,7 +321,7 @@ def revisions(spec: str) -> list[ModelRef]:
         found = [ModelRef(f"{name}@{revision}", step) for revision, step in steps.items()]
         what = f"{name} has no branch or tag"
     if not found:
-        raise InputError(f"{spec}: {what} of that pattern with a step in its name")
+        raise InputError(f"{spec}: {what} that matches the pattern and has a step in its name")
     return found
 
 
@@ -394,7 +392,7 @@ def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None
 
 
 def run(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = None) -> list[ModelRef]:
-    """The checkpoints of one run in step order: every model has a step, and no step comes twice.
+    """The checkpoints of one run in step order: every model has a step, and no step appears twice.
 
     `texts` is a run, or a list of models named after their steps. A single model without a step in its name is a run of
     one, of step 0.
@@ -412,7 +410,7 @@ def run(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = 
     for n in numbers:
         if numbers.count(n) > 1:
             twice = ", ".join(ref.spec for ref in found if ref.step == n)
-            raise InputError(f"step {n} comes twice in the run: {twice}; name the checkpoints of one run")
+            raise InputError(f"step {n} appears twice in the run: {twice}; name the checkpoints of one run")
     return sorted(_only_steps(found, steps), key=lambda ref: ref.step)
 
 

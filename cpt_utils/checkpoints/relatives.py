@@ -27,7 +27,7 @@ def of(found: Iterable[ModelRef], base: str | None = None, run: str | list | Non
     """Descriptions of the models that a result may be of to serve `found`: themselves, the other checkpoints of their
     runs, and the study's base and run.
 
-    All checkpoints are described as they are now, so that what was made before a run was trained again is no relative.
+    All checkpoints are described as they are now, so that what was made before a run was trained again does not count.
     """
     known: dict[str, ModelRef] = {}
     for ref in found:

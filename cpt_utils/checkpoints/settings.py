@@ -40,12 +40,12 @@ def read_config(folder: Path, name: str) -> dict:
     """The `config.json` of a model folder.
 
     Raises:
-        InputError: there is none, it is damaged, or a size in it is no size.
+        InputError: there is none, it is damaged, or a size in it cannot be one.
     """
     file = folder / "config.json"
     if not file.exists():
         is_run = bool(step_names.in_folder(folder))
-        hint = "it is a run of checkpoints; name one of them" if is_run else "it is no model folder"
+        hint = "it is a run of checkpoints; name one of them" if is_run else "it is not a model folder"
         hint += formats.cut_off(folder)
         named = sorted(path.parent.name for path in folder.glob(f"*/{formats.ADAPTER_CONFIG}"))
         if named and not is_run:  # as PEFT saves adapters that were given names
@@ -64,7 +64,9 @@ def read_config(folder: Path, name: str) -> dict:
             value = values.get(key)
             number = isinstance(value, int | float) and 0 <= value < 1 << 31 and value == int(value)
             if isinstance(value, str | bool) or (isinstance(value, int | float) and not number):
-                raise InputError(f"{file}: {key} is {str(value)[:40]}, which is no size of a model; copy it again")
+                raise InputError(
+                    f"{file}: {key} is {str(value)[:40]}, which cannot be a size of a model; copy it again"
+                )
     return config
 
 
@@ -139,7 +141,7 @@ def say_head(stored, config: Mapping) -> None:
     if head and tied(config) and not stored.quantised and not _equal(stored, head, embeddings):
         cli.once(
             f"{formats.run_of(stored.spec)}: config.json ties the head to the embeddings, but {head} on disk differs; "
-            "it counts, as for transformers, which then ties nothing"
+            "it is used, as by transformers, which then ties nothing"
         )
 
 

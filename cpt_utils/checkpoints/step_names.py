@@ -60,7 +60,7 @@ def told(where: str, names: Iterable[str]) -> dict[str, int]:
 
 def in_folder(folder: str | os.PathLike) -> dict[str, int]:
     """The steps of the checkpoints in a local folder, in step order: its sub-folders `checkpoint-<step>`, and others
-    that are named after a step and hold a model or an adapter. What a Trainer or a swap has not finished is none.
+    that are named after a step and hold a model or an adapter. What a Trainer or a swap left unfinished does not count.
     """
     folder = os.fspath(folder)
     try:

@@ -94,10 +94,10 @@ class TensorFolder:
         return headers.inventory(self.path, self.spec, self._names)
 
     def refuse_unfit(self, codes: bool = False) -> TensorFolder:
-        """Refuse what is no plain weight of the model in config.json (see `formats`); returns itself.
+        """Refuse what is not a plain weight of the model in config.json (see `formats`); returns itself.
 
         Of a model that is not fetched yet the headers are looked at when they are asked for, or now where config.json
-        speaks of codes. With `codes` those are no fault, only noted in `quantised`.
+        speaks of codes. With `codes` those are not a fault, only noted in `quantised`.
         """
         stated = formats.stated(self.config)
         formats.refuse_names(self.spec, self.config, self.names())

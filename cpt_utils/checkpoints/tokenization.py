@@ -64,7 +64,7 @@ def tokenizer_folder(ref: refs.ModelRef, run: str | None = None, base: refs.Mode
 def folder_and_whose(
     ref: refs.ModelRef, run: str | os.PathLike | list | None, base: refs.ModelRef | None
 ) -> tuple[Path, str]:
-    """The folder, and in words whose it is where it is not the model's own. A `run` that is a list is no folder."""
+    """The folder, and in words whose it is where it is not the model's own. A `run` that is a list is not a folder."""
     side_files = ref.side_files()
     if has_tokenizer(side_files):
         return side_files, ""
@@ -83,7 +83,7 @@ def folder_and_whose(
         if have == want:
             return base.side_files(), f"the base {base.spec} (both have {want} tokens)"
         raise InputError(
-            f"{ref.spec} has no tokenizer files, and the base's do not fit ({have} tokens, {want} needed); add them"
+            f"{ref.spec} has no tokenizer files, and the base's do not fit ({have} tokens, {want} needed); add its own"
         )
     raise InputError(
         f"{ref.spec} has no tokenizer files (tokenizer.json or tokenizer.model); copy them into the folder"

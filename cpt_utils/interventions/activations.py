@@ -62,7 +62,9 @@ def _without_inputs(
     `transposed`: they are [E, I, hidden].
     """
     if down.is_meta:
-        raise InputError("experts that wait on the disk or in memory cannot be silenced; use GPUs that hold the model")
+        raise InputError(
+            "experts that are offloaded to the disk or to memory cannot be silenced; use GPUs that hold the model"
+        )
     data = down.data.transpose(1, 2) if transposed else down.data
     region = experts.to(down.device), slice(None), inputs.to(down.device)
     saved = data[region]  # a copy

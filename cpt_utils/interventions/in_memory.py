@@ -40,10 +40,12 @@ class Swapper:
         """`model` with the recipe's edits, until the block ends (also by an exception).
 
         Raises:
-            InputError: weights of the model wait on the disk, or one of two tied tensors alone is edited.
+            InputError: weights of the model are offloaded, or one of two tied tensors alone is edited.
         """
         if any(parameter.is_meta for parameter in model.parameters()):
-            raise InputError(f"{self.pair.target_ref.spec} does not fit on the GPUs whole, as swaps in memory need it")
+            raise InputError(
+                f"{self.pair.target_ref.spec} does not fit on the GPUs as a whole, which swaps in memory need"
+            )
         if not self._said:
             values.say_conversions(self.pair, recipe)
             self._said = True

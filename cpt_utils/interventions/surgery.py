@@ -108,13 +108,13 @@ class Pair:
         if archs.text_type(base_config) != archs.text_type(self.config):
             raise InputError(
                 f"{self.base_ref.spec} is a {self.base_arch.model_type} and {self.target_ref.spec} a "
-                f"{self.arch.model_type}; base and target must be one architecture"
+                f"{self.arch.model_type}; base and target must have one architecture"
             )
         self.n_layers = self.arch.n_layers(self.config)
         if self.base_arch.n_layers(base_config) != self.n_layers:
             raise InputError(
                 f"{self.base_ref.spec} has {self.base_arch.n_layers(base_config)} layers and {self.target_ref.spec} "
-                f"{self.n_layers}; base and target must have the same"
+                f"{self.n_layers}; base and target must have the same number"
             )
         self.target = opening.open_folder(self.target_ref, self.base_ref)
         self.base = opening.open_folder(self.base_ref, lazy=True)  # of a hub model only the shards that are swapped
@@ -322,7 +322,7 @@ def _listed(layers: list[int]) -> str:
 
 
 def identity(ref: refs.ModelRef) -> str:
-    """The model, not its path, which may be spelled in several ways: weights, configuration, own tokenizer."""
+    """The model, not its path, which may be spelled in several ways: weights, configuration, its own tokenizer."""
     facts = ref.describe()
     if facts.get("weights_sample"):
         folder = Path(ref.spec)

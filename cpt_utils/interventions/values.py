@@ -89,7 +89,7 @@ def _converted(pair: Pair, edit: Edit, base: torch.Tensor, target: torch.Tensor,
 def refuse_not_finite(pair: Pair, edit: Edit, base: torch.Tensor) -> None:
     if not tensors.is_finite(base):
         raise InputError(
-            f"{pair.base_ref.spec}: {edit.base_tensor} holds NaN or infinity; copy the model again, or train it anew"
+            f"{pair.base_ref.spec}: {edit.base_tensor} holds NaN or infinity; copy the model again, or train it again"
         )
 
 

@@ -85,9 +85,9 @@ def read_file(path: Path, tasks: list[str] | None, metric: str) -> dict[str, Ser
     for name, row in content.items():
         step = step_key(name)
         if step is None or not isinstance(row, dict):
-            raise InputError(f"{path}: {name!r} is no step; the form is {FORM}")
+            raise InputError(f"{path}: {name!r} is not a step; the form is {FORM}")
         if step in rows:
-            raise InputError(f"{path}: step {step} comes twice; keep one of its entries")
+            raise InputError(f"{path}: step {step} appears twice; keep one of its entries")
         rows[step] = {task: value if isinstance(value, dict) else {} for task, value in row.items()}
     tasks = _the_tasks(tasks, [row for _, row in sorted(rows.items())], metric, path)
     found = {task: {step: rows[step][task] for step in sorted(rows) if task in rows[step]} for task in tasks}
@@ -108,7 +108,7 @@ def read_file(path: Path, tasks: list[str] | None, metric: str) -> dict[str, Ser
 def _check_rows(taken: dict[int, dict], task: str, path: Path) -> None:
     for step, row in taken.items():
         if (n := row.get("n")) is not None and (type(n) is not int or n < 1):
-            raise InputError(f"{path}: n of {task} at step {step} is {n!r}, no number of rows; correct it")
+            raise InputError(f"{path}: n of {task} at step {step} is {n!r}, not a number of rows; correct it")
 
 
 def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> float:
@@ -132,7 +132,7 @@ def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> fl
             f"{path}: {metric} is {value} for {low[0]} at step {low[1]} and {other} for {high[0]} at step {high[1]}; "
             "write all of them as shares (0.61) or all as percent (61)"
         )
-    cli.say(f"{path}: {metric} goes above 1 and is taken for percent")
+    cli.say(f"{path}: {metric} goes above 1 and is taken as percent")
     return 0.01
 
 
@@ -254,7 +254,9 @@ def _say_base(chosen: list[tuple[int, ResultFile]], base: str | None) -> None:
     under = {result.model for _, result in chosen if result.adapter}
     for model in sorted(under) if base is not None else ():
         if _path_and_revision(model) != _path_and_revision(base):
-            cli.warn(f"the adapters were evaluated on {model}, the weights compared with {base}: taken for one model")
+            cli.warn(
+                f"the adapters were evaluated on {model}, the weights compared with {base}: taken to be the same model"
+            )
 
 
 def _say_releases(chosen: list[tuple[int, ResultFile]]) -> None:
@@ -262,7 +264,7 @@ def _say_releases(chosen: list[tuple[int, ResultFile]]) -> None:
     if len(releases) > 1:
         cli.warn(
             f"the models were evaluated with lm_eval {' and '.join(releases)}, which may ask differently: only since "
-            "0.4.9.2 a BOS token that the tokenizer adds stands before the prompts"
+            "0.4.9.2 does a BOS token that the tokenizer adds precede the prompts"
         )
 
 
@@ -296,7 +298,7 @@ def _newest(found: list[tuple[int, ResultFile]], task: str) -> tuple[list[tuple[
             older = newest[model][1]
             if older.date is None or result.date is None:
                 raise InputError(
-                    f"two results of {result.name}, {older.path} and {result.path}, and not both say when they were "
+                    f"two results of {result.name}, {older.path} and {result.path}, do not both say when they were "
                     "made; keep one of them"
                 )
             notes.append(f"{older.path}: there is a newer result of this model")
@@ -316,7 +318,7 @@ def _points(
     errors = {}
     for step, result in sorted(taken, key=lambda pair: pair[0]):
         if step in points:
-            raise InputError(f"step {step} comes twice: {points[step].source} and {result.path}; keep one of them")
+            raise InputError(f"step {step} appears twice: {points[step].source} and {result.path}; keep one of them")
         _check_weights(result, compared)
         row = result.content["results"].get(task, {})
         value, error = metric_of(row, metric)
@@ -325,7 +327,7 @@ def _points(
                 f"{result.path}: {task} has no metric {metric}; it has {', '.join(metrics_in(row)) or 'none'}"
             )
         if not 0 <= value <= 1:
-            raise InputError(f"{result.path}: {metric} of {task} is {value}, no share of rows from 0 to 1")
+            raise InputError(f"{result.path}: {metric} of {task} is {value}, not a share of rows from 0 to 1")
         points[step] = Point(float(value), result.rows(task), result.path, result.settings(task))
         errors[step] = error
     _fill_rows(points, errors, task)
@@ -334,7 +336,7 @@ def _points(
 
 
 def _check_settings(points: dict[int, Point], task: str) -> None:
-    """Refuse points whose settings differ where both state them: such differences are no effect of training."""
+    """Refuse points whose settings differ where both state them: such differences are not an effect of training."""
     first: dict[str, tuple[int, object]] = {}
     for step, point in points.items():
         for setting, value in [*point.settings.items(), ("number of rows", point.n)]:
@@ -390,7 +392,7 @@ def _the_tasks(tasks: list[str] | None, rows: list[dict[str, dict]], metric: str
         have = sorted({name for row in rows for below in row.values() for name in metrics_in(below)})
         raise InputError(f"{source} has no metric {metric} in any task; it has {', '.join(have) or 'none'}")
     if without := [task for task in known if task not in found]:
-        cli.say(f"left out, for they have no {metric}: {', '.join(without)}")
+        cli.say(f"left out, as they have no {metric}: {', '.join(without)}")
     if len(found) == 1:
         cli.say(f"task: {found[0]}, the only one in {source}")
     else:

@@ -180,7 +180,7 @@ def changes(
 
 
 def diff_tensors(base: refs.ModelRef, checkpoint: refs.ModelRef) -> dict[str, str]:
-    """Tensors outside the layers that differ in shape, or that one side has not: they are not compared. Name -> why."""
+    """Tensors outside the layers that differ in shape, or that one side lacks: they are not compared. Name -> why."""
     with matrices.Side(base) as one, matrices.Side(checkpoint, base) as other:
         ours = {archs.meaning(one.arch, name): name for name in one.names if one.arch.layer_of(name) is None}
         theirs = {archs.meaning(other.arch, name): name for name in other.names if other.arch.layer_of(name) is None}
@@ -194,7 +194,7 @@ def diff_tensors(base: refs.ModelRef, checkpoint: refs.ModelRef) -> dict[str, st
 
 
 def _gathered(found: dict[str, str], most: int = 3) -> dict[str, str]:
-    """The same with one entry for what one side has of a whole part that the other has not, such as a vision tower."""
+    """The same with one entry for what one side has of a whole part that the other lacks, such as a vision tower."""
     parts: dict[tuple[str, str], list[str]] = {}
     for name, why in found.items():
         parts.setdefault((name.partition(".")[0], why), []).append(name)

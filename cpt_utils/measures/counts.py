@@ -102,7 +102,7 @@ def files(folder: Path, tag: str) -> dict[str, Path]:
         InputError: no such folder, no counts of that tag, or two files of one language.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder of counts; give -a the folder that lsn/activation.py wrote")
+        raise InputError(f"{folder} is not a folder of counts; give -a the folder that lsn/activation.py wrote")
     there, found = tags(folder), {}
     for lang, path in there.get(tag, []):
         if found.setdefault(lang, path) != path:
@@ -155,7 +155,7 @@ def read(path: Path, lang: str) -> Counts:
     rising = all(a.shape == b.shape and (a <= b).all() for a, b in itertools.pairwise(whole))
     marks = [0, *snapshots_n, n]
     if len(snapshots) != len(snapshots_n) or not rising or any(a >= b for a, b in itertools.pairwise(marks)):
-        raise InputError(f"{path}: its snapshots are no parts of its counts; run lsn/activation.py again")
+        raise InputError(f"{path}: its snapshots are not parts of its counts; run lsn/activation.py again")
     return found
 
 

@@ -140,7 +140,7 @@ class ResultFile:
     def settings(self, task: str) -> dict:
         """How the task was asked, as far as the file says; None where it does not.
 
-        Releases before 0.4.3 knew no chat template and no system instruction: there, not to say is to have none.
+        Releases before 0.4.3 knew no chat template and no system instruction: there, silence means none.
         """
         config = self.content.get("configs", {}).get(task) or {}
         shots = self.content.get("n-shot", {}).get(task, config.get("num_fewshot", self.config.get("num_fewshot")))

@@ -135,7 +135,7 @@ def random_control(
     """For each language as many neurons in each layer as its mask has, drawn at random outside every language's mask.
 
     Each language and layer is drawn separately, whatever the order of languages. Controls of two languages may share
-    neurons. Those of all experts of a layer are drawn from alike.
+    neurons. The neurons of all experts of a layer are drawn from alike.
 
     Raises:
         InputError: a layer has fewer neurons outside the mask than a language has inside.
@@ -246,7 +246,7 @@ def _checked(path: str | os.PathLike, lang: str, layers: dict, widths: list[int]
     for layer in range(n_layers):
         neurons = layers[str(layer)]
         if not isinstance(neurons, list) or any(type(neuron) is not int for neuron in neurons):
-            raise InputError(f"{path}: layer {layer} of {lang} is no list of neuron numbers; make the mask again")
+            raise InputError(f"{path}: layer {layer} of {lang} is not a list of neuron numbers; make the mask again")
         wrong = [neuron for neuron in neurons if not 0 <= neuron < widths[layer]]
         if wrong or len(set(neurons)) != len(neurons):
             what = f"neuron {wrong[0]}, but the model has 0 to {widths[layer] - 1}" if wrong else "a neuron twice"

@@ -92,9 +92,9 @@ def _check_same_matrix(one: Side, other: Side) -> None:
     if archs.text_type(one.config) != archs.text_type(other.config):
         raise InputError(
             f"{one.spec} is a {one.arch.model_type} and {other.spec} a {other.arch.model_type}; "
-            "base and checkpoints must be one architecture"
+            "base and checkpoints must have one architecture"
         )
-    same = "base and checkpoints must have the same"
+    same = "base and checkpoints must have the same number"
     if one.n_layers != other.n_layers:
         raise InputError(f"{one.spec} has {one.n_layers} layers and {other.spec} {other.n_layers}; {same}")
     for layer in range(one.n_layers):
@@ -209,7 +209,7 @@ def plan(
                 piece = MatrixSlice(name, part.dim, *region, name in features, heads, details and name in archs.FFN)
                 if heads and piece.size[piece.axis] % heads:
                     raise InputError(
-                        f"{part.tensor} of {one.spec} has shape {list(shape)}, which is no whole number of the {heads} "
+                        f"{part.tensor} of {one.spec} has shape {list(shape)}, which does not divide into the {heads} "
                         "heads that config.json states"
                     )
                 matrix.slices.append(piece)

@@ -78,8 +78,8 @@ def read(
         allow_limited: accept a file made with --limit.
 
     Raises:
-        InputError: no such file, no 1-D integer tensor, no ids, an id outside the vocabulary, another tokenizer, or a
-            description that belongs to another file.
+        InputError: no such file, not a 1-D integer tensor, no ids, an id outside the vocabulary, another tokenizer, or
+            a description that belongs to another file.
     """
     path = Path(path)
     ids = _load(path)
@@ -96,7 +96,7 @@ def read(
     if facts.get("n_tokens", len(ids)) != len(ids):
         raise InputError(
             f"{path} holds {len(ids):,} ids, but {sidecar(path).name} speaks of {facts['n_tokens']:,}; "
-            "they are not of one run: make both again with lsn/load_oscar.py --overwrite"
+            "they are not from one run: make both again with lsn/load_oscar.py --overwrite"
         )
     _check_tokenizer(path, facts, vocabulary_sha256)
     _check_range(path, ids, vocab_size)
@@ -115,7 +115,7 @@ def run_hashes(ids: np.ndarray, length: int = RUN) -> np.ndarray:
 
 
 def repeated(ids: torch.Tensor) -> float:
-    """The share of runs of SHORT_RUN tokens in `ids` [n] that stand before, too: 0 for text without repetition.
+    """The share of runs of SHORT_RUN tokens in `ids` [n] that occurred before: 0 for text without repetition.
 
     Of a long text a sample is looked at: the runs whose hash falls into one of several classes, so that every copy of
     a run is in it or none is.
@@ -165,7 +165,7 @@ def _check_range(path: Path, ids: torch.Tensor, vocab_size: int | None) -> None:
     for start in range(0, len(ids), _CHUNK):
         low, high = (int(value) for value in torch.aminmax(ids[start : start + _CHUNK].to(torch.int64)))
         if low < 0:
-            raise InputError(f"{path} holds the negative id {low}; it is no file of token ids")
+            raise InputError(f"{path} holds the negative id {low}; it is not a file of token ids")
         if vocab_size is not None and high >= vocab_size:
             raise InputError(
                 f"{path} holds the id {high}, but the model's vocabulary has {vocab_size:,} tokens; "

@@ -34,7 +34,7 @@ def encode(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], po
     ids, special = made.ids, made.special
     for text, row in zip(texts, ids, strict=True):
         if not row:
-            raise InputError(f"the tokenizer makes no token of {text!r}; remove the line")
+            raise InputError(f"the tokenizer makes no tokens of {text!r}; remove the line")
     long = [i for i, row in enumerate(ids) if positions and len(row) > positions]
     if long:
         cli.warn(f"{len(long)} of {len(ids)} texts are longer than the model's {positions} positions and are cut there")
@@ -106,7 +106,9 @@ def for_each(
                         "GPU, a smaller --dtype, --device-map auto (several GPUs), or --device cpu"
                     )
                 if batch_size is not None:
-                    cli.warn(f"{len(rows)} sequences do not fit into memory: going on with {len(rows) // 2} a batch")
+                    cli.warn(
+                        f"{len(rows)} sequences do not fit into memory: continuing with {len(rows) // 2} per batch"
+                    )
                 known[key] = took // 2 if batch_size is None else len(rows) // 2
                 break
             done.update(rows)
@@ -152,7 +154,7 @@ class _Memory:
 
     @staticmethod
     def taken(gpu: torch.device, start: bool = False) -> int:
-        """Bytes of tensors now, with which the peak begins anew (`start`), or at the peak."""
+        """Bytes of tensors now, with which the peak is reset (`start`), or at the peak."""
         if start:
             torch.cuda.reset_peak_memory_stats(gpu)
             return torch.cuda.memory_allocated(gpu)

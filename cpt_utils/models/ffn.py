@@ -86,7 +86,8 @@ class Reader:
         """One pass over the blocks `ids` [batch, size].
 
         `read(layer, group, value, experts)` gets the activations [.., I] of every token and None; or, of experts,
-        those [rows, I] of tokens that were routed, and the expert of each row [rows], perhaps in several calls a layer.
+        those [rows, I] of tokens that were routed, and the expert of each row [rows], perhaps in several calls per
+        layer.
         """
         if not self.groups:
             return

@@ -95,7 +95,8 @@ def load_model(
         )  # fmt: skip
         if getattr(model, "_hf_peft_config_loaded", False):
             raise InputError(
-                f"{ref.spec}: the installed transformers applied the adapter beside it; move {formats.ADAPTER_CONFIG}"
+                f"{ref.spec}: the installed transformers applied the adapter beside it; move {formats.ADAPTER_CONFIG} "
+                "elsewhere"
             )
         _check(report, ref)
         model = model.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ def trace(*points: tuple[torch.nn.Module, str, Callable]) -> Iterator[None]:
     Args:
         points: (module, side, function). The function gets, at the side "input", the module's first input; at "inputs",
             all positional ones; at "output", its output, of a tuple the first entry. None leaves everything as it is;
-            what else it returns takes that tensor's place (not at "inputs").
+            anything else that it returns replaces that tensor (not at "inputs").
     """
     handles = []
     try:

@@ -3,7 +3,7 @@
 English and German come from the hub (`bentrevett/multi30k`), French from the corpus's own repository, in equal order.
 
 In:   a connection.
-Out:  OUT/{train,val,test_2016_flickr}.{en,de,fr}.gz, one caption a line; a file that is there is kept.
+Out:  OUT/{train,val,test_2016_flickr}.{en,de,fr}.gz, one caption per line; a file that is there is kept.
 
 Full: python studies/multi30k/download.py --out path/to/multi30k
 Tiny: python studies/multi30k/download.py --out path/to/multi30k --only val

@@ -202,7 +202,7 @@ def given_file(file, folder, flag: str, code: str, must_exist: bool = True) -> P
         raise InputError(f"no file for {code}: give {flag}, or the study key data.{flag[2:].replace('-', '_')}")
     path = Path(folder) / file if folder is not None else Path(file)
     if must_exist and not path.is_file():
-        raise InputError(f"{path} does not exist; give {flag} the sentences of {code}, one a line")
+        raise InputError(f"{path} does not exist; give {flag} the sentences of {code}, one per line")
     return path
 
 
@@ -226,7 +226,7 @@ def by_id(rows: Iterable[dict], key: str, what: str) -> dict[str, str | None]:
         if i is None or i == "":
             raise InputError(f"{what}: a row has no {key}")
         if str(i) in texts:
-            raise InputError(f"{what}: {key} {i} comes twice; sentences are aligned by {key}, which must be unique")
+            raise InputError(f"{what}: {key} {i} appears twice; sentences are aligned by {key}, which must be unique")
         text = row.get("text")
         texts[str(i)] = text.lstrip(textfiles.BOM) if isinstance(text, str) else text
     return texts
@@ -241,14 +241,14 @@ def add_flags(parser) -> None:
     what = "; ".join(f"{name}: {_module(name).__doc__.splitlines()[0].rstrip('.')}" for name in SOURCES)
     p.add_argument("--source", choices=SOURCES, help=f"default: the study's, else flores. {what}")
     p.add_argument("--data-dir", metavar="D", help="local copy of a source on the hub, or folder of the files below")
-    p.add_argument("--base-file", metavar="F", help="sentences of the base language, of a source that takes files")
+    p.add_argument("--base-file", metavar="F", help="sentences of the base language, for a source that takes files")
     p.add_argument("--target-file", metavar="F", help="the same for the target language")
     p.add_argument("--split", metavar="S", help="part of the source")
     p.add_argument(
         "--drop-empty",
         action="store_true",
         default=None,
-        help="leave out pairs with an empty side, as verse-aligned text has; default: the study's, else refuse them",
+        help="leave out pairs with an empty side, as in verse-aligned text; default: the study's, else refuse them",
     )
 
 

@@ -38,7 +38,7 @@ def read(codes: dict[str, str], dir, split: str | None) -> tuple[dict, dict]:
     for side, code in codes.items():
         file = _language_file(folder, code, split)
         facts[side] = {"spelling": _language_of(file, split), "files": {str(file): results.file_sha256(file)}}
-        if file.suffix not in TABLES:  # of a release archive: a sentence a line, the same in every file
+        if file.suffix not in TABLES:  # of a release archive: a sentence per line, the same in every file
             sides[side] = {str(number): line for number, line in enumerate(textfiles.lines(file), 1)}
             facts["aligned_by"] = "line"
             continue

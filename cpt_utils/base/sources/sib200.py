@@ -1,7 +1,7 @@
 """SIB-200, train (701 sentences), dev (99), test (204) or all (the default), from the hub or a local copy.
 
 `Davlan/sib200` on the hub, or a folder with `<code>/{train,dev,test}.tsv`; aligned by `index_id`. The files were
-written by pandas and are read so: quotes around a cell are none of its text.
+written by pandas and are read so: quotes around a cell are not part of its text.
 """
 
 from __future__ import annotations

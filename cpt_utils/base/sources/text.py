@@ -1,4 +1,4 @@
-"""Two files (--base-file, --target-file), one sentence a line or row, aligned by line.
+"""Two files (--base-file, --target-file), one sentence per line or row, aligned by line.
 
 Text, `.jsonl` or `.parquet` with a column `text`; all but parquet may be gzipped.
 """
