@@ -215,7 +215,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     name = args.model_name or (study.name if study else study.value(None, "--model-name", "name"))
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.input(args.lsn_activation_path, "--lsn-activation-path", "lsn_activation")

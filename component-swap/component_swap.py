@@ -362,7 +362,7 @@ def run(args, treatment: str, step: str) -> None:
     """
     if args.controls and args.crossed_folders is not None:
         raise InputError("--controls writes no folders: give --crossed-folders in a command of its own")
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     base = refs.model(study.value(args.base_model, "--base-model", "base"))
     spec = study.value(args.checkpoint_dir, "--checkpoint-dir", "run")
     checkpoints = refs.run(spec, args.steps)

@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     language = study.value(args.language, "--language", "languages.target")
     languages.canonical(language, any_tag=True)
     heldout = study.get("data.heldout") or {}

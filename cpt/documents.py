@@ -395,7 +395,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     path = args.config
     if path is None and args.parallel is None:
-        found = study.Study.find(args.study, args.seed)
+        found = study.Study.find(args.study, args.seed, args.arm)
         path = found.value(None, "--config or --parallel", "train.documents")
         args.seed = args.seed if args.seed is not None else found.get("seed")
     given = {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cpt_utils.base.keys import Keys, group
+from cpt_utils.base.study_keys import Part
 
 FILE = "it becomes a file name; leave out the slash"
 MORE = "it must map languages to texts: {ga: more.txt}"
@@ -15,14 +16,12 @@ NUMBER = "it must be a number, 0 or more"
 STEPS = "it must be a list of steps, whole numbers above 0"
 TEXTS = "it needs two or more languages with a text each: {en: a.txt, ga: b.txt}"
 TWO = "two of the parallel languages"
-PART = "it must say a part of the model: hub, outer:0.25, [0, 1] (cpt/README.md)"
 
 Count = Annotated[int, Field(ge=1, description="it must be a whole number above 0")]
 Lines = Annotated[int | None, Field(ge=0, description="it must be a number of lines")]
 Number = Annotated[float, Field(strict=False, ge=0, allow_inf_nan=False, description=NUMBER)]  # YAML reads 2e-3 as text
 Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True, min_length=1, description="it must be a name")]
 Folder = Annotated[str, Field(min_length=1, description="give --output-dir, or output in the file")]
-Part = Annotated[int | str | list[int] | None, Field(description=PART)]
 Seed = Annotated[int, Field(ge=0, description="it must be a whole number, 0 or more")]
 
 

@@ -9,6 +9,7 @@ A part of the model may be left as it is, bit for bit: freeze or train_only.
 
 Full:  MULTI30K_DIR=path/to/captions python cpt/train.py --config studies/multi30k/base.yaml --seed 0
 Tiny:  python cpt/train.py --config studies/multi30k/base.yaml --seed 0 --steps 20 --output-dir build/try
+Arm:   python cpt/train.py --study demo/demo.yaml --stage cpt --arm hub_frozen
 Part:  python cpt/train.py --study demo/demo.yaml --stage cpt --train-only outer:0.25 --output-dir build/try/outer
 GPUs:  accelerate launch cpt/train.py --config my.yaml
 """
@@ -86,9 +87,9 @@ def choice_of(config: dict, found: study.Study, path: Path):
     if mode is None:
         return None
     base = refs.model(config["from"])
-    known = relatives.of([base], found.get("base"), found.get("run")) if found else None
+    known = relatives.of([base], found.get("base"), found.plain.get("run")) if found else None
     try:
-        part = layer_sets.read(config[mode], layer_sets.Place(base.config(), found, known))
+        part = layer_sets.read(config[mode], layer_sets.Place(base.config(), found.plain, known))
     except InputError as error:
         raise InputError(f"{path}: {mode} {error}") from None
     return freezing.Choice(mode, part, (config["io"] or ("trained" if mode == "freeze" else "frozen")) == "trained")
@@ -402,7 +403,12 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     config_path, output, start = args.config, args.output_dir, args.start
-    found = study.Study.find(args.study, args.seed) if args.stage or args.study else study.Study()
+    needed = args.stage or args.study or args.arm
+    found = study.Study.find(args.study, args.seed, args.arm) if needed else study.Study()
+    if args.arm:
+        if args.stage != "cpt" or args.freeze or args.train_only or args.io:
+            raise InputError("--arm goes with --stage cpt, and says itself what is frozen (key arms of the study)")
+        vars(args).update(found.get("arms")[args.arm])
     if args.stage:
         config_path = found.value(config_path, "--config", f"train.{args.stage}")
         output = found.value(output, "--output-dir", "base" if args.stage == "base" else "run")
@@ -425,6 +431,8 @@ def main(argv=None) -> None:
         "io": args.io,
     }
     config = read_config(path, given, args.seed)
+    if args.arm and args.save_steps is None:
+        config["save_steps"] = [config["steps"]]  # arms are compared at their end
     try:
         train(config, path, args.device, args.overwrite, choice_of(config, found, path))
     except InputError:

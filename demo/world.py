@@ -315,7 +315,7 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     path = study.value(args.config, "--config", "train.world", None)
     config = settings(read_config(Path(path) if path else None), args, study.get("seed"))
     out = Path(args.out or config["out"].replace("{seed}", str(config["seed"])))

@@ -231,7 +231,7 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     by_hand = benchmark.or_by_hand(args.benchmark or study.result("lm_eval"))
     source = study.input(args.benchmark, "BENCHMARK", "lm_eval", by_hand)
     weight_diff = study.input(args.weight_diff, "WEIGHT_DIFF", "int_and_sem")

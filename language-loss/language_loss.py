@@ -131,7 +131,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
     models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
     texts, facts = heldout(args, study)

@@ -262,7 +262,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     own = study.value(None, "--measure", "measure", "published")
     measure = args.measure or own
     output = Path(args.output) if args.output else None

@@ -164,7 +164,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     base = cli.named(args.base, args.named_base, "BASE and --base")
     run = cli.named(args.target, args.named_run, "TARGET and --run")
     base_ref = refs.model(study.value(base, "BASE", "base"))

@@ -261,7 +261,7 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     given = [*args.models, *(args.named_run or [])]
     if given:
         chosen = refs.models(given, args.steps)

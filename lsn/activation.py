@@ -284,7 +284,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     ref = beside.model_or_last(study, args.model, args.named_run, "-m", args.steps)
     process = processes.Process(args.device, args.device_map)
     dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)

@@ -254,7 +254,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     n_random = random_sets(args.random, study)
     run = cli.named(args.model, args.named_run, "MODEL and --run")
     ref = beside.model_or_last(study, args.model, args.named_run, "MODEL", args.steps)

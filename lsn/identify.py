@@ -297,7 +297,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     langs = languages.several(study.value(args.lang, "-l", "languages.lsn"), "-l")
     tag = args.tag or (study.name if study else study.value(None, "-t", "name"))
     rates = wanted_rates(study.value(args.rate, "--rate", "lsn.rate", 0.01), args.filter_rate, args.bar_rate)

@@ -52,7 +52,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    seed = Study.find(args.study, args.seed).seed
+    seed = Study.find(args.study, args.seed, args.arm).seed
     source, path = Path(args.mask), Path(args.output)
     langs = languages.several(args.langs, "-l")
     mask = read(source, langs)

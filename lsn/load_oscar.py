@@ -234,7 +234,7 @@ def build_parser():
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     todo = [task for task in tasks(args, study) if not finished(task, args.overwrite)]
     failed = {}
     for task, found in processes.run_all(todo, args.max_concurrent, make) if todo else ():

@@ -233,7 +233,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     target = study.value(args.model or args.run, "--model", "run")
     # A study's run may be a single checkpoint; what --model names as one is one.
     is_run = args.model is None or refs.is_run(target)

@@ -97,7 +97,7 @@ def main(argv=None) -> None:
     if args.seeds:
         side_by_side(args)
         return
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     if not study:
         raise InputError("the claims are those of a study: give --study FILE, or run where study.yaml is")
     output = study.output(args.output, "--output", "claims")

@@ -254,7 +254,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     if not study:
         raise InputError("the figures are those of a study: give --study FILE, or run where study.yaml is")
     output = study.output(args.output, "--output", "figures")

@@ -288,7 +288,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     models = chosen.targets(args, study)
     base, target = chosen.sides(args, study)
     pairs = sources.from_arguments(args, study, base, target)  # before any model: missing or gated data end here

@@ -84,6 +84,7 @@ def test_every_result_and_figure_is_there(finished):
         "downstream-correlation/correlation",
         "layer-swap/controls",
         "language-loss/language_loss",
+        "arms",
         f"sentence-retrieval/{PAIR}/cpt__checkpoint-40+attn_int_swap__checkpoint-40+ffn_lsn_swap__checkpoint-40",
         "weight-diff/attn_vs_ffn",
         "weight-diff/gate_lsn",
@@ -103,7 +104,7 @@ def test_every_result_and_figure_is_there(finished):
     report = (finished / "results/tiny.html").read_text()
     for section in (
         "1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps",
-        "5. Loss by language",
+        "5. Loss by language", "6. Arms",
         "1. Attention against FFN", "2. Language-specific neurons", "3. Activation over CPT", "4. Component swaps",
         "Claims", "Figures of the paper",
     ):  # fmt: skip

@@ -30,6 +30,7 @@ OUTPUT = (
     "cpt/train.py",
     "cpt/documents.py",
     "cpt/continuations.py",
+    "cpt/compare_arms.py",
     "demo/world.py",
     "report/claims.py",
     "report/figures.py",

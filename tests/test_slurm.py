@@ -22,9 +22,9 @@ pytest.importorskip("snakemake_executor_plugin_slurm")
 
 # Jobs that run a model; all others work on files.
 FORWARD = {
-    "train_base", "train_cpt", "retrieval", "retrieval_figure", "downstream_task", "downstream_task_swapped",
-    "retrieval_swapped_figure", "layer_swap_controls", "language_loss", "activation_counts", "deactivate",
-    "lsn_activation", "component_swap_controls", "retrieval_components_figure",
+    "train_base", "train_cpt", "train_arm", "arms", "retrieval", "retrieval_figure", "downstream_task",
+    "downstream_task_swapped", "retrieval_swapped_figure", "layer_swap_controls", "language_loss", "activation_counts",
+    "deactivate", "lsn_activation", "component_swap_controls", "retrieval_components_figure",
 }  # fmt: skip
 
 SBATCH = """#!{python}

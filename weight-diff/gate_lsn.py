@@ -116,7 +116,7 @@ def what_of(head: dict) -> dict:
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     models = compared.Compared.from_arguments(args, study, "--target-model")
     lang = study.value(args.lang, "--lang", "languages.target")
     device = cli.device(args.device)

@@ -106,7 +106,7 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.study, args.seed)
+    study = Study.find(args.study, args.seed, args.arm)
     models = compared.Compared.from_arguments(args, study, "--target-dir")
     device = cli.device(args.device)
     other = beside.name(study, args.base_model, args.run, args.steps, args.limit)

@@ -69,6 +69,8 @@ def plan(study: Study) -> Plan:
         )
     elif silent:
         left_out.append(f"deactivation (Figure 9): data.heldout has no text of {', '.join(silent)}")
+    if study.get("arms") and not study.get("train.cpt"):
+        left_out.append("the arms: the study trains nothing (train.cpt)")
     controls = study.get("controls", "all")
     if isinstance(controls, int) and controls < ENOUGH:
         left_out.append(
@@ -296,6 +298,8 @@ def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, floa
     yield "retrieval", (n_checkpoints + 4) * pairs
     yield "the task", (n_checkpoints + 3) * rows
     yield "the loss of each language", (n_checkpoints + 1) * sizes["heldout"]
+    if study.get("arms"):
+        yield "arms", (len(study.get("arms")) + 2) * (pairs + heldout + rows)
     yield f"layer swaps, up to {sets} sets", (sets + 3) * (pairs + heldout + rows)
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)
@@ -362,7 +366,7 @@ def build_parser():
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    study = Study.find(args.file or args.study, args.seed)
+    study = Study.find(args.file or args.study, args.seed, args.arm)
     if not study:
         raise InputError("no study file: give its path, or run where study.yaml is")
     cli.say(f"study {study.name} ({study.path}), results in {study.result('claims').parent.parent}")

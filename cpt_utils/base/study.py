@@ -7,6 +7,7 @@ Paths are relative to the folder a command is run in (the repository root), like
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,15 @@ REQUIRED = object()
 
 
 class Study:
-    """The values of one study file; an empty one (falsy) where there is no file."""
+    """The values of one study file; an empty one (falsy) where there is no file.
+
+    Attributes:
+        arm: the arm that it is read as (key `arms`): another training of the same run, which is its `run`, and whose
+            results lie below the study's, in `arms/<name>`. Empty: the study itself.
+        plain: the study itself, of an arm, too.
+    """
+
+    arm = ""
 
     def __init__(self, values: dict | None = None, path: Path | None = None, seed: int | None = None):
         self.path = path
@@ -31,20 +40,45 @@ class Study:
             keys.check(study_keys.Study, self.values, path)
         places = {"seed": self.values.get("seed", 42), "name": self.values.get("name", path.stem if path else "study")}
         self.values = expand(self.values, lambda text: _in_place(text, places))
+        self.plain = self
 
     def __bool__(self) -> bool:
         return self.path is not None
 
     @classmethod
-    def find(cls, path: str | os.PathLike | None = None, seed: int | None = None) -> Study:
-        """The study at `path`, else `study.yaml` in the current folder, else an empty one."""
+    def find(cls, path: str | os.PathLike | None = None, seed: int | None = None, arm: str | None = None) -> Study:
+        """The study at `path`, else `study.yaml` in the current folder, else an empty one; read as one of its arms."""
         file = Path(path) if path else Path("study.yaml")
         if not path and not file.is_file():
+            if arm is not None:
+                raise InputError(
+                    f"--arm {arm}: an arm is one of a study's (--study FILE, or study.yaml in this folder)"
+                )
             return cls(seed=seed)
         from cpt_utils.base import keys
 
         missing, empty = "give --study the path of a YAML file", "it needs at least base, run, languages and results"
-        return cls(keys.read(file, missing, empty), file, seed)
+        found = cls(keys.read(file, missing, empty), file, seed)
+        return found if arm is None else found.of_arm(arm)
+
+    def of_arm(self, name: str) -> Study:
+        """The study read as one of its arms.
+
+        Raises:
+            InputError: it has no such arm, or no folder of its own as its run.
+        """
+        if name not in (arms := self.get("arms", {})):
+            raise InputError(f"{self.path} has no arm {name!r}; it has {', '.join(arms) or 'none'} (key arms)")
+        run = self.get("run")
+        if not isinstance(run, str):
+            raise InputError(f"{self.path}: arms are trained beside the study's run, which must be one folder")
+        found = copy.copy(self)
+        found.arm, place = name, Path(run)
+        results = self.get("results") or f"results/{self.name}"
+        found.values = self.values | {
+            "run": str(place.parent / "arms" / name / place.name), "results": f"{results}/arms/{name}"
+        }  # fmt: skip
+        return found
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from cpt_utils.base.keys import Keys, group
 
@@ -13,6 +13,11 @@ Text = Annotated[str, Field(description="it must be a text")]
 MaybeText = Annotated[str | None, Field(description="it must be a text")]
 Code = Annotated[str | None, Field(description=QUOTES)]
 Files = Annotated[dict[str, str | None] | None, Field(description="it must map language codes, as texts, to files")]
+Part = Annotated[
+    int | str | list[int] | None,
+    Field(description="it must say a part of the model: hub, outer:0.25, [0, 1] (cpt/README.md)"),
+]
+ArmName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", description="it becomes a folder: letters, digits, _ . -")]
 Count = Annotated[int | None, Field(ge=1, description="it must be a whole number above 0")]
 
 
@@ -42,6 +47,20 @@ class Lsn(Keys):
     block_size: Count = None
 
 
+class Arm(Keys):
+    """What an arm's training leaves as it is, or trains alone; a training file has the same keys."""
+
+    freeze: Part = None
+    train_only: Part = None
+    io: Literal["trained", "frozen"] | None = None
+
+    @model_validator(mode="after")
+    def _one_part(self):
+        if (self.freeze is None) == (self.train_only is None):
+            raise ValueError("give either freeze or train_only")
+        return self
+
+
 class Study(Keys):
     name: Text = ""
     base: Text = ""
@@ -61,3 +80,10 @@ class Study(Keys):
         Field(description="it is the retrieval curve that layers are split by, published unless said"),
     ] = None
     train: group("world documents base cpt task", MaybeText) | None = None
+    arms: dict[ArmName, Arm] | None = None
+
+    @model_validator(mode="after")
+    def _arms_have_names_of_their_own(self):
+        if taken := {"base", "plain"} & {*(self.arms or {})}:
+            raise ValueError(f"arms: {min(taken)} is what the other models are called; give the arm another name")
+        return self

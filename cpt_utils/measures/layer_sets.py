@@ -94,7 +94,7 @@ def read(given: str | int | list[int], place: Place) -> Part:
         InputError: words that mean nothing, a part that the model does not have, no layer or neuron at all, or a file
             that is not there or about another model.
     """
-    words = ",".join(map(str, given)) if isinstance(given, list) else str(given).strip()
+    words = words_of(given)
     text, slash, last = words.rpartition("/")
     stem, component = (text, last) if slash and last in COMPONENTS else (words, None)
     try:
@@ -112,6 +112,11 @@ def read(given: str | int | list[int], place: Place) -> Part:
     except InputError as error:
         raise InputError(f"{words!r}: {error}") from None
     return Part(words, tuple(sorted(set(layers))), component)
+
+
+def words_of(given: str | int | list[int]) -> str:
+    """What a file or a flag holds, as one text."""
+    return ",".join(map(str, given)) if isinstance(given, list) else str(given).strip()
 
 
 def per_side(share: float, n_layers: int) -> int:

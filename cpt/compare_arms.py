@@ -1,0 +1,393 @@
+"""What a part of the model is needed for: arms, the same CPT with that part frozen, beside the plain run.
+
+In:   a study with `arms`; its base, its run and the runs of its arms (cpt/train.py --stage cpt, with --arm NAME), each
+      measured at its last checkpoint. In a study of Part II also the plain run's mask, its control and token ids.
+Out:  OUT (default: the study's arms.json): the values of base, plain run and arms, the share of the plain run's gain
+      that an arm reached, and the arm minus the plain run; OUT.pt with the values of every sentence (document, row,
+      block of tokens), OUT.md with a table, and a figure.
+      With --seeds, from the arms.json of each seed: shares, their mean, spread and number, with table and figure.
+
+Full:  python cpt/compare_arms.py --study demo/demo.yaml
+Tiny:  python cpt/compare_arms.py --study demo/tiny.yaml --measures nll --limit 20 --output build/try/arms.json
+Seeds: python cpt/compare_arms.py --study studies/demo.yaml --seeds 0,1,2 --output results/demo-seeds/arms.json
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, languages, results, sources, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.processes import Process
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import refs, relatives, tokenization, tokenizer_id
+from cpt_utils.interventions import surgery
+from cpt_utils.interventions.condition import Condition, digest
+from cpt_utils.measures import conditions, evaluation, layer_sets, masks
+from cpt_utils.models import ffn, loading
+
+retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
+counting = cli.sibling("lsn/activation.py")
+activation = cli.sibling("lsn/lsn_activation_cpt.py")
+runs = cli.sibling("cpt/runs.py")
+
+SCHEMA = "arms"
+RESULTS = {"arms": "arms.json"}
+CAPTIONS = {
+    "arms": """Part I: 6. Arms
+        The same continued pre-training with a part of the model frozen: the share of the plain run's gain that each arm
+        reached, 0 where it stayed at the base and 1 where it did as well, with 95 % intervals over sentences
+        (documents, rows, blocks of tokens). No point where it is not clear that the plain run gained anything.""",
+}
+LSN = evaluation.Measure("LSN activation, distance from the base", True, "lsn")
+OWN = ("freeze", "train_only", "io", "save_steps")  # of a run's settings, those in which an arm differs
+
+
+# ---------------------------------------------------------------- the method
+
+
+def compare(arm, base, plain, sign: int, seed: int) -> dict:
+    """`share` of the plain run's gain that an arm reached, None where that gain's interval is not above 0, and
+    `minus_plain`, with intervals of one bootstrap over units.
+
+    Args:
+        arm, base, plain: values [units], paired.
+        sign: 1 where more is better, else -1.
+    """
+    change, gain = arm - plain, sign * (plain - base)
+    low, high = stats.bootstrap_mean(change, seed)
+    found = {"share": None, "minus_plain": {"value": float(change.mean()), "ci_low": low, "ci_high": high}}
+    if stats.bootstrap_mean(gain.round(9), seed)[0] > 0:  # equal hits are no gain by their last bit
+        own, weights = sign * (arm - base), stats.resample_weights(len(gain), seed, 2000)
+        low, high = np.quantile((weights @ own) / (weights @ gain), (0.025, 0.975))
+        share = float(own.sum() / gain.sum())
+        found["share"] = {"value": share, "ci_low": float(low), "ci_high": float(high)}
+    return found
+
+
+def difference(model, arch: archs.Arch, blocks: torch.Tensor, followed: dict[str, masks.Layers]) -> dict:
+    """The mean activation of the masks "language" minus "control" over all blocks [blocks, size], and in each."""
+    whole, each = activation.Activations(model, arch, followed), []
+    for block in blocks.split(1):
+        one = activation.Activations(model, arch, followed)
+        one.add(block)
+        whole.include([one.state()])
+        each.append(one.mean("language") - one.mean("control"))
+    return {"value": whole.mean("language") - whole.mean("control"), "blocks": each}
+
+
+def with_activation(records: list[dict]) -> None:
+    """Turn differences of activation into |d| of each model, as step 10 follows it: how far it is from the base's.
+
+    The blocks' values have the sign of d, so that their mean is |d| (of experts' neurons: about).
+    """
+    base = records[0]["lsn"]
+    for record in records:
+        own = record.pop("lsn") if record is not records[0] else base
+        d = own["value"] - base["value"]
+        sign = math.copysign(1, d)
+        record["values"]["lsn_activation"] = abs(d)
+        record["units"]["lsn_activation"] = [sign * (a - b) for a, b in zip(own["blocks"], base["blocks"], strict=True)]
+    records[0].pop("lsn")
+
+
+def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, dict], seed: int) -> tuple[dict, dict]:
+    """What arms.json holds, and the units of each measure, float64 [models, units], in the order of `models`.
+
+    Args:
+        records: of "base", "plain" and every arm: `name`, `values`, `units`.
+        asked: arm -> its keys in the study.
+        trained: arm -> what was trained, of the header of its train.json.
+    """
+    known = evaluation.MEASURES | {"lsn_activation": LSN}
+    measures = {name: known[name] for name in records[0]["units"]}
+    units = {name: np.asarray([record["units"][name] for record in records], dtype=np.float64) for name in measures}
+    models = {}
+    for i, record in enumerate(records):
+        name = record["name"]
+        models[name] = {"values": {measure: record["values"][measure] for measure in measures}}
+        if name not in asked:
+            continue
+        facts = {key: trained[name][key] for key in ("trainable_parameters", "share_of_parameters")}
+        models[name] |= {"what": asked[name], **facts, "share": {}, "minus_plain": {}}
+        for measure, what in measures.items():
+            sign = 1 if what.higher_is_better else -1
+            found = compare(units[measure][i], units[measure][0], units[measure][1], sign, seed)
+            for key, value in found.items():
+                models[name][key][measure] = value
+    told = {name: {"label": m.label, "higher_is_better": m.higher_is_better} for name, m in measures.items()}
+    return {"measures": told, "models": models}, {name: torch.from_numpy(values) for name, values in units.items()}
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[dict, dict]:
+    """The arms' last checkpoints, and what was trained of each.
+
+    Raises:
+        InputError: the study has none, one is not trained, or with other data, order, steps, seed or part than now.
+    """
+    record, found, trained = Path(study.get("run")) / "train.json", {}, {}
+    wanted = results.read_json(record, runs.SCHEMA)[0]["settings"] if record.is_file() else None
+    for name, asked in study.get("arms", {}).items():
+        run = Path(study.of_arm(name).get("run"))
+        how = f"run cpt/train.py --stage cpt --arm {name}"
+        if not (run / "train.json").is_file():
+            raise InputError(f"{run} holds no finished training; {how} first")
+        made, head = results.read_json(run / "train.json", runs.SCHEMA)
+        mine, theirs = ({k: v for k, v in (each or {}).items() if k not in OWN} for each in (made["settings"], wanted))
+        if wanted is not None and not results.same(mine, theirs):
+            raise InputError(f"{run} is no arm of {record.parent} ({results.diff_request(mine, theirs)}); {how}")
+        trained[name] = head.get("trained") or {}
+        mode = "freeze" if "freeze" in asked else "train_only"
+        told = (layer_sets.words_of(asked[mode]), mode in trained[name], asked.get("io", trained[name].get("io")))
+        if told != (trained[name].get("words"), True, trained[name].get("io")):
+            raise InputError(f"{run} was trained as another arm than {name} is in the study now; {how} --overwrite")
+        found[name] = refs.run(str(run))[-1]
+        if found[name].step != plain.step:
+            raise InputError(f"{run} ends at step {found[name].step}, the plain run at {plain.step}; {how}")
+    if not found:
+        raise InputError(f"{study.path or 'the study'} has no arms; name some under the key arms (cpt/README.md)")
+    return found, trained
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The target language's neurons in the plain run's mask, their control, and the blocks of its text."""
+
+    followed: dict[str, masks.Layers]
+    blocks: torch.Tensor
+    facts: dict
+
+    @classmethod
+    def find(cls, study: Study, plain: refs.ModelRef, limit: int | None) -> Neurons | None:
+        """Those of a study with Part II; None of another one."""
+        target, codes = study.get("languages.target"), [str(code) for code in study.get("languages.lsn", [])]
+        if not study.get("tokens") or languages.find(codes, str(target), default=None) is None:
+            return None
+        config = plain.config()
+        widths = ffn.widths(archs.for_config(config), config)
+        known = relatives.of([plain], study.get("base"), study.get("run"))
+        files = [study.input(None, "--mask_file", step) for step in ("lsn_mask", "lsn_control")]
+        own, control = masks.read_both(*files, str(target), len(widths), widths, known)
+        size = ffn.block_size(config, None, study.get("lsn.block_size"))
+        ids = counting.id_file(study, str(target))
+        blocks, facts = counting.read(ids, plain, study.get("run"), size, activation.TOKENS, limit)
+        facts = {"ids": facts, "block_size": size, "mask": digest([own, control])}
+        return cls({"language": own, "control": control}, blocks, facts)
+
+
+def measure(study: Study, output: Path, args) -> None:
+    """Measure base, plain run and arms, and write `output` with its figure and table."""
+    base, plain = refs.model(study.value(None, "--base", "base")), refs.run(study.value(None, "--run", "run"))[-1]
+    arms, trained = arms_of(study, base, plain)
+    found: dict[str, refs.ModelRef] = {"base": base, "plain": plain, **arms}
+    test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs)
+    neurons = None if args.measures else Neurons.find(study, plain, args.limit)
+    process = Process(args.device, args.device_map)
+    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    tokenizers: dict = {}
+
+    def load(role: str):
+        tokenizers[role] = tokenization.load_tokenizer(found[role], study.get("run"), base)
+        model = loading.load_model(found[role], dtype, process.device, process.device_map)
+        loading.announce(model, found[role])
+        return model
+
+    def measured(model, one: Condition) -> dict:
+        arch = archs.for_config(found[one.of].config())
+        record = test.on(model, arch, tokenizers[one.of], found[one.of].spec)
+        if neurons:
+            record["lsn"] = difference(model, arch, neurons.blocks, neurons.followed)
+        return record
+
+    def write(records: list[dict], request: dict) -> None:
+        if neurons:
+            with_activation(records)
+        payload, units = payload_of(records, study.get("arms"), trained, study.seed)
+        results.write_tensors(output.with_suffix(".pt"), units)
+        draw(output.with_suffix(""), payload)
+        with results.replacing(output.with_suffix(".md")) as temporary:
+            temporary.write_text(table(payload), encoding="utf-8")
+        described = {role: ref.describe() for role, ref in found.items()}
+        head = {"models": described, **test.facts, "dtype": request["dtype"], "device": str(process.device)}
+        results.write_json(output, {**payload, "request": request}, results.header(SCHEMA, **head))
+        cli.say(table(payload))
+
+    request = {
+        "models": {role: surgery.identity(ref) for role, ref in found.items()},
+        "tokenizers": [tokenizer_id.tokenizer_used(ref, study.get("run"), base) for ref in found.values()],
+        "measures": test.measures(), "test": test.facts, "neurons": neurons and neurons.facts,
+        "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
+    }  # fmt: skip
+    wanted = [Condition(role, {}, of=role) for role in found]
+    conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite, "another -o")
+
+
+# ---------------------------------------------------------------- tables and figures
+
+
+def told(what: dict) -> str:
+    """The keys of an arm in words: "freeze hub", "train_only outer:0.25, io trained"."""
+    return ", ".join(f"{key} {layer_sets.words_of(value)}" for key, value in what.items())
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def table(payload: dict) -> str:
+    """A row a model: what was trained, and for each measure the value and the share of the gain, in Markdown."""
+    rows = []
+    for name, model in payload["models"].items():
+        is_arm = "what" in model
+        row = [name, told(model["what"]) if is_arm else "", f"{model['share_of_parameters']:.1%}" if is_arm else ""]
+        for measure, value in model["values"].items():
+            share = model["share"][measure] if is_arm else None
+            interval = f" ({share['value']:.2f} [{share['ci_low']:.2f}, {share['ci_high']:.2f}])" if share else ""
+            row.append(f"{value:.4f}" + (interval or " (no clear gain)" if is_arm else ""))
+        rows.append(row)
+    return markdown(["model", "arm", "trained", *(f"{m['label']}" for m in payload["measures"].values())], rows)
+
+
+def panels(path: Path, measures: dict, names: list[str], points) -> None:
+    """A panel a measure: the share of the gain on its axis, a row an arm; the plain run is the line at 1.
+
+    Args:
+        points: (measure, arm) -> shares to draw as points, their mean, and an interval or None.
+    """
+    with figures.style() as plt:
+        size = (figures.PAGE, 0.9 + 0.24 * len(names))
+        fig, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
+        for axis, (measure, what) in zip(axes[0], measures.items(), strict=True):
+            for line, at in (("-", 1), (":", 0)):
+                axis.axvline(at, color=figures.colour("random"), linewidth=0.8, linestyle=line)
+            for row, name in enumerate(names):
+                each, mean, interval = points(measure, name)
+                axis.plot(each, [row] * len(each), "|", color=figures.colour("random"))
+                if mean is not None:
+                    axis.plot([mean], [row], "o", color=figures.colour("hub"))
+                if interval is not None:
+                    axis.plot(interval, [row, row], "-", color=figures.colour("hub"))
+            axis.set_title(textwrap.fill(what["label"], 22))
+            axis.set_xlabel("share of the gain")
+        axes[0, 0].set_yticks(range(len(names)), names)
+        axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+        figures.save(fig, path)
+
+
+def draw(path: Path, payload: dict) -> None:
+    models = {name: model for name, model in payload["models"].items() if "share" in model}
+
+    def points(measure: str, name: str):
+        share = models[name]["share"][measure]
+        return ([], share["value"], (share["ci_low"], share["ci_high"])) if share else ([], None, None)
+
+    panels(path, payload["measures"], list(models), points)
+
+
+# ---------------------------------------------------------------- seeds side by side
+
+
+def over_seeds(found: dict[int, dict]) -> dict:
+    """{"seeds", "measures", "arms": {arm: {"what", measure: {"shares": [by seed], "mean", "sd", "n"}}}}.
+
+    `n` counts the seeds whose plain run gained; `sd` is the sample's, None of one.
+
+    Raises:
+        InputError: seeds with other arms or measures.
+    """
+    first = next(iter(found.values()))
+    arms = {name: model["what"] for name, model in first["models"].items() if "what" in model}
+    for seed, payload in found.items():
+        theirs = {name: model["what"] for name, model in payload["models"].items() if "what" in model}
+        if theirs != arms or payload["measures"] != first["measures"]:
+            raise InputError(f"seed {seed} has other arms or measures than seed {next(iter(found))}; measure it again")
+    told = {}
+    for name, what in arms.items():
+        told[name] = {"what": what}
+        for measure in first["measures"]:
+            shares = [payload["models"][name]["share"][measure] for payload in found.values()]
+            values = [share["value"] if share else None for share in shares]
+            there = np.asarray([value for value in values if value is not None])
+            told[name][measure] = {
+                "shares": values, "mean": float(there.mean()) if len(there) else None,
+                "sd": float(there.std(ddof=1)) if len(there) > 1 else None, "n": len(there),
+            }  # fmt: skip
+    return {"seeds": list(found), "measures": first["measures"], "arms": told}
+
+
+def compare_seeds(args, output: Path) -> None:
+    """Write the table of several seeds, from the arms.json of each."""
+    found, models = {}, {}
+    for seed in args.seeds:
+        path = Study.find(args.study, seed).input(None, "--study", "arms", f" --seed {seed}")
+        found[seed], head = results.read_json(path, SCHEMA)
+        plain = head["models"]["plain"].get("weights_sample")
+        if plain in models:
+            raise InputError(
+                f"{path} is of the run that seed {models[plain]} has, too: each seed needs a run of its own"
+            )
+        models[plain] = seed
+    payload = over_seeds(found)
+    rows = []
+    for name, arm in payload["arms"].items():
+        cells = []
+        for measure in payload["measures"]:
+            own = arm[measure]
+            spread = f" ± {own['sd']:.2f}" if own["sd"] is not None else ""
+            cells.append(f"{own['mean']:.2f}{spread} (n {own['n']})" if own["n"] else "no clear gain")
+        rows.append([name, told(arm["what"]), *cells])
+    text = markdown(["arm", "", *(m["label"] for m in payload["measures"].values())], rows)
+
+    def points(measure: str, name: str):
+        own = payload["arms"][name][measure]
+        return [share for share in own["shares"] if share is not None], own["mean"], None
+
+    panels(output.with_suffix(""), payload["measures"], list(payload["arms"]), points)
+    with results.replacing(output.with_suffix(".md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    results.write_json(output, payload, results.header(f"{SCHEMA}-over-seeds", seeds=args.seeds))
+    cli.say(f"{text}wrote {output}, mean ± standard deviation over {len(args.seeds)} seeds")
+
+
+def seeds(text: str) -> list[int]:
+    """`"0,1,2"` as numbers, for argparse."""
+    return list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--seeds", type=seeds, metavar="S,S,..", help="set the results of these seeds side by side")
+    p.add_argument(
+        "-o", "--output", metavar="OUT", help="JSON to write; default: the study's arms.json; needed with --seeds"
+    )
+    evaluation.add_flags(p)
+    sources.add_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.arm is not None:
+        raise InputError("all arms of the study are compared; leave out --arm")
+    if args.seeds:
+        if args.output is None:
+            raise InputError("--seeds needs --output FILE.json, outside the results of a single seed")
+        compare_seeds(args, Path(args.output))
+        return
+    study = Study.find(args.study, args.seed)
+    other = f"limit-{args.limit}" if args.limit else "-".join(args.measures or ())
+    measure(study, study.output(args.output, "--output", "arms", other), args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
