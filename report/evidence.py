@@ -3,58 +3,155 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import cli, experiments, languages, results
+from cpt_utils.base import cli, experiments, languages, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs, relatives
-from cpt_utils.measures import controls, evaluation, gate, trial
+from cpt_utils.measures import gate
 
-ENDS = ("base", "target")  # the models as they are, which the file of a swap lists beside its sets
+WEIGHTS = ("attn_vs_ffn", "int_and_sem")  # results about weights: their dtype is that of the differences
+# What all results of a study must say alike, where their headers say it: in words -> where it stands.
+ALIKE = {
+    "sentences": ("data", "pairs_sha256"),
+    "held-out text": ("heldout", "sha256"),
+    "rows of the task": ("task", "sha256"),
+    "a seed": ("seed",),
+    "a dtype": ("dtype",),
+    "a number of layers": ("n_layers",),
+    "a measure of retrieval": ("measure",),
+    "a margin": ("margin_variant",),
+    "neighbours": ("k",),
+    "special tokens": ("special_tokens",),
+}
+OVER_SEEDS = tuple(ALIKE)[4:]  # what results of several seeds must say alike, too
 
 
 class Missing(Exception):
     """What a claim needs and is not there; the claim stays undecided."""
 
 
-class Results:
-    """The result files of a study, read and checked: each must be about the study's base, run and languages."""
+@dataclass
+class File:
+    """A result file that was read: where, by what it is made, and what it holds."""
 
-    def __init__(self, study: Study):
-        self.study = study
+    path: Path
+    made_by: str
+    payload: dict
+    header: dict
+
+    def refused(self, why: str) -> InputError:
+        return InputError(f"{self.path} {why}; run {self.made_by} --overwrite again")
+
+    def at(self, *keys) -> float:
+        """The number at these keys of the payload.
+
+        Raises:
+            InputError: there is none, or it is no finite number.
+        """
+        value = self.payload
+        for key in keys:
+            value = value.get(str(key), value.get(key)) if isinstance(value, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            shown = "no" if value is None else f"{value!r} as"
+            raise self.refused(f"has {shown} {'.'.join(map(str, keys))}")
+        return float(value)
+
+
+class Results:
+    """The result files of a study, read and checked: each must be about the study's base, run and languages.
+
+    Args:
+        draws: resamples of the intervals over units; 0: no intervals.
+    """
+
+    def __init__(self, study: Study, draws: int = 2000):
+        self.study, self.draws = study, draws
         self.base, self.run = known_models(study)
         self.last = self.run[-1]
         self.folder = study.result("claims").parent.parent
         self.gate = gate.carried(study.result("layers"))
         self.read: list[str] = []
+        self.kept: dict[str, tuple] = {}
+        self.facts: dict[str, tuple] = {}  # of ALIKE: the value, and the file that said it first
+
+    def once(self, key: str, make: Callable):
+        """What `make` reads, kept for other claims, for which its files count as read, too."""
+        if key not in self.kept:
+            before = len(self.read)
+            self.kept[key] = make(), self.read[before:]
+        self.read += self.kept[key][1]
+        return self.kept[key][0]
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[None]:
         """For a claim or figure `name`: `read` begins anew; a key that a file lacks is told with the files.
 
         Raises:
-            InputError: a file lacks a key.
+            InputError: a file lacks a key, or holds something else than it should.
         """
         self.read = []
         try:
             yield
-        except KeyError as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             files = ", ".join(self.read) or self.folder
-            raise InputError(f"{name}: {files} has no {error}; run again the step that wrote it") from error
+            what = f"has no {error}" if isinstance(error, KeyError) else f"is not as its step writes it ({error})"
+            raise InputError(f"{name}: {files} {what}; run again the step that wrote it") from error
+
+    def file(self, step: str, schema: str, *below: str, how: str = "", model: dict | None = None) -> File:
+        """A result of `step`, which must say what it is about, alike with all that was read before, and finite.
+
+        Args:
+            how: with what the step's script makes it. model: which model it must be about; None: the last checkpoint.
+
+        Raises:
+            Missing: it is not there.
+            InputError: it is about something else.
+        """
+        return self.checked(self.path(step, *below, how=how), experiments.made_by(step) + how, schema, model)
+
+    def checked(self, path: Path, made_by: str, schema: str, model: dict | None = None) -> File:
+        """The same of a file at `path`, made by the script `made_by`."""
+        found = File(path, made_by, *self.json(path, schema, model, **self.sides()))
+        self._refuse_other_facts(found, schema)
+        return found
+
+    def _refuse_other_facts(self, found: File, schema: str) -> None:
+        header = found.header
+        if not header.get("models"):
+            raise found.refused("does not say which models it is about")
+        if header.get("checkpoint_stride", 1) != 1 or header.get("n_used") != header.get("n_available"):
+            raise found.refused("is about a part of the run or of the data")
+        for what, keys in ALIKE.items():
+            value = header
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is None or (what == "a dtype" and schema in WEIGHTS):
+                continue
+            before, where = self.facts.setdefault(what, (value, found.path))
+            if value != before:
+                raise found.refused(f"and {where} were made with different {what.removeprefix('a ')}")
+            if what == "a seed" and value != self.study.seed:
+                raise found.refused(f"was made with seed {value}, the study's is {self.study.seed}")
+        place = _not_finite(found.payload)
+        if place is not None:
+            raise found.refused(f"holds a value that is not finite, at {place}")
 
     def path(self, step: str, *below: str, how: str = "") -> Path:
         """A file of `step` in the study; Missing where it is not there."""
         return self.there(self.study.result(step).joinpath(*below), step, how)
 
-    def there(self, path: Path, step: str, how: str = "") -> Path:
+    def there(self, path: Path, step: str, how: str = "", made_by: str = "") -> Path:
         """`path`, a file of `step`; Missing where it is not there. `how`: what the step's script makes it with."""
         if not path.exists():
             # The place within the study is named: tables are for people who have other folders.
             place = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-            raise Missing(f"{place} is not there (it is made by {experiments.made_by(step)}{how})")
+            raise Missing(f"{place} is not there (it is made by {made_by or experiments.made_by(step)}{how})")
         return path
 
     def json(self, path: Path, schema: str, model: dict | None = None, **expect) -> tuple[dict, dict]:
@@ -70,7 +167,7 @@ class Results:
         if not isinstance(payload, dict):
             raise InputError(f"{path} holds no named values; write it again")
         models = header.get("models") or {}
-        wanted = {"base": self.base, "target": self.last, "model": model or self.last}
+        wanted = {"base": self.base, "target": self.last, "plain": self.last, "model": model or self.last}
         pairs = [(models[role], wanted[role]) for role in wanted if models.get(role)]
         mine = {str(ref["step"]): ref for ref in self.run}
         pairs += [(ref, mine.get(step)) for step, ref in (models.get("checkpoints") or {}).items()]
@@ -94,9 +191,12 @@ class Results:
         except InputError as error:
             raise Missing(str(error)) from None
 
+    def retrieval_path(self, ref: dict) -> Path:
+        return self.there(self.retrieval_folder() / f"{ref['model_id']}.json", "retrieval")
+
     def retrieval(self, ref: dict) -> tuple[dict, dict, Path]:
         """Payload, header and path of the retrieval of one model."""
-        path = self.there(self.retrieval_folder() / f"{ref['model_id']}.json", "retrieval")
+        path = self.retrieval_path(ref)
         return *self.json(path, "sentence-retrieval", ref, **self.sides()), path
 
     def untrained(self) -> tuple[dict, dict, Path]:
@@ -107,27 +207,53 @@ class Results:
         self.there(path, "retrieval")
         return *self.json(path, "sentence-retrieval", **self.sides()), path
 
-    def hits(self, path: Path, payload: dict) -> np.ndarray:
-        """The hits [L+1, sentences] beside the retrieval result `path`."""
-        step_2 = cli.sibling("layer-specialize/layer_specialize.py")
-        file = self.there(path.with_suffix(".pt"), "retrieval")
-        self.read.append(str(file))
-        return step_2.read_hits(path, np.array([value for _, value in sorted(payload["layer_accuracy"])]))
+    def hits(self, file: File, key: str, tensor: str) -> np.ndarray:
+        """The hits [L+1, sentences] of one curve beside a retrieval result, with its accuracies under `key`.
 
-    def layers(self) -> dict:
-        """Step 2's file, which may be about any checkpoint of the run."""
+        Raises:
+            InputError: they do not give the accuracies, and with the sentences in this order their intervals.
+        """
+        pt = self.there(file.path.with_suffix(".pt"), "retrieval")
+        self.read.append(str(pt))
+        hits = results.read_tensors(pt).get(tensor)
+        if hits is None and key not in file.payload:  # from before there was this curve
+            raise Missing(f"{file.path.name} has no {key}: run {file.made_by} --overwrite again")
+        if hits is None or key not in file.payload or f"{key}_ci" not in file.payload:
+            raise file.refused(f"and {pt.name} beside it lack {key}, its intervals or its hits")
+        hits = hits.double().numpy()
+        ends = np.stack(stats.bootstrap_means(hits, file.header.get("seed", self.study.seed)), -1)
+        for name, own in ((key, hits.mean(1)), (f"{key}_ci", ends)):
+            said = np.array([value for _, value in sorted(file.payload[name])], dtype=np.float64)
+            if said.shape != own.shape or not np.allclose(said, own, rtol=0, atol=1e-6):
+                raise file.refused(f"and {pt.name} beside it do not belong together")
+        return hits
+
+    def refuse_other_twin(self, file: File) -> None:
+        """Refuse untrained twins beside a retrieval result of which none is that of its model, measured like it."""
+        twins = sorted(file.path.parent.glob("untrained*.json"))
+        if twins and gate.twin_beside(file.path, file.header) is None:
+            raise InputError(
+                f"{twins[0]} is not the untrained twin of {file.path.name} (another measure, architecture or other "
+                f"sentences); run {file.made_by} again"
+            )
+
+    def layers(self, strict: bool = False) -> dict:
+        """Step 2's file, which may be about any checkpoint of the run; `strict`: checked as `file` does."""
         path = self.path("layers")
         payload, header = results.read_json(path, "layer-specialize", **self.sides())
         measured = (header.get("models") or {}).get("model")
         if measured and not relatives.belongs(measured, [self.base, *self.run]):
             raise InputError(f"{path} is about {measured['spec']}, no model of this study; run that step again")
         self.read.append(str(path))
+        if strict:
+            self._refuse_other_facts(File(path, experiments.made_by("layers"), payload, header), "layer-specialize")
         return payload
 
-    def refuse_part_of_run(self, path: Path, steps: list[int]) -> None:
-        """Refuse a series that ends before the run does, as one made with --steps."""
-        if max(steps) != self.last["step"]:
-            raise InputError(f"{path} ends at step {max(steps)}, the run at {self.last['step']}; run that step again")
+    def refuse_part_of_run(self, file: File, steps) -> None:
+        """Refuse a series that is not about every checkpoint of the run, as one made with --steps."""
+        found, wanted = sorted(map(int, steps)), sorted(ref["step"] for ref in self.run)
+        if found != wanted:
+            raise file.refused(f"is about steps {found}, the run has {wanted}")
 
     def refuse_other_layers(self, path: Path, layers: list[int], step: str, key: str) -> None:
         """Refuse a result about other layers than `key` of the file of `step` now says, where that file is there."""
@@ -136,33 +262,6 @@ class Results:
         now = content.get(key) if isinstance(content, dict) else content
         if now is not None and sorted(layers) != sorted(now):
             raise InputError(f"{path} is about layers {sorted(layers)}, but {chosen} says {sorted(now)}; run it again")
-
-    def swap(self, step: str, own: str) -> tuple[dict, dict]:
-        """A controls.json with what it says of retrieval, and its header.
-
-        Returns:
-            `sets, payload, path` of the file; `values` [sets] and `units` [sets, sentences]; `own` and `random`, which
-            of the sets these are; `base` and `target`, their values.
-        """
-        path, made_by = self.path(step, "controls.json", how=" --controls"), f"{experiments.made_by(step)} --controls"
-        payload, header = self.json(path, trial.SCHEMA, **self.sides())
-        sets = payload.get("sets") or []
-        at = controls.find(sets, own)
-        if at is None:
-            raise InputError(f"{path} has no set {own}; run {made_by} again")
-        if "retrieval_mean" not in sets[at]["values"]:
-            raise Missing(f"{path} has no retrieval; run {made_by} with parallel sentences")
-        pt = self.there(path.with_suffix(".pt"), step, " --controls")
-        units = results.read_tensors(pt).get("retrieval_mean")
-        values = [row["values"]["retrieval_mean"] for row in sets]
-        if units is None or len(units) != len(sets) or abs(units.double().mean(1).numpy() - values).max() > 1e-5:
-            raise InputError(f"{pt} does not belong to {path.name} beside it; run {made_by} --overwrite again")
-        self.read.append(str(pt))
-        drawn = controls.randoms(sets, sets[at])  # there may be others, of the component that it is compared with
-        random = [i for i, row in enumerate(sets) if any(row is other for other in drawn)]
-        found = {"sets": sets, "values": values, "units": units.double().numpy(), "own": at, "random": random}
-        found |= {end: next(v for row, v in zip(sets, values, strict=True) if row["name"] == end) for end in ENDS}
-        return found | {"payload": payload, "path": path}, header
 
 
 def known_models(study: Study) -> tuple[dict, list[dict]]:
@@ -183,16 +282,9 @@ def known_models(study: Study) -> tuple[dict, list[dict]]:
         raise
 
 
-def refuse_other_sentences(headers: list[tuple[Path, dict]]) -> None:
-    """Refuse results over different sentences, where their headers say which."""
-    said = [(path, (header.get("data") or {}).get("pairs_sha256")) for path, header in headers]
-    said = [(path, value) for path, value in said if value]
-    for path, value in said[1:]:
-        if value != said[0][1]:
-            raise InputError(f"{path} and {said[0][0]} were measured on different sentences; run one of them again")
-
-
-def label(name: str) -> str:
-    """What a measure is called, with its sense where less is better."""
-    measure = evaluation.MEASURES[name]
-    return measure.label + ("" if measure.higher_is_better else "; less is better")
+def _not_finite(value, place: str = "") -> str | None:
+    """Where in a payload there is NaN or infinity; None: nowhere."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, one in below if (found := _not_finite(one, f"{place}.{key}".strip(".")))), None)

@@ -17,7 +17,7 @@ from pathlib import Path
 from cpt_utils.base import cli, figures
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.measures import activation_files
+from cpt_utils.measures import activation_files, trial
 
 evidence = cli.sibling("report/evidence.py")
 shown = cli.sibling("report/shown.py")
@@ -28,14 +28,14 @@ RESULTS = {"figures": "report/figures"}
 CAPTIONS = {
     "fig1_retrieval": """Figures of the paper
         Retrieval over hidden states, a line for each step, the hub shaded; and the mean of hub and interface layers
-        over steps. Claim C1 is decided by the middle third of the hidden states against the first and the last, not
-        by the shape of one line.""",
+        over steps. Claim C1 is decided over seeds, by the peak and the mean of the inner hidden states against the
+        first and the last, not by the shape of one line.""",
     "fig2_change": """Figures of the paper
         Mean absolute weight change of interface and hub layers over training, and the accuracy of the downstream task
-        with standard errors. Both grow; claim C6 is decided on their first differences.""",
+        with standard errors. Both grow, which decides nothing; claim C6 is decided by training with a part frozen.""",
     "fig3_layer_swap": """Figures of the paper
         What the hub swap and the random swaps lose against the checkpoint, with intervals over sentences; dots are
-        the random sets. Claim C2 is decided by the hub's place among the dots.""",
+        the random sets. Claim C2 is decided over seeds, beside depth and seams.""",
     "fig4_attention_ffn": "Figures of the paper\nattn_vs_ffn",
     "fig5_lsn_counts": "Figures of the paper\nlsn_counts",
     "fig6_lsn_activation": "Figures of the paper\nlsn_activation",
@@ -167,9 +167,13 @@ def change(found: Results, path: Path) -> None:
 
 
 def layer_swap(found: Results, path: Path) -> None:
-    swap, header = found.swap("layer_swap", "semantic_hub")
-    n_layers = header.get("n_layers") or len(swap["sets"][0]["layer_accuracy"]) - 1
-    cli.sibling("layer-swap/layer-swap.py").draw(path, swap["payload"], n_layers)
+    payload, header = _swap(found, "layer_swap")
+    n_layers = header.get("n_layers") or len(payload["sets"][0]["layer_accuracy"]) - 1
+    cli.sibling("layer-swap/layer-swap.py").draw(path, payload, n_layers)
+
+
+def _swap(found: Results, step: str) -> tuple[dict, dict]:
+    return found.json(found.path(step, "controls.json", how=" --controls"), trial.SCHEMA, **found.sides())
 
 
 def attention_ffn(found: Results, path: Path) -> None:
@@ -216,11 +220,11 @@ def strengths(found: Results, path: Path) -> None:
 
 
 def attention_swap(found: Results, path: Path) -> None:
-    component_controls.draw(path, found.swap("attn_int_swap", "attention_interface")[0]["payload"])
+    component_controls.draw(path, _swap(found, "attn_int_swap")[0])
 
 
 def ffn_swap(found: Results, path: Path) -> None:
-    component_controls.draw(path, found.swap("ffn_lsn_swap", "ffn_lsn_rich")[0]["payload"])
+    component_controls.draw(path, _swap(found, "ffn_lsn_swap")[0])
 
 
 def deactivation(found: Results, path: Path) -> None:

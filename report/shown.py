@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from cpt_utils.base import figures
-from cpt_utils.measures.verdicts import NO, OPEN, VOID, YES, Panel, shown_p
+from cpt_utils.measures.verdicts import NO, YES, Panel, in_words, shown_p
 
 # ---------------------------------------------------------------- tables
 
@@ -20,7 +20,9 @@ def digits(value: float | None) -> str:
 
 
 def told(row: dict) -> str:
-    """ "middle minus early 0.120 [0.101, 0.139], n = 1000 sentences, p = 0.036 (rank 1 of 28)"."""
+    """ "peak minus first 0.120 [0.101, 0.139], n = 8 seeds, p = 0.006"; of a number that is none, why."""
+    if row["value"] is None:
+        return f"{row['name']}: {row.get('note') or 'none'}"
     text = f"{row['name']} {digits(row['value'])}"
     if row["ci_low"] is not None:
         text += f" [{digits(row['ci_low'])}, {digits(row['ci_high'])}]"
@@ -31,13 +33,15 @@ def told(row: dict) -> str:
     place = row["place"]
     if place:
         text += f" (rank {place['rank']} of {place['n_random'] + 1})"
-    return text
+    return text + (f"; claim: {in_words(row['says'])}" if row["says"] else "")
 
 
 def markdown(payload: dict) -> str:
     """The table of verdicts, and below it what was measured beside and decides nothing."""
+    seeds = payload["seeds"]
     lines = [
-        f"# Claims on {payload['study']}",
+        f"# Claims on {payload['study']}, "
+        + (f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}: one run"),
         "",
         "| | claim | verdict | what decides | why |",
         "|---|---|---|---|---|",
@@ -49,6 +53,18 @@ def markdown(payload: dict) -> str:
     lines += ["", "Intervals are 95 %, alpha is .05. The rules stand in report/README.md.", ""]
     lines += ["## Beside it, deciding nothing", "", "| | number |", "|---|---|"]
     lines += [_markdown_row((name, told(row))) for name, one in payload["claims"].items() for row in one["beside"]]
+    if len(seeds) > 1:
+        lines += [
+            "",
+            "## By seed",
+            "",
+            _markdown_row(("", "number", *map(str, seeds))),
+            "|---" * (2 + len(seeds)) + "|",
+        ]
+        for name, one in payload["claims"].items():
+            for row in one["numbers"] + one["beside"]:
+                values = [digits(row["values"][str(seed)]) for seed in seeds]
+                lines.append(_markdown_row((name, row["name"], *values)))
     return "\n".join(lines) + "\n"
 
 
@@ -99,47 +115,30 @@ def _in_math(found: re.Match) -> str:
     return f"${found[1]}{power}$"
 
 
-def order(name: str) -> tuple[str, int]:
-    """Where a claim stands among the others: C2 before C10, all of C before D1."""
-    return name[0], int(name[1:])
-
-
-def seeds_tables(seeds: dict[int, dict]) -> tuple[str, str]:
-    """The verdicts of several seeds side by side, in Markdown and LaTeX; `seeds` holds each one's claims.json."""
-    study = next(iter(seeds.values()))["study"]
-    texts = {name: row["text"] for payload in seeds.values() for name, row in payload["claims"].items()}
-    lines = [f"# Claims on {study}, {len(seeds)} seeds", ""]
-    lines.append(_markdown_row(("", "claim", *(f"seed {seed}" for seed in seeds))))
-    lines.append("|---" * (2 + len(seeds)) + "|")
-    rows = [("", "claim", *(f"seed {seed}" for seed in seeds))]
-    for name in sorted(texts, key=order):
-        cells = [_seed_cell(seed, payload["claims"].get(name)) for seed, payload in seeds.items()]
-        parts = ["<br>".join([f"**{cell[0]}**", *cell[1:]]) for cell in cells]
-        lines.append(_markdown_row((name, texts[name], *parts)))
-        rows.append((name, escaped(texts[name]), *(lines_of([escaped(part) for part in cell]) for cell in cells)))
-    lines += ["", "Intervals are 95 %, alpha is .05. The rules stand in report/README.md."]
-    shares = (0.04, 0.16, *[round(0.7 / len(seeds), 3)] * len(seeds))
-    return "\n".join(lines) + "\n", tabular(rows, shares)
-
-
-def _seed_cell(seed: int, row: dict | None) -> list[str]:
-    """The verdict, and the lines below it; of a claims.json from before the claim, what to do."""
-    if row is None:
-        return ["not judged", f"run report/claims.py --seed {seed} again"]
-    return [row["verdict"], *(map(told, row["numbers"]) if row["numbers"] else [row["reason"]])]
+def order(name: str) -> tuple[str, int, str]:
+    """Where a claim stands among the others: C2a before C10, all of C before D1."""
+    letter, number, part = re.fullmatch(r"(\w)(\d+)(\w?)", name).groups()
+    return letter, int(number), part
 
 
 # ---------------------------------------------------------------- the figure
 
-LOOKS = {YES: ("✔", "#009E73"), NO: ("✘", "#D55E00"), OPEN: ("?", "#555555"), VOID: ("–", "#555555")}
-ACROSS = 3  # panels in a row
+LOOKS = {YES: ("✔", "#009E73"), NO: ("✘", "#D55E00")}
+OTHER = ("–", "#555555")  # no verdict
+ACROSS = 2  # panels in a row
+
+
+def batched(values, size: int) -> list[list]:
+    values = list(values)
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
     """A panel for each claim: the deciding numbers with their intervals, and the random draws behind them."""
-    high = -(-len(claims) // ACROSS)
+    rows = [1 + 0.3 * max(2, *(len(row["numbers"]) for row in line)) for line in batched(claims.values(), ACROSS)]
     with figures.style() as plt:
-        fig, axes = plt.subplots(high, ACROSS, figsize=(figures.PAGE, 1.95 * high), squeeze=False)
+        size, ratios = (figures.PAGE, sum(rows)), {"height_ratios": rows}
+        fig, axes = plt.subplots(len(rows), ACROSS, figsize=size, squeeze=False, gridspec_kw=ratios)
         fig.get_layout_engine().set(h_pad=0.08, hspace=0.06, wspace=0.04)
         for axis, (name, row) in zip(axes.flat, claims.items(), strict=False):
             _panel(axis, name, row, panels[name])
@@ -149,7 +148,7 @@ def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
 
 
 def _panel(axis, name: str, row: dict, panel: Panel) -> None:
-    mark, shade = LOOKS[row["verdict"]]
+    mark, shade = LOOKS.get(row["verdict"], OTHER)
     axis.set_title(f"{mark} {name} {row['verdict']}\n", loc="left", color=shade, fontweight="bold")
     axis.text(0, 1.03, panel.words, transform=axis.transAxes, fontsize=7, va="bottom")
     axis.set_yticks([])
@@ -163,7 +162,7 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
         axis.text(0, 0.9, text, transform=axis.transAxes, fontsize=6.5, va="top")
         return
     for at, one in enumerate(rows):
-        draws = _draws(one["place"])
+        draws = _draws(one)
         if draws:
             low, high = -0.3, 0.1
             heights = [-at + low + (high - low) * (i * 0.618034 % 1) for i in range(len(draws))]
@@ -173,31 +172,22 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
             ends = [[max(0.0, end)] for end in (one["value"] - one["ci_low"], one["ci_high"] - one["value"])]
             axis.errorbar(one["value"], -at, xerr=ends, fmt="none", ecolor="black", capsize=2, zorder=2)
         axis.plot(one["value"], -at, "D", color=shade, markeredgecolor="black", markeredgewidth=0.5, zorder=3)
-        text = one["name"] + (f" ({shown_p(one['p_value'])})" if draws else "")
+        bounds = {one["says"]["bound"], -one["says"]["bound"] if one["says"]["side"] == "within" else 0.0}
+        axis.vlines(sorted(bounds - {0.0}), -at - 0.3, -at + 0.3, color="black", linewidth=0.6, linestyle=":", zorder=0)
         clear = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # of the zero line behind it
         place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 6.5}
-        axis.annotate(text, (0, -at + 0.27), bbox=clear, **place)
+        axis.annotate(one["name"], (0, -at + 0.27), bbox=clear, **place).set_in_layout(False)
     axis.axvline(0, color="black", linewidth=0.6, zorder=0)
-    if panel.line is not None:
-        axis.axvline(panel.line, color="black", linewidth=0.6, linestyle=":", zorder=0)
     axis.set_ylim(-len(rows) + 0.45, 0.75)
     axis.locator_params(axis="x", nbins=5)
-    if panel.scientific:
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
+    axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
     axis.set_xlabel(panel.axis, fontsize=7)
     axis.margins(x=0.08)
 
 
-def _draws(place: dict | None) -> list[float]:
-    """The random draws of a number, in its units: a list, or two lists by name, whose differences (first minus second)
-    are the draws; of thousands of these an even choice by rank, ends included."""
-    if not place or not place.get("draws"):
-        return []
-    draws = place["draws"]
-    if isinstance(draws, dict):
-        first, second = draws.values()
-        return evenly(sorted(a - b for a in first for b in second), 200)
-    return draws
+def _draws(row: dict) -> list[float]:
+    """What lies behind a number: its values of every seed, or the controls that it has a place among."""
+    return list((row.get("values") or {}).values()) or (row["place"] or {}).get("draws") or []
 
 
 def evenly(values: list, most: int) -> list:

@@ -19,16 +19,9 @@ class Illustrated(MadeUp):
 
     def all(self):
         super().all()
-        for make in (self.int_and_sem, self.lsn_counts, self.lsn_activation, self.deactivation):
+        for make in (self.lsn_counts, self.lsn_activation, self.deactivation):
             make()
         return self
-
-    def int_and_sem(self):
-        rows = {
-            str(step): {"interface_avg": 0.001 * (1 + n), "semantic_hub_avg": 0.0008 * (1 + n)}
-            for n, step in enumerate(STEPS)
-        }
-        self.write("weight-diff/int_and_sem.json", {"checkpoints": rows}, "int_and_sem", **self.series_header())
 
     def lsn_counts(self):
         counts = {lang: [(3 * layer + n) % 7 for layer in range(L)] for n, lang in enumerate(LANGUAGES)}
@@ -87,7 +80,8 @@ def test_every_figure_is_drawn_from_the_results_alone(study, capsys):
 
 def test_a_missing_result_leaves_its_figure_out_and_names_the_script(tmp_path, capsys):
     made = MadeUp(tmp_path)
-    made.attn_vs_ffn()
+    made.weights()
+    (made.results / "weight-diff/int_and_sem.json").unlink()
     script.main(["--study", str(made.study), "--output", str(tmp_path / "out")])
     assert set(sizes(tmp_path / "out")) == {"fig4_attention_ffn.pdf", "fig4_attention_ffn.png"}
     said = capsys.readouterr().out
@@ -121,7 +115,7 @@ def test_results_of_another_model_are_refused(tmp_path):
     payload, header = results.read_json(path)
     header["models"]["model"]["weights_sample"] = "0" * 16
     results.write_json(path, payload, header)
-    with pytest.raises(InputError, match=r"deactivate.json is about .*checkpoint-100, another model"):
+    with pytest.raises(InputError, match=r"deactivate.json is about .*checkpoint-600, another model"):
         script.main(["--study", str(made.study)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 from cpt_utils.base.lazy import np
@@ -28,10 +29,46 @@ def bootstrap_means(values: np.ndarray, seed: int = 42, draws: int = 2000, level
     return np.quantile(means, tail, axis=-1), np.quantile(means, 1 - tail, axis=-1)
 
 
+@functools.lru_cache(maxsize=3)
 def resample_weights(n: int, seed: int, draws: int) -> np.ndarray:
-    """How often each of `n` units is in each of `draws` resamples of size n: float64 [draws, n]."""
+    """How often each of `n` units is in each of `draws` resamples of size n: float64 [draws, n], read-only."""
     rng = np.random.default_rng(seed)
     return np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)]).astype(np.float64)
+
+
+def t_mean(values, level: float = LEVEL) -> tuple[float, float, float, float]:
+    """Mean of `values` [n >= 2], its interval, and the two-sided p that it is not 0, all by Student's t.
+
+    Values that do not vary have no t: the interval is the mean, and p is 1.
+    """
+    from scipy import special
+
+    values = np.asarray(values, dtype=np.float64)
+    mean, error, free = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5, len(values) - 1
+    if error <= 1e-12 * abs(mean):
+        return mean, mean, mean, 1.0
+    half = float(special.stdtrit(free, 0.5 + level / 2)) * error
+    return mean, mean - half, mean + half, 2 * float(special.stdtr(free, -abs(mean) / error))
+
+
+def sign_flip(values) -> float:
+    """The exact two-sided p of the mean of paired differences [n]: how many of all 2^n ways to set their signs (from 17
+    on, of 2^16 drawn ones) give a mean as far from 0. It cannot be below 2^(1-n).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n, rng = len(values), np.random.default_rng(0)
+    flips = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 if n <= 16 else rng.integers(0, 2, (2**16, n))
+    sums = np.abs((2 * flips - 1) @ values)
+    return float((sums >= abs(values.sum()) * (1 - 1e-9)).mean())
+
+
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """The p values adjusted for their number (Holm 1979): at most the share alpha of studies has any false one."""
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p}
 
 
 def correlation(x, y, method: str = "pearson", level: float = LEVEL) -> dict:

@@ -1,4 +1,4 @@
-"""What the claims of report/claims/ have in common: the bounds, numbers with their intervals, verdicts, panels."""
+"""What the claims of report/claims/ have in common: numbers, what a claim says of them, and the verdict over seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cpt_utils.base import stats
 from cpt_utils.base.lazy import np
 
 ALPHA = 0.05
-WORTH = 0.3  # the least correlation worth the name
-ENOUGH = 19  # random sets: with fewer no p can reach .05
+SEEDS = 5  # runs that differ in their seed; with fewer there is no verdict
 YES, NO, OPEN = "supported", "not supported", "undecided"
+ONE = "one run: no verdict"
 VOID = "no verdict: gate"  # retrieval is not above an untrained model's, so that the layers mean nothing
 
 
@@ -23,84 +23,170 @@ class Verdict:
     numbers: list[dict] = field(default_factory=list)
     beside: list[dict] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    p_value: float | None = None  # over seeds, after Holm
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A claim's panel in the figure: its short words, what the axis shows, and a dotted line beside that at 0."""
+    """A claim's panel in the figure: its short words, and what the axis shows."""
 
     words: str
     axis: str
-    line: float | None = None
-    scientific: bool = False  # small numbers: their power of ten at the axis's end
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def above(bound: float = 0.0, against: bool = True) -> dict:
+    """The claim says that a number is above `bound`; `against`: an interval below it excludes the claim."""
+    return {"side": "above", "bound": bound, "against": against}
+
+
+def below(bound: float) -> dict:
+    return {"side": "below", "bound": bound, "against": True}
+
+
+def within(bound: float) -> dict:
+    """The claim says that a number lies between -`bound` and `bound`; only one above `bound` excludes it."""
+    return {"side": "within", "bound": bound, "against": True}
 
 
 def number(name: str, value: float | None, ci=(None, None), n: int | None = None, of: str = "", **more) -> dict:
-    """A number with its 95 % interval over `n` units (`of` says what they are); `more` are p values and the place."""
+    """A number with its 95 % interval over `n` units (`of` says what they are).
+
+    `more` are `says` (see `above`), p values, the `place` among controls, and of a number that is None a `note`.
+    """
     row = {"name": name, "value": value, "ci_low": ci[0], "ci_high": ci[1], "p_value": None, "n": n, "n_of": of}
-    return row | {"place": None} | more
+    return row | {"place": None, "says": None} | more
 
 
-def correlated(name: str, found: dict, key: str = "correlation") -> dict:
-    """A result of `stats.correlation` or `stats.correlation_difference` as a number."""
-    more = {"note": found["note"]} if "note" in found else {}
-    interval = found["ci_low"], found["ci_high"]
-    return number(name, found[key], interval, found["n_points"], "points", p_value=found.get("p_value"), **more)
+def over_units(name: str, values, seed: int, of: str, draws: int = 2000, **more) -> dict:
+    """A mean over units with its bootstrap interval; `draws` 0: without one.
+
+    Values are rounded, or an average of equal hits could be above 0 by its last bit.
+    """
+    values = np.asarray(values, dtype=np.float64).round(9)
+    interval = stats.bootstrap_mean(values, seed, draws) if draws else (None, None)
+    return number(name, float(values.mean()), interval, len(values), of, **more)
 
 
-def above(row: dict, bound: float = 0.0) -> bool:
-    """Whether the whole interval is above `bound`; one that touches it is not."""
-    return row["ci_low"] is not None and row["ci_low"] > bound
+STANDINGS = {"for": "as the claim says", "against": "contrary to it", "open": "not clear"}
 
 
-def below(row: dict, bound: float = 0.0) -> bool:
-    return row["ci_high"] is not None and row["ci_high"] < bound
+def standing(row: dict) -> str:
+    """What the interval of a number says of the claim: "for", "against" or "open"; one that touches is not beyond."""
+    low, high, says = row["ci_low"], row["ci_high"], row["says"]
+    if low is None or high is None:
+        return "open"
+    bound = says["bound"]
+    if says["side"] == "above":
+        holds, broken = low > bound, high < bound
+    else:
+        holds, broken = high < bound and (says["side"] == "below" or low > -bound), low > bound
+    return "for" if holds else "against" if broken and says["against"] else "open"
 
 
-def beside_zero(row: dict) -> str:
-    return "above 0" if above(row) else "below 0" if below(row) else "not clear of 0"
-
-
-def decide(yes: bool, no: bool) -> str:
-    """What excludes a claim goes before what speaks for it: an r within 0 and .3 is above 0, but not worth the name."""
-    return NO if no else YES if yes else OPEN
-
-
-def listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def whole_or_not(rows: list[dict], test, words: str) -> str:
-    """ "middle minus early and middle minus late are above 0", of the rows that pass `test`."""
-    names = [row["name"] for row in rows if test(row)]
-    return f"{listed(names)} {'is' if len(names) == 1 else 'are'} {words}"
-
-
-def too_short(rows: list[dict], n_checkpoints: int) -> str:
-    """Why a correlation has no interval, where that leaves a claim undecided; "" where all have one."""
-    without = [row for row in rows if row["ci_low"] is None]
-    if not without:
-        return ""
-    if n_checkpoints < 5:
-        return f"the run is too short: {n_checkpoints} checkpoints, and an interval on first differences needs 5"
-    return f"{without[0]['name']} has no interval: {without[0].get('note', 'not defined')}"
+def in_words(says: dict) -> str:
+    """ "above 0", "below 0.25", "within 0.03"."""
+    return f"{says['side']} {says['bound']:g}"
 
 
 def shown_p(p: float) -> str:
     return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"
 
 
-def nothing_to_lose(base: float, target: float) -> str:
-    if target > base:
-        return ""
-    return f"nothing to lose: the checkpoint's retrieval ({target:.4f}) is not better than the base's ({base:.4f})"
+def listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def over_sentences(name: str, values: np.ndarray, seed: int) -> dict:
-    """A mean over sentences; values are rounded, or an average of equal hits could be above 0 by its last bit."""
-    return over_units(name, values.round(9), seed, "sentences")
+# ---------------------------------------------------------------- one run
 
 
-def over_units(name: str, values, seed: int, of: str) -> dict:
-    values = np.asarray(values, dtype=np.float64)
-    return number(name, float(values.mean()), stats.bootstrap_mean(values, seed), len(values), of)
+def in_this_run(numbers: list[dict], beside: list[dict]) -> Verdict:
+    """What one run says: numbers in words, and no verdict."""
+    return Verdict(ONE, "in this run " + _standings(numbers), numbers, beside)
+
+
+def _standings(rows: list[dict]) -> str:
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        words = STANDINGS[standing(row)] if row["ci_low"] is not None else "without an interval"
+        words = f"not known, {row['note']}" if row["value"] is None else words
+        found.setdefault(words, []).append(f"{row['name']} ({in_words(row['says'])})")
+    if len(found) == 1 and len(rows) > 1:
+        return f"all numbers {words}"
+    return "; ".join(f"{words}: {listed(names)}" for words, names in found.items())
+
+
+# ---------------------------------------------------------------- over seeds
+
+
+def over_seeds(runs: dict[int, list[dict]]) -> list[dict]:
+    """The numbers of several runs, one by one: mean over seeds with the interval of t, p of t and of all sign flips.
+
+    Args:
+        runs: seed -> the numbers of its run; those that not all runs have are left out.
+
+    Returns:
+        numbers over seeds, each with `values` {seed: value} and `p_sign_flip`; p is that of the claim's condition, of
+        one with two bounds the larger. None where a run has none, with the `note` of that run.
+    """
+    first, *others = ({row["name"]: row for row in rows} for rows in runs.values())
+    found = []
+    for name, row in first.items():
+        same = [row, *(other[name] for other in others if name in other)]
+        if len(same) < len(runs):
+            continue
+        values = dict(zip(runs, (one["value"] for one in same), strict=True))
+        lacking = next((seed for seed, value in values.items() if value is None), None)
+        more = {"says": row["says"], "values": values}
+        if lacking is not None:
+            note = next(one.get("note", "no value") for one in same if one["value"] is None)
+            found.append(number(name, None, n=len(values), of="seeds", note=f"seed {lacking}: {note}", **more))
+            continue
+        mean, low, high, _ = stats.t_mean(list(values.values()))
+        tested = [signed for signed, _ in conditions(more)] if row["says"] else []
+        more["p_value"] = max((stats.t_mean(signed)[3] for signed in tested), default=None)
+        more["p_sign_flip"] = max(map(stats.sign_flip, tested), default=None)
+        found.append(number(name, mean, (low, high), len(values), "seeds", **more))
+    return found
+
+
+def conditions(row: dict) -> list[tuple[np.ndarray, bool]]:
+    """What must be above 0 for the claim, of every seed, and whether values below 0 speak against the claim."""
+    values, says = np.asarray(list(row["values"].values()), dtype=np.float64), row["says"]
+    if says["side"] == "above":
+        return [(values - says["bound"], says["against"])]
+    upper = (says["bound"] - values, says["against"])
+    return [upper] if says["side"] == "below" else [upper, (values + says["bound"], False)]
+
+
+def weigh(rows: list[dict]) -> tuple[float, float]:
+    """p for a claim and p against it.
+
+    For: all conditions hold, so the largest p counts (an intersection-union test; of two bounds it is TOST). Against:
+    one of those that speak against it is broken, so the smallest counts, times their number.
+    """
+    holds, broken = [], []
+    for values, against in (one for row in rows for one in conditions(row)):
+        mean, *_, p = stats.t_mean(values)
+        holds.append(p if mean > 0 else 1.0)
+        broken += [p if mean < 0 else 1.0] if against else []
+    return max(holds), min([1.0, *(len(broken) * p for p in broken)])
+
+
+def decide(claims: dict[str, list[dict]], alpha: float = ALPHA) -> dict[str, Verdict]:
+    """The verdicts of a study on the claims that it can decide, each by its numbers over seeds, Holm over all of them.
+
+    At p of exactly `alpha` a claim is decided.
+    """
+    weighed = {name: weigh(rows) for name, rows in claims.items()}
+    adjusted = stats.holm({name: min(both) for name, both in weighed.items()})
+    found = {}
+    for name, rows in claims.items():
+        yes, no = weighed[name]
+        decided = adjusted[name] <= alpha
+        verdict = OPEN if not decided else YES if yes < no else NO
+        told = f"{shown_p(yes)} for it and {shown_p(no)} against it, {shown_p(adjusted[name])} after Holm"
+        found[name] = Verdict(verdict, f"{_standings(rows)} ({told})", rows, p_value=adjusted[name])
+    return found

@@ -1,70 +1,54 @@
-"""C1. The middle third of the last checkpoint's hidden states against the first and the last third."""
+"""C1. The best inner hidden state, chosen on other sentences, and the mean of all, against the first and the last."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from cpt_utils.base import cli
-from cpt_utils.base.errors import InputError
-from cpt_utils.measures.verdicts import OPEN, Panel, Verdict, above, below, decide, number, over_sentences, whole_or_not
+from cpt_utils.base.lazy import np
+from cpt_utils.measures.verdicts import Panel, above, number, over_units
 
 evidence = cli.sibling("report/evidence.py")
 
-TEXT = "accuracy is low in outer layers and high in middle ones"
+TEXT = "accuracy is low at the first and the last hidden state and high between them"
 ON_LAYERS = True
-PANEL = Panel("outer layers low, middle high", "difference in retrieval accuracy")
+PANEL = Panel("ends low, middle high", "difference in retrieval accuracy")
+CURVES = {
+    "published": ("layer_accuracy", "hits"),
+    "unit-centred": ("unit_centred_accuracy", "hits_unit_centred"),
+}
 
 
-def thirds(n_layers: int) -> dict[str, slice]:
-    """Hidden states h_1 .. h_L in three parts: the first and the last floor(L/3), and the middle."""
-    third = n_layers // 3
-    last = n_layers - third + 1
-    return {"early": slice(1, third + 1), "middle": slice(third + 1, last), "late": slice(last, n_layers + 1)}
-
-
-def rule(hits: np.ndarray, untrained: np.ndarray | None, seed: int = 42, why_not: str = "") -> Verdict:
-    """Low in outer layers, high in middle ones.
+def peak(hits: np.ndarray, seed: int) -> np.ndarray:
+    """Hits [sentences] at the best inner hidden state, which is chosen on the half that a sentence is not in.
 
     Args:
-        hits: 0/1 [L+1, sentences] of the last checkpoint.
-        untrained: the same, over the same sentences, of an untrained model; None: `why_not` says why.
+        hits: 0/1 [L+1, sentences].
     """
-    hits = np.asarray(hits, dtype=np.float64)
-    n_layers, n = len(hits) - 1, hits.shape[1]
-    if n_layers < 3 or n < 2:
-        return Verdict(OPEN, f"{n_layers} layers and {n} sentences are too few: 3 layers and 2 sentences or more")
-    cut = thirds(n_layers)
-    part = {name: hits[where].mean(0) for name, where in cut.items()}
-    rows = [over_sentences(f"middle minus {name}", part["middle"] - part[name], seed) for name in ("early", "late")]
-    beside = [number(f"accuracy, {name}", float(values.mean()), n=n, of="sentences") for name, values in part.items()]
-    beside.append(number("accuracy, best hidden state", float(hits[1:].mean(1).max()), n=n, of="sentences"))
-    if untrained is not None:
-        chance = np.asarray(untrained, dtype=np.float64)[cut["middle"]].mean(0)
-        rows.append(over_sentences("middle minus untrained", part["middle"] - chance, seed))
-        beside.append(number("accuracy, middle, untrained", float(chance.mean()), n=n, of="sentences"))
-    no = any(below(row) for row in rows[:2])
-    yes = all(above(row) for row in rows) and untrained is not None
-    if no:
-        reason = whole_or_not(rows[:2], below, "below 0")
-    elif yes:
-        reason = "the middle is above the outer layers on both sides, and above an untrained model"
-    elif all(above(row) for row in rows):
-        reason = f"the middle is above both sides, but there is no untrained model to compare it with: {why_not}"
-    else:
-        reason = whole_or_not(rows, lambda row: not above(row), "not above 0")
-    return Verdict(decide(yes, no), reason, rows, beside)
+    order, own = np.random.default_rng(seed).permutation(hits.shape[1]), np.zeros(hits.shape[1])
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    for choose, read in (halves, halves[::-1]):
+        own[read] = hits[1 + hits[1:-1, choose].mean(1).argmax(), read]
+    return own
 
 
-def judge(found: evidence.Results) -> Verdict:
-    payload, header, path = found.retrieval(found.last)
-    hits = found.hits(path, payload)
-    untrained, why_not = None, ""
-    try:
-        twin, twin_header, twin_path = found.untrained()
-        evidence.refuse_other_sentences([(path, header), (twin_path, twin_header)])
-        untrained = found.hits(twin_path, twin)
-    except evidence.Missing as reason:
-        why_not = str(reason)
-    if untrained is not None and untrained.shape != hits.shape:
-        raise InputError(f"{twin_path} is about another number of layers or sentences than {path}; run it again")
-    return rule(hits, untrained, found.study.seed, why_not)
+def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
+    file = found.checked(
+        found.retrieval_path(found.last), "sentence-retrieval/sr_experiment.py", "sentence-retrieval", found.last
+    )
+    found.refuse_other_twin(file)
+    numbers, beside = [], []
+    for curve, (key, tensor) in CURVES.items():
+        hits = found.hits(file, key, tensor)
+        if len(hits) < 3 or hits.shape[1] < 4:
+            raise evidence.Missing(f"{len(hits)} hidden states and {hits.shape[1]} sentences are too few")
+        best, mean = peak(hits, found.study.seed), hits[1:-1].mean(0)
+        for end, at in (("first", 0), ("last", -1)):
+            # A peak of any ups and downs is above the ends; so the mean must be, too, but it alone excludes nothing.
+            for what, units, against in (("peak", best, True), ("inner mean", mean, False)):
+                name = f"{what} minus {end} hidden state, {curve}"
+                says = above(against=against)
+                numbers.append(
+                    over_units(name, units - hits[at], found.study.seed, "sentences", found.draws, says=says)
+                )
+        for name, value in (("first", hits[0]), ("last", hits[-1]), ("peak", best)):
+            beside.append(number(f"accuracy, {name}, {curve}", float(value.mean()), n=len(value), of="sentences"))
+    return numbers, beside

@@ -1,73 +1,61 @@
-"""C4. First differences over checkpoints: does attention go with LSN activation more closely than LSN weights do?"""
+"""C4. How far LSN activation still changes with the interface's attention frozen, and with the neurons' own weights."""
 
 from __future__ import annotations
 
-from cpt_utils.base import cli, experiments, languages, stats
-from cpt_utils.base.errors import InputError
-from cpt_utils.measures.verdicts import (
-    WORTH,
-    Panel,
-    Verdict,
-    above,
-    below,
-    correlated,
-    decide,
-    listed,
-    too_short,
-    whole_or_not,
-)
+from cpt_utils.base import cli, languages, stats
+from cpt_utils.measures.verdicts import Panel, above, number
 
-evidence = cli.sibling("report/evidence.py")
+evidence, interventions = cli.sibling("report/evidence.py"), cli.sibling("report/interventions.py")
 
-TEXT = (
-    "the change of attention in interface layers tracks the change of LSN activation more closely than the change of "
-    "LSN weights does"
-)
+TEXT = "attention in interface layers, more than the neurons' own weights, brings the change of LSN activation"
 ON_LAYERS = True
-PANEL = Panel("attention tracks LSN activation", "r of first differences (dotted: .3)", line=WORTH)
+PANEL = Panel("attention routes the LSNs", "share of the change reached")
 
 
-def rule(attention: list[float], gate: list[float], activation: list[float]) -> Verdict:
-    """Attention tracks the change of activation more closely than the neurons' weights do.
+def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
+    beside = correlations(found)  # first, so that they are checked whether or not there are arms
+    arms = interventions.arms(found)
+    both = {"attention": arms.named("freeze interface/attention"), "lsn": arms.named("freeze lsn")}
+    name = "share reached, neurons frozen minus interface attention frozen"
+    numbers = [
+        arms.number(
+            name, "lsn_activation", both, lambda base, plain, attention, lsn: (lsn - attention) / (plain - base),
+            says=above(),
+        )
+    ]  # fmt: skip
+    for words, role in (("interface attention", "attention"), ("neurons", "lsn")):
+        name = f"share of the change reached, {words} frozen"
+        value = lambda base, plain, arm: (arm - base) / (plain - base)  # noqa: E731
+        beside.append(arms.number(name, "lsn_activation", {"arm": both[role]}, value))
+    return numbers, beside
 
-    Args:
-        attention, gate: change of interface attention and of the neurons' gates at each checkpoint, in step order.
-        activation: the change of the neurons' activation above their control.
+
+def correlations(found: evidence.Results) -> list[dict]:
+    """r of first differences with LSN activation over checkpoints, of attention and of the neurons' weights.
+
+    They decide nothing: what grows alike correlates, and attention and neurons change alike.
     """
-    steps = [stats.first_differences(series) for series in (attention, gate, activation)]
-    both, alone = stats.correlation_difference(*steps), stats.correlation(steps[0], steps[2])
-    rows = [
-        correlated("r(attention) minus r(LSN weights)", both, "difference"),
-        correlated("r(attention)", alone),
-    ]
-    beside = [correlated("r(LSN weights)", stats.correlation(steps[1], steps[2]))]
-    raw = stats.correlation_difference(attention, gate, activation)
-    beside.append(correlated("r(attention) minus r(LSN weights), raw curves", raw, "difference"))
-    for name, series in (("attention", attention), ("LSN weights", gate)):
-        beside.append(correlated(f"r({name}), raw curves", stats.correlation(series, activation)))
-    yes = above(rows[0]) and above(rows[1])
-    no = below(rows[0]) or below(rows[1], WORTH)
-    if yes and not no:
-        reason = "attention goes with the activation, and more closely than the neurons' weights"
-    elif no:
-        said = ["the difference is below 0"] * below(rows[0])
-        said += [f"r(attention) is below {WORTH}"] * below(rows[1], WORTH)
-        reason = listed(said)
-    else:
-        reason = too_short(rows, len(attention)) or whole_or_not(rows, lambda row: not above(row), "not above 0")
-    return Verdict(decide(yes, no), reason, rows, beside)
-
-
-def judge(found: evidence.Results) -> Verdict:
-    path = found.path("activation_correlation", f"{found.study.name}_correlation_strength.json")
-    payload, header = found.json(path, "activation_correlation")
-    target = found.study.get("languages.target")
-    if target and header.get("language") and not languages.same(header["language"], target):
-        raise InputError(f"{path} is about {header['language']}, not {target}; run that step again")
-    if header.get("interface_layers"):
-        found.refuse_other_layers(path, header["interface_layers"], "layers", "interface_layers")
-    series = payload.get("series")
-    if not series:
-        raise InputError(f"{path} has no series; run {experiments.made_by('activation_correlation')} again")
-    found.refuse_part_of_run(path, series["steps"])
-    return rule(series["attention"], series["gate"], series["abs_d"])
+    try:
+        file = found.file(
+            "activation_correlation", "activation_correlation", f"{found.study.name}_correlation_strength.json"
+        )
+    except evidence.Missing:
+        return []
+    target, language = found.study.get("languages.target"), file.header.get("language")
+    if target and language and not languages.same(language, target):
+        raise file.refused(f"is about {language}, not {target}")
+    if not file.header.get("interface_layers"):
+        raise file.refused("does not say which interface layers it is about")
+    found.refuse_other_layers(file.path, file.header["interface_layers"], "layers", "interface_layers")
+    series = file.payload["series"]
+    found.refuse_part_of_run(file, series["steps"])
+    numbers = []
+    for words, key in (("attention", "attention"), ("LSN weights", "gate")):
+        steps = []
+        for name in (key, "abs_d"):
+            points = evidence.File(file.path, file.made_by, dict(enumerate(series[name])), {})
+            steps.append(stats.first_differences([points.at(i) for i in range(len(series["steps"]))]))
+        row = stats.correlation(*steps)
+        name = f"r of first differences, {words} with LSN activation"
+        numbers.append(number(name, row["correlation"], (row["ci_low"], row["ci_high"]), row["n_points"], "points"))
+    return numbers

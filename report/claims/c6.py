@@ -1,48 +1,63 @@
-"""C6. First differences over checkpoints: the task's accuracy with the change of interface layers."""
+"""C6. Does freezing the interface cost more of the gain than freezing the hub, and does the interface change more?"""
 
 from __future__ import annotations
 
-from cpt_utils.base import cli, experiments, stats
-from cpt_utils.base.errors import InputError
-from cpt_utils.measures.verdicts import WORTH, Panel, Verdict, above, below, correlated, decide, too_short
+import math
 
-evidence = cli.sibling("report/evidence.py")
+from cpt_utils.base import cli, languages, stats
+from cpt_utils.measures.verdicts import Panel, above, number
 
-TEXT = "downstream accuracy follows the change of interface layers"
+evidence, interventions = cli.sibling("report/evidence.py"), cli.sibling("report/interventions.py")
+
+TEXT = "it is the interface that CPT retargets: it changes more than the hub, and the gain needs that change"
 ON_LAYERS = True
-PANEL = Panel("accuracy follows interface change", "r of first differences (dotted: .3)", line=WORTH)
+PANEL = Panel("the interface retargets", "share of the gain a layer; log of the ratio")
 
 
-def rule(accuracy: list[float], change: list[float]) -> Verdict:
-    """Downstream accuracy follows the change of interface layers: one value each a checkpoint, in step order."""
-    steps = stats.first_differences(change), stats.first_differences(accuracy)
-    row = correlated("r(accuracy, interface change)", stats.correlation(*steps))
-    beside = [
-        correlated("r, raw curves", stats.correlation(change, accuracy)),
-        correlated("Spearman's r, first differences", stats.correlation(*steps, method="spearman")),
-    ]
-    yes, no = above(row), below(row, WORTH)
-    if no:
-        reason = f"r on first differences is below {WORTH}"
-    elif yes:
-        reason = "r on first differences is above 0"
-    else:
-        reason = too_short([row], len(change)) or f"r on first differences is neither above 0 nor below {WORTH}"
-    return Verdict(decide(yes, no), reason, [row], beside)
+def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
+    beside = correlation(found)
+    change = found.file("int_and_sem", "int_and_sem")
+    step, sizes = str(found.last["step"]), {}
+    found.refuse_part_of_run(change, change.payload["checkpoints"])
+    for group, key in (("interface", "interface_layers"), ("semantic_hub", "semantic_layers")):
+        layers = change.header["layers"][group]["layers"]
+        found.refuse_other_layers(change.path, layers, "layers", key)
+        sizes[group] = len(layers)
+    interface, hub = (change.at("checkpoints", step, f"{group}_avg") for group in sizes)
+    if not (interface > 0 and hub > 0):
+        raise evidence.Missing(f"{change.path.name}: nothing changed in the interface or in the hub")
+    ratio = number("log of the interface's change over the hub's", math.log(interface / hub), says=above())
+    arms = interventions.arms(found)
+    both = {"interface": arms.named("freeze interface"), "hub": arms.named("freeze hub")}
+
+    def more(base, plain, interface, hub):
+        """Of the gain, what a frozen layer costs: places may differ in size."""
+        cost = (plain - interface) / sizes["interface"] - (plain - hub) / sizes["semantic_hub"]
+        return cost / (plain - base)
+
+    name = "share of the gain lost by a frozen layer, interface minus hub"
+    numbers = [arms.number(name, measure, both, more, says=above()) for measure in ("nll_per_byte", "task_accuracy")]
+    beside.append(arms.number(name, "retrieval_readout", both, more))
+    for arm in (name for name in arms.models if name not in ("base", "plain")):
+        for measure in ("nll_per_byte", "task_accuracy", "retrieval_readout"):
+            value = lambda base, plain, arm: (arm - base) / (plain - base)  # noqa: E731
+            beside.append(arms.number(f"share of the gain reached, {arm}", measure, {"arm": arm}, value))
+    return [*numbers, ratio], beside
 
 
-def judge(found: evidence.Results) -> Verdict:
-    path = found.path("downstream")
-    payload, _ = found.json(path, "downstream_correlation")
-    values, metric = payload.get("values") or {}, payload.get("metric")
-    rows = [values[step] for step in sorted(values, key=int) if int(step)]
-    if not rows or any(not isinstance(row.get(key), float | int) for row in rows for key in (metric, "interface_avg")):
-        raise InputError(
-            f"{path} lacks accuracy or interface change of a checkpoint; run {experiments.made_by('downstream')} again"
-        )
-    found.refuse_part_of_run(path, [int(step) for step in values])
-    made = rule([row[metric] for row in rows], [row["interface_avg"] for row in rows])
-    hub = payload.get("semantic_hub") or {}
-    if hub.get("first_differences"):
-        made.beside.append(correlated("r(accuracy, hub change), first differences", hub["first_differences"]))
-    return made
+def correlation(found: evidence.Results) -> list[dict]:
+    """r of first differences of the task's accuracy and the interface's change; two curves that grow correlate."""
+    try:
+        file = found.file("downstream", "downstream_correlation")
+    except evidence.Missing:
+        return []
+    values, metric, task = file.payload["values"], file.payload["metric"], str(file.payload.get("task"))
+    target, language = found.study.get("languages.target"), task.partition("_")[2]
+    if target and languages.canonical(language, any_tag=True) and not languages.same(language, target):
+        raise file.refused(f"is about {task}, not {target}")
+    steps = sorted(int(step) for step in values if int(step))
+    found.refuse_part_of_run(file, steps)
+    accuracy, change = ([file.at("values", str(step), key) for step in steps] for key in (metric, "interface_avg"))
+    row = stats.correlation(stats.first_differences(change), stats.first_differences(accuracy))
+    name = "r of first differences, accuracy with interface change"
+    return [number(name, row["correlation"], (row["ci_low"], row["ci_high"]), row["n_points"], "points")]

@@ -1,0 +1,222 @@
+"""What swaps and arms cost, read from their files: by set of layers, by frozen part, each with its units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from cpt_utils.base import cli, results, stats
+from cpt_utils.base.lazy import np
+from cpt_utils.measures import controls, trial
+from cpt_utils.measures.verdicts import number, over_units
+
+evidence = cli.sibling("report/evidence.py")
+
+WORDS = {"retrieval_readout": "retrieval", "nll_per_byte": "loss", "task_accuracy": "task", "lsn_activation": "LSN"}
+LESS_IS_BETTER = "nll_per_byte"
+CONTROLS = ("random", "matched")  # names of sets that are compared with
+COLUMNS = 6  # of the fit of `Swaps.beside_shape`
+ENOUGH = 2 * COLUMNS  # sets, so that a fit says something
+ARMS = "cpt/compare_arms.py"
+
+
+def shape(layers: Iterable[int], n_layers: int) -> list[float]:
+    """What of a set of layers is not which layers they are: blocks, whether it holds the first layer and the last (all
+    three together: how many seams there are between base and checkpoint), and its mean depth; before them 1."""
+    layers = sorted(layers)
+    blocks = sum(layer - 1 not in layers for layer in layers)
+    return [1, blocks, 0 in layers, n_layers - 1 in layers, sum(layers) / len(layers) / n_layers]
+
+
+class Swaps:
+    """A controls.json: what each set of swapped layers costs against the checkpoint, more being worse.
+
+    Attributes:
+        sets: the rows of the file; `by_layers`: (component, layers) -> the row's number, of treatments and controls.
+    """
+
+    def __init__(self, found: evidence.Results, step: str, own: str):
+        self.found = found
+        self.file = found.file(step, trial.SCHEMA, "controls.json", how=" --controls")
+        self.sets = self.file.payload.get("sets") or []
+        self.n_layers, self.own = self.file.header.get("n_layers"), self.sets and self.at(own)
+        if not self.sets or not self.n_layers:
+            raise self.file.refused("has no sets of layers")
+        self.base, self.target = self.at("base"), self.at("target")
+        self.pt = found.there(self.file.path.with_suffix(".pt"), step, " --controls")
+        self.tensors = results.read_tensors(self.pt)
+        found.read.append(str(self.pt))
+        self.kept: dict[str, tuple] = {}
+        self.by_layers: dict[tuple, int] = {}
+        size = len(self.sets[self.own]["layers"])
+        for i, row in enumerate(self.sets):
+            key = row.get("component"), tuple(sorted(row["layers"]))
+            if row["name"] in CONTROLS and (key in self.by_layers or len(key[1]) != size or len({*key[1]}) != size):
+                raise self.file.refused(f"has a control of layers {row['layers']} twice, or of another size than {own}")
+            if any(type(layer) is not int or not 0 <= layer < self.n_layers for layer in key[1]):
+                raise self.file.refused(f"names layers {row['layers']}, which the model does not have")
+            if key[1] and (row["name"] in CONTROLS or len(key[1]) == size):
+                self.by_layers.setdefault(key, i)
+
+    def at(self, name: str) -> int:
+        """The number of the row of a set."""
+        at = controls.find(self.sets, name)
+        if at is None:
+            raise self.file.refused(f"has no set {name}")
+        return at
+
+    def lacks(self, measure: str) -> str | None:
+        """Why nothing can be said of a measure; None where something can."""
+        if measure in self.sets[self.own]["values"]:
+            return None
+        place = f"{self.file.path.parent.name}/{self.file.path.name}"
+        return f"{place} has no {measure}: run {self.file.made_by} --overwrite again"
+
+    def measured(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
+        """A measure of every set [sets], and by unit [sets, units], with a sign by which more is better."""
+        if measure not in self.kept:
+            sign, units = -1 if measure == LESS_IS_BETTER else 1, self.tensors.get(measure)
+            rows = [evidence.File(self.file.path, self.file.made_by, row, {}) for row in self.sets]
+            values = np.array([row.at("values", measure) for row in rows])
+            units = None if units is None else units.double().numpy()
+            if units is None or units.ndim != 2 or len(units) != len(values) or not _same(units.mean(1), values):
+                raise self.file.refused(f"and {self.pt.name} beside it do not belong together ({measure})")
+            self.kept[measure] = sign * values, sign * units
+        return self.kept[measure]
+
+    def cost(self, name: str, measure: str, weights: dict[int, float] | str, **more) -> dict:
+        """A number: the sum of the costs of sets by `weights` {row: weight}, or why there is none."""
+        name, lacking = f"{name}, {WORDS[measure]}", weights if isinstance(weights, str) else self.lacks(measure)
+        if lacking:
+            return number(name, None, note=lacking, **more)
+        row = np.zeros(len(self.sets))
+        for at, weight in weights.items():
+            row[at] -= weight
+        row[self.target] -= row.sum()
+        values, units = self.measured(measure)
+        found = over_units(name, row @ units, self.found.study.seed, "units", self.found.draws, **more)
+        return found | {"value": float(row @ values)}
+
+    def gain_lost(self, name: str, at: int, measure: str, **more) -> dict:
+        """A number: the share of what CPT gained that a set loses; None where that it gained anything is not clear."""
+        lacking = self.lacks(measure)
+        if not lacking:
+            values, units = self.measured(measure)
+            gain = stats.bootstrap_mean(units[self.target] - units[self.base], self.found.study.seed)
+            lacking = None if gain[0] > 0 else f"that CPT gained anything in {WORDS[measure]} is not clear"
+        if lacking:
+            return number(f"{name}, {WORDS[measure]}", None, note=lacking, **more)
+
+        def share(base, target, own):
+            return (target - own) / (target - base)
+
+        rows = [self.base, self.target, at]
+        value = share(*values[rows])
+        return number(f"{name}, {WORDS[measure]}", value, _interval(share, units[rows], self.found), units.shape[1],
+                      "units", **more)  # fmt: skip
+
+    def beside_shape(self, component: str | None, treatment: list[int]) -> dict[int, float] | str:
+        """Weights by which sets say what the layers of `treatment` cost beside depth and seams: a set of nothing else
+        minus a set without them, by least squares over all sets of the component; or why they cannot say it."""
+        rows = [(layers, at) for (kind, layers), at in self.by_layers.items() if kind == component]
+        if len(rows) < ENOUGH:
+            return f"{len(rows)} sets are too few for the fit: {ENOUGH}"
+        design = [[*shape(layers, self.n_layers), len({*layers} & {*treatment}) / len(layers)] for layers, _ in rows]
+        if np.linalg.matrix_rank(design) < COLUMNS:
+            return "depth and seams alone say which layers a set holds"
+        return dict(zip((at for _, at in rows), np.linalg.pinv(design)[-1], strict=True))
+
+    def between_places(self, here: tuple[int, int], there: tuple[int, int]) -> dict[int, float] | str:
+        """Weights of the interaction of component and place: what attention costs more than the FFN here minus there,
+        beside what depth and seams do to this difference in the control sets, where both were swapped.
+
+        Args:
+            here, there: rows of attention and of the FFN, of the same layers.
+        """
+        places = [self.sets[at]["layers"] for at, _ in (here, there)]
+        if sorted(places[0]) == sorted(places[1]):
+            return "both places are the same layers"
+        pairs = [
+            (layers, at, self.by_layers["ffn", layers]) for (kind, layers), at in self.by_layers.items()
+            if kind == "attention" and ("ffn", layers) in self.by_layers and self.sets[at]["name"] in CONTROLS
+        ]  # fmt: skip
+        if len(pairs) < ENOUGH:
+            return f"{len(pairs)} control sets of attention and the FFN in the same layers are too few: {ENOUGH}"
+        design = np.array([shape(layers, self.n_layers) for layers, *_ in pairs], dtype=np.float64)
+        expected = np.subtract(*(np.array(shape(one, self.n_layers), float) for one in places)) @ np.linalg.pinv(design)
+        weights = {here[0]: 1.0, here[1]: -1.0, there[0]: -1.0, there[1]: 1.0}
+        for (_, attention, ffn), weight in zip(pairs, expected, strict=True):
+            weights[attention] = weights.get(attention, 0.0) - weight
+            weights[ffn] = weights.get(ffn, 0.0) + weight
+        return weights
+
+
+class Arms:
+    """arms.json: the same training with a part frozen, beside base and plain run."""
+
+    def __init__(self, found: evidence.Results):
+        self.found = found
+        path = found.there(found.folder / "arms.json", "", made_by=ARMS)
+        self.file = found.checked(path, ARMS, "arms")
+        self.models = self.file.payload["models"]
+        pt = found.there(path.with_suffix(".pt"), "", made_by=ARMS)
+        self.tensors = results.read_tensors(pt)
+        found.read.append(str(pt))
+
+    def named(self, what: str) -> str:
+        """The arm in which `what` was done, as "freeze hub" or "train_only outer:0.25"."""
+        for name, row in self.models.items():
+            if name not in ("base", "plain") and what in (f"{k} {v}" for k, v in (row.get("what") or {}).items()):
+                return name
+        raise evidence.Missing(f"{self.file.path.name} has no arm of {what} (study: arms; made by {ARMS})")
+
+    def number(
+        self, name: str, measure: str, arms: dict[str, str], value: Callable, gained: bool = True, **more
+    ) -> dict:  # fmt: skip
+        """A number made of a measure's values in base, plain run and `arms`, or why there is none.
+
+        Args:
+            arms: how `value` calls an arm -> the arm; more is better in all values. gained: of a share of what the
+                plain run gained, which there must be.
+        """
+        name = f"{name}, {WORDS[measure]}"
+        names = {"base": "base", "plain": "plain"} | arms
+        lacking = [arm for arm in names.values() if measure not in self.models[arm]["values"]]
+        lacking = f"{measure} of {lacking[0]} is not in {self.file.path.name} (made by {ARMS})" if lacking else None
+        shares = [(self.models[arm].get("share") or {}).get(measure) for arm in arms.values()]
+        if gained and not lacking and not all(shares):
+            lacking = f"that the plain run changed {WORDS[measure]} is not clear"
+        if lacking:
+            return number(name, None, note=lacking, **more)
+        sign = -1 if measure == LESS_IS_BETTER else 1
+        values = {role: sign * self.file.at("models", arm, "values", measure) for role, arm in names.items()}
+        units, interval, n = self.tensors.get(measure), (None, None), None
+        if units is not None:
+            order, units = list(self.models), sign * units.double().numpy()
+            means = [sign * self.file.at("models", arm, "values", measure) for arm in order]
+            if len(units) != len(order) or not _same(units.mean(1), means):
+                raise self.file.refused(f"and the .pt beside it do not belong together ({measure})")
+            rows, n = units[[order.index(arm) for arm in names.values()]], units.shape[1]
+            interval = _interval(lambda *means: value(**dict(zip(names, means, strict=True))), rows, self.found)
+        return number(name, float(value(**values)), interval, n, "units", **more)
+
+
+def swaps(found: evidence.Results, step: str, own: str) -> Swaps:
+    """The swaps of a step, read once for all claims; the swap `own` is the one that is compared."""
+    return found.once(step, lambda: Swaps(found, step, own))
+
+
+def arms(found: evidence.Results) -> Arms:
+    return found.once("arms", lambda: Arms(found))
+
+
+def _same(means, values) -> bool:
+    return np.allclose(means, values, rtol=0, atol=1e-5)
+
+
+def _interval(value: Callable, units: np.ndarray, found: evidence.Results) -> tuple[float | None, float | None]:
+    """The bootstrap interval of a function of means over units, `units` [means, units]; one resample serves all."""
+    if not found.draws:
+        return None, None
+    weights = stats.resample_weights(units.shape[1], found.study.seed, found.draws)
+    drawn = value(*(units @ weights.T / units.shape[1]))
+    return tuple(float(end) for end in np.quantile(drawn, [0.025, 0.975]))
