@@ -48,13 +48,17 @@ class Swaps:
         self.kept: dict[str, tuple] = {}
         self.by_layers: dict[tuple, int] = {}
         size = len(self.sets[self.own]["layers"])
+        sizes = {len(row["layers"]) for row in self.sets if row["layers"] and row["name"] not in CONTROLS}
         for i, row in enumerate(self.sets):
             key = row.get("component"), tuple(sorted(row["layers"]))
-            if row["name"] in CONTROLS and (key in self.by_layers or len(key[1]) != size or len({*key[1]}) != size):
-                raise self.file.refused(f"has a control of layers {row['layers']} twice, or of another size than {own}")
+            again = key in self.by_layers or len({*key[1]}) != len(key[1])
+            if row["name"] in CONTROLS and (again or len(key[1]) not in sizes):
+                raise self.file.refused(
+                    f"has a control of layers {row['layers']} twice, or of a size that is not swapped"
+                )
             if any(type(layer) is not int or not 0 <= layer < self.n_layers for layer in key[1]):
                 raise self.file.refused(f"names layers {row['layers']}, which the model does not have")
-            if key[1] and (row["name"] in CONTROLS or len(key[1]) == size):
+            if len(key[1]) == size:
                 self.by_layers.setdefault(key, i)
 
     def at(self, name: str) -> int:
@@ -193,7 +197,8 @@ class Arms:
         if units is not None:
             order, units = list(self.models), sign * units.double().numpy()
             means = [sign * self.file.at("models", arm, "values", measure) for arm in order]
-            if len(units) != len(order) or not _same(units.mean(1), means):
+            about = 0.05 if measure == "lsn_activation" else 0.0  # of blocks: of experts' neurons not quite its mean
+            if len(units) != len(order) or not _same(units.mean(1), means, about):
                 raise self.file.refused(f"and the .pt beside it do not belong together ({measure})")
             rows, n = units[[order.index(arm) for arm in names.values()]], units.shape[1]
             interval = _interval(lambda *means: value(**dict(zip(names, means, strict=True))), rows, self.found)
@@ -209,8 +214,8 @@ def arms(found: evidence.Results) -> Arms:
     return found.once("arms", lambda: Arms(found))
 
 
-def _same(means, values) -> bool:
-    return np.allclose(means, values, rtol=0, atol=1e-5)
+def _same(means, values, about: float = 0.0) -> bool:
+    return np.allclose(means, values, rtol=about, atol=1e-5)
 
 
 def _interval(value: Callable, units: np.ndarray, found: evidence.Results) -> tuple[float | None, float | None]:
