@@ -276,7 +276,7 @@ def panels(path: Path, measures: dict, names: list[str], points) -> None:
                     axis.plot([mean], [row], "o", color=figures.colour("hub"))
                 if interval is not None:
                     axis.plot(interval, [row, row], "-", color=figures.colour("hub"))
-            axis.set_title(textwrap.fill(what["label"], 22))
+            axis.set_title(textwrap.fill(what["label"], 18))
             axis.set_xlabel("share of the gain")
         axes[0, 0].set_yticks(range(len(names)), names)
         axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
