@@ -11,7 +11,7 @@ from tiny import tiny_config
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.measures import layer_sets, masks
+from cpt_utils.measures import layer_sets, masks, matched
 
 N = 12
 
@@ -53,9 +53,21 @@ def test_components_and_draws():
     assert {len(set(one)) for one in drawn} == {4} and len(set(drawn)) > 10 and drawn[3] == tuple(layers("random:4:3"))
 
 
+def test_a_matched_set_has_the_shape_where_there_is_one():
+    """One is drawn of the nearest that match in first and last layer, blocks and depth; a lone block has no match."""
+    drawn, found = {tuple(layers(f"matched:0,1,3,7:{seed}", 8)) for seed in range(30)}, [(0, 1, 4, 7), (0, 2, 3, 7)]
+    assert drawn == set(found)
+    assert all(list(one) in matched.matched_sets(range(8), [0, 1, 3, 7], 9, 0) for one in found)
+    assert layers("matched:0,1,3,7:5", 8) == layers("matched:0,1,3,7:5", 8)
+    assert {tuple(layers(f"matched:first:3:{seed}", 6)) for seed in range(9)} == {(0, 1, 3)}
+    part = layer_sets.read("matched:first:3:0/ffn", place(layers=6))
+    assert (part.layers, part.component) == ((0, 1, 3), "ffn")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("matched:all:0", "no other set of 12 of 12 layers"), ("matched:hub", "no layers; there"),
         ("outer:0", "a share above 0"), ("outer:1.5", "a share above 0"), ("first:13", "from 1 to 12"),
         ("first", "from 1 to 12"), ("random:3", "a seed, as in random:4:0"), ("first:2:3", "write first:2"),
         ("0,12", "layer 12 does not exist: the model has layers 0 to 11"), ("5-3", "no layer"), ([], "no layers"),

@@ -11,6 +11,7 @@
 | `random:k:seed` | k drawn at random |
 | `change:k[:FILE]` | the k that changed most, at the last step of a file of weight-diff/attn_vs_ffn.py |
 | `hub[:FILE]`, `interface[:FILE]` | those of a file of layer-specialize/layer_specialize.py |
+| `matched:SET:seed` | another set, of the size of SET (`hub`, ..) and nearest to its shape |
 | `all`, `0,2,5-7`, `[0, 2, 5]` | every layer; a list |
 | `lsn`, `FILE.json[:LANG]` | neurons: of the study's mask, of a file of lsn/identify.py |
 
@@ -31,12 +32,12 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import relatives
 from cpt_utils.interventions.components import COMPONENTS
 from cpt_utils.interventions.condition import digest
-from cpt_utils.measures import layer_lists, masks
+from cpt_utils.measures import layer_lists, masks, matched
 from cpt_utils.models import ffn
 
 FORMS = (
-    "outer:p inner:p first:k last:k middle:k spaced:k random:k:seed change:k hub interface all lsn, a list like "
-    "0,2,5-7, or a mask file .json; behind layers /attention or /ffn"
+    "outer:p inner:p first:k last:k middle:k spaced:k random:k:seed change:k hub interface matched:SET:seed all lsn, "
+    "a list like 0,2,5-7, or a mask file .json; behind layers /attention or /ffn"
 )
 
 
@@ -147,6 +148,10 @@ def _layers(name: str, more: list[str], component: str | None, place: Place) -> 
     if name in ("hub", "interface"):
         path, models = place.file(":".join(more), "layers", name)
         return layer_lists.read_layers(path, "semantic_hub" if name == "hub" else name, n, models)[0]
+    if name == "matched" and len(more) > 1:
+        seed = _number(more[-1:], int, "a seed, as in matched:hub:0", lambda _: True)
+        wanted = _layers(more[0], more[1:-1], component, place)
+        return matched.nearest(every, wanted, seed)
     if name == "all" and not more:
         return every
     if not more and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", name.replace(" ", "")):

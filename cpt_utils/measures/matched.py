@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 
 from cpt_utils.base import cli, stats
+from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 from cpt_utils.measures import controls
 from cpt_utils.measures.evaluation import DECIDING, MEASURES
@@ -68,6 +69,30 @@ def matched_sets(layers: Iterable[int], treatment: Iterable[int], limit: int, se
             break
     kept = sorted(found) if len(found) <= limit else sorted(draw.sample(sorted(found), limit))
     return [list(one) for one in kept]
+
+
+def nearest(layers: Sequence[int], treatment: Iterable[int], seed: int) -> list[int]:
+    """Another set of the size of `treatment` and as near to its shape as any; of several one drawn with `seed`.
+
+    Of those that share most of first layer, last layer and number of blocks with it, the nearest in mean depth.
+
+    Raises:
+        InputError: there is no other set of that size.
+    """
+    treatment, wanted = sorted(set(treatment)), shape(treatment)
+    if len(treatment) in (0, len(layers)):
+        raise InputError(f"there is no other set of {len(treatment)} of {len(layers)} layers")
+    draw = random.Random(seed)
+    few = math.comb(len(layers), len(treatment)) <= TRIES
+    drawn = (sorted(draw.sample(layers, len(treatment))) for _ in range(TRIES))
+    others = [one for one in (combinations(layers, len(treatment)) if few else drawn) if list(one) != treatment]
+
+    def distance(one: Sequence[int]) -> tuple[int, float]:
+        found = shape(one)
+        return sum(found[key] != wanted[key] for key in SAME), abs(found["mean_depth"] - wanted["mean_depth"])
+
+    least = min(map(distance, others))
+    return list(draw.choice([one for one in others if distance(one) == least]))
 
 
 def to_add(
