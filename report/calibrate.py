@@ -139,7 +139,7 @@ class Made:
 
     def one_retrieval(self, name: str, models: dict, hits: dict[str, np.ndarray], **facts) -> Path:
         payload: dict = {**LANGS}
-        for key, tensor in C1.CURVES.values():
+        for key, tensor, _ in C1.CURVES:
             ends = zip(*stats.bootstrap_means(hits[tensor], self.seed), strict=True)
             payload[key] = [[state, value] for state, value in enumerate(hits[tensor].mean(1))]
             payload[f"{key}_ci"] = [[state, list(both)] for state, both in enumerate(ends)]

@@ -47,18 +47,15 @@ class Swaps:
         found.read.append(str(self.pt))
         self.kept: dict[str, tuple] = {}
         self.by_layers: dict[tuple, int] = {}
-        size = len(self.sets[self.own]["layers"])
         sizes = {len(row["layers"]) for row in self.sets if row["layers"] and row["name"] not in CONTROLS}
         for i, row in enumerate(self.sets):
             key = row.get("component"), tuple(sorted(row["layers"]))
             again = key in self.by_layers or len({*key[1]}) != len(key[1])
             if row["name"] in CONTROLS and (again or len(key[1]) not in sizes):
-                raise self.file.refused(
-                    f"has a control of layers {row['layers']} twice, or of a size that is not swapped"
-                )
+                raise self.file.refused(f"has a control of layers {row['layers']} twice, or of a size of no other swap")
             if any(type(layer) is not int or not 0 <= layer < self.n_layers for layer in key[1]):
                 raise self.file.refused(f"names layers {row['layers']}, which the model does not have")
-            if len(key[1]) == size:
+            if key[1]:
                 self.by_layers.setdefault(key, i)
 
     def at(self, name: str) -> int:
@@ -121,7 +118,10 @@ class Swaps:
     def beside_shape(self, component: str | None, treatment: list[int]) -> dict[int, float] | str:
         """Weights by which sets say what the layers of `treatment` cost beside depth and seams: a set of nothing else
         minus a set without them, by least squares over all sets of the component; or why they cannot say it."""
-        rows = [(layers, at) for (kind, layers), at in self.by_layers.items() if kind == component]
+        rows = [
+            (layers, at) for (kind, layers), at in self.by_layers.items()
+            if kind == component and len(layers) == len(treatment)
+        ]  # fmt: skip
         if len(rows) < ENOUGH:
             return f"{len(rows)} sets are too few for the fit: {ENOUGH}"
         design = [[*shape(layers, self.n_layers), len({*layers} & {*treatment}) / len(layers)] for layers, _ in rows]
@@ -142,6 +142,7 @@ class Swaps:
         pairs = [
             (layers, at, self.by_layers["ffn", layers]) for (kind, layers), at in self.by_layers.items()
             if kind == "attention" and ("ffn", layers) in self.by_layers and self.sets[at]["name"] in CONTROLS
+            and len(layers) == len(places[0])
         ]  # fmt: skip
         if len(pairs) < ENOUGH:
             return f"{len(pairs)} control sets of attention and the FFN in the same layers are too few: {ENOUGH}"

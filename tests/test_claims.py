@@ -14,7 +14,6 @@ from scipy import stats as scipy_stats
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.measures import compare, controls, verdicts
-from cpt_utils.measures.evaluation import MEASURES
 
 calibrate = load_script("report/calibrate.py")
 script, World = calibrate.claims, calibrate.World
@@ -59,17 +58,15 @@ class MadeUp(calibrate.Made):
         path = self.results / place / "controls.json"
         payload, header = results.read_json(path)
         units = results.read_tensors(path.with_suffix(".pt"))
-        known = [name for name in measures if name in MEASURES]
         records = [
-            row | {"values": {name: row["values"][name] for name in known}}
-            | {"units": {name: units[name][i].tolist() for name in known}, "share": 0.1}
+            row | {"values": row["values"] | {"retrieval_best": row["values"][measures[0]]}, "share": 0.1}
+            | {"units": {name: units[name][i].tolist() for name in measures}}
             for i, row in enumerate(payload["sets"])
         ]  # fmt: skip
         if any(row["name"] == "random" for row in records):
             payload["comparison"] = controls.compare(records, own, 3)
-        rows = controls.summary(records)
-        controls.intervals(rows, records, 3)
-        payload["sets"] = [row | {"values": old["values"]} for row, old in zip(rows, payload["sets"], strict=True)]
+        payload["sets"] = controls.summary(records)
+        controls.intervals(payload["sets"], records, 3)
         results.write_json(path, payload, header)
 
     def weights(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cpt_utils.base import cli
 from cpt_utils.base.lazy import np
+from cpt_utils.measures import curves
 from cpt_utils.measures.verdicts import Panel, above, number, over_units
 
 evidence = cli.sibling("report/evidence.py")
@@ -11,10 +12,7 @@ evidence = cli.sibling("report/evidence.py")
 TEXT = "accuracy is low at the first and the last hidden state and high between them"
 ON_LAYERS = True
 PANEL = Panel("ends low, middle high", "difference in retrieval accuracy")
-CURVES = {
-    "published": ("layer_accuracy", "hits"),
-    "unit-centred": ("unit_centred_accuracy", "hits_unit_centred"),
-}
+CURVES = [curves.MEASURES[name] for name in ("published", "unit_centred")]
 
 
 def peak(hits: np.ndarray, seed: int) -> np.ndarray:
@@ -36,7 +34,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     )
     found.refuse_other_twin(file)
     numbers, beside = [], []
-    for curve, (key, tensor) in CURVES.items():
+    for key, tensor, curve in CURVES:
         hits = found.hits(file, key, tensor)
         if len(hits) < 3 or hits.shape[1] < 4:
             raise evidence.Missing(f"{len(hits)} hidden states and {hits.shape[1]} sentences are too few")
