@@ -135,8 +135,8 @@ def median(way: dict) -> float:
 
 
 def ratio(one: dict, other: dict, key: str = "seconds") -> float:
-    """The median over the rounds that both took part in of the quotient of their seconds."""
-    return statistics.median(a / b for a, b in zip(one[key], other[key], strict=False))
+    """The median over the rounds that both took part in of the quotient of their seconds, a millisecond at least."""
+    return statistics.median(a / max(b, 1e-3) for a, b in zip(one[key], other[key], strict=False))
 
 
 # ---------------------------------------------------------------- made-up models

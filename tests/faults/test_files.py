@@ -83,7 +83,7 @@ def test_a_folder_in_the_place_of_a_result_is_named(tmp_path):
 def test_a_result_without_a_proper_header_is_refused(tmp_path):
     path = tmp_path / "r.json"
     path.write_text('{"_header": "s", "a": 1}')
-    with pytest.raises(InputError, match="no header"):
+    with pytest.raises(InputError, match="not a header"):
         results.read_json(path, "s")
     path.write_text("[" * 100_000)
     with pytest.raises(InputError, match="not valid JSON"):
