@@ -50,7 +50,8 @@ class Swaps:
         sizes = {len(row["layers"]) for row in self.sets if row["layers"] and row["name"] not in CONTROLS}
         for i, row in enumerate(self.sets):
             key = row.get("component"), tuple(sorted(row["layers"]))
-            again = key in self.by_layers or len({*key[1]}) != len(key[1])
+            before = self.sets[self.by_layers.get(key, self.target)]  # a control may be the set of another treatment
+            again = before["name"] in CONTROLS or len({*key[1]}) != len(key[1])
             if row["name"] in CONTROLS and (again or len(key[1]) not in sizes):
                 raise self.file.refused(f"has a control of layers {row['layers']} twice, or of a size of no other swap")
             if any(type(layer) is not int or not 0 <= layer < self.n_layers for layer in key[1]):

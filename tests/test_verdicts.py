@@ -6,8 +6,10 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats as scipy_stats
 from test_claims import (
+    ATTENTION,
     CLAIMS,
     DECIDABLE,
     HUB,
@@ -31,7 +33,7 @@ from test_claims import no_figure as no_figure
 from cpt_utils.base import results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.measures import verdicts
+from cpt_utils.measures import controls, verdicts
 
 # ---------------------------------------------------------------- the rules, edge by edge
 
@@ -198,6 +200,18 @@ def test_matched_sets_are_those_that_the_file_names(made, no_figure):
     results.write_json(path, payload, head)
     with pytest.raises(InputError, match="names a matched set that it does not hold"):
         run(made)
+
+
+def test_a_control_may_be_the_set_of_another_treatment(made, no_figure):
+    path = made.results / ATTENTION
+    payload, head = results.read_json(path)
+    at = controls.find(payload["sets"], "ffn_lsn_rich")
+    payload["sets"].append(payload["sets"][at] | {"name": "random"})
+    results.write_json(path, payload, head)
+    tensors = results.read_tensors(path.with_suffix(".pt"))
+    both = {name: torch.cat([values, values[at : at + 1]]) for name, values in tensors.items()}
+    results.write_tensors(path.with_suffix(".pt"), both)
+    assert run(made)["C5b"]["numbers"][0]["value"] is not None
 
 
 def test_a_fit_needs_sets_enough(made, no_figure):
