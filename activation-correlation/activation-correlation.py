@@ -31,8 +31,8 @@ RESULTS = {"activation_correlation": "activation-correlation"}
 CAPTIONS = {
     "activation_correlation": """Part II: 3. Activation over CPT
         How closely the change of LSN activation is followed by the change of attention in interface layers, and by
-        that of the neurons' own weights. Raw curves all grow and correlate; claim C4 is decided by the difference of
-        the two correlations on first differences.""",
+        that of the neurons' own weights. Curves that grow correlate, on first differences, too; claim C4 is decided by
+        training with a part frozen.""",
 }
 # What is correlated with |d|, and how a figure shows it: label, colour and hatch.
 KINDS = {"interface_attention": ("interface attention", "attention", ""), "lsn_ffn": ("gates of neurons", "ffn", "///")}

@@ -32,8 +32,8 @@ CAPTIONS = {
     "component_swap": """Part II: 4. Component swaps
         What putting one component of the base back into the last checkpoint costs: attention or FFN, in interface
         layers or in those richest in the new language's neurons, with and without embeddings, and random layers of
-        the same number; squares are sets of a swap's shape. Claim C5 compares attention in interface layers with the
-        FFN in LSN-rich ones, and both with random layers.""",
+        the same number; squares are sets of a swap's shape. Claim C5 compares attention with the FFN of the same
+        layers, in both places.""",
 }
 # What these scripts leave in OUT, finished or not.
 OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|controls\..+|\..+")

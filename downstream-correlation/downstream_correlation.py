@@ -28,8 +28,8 @@ RESULTS = {"downstream": "downstream-correlation/correlation.json"}
 CAPTIONS = {
     "downstream": """Part I: 3. Downstream task and weight change
         Downstream accuracy of the checkpoints against the weight change of interface and hub layers. Curves that both
-        grow over training correlate for no other reason, so the correlation of first differences decides claim C6,
-        not the one of the raw curves; error bars are the binomial standard error of the accuracy.""",
+        grow over training correlate for no other reason, and on first differences with few checkpoints, too: claim C6
+        is decided by training with a part frozen. Error bars are the binomial standard error of the accuracy.""",
 }
 LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}
 DRAWS = 4000  # of the accuracies, for the error of measurement

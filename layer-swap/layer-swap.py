@@ -38,8 +38,8 @@ CAPTIONS = {
     "controls": """Part I: 4. Layer swaps
         What putting layers of the base back into the last checkpoint costs: the hub swap among swaps of other sets of
         as many layers, for each measure, with the base and the unchanged checkpoint; squares are sets of the hub's
-        shape. Claim C2, the hub swap costs less than random swaps of the same size, is decided by the hub's place
-        among the sets, not by one random draw.""",
+        shape. Claim C2b, the hub swap costs less than others, is decided over seeds, by all these sets and beside what
+        depth and seams cost.""",
 }
 METHODS = ("semantic_hub", "random")
 # What this script leaves in OUT, finished or not.
