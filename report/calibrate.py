@@ -257,6 +257,7 @@ class Made:
         what = {
             "hub_frozen": ("freeze", "hub", 0.1), "interface_frozen": ("freeze", "interface", -0.1),
             "interface_attention_frozen": ("freeze", "interface/attention", -0.1),
+            "as_interface_frozen": ("freeze", "matched:interface:0", 0.1),
             "lsn_frozen": ("freeze", "lsn", 0.1), "outer": ("train_only", "outer:0.25", 0.0),
         }  # fmt: skip
         models: dict = {"base": {"values": {}}, "plain": {"values": {}}}

@@ -169,11 +169,12 @@ class Arms:
         found.read.append(str(pt))
 
     def named(self, what: str) -> str:
-        """The arm in which `what` was done, as "freeze hub" or "train_only outer:0.25"."""
+        """The arm in which `what` was done, as "freeze hub" or, of one that has more to it, "freeze matched:hub:"."""
         for name, row in self.models.items():
-            if name not in ("base", "plain") and what in (f"{k} {v}" for k, v in (row.get("what") or {}).items()):
+            done = [f"{key} {value}" for key, value in (row.get("what") or {}).items()]
+            if what in done or (what.endswith(":") and any(one.startswith(what) for one in done)):
                 return name
-        raise evidence.Missing(f"{self.file.path.name} has no arm of {what} (study: arms; made by {ARMS})")
+        raise evidence.Missing(f"{self.file.path.name} has no arm of {what.strip(':')} (study: arms; made by {ARMS})")
 
     def number(
         self, name: str, measure: str, arms: dict[str, str], value: Callable, gained: bool = True, **more

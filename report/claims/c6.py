@@ -1,4 +1,4 @@
-"""C6. Does freezing the interface cost more of the gain than freezing the hub, and does the interface change more?"""
+"""C6. Is the interface needed more than the hub and than a set of its shape, and does it change more than the hub?"""
 
 from __future__ import annotations
 
@@ -27,17 +27,27 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     if not (interface > 0 and hub > 0):
         raise evidence.Missing(f"{change.path.name}: nothing changed in the interface or in the hub")
     ratio = number("log of the interface's change over the hub's", math.log(interface / hub), says=above())
-    arms = interventions.arms(found)
-    both = {"interface": arms.named("freeze interface"), "hub": arms.named("freeze hub")}
+    arms, numbers = interventions.arms(found), []
+    sizes["a set of its shape"] = sizes["interface"]
+    for words, group, what in (
+        ("hub", "semantic_hub", "freeze hub"),
+        ("a set of its shape", "a set of its shape", "freeze matched:interface:"),
+    ):
 
-    def more(base, plain, interface, hub):
-        """Of the gain, what a frozen layer costs: places may differ in size."""
-        cost = (plain - interface) / sizes["interface"] - (plain - hub) / sizes["semantic_hub"]
-        return cost / (plain - base)
+        def more(base, plain, interface, other, group=group):
+            """Of the gain, what a frozen layer costs: places may differ in size."""
+            cost = (plain - interface) / sizes["interface"] - (plain - other) / sizes[group]
+            return cost / (plain - base)
 
-    name = "share of the gain lost by a frozen layer, interface minus hub"
-    numbers = [arms.number(name, measure, both, more, says=above()) for measure in ("nll_per_byte", "task_accuracy")]
-    beside.append(arms.number(name, "retrieval_readout", both, more))
+        name = f"share of the gain lost by a frozen layer, interface minus {words}"
+        try:
+            both = {"interface": arms.named("freeze interface"), "other": arms.named(what)}
+        except evidence.Missing as reason:
+            numbers += [number(f"{name}, {words}", None, note=str(reason), says=above()) for words in ("loss", "task")]
+            continue
+        measures = ("nll_per_byte", "task_accuracy")
+        numbers += [arms.number(name, measure, both, more, says=above()) for measure in measures]
+        beside.append(arms.number(name, "retrieval_readout", both, more))
     for arm in (name for name in arms.models if name not in ("base", "plain")):
         for measure in ("nll_per_byte", "task_accuracy", "retrieval_readout"):
             value = lambda base, plain, arm: (arm - base) / (plain - base)  # noqa: E731
