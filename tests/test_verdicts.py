@@ -248,3 +248,4 @@ def test_the_table_of_the_readme_is_the_scripts(monkeypatch, tmp_path):
     assert "| w | 3 |" in text and "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
     readme = calibrate.README.read_text()
     assert all(readme.count(mark) == 1 for mark in calibrate.MARKS)
+    assert all(readme.count(f"| {world.name} | ") == len(calibrate.SEEDS) for world in calibrate.WORLDS)
