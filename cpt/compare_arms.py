@@ -15,6 +15,7 @@ Seeds: python cpt/compare_arms.py --study studies/demo.yaml --seeds 0,1,2 --outp
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, d
         if name not in asked:
             continue
         facts = {key: trained[name][key] for key in ("trainable_parameters", "share_of_parameters")}
+        mode = next(iter({"freeze", "train_only"} & {*asked[name]}))
+        facts["layers"] = trained[name][mode]["layers"]
         models[name] |= {"what": asked[name], **facts, "share": {}, "minus_plain": {}}
         for measure, what in measures.items():
             sign = 1 if what.higher_is_better else -1
@@ -131,10 +134,12 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
     """The arms' last checkpoints, and what was trained of each.
 
     Raises:
-        InputError: the study has none, one is not trained, or with other data, order, steps, seed or part than now.
+        InputError: the study has none, one is not trained, or with other data, order, steps, seed or part than now;
+            a part in words (hub, lsn) is also compared by its layers and neurons.
     """
     record, found, trained = Path(study.get("run")) / "train.json", {}, {}
     wanted = results.read_json(record, runs.SCHEMA)[0]["settings"] if record.is_file() else None
+    known = relatives.of([base], study.get("base"), study.get("run"))
     for name, asked in study.get("arms", {}).items():
         run = Path(study.of_arm(name).get("run"))
         how = f"run cpt/train.py --stage cpt --arm {name}"
@@ -149,6 +154,11 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
         told = (layer_sets.words_of(asked[mode]), mode in trained[name], asked.get("io", trained[name].get("io")))
         if told != (trained[name].get("words"), True, trained[name].get("io")):
             raise InputError(f"{run} was trained as another arm than {name} is in the study now; {how} --overwrite")
+        # The same words may mean other layers or neurons since: step 2 was run again, or the mask was made anew.
+        part = layer_sets.read(asked[mode], layer_sets.Place(base.config(), study, known)).facts()
+        if not results.same(part, trained[name][mode]):
+            difference = results.diff_request(trained[name][mode], part)
+            raise InputError(f"{run}: {mode} {told[0]} means something else now ({difference}); {how} --overwrite")
         found[name] = refs.run(str(run))[-1]
         if found[name].step != plain.step:
             raise InputError(f"{run} ends at step {found[name].step}, the plain run at {plain.step}; {how}")
@@ -296,6 +306,12 @@ def draw(path: Path, payload: dict) -> None:
 # ---------------------------------------------------------------- seeds side by side
 
 
+def drawn(what: dict, seed: int) -> dict:
+    """The keys of an arm with the run's seed at the end of their words as a study writes it, {seed}."""
+    return {key: re.sub(rf":{seed}(?=$|/)", ":{seed}", value) if isinstance(value, str) else value
+            for key, value in what.items()}  # fmt: skip
+
+
 def over_seeds(found: dict[int, dict]) -> dict:
     """{"seeds", "measures", "arms": {arm: {"what", measure: {"shares": [by seed], "mean", "sd", "n"}}}}.
 
@@ -305,10 +321,14 @@ def over_seeds(found: dict[int, dict]) -> dict:
         InputError: seeds with other arms or measures.
     """
     first = next(iter(found.values()))
-    arms = {name: model["what"] for name, model in first["models"].items() if "what" in model}
-    for seed, payload in found.items():
-        theirs = {name: model["what"] for name, model in payload["models"].items() if "what" in model}
-        if theirs != arms or payload["measures"] != first["measures"]:
+    asked = {seed: {name: m["what"] for name, m in one["models"].items() if "what" in m} for seed, one in found.items()}
+    arms = next(iter(asked.values()))
+    # A part drawn with the seed of its run is another one in each: "random:2:{seed}".
+    arms = {name: what if all(each.get(name) == what for each in asked.values()) else drawn(what, next(iter(found)))
+            for name, what in arms.items()}  # fmt: skip
+    for seed, theirs in asked.items():
+        alike = theirs.keys() == arms.keys() and all(w in (theirs[n], drawn(theirs[n], seed)) for n, w in arms.items())
+        if not alike or found[seed]["measures"] != first["measures"]:
             raise InputError(f"seed {seed} has other arms or measures than seed {next(iter(found))}; measure it again")
     told = {}
     for name, what in arms.items():

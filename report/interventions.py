@@ -17,6 +17,7 @@ CONTROLS = ("random", "matched")  # names of sets that are compared with
 COLUMNS = 6  # of the fit of `Swaps.beside_shape`
 ENOUGH = 2 * COLUMNS  # sets, so that a fit says something
 ARMS = "cpt/compare_arms.py"
+STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # words of arms -> keys of its file
 
 
 def shape(layers: Iterable[int], n_layers: int) -> list[float]:
@@ -169,10 +170,17 @@ class Arms:
         found.read.append(str(pt))
 
     def named(self, what: str) -> str:
-        """The arm in which `what` was done, as "freeze hub" or, of one that has more to it, "freeze matched:hub:"."""
+        """The arm in which `what` was done, as "freeze hub" or, of one that has more to it, "freeze matched:hub:"; with
+        embeddings and head as `io` has them by default. Of hub and interface it must be about the layers of the file of
+        step 2."""
+        mode, _, part = what.partition(" ")
+        key = STEP_2.get(part.partition("/")[0])
         for name, row in self.models.items():
-            done = [f"{key} {value}" for key, value in (row.get("what") or {}).items()]
-            if what in done or (what.endswith(":") and any(one.startswith(what) for one in done)):
+            asked = row.get("what") or {}
+            done, usual = str(asked.get(mode)), "trained" if mode == "freeze" else "frozen"
+            if (done == part or (part.endswith(":") and done.startswith(part))) and asked.get("io") in (None, usual):
+                if key and "layers" in row:
+                    self.found.refuse_other_layers(self.file.path, row["layers"], "layers", key)
                 return name
         raise evidence.Missing(f"{self.file.path.name} has no arm of {what.strip(':')} (study: arms; made by {ARMS})")
 

@@ -132,6 +132,19 @@ def test_tensors_of_another_file_are_refused(made, no_figure):
         run(made)
 
 
+def test_an_arm_of_layers_from_before_is_refused(made, no_figure):
+    """Whatever else was measured again since step 2 chose them."""
+
+    def trained(layers):
+        return lambda t: t["models"]["interface_frozen"].update(layers=layers)
+
+    edit(made, "arms.json", trained(list(calibrate.DEMO["interface"])))
+    run(made)
+    edit(made, "arms.json", trained([0, 2, 3, 7]))
+    with pytest.raises(InputError, match=r"arms.json is about layers \[0, 2, 3, 7\], but .*json says \[0, 1, 3, 7\]"):
+        run(made)
+
+
 def test_a_gain_that_may_be_nothing_has_no_share(made, no_figure):
     """Base and checkpoint alike, or apart by noise: nothing that a swap could lose."""
     path = made.results / LAYER_SWAP

@@ -155,13 +155,13 @@ def test_an_arm_gets_the_plain_runs_batches(place, blocks):
     }
 
 
-def stand_in(place, arm: str, model, words: str) -> None:
+def stand_in(place, arm: str, model, words: str, *layers: int) -> None:
     """A run in the place of an arm's that holds `model` as its last checkpoint."""
     plain, run = place / "seed-42/cpt", place / f"seed-42/arms/{arm}/cpt"
     shutil.copytree(model, run / f"checkpoint-{STEPS}")
     record = json.loads((plain / "train.json").read_text())
     record["_header"]["trained"] = {
-        "freeze": {"layers": [0]}, "words": words, "io": "trained",
+        "freeze": {"layers": [*layers]}, "words": words, "io": "trained",
         "trainable_parameters": 1, "share_of_parameters": 0.5,
     }  # fmt: skip
     (run / "train.json").write_text(json.dumps(record))
@@ -171,8 +171,8 @@ def test_shares_from_models_to_files(script, place, blocks, capsys):
     """Of an arm that is the plain run 1, of one that is the base 0, of a true one what its units say."""
     arms = {"whole": {"freeze": "first:1"}, "nothing": {"freeze": "0-1"}, "middle": {"train_only": [1]}}
     study = with_arms(place, "three.yaml", **arms)
-    stand_in(place, "whole", place / f"seed-42/cpt/checkpoint-{STEPS}", "first:1")
-    stand_in(place, "nothing", place / "base", "0-1")
+    stand_in(place, "whole", place / f"seed-42/cpt/checkpoint-{STEPS}", "first:1", 0)
+    stand_in(place, "nothing", place / "base", "0-1", 0, 1)
     script.main(["--study", study])
     payload, header = results.read_json(place / "results-42/arms.json", "arms")
     units = results.read_tensors(place / "results-42/arms.pt")
@@ -186,7 +186,8 @@ def test_shares_from_models_to_files(script, place, blocks, capsys):
     assert means == pytest.approx([models[name]["values"]["nll_per_byte"] for name in names])
     assert share["middle"]["value"] == pytest.approx((means[4] - means[0]) / (means[1] - means[0]))
     assert 0 < share["middle"]["ci_low"] < share["middle"]["value"] < share["middle"]["ci_high"] < 1
-    assert models["middle"]["what"] == {"train_only": [1]} and 0 < models["middle"]["share_of_parameters"] < 0.5
+    assert models["middle"]["what"] == {"train_only": [1]} and models["middle"]["layers"] == [1]
+    assert 0 < models["middle"]["share_of_parameters"] < 0.5
     table = (place / "results-42/arms.md").read_text()
     assert "| middle | train_only 1 |" in table and "(1.00 [1.00, 1.00])" in table
     assert (place / "results-42/arms.png").is_file()
@@ -206,7 +207,7 @@ def test_what_is_no_arm_of_the_plain_run_is_refused(script, place, blocks):
     with pytest.raises(InputError, match="leave out --arm"):
         script.main(["--study", str(place / "s.yaml"), "--arm", "middle"])
     refused("holds no finished training; run cpt/train.py --stage cpt --arm odd first")
-    stand_in(place, "odd", place / "base", "0")
+    stand_in(place, "odd", place / "base", "0", 0)
     refused("was trained as another arm than odd is in the study now", freeze="1")
     refused("was trained as another arm", freeze="0", io="frozen")
     run = place / "seed-42/arms/odd/cpt"
@@ -220,16 +221,31 @@ def test_what_is_no_arm_of_the_plain_run_is_refused(script, place, blocks):
     refused("ends at step 10, the plain run at 30")
 
 
+def test_words_that_mean_other_layers_since_are_refused(script, place, blocks):
+    """Step 2 was run again after the arm was trained, and names another hub."""
+    stand_in(place, "moved", place / "base", "hub", 0)
+    file, head = place / "results-42/layer-specialize/layers.json", results.header("layer-specialize")
+    study = with_arms(place, "moved.yaml", moved={"freeze": "hub"})
+    more = ["--study", study, "--measures", "nll", "-o", str(place / "moved.json")]
+    results.write_json(file, {"interface_layers": [1, 2], "semantic_layers": [0]}, head)
+    script.main(more)
+    results.write_json(file, {"interface_layers": [0, 2], "semantic_layers": [1]}, head)
+    with pytest.raises(InputError, match=r"moved/cpt: freeze hub means something else now \(layers: \[1\] asked for"):
+        script.main(more)
+
+
 def test_seeds_side_by_side(script, place, tmp_path):
     """Made-up results of three seeds, one of which gained nothing."""
     study = with_arms(place, "seeds.yaml", middle={"train_only": [1]})
 
-    def write(seed: int, share: float | None, sample: str) -> None:
+    def write(seed: int, share: float | None, sample: str, drawn: str = "random:1:{seed}") -> None:
         interval = None if share is None else {"value": share, "ci_low": share - 0.1, "ci_high": share + 0.1}
         arm = {"values": {"m": 1.0}, "what": {"train_only": [1]}, "share": {"m": interval}}
+        others = {"any": drawn.format(seed=seed), "near": "matched:hub:1"}  # a seed of its own, and one for all seeds
+        arms = {"middle": arm} | {name: arm | {"what": {"freeze": words}} for name, words in others.items()}
         payload = {
             "measures": {"m": {"label": "M", "higher_is_better": True}},
-            "models": {"base": {"values": {"m": 0.0}}, "plain": {"values": {"m": 2.0}}, "middle": arm},
+            "models": {"base": {"values": {"m": 0.0}}, "plain": {"values": {"m": 2.0}}, **arms},
         }
         header = results.header("arms", models={"plain": {"weights_sample": sample}})
         results.write_json(place / f"results-{seed}/arms.json", payload, header)
@@ -238,10 +254,15 @@ def test_seeds_side_by_side(script, place, tmp_path):
         write(seed, share, str(seed))
     out = tmp_path / "seeds.json"
     script.main(["--study", study, "--seeds", "1,2,3", "--output", str(out)])
-    own = results.read_json(out, "arms-over-seeds")[0]["arms"]["middle"]["m"]
+    arms = results.read_json(out, "arms-over-seeds")[0]["arms"]
+    assert arms["any"]["what"] == {"freeze": "random:1:{seed}"} and arms["near"]["what"] == {"freeze": "matched:hub:1"}
+    own = arms["middle"]["m"]
     assert own["shares"] == [0.5, 0.8, None] and own["n"] == 2
     assert own["mean"] == pytest.approx(0.65) and own["sd"] == pytest.approx(0.2121, abs=1e-4)
     assert "0.65 ± 0.21 (n 2)" in out.with_suffix(".md").read_text() and out.with_suffix(".png").is_file()
+    write(3, 0.5, "3", "random:2:{seed}")
+    with pytest.raises(InputError, match="seed 3 has other arms or measures than seed 1"):
+        script.main(["--study", study, "--seeds", "1,2,3", "--output", str(out)])
     write(3, 0.5, "2")
     with pytest.raises(InputError, match="is of the run that seed 2 has, too"):
         script.main(["--study", study, "--seeds", "1,2,3", "--output", str(out)])
