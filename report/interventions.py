@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 from cpt_utils.base import cli, results, stats
 from cpt_utils.base.lazy import np
+from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import controls, trial
 from cpt_utils.measures.verdicts import number, over_units
 
@@ -165,6 +167,11 @@ class Arms:
         path = found.there(found.folder / "arms.json", "", made_by=ARMS)
         self.file = found.checked(path, ARMS, "arms")
         self.models = self.file.payload["models"]
+        for name in found.study.get("arms", {}):
+            run, measured = found.study.of_arm(name).get("run"), self.file.header["models"].get(name)
+            there = refs.checkpoints(run) if measured and os.path.isdir(run) else []
+            if there and not relatives.same_model(measured, there[-1].describe()):
+                raise self.file.refused(f"is about another {name} than {there[-1].spec}, trained again since")
         pt = found.there(path.with_suffix(".pt"), "", made_by=ARMS)
         self.tensors = results.read_tensors(pt)
         found.read.append(str(pt))

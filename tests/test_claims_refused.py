@@ -145,6 +145,20 @@ def test_an_arm_of_layers_from_before_is_refused(made, no_figure):
         run(made)
 
 
+def test_an_arm_that_was_trained_again_is_refused(made, finished, tmp_path, no_figure):
+    """The plain run is what it was: only the arm's own weights tell."""
+    shutil.copytree(finished.folder / "models", tmp_path / "models")
+    text = made.study.read_text().replace(str(finished.folder), str(tmp_path))
+    made.study.write_text(text + "arms: {hub_frozen: {freeze: hub}, interface_frozen: {freeze: interface}}\n")
+    arm = tmp_path / f"models/{made.seed}/arms/interface_frozen/run/checkpoint-{calibrate.STEPS[-1]}"
+    now, before = calibrate.write_model(arm, 1.0), calibrate.write_model(tmp_path / "before", 2.0)
+    edit(made, "arms.json", lambda t: t["_header"]["models"].update(interface_frozen=now))
+    run(made)
+    edit(made, "arms.json", lambda t: t["_header"]["models"].update(interface_frozen=before))
+    with pytest.raises(InputError, match=r"arms.json is about another interface_frozen than .* trained again"):
+        run(made)
+
+
 def test_a_gain_that_may_be_nothing_has_no_share(made, no_figure):
     """Base and checkpoint alike, or apart by noise: nothing that a swap could lose."""
     path = made.results / LAYER_SWAP
