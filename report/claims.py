@@ -122,7 +122,9 @@ def over_seeds(made: dict[str, ModuleType], runs: dict[int, tuple[evidence.Resul
     return found
 
 
-def read_seeds(study_file, seeds: list[int], made: dict[str, ModuleType], draws: int = 2000) -> dict[int, tuple]:
+def read_seeds(
+    study_file, seeds: list[int], made: dict[str, ModuleType], draws: int = 2000, arm: str | None = None
+) -> dict[int, tuple]:
     """Of every seed its results and what `one_run` says of them; they must be of other models, and alike in all else.
 
     Raises:
@@ -130,7 +132,7 @@ def read_seeds(study_file, seeds: list[int], made: dict[str, ModuleType], draws:
     """
     runs: dict[int, tuple] = {}
     for seed in seeds:
-        found = evidence.Results(Study.find(study_file, seed), draws)
+        found = evidence.Results(Study.find(study_file, seed, arm), draws)
         for other, (before, _) in runs.items():
             if before.folder == found.folder:
                 raise InputError(f"the seeds share {found.folder}: the study's results must hold {{seed}}")
@@ -170,7 +172,7 @@ def main(argv=None) -> None:
         raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another --output")
     payload: dict = {"study": study.name, "alpha": verdicts.ALPHA}
     if args.seeds:
-        runs = read_seeds(args.study, args.seeds, made)
+        runs = read_seeds(args.study, args.seeds, made, arm=args.arm)
         payload |= {"seeds": args.seeds, "claims": over_seeds(made, runs)}
         facts = {"models": {str(seed): found.last for seed, (found, _) in runs.items()}}
         facts |= {"gate": {str(seed): found.gate for seed, (found, _) in runs.items()}}

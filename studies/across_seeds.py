@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    studies = {int(seed): Study.find(args.study, int(seed)) for seed in args.seeds.split(",")}
+    studies = {int(seed): Study.find(args.study, int(seed), args.arm) for seed in args.seeds.split(",")}
     seeds = {seed: read_seed(study) for seed, study in studies.items()}
     second = {seed: part_two.read_seed(study) for seed, study in studies.items()}
     missing = [seed for seed, found in second.items() if found is None]

@@ -105,9 +105,6 @@ def read(given: str | int | list[int], place: Place) -> Part:
                 raise InputError("neurons are of the FFN; leave out what is behind the slash")
             return _neurons(words, "" if name == "lsn" else stem, place)
         layers = _layers(name, more, component, place)
-        wrong = [layer for layer in layers if not 0 <= layer < place.n_layers]
-        if wrong:
-            raise InputError(f"layer {wrong[0]} does not exist: the model has layers 0 to {place.n_layers - 1}")
         if not layers:
             raise InputError("that is no layer of this model")
     except InputError as error:
@@ -156,6 +153,11 @@ def _layers(name: str, more: list[str], component: str | None, place: Place) -> 
         return every
     if not more and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", name.replace(" ", "")):
         ranges = [[int(end) for end in one.split("-")] for one in name.replace(" ", "").split(",")]
+        for start, *_, end in ([*ends, ends[-1]] for ends in ranges):
+            if end >= n:
+                raise InputError(f"layer {end} does not exist: the model has layers 0 to {n - 1}")
+            if end < start:
+                raise InputError(f"{start}-{end} runs backwards; write {end}-{start}")
         return [layer for ends in ranges for layer in range(ends[0], ends[-1] + 1)]
     raise InputError(f"these words mean no layers; there is {FORMS}")
 
