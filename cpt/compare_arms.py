@@ -139,6 +139,8 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
     """
     record, found, trained = Path(study.get("run")) / "train.json", {}, {}
     wanted = results.read_json(record, runs.SCHEMA)[0]["settings"] if record.is_file() else None
+    if {"freeze", "train_only"} & {*(wanted or {})}:
+        raise InputError(f"{record.parent} has a frozen part itself, so that it is no plain run; train it without one")
     known = relatives.of([base], study.get("base"), study.get("run"))
     for name, asked in study.get("arms", {}).items():
         run = Path(study.of_arm(name).get("run"))
@@ -149,6 +151,9 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
         mine, theirs = ({k: v for k, v in (each or {}).items() if k not in OWN} for each in (made["settings"], wanted))
         if wanted is not None and not results.same(mine, theirs):
             raise InputError(f"{run} is no arm of {record.parent} ({results.diff_request(mine, theirs)}); {how}")
+        start = (made["settings"].get("from") or {}).get("weights_sample")
+        if start not in (None, base.describe().get("weights_sample")):
+            raise InputError(f"{run} was trained from another base than {base.spec} is now; {how} --overwrite")
         trained[name] = head.get("trained") or {}
         mode = "freeze" if "freeze" in asked else "train_only"
         told = (layer_sets.words_of(asked[mode]), mode in trained[name], asked.get("io", trained[name].get("io")))

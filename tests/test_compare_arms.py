@@ -217,6 +217,19 @@ def test_what_is_no_arm_of_the_plain_run_is_refused(script, place, blocks):
     refused("is no arm of .*learning_rate: 0.003 asked for, 1.0 in the file")
     record["settings"]["learning_rate"] = 3e-3
     (run / "train.json").write_text(json.dumps(record))
+    plain = place / "seed-42/cpt/train.json"
+    text = plain.read_text()
+    plain.write_text(json.dumps({**json.loads(text), "settings": {**record["settings"], "freeze": {"layers": [0]}}}))
+    refused("seed-42/cpt has a frozen part itself, so that it is no plain run")
+    plain.write_text(text)
+    # Of a plain run that was trained elsewhere there is no record to compare with.
+    with pytest.MonkeyPatch.context() as patched:
+        record["settings"]["from"]["weights_sample"] = "0" * 16
+        (run / "train.json").write_text(json.dumps(record))
+        patched.setattr(script.Path, "is_file", lambda path: path != plain and path.exists())
+        refused("odd/cpt was trained from another base than .*/base is now; run cpt/train.py --stage cpt --arm odd")
+    record["settings"] = json.loads(text)["settings"]
+    (run / "train.json").write_text(json.dumps(record))
     (run / f"checkpoint-{STEPS}").rename(run / "checkpoint-10")
     refused("ends at step 10, the plain run at 30")
 
