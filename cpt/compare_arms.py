@@ -45,7 +45,7 @@ CAPTIONS = {
         reached, 0 where it stayed at the base and 1 where it did as well, with 95 % intervals over sentences
         (documents, rows, blocks of tokens). No point where it is not clear that the plain run gained anything.""",
 }
-LSN = evaluation.Measure("LSN activation, distance from the base", True, "lsn")
+LSN = evaluation.Measure("LSN activation, change as in the plain run", True, "lsn")
 OWN = ("freeze", "train_only", "io", "save_steps")  # of a run's settings, those in which an arm differs
 
 
@@ -83,18 +83,18 @@ def difference(model, arch: archs.Arch, blocks: torch.Tensor, followed: dict[str
 
 
 def with_activation(records: list[dict]) -> None:
-    """Turn differences of activation into |d| of each model, as step 10 follows it: how far it is from the base's.
+    """Turn differences of activation into how far each model is from the base's, in the plain run's direction: of the
+    plain run |d|, as step 10 follows it, below 0 of an arm that goes the other way.
 
-    The blocks' values have the sign of d, so that their mean is |d| (of experts' neurons: about).
+    Args:
+        records: base, plain run, arms. The mean of the blocks' values is their value (of experts' neurons: about).
     """
-    base = records[0]["lsn"]
-    for record in records:
-        own = record.pop("lsn") if record is not records[0] else base
-        d = own["value"] - base["value"]
-        sign = math.copysign(1, d)
-        record["values"]["lsn_activation"] = abs(d)
-        record["units"]["lsn_activation"] = [sign * (a - b) for a, b in zip(own["blocks"], base["blocks"], strict=True)]
-    records[0].pop("lsn")
+    found = [record.pop("lsn") for record in records]
+    base, plain = found[:2]
+    sign = math.copysign(1, plain["value"] - base["value"])
+    for record, one in zip(records, found, strict=True):
+        record["values"]["lsn_activation"] = sign * (one["value"] - base["value"]) + 0.0  # of the base 0, and not -0
+        record["units"]["lsn_activation"] = [sign * (a - b) for a, b in zip(one["blocks"], base["blocks"], strict=True)]
 
 
 def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, dict], seed: int) -> tuple[dict, dict]:

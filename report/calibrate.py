@@ -47,6 +47,7 @@ class World:
     Attributes:
         effect: by how many standard deviations over seeds every claim is true, or false (below 0); 0: at its bound.
         depth, seams: what of the gain a swap costs more for lying one layer earlier, and for each seam.
+        bow: what of the gain the first and the last layer each cost more than the middle, the others by a parabola.
         growth: everything grows with training, and what is frozen is missed, wherever it lies.
         noise: of the seeds, "normal", or "skewed" (log-normal).
     """
@@ -54,6 +55,7 @@ class World:
     name: str
     effect: float = 0.0
     depth: float = 0.0
+    bow: float = 0.0
     seams: float = 0.0
     growth: bool = False
     noise: str = "normal"
@@ -68,6 +70,7 @@ WORLDS = [
     World("nothing special, as on the demo", **DEMO),
     World("nothing special, skewed seeds", noise="skewed"),
     World("depth only", depth=0.02),
+    World("depth only, dear at both ends", bow=0.15, hub=(3, 4, 5, 6), interface=(0, 1, 2, 7), rich=(2, 3, 4, 5)),
     World("seams only", seams=0.03),
     World("shared growth only", growth=True),
     *(World(f"every claim {said}, {d:g} sd", sign * d, **DEMO)
@@ -205,7 +208,8 @@ class Made:
 
     def _nuisance(self, layers) -> float:
         seams = sum((at in layers) != (at + 1 in layers) for at in range(L - 1))
-        return self.world.depth * sum(L - at for at in layers) / 4 + self.world.seams * seams
+        bow = self.world.bow * sum((2 * at / (L - 1) - 1) ** 2 for at in layers)
+        return self.world.depth * sum(L - at for at in layers) / 4 + bow + self.world.seams * seams
 
     def swap(self, place: str, own: str, sets: list, cost, measures: list[str], facts: dict) -> None:
         """A controls.json: `cost(measure, component, layers)` is the share of the gain that a set loses."""

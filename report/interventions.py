@@ -16,7 +16,7 @@ evidence = cli.sibling("report/evidence.py")
 WORDS = {"retrieval_readout": "retrieval", "nll_per_byte": "loss", "task_accuracy": "task", "lsn_activation": "LSN"}
 LESS_IS_BETTER = "nll_per_byte"
 CONTROLS = ("random", "matched")  # names of sets that are compared with
-COLUMNS = 6  # of the fit of `Swaps.beside_shape`
+COLUMNS = 7  # of the fit of `Swaps.beside_shape`
 ENOUGH = 2 * COLUMNS  # sets, so that a fit says something
 ARMS = "cpt/compare_arms.py"
 STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # words of arms -> keys of its file
@@ -24,10 +24,13 @@ STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # words of
 
 def shape(layers: Iterable[int], n_layers: int) -> list[float]:
     """What of a set of layers is not which layers they are: blocks, whether it holds the first layer and the last (all
-    three together: how many seams there are between base and checkpoint), and its mean depth; before them 1."""
+    three together: how many seams there are between base and checkpoint), and the means of depth and of its square,
+    since the cost of depth may well be a bow; before them 1."""
     layers = sorted(layers)
     blocks = sum(layer - 1 not in layers for layer in layers)
-    return [1, blocks, 0 in layers, n_layers - 1 in layers, sum(layers) / len(layers) / n_layers]
+    depths = [layer / max(n_layers - 1, 1) - 0.5 for layer in layers]
+    means = [sum(depth**power for depth in depths) / len(layers) for power in (1, 2)]
+    return [1, blocks, 0 in layers, n_layers - 1 in layers, *means]
 
 
 class Swaps:

@@ -51,9 +51,10 @@ def test_activation_is_counted_from_the_base(script):
     records = [
         {"name": "base", "values": {}, "units": {}, "lsn": {"value": 0.2, "blocks": [0.1, 0.3]}},
         {"name": "plain", "values": {}, "units": {}, "lsn": {"value": -0.4, "blocks": [-0.5, -0.3]}},
+        {"name": "arm", "values": {}, "units": {}, "lsn": {"value": 0.8, "blocks": [0.6, 1.0]}},  # the other way
     ]
     script.with_activation(records)
-    assert [record["values"]["lsn_activation"] for record in records] == [0, pytest.approx(0.6)]
+    assert [record["values"]["lsn_activation"] for record in records] == pytest.approx([0, 0.6, -0.6])
     assert records[1]["units"]["lsn_activation"] == pytest.approx([0.6, 0.6])
     assert all("lsn" not in record for record in records)
 
