@@ -131,8 +131,10 @@ class Retrieval:
         [L+1, sentences], of which the mean over sentences is the correlation: see `stats.pair_spearman`.
         """
         asks, answers = (each[:, None] != each for each in self.copies)
-        here, there = (torch.tensor(each).double().log() for each in self.lengths)
-        likeness, count = -(here[:, None] - there).abs().numpy(), (asks & answers).numpy()
+        here, there = (torch.tensor(each).double() for each in self.lengths)
+        # shorter over longer has the order of -|log ratio|, and 5 to 10 is 10 to 20; a difference of logarithms rounds
+        likeness = (torch.minimum(here[:, None], there) / torch.maximum(here[:, None], there)).numpy()
+        count = (asks & answers).numpy()
         cosines = (cosine(x, y).numpy() for x, y in zip(self.base.mean, self.target.mean, strict=True))
         return torch.stack([torch.from_numpy(stats.pair_spearman(a, likeness, count)) for a in cosines])
 

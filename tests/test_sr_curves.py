@@ -230,6 +230,25 @@ def test_spearman_of_pairs_against_scipy_and_a_bootstrap_of_units():
     assert np.isnan(stats.pair_spearman(x, np.ones((n, n)), counts)).all()
 
 
+def test_equal_ratios_of_lengths_are_ties(sr):
+    """5 tokens to 10 is as 10 to 20: float64 logarithms of both do not always agree."""
+    from fractions import Fraction
+
+    from scipy.stats import rankdata, spearmanr
+
+    rng = torch.Generator().manual_seed(0)
+    here, there = (torch.randint(3, 40, (40,), generator=rng).tolist() for _ in range(2))
+    x, y = (torch.randn(1, 40, 8, generator=rng) for _ in range(2))
+    pooled = (states.Pooled(v, v, v, v, torch.ones(1, 40)) for v in (x, y))
+    found = sr.scoring.Retrieval(*pooled, lengths=(here, there)).length_spearman.mean(1).item()
+    pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
+    ratios = [min(Fraction(here[i], there[j]), Fraction(there[j], here[i])) for i, j in pairs]
+    order = {ratio: at for at, ratio in enumerate(sorted(set(ratios)))}
+    cosines = torch.nn.functional.cosine_similarity(x[0, :, None], y[0], dim=2)
+    wanted = spearmanr([cosines[i, j] for i, j in pairs], rankdata([order[ratio] for ratio in ratios]))[0]
+    assert found == pytest.approx(wanted, abs=1e-9)
+
+
 def by_length(n, massive, seed=0):
     """Sentences found by their content where every token counts alike; with `massive` their mean says their length."""
     torch.manual_seed(seed)
