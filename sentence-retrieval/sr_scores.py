@@ -62,10 +62,15 @@ class Retrieval:
 
     def scores(self, pooled: str, centred: bool = False) -> Iterator[torch.Tensor]:
         """The scores [sentences, sentences] at each hidden state; `centred`: each language's mean vector is taken off,
-        which undoes an offset between languages, and whatever all sentences have in common."""
+        which undoes an offset between languages, and whatever all sentences have in common.
+
+        Cosines of centred vectors are about 0 in the mean over all sentences, and a ratio to that has any sign: there,
+        no more than half of the sentences are neighbours.
+        """
+        half = max(1, self.base.mean.shape[1] // 2)
         for x, y in zip(getattr(self.base, pooled), getattr(self.target, pooled), strict=True):
             x, y = (x - x.mean(0), y - y.mean(0)) if centred else (x, y)
-            yield margin_scores(cosine(x, y), self.variant, self.k)
+            yield margin_scores(cosine(x, y), self.variant, min(self.k, half) if centred else self.k)
 
     def found(self, pooled: str, centred: bool) -> torch.Tensor:
         answers = self.copies[1]

@@ -212,6 +212,15 @@ def test_equal_vectors_are_no_hits_of_the_strict_score(sr):
     assert not found.hits_mexa_last.any() and found.hits_mexa_weighted.all()
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (2, 4), (3, 4), (4, 4), (5, 4), (60, 60)])
+def test_few_sentences_are_found_where_languages_are_centred(sr, n, k):
+    """Over all sentences cosines of centred vectors are about 0 in the mean, and a ratio to that has any sign."""
+    x = torch.randn(20, n, 16, generator=torch.Generator().manual_seed(0))
+    pooled = (states.Pooled(v, v, v, v, torch.ones(20, n)) for v in (x, x + 0.001))
+    found = sr.scoring.Retrieval(*pooled, k=k)
+    assert found.hits_centred.all() and found.hits_unit_centred.all()
+
+
 def test_spearman_of_pairs_against_scipy_and_a_bootstrap_of_units():
     from scipy.stats import spearmanr
 
