@@ -12,6 +12,7 @@ from helpers import load_script
 
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import identity
 from cpt_utils.measures import gate
 
@@ -440,7 +441,13 @@ def test_in_a_study_its_measure_has_the_place_and_the_gate_is_of_it(tmp_path, mo
     assert "sentences, by unit_centred)" in capsys.readouterr().out
     with open("study.yaml", "a") as file:
         file.write("measure: unit_centred\n")
+    # The study's split of before is not taken by the steps after this one; a file that is given, is.
+    study = Study.find()
+    with pytest.raises(InputError, match=r"layers.json splits layers by published, .* is unit_centred; run layer"):
+        study.input(None, "--hub-json", "layers")
+    assert study.input(str(place / "layers.json"), "--hub-json", "layers") == place / "layers.json"
     script.main(["--draws", "5"])
+    assert study.input(None, "--hub-json", "layers").samefile(place / "layers.json")
     assert results.read_json(place / "layers.json")[1]["measure"] == "unit_centred"
     script.main(["--draws", "5", "--measure", "published"])
     assert results.read_json(place / "layers.published.json")[0]["semantic_layers"] == [0, 1]
