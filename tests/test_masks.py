@@ -170,6 +170,13 @@ def test_a_control_of_equal_activity_is_near_in_rate_and_outside_all_masks():
         masks.active_control({"en": {0: list(range(8))}}, "en", rates[:1, :12], 12)
 
 
+def test_controls_of_equal_activity_are_drawn_from_all_neurons_of_one_rate():
+    rates = np.full((1, 400), 0.5)
+    drawn = [masks.active_control({"en": {0: [0, 1, 2]}}, "en", rates, 400, seed=number)[0] for number in range(40)]
+    assert max(neuron for control in drawn for neuron in control) > 300
+    assert len({neuron for control in drawn for neuron in control}) > 60
+
+
 def test_a_control_of_equal_activity_knows_only_the_neurons_that_a_layer_has():
     rates = np.zeros((2, 10))
     rates[0, 4:] = 0.5  # of padding

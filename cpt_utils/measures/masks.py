@@ -157,7 +157,8 @@ def active_control(
     """As many neurons in each layer as `lang` has, about as active as these, outside every language's mask.
 
     The neurons of a layer come in a drawn order, and each gets a partner: one of the CLOSE neurons nearest in rate that
-    are outside all masks and not yet taken, drawn. Where none is close, the nearest are far: compare the mean rates.
+    are outside all masks and not yet taken, drawn; those of one rate come in a drawn order, too. Where none is close,
+    the nearest are far: compare the mean rates.
 
     Args:
         rates: the share of the language's tokens on which each neuron is active, [layers, neurons].
@@ -168,7 +169,8 @@ def active_control(
     found: Layers = {}
     for layer, outside in _outside(mask, by_layer(ffn_width, len(rates))).items():
         own, draw = sorted(mask[lang].get(layer, ())), random.Random(f"{seed}/active/{lang}/{layer}")
-        left = sorted((float(rates[layer][neuron]), neuron) for neuron in outside)
+        ties = random.Random(f"{seed}/ties/{lang}/{layer}")
+        left = sorted((float(rates[layer][neuron]), ties.random(), neuron) for neuron in outside)
         found[layer] = []
         for neuron in draw.sample(own, len(own)):
             rate = float(rates[layer][neuron])
@@ -176,7 +178,7 @@ def active_control(
             near = sorted(left[max(0, at - CLOSE) : at + CLOSE], key=lambda other, to=rate: abs(other[0] - to))
             partner = draw.choice(near[:CLOSE])
             left.remove(partner)
-            found[layer].append(partner[1])
+            found[layer].append(partner[2])
         found[layer].sort()
     return found
 
