@@ -20,7 +20,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from cpt_utils.base import cli, keys, results, study, textfiles
+from cpt_utils.base import cli, keys, languages, results, study, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 
@@ -361,7 +361,9 @@ def language_files(items: list[str] | None, flag: str) -> dict[str, str] | None:
         return None
     if bad := [item for item in items if not re.fullmatch(r"[^=]+=.+", item)]:
         raise InputError(f"{flag} {bad[0]}: write LANGUAGE=FILE, e.g. en=train.en.gz")
-    return dict(item.split("=", 1) for item in items)
+    pairs = [item.split("=", 1) for item in items]
+    languages.refuse_twice([lang for lang, _ in pairs], f"give {flag} each once")
+    return dict(pairs)
 
 
 def build_parser():

@@ -176,6 +176,7 @@ def heldout(args, study: Study) -> tuple[dict[str, list], dict]:
     chosen = [lang for lang in files if files[lang]]
     if not chosen:
         raise InputError("no held-out text: give --heldout LANG=FILE .., or data.heldout in the study")
+    languages.refuse_twice(chosen, "keep one of them in data.heldout")
     together = int(study.get("data.heldout_lines") or 1)
     texts, facts = evaluation.heldout_by_language(files, chosen, together, args.limit)
     return texts, {"heldout": facts, "lines": together, "limit": args.limit}

@@ -153,6 +153,9 @@ def test_bad_input_is_one_line(study):
         SCRIPT.main(["--heldout", "ga"])
     with pytest.raises(InputError, match=r"nowhere.txt does not exist: the held-out text of ga"):
         SCRIPT.main(["--heldout", "ga=nowhere.txt"])
+    for other in ("ga", "gle_Latn"):
+        with pytest.raises(InputError, match=f"ga and {other} are one language; give --heldout each once"):
+            SCRIPT.main(["--heldout", "ga=heldout/ga.txt", f"{other}=heldout/en.txt"])
     text = (study / "study.yaml").read_text()
     (study / "study.yaml").write_text(text.partition("data:")[0])
     with pytest.raises(InputError, match="no held-out text: give --heldout"):
