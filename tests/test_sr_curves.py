@@ -10,6 +10,7 @@ from helpers import load_script, tiny_model, tiny_tokenizer
 
 from cpt_utils.architectures.archs import for_config
 from cpt_utils.base import figures, results, stats
+from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 from cpt_utils.measures import curves
 from cpt_utils.models import states
@@ -309,6 +310,14 @@ def test_every_curve_has_its_interval_and_its_hits(sr):
     assert content["length_spearman"] == [[0, None]] and content["length_spearman_ci"] == [[0, [None, None]]]
     assert not curves.measuring_length(content)
     json.dumps(content, allow_nan=False)
+
+
+@pytest.mark.parametrize("broken", [None, [], [[0, None]], [[0, []]]])
+def test_intervals_that_are_none_are_one_line(sr, broken):
+    pooled, lengths = by_length(40, 30.0)
+    content = sr.payload(sr.scoring.Retrieval(*pooled, lengths=lengths), "runs/m", "eng_Latn", "swh_Latn", 42)
+    with pytest.raises(InputError, match=r"\(runs/m\) lacks intervals .*sr_experiment.py again with --overwrite"):
+        curves.measuring_length(content | {"unit_centred_accuracy_ci": broken})
 
 
 @pytest.mark.figures

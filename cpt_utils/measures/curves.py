@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
 
 LENGTH = 0.5  # of `length_spearman`, see `measuring_length`
 
@@ -35,13 +36,22 @@ def measuring_length(result: dict) -> list[int]:
     Those at which the cosines follow the length of sentences more than halfway (the interval of Spearman's correlation
     lies above .5), and at which the translation is found clearly more often where each token counts alike and each
     language is centred (the intervals of both accuracies are apart): length is all that the mean lacked.
+
+    Raises:
+        InputError: the result has intervals, but not of every hidden state.
     """
     keys = ("length_spearman_ci", "layer_accuracy_ci", "unit_centred_accuracy_ci")
     if any(key not in result for key in keys):
         return []
-    length, published, centred = (dict(result[key]) for key in keys)
-    apart = [state for state in length if published[state][1] < centred[state][0]]
-    return sorted(state for state in apart if length[state][0] is not None and length[state][0] > LENGTH)
+    try:
+        length, published, centred = (dict(result[key]) for key in keys)
+        apart = [state for state in length if published[state][1] < centred[state][0]]
+        return sorted(state for state in apart if length[state][0] is not None and length[state][0] > LENGTH)
+    except (LookupError, TypeError, ValueError):
+        raise InputError(
+            f"a retrieval result ({result.get('model_path')}) lacks intervals [[state, [low, high]], ..] of hidden "
+            f"states in {', '.join(keys)}; run sentence-retrieval/sr_experiment.py again with --overwrite"
+        ) from None
 
 
 def tell(*results: tuple[str, dict]) -> None:
