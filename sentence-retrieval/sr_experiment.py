@@ -328,8 +328,10 @@ def main(argv=None) -> None:
     if before:
         cli.say(f"measured before there were all curves: {', '.join(before)}; --overwrite measures them again")
     if twins:
-        measured = jobs[: len(models)]
-        gate.tell(*(gate.of_results(job.path, twins[job.ref].path, job.ref.spec, study.seed) for job in measured))
+        measure = study.get("measure") or "published"  # which the layers are split by
+        key, pairs_of = curves.MEASURES[measure].key, [(job, twins[job.ref].path) for job in jobs[: len(models)]]
+        has = [(job, twin) for job, twin in pairs_of if key in found[job.path] and key in found[twin]]
+        gate.tell(*(gate.of_results(job.path, twin, job.ref.spec, study.seed, measure) for job, twin in has))
     untrained = found[twins[models[0]].path] if twins else None
     name = "accuracy" if chosen.is_whole(study, args, models) else chosen.figure_name(args.model_path, models)
     figure.draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")

@@ -510,6 +510,21 @@ def test_each_configuration_has_a_twin(sr, project, monkeypatch, capsys):
     assert {path.name for path in here.glob("untrained*.json")} == twins
 
 
+def test_the_gate_is_of_the_curve_that_the_study_splits_layers_by(sr, project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    (project / "study.yaml").write_text(STUDY.replace("RESULTS", "r") + "measure: unit_centred\n")
+    sr.main([])
+    said = capsys.readouterr()
+    assert "12 sentences, by unit_centred)" in said.out + said.err
+    # A twin of before has no such curve: of it nothing is said, and nothing breaks.
+    twin = project / "r/sentence-retrieval/eng_Latn-gle_Latn/untrained.json"
+    content = json.loads(twin.read_text())
+    twin.write_text(json.dumps({key: value for key, value in content.items() if "unit" not in key}))
+    sr.main([])
+    said = capsys.readouterr()
+    assert "untrained twin" not in said.out + said.err
+
+
 def test_ids_of_special_tokens_make_no_other_twin(sr, project, monkeypatch):
     """A Trainer sets them in the checkpoints' configurations to those of its tokenizer."""
     monkeypatch.chdir(project)
