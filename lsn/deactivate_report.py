@@ -58,7 +58,7 @@ def say(payload: dict) -> None:
             rates += f"active on {fires['active']:.0%}"
         cli.say(f"  on {d} {VERDICTS[own['verdict']][1]} [{own['ci_low']:+.4f}, {own['ci_high']:+.4f}]{rates}")
     unhurt = [d for d, own in payload["diagonal"].items() if own["verdict"] != "harm"]
-    means = f"; it means nothing, as {', '.join(unhurt)} is not hurt" if unhurt else ""
+    means = f"; it means nothing, as silencing does not hurt {', '.join(unhurt)}" if unhurt else ""
     cli.say(f"overall {_place(payload['overall'])}{means}")
 
 
