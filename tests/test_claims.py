@@ -180,7 +180,7 @@ def test_fewer_than_five_seeds_have_numbers_and_no_verdict(seeds, tmp_path, no_f
 
 def test_seeds_of_an_arm_are_the_arms_not_the_plain_runs(seeds, tmp_path):
     study = tmp_path / "study.yaml"
-    study.write_text(seeds[5.0].read_text() + "arms: {hub_frozen: {freeze: hub}}\n")
+    study.write_text(seeds[4.0].read_text() + "arms: {hub_frozen: {freeze: hub}}\n")
     with pytest.raises(InputError, match="models/0/arms/hub_frozen/run"):
         script.main(["--study", str(study), "--arm", "hub_frozen", "--seeds", "0,1", "--output", str(tmp_path)])
 
