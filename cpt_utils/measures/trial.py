@@ -85,8 +85,7 @@ class Trial:
         """
         names = {one.name for one in wanted}
         if treatment and not {treatment, "random"} <= names:
-            lacking = treatment if treatment not in names else "random"
-            raise ValueError(f"no condition is called {lacking}: there are {', '.join(sorted(names))}")
+            raise ValueError(f"no condition is called {treatment} or none random: there are {', '.join(sorted(names))}")
         ends = [Condition(role, {}, facts={"layers": []}, of=role) for role in self.models]
         tokenizers: dict = {}
 

@@ -1,0 +1,114 @@
+# Part II of the workflow, which `Snakefile` includes: names that are not defined here are its own.
+#
+# Which language the neurons belong to is found on text of the study (data.lsn_text), else mOSCAR from the hub; without
+# languages.lsn and a place for token ids there is of Part II only attention against the FFN.
+
+# -------------------------------------------------------------------------------- 1. attention and FFN
+
+
+rule attn_vs_ffn:
+    input: BASE_FILES, RUN_FILES, code=made_of("weight-diff/attn_vs_ffn.py")
+    output: ATTN_VS_FFN, figure(beside(ATTN_VS_FFN, ".png"), "attn_vs_ffn")
+    log: LOGS / "attn-vs-ffn.log"
+    threads: THREADS
+    shell: run("weight-diff/attn_vs_ffn.py")
+
+
+if LSN:
+    # ---------------------------------------------------------------------------- 2. neurons
+
+    rule token_ids:
+        input: TEXTS, BASE_FILES, code=made_of("lsn/load_oscar.py")
+        output: TOKEN_IDS
+        log: LOGS / "token-ids.log"
+        threads: THREADS
+        shell: run("lsn/load_oscar.py", "--max-concurrent {threads}")
+
+    rule activation_counts:
+        input: TOKEN_IDS, RUN_FILES, code=made_of("lsn/activation.py")
+        output: COUNTS
+        log: LOGS / "activation-counts.log"
+        threads: THREADS
+        resources: gpu=1
+        shell: run("lsn/activation.py")
+
+    rule identify:
+        input: COUNTS, LAYERS, code=made_of("lsn/identify.py")
+        output:
+            MASK, CONTROL, RICH, REPORTED,
+            figure(MASK.with_name(f"{STUDY.name}.report-counts.png"), "lsn_counts"),
+            figure(MASK.with_name(f"{STUDY.name}.report-convergence.png"), "lsn_convergence"),
+        log: LOGS / "identify.log"
+        shell: run("lsn/identify.py")
+
+    if PLAN.deactivation:
+
+        rule deactivate:
+            input: MASK, COUNTS, TOKEN_IDS, code=made_of("lsn/deactivate.py")
+            output: DEACTIVATION, figure(beside(DEACTIVATION, ".png"), "deactivation")
+            log: LOGS / "deactivate.log"
+            threads: THREADS
+            resources: gpu=1
+            shell: run("lsn/deactivate.py")
+
+    # ---------------------------------------------------------------------------- 3. over CPT
+
+    rule lsn_activation:
+        input: MASK, CONTROL, TOKEN_IDS, code=made_of("lsn/lsn_activation_cpt.py")
+        output:
+            # Folders, so that Snakemake clears them when the mask or the run has changed.
+            directory(ACTIVATION / STUDY.name),
+            directory(ACTIVATION / "base"),
+            figure(ACTIVATION / f"{STUDY.name}.png", "lsn_activation"),
+        log: LOGS / "lsn-activation.log"
+        threads: THREADS
+        resources: gpu=1
+        shell: run("lsn/lsn_activation_cpt.py")
+
+    rule gate_lsn:
+        input: MASK, CONTROL, code=made_of("weight-diff/gate_lsn.py")
+        output: GATE_LSN, figure(beside(GATE_LSN, ".png"), "gate_lsn")
+        log: LOGS / "gate-lsn.log"
+        threads: THREADS
+        shell: run("weight-diff/gate_lsn.py")
+
+    rule activation_correlation:
+        input:
+            ACTIVATION / f"{STUDY.name}.png", GATE_LSN, ATTN_VS_FFN, LAYERS,
+            code=made_of("activation-correlation/activation-correlation.py"),
+        output: STRENGTH, figure(beside(STRENGTH, ".png"), "activation_correlation")
+        log: LOGS / "activation-correlation.log"
+        shell: run("activation-correlation/activation-correlation.py")
+
+    # ---------------------------------------------------------------------------- 4. component swaps
+
+    # Stamped here and not where it is asked for: by then Snakemake may have looked which files there are.
+    SWAP_CODE = {name: made_of(f"component-swap/{name}.py") for name in ("attn_int_swap", "ffn_lsn_swap")}
+
+    # Folders of the last checkpoint only: a swapped run is as large on disk as the run. By hand, without --steps, all.
+    rule component_swap:
+        input: LAYERS, RICH, code=lambda wildcards: SWAP_CODE[wildcards.component]
+        output: COMPONENTS / "{component}" / "metadata.json"
+        log: LOGS / "{component}.log"
+        shell: run("component-swap/{wildcards.component}.py", f"--steps {step_names.step_of(LAST)} --overwrite")
+
+    rule component_swap_controls:
+        input:
+            COMPONENTS / "{component}" / "metadata.json", RICH, LAYERS,
+            code=lambda wildcards: SWAP_CODE[wildcards.component],
+        output:
+            COMPONENTS / "{component}" / "controls.json",
+            figure(COMPONENTS / "{component}" / "controls.png", "component_swap"),
+        params: measures="retrieval nll" if PLAN.loss else "retrieval"
+        log: LOGS / "{component}-controls.log"
+        threads: THREADS
+        resources: gpu=1
+        shell: run("component-swap/{wildcards.component}.py", f"--controls {CONTROLS} --measures {{params.measures}}")
+
+    rule retrieval_components_figure:
+        input: expand(RETRIEVAL / "{model}.json", model=COMPARED), code=made_of("sentence-retrieval/sr_experiment.py")
+        output: figure(COMPONENT_FIGURE, "retrieval_components")
+        params: models=list(COMPARED.values())
+        log: LOGS / "retrieval" / "figure-components.log"
+        resources: gpu=1
+        shell: run("sentence-retrieval/sr_experiment.py", "--model_path {params.models:q} --no-untrained")
