@@ -52,6 +52,8 @@ COMMANDS = (
     _command("layer_swap", "layer-swap/layer-swap.py"),
     _command("layer_swap_controls", "layer-swap/layer-swap.py", "--controls 4 --measures retrieval nll"),
     _command("language_loss", "language-loss/language_loss.py"),
+    _command("train_arm", "cpt/train.py", "--stage cpt --arm hub_frozen"),
+    _command("arms", "cpt/compare_arms.py", "--measures retrieval nll"),
     _command("attn_vs_ffn", "weight-diff/attn_vs_ffn.py"),
     _command("token_ids", "lsn/load_oscar.py", "--max-concurrent 1"),
     _command("counts", "lsn/activation.py", "--save-every 0"),
@@ -87,6 +89,7 @@ data:
   lsn_text: {eng_Latn: text/eng.txt, qab_Latn: text/qab.txt, qaa_Latn: text/qaa.txt}
 tokens: tokens
 controls: 5
+arms: {hub_frozen: {freeze: hub}}
 lsn: {rate: 0.1, tokens: 1024, block_size: 128, layers: 2}
 results: results
 train: {cpt: cpt.yaml}
