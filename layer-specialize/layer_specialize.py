@@ -180,6 +180,24 @@ def read_curve(path: Path, payload: dict, header: dict, measure: str = "publishe
     return np.array([pairs[state] for state in sorted(pairs)])
 
 
+def read_profile(
+    path: Path, payload: dict, header: dict, measure: str, sentences: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The accuracies [L+1] that a split is made of, of all sentences or of every second one, and their hits [L+1, n].
+
+    Raises:
+        InputError: see `read_curve` and `read_hits`; half of the sentences, and no hits.
+    """
+    accuracy = read_curve(path, payload, header, measure)
+    hits = read_hits(path, accuracy, measure)
+    if sentences == "half":
+        if hits is None:
+            raise InputError(f"{path.with_suffix('.pt')} is not there, whose hits half of the sentences are taken from")
+        hits = hits[:, ::2]
+        accuracy = hits.mean(1)
+    return accuracy, hits
+
+
 def read_hits(path: Path, accuracy: np.ndarray, measure: str = "published") -> np.ndarray | None:
     """The hits [L+1, n] beside the retrieval result `path`; None where the file is not there.
 
@@ -254,6 +272,8 @@ def build_parser():
     p.add_argument("-o", "--output", metavar="OUT", help=text)
     text = "curve to split by; default: the study's measure, else published"
     p.add_argument("--measure", choices=list(curves.MEASURES), help=text)
+    text = "split by all, or by every second one, so that the others can test the split; default: the study's, else all"
+    p.add_argument("--sentences", choices=("all", "half"), help=text)
     text = "resamples for label stability; default 1000"
     p.add_argument("--draws", type=cli.positive, default=1000, metavar="N", help=text)
     cli.add_run_flags(p)
@@ -263,37 +283,37 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    own = study.value(None, "--measure", "measure", "published")
-    measure = args.measure or own
+    own = study.value(None, "--measure", "measure", "published"), study.value(None, "--sentences", "sentences", "all")
+    measure, sentences = args.measure or own[0], args.sentences or own[1]
     output = Path(args.output) if args.output else None
     if study and not output:
-        other = dotted(other_than(study, args.retrieval, args.steps), measure if measure != own else "")
+        kinds = [one for one, usual in zip((measure, sentences), own, strict=True) if one != usual]
+        other = dotted(other_than(study, args.retrieval, args.steps), *kinds)
         output = study.output(None, "-o", "layers", other)
     # What goes to the study's own place must be about the study's languages.
     sides = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target") if args.output is None}
     path = Path(args.retrieval) if args.retrieval else last_result(study, args.steps)
     if output is None:
         with contextlib.redirect_stdout(sys.stderr):  # so that `> layers.json` gets the layers alone
-            split = splitting(path, measure, sides, study, args.draws)[0]
+            split = splitting(path, measure, sentences, sides, study, args.draws)[0]
         print(json.dumps({key: split[key] for key in ("interface_layers", "semantic_layers")}, indent=4))
         return
     refuse_stranger(output, args.overwrite)
-    split, facts = splitting(path, measure, sides, study, args.draws)
+    split, facts = splitting(path, measure, sentences, sides, study, args.draws)
     title = path.stem.replace("__", "/")
     draw(output.with_suffix(""), split, measure, split["n_sentences"] or facts.get("n_used"), title)
     results.write_json(output, split, results.header(SCHEMA, **facts))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
-def splitting(path: Path, measure: str, sides: dict, study: Study, draws: int) -> tuple[dict, dict]:
+def splitting(path: Path, measure: str, sentences: str, sides: dict, study: Study, draws: int) -> tuple[dict, dict]:
     """The payload for the retrieval result `path`, and the facts of its header; the split and the gate are said.
 
     Args:
         sides: languages that the result must be about.
     """
     payload, header = results.read_json(path, gate.RETRIEVAL, **sides)
-    accuracy = read_curve(path, payload, header, measure)
-    hits = read_hits(path, accuracy, measure)
+    accuracy, hits = read_profile(path, payload, header, measure, sentences)
     split = specialize(accuracy[1:])
     split |= {"label_stability": None, "stability_draws": 0, "n_sentences": None if hits is None else hits.shape[1]}
     if hits is None:
@@ -303,12 +323,14 @@ def splitting(path: Path, measure: str, sides: dict, study: Study, draws: int) -
         split["label_stability"], split["stability_draws"] = label_stability(hits[1:], high, study.seed, draws)
     say_split(path, split, measure)
     there = [name for name, curve in curves.MEASURES.items() if name == measure or curve.key in payload]
-    split["splits"] = splits({name: read_curve(path, payload, header, name)[1:] for name in there}, measure)
+    half, known = sentences == "half", (path, payload, header)
+    profiles = {name: read_profile(*known, name, "half")[0] if half else read_curve(*known, name) for name in there}
+    split["splits"] = splits({name: profile[1:] for name, profile in profiles.items()}, measure)
     say_others(split["splits"], measure)
     if measure == "published":
         curves.tell((path.stem, payload))
     passed = checked(path, header, hits, measure, study.seed)
-    base = base_split(study, path, measure) if study else None
+    base = base_split(study, path, measure, sentences) if study else None
     if base:
         changed = sorted(set(base["semantic_layers"]) ^ set(split["semantic_layers"]))
         split["base_split"] = base
@@ -321,6 +343,7 @@ def splitting(path: Path, measure: str, sides: dict, study: Study, draws: int) -
     kept = ("models", "base_lang", "target_lang", "data", "n_used", "n_available", "margin_variant", "k", "dtype")
     facts = {key: header[key] for key in kept if key in header}
     facts |= {"n_layers": len(accuracy) - 1, "retrieval": path, "measure": measure, "seed": study.seed, "draws": draws}
+    facts |= {"sentences": "half"} if half else {}
     return split, facts | {"gate": passed}
 
 
@@ -363,16 +386,16 @@ def last_result(study: Study, steps: list[int] | None) -> Path:
     return path
 
 
-def base_split(study: Study, beside: Path, measure: str) -> dict | None:
+def base_split(study: Study, beside: Path, measure: str, sentences: str) -> dict | None:
     """The split of the study's base, where its retrieval result is beside that of the checkpoint; None otherwise."""
     base = study.get("base")
     path = beside.with_name(f"{refs.model(base).model_id}.json") if base else None
     if path is None or path == beside or not path.is_file():
         return None
     payload, header = results.read_json(path, gate.RETRIEVAL)  # a file that is there must be readable
-    accuracy = read_curve(path, payload, header, measure)[1:]
+    accuracy = read_profile(path, payload, header, measure, sentences)[0]
     try:
-        split = specialize(accuracy)
+        split = specialize(accuracy[1:])
     except InputError as error:
         cli.say(f"the base has no split of its own: {error}")
         return None

@@ -76,6 +76,7 @@ class Results:
         self.last = self.run[-1]
         self.folder = study.result("claims").parent.parent
         self.gate = gate.carried(study.result("layers"))
+        self.half = study.get("sentences") == "half"  # the layers were chosen on every second sentence
         self.read: list[str] = []
         self.kept: dict[str, tuple] = {}
         self.facts: dict[str, tuple] = {}  # of ALIKE: the value, and the file that said it first
@@ -240,6 +241,7 @@ class Results:
     def layers(self, strict: bool = False) -> dict:
         """Step 2's file, which may be about any checkpoint of the run; `strict`: checked as `file` does."""
         path = self.path("layers")
+        self.study.input(None, "--study", "layers")  # refuses a split by another curve, or by other sentences
         payload, header = results.read_json(path, "layer-specialize", **self.sides())
         measured = (header.get("models") or {}).get("model")
         if measured and not relatives.belongs(measured, [self.base, *self.run]):

@@ -88,6 +88,9 @@ class Swaps:
             units = None if units is None else units.double().numpy()
             if units is None or units.ndim != 2 or len(units) != len(values) or not _same(units.mean(1), values):
                 raise self.file.refused(f"and {self.pt.name} beside it do not belong together ({measure})")
+            if measure == "retrieval_readout" and self.found.half:  # the layers were chosen on the others
+                units = units[:, 1::2]
+                values = units.mean(1)
             self.kept[measure] = sign * values, sign * units
         return self.kept[measure]
 

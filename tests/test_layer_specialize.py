@@ -453,6 +453,28 @@ def test_in_a_study_its_measure_has_the_place_and_the_gate_is_of_it(tmp_path, mo
     assert results.read_json(place / "layers.published.json")[0]["semantic_layers"] == [0, 1]
 
 
+@pytest.mark.figures
+def test_half_of_the_sentences_split_layers_and_leave_the_rest_for_tests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = with_curves(study_folder(tmp_path) / "run__checkpoint-10.json", RATES)
+    hits = results.read_tensors(source.with_suffix(".pt"))["hits"].numpy()
+    script.main(["--draws", "5", "--sentences", "half"])
+    place = tmp_path / "results/layer-specialize"
+    found, header = results.read_json(place / "layers.half.json")
+    assert [value for _, value in found["layer_accuracy"]] == hits[1:, ::2].mean(1).tolist()
+    assert (found["n_sentences"], header["sentences"]) == (100, "half")
+    assert found["splits"]["published"]["semantic_layers"] == found["semantic_layers"]
+    script.main(["--draws", "5"])
+    assert "sentences" not in results.read_json(place / "layers.json")[1]
+    with open("study.yaml", "a") as file:
+        file.write("sentences: half\n")
+    with pytest.raises(InputError, match="splits layers by all, the study's sentences is half; run layer"):
+        Study.find().input(None, "--hub-json", "layers")
+    source.with_suffix(".pt").unlink()
+    with pytest.raises(InputError, match="whose hits half of the sentences are taken from"):
+        script.main(["--draws", "5"])
+
+
 def test_the_measures_of_a_study_are_the_curves():
     from typing import get_args
 

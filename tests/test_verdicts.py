@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from helpers import load_script
 from scipy import stats as scipy_stats
 from test_claims import (
     ATTENTION,
@@ -201,6 +202,28 @@ def test_matched_sets_are_those_that_the_file_names(made, no_figure):
     results.write_json(path, payload, head)
     with pytest.raises(InputError, match="names a matched set that it does not hold"):
         run(made)
+
+
+def test_layers_chosen_on_half_of_the_sentences_are_tested_on_the_others(made, no_figure):
+    path = made.results / LAYER_SWAP
+    payload, _ = results.read_json(path)
+    units = results.read_tensors(path.with_suffix(".pt"))["retrieval_readout"].double().numpy()
+    target, hub = (controls.find(payload["sets"], name) for name in ("target", "semantic_hub"))
+    found = {}
+    for half, columns in ((False, slice(None)), (True, slice(1, None, 2))):
+        if half:
+            with open(made.study, "a") as file:
+                file.write("sentences: half\n")
+            layers, head = results.read_json(made.results / "layer-specialize/layers.json")
+            results.write_json(made.results / "layer-specialize/layers.json", layers, head | {"sentences": "half"})
+        swaps = load_script("report/interventions.py").swaps(
+            evidence.Results(Study.find(made.study)), "layer_swap", "semantic_hub"
+        )
+        found[half] = swaps.cost("x", "retrieval_readout", {hub: 1.0})
+        assert found[half]["value"] == pytest.approx((units[target] - units[hub])[columns].mean())
+        loss = results.read_tensors(path.with_suffix(".pt"))["nll_per_byte"]
+        assert swaps.cost("x", "nll_per_byte", {hub: 1.0})["n"] == loss.shape[1]
+    assert found[True]["n"] == found[False]["n"] // 2
 
 
 def test_a_control_may_be_the_set_of_another_treatment(made, no_figure):

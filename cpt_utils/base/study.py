@@ -156,16 +156,19 @@ class Study:
         if not path.exists():
             raise InputError(f"{path} does not exist; run {made_by} first, or give {flag}")
         if given is None and step == "layers":
-            self._refuse_other_measure(path, made_by)
+            self._refuse_other_split(path, made_by)
         return path
 
-    def _refuse_other_measure(self, path: Path, made_by: str) -> None:
-        """Refuse a split of the study's layers that is not by its `measure`: it was made before that was changed."""
+    def _refuse_other_split(self, path: Path, made_by: str) -> None:
+        """Refuse a split of the layers by another curve or other sentences than the study's: it is from before."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # said by whoever reads the layers
             head = json.loads(path.read_text(encoding="utf-8")).get("_header")
-            found, own = (head or {}).get("measure", "published"), self.get("measure") or "published"
-            if head and found != own:
-                raise InputError(f"{path} splits layers by {found}, the study's measure is {own}; run {made_by} again")
+            for key, usual in (("measure", "published"), ("sentences", "all")):
+                found, wanted = (head or {}).get(key, usual), self.get(key) or usual
+                if head and found != wanted:
+                    raise InputError(
+                        f"{path} splits layers by {found}, the study's {key} is {wanted}; run {made_by} again"
+                    )
 
     def _where(self) -> str:
         return f"({self.path} has none)" if self else "(--study FILE, or study.yaml in this folder)"

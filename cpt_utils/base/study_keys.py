@@ -79,6 +79,10 @@ class Study(Keys):
         Literal["published", "unit", "centred", "unit_centred", "mexa_weighted", "mexa_last"] | None,
         Field(description="it is the retrieval curve that layers are split by, published unless said"),
     ] = None
+    sentences: Annotated[
+        Literal["all", "half"] | None,
+        Field(description="layers are split by retrieval of all sentences, or half of them"),
+    ] = None
     train: group("world documents base cpt task", MaybeText) | None = None
     arms: dict[ArmName, Arm] | None = None
 
