@@ -158,7 +158,7 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
         # Of files the names alone; the table has their places.
-        text = textwrap.fill(re.sub(r"[\w.-]+/", "", row["reason"]), 40, break_on_hyphens=False)
+        text = textwrap.fill(re.sub(r"(?:[\w.-]+/)+(?=[\w.-]+\.\w)", "", row["reason"]), 40, break_on_hyphens=False)
         axis.text(0, 0.9, text, transform=axis.transAxes, fontsize=6.5, va="top")
         return
     for at, one in enumerate(rows):
