@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, results, sources, stats
+from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
-from cpt_utils.base.processes import Process
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs, relatives, tokenization, tokenizer_id
 from cpt_utils.interventions import surgery
@@ -36,6 +35,7 @@ retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 counting = cli.sibling("lsn/activation.py")
 activation = cli.sibling("lsn/lsn_activation_cpt.py")
 runs = cli.sibling("cpt/runs.py")
+freezing = cli.sibling("cpt/freezing.py")
 
 SCHEMA = "arms"
 RESULTS = {"arms": "arms.json"}
@@ -115,8 +115,7 @@ def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, d
         if name not in asked:
             continue
         facts = {key: trained[name][key] for key in ("trainable_parameters", "share_of_parameters")}
-        mode = next(iter({"freeze", "train_only"} & {*asked[name]}))
-        facts["layers"] = trained[name][mode]["layers"]
+        facts["layers"] = trained[name][freezing.mode_of(asked[name])]["layers"]
         models[name] |= {"what": asked[name], **facts, "share": {}, "minus_plain": {}}
         for measure, what in measures.items():
             sign = 1 if what.higher_is_better else -1
@@ -139,7 +138,7 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
     """
     record, found, trained = Path(study.get("run")) / "train.json", {}, {}
     wanted = results.read_json(record, runs.SCHEMA)[0]["settings"] if record.is_file() else None
-    if {"freeze", "train_only"} & {*(wanted or {})}:
+    if freezing.mode_of(wanted or {}):
         raise InputError(f"{record.parent} has a frozen part itself, so that it is no plain run; train it without one")
     known = relatives.of([base], study.get("base"), study.get("run"))
     for name, asked in study.get("arms", {}).items():
@@ -155,7 +154,7 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
         if start not in (None, base.describe().get("weights_sample")):
             raise InputError(f"{run} was trained from another base than {base.spec} is now; {how} --overwrite")
         trained[name] = head.get("trained") or {}
-        mode = "freeze" if "freeze" in asked else "train_only"
+        mode = freezing.mode_of(asked)
         told = (layer_sets.words_of(asked[mode]), mode in trained[name], asked.get("io", trained[name].get("io")))
         if told != (trained[name].get("words"), True, trained[name].get("io")):
             raise InputError(f"{run} was trained as another arm than {name} is in the study now; {how} --overwrite")
@@ -205,8 +204,7 @@ def measure(study: Study, output: Path, args) -> None:
     found: dict[str, refs.ModelRef] = {"base": base, "plain": plain, **arms}
     test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs)
     neurons = None if args.measures else Neurons.find(study, plain, args.limit)
-    process = Process(args.device, args.device_map)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    process, dtype = processes.from_arguments(args, study)
     tokenizers: dict = {}
 
     def load(role: str):
@@ -228,8 +226,7 @@ def measure(study: Study, output: Path, args) -> None:
         payload, units = payload_of(records, study.get("arms"), trained, study.seed)
         results.write_tensors(output.with_suffix(".pt"), units)
         draw(output.with_suffix(""), payload)
-        with results.replacing(output.with_suffix(".md")) as temporary:
-            temporary.write_text(table(payload), encoding="utf-8")
+        results.write_text(output.with_suffix(".md"), table(payload))
         described = {role: ref.describe() for role, ref in found.items()}
         head = {"models": described, **test.facts, "dtype": request["dtype"], "device": str(process.device)}
         results.write_json(output, {**payload, "request": request}, results.header(SCHEMA, **head))
@@ -253,11 +250,6 @@ def told(what: dict) -> str:
     return ", ".join(f"{key} {layer_sets.words_of(value)}" for key, value in what.items())
 
 
-def markdown(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def table(payload: dict) -> str:
     """A row a model: what was trained, and for each measure the value and the share of the gain, in Markdown."""
     rows = []
@@ -269,7 +261,7 @@ def table(payload: dict) -> str:
             interval = f" ({share['value']:.2f} [{share['ci_low']:.2f}, {share['ci_high']:.2f}])" if share else ""
             row.append(f"{value:.4f}" + (interval or " (no clear gain)" if is_arm else ""))
         rows.append(row)
-    return markdown(["model", "arm", "trained", *(f"{m['label']}" for m in payload["measures"].values())], rows)
+    return results.markdown(["model", "arm", "trained", *(f"{m['label']}" for m in payload["measures"].values())], rows)
 
 
 def panels(path: Path, measures: dict, names: list[str], points) -> None:
@@ -370,27 +362,21 @@ def compare_seeds(args, output: Path) -> None:
             spread = f" ± {own['sd']:.2f}" if own["sd"] is not None else ""
             cells.append(f"{own['mean']:.2f}{spread} (n {own['n']})" if own["n"] else "no clear gain")
         rows.append([name, told(arm["what"]), *cells])
-    text = markdown(["arm", "", *(m["label"] for m in payload["measures"].values())], rows)
+    text = results.markdown(["arm", "", *(m["label"] for m in payload["measures"].values())], rows)
 
     def points(measure: str, name: str):
         own = payload["arms"][name][measure]
         return [share for share in own["shares"] if share is not None], own["mean"], None
 
     panels(output.with_suffix(""), payload["measures"], list(payload["arms"]), points)
-    with results.replacing(output.with_suffix(".md")) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    results.write_text(output.with_suffix(".md"), text)
     results.write_json(output, payload, results.header(f"{SCHEMA}-over-seeds", seeds=args.seeds))
     cli.say(f"{text}wrote {output}, mean ± standard deviation over {len(args.seeds)} seeds")
 
 
-def seeds(text: str) -> list[int]:
-    """`"0,1,2"` as numbers, for argparse."""
-    return list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-
-
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--seeds", type=seeds, metavar="S,S,..", help="set the results of these seeds side by side")
+    p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="set the results of these seeds side by side")
     p.add_argument(
         "-o", "--output", metavar="OUT", help="JSON to write; default: the study's arms.json; needed with --seeds"
     )

@@ -19,6 +19,11 @@ from cpt_utils.measures.layer_sets import Part
 MODES = ("freeze", "train_only")
 
 
+def mode_of(values: dict) -> str | None:
+    """Which of MODES a training file, an arm or the settings of a run have; None: neither."""
+    return next((mode for mode in MODES if values.get(mode) is not None), None)
+
+
 @dataclass(frozen=True)
 class Choice:
     """What is asked for: `part` is frozen ("freeze") or alone is trained ("train_only"), of the layers.

@@ -60,7 +60,7 @@ def read_config(path: Path, given: dict, seed: int | None) -> dict:
         kept = [step for step in values["save_steps"] if step <= given["steps"]] or [given["steps"]]
         cli.say(f"--steps {given['steps']}: checkpoints at {', '.join(map(str, kept))}")
         values["save_steps"] = kept
-    if any(given.get(mode) is not None for mode in freezing.MODES):  # the command line's part is in the file's place
+    if freezing.mode_of(given):  # the command line's part is in the file's place
         values = {key: value for key, value in values.items() if key not in freezing.MODES}
     values |= {key: value for key, value in given.items() if value is not None}
     if seed is None:
@@ -83,7 +83,7 @@ def choice_of(config: dict, found: study.Study, path: Path):
     Args:
         found: the study whose layers, mask and weight change the words of the training file mean.
     """
-    mode = next((mode for mode in freezing.MODES if config[mode] is not None), None)
+    mode = freezing.mode_of(config)
     if mode is None:
         return None
     base = refs.model(config["from"])

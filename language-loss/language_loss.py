@@ -78,15 +78,17 @@ def summarize(units: dict[str, dict[str, list[float]]], seed: int) -> dict[str, 
 
 def table(found: dict[str, dict[str, dict]]) -> str:
     """The result as a table in Markdown, a line for each language and model."""
-    head = "language", "step", "documents", "nats per byte", "perplexity per byte", "change against the base"
-    lines = [head, ["---"] * len(head)]
+    head, lines = (
+        ["language", "step", "documents", "nats per byte", "perplexity per byte", "change against the base"],
+        [],
+    )
     for lang, models in found.items():
         for name, row in models.items():
             change = row.get("change")
             changed = f"{change['mean']:+.4f} {_interval(change, '+')}" if change else ""
             loss = f"{row['nll_per_byte']:.4f} {_interval(row)}"
-            lines.append([lang, name, str(row["documents"]), loss, f"{row['perplexity_per_byte']:.4f}", changed])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            lines.append([lang, name, row["documents"], loss, f"{row['perplexity_per_byte']:.4f}", changed])
+    return results.markdown(head, lines)
 
 
 def _interval(row: dict, sign: str = "") -> str:
@@ -139,8 +141,7 @@ def main(argv=None) -> None:
     output = study.output(args.output, "--output", "language_loss", other)
     opening.look_over(models.values())
 
-    process = processes.Process(args.device, args.device_map)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    process, dtype = processes.from_arguments(args, study)
     homes = beside.run_asked_for(study, args.run), models[BASE]
     request = {
         "models": {name: ref.describe() for name, ref in models.items()},

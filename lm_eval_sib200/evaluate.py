@@ -276,8 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     output = study.output(args.output, "--output", "lm_eval")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # read when tqdm is imported: lm_eval's bars in a log file
-    process = processes.Process(args.device, args.device_map)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", "auto"), process.device)
+    process, dtype = processes.from_arguments(args, study)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = task_folder(args, study, Path(scratch))

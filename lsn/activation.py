@@ -286,8 +286,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
     ref = beside.model_or_last(study, args.model, args.named_run, "-m", args.steps)
-    process = processes.Process(args.device, args.device_map)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    process, dtype = processes.from_arguments(args, study)
     todo = []
     for job in jobs(args, study, ref, dtype, process.device):
         if not finished(job.out, job.request, args.overwrite):

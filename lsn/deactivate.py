@@ -267,8 +267,7 @@ def main(argv=None) -> None:
     texts, facts = heldout_texts(args, study, list(neurons.own))
     id_files = id_paths(args, study)
 
-    process = processes.Process(args.device, args.device_map)
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+    process, dtype = processes.from_arguments(args, study)
     tokenizer, used, texts, left_out = prepare(ref, base, home, texts, id_files)
     request = {
         "model": ref.describe(), "tokenizer": used, "masks": neurons.own, "texts": facts, "left_out": left_out,

@@ -15,7 +15,6 @@ Tiny: python report/claims.py --study demo/tiny.yaml
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import re
@@ -40,13 +39,6 @@ CAPTIONS = {
         controls. One run is one sample of what training does, so there is no verdict; that takes seeds. The rules stand
         in report/README.md and were written before these results were looked at.""",
 }
-
-
-def seed_list(text: str) -> list[int]:
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds like 0,1,2") from None
 
 
 def claims() -> dict[str, ModuleType]:
@@ -151,7 +143,7 @@ def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--output", metavar="OUT", help="JSON to write; default: the study's; with --seeds a folder")
     text = "verdicts over these seeds, five or more; default: one run, no verdict"
-    p.add_argument("--seeds", type=seed_list, metavar="S,S,..", help=text)
+    p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help=text)
     return p
 
 

@@ -114,11 +114,11 @@ class Results:
             Missing: it is not there.
             InputError: it is about something else.
         """
-        return self.checked(self.path(step, *below, how=how), experiments.made_by(step) + how, schema, model)
+        return self.checked(self.path(step, *below, how=how), step, schema, how, model)
 
-    def checked(self, path: Path, made_by: str, schema: str, model: dict | None = None) -> File:
-        """The same of a file at `path`, made by the script `made_by`."""
-        found = File(path, made_by, *self.json(path, schema, model, **self.sides()))
+    def checked(self, path: Path, step: str, schema: str, how: str = "", model: dict | None = None) -> File:
+        """The same of a file of `step` at `path`."""
+        found = File(path, experiments.made_by(step) + how, *self.json(path, schema, model, **self.sides()))
         self._refuse_other_facts(found, schema)
         return found
 
@@ -147,12 +147,12 @@ class Results:
         """A file of `step` in the study; Missing where it is not there."""
         return self.there(self.study.result(step).joinpath(*below), step, how)
 
-    def there(self, path: Path, step: str, how: str = "", made_by: str = "") -> Path:
+    def there(self, path: Path, step: str, how: str = "") -> Path:
         """`path`, a file of `step`; Missing where it is not there. `how`: what the step's script makes it with."""
         if not path.exists():
             # The place within the study is named: tables are for people who have other folders.
             place = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-            raise Missing(f"{place} is not there (it is made by {made_by or experiments.made_by(step)}{how})")
+            raise Missing(f"{place} is not there (it is made by {experiments.made_by(step)}{how})")
         return path
 
     def json(self, path: Path, schema: str, model: dict | None = None, **expect) -> tuple[dict, dict]:

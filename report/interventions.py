@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from cpt_utils.base import cli, results, stats
 from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import refs, relatives
-from cpt_utils.measures import controls, trial
+from cpt_utils.measures import controls, matched, trial
 from cpt_utils.measures.verdicts import number, over_units
 
 evidence = cli.sibling("report/evidence.py")
@@ -18,7 +18,6 @@ LESS_IS_BETTER = "nll_per_byte"
 CONTROLS = ("random", "matched")  # names of sets that are compared with
 COLUMNS = 7  # of the fit of `Swaps.beside_shape`
 ENOUGH = 2 * COLUMNS  # sets, so that a fit says something
-ARMS = "cpt/compare_arms.py"
 STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # words of arms -> keys of its file
 
 
@@ -26,11 +25,10 @@ def shape(layers: Iterable[int], n_layers: int) -> list[float]:
     """What of a set of layers is not which layers they are: blocks, whether it holds the first layer and the last (all
     three together: how many seams there are between base and checkpoint), and the means of depth and of its square,
     since the cost of depth may well be a bow; before them 1."""
-    layers = sorted(layers)
-    blocks = sum(layer - 1 not in layers for layer in layers)
+    layers, found = sorted(layers), matched.shape(layers)
     depths = [layer / max(n_layers - 1, 1) - 0.5 for layer in layers]
     means = [sum(depth**power for depth in depths) / len(layers) for power in (1, 2)]
-    return [1, blocks, 0 in layers, n_layers - 1 in layers, *means]
+    return [1, found["blocks"], 0 in layers, n_layers - 1 in layers, *means]
 
 
 class Swaps:
@@ -170,15 +168,14 @@ class Arms:
 
     def __init__(self, found: evidence.Results):
         self.found = found
-        path = found.there(found.folder / "arms.json", "", made_by=ARMS)
-        self.file = found.checked(path, ARMS, "arms")
+        self.file = found.file("arms", "arms")
         self.models = self.file.payload["models"]
         for name in found.study.get("arms", {}):
             run, measured = found.study.of_arm(name).get("run"), self.file.header["models"].get(name)
             there = refs.checkpoints(run) if measured and os.path.isdir(run) else []
             if there and not relatives.same_model(measured, there[-1].describe()):
                 raise self.file.refused(f"is about another {name} than {there[-1].spec}, trained again since")
-        pt = found.there(path.with_suffix(".pt"), "", made_by=ARMS)
+        pt = found.there(self.file.path.with_suffix(".pt"), "arms")
         self.tensors = results.read_tensors(pt)
         found.read.append(str(pt))
 
@@ -195,7 +192,9 @@ class Arms:
                 if key and "layers" in row:
                     self.found.refuse_other_layers(self.file.path, row["layers"], "layers", key)
                 return name
-        raise evidence.Missing(f"{self.file.path.name} has no arm of {what.strip(':')} (study: arms; made by {ARMS})")
+        raise evidence.Missing(
+            f"{self.file.path.name} has no arm of {what.strip(':')} (study: arms; made by {self.file.made_by})"
+        )
 
     def number(
         self, name: str, measure: str, arms: dict[str, str], value: Callable, gained: bool = True, **more
@@ -209,7 +208,11 @@ class Arms:
         name = f"{name}, {WORDS[measure]}"
         names = {"base": "base", "plain": "plain"} | arms
         lacking = [arm for arm in names.values() if measure not in self.models[arm]["values"]]
-        lacking = f"{measure} of {lacking[0]} is not in {self.file.path.name} (made by {ARMS})" if lacking else None
+        lacking = (
+            f"{measure} of {lacking[0]} is not in {self.file.path.name} (made by {self.file.made_by})"
+            if lacking
+            else None
+        )
         shares = [(self.models[arm].get("share") or {}).get(measure) for arm in arms.values()]
         if gained and not lacking and not all(shares):
             lacking = f"that the plain run changed {WORDS[measure]} is not clear"

@@ -295,13 +295,12 @@ def main(argv=None) -> None:
     cli.say(pairs.summary())
     opening.look_over(models)
 
-    process = processes.Process(args.device, args.device_map)
+    process, dtype = processes.from_arguments(args, study)
     given = args.artifact_out or (None if study else "artifacts")
     place = study.output(given, "--artifact-out", "retrieval", beside.name(study, limit=pairs.facts["limit"]))
     folder = place / f"{base}-{target}"
     how = {"variant": args.margin_variant, "k": args.k, "special_tokens": not args.no_special_tokens}
     how |= {"seed": study.seed, "batch_size": args.batch_size}
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
     homes = chosen.study_homes(study)
     bench = Bench(pairs, process, dtype, how, homes, args.overwrite, (base, target), args.drop_revisions)
     double = [ref for ref in models if sum(other.model_id == ref.model_id for other in models) > 1]

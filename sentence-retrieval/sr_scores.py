@@ -13,6 +13,7 @@ from cpt_utils.models import states
 
 MARGINS = ("ratio", "distance", "absolute")
 SHUFFLES = 100
+EVERY = slice(None)
 
 
 def cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -60,21 +61,21 @@ class Retrieval:
         own = torch.arange(self.base.mean.shape[1])
         return (own, own) if self.first is None else tuple(map(torch.tensor, self.first))
 
-    def scores(self, pooled: str, centred: bool = False) -> Iterator[torch.Tensor]:
-        """The scores [sentences, sentences] at each hidden state; `centred`: each language's mean vector is taken off,
-        which undoes an offset between languages, and whatever all sentences have in common.
+    def scores(self, pooled: str, centred: bool = False, at: slice = EVERY) -> Iterator[torch.Tensor]:
+        """The scores [sentences, sentences] at the hidden states `at`; `centred`: each language's mean vector is taken
+        off, which undoes an offset between languages, and whatever all sentences have in common.
 
         Cosines of centred vectors are about 0 in the mean over all sentences, and a ratio to that has any sign: there,
         no more than half of the sentences are neighbours.
         """
         half = max(1, self.base.mean.shape[1] // 2)
-        for x, y in zip(getattr(self.base, pooled), getattr(self.target, pooled), strict=True):
+        for x, y in zip(getattr(self.base, pooled)[at], getattr(self.target, pooled)[at], strict=True):
             x, y = (x - x.mean(0), y - y.mean(0)) if centred else (x, y)
             yield margin_scores(cosine(x, y), self.variant, min(self.k, half) if centred else self.k)
 
-    def found(self, pooled: str, centred: bool) -> torch.Tensor:
+    def found(self, pooled: str, centred: bool, at: slice = EVERY) -> torch.Tensor:
         answers = self.copies[1]
-        return torch.stack([answers[scores.argmax(1)] == answers for scores in self.scores(pooled, centred)])
+        return torch.stack([answers[scores.argmax(1)] == answers for scores in self.scores(pooled, centred, at)])
 
     @functools.cached_property
     def published(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,6 +97,7 @@ class Retrieval:
     hits_unit = functools.cached_property(lambda self: self.found("unit", False))
     hits_centred = functools.cached_property(lambda self: self.found("mean", True))
     hits_unit_centred = functools.cached_property(lambda self: self.found("unit", True))
+    readout = property(lambda self: self.found("unit", True, slice(-1, None))[0], doc="`hits_unit_centred[-1]` alone.")
     hits_mexa_weighted = functools.cached_property(lambda self: self.above_all("weighted"))
     hits_mexa_last = functools.cached_property(lambda self: self.above_all("last"))
 
@@ -141,7 +143,8 @@ class Retrieval:
         likeness = (torch.minimum(here[:, None], there) / torch.maximum(here[:, None], there)).numpy()
         count = (asks & answers).numpy()
         cosines = (cosine(x, y).numpy() for x, y in zip(self.base.mean, self.target.mean, strict=True))
-        return torch.stack([torch.from_numpy(stats.pair_spearman(a, likeness, count)) for a in cosines])
+        with_length = stats.pair_spearman(likeness, count)  # its ranks are the same at every hidden state
+        return torch.stack([torch.from_numpy(with_length(a)) for a in cosines])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The hits as uint8, for the `.pt` beside the JSON: step 2 resamples their sentences."""

@@ -179,14 +179,15 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("--seeds", required=True, metavar="S,S,..", help="seeds whose results are there; no default")
+    text = "seeds whose results are there; no default"
+    p.add_argument("--seeds", required=True, type=cli.seeds, metavar="S,S,..", help=text)
     p.add_argument("--out", "--output", required=True, metavar="FOLDER", help="where tables and figures go; no default")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    studies = {int(seed): Study.find(args.study, int(seed), args.arm) for seed in args.seeds.split(",")}
+    studies = {seed: Study.find(args.study, seed, args.arm) for seed in args.seeds}
     seeds = {seed: read_seed(study) for seed, study in studies.items()}
     second = {seed: part_two.read_seed(study) for seed, study in studies.items()}
     missing = [seed for seed, found in second.items() if found is None]

@@ -123,6 +123,7 @@ def test_all_curves_equal_a_loop_over_sentences(sr, where, special_tokens):
             assert getattr(found, hits).tolist() == wanted[name], (name, batch_size, padding)
     again = sr.measure(model, arch, tokenizer, *sides, special_tokens=special_tokens)
     assert all(getattr(again, hits).tolist() == wanted[name] for name, hits in CURVES.items())
+    assert again.readout.tolist() == wanted["unit_centred"][-1]
     assert again.largest_norm_share.mean(1).tolist() == pytest.approx(
         [sum(s[layer][4] for side in slow for s in side) / len(BASE) / 2 for layer in range(len(slow[0][0]))], rel=1e-9
     )
@@ -229,7 +230,7 @@ def test_spearman_of_pairs_against_scipy_and_a_bootstrap_of_units():
     lengths, counts = rng.integers(5, 40, n), ~np.eye(n, dtype=bool)
     y = -abs(np.log(lengths)[:, None] - np.log(np.maximum(2, lengths + rng.integers(-4, 5, n))))  # with ties
     x = y + 0.4 * rng.normal(size=(n, n)) + 0.3 * rng.normal(size=(n, 1))
-    found = stats.pair_spearman(x, y, counts)
+    found = stats.pair_spearman(y, counts)(x)
     assert found.mean() == pytest.approx(spearmanr(x[counts], y[counts])[0], abs=1e-12)
     drawn = []
     for _ in range(300):
@@ -237,7 +238,8 @@ def test_spearman_of_pairs_against_scipy_and_a_bootstrap_of_units():
         pairs = units[:, None] != units
         drawn.append(spearmanr(x[np.ix_(units, units)][pairs], y[np.ix_(units, units)][pairs])[0])
     assert found.std() / n**0.5 == pytest.approx(np.std(drawn), rel=0.2)
-    assert np.isnan(stats.pair_spearman(x, np.ones((n, n)), counts)).all()
+    assert np.isnan(stats.pair_spearman(np.ones((n, n)), counts)(x)).all()
+    assert np.isnan(stats.pair_spearman(y, counts)(np.ones((n, n)))).all()
 
 
 def test_equal_ratios_of_lengths_are_ties(sr):

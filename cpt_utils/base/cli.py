@@ -138,6 +138,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seeds(text: str) -> list[int]:
+    """The numbers in the value of a `--seeds`, each once."""
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds like 0,1,2") from None
+
+
 def _steps(text: str) -> list[int]:
     try:
         steps = [int(part) for part in text.split(",") if part.strip()]

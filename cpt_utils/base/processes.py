@@ -1,6 +1,6 @@
 """Several processes, one result: what `accelerate launch` starts, seen by a script that must also run alone.
 
-process = Process(args.device, args.device_map)
+process, dtype = from_arguments(args, study)
 mine = process.share(list_of_items)              # every world-th item, from `rank` on
 rows = process.gather([(i, value), ...])         # on every process: the lists of all, one after the other
 if process.is_main: write(...)
@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -100,3 +101,9 @@ class Process:
             group = items[start : start + self.world]
             done = [work(item) for item in group[self.rank : self.rank + 1]]
             yield list(zip(group, self.gather(done), strict=True))
+
+
+def from_arguments(args, study) -> tuple[Process, torch.dtype]:
+    """This process, and the dtype of its models, as --device, --device-map, --dtype and the study say."""
+    process = Process(args.device, args.device_map)
+    return process, cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)

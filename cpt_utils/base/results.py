@@ -134,6 +134,11 @@ def _remove_abandoned(folder: Path) -> None:
                 os.close(handle)
 
 
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table in Markdown; numbers are formatted by the caller."""
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (head, ["---"] * len(head), *rows))
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 from cpt_utils.base.lazy import np
 
@@ -103,43 +104,53 @@ def correlation(x, y, method: str = "pearson", level: float = LEVEL) -> dict:
     return result
 
 
-def pair_spearman(x, y, counts) -> np.ndarray:
-    """Spearman's correlation over pairs of units, as a number for each unit: the mean is the correlation.
+def pair_spearman(y, counts) -> Callable:
+    """Spearman's correlation with `y` over pairs of units, as a number for each unit: the mean is the correlation.
 
     The numbers are the correlation plus what a unit adds to it (the influence function, in which ranks move with the
     pairs), so that the bootstrap of their mean is to first order that of the correlation where units are drawn anew,
     each with its row and its column.
 
     Args:
-        x, y: [units, units], a value for each pair; `counts`: which pairs count.
+        y: [units, units], a value for each pair; `counts`: which pairs count.
 
     Returns:
-        [units]; all NaN where the correlation is not defined.
+        a function of `x` [units, units] -> [units]; all NaN where the correlation is not defined.
     """
-    n, pairs = len(counts), int(counts.sum())
-    x, y = x[counts], y[counts]
-    if pairs == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return np.full(n, np.nan)
-    groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
+    n, pairs, y = len(counts), int(counts.sum()), y[counts]
+
+    def ranked(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which group of equal values each is in, lowest first, and the ranks as shares from -.5 to .5."""
+        group = np.unique(values, return_inverse=True)[1]
+        return group, 0.5 - above(group, np.ones(pairs))
 
     def above(group: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The mean of the weights of the pairs with a higher value, those with the same one count half."""
         sums = np.bincount(group, weights)
         return (sums[::-1].cumsum()[::-1] - sums / 2)[group] / pairs
 
-    f, g = (0.5 - above(group, np.ones(pairs)) for group in groups)  # ranks, as shares from -.5 to .5
-
     def moved(one, other, first, second) -> tuple[float, np.ndarray]:
         """The mean of first x second, ranks by the groups `one` and `other`, and how a pair moves it."""
         mean = (first * second).mean()
         return mean, first * second + above(one, second) + above(other, first) - 3 * mean
 
-    (ff, df), (gg, dg) = moved(groups[0], groups[0], f, f), moved(groups[1], groups[1], g, g)
-    fg, dfg = moved(*groups, f, g)
-    found = fg / (ff * gg) ** 0.5
-    influence = np.zeros((n, n))
-    influence[counts] = dfg / (ff * gg) ** 0.5 - found / 2 * (df / ff + dg / gg)
-    return found + n / pairs * (influence.sum(0) + influence.sum(1))
+    if pairs == 0 or np.ptp(y) == 0:
+        return lambda x: np.full(n, np.nan)
+    y_group, g = ranked(y)
+    gg, dg = moved(y_group, y_group, g, g)
+
+    def correlated(x) -> np.ndarray:
+        x = x[counts]
+        if np.ptp(x) == 0:
+            return np.full(n, np.nan)
+        x_group, f = ranked(x)
+        (ff, df), (fg, dfg) = moved(x_group, x_group, f, f), moved(x_group, y_group, f, g)
+        found = fg / (ff * gg) ** 0.5
+        influence = np.zeros((n, n))
+        influence[counts] = dfg / (ff * gg) ** 0.5 - found / 2 * (df / ff + dg / gg)
+        return found + n / pairs * (influence.sum(0) + influence.sum(1))
+
+    return correlated
 
 
 def first_differences(values) -> list[float]:

@@ -98,7 +98,7 @@ class Test:
         measured = self.retrieve(model, arch, tokenizer, self.pairs, name, **how)
         accuracy = measured.hits.double().mean(1).tolist()
         found["units"]["retrieval_mean"] = measured.hits[1:].double().mean(0).tolist()
-        found["units"]["retrieval_readout"] = measured.hits_unit_centred[-1].double().tolist()
+        found["units"]["retrieval_readout"] = measured.readout.double().tolist()
         found["values"]["retrieval_best"] = max(accuracy[1:])
         reverse = measured.hits_reverse.double().mean(1).tolist()
         return {"layer_accuracy": accuracy, "reverse_accuracy": reverse}

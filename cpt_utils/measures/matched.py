@@ -15,7 +15,7 @@ from itertools import combinations, pairwise, product
 from cpt_utils.base import cli, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
-from cpt_utils.measures import controls
+from cpt_utils.measures import controls, curves
 from cpt_utils.measures.evaluation import DECIDING, MEASURES
 
 SAME = ("size", "first", "last", "blocks")  # of the shapes of matched sets
@@ -32,8 +32,7 @@ def shape(layers: Iterable[int]) -> dict:
     layers = sorted(layers)
     if not layers:
         return {"size": 0, "first": None, "last": None, "mean_depth": None, "blocks": 0}
-    blocks = 1 + sum(b - a > 1 for a, b in pairwise(layers))
-    mean = sum(layers) / len(layers)
+    mean, blocks = sum(layers) / len(layers), len(curves.blocks(layers))
     return {"size": len(layers), "first": layers[0], "last": layers[-1], "mean_depth": mean, "blocks": blocks}
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import cli, results
+from cpt_utils.base import processes, results
 from cpt_utils.base.lazy import torch
-from cpt_utils.base.processes import Process
 from cpt_utils.checkpoints import tokenization, tokenizer_id
 from cpt_utils.interventions import surgery
 from cpt_utils.interventions.condition import Condition
@@ -28,7 +27,7 @@ class Trial:
 
     pair: surgery.Pair
     test: evaluation.Test
-    process: Process
+    process: processes.Process
     dtype: torch.dtype
     seed: int
     overwrite: bool
@@ -38,8 +37,7 @@ class Trial:
     def from_arguments(cls, args, study, pair: surgery.Pair, known: dict, retrieve: Callable, run=None) -> Trial:
         """The trial that flags and study ask for; see `evaluation.test_from_arguments` for `known` and `retrieve`."""
         test = evaluation.test_from_arguments(args, study, known, retrieve)
-        process = Process(args.device, args.device_map)
-        dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)
+        process, dtype = processes.from_arguments(args, study)
         return cls(pair, test, process, dtype, study.seed, args.overwrite, run)
 
     @property
