@@ -39,7 +39,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
             cost = (plain - interface) / sizes["interface"] - (plain - other) / sizes[group]
             return cost / (plain - base)
 
-        name = f"share of the gain lost by a frozen layer, interface minus {words}"
+        name = f"gain lost by a frozen layer, interface minus {words}"
         try:
             both = {"interface": arms.named("freeze interface"), "other": arms.named(what)}
         except evidence.Missing as reason:
