@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from cpt_utils.base import cli, results, stats
 from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import controls, matched, trial
+from cpt_utils.measures.matched import ENOUGH, depth_and_seams
 from cpt_utils.measures.verdicts import number, over_units
 
 evidence = cli.sibling("report/evidence.py")
@@ -16,19 +17,7 @@ evidence = cli.sibling("report/evidence.py")
 WORDS = {"retrieval_readout": "retrieval", "nll_per_byte": "loss", "task_accuracy": "task", "lsn_activation": "LSN"}
 LESS_IS_BETTER = "nll_per_byte"
 CONTROLS = ("random", "matched")  # names of sets that are compared with
-COLUMNS = 7  # of the fit of `Swaps.beside_shape`
-ENOUGH = 2 * COLUMNS  # sets, so that a fit says something
 STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # words of arms -> keys of its file
-
-
-def shape(layers: Iterable[int], n_layers: int) -> list[float]:
-    """What of a set of layers is not which layers they are: blocks, whether it holds the first layer and the last (all
-    three together: how many seams there are between base and checkpoint), and the means of depth and of its square,
-    since the cost of depth may well be a bow; before them 1."""
-    layers, found = sorted(layers), matched.shape(layers)
-    depths = [layer / max(n_layers - 1, 1) - 0.5 for layer in layers]
-    means = [sum(depth**power for depth in depths) / len(layers) for power in (1, 2)]
-    return [1, found["blocks"], 0 in layers, n_layers - 1 in layers, *means]
 
 
 class Swaps:
@@ -124,18 +113,13 @@ class Swaps:
                       "units", **more)  # fmt: skip
 
     def beside_shape(self, component: str | None, treatment: list[int]) -> dict[int, float] | str:
-        """Weights by which sets say what the layers of `treatment` cost beside depth and seams: a set of nothing else
-        minus a set without them, by least squares over all sets of the component; or why they cannot say it."""
-        rows = [
-            (layers, at) for (kind, layers), at in self.by_layers.items()
+        """The weights {row: weight} of `matched.beside_shape` over all sets of the component, or why there are none."""
+        rows = {
+            layers: at for (kind, layers), at in self.by_layers.items()
             if kind == component and len(layers) == len(treatment)
-        ]  # fmt: skip
-        if len(rows) < ENOUGH:
-            return f"{len(rows)} sets are too few for the fit: {ENOUGH}"
-        design = [[*shape(layers, self.n_layers), len({*layers} & {*treatment}) / len(layers)] for layers, _ in rows]
-        if np.linalg.matrix_rank(design) < COLUMNS:
-            return "depth and seams alone say which layers a set holds"
-        return dict(zip((at for _, at in rows), np.linalg.pinv(design)[-1], strict=True))
+        }  # fmt: skip
+        weights = matched.beside_shape(list(rows), treatment, self.n_layers)
+        return weights if isinstance(weights, str) else dict(zip(rows.values(), weights, strict=True))
 
     def between_places(self, here: tuple[int, int], there: tuple[int, int]) -> dict[int, float] | str:
         """Weights of the interaction of component and place: what attention costs more than the FFN here minus there,
@@ -154,8 +138,9 @@ class Swaps:
         ]  # fmt: skip
         if len(pairs) < ENOUGH:
             return f"{len(pairs)} control sets of attention and the FFN in the same layers are too few: {ENOUGH}"
-        design = np.array([shape(layers, self.n_layers) for layers, *_ in pairs], dtype=np.float64)
-        expected = np.subtract(*(np.array(shape(one, self.n_layers), float) for one in places)) @ np.linalg.pinv(design)
+        design = np.array([depth_and_seams(layers, self.n_layers) for layers, *_ in pairs], dtype=np.float64)
+        ours = (np.array(depth_and_seams(one, self.n_layers), dtype=np.float64) for one in places)
+        expected = np.subtract(*ours) @ np.linalg.pinv(design)
         weights = {here[0]: 1.0, here[1]: -1.0, there[0]: -1.0, there[1]: 1.0}
         for (_, attention, ffn), weight in zip(pairs, expected, strict=True):
             weights[attention] = weights.get(attention, 0.0) - weight

@@ -34,7 +34,7 @@ from test_claims import no_figure as no_figure
 from cpt_utils.base import results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.measures import controls, verdicts
+from cpt_utils.measures import controls, matched, verdicts
 
 # ---------------------------------------------------------------- the rules, edge by edge
 
@@ -173,6 +173,17 @@ def test_the_hub_beside_depth_and_seams(swaps):
         assert numbers[1]["value"] is None
 
 
+def test_the_hubs_number_is_that_of_the_swaps_own_file(made, no_figure):
+    payload, _ = results.read_json(made.results / LAYER_SWAP)
+    units = results.read_tensors((made.results / LAYER_SWAP).with_suffix(".pt"))["nll_per_byte"].tolist()
+    rows = [
+        row | {"values": {"nll_per_byte": row["values"]["nll_per_byte"]}, "units": {"nll_per_byte": one}}
+        for row, one in zip(payload["sets"], units, strict=True)
+    ]
+    there = matched.statistics(rows, "semantic_hub", L, 0)["additive"]["nll_per_byte"]["contrast_adjusted"]
+    assert run(made)["C2b"]["numbers"][0]["value"] == pytest.approx(there["semantic_hub"], abs=1e-12) != 0
+
+
 def test_component_and_place_beside_depth_and_seams(swaps):
     """Attention may cost more the earlier it lies: that is no matter of the interface."""
     for extra in (0.0, 0.04):
@@ -191,12 +202,12 @@ def test_matched_sets_are_those_that_the_file_names(made, no_figure):
     path = made.results / LAYER_SWAP
     payload, head = results.read_json(path)
     rows = [row["layers"] for row in payload["sets"] if row["name"] == "random"]
-    matched = [rows[3], rows[8]]
-    payload["matched"] = {"semantic_hub": {"layers": matched}}
+    mates = [rows[3], rows[8]]
+    payload["matched"] = {"semantic_hub": {"layers": mates}}
     results.write_json(path, payload, head)
     values = {tuple(row["layers"]): row["values"]["nll_per_byte"] for row in payload["sets"] if row["layers"]}
     (found, *_) = [one for one in run(made)["C2b"]["beside"] if "its shape, loss" in one["name"]]
-    expected = values[tuple(HUB)] - np.mean([values[tuple(one)] for one in matched])
+    expected = values[tuple(HUB)] - np.mean([values[tuple(one)] for one in mates])
     assert found["value"] == pytest.approx(expected) and found["place"]["n_random"] == 2
     payload["matched"]["semantic_hub"]["layers"] = [[0, 1, 2, 3], [9, 9, 9, 9]]
     results.write_json(path, payload, head)

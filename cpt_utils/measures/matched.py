@@ -22,6 +22,8 @@ SAME = ("size", "first", "last", "blocks")  # of the shapes of matched sets
 NEAR = 0.5 + 1e-9  # layers between their mean depths, at most
 TRIES = 100_000  # shapes with more sets than this are drawn from
 TOO_FEW = "{} sets are too few for a fit of {} layers"
+COLUMNS = 7  # of the fit of `beside_shape`
+ENOUGH = 2 * COLUMNS  # sets, so that it says something
 
 
 # --- which sets ---
@@ -154,40 +156,21 @@ class Additive:
 
     Attributes:
         rows: the sets; layers: those that any of them holds.
-        effect [layers, sets]: from the costs of sets to those of layers; beside: the same where each block of a set
-            may cost something too, None where that cannot be told from the layers.
+        effect [layers, sets]: from the costs of sets to those of layers.
         why: why there is no fit; None where there is.
     """
 
     def __init__(self, rows: list[dict]):
         self.rows, self.layers = rows, sorted({layer for row in rows for layer in row["layers"]})
         self.holds = np.array([[layer in row["layers"] for layer in self.layers] for row in rows], dtype=np.float64)
-        blocks = np.array([[shape(row["layers"])["blocks"]] for row in rows])
-        self.effect, self.beside = _solved(self.holds), _solved(np.hstack([self.holds, blocks]))
+        self.effect = _solved(self.holds)
         self.why = None if self.effect is not None else TOO_FEW.format(len(rows), len(self.layers))
 
     def contrast(self, treatment: Iterable[int]) -> np.ndarray | None:
         """Weights of the sets: mean cost of the treatment's layers minus that of the others, a layer."""
-        return self._weights(self._design(treatment, self.layers)[:, [0, 2]], -1, self.layers, self.effect)
-
-    def adjusted(self, treatment: Iterable[int]) -> np.ndarray | None:
-        """The same beside a cost that is even in depth, and one of each block."""
-        return self._weights(self._design(treatment, self.layers), -1, self.layers, self.beside)
-
-    def trend(self, treatment: Iterable[int]) -> np.ndarray | None:
-        """Weights of the sets: by how much a layer costs more than the one before it, between the first and the last
-        layer of `treatment`, beside blocks and what its own layers cost more than the others.
-        """
-        between = [layer for layer in self.layers if min(treatment) < layer < max(treatment)]
-        return self._weights(self._design(treatment, between), 1, between, self.beside)
-
-    @staticmethod
-    def _design(treatment: Iterable[int], layers: list[int]) -> np.ndarray:
-        return np.array([[1, layer, layer in treatment] for layer in layers], dtype=np.float64)
-
-    def _weights(self, design, column: int, layers: list[int], effect: np.ndarray | None) -> np.ndarray | None:
-        found = None if effect is None else _solved(design, exact=True)
-        return None if found is None else found[column] @ effect[[self.layers.index(layer) for layer in layers]]
+        inside = np.array([[1, layer in treatment] for layer in self.layers], dtype=np.float64)
+        found = None if self.effect is None else _solved(inside, exact=True)
+        return None if found is None else found[-1] @ self.effect
 
     def facts(self, costs: Costs, treatments: dict[str, Iterable[int]], n_layers: int) -> dict:
         """What a result says of one measure."""
@@ -201,9 +184,12 @@ class Additive:
             spread = float(((costs.values - costs.values.mean()) ** 2).sum())
             left = float(((costs.values - self.holds @ per_layer) ** 2).sum())
             found["r2"] = 1 - left / spread if spread > 1e-18 else None
+        sets = [row["layers"] for row in self.rows]
         for name, layers in treatments.items():
-            for key, weights in (("contrast", self.contrast(layers)), ("contrast_adjusted", self.adjusted(layers))):
-                row = costs.sum(weights) if weights is not None else {"value": None, "ci_low": None, "ci_high": None}
+            adjusted = beside_shape(sets, layers, n_layers)
+            for key, weights in (("contrast", self.contrast(layers)), ("contrast_adjusted", adjusted)):
+                known = isinstance(weights, np.ndarray)
+                row = costs.sum(weights) if known else {"value": None, "ci_low": None, "ci_high": None}
                 found[key][name], found[f"{key}_ci"][name] = row["value"], [row["ci_low"], row["ci_high"]]
         return found
 
@@ -215,6 +201,29 @@ def _solved(design: np.ndarray, exact: bool = False) -> np.ndarray | None:
     rows, columns = design.shape
     few = rows < columns + (not exact) or np.linalg.matrix_rank(design) < columns
     return None if few else np.linalg.pinv(design)
+
+
+def depth_and_seams(layers: Iterable[int], n_layers: int) -> list[float]:
+    """What of a set of layers is not which layers they are: blocks, whether it holds the first layer and the last (all
+    three together: how many seams there are between base and checkpoint), and the means of depth and of its square,
+    since the cost of depth may well be a bow; before them 1.
+    """
+    layers, found = sorted(layers), shape(layers)
+    depths = [layer / max(n_layers - 1, 1) - 0.5 for layer in layers]
+    means = [sum(depth**power for depth in depths) / len(layers) for power in (1, 2)]
+    return [1, found["blocks"], 0 in layers, n_layers - 1 in layers, *means]
+
+
+def beside_shape(sets: Sequence[Iterable[int]], treatment: Iterable[int], n_layers: int) -> np.ndarray | str:
+    """Weights [sets] by which sets of one size say what the layers of `treatment` cost beside depth and seams: a set of
+    nothing else minus a set without them, by least squares; or why they cannot say it.
+    """
+    if len(sets) < ENOUGH:
+        return f"{len(sets)} sets are too few for the fit: {ENOUGH}"
+    design = [[*depth_and_seams(layers, n_layers), len({*layers} & {*treatment}) / len(layers)] for layers in sets]
+    if np.linalg.matrix_rank(design) < COLUMNS:
+        return "depth and seams alone say which layers a set holds"
+    return np.linalg.pinv(design)[-1]
 
 
 def sets_of(records: list[dict], component: str | None, size: int) -> list[dict]:
@@ -264,10 +273,9 @@ def _among_matched(record: dict, rows: list[dict], target: dict, seed: int) -> d
     if others:
         found["depth_difference"] = depth - sum(shape(row["layers"])["mean_depth"] for row in others) / len(others)
     own = np.array([sorted(row["layers"]) == sorted(layers) for row in rows], dtype=np.float64)
-    trend = Additive(rows).trend(layers) if others else None
     for name, value in record["values"].items():
         row = {"own": value, "matched_mean": None, "own_minus_matched": None, "ci_low": None, "ci_high": None}
-        row |= {"adjusted": None, "rank": None, "n_matched": len(others), "p_value": None, "p_worse": None}
+        row |= {"rank": None, "n_matched": len(others), "p_value": None, "p_worse": None}
         found[name] = row
         if not others:
             row["why"] = "no other set of this size was measured that has first and last layer, blocks and depth alike"
@@ -277,11 +285,8 @@ def _among_matched(record: dict, rows: list[dict], target: dict, seed: int) -> d
         row |= {key: place[key] for key in ("rank", "n_equal", "p_value", "p_worse")}
         row |= {"matched_mean": place["random_mean"], "own_minus_matched": place["own_minus_random"]}
         sign = -1 if measure.higher_is_better else 1  # from costs back to values
-        weights = sign * (own - is_matched / len(others))
-        difference = costs.sum(weights)
+        difference = costs.sum(sign * (own - is_matched / len(others)))
         row |= {key: difference[key] for key in ("ci_low", "ci_high")}
-        if trend is not None:
-            row["adjusted"] = costs.sum(weights - sign * trend * len(layers) * found["depth_difference"])
     return found
 
 
