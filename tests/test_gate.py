@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import failed_gate
 
 from cpt_utils.base import results, stats
+from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import identity
 from cpt_utils.measures import gate
 
@@ -134,6 +136,12 @@ def test_later_steps_hand_it_on_and_say_that_it_failed(tmp_path, capsys):
     results.write_list(tmp_path / "list.json", "layers", {"layers": [1]}, results.header("lsn-layers", gate=passed))
     assert gate.carried(tmp_path / "list.json") == passed  # its header stands beside it
     assert capsys.readouterr() == ("", "")
+    for number, (gates, told) in enumerate(
+        [([1], "gate is [1], not a mapping"), ("yes", "gate is 'yes', not a mapping"),
+         (passed | {"ci_low": "x"}, "gate.ci_low is 'x', not a number"), ({"passed": False}, "gate.model is missing")]
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(f"{number}.json: _header.{told}") + "; run again the step"):
+            gate.carried(file(f"{number}.json", gate=gates))
     bad = file("bad.json", gate=failed_gate("run/checkpoint-5"))
     assert gate.carried(tmp_path / "bare.json", bad, bad) == json.loads(bad.read_text())["_header"]["gate"]
     said = capsys.readouterr().err.splitlines()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 
 import numpy as np
 import pytest
@@ -62,6 +63,37 @@ def test_damaged_json(tmp_path, text):
     (tmp_path / "r.json").write_bytes(text.encode("latin1"))
     with pytest.raises(InputError, match="not valid JSON"):
         results.read_json(tmp_path / "r.json")
+
+
+SET = {"name": "random", "layers": [1], "values": {"nll_per_byte": 1.5}, "units": "any other key is free"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "payload", "facts", "told"),
+    [
+        ("anything", {}, {"models": ["a"]}, "_header.models is ['a'], not a mapping"),
+        ("anything", {}, {"models": {"base": "a"}}, "_header.models.base is 'a', not a mapping"),
+        ("anything", {}, {"n_layers": "12"}, "_header.n_layers is '12', not a whole number"),
+        ("swap-controls", {"sets": {"hub": SET}}, {}, "sets is {'hub': "),
+        ("swap-controls", {"sets": [SET, SET | {"layers": "1 2"}]}, {}, "sets.1.layers is '1 2', not a list"),
+        ("swap-controls", {"sets": [SET | {"values": {"nll": "1"}}]}, {}, "sets.0.values.nll is '1', not a number"),
+        ("layer-specialize", {"interface_layers": [True]}, {}, "interface_layers.0 is True, not a whole number"),
+        ("arms", {"models": {"base": {"values": [1]}}}, {}, "models.base.values is [1], not a mapping"),
+        ("deactivation", {"matrix": {"en": ["x"]}}, {}, "matrix.en is ['x'], not a mapping"),
+        ("language-loss", {"en": ["x"]}, {}, "en is ['x'], not a mapping"),
+        ("claims", {"claims": [1]}, {}, "claims is [1], not a mapping"),
+    ],
+)
+def test_what_somebody_made_something_else_is_one_line(tmp_path, schema, payload, facts, told):
+    results.write_json(tmp_path / "r.json", payload, results.header(schema, **facts))
+    with pytest.raises(InputError, match=re.escape(f"r.json: {told}") + ".*; run again the step that wrote the file$"):
+        results.read_json(tmp_path / "r.json")
+
+
+def test_what_later_steps_do_not_read_may_be_anything(tmp_path):
+    payload = {"sets": [SET | {"values": {"nll": None}}, {}], "note": 3, "comparison": None}
+    results.write_json(tmp_path / "r.json", payload, results.header("swap-controls", models=None, more=1))
+    assert results.read_json(tmp_path / "r.json", "swap-controls")[0] == payload
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):

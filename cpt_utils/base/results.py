@@ -22,7 +22,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from cpt_utils.base import cli, code, languages, locks
+from cpt_utils.base import cli, code, forms, languages, locks
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 
@@ -207,7 +207,8 @@ def read_json(
     Language facts (`*_lang`) agree when they mean the same language.
 
     Raises:
-        InputError: no such file, not JSON, another schema, a fact that disagrees, or a run made with `--limit`.
+        InputError: no such file, not JSON, another schema, a fact that disagrees, a run made with `--limit`, or a value
+            of another type than its step writes (`forms`).
     """
     path = Path(path)
     try:
@@ -246,6 +247,7 @@ def read_json(
         raise InputError(
             f"{path} was made for {fact} {found}, but {wanted} is needed; give the file of the right model and data"
         )
+    forms.check(path, payload, head)
     return payload, head
 
 

@@ -12,7 +12,7 @@ import operator
 import os
 from pathlib import Path
 
-from cpt_utils.base import cli, results, stats
+from cpt_utils.base import cli, forms, results, stats
 from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import identity
 from cpt_utils.measures import curves
@@ -143,6 +143,7 @@ def carried(*paths: str | os.PathLike) -> dict | None:
         except (OSError, ValueError, LookupError, TypeError):
             continue
         if found:
+            forms.conform(file, found, forms.GATE, f"{results.HEADER}.gate")
             if not found["passed"]:
                 tell(found)
             return found

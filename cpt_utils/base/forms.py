@@ -1,0 +1,82 @@
+"""What later steps read of each result, as types: what somebody has made something else is told by key and value."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError, create_model
+
+from cpt_utils.base.errors import InputError
+
+
+def _keys(**keys):
+    """A mapping with these keys, none of which it must have, and any others."""
+    return create_model("Keys", **{key: (kind, None) for key, kind in keys.items()})
+
+
+Facts = dict[str, Any]
+Number = float | None
+Numbers = dict[str, Number]
+Layers = list[int]
+Interval = _keys(value=Number, ci_low=Number, ci_high=Number)
+Set = _keys(name=str, layers=Layers, component=str, values=Numbers, layer_accuracy=list[Number])
+GATE = create_model(
+    "Gate", model=(str, ...), passed=(bool, ...), n=(int, ...), measure=(str, ""),
+    **dict.fromkeys(("difference", "ci_low", "ci_high", "level"), (float, ...)),
+)  # fmt: skip
+HEADER = _keys(
+    models=dict[str, Facts] | None, n_layers=int | None, ffn_width=int | None, seed=int | None, gate=Facts | None,
+    base_lang=str | None, target_lang=str | None, language=str | None, data=Facts | None, request=Facts | None,
+    heldout=Facts | None, interface_layers=Layers | None,
+)  # fmt: skip
+PAYLOADS = {
+    "activation_correlation": _keys(series=Facts),
+    "arms": _keys(
+        measures=dict[str, _keys(label=str, higher_is_better=bool)],
+        models=dict[str, _keys(values=Numbers, what=Facts | None, layers=Layers, share=dict[str, Interval | None])],
+    ),
+    "attn_vs_ffn": _keys(checkpoints=dict[str, _keys(layers=dict[str, Facts], pooled=Facts | None)]),
+    "claims": _keys(claims=dict[str, _keys(verdict=str, numbers=list[Facts])]),
+    "cpt-training": _keys(settings=Facts),
+    "deactivation": _keys(
+        languages=list[str], matrix=dict[str, Numbers], unmasked=Numbers, selectivity=dict[str, Facts],
+        intervals=dict[str, dict[str, list[Number]]], diagonal=dict[str, Facts],
+    ),
+    "downstream_correlation": _keys(values=dict[str, Facts]),
+    "gate_lsn": _keys(checkpoints=dict[str, _keys(layers=dict[str, Facts], summary=Numbers)]),
+    "int_and_sem": _keys(checkpoints=dict[str, Numbers], layers=dict[str, Numbers]),
+    "language-loss": dict[str, dict[str, Facts]],
+    "layer-specialize": _keys(interface_layers=Layers, semantic_layers=Layers),
+    "lsn-activation": _keys(all_layers=Number, n_neurons=int),
+    "lsn-layers": _keys(layers=Layers),
+    "swap-controls": _keys(sets=list[Set], comparison=dict[str, Facts] | None, matched=Facts, additive=Facts),
+}  # fmt: skip
+MUST_BE = {
+    "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list", "int_type": "a whole number",
+    "float_type": "a number", "string_type": "text", "bool_type": "true or false",
+}  # fmt: skip
+
+
+def check(path: Path, payload, header: dict) -> None:
+    """InputError where a result is not what its step writes, with the key and what stands there."""
+    conform(path, header, HEADER, "_header")
+    if header.get("schema") in PAYLOADS:
+        conform(path, payload, PAYLOADS[header["schema"]])
+
+
+def conform(path: Path, value, form, name: str = "") -> None:
+    """The same of `value`, which the file at `path` has under `name`."""
+    try:
+        _adapter(form).validate_python(value, strict=True)
+    except ValidationError as failed:
+        error = failed.errors()[0]
+        place = ".".join(str(part) for part in (name, *error["loc"]) if part != "")
+        told, must = repr(error["input"]), MUST_BE.get(error["type"], error["msg"])
+        what = f"{told if len(told) <= 60 else f'{told[:57]}...'}, not {must}"
+        what = "missing" if error["type"] == "missing" else what
+        raise InputError(f"{path}: {place} is {what}; run again the step that wrote the file") from None
+
+
+_adapter = lru_cache(maxsize=None)(TypeAdapter)
