@@ -303,9 +303,20 @@ def main(argv=None) -> None:
         cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
     wanted = deactivations(neurons, archs.for_config(ref.config()), n_random, study.seed, rates)
+    if rates and not args.overwrite:
+        refuse_without_active(output)
     conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite)
     if args.drop_revisions:
         ref.drop()
+
+
+def refuse_without_active(output: Path) -> None:
+    """A result from before there were sets as active as the neurons, or their counts: no request tells that."""
+    if output.is_file() and not results.read_json(output, SCHEMA, allow_limited=True)[0].get("active"):
+        raise InputError(
+            f"{output} has no random sets as active as the neurons beside those of the same size: it was made before "
+            "these were measured, or before lsn/activation.py; run lsn/deactivate.py --overwrite, or give another -o"
+        )
 
 
 def random_sets(given: int | None, study: Study) -> int:

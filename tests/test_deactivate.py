@@ -118,6 +118,10 @@ def test_sets_of_equal_activity_stand_beside_the_random_ones(study, capsys):
     over_zero[:, 30:38] = torch.arange(890, 898)
     for lang in ("en", "ga"):
         write_counts(study / "results/lsn/activation_count", lang, over_zero)
+    for payload in (without, {key: value for key, value in without.items() if key != "active"}):
+        results.write_json("without.json", payload, results.header("deactivation"))
+        with pytest.raises(InputError, match=r"without.json has no random sets as active .*deactivate.py --overwrite"):
+            SCRIPT.main(["--random", "5", "--dtype", "float64", "-o", "without.json"])
     SCRIPT.main(["--random", "5", "--dtype", "float64", "--batch-size", "2"])
     found, _ = results.read_json("results/lsn/deactivate.json")
     new = ("active", "activity", "diagonal", "selectivity", "overall")
