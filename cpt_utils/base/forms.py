@@ -12,8 +12,8 @@ from cpt_utils.base.errors import InputError
 
 
 def _keys(**keys):
-    """A mapping with these keys, none of which it must have, and any others."""
-    return create_model("Keys", **{key: (kind, None) for key, kind in keys.items()})
+    """A mapping with these keys, each of which may be missing or null, and any others."""
+    return create_model("Keys", **{key: (kind | None, None) for key, kind in keys.items()})
 
 
 Facts = dict[str, Any]
@@ -27,17 +27,16 @@ GATE = create_model(
     **dict.fromkeys(("difference", "ci_low", "ci_high", "level"), (float, ...)),
 )  # fmt: skip
 HEADER = _keys(
-    models=dict[str, Facts] | None, n_layers=int | None, ffn_width=int | None, seed=int | None, gate=Facts | None,
-    base_lang=str | None, target_lang=str | None, language=str | None, data=Facts | None, request=Facts | None,
-    heldout=Facts | None, interface_layers=Layers | None,
+    models=dict[str, Facts | None], n_layers=int, ffn_width=int, seed=int, gate=Facts, base_lang=str, target_lang=str,
+    language=str, data=Facts, request=Facts, heldout=Facts, interface_layers=Layers,
 )  # fmt: skip
 PAYLOADS = {
     "activation_correlation": _keys(series=Facts),
     "arms": _keys(
         measures=dict[str, _keys(label=str, higher_is_better=bool)],
-        models=dict[str, _keys(values=Numbers, what=Facts | None, layers=Layers, share=dict[str, Interval | None])],
+        models=dict[str, _keys(values=Numbers, what=Facts, layers=Layers, share=dict[str, Interval | None])],
     ),
-    "attn_vs_ffn": _keys(checkpoints=dict[str, _keys(layers=dict[str, Facts], pooled=Facts | None)]),
+    "attn_vs_ffn": _keys(checkpoints=dict[str, _keys(layers=dict[str, Facts])], pooled=dict[str, Numbers]),
     "claims": _keys(claims=dict[str, _keys(verdict=str, numbers=list[Facts])]),
     "cpt-training": _keys(settings=Facts),
     "deactivation": _keys(
@@ -51,7 +50,7 @@ PAYLOADS = {
     "layer-specialize": _keys(interface_layers=Layers, semantic_layers=Layers),
     "lsn-activation": _keys(all_layers=Number, n_neurons=int),
     "lsn-layers": _keys(layers=Layers),
-    "swap-controls": _keys(sets=list[Set], comparison=dict[str, Facts] | None, matched=Facts, additive=Facts),
+    "swap-controls": _keys(sets=list[Set], comparison=dict[str, Facts], matched=Facts, additive=Facts),
 }  # fmt: skip
 MUST_BE = {
     "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list", "int_type": "a whole number",
