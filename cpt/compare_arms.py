@@ -209,9 +209,7 @@ def measure(study: Study, output: Path, args) -> None:
 
     def load(role: str):
         tokenizers[role] = tokenization.load_tokenizer(found[role], study.get("run"), base)
-        model = loading.load_model(found[role], dtype, process.device, process.device_map)
-        loading.announce(model, found[role])
-        return model
+        return loading.load_for(process, found[role], dtype)
 
     def measured(model, one: Condition) -> dict:
         arch = archs.for_config(found[one.of].config())

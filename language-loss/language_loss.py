@@ -151,9 +151,7 @@ def main(argv=None) -> None:
     }  # fmt: skip
 
     def load(name: str):
-        model = loading.load_model(models[name], dtype, process.device, process.device_map)
-        loading.announce(model, models[name])
-        return model
+        return loading.load_for(process, models[name], dtype)
 
     def measured(model, one: Condition) -> dict:
         tokenizer = tokenization.load_tokenizer(models[one.of], *homes)

@@ -297,8 +297,7 @@ def main(argv=None) -> None:
     if not todo:
         return
 
-    model = loading.load_model(ref, dtype, process.device, process.device_map)
-    loading.announce(model, ref)
+    model = loading.load_for(process, ref, dtype)
     for job in todo:
         count_file(job, ref, model, archs.for_config(ref.config()), process, args.save_every, args.overwrite)
     if args.drop_revisions:

@@ -276,9 +276,7 @@ def main(argv=None) -> None:
     }  # fmt: skip
 
     def load(_role: str):
-        model = loading.load_model(ref, dtype, process.device, process.device_map)
-        loading.announce(model, ref)
-        return model
+        return loading.load_for(process, ref, dtype)
 
     def measured(model, what: Condition) -> dict:
         scores = losses(model, tokenizer, texts, args.batch_size)

@@ -36,7 +36,7 @@ from cpt_utils.measures.masks import Layers
 from cpt_utils.models import ffn, loading
 
 counting = cli.sibling("lsn/activation.py")
-places = cli.sibling("lsn/lsn_activation_places.py")
+outputs = cli.sibling("lsn/lsn_activation_files.py")
 
 SCHEMA = "lsn-activation"
 RESULTS = {"lsn_activation": "lsn/lsn_activation"}
@@ -242,18 +242,18 @@ def main(argv=None) -> None:
     base = args.base_model or (study.get("base") if is_run else None)
     lang = str(study.value(args.lang, "--lang", "languages.target"))
     folder = study.output(args.save_folder, "--save_folder", "lsn_activation")
-    name, base_tag = places.names_of(args, study, models, is_run)
+    name, base_tag = outputs.names_of(args, study, models, is_run)
     ids = args.id_path or counting.id_file(study, lang)
-    files = places.mask_files(args, study, not is_run and activation_files.is_control_name(name))
+    files = outputs.mask_files(args, study, not is_run and activation_files.is_control_name(name))
     if is_run and base is None:
         cli.warn("the base is not measured, which step 10 needs: give --base-model, or the study key base")
 
-    todo = [(ref, places.place_of(ref, folder, name, lang, None, is_run)) for ref in models]
+    todo = [(ref, outputs.files_of(ref, folder, name, lang, None, is_run)) for ref in models]
     if base is not None:
-        todo.insert(0, (refs.model(base), places.place_of(refs.model(base), folder, name, lang, base_tag, is_run)))
-    process = processes.Process(args.device, args.device_map)
+        todo.insert(0, (refs.model(base), outputs.files_of(refs.model(base), folder, name, lang, base_tag, is_run)))
+    process, dtype = processes.from_arguments(args, study)
     chosen = masks_of(todo, lang, files, study, args)
-    todo = jobs(args, study, todo, Path(ids), chosen, process.device)
+    todo = jobs(args, study, todo, Path(ids), chosen, dtype, process.device)
     process.wait()  # no process may see a result that another is about to write
     means = measure_all(todo, chosen, process, args.drop_revisions)
     if len(todo) > 1 and "language" in means and process.is_main:
@@ -278,7 +278,7 @@ class Job:
     """One model on the blocks `blocks` [blocks, size]: what its results answer, and which are `left` to be measured."""
 
     ref: refs.ModelRef
-    place: places.Place
+    files: outputs.Files
     blocks: torch.Tensor
     requests: dict[str, dict]  # by mask
     left: list[str]
@@ -289,10 +289,10 @@ class Job:
     @property
     def step(self) -> int:
         """A base may have a step in its own name (stage1-step1907359); in this run it is step 0."""
-        return 0 if self.place.is_base else self.ref.step or 0
+        return 0 if self.files.is_base else self.ref.step or 0
 
     def paths(self, mask: str) -> list[Path]:
-        return self.place.files(mask, self.blocks.numel())
+        return self.files.of(mask, self.blocks.numel())
 
     def is_finished(self, mask: str) -> bool:
         """Raises InputError where another request has a file of this name, or of the earlier one."""
@@ -322,23 +322,22 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
         if theirs != widths[0]:
             raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits just one")
     described = relatives.of([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
-    places = (files.get(mask) for mask in ("language", "control"))
+    given = (files.get(mask) for mask in ("language", "control"))
     hint = "give its mask; of a base, name the run that it belongs to with --run (study key run)"
-    found = masks.read_both(*places, lang, len(widths[0]), widths[0], described, hint)
+    found = masks.read_both(*given, lang, len(widths[0]), widths[0], described, hint)
     layers = dict(zip(("language", "control"), found, strict=True))
     return Masks(lang, files, {mask: layers[mask] for mask in files}, widths[0])
 
 
-def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, device: torch.device) -> list[Job]:
+def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, dtype, device: torch.device) -> list[Job]:
     """Everything there is to measure; all is checked before the first model is loaded."""
-    dtype = cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), device)
     size = ffn.block_size(todo[0][0].config(), args.type, args.block_size or study.get("lsn.block_size"))
     found = []
-    for ref, place in todo:
+    for ref, names in todo:
         blocks, facts = counting.read(ids, ref, study.get("run"), size, args.tokens, args.limit)
         facts = counting.request_of(ref, facts, size, args.batch_size, dtype, device)
         requests = {mask: facts | {"mask": layers} for mask, layers in chosen.layers.items()}
-        job = Job(ref, place, blocks, requests, [], ids, dtype, facts["batch_size"])
+        job = Job(ref, names, blocks, requests, [], ids, dtype, facts["batch_size"])
         job.left.extend(mask for mask in requests if args.overwrite or not job.is_finished(mask))
         found.append(job)
     return found
@@ -362,7 +361,7 @@ def measure_all(
             followed = {mask: chosen.layers[mask] for mask in job.left}
             found = measure(model, archs.for_config(job.ref.config()), job.blocks, followed, job.batch_size, process)
             del model
-            if drop and not job.place.is_base:
+            if drop and not job.files.is_base:
                 job.ref.drop()
             for mask in job.left if process.is_main else []:
                 job.write(mask, payload(found, mask), header(job, mask, chosen))

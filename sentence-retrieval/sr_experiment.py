@@ -227,8 +227,7 @@ class Bench:
             seed = self.how["seed"]
             model = loading.load_untrained(ref, self.dtype, process.device, seed, process.device_map)
         else:
-            model = loading.load_model(ref, self.dtype, process.device, process.device_map)
-            loading.announce(model, ref)
+            model = loading.load_for(process, ref, self.dtype)
         tokenizer = tokenization.load_tokenizer(ref, *self.homes)
         desc = f"{'untrained' if job.untrained else ref.model_id}, "
         arch = archs.for_config(ref.config())

@@ -90,9 +90,7 @@ class Trial:
         def load(role: str):
             ref = self.models[role]
             tokenizers[role] = tokenization.load_tokenizer(ref, self.run, self.pair.base_ref)
-            model = loading.load_model(ref, self.dtype, self.process.device, self.process.device_map)
-            loading.announce(model, ref)
-            return model
+            return loading.load_for(self.process, ref, self.dtype)
 
         def measured(model, one: Condition) -> dict:
             name = f"{one.name} {one.facts.get('layers', '')}" if one.key else self.models[one.of].spec

@@ -213,6 +213,13 @@ def load_untrained(
     return model
 
 
+def load_for(process, ref: refs.ModelRef, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """`load_model` where `process` (a `processes.Process`) has its models, announced."""
+    model = load_model(ref, dtype, process.device, process.device_map)
+    announce(model, ref)
+    return model
+
+
 def announce(model: transformers.PreTrainedModel, ref: refs.ModelRef) -> None:
     """Print what is about to run: model, size, dtype, device."""
     size = sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from cpt_utils.measures import activation_files, masks
 
 
 @dataclass(frozen=True)
-class Place:
+class Files:
     """Where the results of one model go: see `activation_files`."""
 
     folder: Path
@@ -21,21 +21,21 @@ class Place:
     lang: str
     is_base: bool = False
 
-    def files(self, mask: str, tokens: int) -> list[Path]:
+    def of(self, mask: str, tokens: int) -> list[Path]:
         """The file of a mask, and what an earlier version called it, where that is another name."""
         naming = activation_files.path_of, activation_files.earlier_path_of
         found = [name(self.folder, self.stem, self.lang, tokens, mask == "control") for name in naming]
         return list(dict.fromkeys(found))
 
 
-def place_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Place:
+def files_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Files:
     if base_tag is not None:
-        return Place(folder / base_tag, "", lang, is_base=True)
+        return Files(folder / base_tag, "", lang, is_base=True)
     if is_run:
-        return Place(folder / name, f"checkpoint-{ref.step}", lang)
-    # A control's published name (r, checkpoint-100-r) marks it, as `Place.files` does.
+        return Files(folder / name, f"checkpoint-{ref.step}", lang)
+    # A control's published name (r, checkpoint-100-r) marks it, as `Files.of` does.
     stem = name.removesuffix("r").removesuffix("-") if activation_files.is_control_name(name) else name
-    return Place(folder, stem, lang)
+    return Files(folder, stem, lang)
 
 
 def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> tuple[str, str]:
