@@ -41,7 +41,7 @@ def repository(tmp_path, monkeypatch):
 def test_a_script_says_its_place_and_captions_without_being_run(repository, tmp_path):
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "mine.py").write_text('RESULTS = {"toy": "x.json"}\n')  # no README: no experiment
-    assert (experiments.place("toy"), experiments.made_by("toy")) == ("toy/{name}.json", "toy/toy.py")
+    assert (experiments.result("toy"), experiments.made_by("toy")) == ("toy/{name}.json", "toy/toy.py")
     text = "What a toy shows,\nin two lines."
     assert experiments.captions() == {"toy": ("Part II", "9. Toys", text), "again": ("Figures", None, text)}
     assert experiments.captions("other.py") == {}
@@ -54,19 +54,19 @@ def test_a_script_says_its_place_and_captions_without_being_run(repository, tmp_
 def test_two_scripts_of_one_step_are_one_error(repository):
     repository("other/copy.py", TOY)
     with pytest.raises(InputError, match=r"other/copy.py and toy/toy.py both have 'toy' in RESULTS; rename it in one"):
-        experiments.place("toy")
+        experiments.result("toy")
 
 
 @pytest.mark.parametrize("value", ['{"b": NAME}', '{"b", "c"}', '{"b": "c"', "{**more}"])
 def test_what_is_no_plain_dict_is_said(repository, value):
     repository("other/other.py", f"RESULTS = {value}\n")
     with pytest.raises(InputError, match=r"other/other.py: RESULTS must be a plain dict of texts"):
-        experiments.place("toy")
+        experiments.result("toy")
 
 
 def test_a_step_that_nobody_makes_is_said(repository):
     with pytest.raises(InputError, match=r"no script below .* has 'layers' in RESULTS; it has toy"):
-        experiments.place("layers")
+        experiments.result("layers")
 
 
 def test_every_step_and_caption_of_the_repository_is_read():

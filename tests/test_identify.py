@@ -461,7 +461,7 @@ def study(tmp_path, monkeypatch) -> dict:
     last = refs.model("run/checkpoint-2").describe()
     over_zero, n = some_counts(4, width=48)
     write_counts(
-        tmp_path / "results" / experiments.place("lsn_counts"),
+        tmp_path / "results" / experiments.result("lsn_counts"),
         over_zero,
         n,
         "small",
@@ -478,7 +478,7 @@ def study(tmp_path, monkeypatch) -> dict:
 
 def layers_file(interface, **facts) -> None:
     payload = {"interface_layers": interface, "semantic_layers": [1]}
-    path = Path("results") / experiments.place("layers")
+    path = Path("results") / experiments.result("layers")
     results.write_json(path, payload, results.header("layer-specialize", **({"n_layers": 3} | facts)))
 
 
@@ -489,7 +489,7 @@ def test_without_arguments_in_a_study(tmp_path, monkeypatch, no_figure):
     layers_file([0, 2], models={"model": refs.model("run/checkpoint-2").describe()})
     script.main([])
     made = {
-        step: Path("results") / experiments.place(f"lsn_{step}").format(name="small")
+        step: Path("results") / experiments.result(f"lsn_{step}").format(name="small")
         for step in ("mask", "control", "layers")
     }
     models = [refs.model("base").describe(), refs.model("run/checkpoint-1").describe()]
@@ -509,7 +509,7 @@ def test_counts_where_the_published_readme_has_them_written(tmp_path, monkeypatc
     """`activation.py -s activation_count`, then `identify.py -t TAG -l ..`, in a folder with a study.yaml."""
     study(tmp_path, monkeypatch)
     layers_file([0, 2])
-    place = Path("results") / experiments.place("lsn_counts")
+    place = Path("results") / experiments.result("lsn_counts")
     over_zero, n = some_counts(4, width=48)
     at_step_1 = {"models": {"model": refs.model("run/checkpoint-1").describe()}}
     write_counts(tmp_path / "activation_count", over_zero, n, "hand", header=at_step_1)
@@ -588,7 +588,7 @@ def test_the_gate_of_the_interface_goes_into_the_file_of_rich_layers(tmp_path, m
     study(tmp_path, monkeypatch)
     layers_file([0, 2], gate=failed_gate())
     script.main([])
-    made = Path("results") / experiments.place("lsn_layers").format(name="small")
+    made = Path("results") / experiments.result("lsn_layers").format(name="small")
     assert results.read_json(made)[1]["gate"] == failed_gate()
     assert capsys.readouterr().err.count("everything built on them mean nothing") == 1
     layers_file([0, 2])  # as before there was a gate: the same request

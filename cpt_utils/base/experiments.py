@@ -23,7 +23,7 @@ from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 
 
-def place(step: str) -> str:
+def result(step: str) -> str:
     """Where `step` leaves its result below a study's `results`."""
     return _find("RESULTS", step)[0]
 

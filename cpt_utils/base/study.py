@@ -122,7 +122,7 @@ class Study:
         if not self:
             return None
         folder = self.get("results") or f"results/{self.name}"
-        return Path(folder) / experiments.place(step).replace("{name}", self.name)
+        return Path(folder) / experiments.result(step).replace("{name}", self.name)
 
     def output(self, given, flag: str, step: str, other: str = "") -> Path:
         """The path to write to: `given`, else the study's place for `step`.
