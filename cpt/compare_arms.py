@@ -46,7 +46,6 @@ CAPTIONS = {
         (documents, rows, blocks of tokens). No point where it is not clear that the plain run gained anything.""",
 }
 LSN = evaluation.Measure("LSN activation, change as in the plain run", True, "lsn")
-OWN = ("freeze", "train_only", "io", "save_steps")  # of a run's settings, those in which an arm differs
 
 
 # ---------------------------------------------------------------- the method
@@ -103,10 +102,9 @@ def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, d
     Args:
         records: of "base", "plain" and every arm: `name`, `values`, `units`.
         asked: arm -> its keys in the study.
-        trained: arm -> what was trained, of the header of its train.json.
+        trained: arm -> what was trained, of the header of its train.json; {} where that is not known.
     """
-    known = evaluation.MEASURES | {"lsn_activation": LSN}
-    measures = {name: known[name] for name in records[0]["units"]}
+    measures = {name: LSN if name == "lsn_activation" else evaluation.named(name) for name in records[0]["units"]}
     units = {name: np.asarray([record["units"][name] for record in records], dtype=np.float64) for name in measures}
     models = {}
     for i, record in enumerate(records):
@@ -114,8 +112,8 @@ def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, d
         models[name] = {"values": {measure: record["values"][measure] for measure in measures}}
         if name not in asked:
             continue
-        facts = {key: trained[name][key] for key in ("trainable_parameters", "share_of_parameters")}
-        facts["layers"] = trained[name][freezing.mode_of(asked[name])]["layers"]
+        facts = {key: trained[name].get(key) for key in ("trainable_parameters", "share_of_parameters")}
+        facts["layers"] = trained[name].get(freezing.mode_of(asked[name]), {}).get("layers")
         models[name] |= {"what": asked[name], **facts, "share": {}, "minus_plain": {}}
         for measure, what in measures.items():
             sign = 1 if what.higher_is_better else -1
@@ -136,24 +134,18 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
         InputError: the study has none, one is not trained, or with other data, order, steps, seed or part than now;
             a part in words (hub, lsn) is also compared by its layers and neurons.
     """
-    record, found, trained = Path(study.get("run")) / "train.json", {}, {}
-    wanted = results.read_json(record, runs.SCHEMA)[0]["settings"] if record.is_file() else None
-    if freezing.mode_of(wanted or {}):
-        raise InputError(f"{record.parent} has a frozen part itself, so that it is no plain run; train it without one")
+    plain_run, found, trained = Path(study.get("run")), {}, {}
+    wanted = runs.settings_of_plain(plain_run)
     known = relatives.of([base], study.get("base"), study.get("run"))
     for name, asked in study.get("arms", {}).items():
         run = Path(study.of_arm(name).get("run"))
         how = f"run cpt/train.py --stage cpt --arm {name}"
-        if not (run / "train.json").is_file():
+        made, trained[name] = runs.settings_of(run)
+        if made is None:
             raise InputError(f"{run} holds no finished training; {how} first")
-        made, head = results.read_json(run / "train.json", runs.SCHEMA)
-        mine, theirs = ({k: v for k, v in (each or {}).items() if k not in OWN} for each in (made["settings"], wanted))
-        if wanted is not None and not results.same(mine, theirs):
-            raise InputError(f"{run} is no arm of {record.parent} ({results.diff_request(mine, theirs)}); {how}")
-        start = (made["settings"].get("from") or {}).get("weights_sample")
-        if start not in (None, base.describe().get("weights_sample")):
-            raise InputError(f"{run} was trained from another base than {base.spec} is now; {how} --overwrite")
-        trained[name] = head.get("trained") or {}
+        if other := runs.other_training(made, wanted):
+            raise InputError(f"{run} is no arm of {plain_run} ({other}); {how}")
+        runs.refuse_other_start(run, made, base, f"{how} --overwrite")
         mode = freezing.mode_of(asked)
         told = (layer_sets.words_of(asked[mode]), mode in trained[name], asked.get("io", trained[name].get("io")))
         if told != (trained[name].get("words"), True, trained[name].get("io")):
@@ -197,18 +189,33 @@ class Neurons:
         return cls({"language": own, "control": control}, blocks, facts)
 
 
-def measure(study: Study, output: Path, args) -> None:
-    """Measure base, plain run and arms, and write `output` with its figure and table."""
+def measure_arms(study: Study, output: Path, args) -> None:
+    """Measure a study's base, plain run and arms, and write `output` with its figure and table."""
     base, plain = refs.model(study.value(None, "--base", "base")), refs.run(study.value(None, "--run", "run"))[-1]
     arms, trained = arms_of(study, base, plain)
-    found: dict[str, refs.ModelRef] = {"base": base, "plain": plain, **arms}
-    test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs)
     neurons = None if args.measures else Neurons.find(study, plain, args.limit)
+    found = {"base": base, "plain": plain, **arms}
+    measure(found, study.get("arms"), trained, study.get("run"), study, output, args, neurons)
+
+
+def measure(
+    found: dict[str, refs.ModelRef], asked: dict[str, dict], trained: dict[str, dict], run: str, study: Study,
+    output: Path, args, neurons: Neurons | None = None,
+) -> bool:  # fmt: skip
+    """Measure `found`, "base" and "plain" first, and write `output` with its figure and table.
+
+    Args:
+        asked, trained: of all others, see `payload_of`. run: whose tokenizer they have where they have none.
+
+    Returns:
+        whether this process is the one that writes.
+    """
+    test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs, every_language=True)
     process, dtype = processes.from_arguments(args, study)
     tokenizers: dict = {}
 
     def load(role: str):
-        tokenizers[role] = tokenization.load_tokenizer(found[role], study.get("run"), base)
+        tokenizers[role] = tokenization.load_tokenizer(found[role], run, found["base"])
         return loading.load_for(process, found[role], dtype)
 
     def measured(model, one: Condition) -> dict:
@@ -221,7 +228,7 @@ def measure(study: Study, output: Path, args) -> None:
     def write(records: list[dict], request: dict) -> None:
         if neurons:
             with_activation(records)
-        payload, units = payload_of(records, study.get("arms"), trained, study.seed)
+        payload, units = payload_of(records, asked, trained, study.seed)
         results.write_tensors(output.with_suffix(".pt"), units)
         draw(output.with_suffix(""), payload)
         results.write_text(output.with_suffix(".md"), table(payload))
@@ -232,12 +239,13 @@ def measure(study: Study, output: Path, args) -> None:
 
     request = {
         "models": {role: surgery.identity(ref) for role, ref in found.items()},
-        "tokenizers": [tokenizer_id.tokenizer_used(ref, study.get("run"), base) for ref in found.values()],
+        "tokenizers": [tokenizer_id.tokenizer_used(ref, run, found["base"]) for ref in found.values()],
         "measures": test.measures(), "test": test.facts, "neurons": neurons and neurons.facts,
         "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
     }  # fmt: skip
     wanted = [Condition(role, {}, of=role) for role in found]
     conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite, "another -o")
+    return process.is_main
 
 
 # ---------------------------------------------------------------- tables and figures
@@ -253,7 +261,8 @@ def table(payload: dict) -> str:
     rows = []
     for name, model in payload["models"].items():
         is_arm = "what" in model
-        row = [name, told(model["what"]) if is_arm else "", f"{model['share_of_parameters']:.1%}" if is_arm else ""]
+        trained = f"{model['share_of_parameters']:.1%}" if model.get("share_of_parameters") else ""
+        row = [name, told(model["what"]) if is_arm else "", trained]
         for measure, value in model["values"].items():
             share = model["share"][measure] if is_arm else None
             interval = f" ({share['value']:.2f} [{share['ci_low']:.2f}, {share['ci_high']:.2f}])" if share else ""
@@ -262,17 +271,23 @@ def table(payload: dict) -> str:
     return results.markdown(["model", "arm", "trained", *(f"{m['label']}" for m in payload["measures"].values())], rows)
 
 
-def panels(path: Path, measures: dict, names: list[str], points) -> None:
+def panels(
+    path: Path, measures: dict, names: list[str], points, axis_label: str = "share of the gain",
+    lines=(("-", 1), (":", 0)), bands: tuple[float, ...] = (),
+) -> None:  # fmt: skip
     """A panel a measure: the share of the gain on its axis, a row an arm; the plain run is the line at 1.
 
     Args:
-        points: (measure, arm) -> shares to draw as points, their mean, and an interval or None.
+        points: (measure, arm) -> values to draw as points, their mean, and an interval or None.
+        axis_label, lines, bands: for another number than that share; bands are shaded from minus to plus their value.
     """
     with figures.style() as plt:
         size = (figures.PAGE, 0.9 + 0.24 * len(names))
         fig, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
         for axis, (measure, what) in zip(axes[0], measures.items(), strict=True):
-            for line, at in (("-", 1), (":", 0)):
+            for end in bands:
+                axis.axvspan(-end, end, color=figures.colour("random"), alpha=0.15, linewidth=0)
+            for line, at in lines:
                 axis.axvline(at, color=figures.colour("random"), linewidth=0.8, linestyle=line)
             for row, name in enumerate(names):
                 each, mean, interval = points(measure, name)
@@ -282,10 +297,15 @@ def panels(path: Path, measures: dict, names: list[str], points) -> None:
                 if interval is not None:
                     axis.plot(interval, [row, row], "-", color=figures.colour("hub"))
             axis.set_title(textwrap.fill(what["label"], 18))
-            axis.set_xlabel("share of the gain")
+            axis.set_xlabel(axis_label)
         axes[0, 0].set_yticks(range(len(names)), names)
         axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
         figures.save(fig, path)
+
+
+def target_alone(measures: dict) -> dict:
+    """The measures without the losses in other languages, in which most runs gain nothing."""
+    return {name: what for name, what in measures.items() if ":" not in name}
 
 
 def draw(path: Path, payload: dict) -> None:
@@ -295,7 +315,7 @@ def draw(path: Path, payload: dict) -> None:
         share = models[name]["share"][measure]
         return ([], share["value"], (share["ci_low"], share["ci_high"])) if share else ([], None, None)
 
-    panels(path, payload["measures"], list(models), points)
+    panels(path, target_alone(payload["measures"]), list(models), points)
 
 
 # ---------------------------------------------------------------- seeds side by side
@@ -339,6 +359,12 @@ def over_seeds(found: dict[int, dict]) -> dict:
     return {"seeds": list(found), "measures": first["measures"], "arms": told}
 
 
+def gain_told(own: dict) -> str:
+    """ "0.65 ± 0.21 (n 2)": the share of the gain over seeds."""
+    spread = f" ± {own['sd']:.2f}" if own["sd"] is not None else ""
+    return f"{own['mean']:.2f}{spread} (n {own['n']})" if own["n"] else "no clear gain"
+
+
 def compare_seeds(args, output: Path) -> None:
     """Write the table of several seeds, from the arms.json of each."""
     found, models = {}, {}
@@ -354,19 +380,14 @@ def compare_seeds(args, output: Path) -> None:
     payload = over_seeds(found)
     rows = []
     for name, arm in payload["arms"].items():
-        cells = []
-        for measure in payload["measures"]:
-            own = arm[measure]
-            spread = f" ± {own['sd']:.2f}" if own["sd"] is not None else ""
-            cells.append(f"{own['mean']:.2f}{spread} (n {own['n']})" if own["n"] else "no clear gain")
-        rows.append([name, told(arm["what"]), *cells])
+        rows.append([name, told(arm["what"]), *(gain_told(arm[measure]) for measure in payload["measures"])])
     text = results.markdown(["arm", "", *(m["label"] for m in payload["measures"].values())], rows)
 
     def points(measure: str, name: str):
         own = payload["arms"][name][measure]
         return [share for share in own["shares"] if share is not None], own["mean"], None
 
-    panels(output.with_suffix(""), payload["measures"], list(payload["arms"]), points)
+    panels(output.with_suffix(""), target_alone(payload["measures"]), list(payload["arms"]), points)
     results.write_text(output.with_suffix(".md"), text)
     results.write_json(output, payload, results.header(f"{SCHEMA}-over-seeds", seeds=args.seeds))
     cli.say(f"{text}wrote {output}, mean ± standard deviation over {len(args.seeds)} seeds")
@@ -395,7 +416,7 @@ def main(argv=None) -> None:
         return
     study = Study.find(args.study, args.seed)
     other = f"limit-{args.limit}" if args.limit else "-".join(args.measures or ())
-    measure(study, study.output(args.output, "--output", "arms", other), args)
+    measure_arms(study, study.output(args.output, "--output", "arms", other), args)
 
 
 if __name__ == "__main__":

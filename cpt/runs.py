@@ -1,4 +1,4 @@
-"""What cpt/train.py and cpt/documents.py share beside their method: run folders, model folders.
+"""What the scripts of cpt/ share beside their method: run folders, model folders, records of trainings.
 
 A run folder belongs to one set of settings, to one process at a time, and never shows half a checkpoint.
 """
@@ -17,6 +17,8 @@ from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import formats, step_names
 
 SCHEMA = "cpt-training"
+OWN = ("freeze", "train_only", "lora", "io", "save_steps")  # of a run's settings, those in which an arm differs
+BATCHES = ("from", "tokenizer", "sources", "block_size", "batch_size", "steps", "seed")  # those that say what it saw
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 
 
@@ -175,3 +177,40 @@ def put_files(partial: Path, run: Path) -> None:
 def states(folder: Path) -> list[Path]:
     """The whole training states below `.state`, oldest first."""
     return sorted(folder.glob("state-*"), key=lambda path: int(path.name.removeprefix("state-")))
+
+
+# ---------------------------------------------------------------- records of trainings
+
+
+def settings_of(run: Path) -> tuple[dict | None, dict]:
+    """The settings of a finished training and what of the model was trained; None and {} where nothing says it."""
+    if not (run / "train.json").is_file():
+        return None, {}
+    payload, head = results.read_json(run / "train.json", SCHEMA)
+    return payload["settings"], head.get("trained") or {}
+
+
+def settings_of_plain(run: Path) -> dict | None:
+    """The same of the run that others are compared with, of which nothing may be frozen."""
+    wanted, trained = settings_of(run)
+    if trained or cli.sibling("cpt/freezing.py").mode_of(wanted or {}):
+        raise InputError(f"{run} has a frozen part itself, so that it is no plain run; train it without one")
+    return wanted
+
+
+def other_training(made: dict, wanted: dict | None, only: tuple[str, ...] | None = None) -> str:
+    """In words where the settings of a training differ from those of the plain run, what arms differ in aside.
+
+    Empty: nowhere, or those of the plain run are not known. `only`: of these settings.
+    """
+    if wanted is None:
+        return ""
+    mine, theirs = ({k: v for k, v in each.items() if k not in OWN and (only is None or k in only)}
+                    for each in (made, wanted))  # fmt: skip
+    return "" if results.same(mine, theirs) else results.diff_request(mine, theirs)
+
+
+def refuse_other_start(run: Path, made: dict, base, how: str) -> None:
+    start = (made.get("from") or {}).get("weights_sample")
+    if start not in (None, base.describe().get("weights_sample")):
+        raise InputError(f"{run} was trained from another base than {base.spec} is now; {how}")

@@ -82,7 +82,7 @@ def place(tmp_path_factory):
         "name": "s", "base": str(place / "base"), "run": str(place / "seed-{seed}" / "cpt"),
         "results": str(place / "results-{seed}"), "languages": {"base": "eng_Latn", "target": "gle_Latn"},
         "data": {"source": "text", "base_file": str(place / "en.txt"), "target_file": str(place / "ga.txt"),
-                 "heldout": {"gle_Latn": str(place / "en.txt")}},
+                 "heldout": {"gle_Latn": str(place / "en.txt"), "eng_Latn": str(place / "ga.txt")}},
         "arms": {"middle": {"train_only": [1]}}, "train": {"cpt": str(place / "cpt.yaml")},
     }  # fmt: skip
     (place / "s.yaml").write_text(yaml.safe_dump(study))
@@ -189,6 +189,13 @@ def test_shares_from_models_to_files(script, place, blocks, capsys):
     assert 0 < share["middle"]["ci_low"] < share["middle"]["value"] < share["middle"]["ci_high"] < 1
     assert models["middle"]["what"] == {"train_only": [1]} and models["middle"]["layers"] == [1]
     assert 0 < models["middle"]["share_of_parameters"] < 0.5
+    # The loss in the other language is that of its text, and has nothing to do with the target's.
+    other = place / "other.json"
+    script.main(["--study", study, "--measures", "nll", "--heldout", str(place / "ga.txt"), "-o", str(other)])
+    losses = {name: model["values"] for name, model in results.read_json(other)[0]["models"].items()}
+    assert all(losses[n]["nll_per_byte"] == models[n]["values"]["nll_per_byte:eng_Latn"] for n in names)
+    assert payload["measures"]["nll_per_byte:eng_Latn"]["label"].endswith("(nats per byte), eng_Latn")
+    assert header["heldout_others"]["eng_Latn"]["documents"] == 24 == units["nll_per_byte:eng_Latn"].shape[1]
     table = (place / "results-42/arms.md").read_text()
     assert "| middle | train_only 1 |" in table and "(1.00 [1.00, 1.00])" in table
     assert (place / "results-42/arms.png").is_file()

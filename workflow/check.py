@@ -297,7 +297,7 @@ def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, floa
     yield "the task", (n_checkpoints + 3) * rows
     yield "the loss of each language", (n_checkpoints + 1) * sizes["heldout"]
     if study.get("arms"):
-        yield "arms", (len(study.get("arms")) + 2) * (pairs + heldout + rows)
+        yield "arms", (len(study.get("arms")) + 2) * (pairs + sizes["heldout"] + rows)
     yield f"layer swaps, up to {sets} sets", (sets + 3) * (pairs + heldout + rows)
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)

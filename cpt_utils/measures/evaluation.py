@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpt_utils.architectures import archs
@@ -41,6 +41,13 @@ DECIDING = ("retrieval_readout", "nll_per_byte", "task_accuracy")
 KINDS = ("retrieval", "nll", "task")
 
 
+def named(name: str) -> Measure:
+    """The measure of a name; `nll_per_byte:LANG` is the loss in another language than the target."""
+    name, _, lang = name.partition(":")
+    measure = MEASURES[name]
+    return replace(measure, label=f"{measure.label}, {lang}") if lang else measure
+
+
 # --- what is measured ---
 
 
@@ -48,8 +55,9 @@ KINDS = ("retrieval", "nll", "task")
 class Test:
     """What is measured on every model: parallel sentences, held-out text, rows of a classification task (any of them).
 
-    `heldout` holds (context, text) pairs, of which the text is scored, `task` (text, category) pairs; `facts` go into
-    the header and identify the request. `retrieve` measures the sentences: that of sentence-retrieval/sr_experiment.py.
+    `heldout` holds (context, text) pairs, of which the text is scored, `others` those of other languages, `task` (text,
+    category) pairs; `facts` go into the header and identify the request. `retrieve` measures the sentences: that of
+    sentence-retrieval/sr_experiment.py.
     """
 
     pairs: sources.ParallelText | None = None
@@ -59,10 +67,12 @@ class Test:
     seed: int = 42
     facts: dict = field(default_factory=dict)
     retrieve: Callable | None = None
+    others: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def measures(self) -> list[str]:
         kinds = {"retrieval": self.pairs, "nll": self.heldout, "task": self.task}
-        return [name for name, measure in MEASURES.items() if kinds[measure.kind] is not None]
+        own = [name for name, measure in MEASURES.items() if kinds[measure.kind] is not None]
+        return own + [f"nll_per_byte:{lang}" for lang in self.others]
 
     def on(
         self,
@@ -76,12 +86,11 @@ class Test:
         if self.pairs is not None:
             found |= self._retrieval(model, arch, tokenizer, name, found)
         if self.heldout is not None:
-            contexts, texts = zip(*self.heldout, strict=True)
-            scores = scoring.text_nlls(model, tokenizer, list(texts), self.batch_size, list(contexts))
-            mean_bytes = sum(score.bytes for score in scores) / len(scores)
-            found["units"]["nll_per_byte"] = [score.nll / mean_bytes for score in scores]
+            found["units"]["nll_per_byte"] = self._losses(model, tokenizer, self.heldout)
         if self.task is not None:
             found["units"]["task_accuracy"] = self._task(model, tokenizer)
+        for lang, documents in self.others.items():
+            found["units"][f"nll_per_byte:{lang}"] = self._losses(model, tokenizer, documents)
         means = {measure: math.fsum(values) / len(values) for measure, values in found["units"].items()}
         found["values"] = {name: (means | found["values"])[name] for name in self.measures()}
         wrong = [measure for measure, value in found["values"].items() if not math.isfinite(value)]
@@ -102,6 +111,13 @@ class Test:
         found["values"]["retrieval_best"] = max(accuracy[1:])
         reverse = measured.hits_reverse.double().mean(1).tolist()
         return {"layer_accuracy": accuracy, "reverse_accuracy": reverse}
+
+    def _losses(self, model, tokenizer, documents: list[tuple[str, str]]) -> list[float]:
+        """Of every document its NLL over the mean length in bytes: their mean is the NLL per byte of them all."""
+        contexts, texts = zip(*documents, strict=True)
+        scores = scoring.text_nlls(model, tokenizer, list(texts), self.batch_size, list(contexts))
+        mean_bytes = sum(score.bytes for score in scores) / len(scores)
+        return [score.nll / mean_bytes for score in scores]
 
     def _task(self, model, tokenizer) -> list[float]:
         """1 for every row whose category is the most likely one after the prompt, as lm_eval's `acc`; else 0."""
@@ -127,10 +143,10 @@ def add_flags(p) -> None:
     g.add_argument("--task", metavar="FILE", help="rows in the form of SIB-200 (test.tsv); default: the study's")
 
 
-def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
+def test_from_arguments(args, study, known: dict, retrieve: Callable, every_language: bool = False) -> Test:
     """What to measure, from flags, study and the languages `known` from a result's header; before any model is loaded.
 
-    `retrieve`: see `Test`.
+    `retrieve`: see `Test`. `every_language`: the loss in all languages that the study has held-out text of.
 
     Raises:
         InputError: nothing to measure, or a measure asked for by name has no data.
@@ -139,6 +155,7 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
     base = study.value(args.base_lang, "--base-lang", "languages.base", known.get("base_lang", ""))
     target = study.value(args.target_lang, "--target-lang", "languages.target", known.get("target_lang", ""))
     pairs = heldout = task = None
+    others: dict = {}
     facts: dict = {"limit": None, "seed": study.seed}
     if "retrieval" in wanted:
         if not (base and target):
@@ -149,17 +166,7 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
         facts["target_lang"] = languages.canonical(target, any_tag=True)
         facts |= {"n_used": len(pairs), "n_available": pairs.n_available, "limit": pairs.facts["limit"]}
     if "nll" in wanted:
-        mapping = study.get("data.heldout") or {}
-        key = languages.find(mapping, target, default=None) if target else None
-        file = args.heldout or (mapping[key] if key else None)
-        if file is None and args.measures:
-            raise InputError("--measures nll: no held-out text; give --heldout FILE, or data.heldout in the study")
-        if file is not None:
-            together = int(study.get("data.heldout_lines") or 1)
-            heldout = limited(documents(Path(file), together), args.limit, facts)
-            facts["heldout"] = {
-                "file": file, "sha256": results.file_sha256(file), "documents": len(heldout), "lines": together,
-            }  # fmt: skip
+        heldout, others = _heldout(args, study, target, every_language, facts)
     if "task" in wanted:
         file = args.task or _task_file(study)
         if file is None and args.measures:
@@ -167,7 +174,28 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable) -> Test:
         if file is not None:
             task = limited(_task_rows(Path(file)), args.limit, facts)
             facts["task"] = {"file": file, "sha256": results.file_sha256(file), "rows": len(task)}
-    return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve)
+    return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve, others)
+
+
+def _heldout(args, study, target: str, every_language: bool, facts: dict) -> tuple[list | None, dict[str, list]]:
+    """The held-out documents of the target language, and those of all others by language; `facts` get what they are."""
+    mapping, together = study.get("data.heldout") or {}, int(study.get("data.heldout_lines") or 1)
+    key = languages.find(mapping, target, default=None) if target else None
+    file, heldout = args.heldout or (mapping[key] if key else None), None
+    if file is None and args.measures:
+        raise InputError("--measures nll: no held-out text; give --heldout FILE, or data.heldout in the study")
+    if file is not None:
+        heldout = limited(documents(Path(file), together), args.limit, facts)
+        facts["heldout"] = {
+            "file": file, "sha256": results.file_sha256(file), "documents": len(heldout), "lines": together,
+        }  # fmt: skip
+    rest = [lang for lang in mapping if mapping[lang] and lang != key] if every_language else []
+    others, told = heldout_by_language(mapping, rest, together, None)
+    for lang in others:
+        others[lang] = limited(others[lang], args.limit, facts)
+        told[lang]["documents"] = len(others[lang])
+    facts |= {"heldout_others": told} if others else {}
+    return heldout, others
 
 
 def limited(found: list, limit: int | None, facts: dict) -> list:
