@@ -14,7 +14,10 @@ from cpt_utils.measures.verdicts import number, over_units
 
 evidence = cli.sibling("report/evidence.py")
 
-WORDS = {"retrieval_readout": "retrieval", "nll_per_byte": "loss", "task_accuracy": "task", "lsn_activation": "LSN"}
+WORDS = {
+    "retrieval_readout": "retrieval", "retrieval_mean": "retrieval over layers", "nll_per_byte": "loss",
+    "task_accuracy": "task", "lsn_activation": "LSN",
+}  # fmt: skip
 LESS_IS_BETTER = "nll_per_byte"
 CONTROLS = ("random", "matched")  # names of sets that are compared with
 STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # words of arms -> keys of its file
@@ -109,8 +112,8 @@ class Swaps:
 
         rows = [self.base, self.target, at]
         value = share(*values[rows])
-        return number(f"{name}, {WORDS[measure]}", value, _interval(share, units[rows], self.found), units.shape[1],
-                      "units", **more)  # fmt: skip
+        interval = _interval(share, units[rows], self.found.study.seed, self.found.draws)
+        return number(f"{name}, {WORDS[measure]}", value, interval, units.shape[1], "units", **more)
 
     def beside_shape(self, component: str | None, treatment: list[int]) -> dict[int, float] | str:
         """The weights {row: weight} of `matched.beside_shape` over all sets of the component, or why there are none."""
@@ -149,20 +152,28 @@ class Swaps:
 
 
 class Arms:
-    """arms.json: the same training with a part frozen, beside base and plain run."""
+    """arms.json: the same training with a part frozen, beside base and plain run.
 
-    def __init__(self, found: evidence.Results):
-        self.found = found
-        self.file = found.file("arms", "arms")
-        self.models = self.file.payload["models"]
+    Args:
+        tensors: of the .pt beside it. seed, draws: of the intervals over units, see `evidence.Results`.
+        refuse: (path, layers, step, key) -> None where these layers are not those of a file of the study.
+    """
+
+    def __init__(self, file: evidence.File, tensors: dict, seed: int, draws: int, refuse: Callable | None = None):
+        self.file, self.tensors, self.seed, self.draws, self.refuse = file, tensors, seed, draws, refuse
+        self.models = file.payload["models"]
+
+    @classmethod
+    def of_study(cls, found: evidence.Results) -> Arms:
+        file = found.file("arms", "arms")
         for name in found.study.get("arms", {}):
-            run, measured = found.study.of_arm(name).get("run"), self.file.header["models"].get(name)
+            run, measured = found.study.of_arm(name).get("run"), file.header["models"].get(name)
             there = refs.checkpoints(run) if measured and os.path.isdir(run) else []
             if there and not relatives.same_model(measured, there[-1].describe()):
-                raise self.file.refused(f"is about another {name} than {there[-1].spec}, trained again since")
-        pt = found.there(self.file.path.with_suffix(".pt"), "arms")
-        self.tensors = results.read_tensors(pt)
+                raise file.refused(f"is about another {name} than {there[-1].spec}, trained again since")
+        pt = found.there(file.path.with_suffix(".pt"), "arms")
         found.read.append(str(pt))
+        return cls(file, results.read_tensors(pt), found.study.seed, found.draws, found.refuse_other_layers)
 
     def named(self, what: str) -> str:
         """The arm in which `what` was done, as "freeze hub" or, of one that has more to it, "freeze matched:hub:"; with
@@ -174,8 +185,8 @@ class Arms:
             asked = row.get("what") or {}
             done, usual = str(asked.get(mode)), "trained" if mode == "freeze" else "frozen"
             if (done == part or (part.endswith(":") and done.startswith(part))) and asked.get("io") in (None, usual):
-                if key and "layers" in row:
-                    self.found.refuse_other_layers(self.file.path, row["layers"], "layers", key)
+                if key and "layers" in row and self.refuse:
+                    self.refuse(self.file.path, row["layers"], "layers", key)
                 return name
         raise evidence.Missing(
             f"{self.file.path.name} has no arm of {what.strip(':')} (study: arms; made by {self.file.made_by})"
@@ -190,7 +201,7 @@ class Arms:
             arms: how `value` calls an arm -> the arm; more is better in all values. gained: of a share of what the
                 plain run gained, which there must be.
         """
-        name = f"{name}, {WORDS[measure]}"
+        name = f"{name}, {words(measure)}"
         names = {"base": "base", "plain": "plain"} | arms
         lacking = [arm for arm in names.values() if measure not in self.models[arm]["values"]]
         lacking = (
@@ -200,10 +211,10 @@ class Arms:
         )
         shares = [(self.models[arm].get("share") or {}).get(measure) for arm in arms.values()]
         if gained and not lacking and not all(shares):
-            lacking = f"that the plain run changed {WORDS[measure]} is not clear"
+            lacking = f"that the plain run changed {words(measure)} is not clear"
         if lacking:
             return number(name, None, note=lacking, **more)
-        sign = -1 if measure == LESS_IS_BETTER else 1
+        sign = -1 if measure.startswith(LESS_IS_BETTER) else 1
         values = {role: sign * self.file.at("models", arm, "values", measure) for role, arm in names.items()}
         units, interval, n = self.tensors.get(measure), (None, None), None
         if units is not None:
@@ -213,8 +224,15 @@ class Arms:
             if len(units) != len(order) or not _same(units.mean(1), means, about):
                 raise self.file.refused(f"and the .pt beside it do not belong together ({measure})")
             rows, n = units[[order.index(arm) for arm in names.values()]], units.shape[1]
-            interval = _interval(lambda *means: value(**dict(zip(names, means, strict=True))), rows, self.found)
-        return number(name, float(value(**values)), interval, n, "units", **more)
+
+            def of_means(*means):
+                return value(**dict(zip(names, means, strict=True)))
+
+            interval = _interval(of_means, rows, self.seed, self.draws)
+        try:
+            return number(name, float(value(**values)), interval, n, "units", **more)
+        except ZeroDivisionError:  # of a score that nothing can be a share of
+            return number(name, None, note=f"the plain run's {words(measure)} is 0", **more)
 
 
 def swaps(found: evidence.Results, step: str, own: str) -> Swaps:
@@ -223,17 +241,27 @@ def swaps(found: evidence.Results, step: str, own: str) -> Swaps:
 
 
 def arms(found: evidence.Results) -> Arms:
-    return found.once("arms", lambda: Arms(found))
+    return found.once("arms", lambda: Arms.of_study(found))
+
+
+def words(measure: str) -> str:
+    """What a measure is called in the names of numbers: "loss", "loss eng_Latn"."""
+    name, _, lang = measure.partition(":")
+    return f"{WORDS.get(name, name)} {lang}".strip()
 
 
 def _same(means, values, about: float = 0.0) -> bool:
     return np.allclose(means, values, rtol=about, atol=1e-5)
 
 
-def _interval(value: Callable, units: np.ndarray, found: evidence.Results) -> tuple[float | None, float | None]:
-    """The bootstrap interval of a function of means over units, `units` [means, units]; one resample serves all."""
-    if not found.draws:
+def _interval(value: Callable, units: np.ndarray, seed: int, draws: int) -> tuple[float | None, float | None]:
+    """The bootstrap interval of a function of means over units, `units` [means, units]; one resample serves all.
+
+    None where it is not finite: a share of what may well be nothing.
+    """
+    if not draws:
         return None, None
-    weights = stats.resample_weights(units.shape[1], found.study.seed, found.draws)
-    drawn = value(*(units @ weights.T / units.shape[1]))
-    return tuple(float(end) for end in np.quantile(drawn, [0.025, 0.975]))
+    weights = stats.resample_weights(units.shape[1], seed, draws)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ends = np.quantile(value(*(units @ weights.T / units.shape[1])), [0.025, 0.975]).tolist()
+    return tuple(ends) if np.isfinite(ends).all() else (None, None)

@@ -78,16 +78,15 @@ def latex(payload: dict) -> str:
     for name, row in payload["claims"].items():
         numbers = [escaped(told(number_row)) for number_row in row["numbers"]] or ["-"]
         rows.append((name, escaped(row["text"]), escaped(row["verdict"]), lines_of(numbers), escaped(row["reason"])))
-    return tabular(rows, (0.04, 0.19, 0.12, 0.29, 0.24))
+    return tabular(rows, "".join(rf"p{{{share}\linewidth}}" for share in (0.04, 0.19, 0.12, 0.29, 0.24)))
 
 
 def lines_of(parts: list[str]) -> str:
     return r" \newline ".join(parts)
 
 
-def tabular(rows: list[tuple[str, ...]], shares: tuple[float, ...]) -> str:
-    """Rows of escaped cells, the first of them the head; `shares` are the columns' parts of the line width."""
-    columns = "".join(rf"p{{{share}\linewidth}}" for share in shares)
+def tabular(rows: list[tuple[str, ...]], columns: str) -> str:
+    """Rows of escaped cells, the first of them the head; `columns` as LaTeX has them."""
     lines = [r"\begin{tabular}{" + columns + "}", r"\hline"]
     for i, row in enumerate(rows):
         lines.append(" & ".join(row) + r" \\")
