@@ -31,6 +31,8 @@ OUTPUT = (
     "cpt/documents.py",
     "cpt/continuations.py",
     "cpt/compare_arms.py",
+    "layer-ablation/cogsym.py",
+    "layer-ablation/compare_runs.py",
     "demo/world.py",
     "report/claims.py",
     "report/figures.py",

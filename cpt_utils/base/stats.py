@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 from cpt_utils.base.lazy import np
 
@@ -70,6 +71,25 @@ def holm(p: dict[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p}
+
+
+def overlap(first: Iterable[int], second: Iterable[int], n: int) -> dict:
+    """What two sets of `n` units (layers, heads) have in common, and what two random sets of their sizes would.
+
+    Returns:
+        `shared` units, `jaccard` (of the units of either), `expected` (its mean over all sets of these sizes) and
+        `p_value` (the share of these sets that share as many or more: hypergeometric). Both are exact.
+    """
+    one, other = {*first}, {*second}
+    a, b, shared = len(one), len(other), len(one & other)
+    ways = {k: math.comb(a, k) * math.comb(n - a, b - k) for k in range(max(0, a + b - n), min(a, b) + 1)}
+    every = math.comb(n, b)
+    return {
+        "shared": shared,
+        "jaccard": shared / (a + b - shared),
+        "expected": math.fsum(count / every * k / (a + b - k) for k, count in ways.items()),
+        "p_value": sum(count for k, count in ways.items() if k >= shared) / every,
+    }
 
 
 def correlation(x, y, method: str = "pearson", level: float = LEVEL) -> dict:

@@ -1,7 +1,9 @@
-"""Files that say which layers: those of the interface, of the hub, or those richest in a language's neurons."""
+"""Files that say which layers: those of the interface, of the hub, those richest in a language's neurons, any list."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +14,11 @@ from cpt_utils.checkpoints import relatives
 
 @dataclass(frozen=True)
 class LayerFile:
-    """A file that says where to swap: the key of its list, its schema, the flag that names it, and
-    the step of a study that makes it."""
+    """A file of layers: the key of its list, its schema (None: any), the flag that names it, and the step of a study
+    that makes it."""
 
     key: str
-    schema: str
+    schema: str | None
     flag: str
     step: str
 
@@ -25,7 +27,16 @@ FILES = {
     "interface": LayerFile("interface_layers", "layer-specialize", "--layer-selection", "layers"),
     "semantic_hub": LayerFile("semantic_layers", "layer-specialize", "--hub-json", "layers"),
     "lsn_rich": LayerFile("layers", "lsn-layers", "--layer-list", "lsn_layers"),
+    "listed": LayerFile("layers", None, "--train-only", "cogsym"),
 }
+
+
+def is_list(path: Path) -> bool:
+    """Whether a file holds layers (a list, bare or as `layers`), not neurons; False where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found.get("layers") if isinstance(found, dict) else found, list)
+    return False
 
 
 def read_layers(

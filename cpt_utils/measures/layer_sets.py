@@ -13,6 +13,7 @@
 | `hub[:FILE]`, `interface[:FILE]` | those of a file of layer-specialize/layer_specialize.py |
 | `matched:SET:seed` | another set, of the size of SET (`hub`, ..) and nearest to its shape |
 | `all`, `0,2,5-7`, `[0, 2, 5]` | every layer; a list |
+| `FILE.json` | the list `layers` of a file, as layer-ablation/cogsym.py writes one |
 | `lsn`, `FILE.json[:LANG]` | neurons: of the study's mask, of a file of lsn/identify.py |
 
 Behind layers `/attention` or `/ffn` means this component of theirs alone. Files that are not named are the study's.
@@ -37,7 +38,7 @@ from cpt_utils.models import ffn
 
 FORMS = (
     "outer:p inner:p first:k last:k middle:k spaced:k random:k:seed change:k hub interface matched:SET:seed all lsn, "
-    "a list like 0,2,5-7, or a mask file .json; behind layers /attention or /ffn"
+    "a list like 0,2,5-7, or a file .json of layers or of a mask; behind layers /attention or /ffn"
 )
 
 
@@ -100,7 +101,7 @@ def read(given: str | int | list[int], place: Place) -> Part:
     stem, component = (text, last) if slash and last in COMPONENTS else (words, None)
     try:
         name, *more = stem.split(":")
-        if name == "lsn" or ".json" in name:
+        if name == "lsn" or (".json" in name and not layer_lists.is_list(Path(name))):
             if component:
                 raise InputError("neurons are of the FFN; leave out what is behind the slash")
             return _neurons(words, "" if name == "lsn" else stem, place)
@@ -151,6 +152,8 @@ def _layers(name: str, more: list[str], component: str | None, place: Place) -> 
         return matched.nearest(every, wanted, seed)
     if name == "all" and not more:
         return every
+    if ".json" in name and not more:
+        return layer_lists.read_layers(Path(name), "listed", n, None)[0]
     if not more and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", name.replace(" ", "")):
         ranges = [[int(end) for end in one.split("-")] for one in name.replace(" ", "").split(",")]
         for start, *_, end in ([*ends, ends[-1]] for ends in ranges):

@@ -55,6 +55,8 @@ COMMANDS = (
     _command("train_arm", "cpt/train.py", "--stage cpt --arm hub_frozen"),
     _command("arms", "cpt/compare_arms.py", "--measures retrieval nll"),
     _command("attn_vs_ffn", "weight-diff/attn_vs_ffn.py"),
+    _command("cogsym", "layer-ablation/cogsym.py"),
+    _command("compare_runs", "layer-ablation/compare_runs.py", "--arms hub_frozen"),
     _command("token_ids", "lsn/load_oscar.py", "--max-concurrent 1"),
     _command("counts", "lsn/activation.py", "--save-every 0"),
     _command("identify", "lsn/identify.py"),
