@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers import ROOT, bits, load_script, read_tensors
 
@@ -625,3 +626,18 @@ def test_command_line_errors_are_one_line():
     done = subprocess.run([*command, "--config", "gone.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "gone.yaml does not exist" in done.stderr
     assert "--output-dir" in subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
+
+
+def test_the_number_of_threads_changes_no_bit(train, texts, tmp_path):
+    """At the sizes of the demo, whose arms train on a core each and whose plain run trains on more."""
+    values, before = settings(texts, block_size=128, batch_size=8, steps=2), torch.get_num_threads()
+    values["model"] |= {"hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 128}
+    config = write(tmp_path / "config.yaml", values)
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            train.main(["--config", config, "--output-dir", str(tmp_path / str(threads))])
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 4):
+        same_files(tmp_path / "1", tmp_path / str(threads))
