@@ -436,6 +436,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         ({"n": 1}, r"a neuron is active on \d+ of 1 tokens"),
         ({"over_zero": torch.zeros(5)}, r"over_zero is \[5\], not \[layers, neurons\]"),
         ({"over_zero": "x"}, "has no counts"),
+        ({"header": "[1]"}, r"header is \[1\], not a mapping"),
+        ({"header": '{"models": {"model": 5}}'}, "header.models.model is 5, not a mapping"),
         ({"snapshots_n": torch.tensor([1])}, "its snapshots are not parts of its counts"),
     ):
         files()

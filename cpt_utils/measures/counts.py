@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils.base import cli, languages, results
+from cpt_utils.base import cli, forms, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import relatives
@@ -134,6 +134,7 @@ def read(path: Path, lang: str) -> Counts:
         raise InputError(
             f"{path} has no counts (n, over_zero [layers, neurons]); write it with lsn/activation.py"
         ) from None
+    forms.conform(path, header, forms.HEADER, "header")
     if header and header.get("schema") != SCHEMA:
         raise InputError(f"{path} holds {header.get('schema')!r}, not {SCHEMA!r}; give a file of lsn/activation.py")
     if header.get("limit") is not None:
