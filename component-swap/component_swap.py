@@ -8,7 +8,6 @@ from what the place does.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -200,10 +199,7 @@ def refuse_foreign(out: Path, checkpoints: list[refs.ModelRef]) -> None:
     """Refuse an OUT that is the run itself, or that holds anything these scripts do not write."""
     if any(ref.is_local and Path(ref.spec).resolve().parent == out.resolve() for ref in checkpoints):
         raise InputError(f"{out} is the run that is swapped; give another --output-dir")
-    foreign = [name for name in sorted(os.listdir(out)) if not OURS.fullmatch(name)] if out.is_dir() else []
-    if foreign or (out.exists() and not out.is_dir()):
-        what = f"holds {foreign[0]}, which is not of a component swap" if foreign else "is a file"
-        raise InputError(f"{out} {what}; give another --output-dir")
+    on_disk.refuse_foreign(out, OURS, "a component swap", "--output-dir")
 
 
 def refuse_leftover(

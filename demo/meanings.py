@@ -118,9 +118,9 @@ class World:
             if self.reserved.isdisjoint(found.clauses):
                 return found
 
-    def passage(self, draw: random.Random, label: str, shortest: int = 3, longest: int = 5) -> list[Sentence]:
-        """Sentences on `label`, with distractors (of another topic or of none) among them, fewer than half of all."""
-        n = draw.randint(shortest, longest)
+    def passage(self, draw: random.Random, label: str) -> list[Sentence]:
+        """3 to 5 sentences on `label`, fewer than half of them distractors (of another topic or of none)."""
+        n = draw.randint(3, 5)
         off = sum(draw.random() < self.texts["distractor"] for _ in range((n - 1) // 2))
         others = [topic for topic in self.topics if topic != label]
         topics = [label] * (n - off) + [draw.choice(others) for _ in range(off)]

@@ -17,7 +17,6 @@ Tiny: python layer-swap/layer-swap.py --study demo/tiny.yaml --controls 10
 from __future__ import annotations
 
 import functools
-import os
 import random
 import re
 from pathlib import Path
@@ -99,14 +98,6 @@ def metadata(pair: surgery.Pair, interface: list[int], chosen: dict[str, list[in
     }
 
 
-def refuse_foreign(out: Path) -> None:
-    """Refuse an OUT that holds anything this script does not write: a mistyped model folder, somebody's results."""
-    foreign = [name for name in sorted(os.listdir(out)) if not OURS.fullmatch(name)] if out.is_dir() else []
-    if foreign or (out.exists() and not out.is_dir()):
-        what = f"holds {foreign[0]}, which is not of a layer swap" if foreign else "is a file"
-        raise InputError(f"{out} {what}; give another -o")
-
-
 def same(found, wanted) -> bool:
     """Whether two values of metadata.json mean one swap; an earlier version listed the random layers sorted."""
     both_lists = isinstance(found, list) and isinstance(wanted, list)
@@ -171,7 +162,7 @@ def main(argv=None) -> None:
     target = beside.model_or_last(study, args.target, args.named_run, "TARGET", args.steps)
     limit = args.limit if args.controls or args.in_memory else None
     out = study.output(args.output, "-o", "layer_swap", beside.name(study, base, run, args.steps, limit, last=True))
-    refuse_foreign(out)
+    on_disk.refuse_foreign(out, OURS, "a layer swap", "-o")
     path = study.input(args.layers, "LAYERS.json", "layers")
     with surgery.Pair(base_ref, target) as pair:
         interface, head = read_layers(path, pair)

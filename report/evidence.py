@@ -104,21 +104,21 @@ class Results:
             what = f"has no {error}" if isinstance(error, KeyError) else f"is not as its step writes it ({error})"
             raise InputError(f"{name}: {files} {what}; run again the step that wrote it") from error
 
-    def file(self, step: str, schema: str, *below: str, how: str = "", model: dict | None = None) -> File:
+    def file(self, step: str, schema: str, *below: str, how: str = "") -> File:
         """A result of `step`, which must say what it is about, alike with all that was read before, and finite.
 
         Args:
-            how: with what the step's script makes it. model: which model it must be about; None: the last checkpoint.
+            how: with what the step's script makes it.
 
         Raises:
             Missing: it is not there.
             InputError: it is about something else.
         """
-        return self.checked(self.path(step, *below, how=how), step, schema, how, model)
+        return self.checked(self.path(step, *below, how=how), step, schema, how)
 
-    def checked(self, path: Path, step: str, schema: str, how: str = "", model: dict | None = None) -> File:
+    def checked(self, path: Path, step: str, schema: str, how: str = "") -> File:
         """The same of a file of `step` at `path`."""
-        found = File(path, experiments.made_by(step) + how, *self.json(path, schema, model, **self.sides()))
+        found = File(path, experiments.made_by(step) + how, *self.json(path, schema, **self.sides()))
         self._refuse_other_facts(found, schema)
         return found
 

@@ -77,12 +77,9 @@ def latex(payload: dict) -> str:
     rows = [("", "claim", "verdict", "what decides", "why")]
     for name, row in payload["claims"].items():
         numbers = [escaped(told(number_row)) for number_row in row["numbers"]] or ["-"]
-        rows.append((name, escaped(row["text"]), escaped(row["verdict"]), lines_of(numbers), escaped(row["reason"])))
+        text, verdict, reason = (escaped(row[key]) for key in ("text", "verdict", "reason"))
+        rows.append((name, text, verdict, r" \newline ".join(numbers), reason))
     return tabular(rows, "".join(rf"p{{{share}\linewidth}}" for share in (0.04, 0.19, 0.12, 0.29, 0.24)))
-
-
-def lines_of(parts: list[str]) -> str:
-    return r" \newline ".join(parts)
 
 
 def tabular(rows: list[tuple[str, ...]], columns: str) -> str:

@@ -115,7 +115,7 @@ def name(code: str) -> str:
     return language.name if language else code
 
 
-def spelling(code: str, source: str = "flores_plus", any_tag: bool = False) -> str:
+def spelling(code: str, source: str = "flores_plus") -> str:
     """How `source` (one of SOURCES) spells the language: `spelling("cmn_Hans", "sib200")` -> `zho_Hans`.
 
     Raises:
@@ -123,9 +123,9 @@ def spelling(code: str, source: str = "flores_plus", any_tag: bool = False) -> s
     """
     if source not in SOURCES:
         raise ValueError(f"source {source!r} is not one of {', '.join(SOURCES)}")
-    language = table().get(canonical(code, any_tag))
+    language = table().get(canonical(code))
     if language is None or source == "flores_plus":
-        return canonical(code, any_tag)
+        return canonical(code)
     if language.sib200 is None:
         if source == "sib200":
             raise InputError(f"SIB-200 has no {_named(language.code)}; choose another source or language")

@@ -38,7 +38,7 @@ def resample_weights(n: int, seed: int, draws: int) -> np.ndarray:
     return np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)]).astype(np.float64)
 
 
-def t_mean(values, level: float = LEVEL) -> tuple[float, float, float, float]:
+def t_mean(values) -> tuple[float, float, float, float]:
     """Mean of `values` [n >= 2], its interval, and the two-sided p that it is not 0, all by Student's t.
 
     Values that do not vary have no t: the interval is the mean, and p is 1.
@@ -49,7 +49,7 @@ def t_mean(values, level: float = LEVEL) -> tuple[float, float, float, float]:
     mean, error, free = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5, len(values) - 1
     if error <= 1e-12 * abs(mean):
         return mean, mean, mean, 1.0
-    half = float(special.stdtrit(free, 0.5 + level / 2)) * error
+    half = float(special.stdtrit(free, 0.5 + LEVEL / 2)) * error
     return mean, mean - half, mean + half, 2 * float(special.stdtr(free, -abs(mean) / error))
 
 

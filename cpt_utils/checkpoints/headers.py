@@ -225,10 +225,10 @@ def _refuse_two_sets(folder: Path) -> None:
                 raise InputError(f"{folder}: {SINGLE} and the shards of {INDEX} differ ({name}): {hint}")
 
 
-def _same_sample(a: Path, at: Entry, b: Path, bt: Entry, block: int = 4096) -> bool:
+def _same_sample(a: Path, at: Entry, b: Path, bt: Entry) -> bool:
     if (at.dtype, at.shape) != (bt.dtype, bt.shape):
         return False
-    size = at.stop - at.start
+    size, block = at.stop - at.start, 4096
     with open(a, "rb") as first, open(b, "rb") as second:
         for position in {0, size // 2, max(0, size - block)}:
             first.seek(at.start + position)

@@ -33,11 +33,12 @@ def shape_hash(shape: dict) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def weights_sample(
-    folder: Path, patterns: Iterable[str] = WEIGHT_PATTERNS, blocks: int = 64, block: int = 1 << 14
-) -> str | None:
+BLOCKS, BLOCK = 64, 1 << 14  # of each file, and the bytes of one
+
+
+def weights_sample(folder: Path, patterns: Iterable[str] = WEIGHT_PATTERNS) -> str | None:
     """A short hash of a model folder's weights: of every safetensors tensor its first, middle and last bytes, of every
-    file its size and `blocks` evenly spaced blocks.
+    file its size and BLOCKS evenly spaced blocks.
 
     Reads a megabyte or two per file, so it costs nothing beside loading. Two trainings differ in every block, and a
     change of a whole tensor shows in that tensor; that of a few rows inside a large one may not. None where the folder
@@ -53,9 +54,9 @@ def weights_sample(
         size = path.stat().st_size
         digest.update(f"{name}:{size}".encode())
         with open(path, "rb") as file:
-            for position in sorted({size * i // blocks for i in range(blocks)} | {max(0, size - block)}):
+            for position in sorted({size * i // BLOCKS for i in range(BLOCKS)} | {max(0, size - BLOCK)}):
                 file.seek(position)
-                digest.update(file.read(block))
+                digest.update(file.read(BLOCK))
             for position in _sampled_positions(file, size) if name.endswith(".safetensors") else ():
                 file.seek(position)
                 digest.update(file.read(_PIECE))

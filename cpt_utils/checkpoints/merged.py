@@ -71,7 +71,7 @@ class Change:
     steps: list[LowRank | Bias | Tokens] = field(default_factory=list)
 
 
-class AdapterFolder:
+class AdapterFolder(tensors.Closing):
     """The tensors of base and adapter merged, by the base's names on disk: what `TensorFolder` is for a model folder.
 
     A tensor that the adapter leaves alone is the base's own, with its `entry` in the base's file (`folder_of`); one
@@ -104,12 +104,6 @@ class AdapterFolder:
         self.files = self.base.files
         self.new_head = ""
         self.changes: dict[str, Change] = self._plan()
-
-    def __enter__(self) -> AdapterFolder:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def close(self) -> None:
         self.adapter.close()

@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 FIRST_BYTES = 1 << 17  # of a remote file asked for at first: most headers are shorter
 
 
-class TensorFolder:
+class Closing:
+    """What holds files open until its `close`, or the end of a `with` block."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class TensorFolder(Closing):
     """The tensors of one model folder, by their names on disk.
 
     At most one shard is open (memory-mapped) at a time; tensors got from it keep their own hold on it. A tensor is a
@@ -133,12 +143,6 @@ class TensorFolder:
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
-
-    def __enter__(self) -> TensorFolder:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def close(self) -> None:
         self._open = None

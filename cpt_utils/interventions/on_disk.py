@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,15 @@ def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:
         if not (out / name).is_file() or (out / name).stat().st_size != size:
             raise InputError(f"{out / name} was changed after the swap was written; remove {out}, or give --overwrite")
     return {results.HEADER: head, **record}
+
+
+def refuse_foreign(out: Path, ours: re.Pattern, what: str, flag: str) -> None:
+    """Refuse an `out` that holds anything but files and folders called `ours`, those of `what`: a mistyped model
+    folder, somebody's results; `flag` names another one."""
+    foreign = [name for name in sorted(os.listdir(out)) if not ours.fullmatch(name)] if out.is_dir() else []
+    if foreign or (out.exists() and not out.is_dir()):
+        holds = f"holds {foreign[0]}, which is not of {what}" if foreign else "is a file"
+        raise InputError(f"{out} {holds}; give another {flag}")
 
 
 def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:

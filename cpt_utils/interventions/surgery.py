@@ -22,7 +22,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
-from cpt_utils.checkpoints import opening, refs, settings, stacking, tokenization, tokenizer_id
+from cpt_utils.checkpoints import opening, refs, settings, stacking, tensors, tokenization, tokenizer_id
 from cpt_utils.interventions.condition import digest, function_facts
 
 Function = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -91,7 +91,7 @@ class Recipe:
         return grouped
 
 
-class Pair:
+class Pair(tensors.Closing):
     """Base and target opened side by side: one architecture (one of them may have a vision tower beside it), the same
     number of layers.
 
@@ -128,12 +128,6 @@ class Pair:
         if differ:
             each = [f"{key} is {theirs} in the base and {mine} in the target" for key, (theirs, mine) in differ.items()]
             cli.once(f"{'; '.join(each)}; swapped weights run under the target's", cli.warn)
-
-    def __enter__(self) -> Pair:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def close(self) -> None:
         self.base.close()

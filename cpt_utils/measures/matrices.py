@@ -15,13 +15,13 @@ from functools import cached_property
 from cpt_utils.architectures import archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
-from cpt_utils.checkpoints import opening, refs, settings, stacking
+from cpt_utils.checkpoints import opening, refs, settings, stacking, tensors
 
 # Entries summed in float32 before float64 takes over: norms of much longer rows are off by more than 1e-6.
 STRETCH = 1024
 
 
-class Side:
+class Side(tensors.Closing):
     """One model: its configuration, its architecture and its open files. `base`: see `opening.open_folder`."""
 
     def __init__(self, ref: refs.ModelRef, base: refs.ModelRef | None = None):
@@ -32,10 +32,7 @@ class Side:
         self.stored = opening.open_folder(ref, base, lazy=True)
         self.names = set(self.stored.names())
 
-    def __enter__(self) -> Side:
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self.stored.close()
 
     @property

@@ -29,7 +29,7 @@ def peak(hits: np.ndarray, seed: int) -> np.ndarray:
 
 
 def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
-    file = found.checked(found.retrieval_path(found.last), "retrieval", "sentence-retrieval", model=found.last)
+    file = found.checked(found.retrieval_path(found.last), "retrieval", "sentence-retrieval")
     found.refuse_other_twin(file)
     numbers, beside = [], []
     for key, tensor, curve in CURVES:
