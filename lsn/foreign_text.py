@@ -71,21 +71,21 @@ def script_judge(scripts: tuple[str, ...]) -> Callable[[list[str]], list[str]]:
     return judge
 
 
-def langid_labels(code: str) -> list[str]:
+def langid_labels(code: str, flag: str = "--filter language", instead: str = "use --filter script") -> list[str]:
     """The labels of py3langid that mean the language `code`.
 
     Raises:
         InputError: py3langid is not installed, or does not know the language.
     """
     if importlib.util.find_spec("py3langid") is None:
-        raise InputError("--filter language needs py3langid: pip install py3langid, or use --filter script")
+        raise InputError(f"{flag} needs py3langid: pip install py3langid, or {instead}")
     import py3langid
 
     known = {label for label, _ in py3langid.rank("")}
     language = languages.table().get(code)
     labels = sorted(known & set(language.spellings if language else (code,)))
     if not labels:
-        raise InputError(f"--filter language: py3langid does not know {code}; use --filter script, or leave it out")
+        raise InputError(f"{flag}: py3langid does not know {code}; {instead}, or leave it out")
     return labels
 
 

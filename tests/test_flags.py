@@ -16,6 +16,7 @@ RUN_AND_BASE = (
     "component-swap/ffn_lsn_swap.py",
     "lm_eval_sib200/evaluate.py",
     "language-loss/language_loss.py",
+    "layer-ablation/ablation_sweep.py",
 )
 # The published --base of sentence retrieval is a language.
 RUN_ALONE = ("sentence-retrieval/sr_experiment.py", "lsn/activation.py")

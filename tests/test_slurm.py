@@ -24,7 +24,7 @@ pytest.importorskip("snakemake_executor_plugin_slurm")
 FORWARD = {
     "train_base", "train_cpt", "train_arm", "arms", "retrieval", "retrieval_figure", "downstream_task",
     "downstream_task_swapped", "retrieval_swapped_figure", "layer_swap_controls", "language_loss", "activation_counts",
-    "deactivate", "lsn_activation", "component_swap_controls", "retrieval_components_figure",
+    "layer_ablation", "deactivate", "lsn_activation", "component_swap_controls", "retrieval_components_figure",
 }  # fmt: skip
 
 SBATCH = """#!{python}

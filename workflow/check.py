@@ -44,6 +44,7 @@ class Plan:
     deactivation: bool
     loss: bool
     losses: bool  # of every language over CPT
+    ablation: bool  # of layers: where the study asks for it
     left_out: list[str] = field(default_factory=list)
 
 
@@ -74,7 +75,8 @@ def plan(study: Study) -> Plan:
     controls = study.get("controls", "all")
     if isinstance(controls, int) and controls < ENOUGH:
         left_out.append(f"C2b and C5b: with {controls} random sets (controls) there is no fit; {ENOUGH} are enough")
-    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, left_out)
+    ablation = study.get("ablation") is not None
+    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, ablation, left_out)
 
 
 # ---------------------------------------------------------------- the report
@@ -209,10 +211,11 @@ def tokenizers(study: Study, found: list[Model], report: Report) -> None:
 def files(study: Study, chosen: Plan, report: Report) -> dict[str, float]:
     """The texts, opened as the scripts open them; how many tokens, roughly, each kind has."""
     report.head("data")
-    sizes = {"pairs": 0.0, "heldout": 0.0, "target": 0.0, "neurons": 0.0}
+    sizes = {"pairs": 0.0, "n_pairs": 0.0, "heldout": 0.0, "target": 0.0, "neurons": 0.0}
     pairs = report.tried(_pairs, study)
     if pairs:
         report.say(pairs.summary())
+        sizes["n_pairs"] = len(pairs)
         sizes["pairs"] = sum(len(text.encode()) for text in (*pairs.base, *pairs.target)) / BYTES_PER_TOKEN
     elif pairs is not None:
         report.say("parallel sentences: made first")
@@ -287,7 +290,9 @@ def _made_first(study: Study) -> bool:
 # ---------------------------------------------------------------- cost
 
 
-def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, float]) -> Iterator[tuple[str, float]]:
+def passes(
+    study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, float], n_layers: int
+) -> Iterator[tuple[str, float]]:
     """(part, tokens that go through a model in it), roughly."""
     controls = study.get("controls", "all")
     sets = 300 if controls == "all" else controls
@@ -299,6 +304,11 @@ def passes(study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, floa
     if study.get("arms"):
         yield "arms", (len(study.get("arms")) + 2) * (pairs + sizes["heldout"] + rows)
     yield f"layer swaps, up to {sets} sets", (sets + 3) * (pairs + heldout + rows)
+    if chosen.ablation:
+        models, shots = 4 * n_layers / (study.get("ablation.stride") or 1), study.get("ablation.shots") or 4
+        scored = min(study.get("ablation.sentences") or sizes["n_pairs"], sizes["n_pairs"])
+        translated = 4 * (1 + shots) * pairs * scored / max(1, sizes["n_pairs"])  # both ways, and their floors
+        yield f"layer ablation, {models:.0f} models", models * (translated + pairs + sizes["heldout"] + rows)
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)
         yield f"neuron counts, {each:,.0f} tokens a language", sizes["neurons"]
@@ -316,7 +326,8 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
         return
     each = 2 * found[0].parameters  # of a token, without attention between tokens
     speed, where = machine()
-    parts = sorted(((each * tokens / speed, name) for name, tokens in passes(study, chosen, len(found) - 1, sizes)))
+    wanted = passes(study, chosen, len(found) - 1, sizes, found[0].shape[1])
+    parts = sorted(((each * tokens / speed, name) for name, tokens in wanted))
     total = sum(seconds for seconds, _ in parts)
     largest = "; ".join(f"{name}: {_time(seconds)}" for seconds, name in parts[:-4:-1])
     report.say(f"forward passes: {_time(total)} on {where} (most of it {largest})")

@@ -201,6 +201,11 @@ class Arch(Layers):
         others = [f"{name}.bias" for name in self.embeddings] + [f"{self.head}.weight", f"{self.head}.bias"]
         return found + [name for name in (self._find(other, disk_names) for other in others) if name]
 
+    def outer_tensors(self, disk_names: Iterable[str]) -> list[str]:
+        """Every parameter of the language model that is in no layer: embeddings, final norm, head."""
+        inner = (name for name in disk_names if self.layer_of(name) is None and not self._of_other_tower(name))
+        return [name for name in inner if not is_buffer(name) and not self.may_lack(name)]
+
     # --- in memory ---
 
     def decoder(self, model: torch.nn.Module) -> torch.nn.Module:

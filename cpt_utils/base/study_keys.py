@@ -47,6 +47,18 @@ class Lsn(Keys):
     block_size: Count = None
 
 
+class Ablation(Keys):
+    """The defaults of layer-ablation/ablation_sweep.py; that the key is there asks the workflow for it."""
+
+    sweeps: Annotated[list[str] | None, Field(description="it must be a list of sweeps (layer-ablation/README.md)")] = (
+        None
+    )
+    stride: Count = None
+    shots: Count = None
+    sentences: Count = None
+    prompt: Literal["pairs", "lines"] | None = None
+
+
 class Arm(Keys):
     """What an arm's training leaves as it is, or trains alone; a training file has the same keys."""
 
@@ -85,6 +97,7 @@ class Study(Keys):
     ] = None
     train: group("world documents base cpt task", MaybeText) | None = None
     arms: dict[ArmName, Arm] | None = None
+    ablation: Ablation | None = None
 
     @model_validator(mode="after")
     def _arms_have_names_of_their_own(self):

@@ -315,6 +315,20 @@ def _listed(layers: list[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
 
 
+def outside_layers(pair: Pair) -> Recipe:
+    """Embeddings, final norm and head of B: all that is in no layer.
+
+    Raises:
+        InputError: shapes that differ (another vocabulary), or a tensor that only one of them has.
+    """
+    mine = pair.arch.outer_tensors(pair.target.names())
+    meanings = {archs.meaning(pair.arch, name) for name in mine}
+    for name in pair.base_arch.outer_tensors(pair.base.names()):
+        if archs.meaning(pair.base_arch, name) not in meanings:
+            raise InputError(f"{pair.target_ref.spec} has no tensor {name}, which {pair.base_ref.spec} has")
+    return Recipe("embeddings, final norm and head of the base", {"io": "base"}, tuple(map(pair.edit, mine)))
+
+
 def identity(ref: refs.ModelRef) -> str:
     """The model, not its path, which may be spelled in several ways: weights, configuration, its own tokenizer."""
     facts = ref.describe()

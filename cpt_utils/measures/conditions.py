@@ -5,6 +5,7 @@ It goes on after a kill, keeps a finished result, refuses that of another reques
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cpt_utils.interventions.condition import Condition, digest
 def measure(
     path: Path, schema: str, request: dict, conditions: Sequence[Condition], load: Callable[[str], Any],
     measured: Callable[[Any, Condition], dict], write: Callable[[list[dict], dict], None], process: Process,
-    overwrite: bool = False, instead: str = "another -o",
+    overwrite: bool = False, instead: str = "another -o", estimate: bool = False,
 ) -> None:  # fmt: skip
     """Measure every condition, and hand the records, in their order, to `write`, which writes `path`.
 
@@ -31,6 +32,7 @@ def measure(
         measured: (model, condition) -> what is found while the condition holds.
         write: (records, whole request) -> None.
         instead: where else one may write, for the message of a refusal.
+        estimate: say after the first measurement how long all of them take, if they are alike.
 
     Raises:
         InputError: `path` is the result of another request.
@@ -49,14 +51,24 @@ def measure(
         cli.say(f"{path} is finished, from the same request: kept (--overwrite redoes it)")
         return
     held: dict[str, Any] = {}
+    timed: list[float] = []  # seconds of the first
 
     def record(key: str) -> dict:
         condition = by_id[key]
         if condition.of not in held:
             held.clear()
             held[condition.of] = load(condition.of)
+        start = time.perf_counter()
         with condition.apply(held[condition.of]):
-            return {"name": condition.name, **condition.facts} | measured(held[condition.of], condition)
+            found = {"name": condition.name, **condition.facts} | measured(held[condition.of], condition)
+        if estimate and notes and not timed:
+            timed.append(time.perf_counter() - start)
+            left = len(by_id) - len(notes.done)
+            whole = timed[0] * -(-left // process.world)
+            cli.say(
+                f"{left} models to measure, {timed[0]:.2f} s each: about {whole:,.1f} s ({whole / 60:.0f} min) in all"
+            )
+        return found
 
     notes = journal.Journal(partial, request) if process.is_main else None
     journal.complete(notes, process, by_id, record, "conditions")

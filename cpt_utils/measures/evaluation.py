@@ -127,12 +127,11 @@ class Test:
         return [float(sib200.CHOICES[at] == right) for at, (_, right) in zip(best, self.task, strict=True)]
 
 
-def add_flags(p) -> None:
-    """The flags that say what is measured; `test_from_arguments` reads them."""
+def add_flags(p, kinds: tuple[str, ...] = KINDS) -> None:
+    """The flags that say what is measured; `test_from_arguments` reads them, and leaves other `kinds` to the script."""
     g = p.add_argument_group("what is measured")
-    g.add_argument(
-        "--measures", nargs="+", choices=KINDS, metavar="M", help="retrieval, nll, task; default: all that have data"
-    )
+    text = f"{', '.join(kinds)}; default: all that have data"
+    g.add_argument("--measures", nargs="+", choices=kinds, metavar="M", help=text)
     g.add_argument("--base-lang", metavar="LANG", help="default: the study's languages.base, else that of LAYERS.json")
     g.add_argument("--target-lang", metavar="LANG", help="the same for the language that CPT brought")
     g.add_argument(

@@ -28,22 +28,24 @@ def text_nlls(
     texts: list[str],
     batch_size: int | None = None,
     contexts: list[str] | None = None,
+    between: str = " ",
 ) -> list[TextScore]:
     """The NLL of each text, with special tokens as the tokenizer adds them; the first token is not predicted.
 
-    A text is read after its context and a space, where `contexts` has one that is not empty; the context's tokens are
-    not scored. An input longer than the model's positions is cut there, with a warning, and what is cut off counts
-    nowhere.
+    A text is read after its context and `between`, where `contexts` has one that is not empty; these tokens are not
+    scored, but for a space at the end, which belongs to the text's first token. An input longer than the model's
+    positions is cut there, with a warning, and what is cut off counts nowhere.
 
     Raises:
         InputError: no texts, or one without a token to score.
     """
     if not texts:
         raise InputError("no text to score")
-    whole = [f"{c} {t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
+    whole = [f"{c}{between}{t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
     sequences = encode(tokenizer, whole, positions(model)).ids
     # The first scored token of each: as lm_eval does, where the context's own tokens end.
-    starts = [max(1, _scored_from(tokenizer, context)) if context else 1 for context in contexts or [""] * len(texts)]
+    before = [context and context + between.rstrip(" ") for context in contexts or [""] * len(texts)]
+    starts = [max(1, scored_from(tokenizer, context)) if context else 1 for context in before]
     for text, ids, start in zip(texts, sequences, starts, strict=True):
         if len(ids) <= start:
             raise InputError(f"a text of fewer than two tokens, or cut off, cannot be scored: {text[:60]!r}")
@@ -64,7 +66,7 @@ def text_nlls(
     return scores
 
 
-def _scored_from(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> int:
+def scored_from(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of `text` with what the tokenizer puts in front of it, without what it puts behind."""
     (special,) = encoding.of_texts(tokenizer, [text]).special
     behind = next((n for n, flag in enumerate(reversed(special)) if not flag), len(special))

@@ -1,9 +1,9 @@
-"""C8. Perception is learnt in early layers, production in late ones: not measured yet."""
+"""C8. How much more of what CPT taught of perception than of production comes with the blocks at the input."""
 
 from __future__ import annotations
 
 from cpt_utils.base import cli
-from cpt_utils.measures.verdicts import Panel
+from cpt_utils.measures.verdicts import Panel, above, number
 
 evidence = cli.sibling("report/evidence.py")
 
@@ -13,7 +13,18 @@ PANEL = Panel("perception early, production late", "specialisation")
 
 
 def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
-    raise evidence.Missing(
-        "not measured: it needs sweeps that revert the stack from the input and from the output side (layer-ablation), "
-        "with their specialisation A(perception) - A(production)"
-    )
+    file = found.file("layer_ablation", "ablation-sweep")
+    if (file.header.get("component"), file.header.get("io")) != ("all", "cpt"):
+        raise file.refused("reverts a component of the blocks, or embeddings and head with them")
+    payload, scored = file.payload, (file.header.get("in_context") or {}).get("scored")
+
+    def numbered(name: str, row: dict, **more) -> dict:
+        ci = (row["ci_low"], row["ci_high"])
+        return number(name, row["value"], ci, scored, "sentences", **more | {"note": row.get("why")})
+
+    beside = [numbered("specialisation of what the source saves", payload["specialisation_saved"])]
+    for name in ("perception", "production"):
+        row = payload["summary"].get(name) or {}
+        none = {"value": None, "ci_low": None, "ci_high": None, "why": "the gain of CPT is not clear"}
+        beside.append(numbered(f"A({name})", row.get("A") or none))
+    return [numbered("specialisation", payload["specialisation"], says=above())], beside

@@ -1,0 +1,223 @@
+"""How well a model translates in context: log-likelihoods after a fixed few-shot prompt, and greedy translations.
+
+x is a sentence of the target language, y its translation in the base language. Perception is the NLL of y given x,
+production that of x given y, each in nats per byte of the sentence that is scored. The same with another sentence's
+source in the place of the own says what the text costs without its translation.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.base import cli, languages, sources, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch, transformers
+from cpt_utils.models import encoding, loading, scoring
+from cpt_utils.models.batching import for_each, padded, positions
+
+foreign = cli.sibling("lsn/foreign_text.py")
+
+# What stands between the two sentences of a pair, and behind a pair. "pairs": as in the documents of pairs of cpt/ and
+# demo/, which a base model that was trained on them knows. "lines": a pair is two lines.
+FORMS = {"pairs": (" ", " "), "lines": ("\n", "\n\n")}
+FUNCTIONS = {"perception": ("target", "base"), "production": ("base", "target")}  # given, scored
+LONGER = 1.5  # times the tokens of the reference that a translation may have, and
+SPARE = 8  # so many more
+SENTENCE_END = re.compile(r"(?<=[.!?。！？।።])(\s|$)")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Pairs to be translated in context.
+
+    Attributes:
+        base, target: [n] sentences each, which are scored.
+        shots: (base, target) of the pairs in front of each, others than those scored.
+        other: [n], whose source stands before sentence i in the place of its own; nobody's is their own.
+        form: of the prompt, one of FORMS.
+        facts: what a header says of all that.
+    """
+
+    base: list[str]
+    target: list[str]
+    shots: list[tuple[str, str]]
+    other: list[int]
+    form: str
+    facts: dict
+
+    def contexts(self, given: str, own: bool = True) -> list[str]:
+        """[n] what stands before the sentence that is scored: all shots, and the source, in the language `given`."""
+        inside, behind = FORMS[self.form]
+        pairs = [(b, t) if given == "base" else (t, b) for b, t in self.shots]
+        shown = "".join(first + inside + second + behind for first, second in pairs)
+        sources_ = getattr(self, given)
+        return [shown + sources_[i if own else self.other[i]] for i in range(len(sources_))]
+
+    def nlls(self, model, tokenizer, batch_size: int | None) -> dict[str, list[float]]:
+        """Perception and production with the own source and, `_shuffled`, with another: NLL of each sentence over the
+        mean bytes of a sentence, so that the mean is all nats over all bytes."""
+        found = {}
+        for name, (given, scored) in FUNCTIONS.items():
+            texts = getattr(self, scored)
+            mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
+            for suffix, own in (("", True), ("_shuffled", False)):
+                contexts = self.contexts(given, own)
+                scores = scoring.text_nlls(model, tokenizer, texts, batch_size, contexts, FORMS[self.form][0])
+                found[name + suffix] = [score.nll / mean_bytes for score in scores]
+        return found
+
+    def refuse_long(self, model, tokenizer) -> None:
+        """InputError where a prompt does not fit into the model's positions: cut off, it would be another for some."""
+        limit = positions(model)
+        for given, scored in FUNCTIONS.values() if limit else ():
+            for own in (True, False):
+                whole = [
+                    context + FORMS[self.form][0] + text
+                    for context, text in zip(self.contexts(given, own), getattr(self, scored), strict=True)
+                ]
+                longest = max(map(len, encoding.of_texts(tokenizer, whole).ids))
+                if longest > limit:
+                    raise InputError(
+                        f"{len(self.shots)} shots and a pair make up to {longest} tokens, and the model has {limit} "
+                        "positions; give fewer --shots"
+                    )
+
+    def translate(self, model, tokenizer, batch_size: int | None) -> dict[str, list[str]]:
+        """Greedy translations of every sentence, by function: up to a line's end and, of the form "pairs", as many
+        sentences as the reference has."""
+        found = {}
+        for name, (given, scored) in FUNCTIONS.items():
+            inside, references = FORMS[self.form][0], getattr(self, scored)
+            prompts = [context + inside.rstrip(" ") for context in self.contexts(given)]
+            longest = max(map(len, encoding.of_texts(tokenizer, references).ids))
+            texts = _greedy(model, tokenizer, prompts, int(LONGER * longest) + SPARE, batch_size)
+            found[name] = [self._cut(text, reference) for text, reference in zip(texts, references, strict=True)]
+        return found
+
+    def _cut(self, text: str, reference: str) -> str:
+        text = text.strip().partition("\n")[0]
+        ends = [match.start() for match in SENTENCE_END.finditer(text)] if self.form == "pairs" else []
+        wanted = max(1, len(SENTENCE_END.findall(reference)))
+        return text[: ends[wanted - 1]] if len(ends) >= wanted else text
+
+
+def draw(pairs: sources.ParallelText, n_shots: int, n_scored: int | None, form: str, seed: int) -> Translation:
+    """`n_shots` of the pairs, drawn at random, and of the others the first `n_scored`; shots stay whatever that is.
+
+    Raises:
+        InputError: fewer than two pairs are left beside the shots.
+    """
+    drawn = random.Random(f"{seed}/shots").sample(range(len(pairs)), min(n_shots, len(pairs)))
+    shown = {text for i in drawn for text in (pairs.base[i], pairs.target[i])}
+    left = [i for i in range(len(pairs)) if not {pairs.base[i], pairs.target[i]} & shown][:n_scored]
+    if len(left) < 2:
+        raise InputError(
+            f"{len(pairs)} sentence pairs are too few for {n_shots} shots and two other pairs to score; give fewer "
+            "--shots, or more pairs"
+        )
+    order = random.Random(f"{seed}/shuffled").sample(range(len(left)), len(left))
+    other = dict(zip(order, [*order[1:], order[0]], strict=True))  # one cycle: nobody keeps the own
+    described = {key: pairs.describe()[key] for key in ("pairs_sha256", "n_available")}
+    facts = {"prompt": form, "shots": [pairs.ids[i] for i in drawn], "scored": len(left), "data": described}
+    return Translation(
+        base=[pairs.base[i] for i in left],
+        target=[pairs.target[i] for i in left],
+        shots=[(pairs.base[i], pairs.target[i]) for i in drawn],
+        other=[other[i] for i in range(len(left))],
+        form=form,
+        facts=facts,
+    )
+
+
+def _greedy(
+    model: transformers.PreTrainedModel, tokenizer, prompts: list[str], tokens: int, batch_size: int | None
+) -> list[str]:
+    """The most likely next `tokens` tokens after each prompt, one by one, or up to the end of the text."""
+    # Without what the tokenizer puts behind a text: an EOS would end the prompt.
+    made = zip(prompts, encoding.of_texts(tokenizer, prompts).ids, strict=True)
+    sequences = [ids[: scoring.scored_from(tokenizer, prompt)] for prompt, ids in made]
+    limit, texts = positions(model), [""] * len(prompts)
+    if limit and max(map(len, sequences)) + tokens > limit:
+        tokens = max(1, limit - max(map(len, sequences)))
+    how = transformers.GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+    def step(rows: list[int]) -> None:
+        given, mask = (t.to(loading.input_device(model)) for t in
+                       padded([sequences[i] for i in rows], tokenizer.pad_token_id, "left"))  # fmt: skip
+        with torch.inference_mode():
+            made = model.generate(input_ids=given, attention_mask=mask, generation_config=how)
+        for i, row in zip(rows, made[:, given.shape[1] :].tolist(), strict=True):
+            texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+
+    for_each(model, "generation", [len(s) + tokens for s in sequences], step, batch_size)
+    return texts
+
+
+# --- what a translation is worth ---
+
+
+def chrf() -> Callable[[str, str], float]:
+    """chrF (Popović 2015) of a translation against its reference, 0 to 100, as sacrebleu counts it.
+
+    Raises:
+        InputError: sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics import CHRF
+    except ImportError:
+        raise InputError("--generate needs sacrebleu: pip install sacrebleu==2.6.0, or leave it out") from None
+    metric = CHRF()
+    return lambda text, reference: metric.sentence_score(text, [reference]).score
+
+
+def language_judge(study, codes: dict[str, str]) -> Callable[[list[str], str], list[float]]:
+    """A function (texts, side) that says of each text whether it is in the language of the side, 1 or 0.
+
+    In a study that makes its own world by the words of its texts: a text is in the language to which alone most of its
+    words belong. Elsewhere py3langid tells.
+
+    Raises:
+        InputError: py3langid is not installed, or does not know one of the languages.
+    """
+    if study.get("train.world"):
+        files = [study.get("data.lsn_text", {}), study.get("data.heldout", {})]
+        texts = [(lang, file) for by in files for lang, file in by.items() if file]
+        return by_vocabulary(vocabularies(texts), codes)
+    how = {"flag": "--generate", "instead": "measure without it"}
+    judges = {side: foreign.language_judge(foreign.langid_labels(code, **how)) for side, code in codes.items()}
+    return lambda texts, side: [float(bool(text.strip()) and not judged)
+                                for text, judged in zip(texts, judges[side](texts), strict=True)]  # fmt: skip
+
+
+def vocabularies(files: list[tuple[str, str]]) -> dict[str, set[str]]:
+    """The words of each language's texts that no other language's have."""
+    words: dict[str, set[str]] = {}
+    for lang, file in files:
+        for line in textfiles.texts(Path(file)):
+            words.setdefault(lang, set()).update(_words(line))
+    others = {lang: set().union(*(own for name, own in words.items() if name != lang)) for lang in words}
+    return {lang: own - others[lang] for lang, own in words.items()}
+
+
+def by_vocabulary(own: dict[str, set[str]], codes: dict[str, str]) -> Callable[[list[str], str], list[float]]:
+    def judge(texts: list[str], side: str) -> list[float]:
+        found = []
+        for text in texts:
+            votes = {lang: sum(word in words for word in _words(text)) for lang, words in own.items()}
+            best = max(votes.values())
+            first = [lang for lang, n in votes.items() if n == best]
+            found.append(float(best > 0 and len(first) == 1 and languages.same(first[0], codes[side])))
+        return found
+
+    return judge
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
