@@ -33,6 +33,11 @@ def train():
 
 
 @pytest.fixture(scope="module")
+def initial():
+    return cli.sibling("cpt/initial.py")
+
+
+@pytest.fixture(scope="module")
 def packing():
     return cli.sibling("cpt/packing.py")
 
@@ -357,7 +362,7 @@ def test_tied_heads_and_longer_tokenizers(train, packing, texts, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_tokens_in_rows_that_were_never_trained(train, base, texts, tmp_path, capsys, tied):
+def test_new_tokens_in_rows_that_were_never_trained(initial, base, texts, tmp_path, capsys, tied):
     """They begin as transformers begins rows that it adds: at the mean of the old tokens' rows, a hair off."""
     import torch
     from tokenizers import AddedToken
@@ -376,7 +381,7 @@ def test_new_tokens_in_rows_that_were_never_trained(train, base, texts, tmp_path
     tokenizer.add_tokens([AddedToken(f" word{i}", normalized=False) for i in range(5)])
     tokenizer.save_pretrained(tmp_path / "longer")
     config = {"from": str(tmp_path / "padded"), "tokenizer": {"from": str(tmp_path / "longer"), "resize": True}}
-    made = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    made = initial.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
     said = capsys.readouterr().out
     assert f"embeddings: 5 of {padded} rows are new tokens', initialised from {n} old tokens'" in said
     found = [made.get_input_embeddings().weight, *([] if tied else [made.get_output_embeddings().weight])]
@@ -386,12 +391,12 @@ def test_new_tokens_in_rows_that_were_never_trained(train, base, texts, tmp_path
         off = (weight[n : n + 5] - mean) / deviation
         assert 1e-6 < off.abs().max() < 2e-4  # a standard deviation of sqrt(1e-9) of the old rows'
         assert len(weight[n : n + 5].unique(dim=0)) == 5
-    again = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    again = initial.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
     assert torch.equal(again.get_input_embeddings().weight, made.get_input_embeddings().weight)
 
     # More of them than rows: those in the padding, and the rows that are added.
     tokenizer.add_tokens([AddedToken(f" more{i}", normalized=False) for i in range(padded)])
-    many = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    many = initial.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
     weight = many.get_input_embeddings().weight
     assert weight.shape[0] == len(tokenizer) == n + 5 + padded
     assert ((weight[n:] - weights[0][:n].mean(0)).abs() < 1e-3).all()
@@ -400,13 +405,13 @@ def test_new_tokens_in_rows_that_were_never_trained(train, base, texts, tmp_path
     del config["tokenizer"]["resize"]
     message = "5 tokens of .*longer, such as ' word0', are not in the base's tokenizer, .*resize: true to .*, or false"
     with pytest.raises(InputError, match=message):
-        train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+        initial.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
     config["tokenizer"]["resize"] = False
-    kept = train.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
+    kept = initial.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
     assert torch.equal(kept.get_input_embeddings().weight, weights[0])
 
 
-def test_tokens_in_place_of_others_and_tokens_that_moved(train, base, tmp_path, capsys):
+def test_tokens_in_place_of_others_and_tokens_that_moved(initial, base, tmp_path, capsys):
     """Reserved tokens that got a new name are new tokens; a tokenizer of other ids is said to be one."""
     import torch
     from transformers import AutoTokenizer
@@ -424,14 +429,14 @@ def test_tokens_in_place_of_others_and_tokens_that_moved(train, base, tmp_path, 
     tokenizer = renamed("renamed", {"Ā": "Ἀ"})
     config = {"seed": 3, "block_size": 8, "from": str(base), "tokenizer": {"from": str(tmp_path / "renamed")}}
     config["tokenizer"]["resize"] = True
-    made = train.prepare_model(config, tokenizer, tmp_path / "c.yaml").get_input_embeddings().weight
+    made = initial.prepare_model(config, tokenizer, tmp_path / "c.yaml").get_input_embeddings().weight
     before = read_tensors(base)["model.embed_tokens.weight"]
     place = old.convert_tokens_to_ids("Ā")
     changed = (made != before).any(1).nonzero().flatten().tolist()
     assert changed == [place] and "have other ids" not in capsys.readouterr().err
     tokenizer = renamed("moved", {"A": "B", "B": "A"})
     config["tokenizer"]["from"] = str(tmp_path / "moved")
-    made = train.prepare_model(config, tokenizer, tmp_path / "c.yaml").get_input_embeddings().weight
+    made = initial.prepare_model(config, tokenizer, tmp_path / "c.yaml").get_input_embeddings().weight
     assert torch.equal(made, before)
     assert "2 tokens of the base's tokenizer, such as" in capsys.readouterr().err
 
