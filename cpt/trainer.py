@@ -231,6 +231,9 @@ def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: 
             # One process, several GPUs: DataParallel would multiply the batch. `accelerate launch` uses them all.
             cli.say(f"{arguments.n_gpu} GPUs are visible, one is used; `accelerate launch cpt/train.py ...` uses all")
             arguments._n_gpu = 1
+        # transformers tells by a class's name that its loss is of the next token. Where the name says nothing
+        # (GPT2LMHeadModel) it divides by one token of each block too many.
+        model.loss_type = model.loss_type or "ForCausalLM"
         model.config.use_cache = False  # a cache of keys and values serves nothing in training
         trainer = Training(
             config,
