@@ -24,7 +24,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
-from cpt_utils.base.study import Study
+from cpt_utils.base.study import Study, expand
 from cpt_utils.checkpoints import refs, relatives, tokenization, tokenizer_id
 from cpt_utils.interventions import surgery
 from cpt_utils.interventions.condition import Condition, digest
@@ -151,7 +151,7 @@ def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[di
         if told != (trained[name].get("words"), True, trained[name].get("io")):
             raise InputError(f"{run} was trained as another arm than {name} is in the study now; {how} --overwrite")
         # The same words may mean other layers or neurons since: step 2 was run again, or the mask was made anew.
-        part = layer_sets.read(asked[mode], layer_sets.Place(base.config(), study, known)).facts()
+        part = freezing.read(asked, layer_sets.Place(base.config(), study, known)).facts()[mode]
         if not results.same(part, trained[name][mode]):
             difference = results.diff_request(trained[name][mode], part)
             raise InputError(f"{run}: {mode} {told[0]} means something else now ({difference}); {how} --overwrite")
@@ -323,8 +323,7 @@ def draw(path: Path, payload: dict) -> None:
 
 def drawn(what: dict, seed: int) -> dict:
     """The keys of an arm with the run's seed at the end of their words as a study writes it, {seed}."""
-    return {key: re.sub(rf":{seed}(?=$|/)", ":{seed}", value) if isinstance(value, str) else value
-            for key, value in what.items()}  # fmt: skip
+    return expand(what, lambda text: re.sub(rf":{seed}(?=$|/)", ":{seed}", text))
 
 
 def over_seeds(found: dict[int, dict]) -> dict:

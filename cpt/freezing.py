@@ -11,17 +11,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpt_utils.architectures import archs
+from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import opening, refs
-from cpt_utils.measures.layer_sets import Part
+from cpt_utils.measures import layer_sets
 
-MODES = ("freeze", "train_only")
+runs = cli.sibling("cpt/runs.py")
+
+MODES = ("freeze", "train_only", "lora")
 
 
 def mode_of(values: dict) -> str | None:
-    """Which of MODES a training file, an arm or the settings of a run have; None: neither."""
+    """Which of MODES a training file, an arm or the settings of a run have; None: none."""
     return next((mode for mode in MODES if values.get(mode) is not None), None)
+
+
+def read(values: dict, place: layer_sets.Place):
+    """What is trained in part, by the keys of a training file or an arm: `Choice`, `lora.Choice`, or None.
+
+    Raises:
+        InputError: a part that the model does not have.
+    """
+    mode = mode_of(values)
+    if mode is None:
+        return None
+    if mode == "lora":
+        return cli.sibling("cpt/lora.py").read(values[mode], place)
+    io = values.get("io") or ("trained" if mode == "freeze" else "frozen")
+    return Choice(mode, layer_sets.read(values[mode], place), io == "trained")
 
 
 @dataclass(frozen=True)
@@ -32,12 +50,15 @@ class Choice:
     """
 
     mode: str
-    part: Part
+    part: layer_sets.Part
     io: bool
 
     def facts(self) -> dict:
         """What decides the run, for its settings."""
         return {self.mode: self.part.facts(), "io": "trained" if self.io else "frozen"}
+
+    def on(self, model: torch.nn.Module, base: refs.ModelRef) -> Frozen:
+        return Frozen(model, self, base)
 
 
 class Frozen:
@@ -48,6 +69,8 @@ class Frozen:
 
     Attributes:
         parts: parameter -> bool mask of its frozen entries, of those that are frozen in part.
+        unsharded: what FSDP and DeepSpeed, which cut tensors, cannot do; empty: nothing.
+        n_written, n_state: parameters in a checkpoint, and in a state to go on from.
 
     Raises:
         InputError: nothing is left to train, or nothing is frozen; weights that are one in memory are asked to be both.
@@ -75,6 +98,8 @@ class Frozen:
             what = "nothing is left to train" if not self.n_trained else "nothing is frozen"
             raise InputError(f"{choice.mode}: {choice.part.words!r} with io {choice.facts()['io']}: {what}")
         self.layers = sorted(trained)
+        self.n_state = self.n_written = self.n_parameters
+        self.unsharded = "neurons and parts of fused tensors cannot be frozen" if self.parts else ""
 
     def facts(self) -> dict:
         """What was trained, for the record of the run."""
@@ -90,6 +115,12 @@ class Frozen:
             f"{len(self.layers)} of {n} layers ({facts['share_of_layers']:.0%}) and {self.n_trained:,} of "
             f"{self.n_parameters:,} parameters ({facts['share_of_parameters']:.1%}) are trained"
         )
+
+    def of_state(self, state: dict) -> dict:
+        """What of a state dict is in the states to go on from."""
+        return state
+
+    write = staticmethod(runs.write_model)
 
     def restore(self) -> None:
         """Put the frozen entries of tensors that are trained in part back."""

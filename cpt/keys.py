@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cpt_utils.base.keys import Keys, group
-from cpt_utils.base.study_keys import Part
+from cpt_utils.base.study_keys import Lora, Part
 
 FILE = "it becomes a file name; leave out the slash"
 MORE = "it must map languages to texts: {ga: more.txt}"
@@ -82,6 +82,7 @@ class Training(Keys):
     gradient_checkpointing: Any = False
     freeze: Part = None
     train_only: Part = None
+    lora: Lora | None = None
     io: Literal["trained", "frozen"] | None = None
     seed: Seed
 
@@ -90,13 +91,15 @@ class Training(Keys):
         tokenizer = self.tokenizer or Tokenizer()
         if (self.model is None) == (self.start is None):
             raise ValueError("give either model (a configuration) or from (a model to train further)")
-        parts = [self.freeze, self.train_only]
-        if None not in parts:
-            raise ValueError("give either freeze or train_only")
-        if parts != [None, None] and not self.start:
-            raise ValueError("freeze and train_only are of a model that is trained further (from)")
-        if parts == [None, None] and self.io:
+        parts = [part for part in (self.freeze, self.train_only, self.lora) if part is not None]
+        if len(parts) > 1:
+            raise ValueError("give one of freeze, train_only and lora")
+        if parts and not self.start:
+            raise ValueError("freeze, train_only and lora are of a model that is trained further (from)")
+        if self.io and (self.lora or not parts):
             raise ValueError("io goes with freeze or train_only")
+        if self.lora and tokenizer.resize is not None:
+            raise ValueError("lora trains no embeddings, and so no new tokens; leave out tokenizer.resize")
         if beyond := [step for step in self.save_steps or [] if step > self.steps]:
             raise ValueError(f"save_steps holds {beyond[0]}, but the run has steps 1 to {self.steps}")
         if self.start and tokenizer.vocab_size:

@@ -19,7 +19,8 @@ from cpt_utils.checkpoints import formats, step_names
 SCHEMA = "cpt-training"
 OWN = ("freeze", "train_only", "lora", "io", "save_steps")  # of a run's settings, those in which an arm differs
 BATCHES = ("from", "tokenizer", "sources", "block_size", "batch_size", "steps", "seed")  # those that say what it saw
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+CONFIGS = ("config.json", formats.ADAPTER_CONFIG)  # what makes a folder a model's, or an adapter's
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", *CONFIGS, "generation_config.json")
 
 
 def first_line(error: Exception) -> str:
@@ -72,7 +73,7 @@ def claim(run: Path, settings: dict, defaults: dict, overwrite: bool) -> bool:
 def untouched(run: Path) -> bool:
     """Whether nothing was trained in `run` yet: no state and no checkpoint of any step."""
     trained = [path for path in run.glob("checkpoint-*") if step_names.CHECKPOINT.fullmatch(path.name)]
-    return not trained and not states(run / ".state") and not (run / "config.json").is_file()
+    return not trained and not states(run / ".state") and not any((run / name).is_file() for name in CONFIGS)
 
 
 def withdraw(run: Path) -> None:
@@ -150,6 +151,11 @@ def write_model(folder: Path, model, state: dict, tokenizer_files: Path, dtype_n
     for part in [config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)]:
         part["dtype"] = dtype_name
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_tokenizer(tokenizer_files, folder)
+
+
+def copy_tokenizer(tokenizer_files: Path, folder: Path) -> None:
+    """Put the tokenizer's files into the folder of a model."""
     for name in formats.TOKENIZER_FILES:
         if (tokenizer_files / name).is_file():
             shutil.copyfile(tokenizer_files / name, folder / name)
@@ -168,8 +174,8 @@ def put_folder(partial: Path, final: Path) -> None:
 
 
 def put_files(partial: Path, run: Path) -> None:
-    """Move a finished model folder's files into `run`, config.json last: without it a folder is no model."""
-    for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+    """Move a finished model folder's files into `run`, its configuration last: without it a folder is no model."""
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name in CONFIGS, path.name)):
         os.replace(path, run / path.name)
     partial.rmdir()
 

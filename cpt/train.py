@@ -5,12 +5,14 @@ In:  a training file (YAML): model or from, tokenizer, sources with shares of to
 Out: RUN/checkpoint-<step>/ at the steps of save_steps, or, without save_steps, the final model in RUN itself; each is a
      whole Hugging Face model folder. RUN/train.json (losses, tokens per source) is written last: where it is, the run
      is finished. RUN/.state/ holds what a killed run needs to go on to the same bits; it is removed at the end.
-A part of the model may be left as it is, bit for bit: freeze or train_only.
+A part of the model may be left as it is, bit for bit: freeze or train_only. With lora all of it is, and products of low
+rank beside its weights are trained; a checkpoint is an adapter then, or, with merge, a whole model again.
 
 Full:  MULTI30K_DIR=path/to/captions python cpt/train.py --config studies/multi30k/base.yaml --seed 0
 Tiny:  python cpt/train.py --config studies/multi30k/base.yaml --seed 0 --steps 20 --output-dir build/try
 Arm:   python cpt/train.py --study demo/demo.yaml --stage cpt --arm hub_frozen
 Part:  python cpt/train.py --study demo/demo.yaml --stage cpt --train-only outer:0.25 --output-dir build/try/outer
+LoRA:  python cpt/train.py --study demo/demo.yaml --stage cpt --lora r=8,layers=outer:0.25 --output-dir build/try/lora
 GPUs:  accelerate launch cpt/train.py --config my.yaml
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,7 +70,7 @@ def defaults() -> dict:
 
 
 def choice_of(config: dict, found: study.Study, path: Path):
-    """What of the model is left as it is (`freezing.Choice`); None: nothing.
+    """What of the model is trained, where it is not all (`freezing.Choice`, `lora.Choice`); else None.
 
     Args:
         found: the study whose layers, mask and weight change the words of the training file mean.
@@ -78,10 +81,9 @@ def choice_of(config: dict, found: study.Study, path: Path):
     base = refs.model(config["from"])
     known = relatives.of([base], found.get("base"), found.plain.get("run")) if found else None
     try:
-        part = layer_sets.read(config[mode], layer_sets.Place(base.config(), found.plain, known))
+        return freezing.read(config, layer_sets.Place(base.config(), found.plain, known))
     except InputError as error:
         raise InputError(f"{path}: {mode} {error}") from None
-    return freezing.Choice(mode, part, (config["io"] or ("trained" if mode == "freeze" else "frozen")) == "trained")
 
 
 def settings_of(config: dict, sources: list, choice) -> dict:
@@ -105,11 +107,12 @@ def _identity(spec: str) -> dict:
     return {"spec": spec, "revision": facts["revision"]}
 
 
-def check_space(run: Path, model, config: dict) -> None:
+def check_space(run: Path, model, config: dict, part) -> None:
     """Refuse to begin where the checkpoints and two states (float32 weights and two moments each) would not fit."""
     size = sum(p.numel() for p in model.parameters())
+    written, state, trained = (part.n_written, part.n_state, part.n_trained) if part else (size,) * 3
     width = {"float32": 4, "float64": 8}.get(config["dtype_on_disk"], 2)
-    need = size * (width * (len(config["save_steps"]) or 1) + 2 * 12)
+    need = written * width * (len(config["save_steps"]) or 1) + 2 * 4 * (state + 2 * trained)
     free = shutil.disk_usage(run).free
     if free < need:
         raise InputError(f"{run}: the run needs about {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free")
@@ -140,18 +143,16 @@ def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -
                     cli.say(f"{run} is finished ({config['steps']} steps): nothing to do; --overwrite trains it again")
                 return
             try:
-                model, files, blocks, tokens = prepare(config, sources, run, path)
-                frozen = freezing.Frozen(model, choice, refs.model(config["from"])) if choice else None
+                model, part, files, blocks, tokens = prepare(config, sources, run, path, choice)
             except (InputError, OSError):
                 if main_process:
                     runs.withdraw(run)
                 raise
         try:
-            trainer = cli.sibling("cpt/trainer.py").make(config, run, model, files, blocks, device, path, frozen)
+            trainer = cli.sibling("cpt/trainer.py").make(config, run, model, files, blocks, device, path, part)
             found = runs.states(run / ".state")
             if found:
-                record = json.loads((found[-1] / "losses.json").read_text(encoding="utf-8"))
-                trainer.losses, trainer.seconds_before = record["losses"], record["seconds"]
+                trainer.go_on_from(found[-1])
             if main_process:
                 announce(config, trainer, tokens, len(trainer.losses))
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -163,21 +164,23 @@ def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -
             finish(run, config, settings, trainer, tokens)
 
 
-def prepare(config: dict, sources: list, run: Path, path: Path) -> tuple:
-    """Model, folder of tokenizer files, blocks, and tokens per source; what can be refused is refused here."""
+def prepare(config: dict, sources: list, run: Path, path: Path, choice) -> tuple:
+    """Model, what of it is trained, folder of tokenizer files, blocks, and tokens per source; what can be refused is
+    refused here."""
     tokenizer, files = packing.prepare_tokenizer(
         config["tokenizer"] or {}, config["from"], sources, run / ".state", path
     )
     model = initial.prepare_model(config, tokenizer, path)
-    check_space(run, model, config)
+    part = choice.on(model, refs.model(config["from"])) if choice else None
+    check_space(run, model, config, part)
     n_blocks = config["steps"] * config["batch_size"]
     blocks, tokens = packing.pack(sources, tokenizer, config["block_size"], n_blocks, config["seed"], run / ".state")
-    return model, files, blocks, tokens
+    return model, part, files, blocks, tokens
 
 
 def announce(config: dict, trainer, tokens: dict, done: int) -> None:
     """Print what is about to be trained, derived values with their reasons."""
-    size = sum(p.numel() for p in trainer.model.parameters())
+    size = trainer.n_parameters
     text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"
     arithmetic = "bfloat16 autocast" if trainer.args.bf16 else "float32"
     why = f" (precision: {config['precision']})"
@@ -185,8 +188,8 @@ def announce(config: dict, trainer, tokens: dict, done: int) -> None:
         f"{text} parameters; {config['steps']} steps of {config['batch_size']} x {config['block_size']} tokens on "
         f"{trainer.args.world_size} x {trainer.args.device.type}; {arithmetic}{why}"
     )
-    if trainer.frozen:
-        cli.say(trainer.frozen.summary())
+    if trainer.part:
+        cli.say(trainer.part.summary())
     for name, facts in tokens.items():
         cli.say(
             f"  {name}: {facts['share']:.3f} of the tokens, {facts['tokens_used']:,} used, {facts['passes']} passes"
@@ -214,20 +217,29 @@ def finish(run: Path, config: dict, settings: dict, trainer, tokens: dict) -> No
         "settings": settings,
     }
     facts = {"seed": config["seed"], "dtype": config["dtype_on_disk"], "device": trainer.args.device.type}
-    facts |= {"trained": trainer.frozen.facts()} if trainer.frozen else {}
+    facts |= {"cost": trainer.cost()} | ({"trained": trainer.part.facts()} if trainer.part else {})
     header = results.header(runs.SCHEMA, **facts)
     results.write_json(run / "train.json", payload, header)
     shutil.rmtree(run / ".state", ignore_errors=True)
     last = trainer.losses[-50:]
     mean = f"loss {sum(last) / len(last):.3f} (mean of the last {len(last)})"
     cli.say(f"{run}: {config['steps']} steps in {seconds:.0f} s, {mean}")
-    if trainer.frozen:
-        cli.say(trainer.frozen.summary())
+    if trainer.part:
+        cli.say(trainer.part.summary())
 
 
 def step_list(text: str) -> list[int]:
     """`"30,100"` as numbers, for argparse."""
     return [int(part) for part in text.split(",") if part.strip()]
+
+
+def key_values(text: str) -> dict:
+    """`"r=8,layers=0,2"` as {"r": 8, "layers": "0,2"}, for argparse."""
+    found = dict(piece.split("=", 1) for piece in re.split(r",(?=\w+=)", text))
+    for key, value in found.items():
+        with contextlib.suppress(ValueError):
+            found[key] = json.loads(value)
+    return found
 
 
 def build_parser():
@@ -254,6 +266,10 @@ def build_parser():
     p.add_argument("--freeze", metavar="PART", help=f"leave this part of the layers as it is: {words}")
     p.add_argument("--train-only", metavar="PART", help="train this part of the layers alone")
     p.add_argument(
+        "--lora", type=key_values, metavar="KEY=X,..",
+        help="train products of rank r beside these layers: r=8,layers=outer:0.25,targets=attention (cpt/README.md)",
+    )  # fmt: skip
+    p.add_argument(
         "--io", choices=("trained", "frozen"),
         help="embeddings, final norm and head; default: trained with freeze, frozen with train_only",
     )  # fmt: skip
@@ -269,8 +285,8 @@ def main(argv=None) -> None:
     needed = args.stage or args.study or args.arm
     found = study.Study.find(args.study, args.seed, args.arm) if needed else study.Study()
     if args.arm:
-        if args.stage != "cpt" or args.freeze or args.train_only or args.io:
-            raise InputError("--arm goes with --stage cpt, and says itself what is frozen (key arms of the study)")
+        if args.stage != "cpt" or args.freeze or args.train_only or args.lora or args.io:
+            raise InputError("--arm goes with --stage cpt, and says itself what is trained (key arms of the study)")
         vars(args).update(found.get("arms")[args.arm])
     if args.stage:
         config_path = found.value(config_path, "--config", f"train.{args.stage}")
@@ -291,6 +307,7 @@ def main(argv=None) -> None:
         "state_every": args.state_every,
         "freeze": args.freeze,
         "train_only": args.train_only,
+        "lora": args.lora,
         "io": args.io,
     }
     config = read_config(path, given, args.seed)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -52,20 +53,43 @@ class Training(Trainer):
         config: the settings of cpt/train.py.
         run: the run folder.
         tokenizer_files: folder whose tokenizer files go into every checkpoint.
-        frozen: what stays as it is (`freezing.Frozen`); None: nothing.
+        part: what of the model is trained (`freezing.Frozen`, `lora.Lora`); None: all of it.
     """
 
-    def __init__(self, config: dict, run: Path, tokenizer_files: Path, frozen, **kwargs):
+    def __init__(self, config: dict, run: Path, tokenizer_files: Path, part, **kwargs):
         super().__init__(**kwargs)
-        self.config, self.run_folder, self.tokenizer_files, self.frozen = config, run, tokenizer_files, frozen
+        self.config, self.run_folder, self.tokenizer_files, self.part = config, run, tokenizer_files, part
         self.losses: list[float] = []  # of finished steps
         self.unread: list[torch.Tensor] = []  # losses of micro-batches, still on the device
+        self.step_seconds: list[float] = []  # of finished steps
         self.seconds_before = 0.0
         self.started = time.monotonic()
+        sizes = [p.numel() for p in self.model.parameters()]
+        self.n_parameters, self.n_trained = (part.n_parameters, part.n_trained) if part else (sum(sizes),) * 2
 
     def seconds(self) -> float:
         """Wall-clock seconds of the run, of killed processes up to their last state."""
         return self.seconds_before + time.monotonic() - self.started
+
+    def go_on_from(self, state: Path) -> None:
+        """Take what a state of the run says of the steps before it; one of an earlier version says less."""
+        record = json.loads((state / "losses.json").read_text(encoding="utf-8"))
+        self.losses, self.seconds_before = record["losses"], record["seconds"]
+        self.step_seconds = record.get("step_seconds", [])
+
+    def cost(self) -> dict:
+        """What the run took, of one process: bytes of the optimizer's state, the median of its steps' seconds.
+
+        A step's seconds are those of its forward and backward passes and its update, without what is saved behind it.
+        """
+        held = [value for own in self.optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
+        return {
+            "parameters": self.n_parameters,
+            "trainable_parameters": self.n_trained,
+            "optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
+            "seconds_per_step": round(statistics.median(self.step_seconds), 6),
+            "n_steps": len(self.losses),
+        }
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -112,7 +136,7 @@ class Training(Trainer):
         if self.is_world_process_zero():
             folder = self.run_folder / ".state"
             partial = folder / "partial" / f"checkpoint-{step}"
-            record = {"losses": self.losses, "seconds": self.seconds()}
+            record = {"losses": self.losses, "seconds": self.seconds(), "step_seconds": self.step_seconds}
             (partial / "losses.json").write_text(json.dumps(record), encoding="utf-8")
             runs.put_folder(partial, folder / f"state-{step}")
             for older in runs.states(folder)[:-1]:
@@ -123,13 +147,15 @@ class Training(Trainer):
         """Put the weights into a state under their names in memory.
 
         The Trainer would write them as a model folder has them, and read them back by their names alone: of types whose
-        names or experts differ on disk a resumed run would silently go on from the base's weights.
+        names or experts differ on disk a resumed run would silently go on from the base's weights. Of LoRA its products
+        alone are put there.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            torch.save(self.accelerator.unwrap_model(self.model).state_dict(), Path(output_dir) / WEIGHTS_NAME)
+            state = self.accelerator.unwrap_model(self.model).state_dict()
+            torch.save(self.part.of_state(state) if self.part else state, Path(output_dir) / WEIGHTS_NAME)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         if load_result.unexpected_keys:
@@ -137,7 +163,9 @@ class Training(Trainer):
                 f"{self.run_folder}: the state of this run was written by an earlier version, which could not go on "
                 f"with models of this type ({load_result.unexpected_keys[0]}); start again with --overwrite"
             )
-        super()._issue_warnings_after_load(load_result)
+        missing = dict.fromkeys(load_result.missing_keys)
+        missing = list(self.part.of_state(missing) if self.part else missing)
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def put_model(self, place: Path, put) -> None:
         """Write the model into a partial folder and let `put` move it to `place`."""
@@ -147,7 +175,8 @@ class Training(Trainer):
             partial = self.run_folder / f".{place.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             model = self.accelerator.unwrap_model(self.model)
-            runs.write_model(partial, model, weights, self.tokenizer_files, self.config["dtype_on_disk"])
+            write = self.part.write if self.part else runs.write_model
+            write(partial, model, weights, self.tokenizer_files, self.config["dtype_on_disk"])
             put(partial, place)
         self.accelerator.wait_for_everyone()
 
@@ -157,6 +186,7 @@ class Steps(TrainerCallback):
 
     def __init__(self, config: dict, trainer: Training):
         self.config, self.trainer, self.bar = config, trainer, None
+        self.since: tuple[float, int] | None = None  # when the steps began that are not timed yet, and the step before
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.process_index == 0:
@@ -164,13 +194,23 @@ class Steps(TrainerCallback):
             self.bar = cli.progress(desc=name, total=self.config["steps"], unit="step")
             self.bar.update(state.global_step)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.since = self.since or (time.monotonic(), state.global_step)
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.frozen:
-            self.trainer.frozen.restore()
+        if self.trainer.part:
+            self.trainer.part.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
         step, config = state.global_step, self.config
         control.should_save = step in {config["steps"], *config["save_steps"]} or step % config["state_every"] == 0
+        on_cpu = args.device.type == "cpu"
+        if on_cpu or control.should_save or step % READ_EVERY == 0:  # the host waits for a GPU no more often
+            if not on_cpu:
+                torch.accelerator.synchronize()
+            began, before = self.since
+            self.trainer.step_seconds += [(time.monotonic() - began) / (step - before)] * (step - before)
+            self.since = None
         if self.bar is not None:
             recent = self.trainer.losses[-50:]
             if step % 10 == 0 and recent:
@@ -195,8 +235,8 @@ def per_device(config: dict, path: Path) -> int:
     return size
 
 
-def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: str, path: Path, frozen) -> Training:
-    """The trainer of a run, ready for `train()`; `frozen`: see `Training`."""
+def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: str, path: Path, part) -> Training:
+    """The trainer of a run, ready for `train()`; `part`: see `Training`."""
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     half = config["precision"] == "bfloat16"
     if config["precision"] == "auto":
@@ -239,7 +279,7 @@ def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: 
             config,
             run,
             tokenizer_files,
-            frozen,
+            part,
             model=model,
             args=arguments,
             train_dataset=Blocks(blocks),
@@ -247,8 +287,8 @@ def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: 
         )
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"{path}: the training settings are refused: {runs.first_line(error)}") from error
-    if frozen and frozen.parts and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise InputError(f"{path}: neurons and parts of fused tensors cannot be frozen under FSDP or DeepSpeed")
+    if part and part.unsharded and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise InputError(f"{path}: {part.unsharded} under FSDP or DeepSpeed")
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Steps(config, trainer))

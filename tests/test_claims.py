@@ -241,7 +241,10 @@ def test_one_run_has_numbers_and_no_verdict(made, no_figure, capsys):
     claims = run(made)
     assert {row["verdict"] for row in claims.values()} == {"one run: no verdict"}
     said = capsys.readouterr().out
-    assert "C3 one run: no verdict: in this run" in said and "C8 one run: no verdict: layer-ablation/sweep.json is not there" in said
+    assert (
+        "C3 one run: no verdict: in this run" in said
+        and "C8 one run: no verdict: layer-ablation/sweep.json is not there" in said
+    )
     for name in DECIDABLE:
         for one in claims[name]["numbers"]:
             assert name == "C3" or one["name"].startswith("log of") or one["ci_low"] <= one["value"] <= one["ci_high"]

@@ -6,9 +6,11 @@ import json
 import shutil
 
 import numpy as np
+import peft
 import pytest
 import yaml
 from helpers import bits, load_script, read_tensors, save_tiny
+from transformers import AutoModelForCausalLM
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
@@ -130,7 +132,9 @@ def test_a_study_read_as_an_arm_has_places_of_its_own(place):
     [
         ({"plain": {"freeze": "hub"}}, "plain is what the other models are called"),
         ({"a/b": {"freeze": "hub"}}, "a key of arms is 'a/b'"),
-        ({"a": {"freeze": "hub", "train_only": "hub"}}, r"arms\.a: give either freeze or train_only"),
+        ({"a": {"freeze": "hub", "train_only": "hub"}}, r"arms\.a: give one of freeze, train_only and lora"),
+        ({"a": {"lora": {"r": 0}}}, r"arms\.a\.lora\.r is 0; it must be a rank, a whole number above 0"),
+        ({"a": {"lora": {"r": 2}, "io": "frozen"}}, r"arms\.a: io goes with freeze or train_only"),
         ({"a": {"frozen": "hub"}}, r"unknown key arms\.a\.frozen"),
     ],
 )
@@ -156,15 +160,15 @@ def test_an_arm_gets_the_plain_runs_batches(place, blocks):
     }
 
 
-def stand_in(place, arm: str, model, words: str, *layers: int) -> None:
-    """A run in the place of an arm's that holds `model` as its last checkpoint."""
+def stand_in(place, arm: str, model, words: str, *layers: int, **trained) -> None:
+    """A run in the place of an arm's that holds `model` as its last checkpoint; `trained`: what its record says."""
     plain, run = place / "seed-42/cpt", place / f"seed-42/arms/{arm}/cpt"
     shutil.copytree(model, run / f"checkpoint-{STEPS}")
     record = json.loads((plain / "train.json").read_text())
     record["_header"]["trained"] = {
         "freeze": {"layers": [*layers]}, "words": words, "io": "trained",
         "trainable_parameters": 1, "share_of_parameters": 0.5,
-    }  # fmt: skip
+    } | trained  # fmt: skip
     (run / "train.json").write_text(json.dumps(record))
 
 
@@ -253,6 +257,31 @@ def test_words_that_mean_other_layers_since_are_refused(script, place, blocks):
     results.write_json(file, {"interface_layers": [0, 2], "semantic_layers": [1]}, head)
     with pytest.raises(InputError, match=r"moved/cpt: freeze hub means something else now \(layers: \[1\] asked for"):
         script.main(more)
+
+
+def test_an_arm_may_be_lora(script, place, blocks):
+    """An adapter that stands for the base; the same keys in other words are the same arm, other layers another one."""
+    keys = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"], "layers": [0]}
+    folder = place / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(folder)
+    stand_in(place, "low", folder, "layers=0,r=2,targets=q_proj,v_proj", lora=keys, io=None)
+    asked = {"targets": ["q_proj", "v_proj"], "r": 2, "layers": [0]}
+    study = with_arms(place, "lora.yaml", low={"lora": asked})
+    more = ["--measures", "nll", "-o", str(place / "lora.json")]
+    script.main(["--study", study, *more])
+    models = results.read_json(place / "lora.json", "arms")[0]["models"]
+    assert models["low"]["what"] == {"lora": asked} and models["low"]["layers"] == [0]
+    assert models["low"]["values"] == pytest.approx(models["base"]["values"])
+    assert "| low | lora layers=0,r=2,targets=q_proj,v_proj | 50.0% |" in (place / "lora.md").read_text()
+    for change, match in (({"r": 3}, "was trained as another arm"), ({"layers": "first:1"}, "was trained as another")):
+        study = with_arms(place, "lora.yaml", low={"lora": asked | change})
+        with pytest.raises(InputError, match=match):
+            script.main(["--study", study, *more])
+    assert script.drawn({"lora": {"r": 2, "layers": "random:1:7"}}, 7) == {
+        "lora": {"r": 2, "layers": "random:1:{seed}"}
+    }
 
 
 def test_seeds_side_by_side(script, place, tmp_path):

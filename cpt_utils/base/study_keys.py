@@ -59,17 +59,36 @@ class Ablation(Keys):
     prompt: Literal["pairs", "lines"] | None = None
 
 
+class Lora(Keys):
+    """LoRA beside the weights of some layers; `parameters_of` layers whose number of parameters it is to have."""
+
+    r: Annotated[int, Field(ge=1, description="it must be a rank, a whole number above 0")]
+    alpha: Annotated[
+        float | None, Field(strict=False, gt=0, allow_inf_nan=False, description="it must be a number above 0")
+    ] = None
+    dropout: Annotated[float, Field(strict=False, ge=0, lt=1, description="it must be 0 or more, and below 1")] = 0.0
+    targets: Annotated[
+        str | list[str], Field(min_length=1, description="it must be all, attention, ffn, or like [q_proj, v_proj]")
+    ] = "all"
+    layers: Part = "all"
+    parameters_of: Part = None
+    merge: Annotated[bool, Field(description="it must be true or false")] = False
+
+
 class Arm(Keys):
     """What an arm's training leaves as it is, or trains alone; a training file has the same keys."""
 
     freeze: Part = None
     train_only: Part = None
+    lora: Lora | None = None
     io: Literal["trained", "frozen"] | None = None
 
     @model_validator(mode="after")
     def _one_part(self):
-        if (self.freeze is None) == (self.train_only is None):
-            raise ValueError("give either freeze or train_only")
+        if (self.freeze, self.train_only, self.lora).count(None) != 2:
+            raise ValueError("give one of freeze, train_only and lora")
+        if self.lora and self.io:
+            raise ValueError("io goes with freeze or train_only")
         return self
 
 

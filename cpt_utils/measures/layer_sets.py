@@ -113,8 +113,10 @@ def read(given: str | int | list[int], place: Place) -> Part:
     return Part(words, tuple(sorted(set(layers))), component)
 
 
-def words_of(given: str | int | list[int]) -> str:
-    """What a file or a flag holds, as one text."""
+def words_of(given: str | int | list[int] | dict) -> str:
+    """What a file or a flag holds, as one text; of the key `lora` "layers=outer:0.25,r=8"."""
+    if isinstance(given, dict):
+        return ",".join(f"{key}={words_of(value)}" for key, value in sorted(given.items()))
     return ",".join(map(str, given)) if isinstance(given, list) else str(given).strip()
 
 
