@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,9 @@ class Lora:
             task_type="CAUSAL_LM",
         )
         self._values = config.to_dict()  # PEFT shortens the names of many modules in its own, and adds to it
-        self._peft = peft.get_peft_model(model, config)  # changes `model` itself
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for what transformers calls otherwise now
+            self._peft = peft.get_peft_model(model, config)  # changes `model` itself
         trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         self._products, self.n_trained = {*trained}, sum(trained.values())
         self.n_state, self.n_written = self.n_trained, self.n_parameters if choice.asked.merge else self.n_trained
