@@ -14,57 +14,70 @@ SIDES = {"insert_in": "from the input side", "insert_out": "from the output side
 
 
 def draw(path: Path, payload: dict, n: int) -> None:
-    """Two panels above, insertion from the input and from the output; below them the windows, as long as the stack.
+    """Blocks put in from the input and from the output, for the losses and below for what the own source saves; at the
+    bottom the windows of the losses, as long as the stack.
 
     Of functions that CPT did not clearly change there is no curve; without any of both the other measures are drawn.
     """
     windows = [name for name in payload["sweeps"] if name.startswith("window:")]
-    looks = _looks(payload)
-    rows = 1 + bool(windows)
+    saved = {f"{name}_saved": look for name, look in LOOKS.items()}
+    rows = [("", _looks(payload, LOOKS))]
+    if "perception_saved" in payload["summary"]:
+        rows.append(("\n(saved by the own source)", _looks(payload, saved)))
     with figures.style() as plt:
-        fig = plt.figure(figsize=(figures.PAGE, 0.4 + 2.1 * rows))
-        grid = fig.add_gridspec(rows, 2)
-        first = None
-        for column, (sweep, words) in enumerate(SIDES.items()):
-            first = axis = fig.add_subplot(grid[0, column], sharey=first)
-            _ends(axis)
-            for name, look in looks.items():
-                _curve(axis, payload, sweep, name, look)
-            axis.set_xlim(0, n)
-            axis.set_xlabel(f"blocks of the checkpoint, {words}")
-            axis.set_ylabel("share of the gain kept" if column == 0 else "")
+        fig = plt.figure(figsize=(figures.PAGE, 0.4 + 1.9 * (len(rows) + bool(windows))))
+        grid, named = fig.add_gridspec(len(rows) + bool(windows), 2), []
+        for row, (words, looks) in enumerate(rows):
+            left = None
+            for column, (sweep, side) in enumerate(SIDES.items()):
+                left = axis = fig.add_subplot(grid[row, column], sharey=left)
+                _ends(axis, named=column == 1)
+                for name, look in looks.items():
+                    _curve(axis, payload, sweep, name, look)
+                axis.set_xlim(-0.02 * n, 1.02 * n)
+                axis.set_xlabel(f"blocks of the checkpoint, {side}")
+                axis.set_ylabel(f"share of the change kept{words}" if column == 0 else "")
+            named.append(axis.get_legend_handles_labels())
+            missing = [
+                _words(payload, name)
+                for name in (LOOKS, saved)[row]
+                if name not in looks and name in payload["summary"]
+            ]
+            if missing:
+                axis.set_title(f"not clearly changed by CPT: {' and '.join(missing)}", fontsize=6.5, color="0.4")
         if windows:
-            axis = fig.add_subplot(grid[1, :])
-            _windows(axis, payload, windows[0], looks, n)
-        handles, labels = first.get_legend_handles_labels()
+            _windows(fig.add_subplot(grid[-1, :]), payload, windows[0], rows[0][1], n)
+        handles, labels = max(named, key=lambda both: len(both[0]))  # of the losses, where both are drawn
         if handles:
             fig.legend(handles, labels, loc="outside upper center", ncols=len(handles))
-        missing = [name for name in LOOKS if name not in looks and name in payload["summary"]]
-        if missing:
-            first.set_title(f"CPT changed {' and '.join(missing)} not clearly", fontsize=7, color="0.4")
         figures.save(fig, path)
 
 
-def _looks(payload: dict) -> dict[str, dict]:
-    """The measures that are drawn: both functions where R is defined, else what there is."""
-    known = [name for name, row in payload["summary"].items() if row["A"] is not None]
-    if not known:  # a sweep from one side alone
-        rows = next(iter(payload["retention"].values()))
-        known = [name for name, points in rows.items() if points and points[0][1] is not None]
-    if any(name in known for name in LOOKS):
-        return {name: look for name, look in LOOKS.items() if name in known}
+def _words(payload: dict, name: str) -> str:
+    """A measure, and where it is so that CPT made it worse: then what is kept is a share of the loss."""
+    worse = payload["summary"][name]["gain"]["ci_high"] < 0
+    return name.replace("_saved", "").replace("_", " ") + " (made worse by CPT)" * worse
+
+
+def _looks(payload: dict, wanted: dict[str, dict]) -> dict[str, dict]:
+    """Of the `wanted` measures those whose R is defined; where there is no translation, what there is."""
+    points = next(iter(payload["retention"].values()))
+    known = [name for name, rows in points.items() if rows[0][1] is not None]
+    if any(name in points for name in wanted):
+        return {name: look for name, look in wanted.items() if name in known}
     colours = figures.colours(len(known))
     return {
         name: {"color": colours[i], "marker": figures.MARKERS[i % len(figures.MARKERS)]} for i, name in enumerate(known)
     }
 
 
-def _ends(axis) -> None:
-    """The base at 0 and the checkpoint at 1, as lines with their names."""
+def _ends(axis, named: bool) -> None:
+    """The base at 0 and the checkpoint at 1, as lines; `named`: with their names to the right."""
     for height, name, colour in ((0, "base", "base"), (1, "checkpoint", "target")):
-        axis.axhline(height, color=figures.colour(colour), linewidth=0.7, linestyle=":")
-        at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 6}
-        axis.annotate(name, (1, height), color=figures.colour(colour), **at)
+        axis.axhline(height, color=figures.colour(colour), linewidth=0.8, linestyle=":")
+        at = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center", "fontsize": 6.5}
+        if named:
+            axis.annotate(name, (1.01, height), color=figures.colour(colour), annotation_clip=False, **at)
 
 
 def _curve(axis, payload: dict, sweep: str, name: str, look: dict, lost: bool = False, width: int = 0) -> None:
@@ -75,7 +88,7 @@ def _curve(axis, payload: dict, sweep: str, name: str, look: dict, lost: bool = 
     xs = [k + (width - 1) / 2 if lost else k for k, _ in points]
     kept = [[r for _, r in points], *([band[i] for band in bands] for i in (1, 2))]
     value, low, high = ([1 - r for r in each] if lost else each for each in kept)
-    axis.plot(xs, value, label=name, **look)
+    axis.plot(xs, value, label=_words(payload, name), **look)
     axis.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
@@ -87,4 +100,4 @@ def _windows(axis, payload: dict, sweep: str, looks: dict, n: int) -> None:
     figures.layer_axis(axis, n)
     axis.set_xlim(-0.5, n - 0.5)
     axis.set_xlabel(f"middle of a window of {width} blocks that are the base's")
-    axis.set_ylabel("share of the gain lost")
+    axis.set_ylabel("share of the change lost")

@@ -43,11 +43,12 @@ SCHEMA = "ablation-sweep"
 RESULTS = {"layer_ablation": "layer-ablation/sweep.json"}
 CAPTIONS = {
     "layer_ablation": """Part III: 1. Layer ablation
-        What of the gain of CPT is kept when only some blocks are the checkpoint's and the others the base's (revert):
-        blocks put in from the input side (left) and from the output side (right), and below what is lost when a window
-        of blocks is put back, for perception (the loss of the translation after a sentence of the target language) and
-        production (the other way round). Lines: the base (0) and the checkpoint (1). Bands: 95 % bootstrap intervals
-        over sentences. Claim C8, perception early and production late, is decided by the difference of the areas.""",
+        What is kept of what CPT changed when only some blocks are the checkpoint's and the others the base's (revert):
+        blocks put in from the input side (left) and from the output side (right), for perception (the loss of the
+        translation after a sentence of the target language) and production (the other way round); below, for what the
+        own source saves against another sentence's; at the bottom what is lost of the first two when a window of blocks
+        is put back. Lines: the base (0) and the checkpoint (1). Bands: 95 % bootstrap intervals over sentences. Claim
+        C8, perception early and production late, is decided by the difference of the areas.""",
 }
 KINDS = ("translation", *evaluation.KINDS)
 COMPONENTS = ("all", *components.COMPONENTS)

@@ -2,7 +2,7 @@
 
 Each world is drawn many times over twelve seeds, of which the first 5, 8 and 12 are judged. In some no claim is true or
 false: all numbers lie at the bounds of the claims, with nothing special, or only depth, seams or shared growth. In the
-others every claim is true, or every one false, by so many standard deviations over seeds. C8, which few studies ask for,
+others every claim is true, or every one false, by so many standard deviations over seeds. C8, which a study asks for,
 is left out.
 
 Out:  the table of error rates in report/README.md, between its two marks.

@@ -198,3 +198,31 @@ def test_what_tells_functions_apart():
         function_facts(lambda base, target: base)
     with pytest.raises(ValueError, match="JSON cannot hold"):
         function_facts(functools.partial(truncated, rank=torch.tensor(4)))
+
+
+def test_the_time_of_all_is_said_after_the_first(tmp_path, monkeypatch, capsys):
+    """By a clock of which a measurement takes 3 seconds, loading a model a minute: which comes twice at most."""
+    clock = [0.0]
+    monkeypatch.setattr(conditions.time, "perf_counter", lambda: clock[0])
+
+    def take(seconds: float) -> dict:
+        clock[0] += seconds
+        return {}
+
+    found = [Condition(name, {}, of=role) for name, role in zip("abcdefgh", ("base", *["target"] * 7), strict=True)]
+    request = {"a": 1}, found, lambda _of: take(60), lambda *_: take(3)
+    process = processes.Process("cpu")
+    stop = {"at": 2}
+
+    def killed(model, condition):
+        if condition.name == "c" and stop.pop("at", None):
+            raise KeyboardInterrupt
+        return take(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        conditions.measure(tmp_path / "out.json", "toy", *request[:3], killed, lambda *_: None, process, estimate=True)
+    assert "8 models to measure, 3.00 s each: about 24.0 s (0 min) in all" in capsys.readouterr().out
+    conditions.measure(tmp_path / "out.json", "toy", *request, lambda *_: None, process, estimate=True)
+    assert "6 models to measure, 3.00 s each: about 18.0 s" in capsys.readouterr().out
+    conditions.measure(tmp_path / "more.json", "toy", *request, lambda *_: None, process)
+    assert "models to measure" not in capsys.readouterr().out

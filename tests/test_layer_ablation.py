@@ -294,6 +294,32 @@ def test_cuts_show_what_parts_need_each_other_for():
     assert [round(damage) for _, damage in cuts] == [0, -1, -1, -1, 0]
 
 
+def test_the_figure_shows_what_is_kept_and_what_is_not_known(monkeypatch, tmp_path):
+    drawn = {}
+
+    def kept(fig, path):
+        axes = [axis for axis in fig.axes if axis.get_xlabel().startswith("blocks")]
+        drawn[path.name] = (
+            [{line.get_label(): [*line.get_ydata()] for line in axis.lines} for axis in axes],
+            [axis.get_title() for axis in axes],
+        )
+
+    monkeypatch.setattr(SWEEP.figure.figures, "save", kept)
+    rows = made_up(lambda k: k / N, lambda k: k / N)
+    for row in rows:
+        row["units"]["perception"] = [6 - value for value in row["units"]["perception"]]
+    rows[1]["units"]["production"] = [u + (-1) ** i for i, u in enumerate(rows[0]["units"]["production"])]
+    payload = SWEEP.payload_of(rows, SIDES, N, seed=1)
+    SWEEP.figure.draw(tmp_path / "worse", payload, N)
+    panels, titles = drawn["worse"]
+    assert len(panels) == 4 and titles[1] == "not clearly changed by CPT: production" and titles[3] == ""
+    for panel, sweep in zip(panels, ("insert_in", "insert_out") * 2, strict=True):
+        assert len(panel) == 4 - (panel in panels[:2])  # base, checkpoint, and the functions
+        name = "perception (made worse by CPT)" if panel in panels[:2] else "perception"
+        measure = "perception" if panel in panels[:2] else "perception_saved"
+        assert panel[name] == [r for _, r in payload["retention"][sweep][measure]]
+
+
 def test_no_specialisation_where_there_is_nothing_to_place():
     def share(k):
         return k / N
