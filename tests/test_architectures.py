@@ -6,10 +6,11 @@ projection reach the attention as queries, which matrix feeds the activation, wh
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from attending import Attention, changed, marked, positions
 from helpers import EVERY_ARCHITECTURE, ROOT, bits, load_script, read_tensors, save_tiny, tiny_model
 from looking import Found, experts_of, found_in
 from safetensors.torch import save_file
+from test_freezing import entries, frozen_in
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +29,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.interventions.activations import silenced
-from cpt_utils.measures import compare
+from cpt_utils.measures import compare, layer_sets
 from cpt_utils.models import loading
 from cpt_utils.models.batching import padded
 from cpt_utils.models.states import pooled_states
@@ -48,15 +50,15 @@ CASES = {name: (name, {}) for name in EVERY_ARCHITECTURE} | VARIANTS
 # Types with image towers differ from their language models in names only: what their layers compute is tested once.
 LAYERS_OF_THEIR_OWN = [name for name in CASES if name not in arch_table.TOWERS]
 EXPERTS = [
-    (name, what)
+    name
     for name in EVERY_ARCHITECTURE
-    if name not in arch_table.TOWERS
-    or archs.ARCHS[name].experts_at != archs.ARCHS[arch_table.TOWERS[name].text].experts_at
-    for what in ("router", "gate", "up", "down")
-    if (at := archs.ARCHS[name].experts_at) and (what == "router" or f"{what}_proj" in at.names)
+    if (at := archs.ARCHS[name].experts_at)
+    and (name not in arch_table.TOWERS or at != archs.ARCHS[arch_table.TOWERS[name].text].experts_at)
 ]
 TOWER = re.compile("vision|visual|image_|video_|audio|projector|connector|merger|aligner")
 IDS = torch.arange(3, 40)[None]
+# A neuron's gate and up reach others there: a norm inside the FFN, a bar that is the activations' own quantile.
+TOGETHER = ("bitnet", "gemma3n_text", "gemma3n")
 
 
 def load(folder) -> nn.Module:
@@ -85,9 +87,23 @@ class Case:
     def models(self):
         return load(self.base), load(self.target)
 
-    def to_change(self) -> nn.Module:
-        """The target once more, for a test that changes it; to load it again takes longer."""
-        return copy.deepcopy(self.models[1])
+    @cached_property
+    def layers(self) -> tuple[list[Found], list[Found]]:
+        """What every layer of both has, as views of their parameters."""
+        base, target = ([found_in(model, block) for block in blocks_of(model)] for model in self.models)
+        return base, target
+
+    @contextlib.contextmanager
+    def changing(self):
+        """The target, to be changed in place until the block ends."""
+        model, _ = self.models[1], self.layers  # seen before anything is changed
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            try:
+                yield model
+            finally:
+                for name, tensor in model.state_dict().items():
+                    tensor.copy_(before[name])
 
     @cached_property
     def arch(self):
@@ -103,11 +119,6 @@ def case(request, tmp_path_factory) -> Case:
         for seed, (name, dtype) in enumerate((("base", "float16"), ("target", "float32")))
     ]
     return Case(request.param, *made)
-
-
-def layers_of(model) -> list[Found]:
-    """What every layer has."""
-    return [found_in(model, block) for block in blocks_of(model)]
 
 
 def same_tensors(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
@@ -128,7 +139,7 @@ def test_parts_are_what_the_model_computes_with(case):
     """Of every projection, expert and router, weight and bias: the on-disk part is the found one, bit for bit."""
     model, disk = case.models[1], read_tensors(case.target)
     arch, config = case.arch, model.config.to_dict()
-    for layer, found in enumerate(layers_of(model)):
+    for layer, found in enumerate(case.layers[1]):
         names = {*arch.projections(config, layer), *(["router"] if arch.has_router(config, layer) else [])}
         assert names == {name for name, views in found.weights.items() if views}
         for projection, views in found.weights.items():
@@ -190,10 +201,9 @@ def test_every_tensor_on_disk_has_its_place(case):
 
 def test_weight_change(case):
     """Sums over float64 differences of the loaded models, expert by expert, and of every neuron."""
-    base, target = case.models
     found = compare.changes(refs.model(case.base), [refs.model(case.target)], details=True)
     (found,) = found.values()
-    for layer, (before, after) in enumerate(zip(layers_of(base), layers_of(target), strict=True)):
+    for layer, (before, after) in enumerate(zip(*case.layers, strict=True)):
         assert set(found[layer]) == {name for name, views in before.weights.items() if views}
         for projection, change in found[layer].items():
             ours, theirs = (
@@ -214,49 +224,59 @@ def test_weight_change(case):
 
 @pytest.mark.parametrize(
     ("case", "what"),
-    [
-        (name, what)
-        for name in CASES
-        for what in ("layer", "attention", "ffn")[: 3 if name in LAYERS_OF_THEIR_OWN else 1]
-    ],
+    [(name, what) for name in CASES for what in ("layer", "parts")[: 2 if name in LAYERS_OF_THEIR_OWN else 1]],
     indirect=["case"],
     scope="module",
 )
 def test_surgery(case, what, tmp_path):
-    """The last layer of the base, or the attention or FFN of the last one that has it."""
-    base, slow = case.models[0], case.to_change()
-    projections = {"layer": archs.PROJECTIONS, "attention": archs.ATTENTION, "ffn": archs.FFN}[what]
-    layers = range(len(blocks_of(base)))
-    having = [layer for layer in layers if case.arch.has(base.config, layer, projections)]
+    """The base's last layer; or its last attention, and the FFNs of all layers but that one."""
+    layers = range(len(case.layers[0]))
     with surgery.Pair(case.base, case.target) as pair:
         if what == "layer":
-            blocks_of(slow)[-1].load_state_dict(blocks_of(base)[-1].state_dict())
             recipe = surgery.layers_from_base(pair, [layers[-1]])
-        else:
-            copy_by_hand(base, slow, having[-1], projections)
-            recipe = surgery.parts_from_base(pair, projections, [having[-1]])
-            bare = surgery.parts_from_base(pair, projections, set(layers) - set(having))
-            assert not bare.edits
-        check_swap(case, pair, recipe, slow, tmp_path / "out")
+            blocks = [blocks_of(model)[-1] for model in case.models]
+            check_swap(case, pair, recipe, lambda: blocks[1].load_state_dict(blocks[0].state_dict()), tmp_path / "out")
+            return
+        having = {
+            part: [layer for layer in layers if case.arch.has(pair.config, layer, part)]
+            for part in (archs.ATTENTION, archs.FFN)
+        }
+        at = having[archs.ATTENTION][-1]
+        chosen = {archs.ATTENTION: {at}, archs.FFN: {*having[archs.FFN]} - {at}}
+        for part, own in having.items():
+            assert not surgery.parts_from_base(pair, part, {*layers} - {*own}).edits
+        edits = [edit for part, own in chosen.items() for edit in surgery.parts_from_base(pair, part, own).edits]
+
+        def by_hand():
+            for part, own in chosen.items():
+                for layer in own:
+                    copy_by_hand(case, layer, part)
+
+        check_swap(case, pair, surgery.Recipe("parts", {}, tuple(edits)), by_hand, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("case", "what"), EXPERTS, indirect=["case"], scope="module")
-def test_surgery_of_experts(case, what, tmp_path):
-    """The router, or one matrix of expert 3: a tensor on disk or a part of one, and mostly a part of one in memory."""
-    base, slow = case.models[0], case.to_change()
-    name = "router" if what == "router" else f"{what}_proj"
-    layer = max(layer for layer in range(len(blocks_of(base))) if case.arch.has_router(base.config, layer))
+@pytest.mark.parametrize("case", EXPERTS, indirect=True, scope="module")
+def test_surgery_of_experts(case, tmp_path):
+    """Router, and of each matrix another expert's: a tensor on disk or a part of one, mostly part of one in memory."""
+    names = case.arch.experts_at.names
+    layer = max(layer for layer in range(len(case.layers[0])) if case.arch.has_router(case.models[0].config, layer))
+    chosen = {"router": 0} | {name: 3 - i for i, name in enumerate(n for n in archs.FFN if n in names)}
     with surgery.Pair(case.base, case.target) as pair:
-        parts = pair.arch.parts(pair.config, layer, name, pair.target.names())
-        number = 0 if what == "router" else 3
-        copy_by_hand(base, slow, layer, [name], only=number)
-        parts = [[part for part in parts if part.role == role][number:][:1] for role in ("weight", "bias")]
-        edits = [pair.edit(p.tensor, p.dim, p.index, expert=p.expert) for own in parts for p in own]
-        recipe = surgery.Recipe(name, {}, tuple(edits))
-        if what != "router" and edits[0].whole:
-            (place,) = pair.arch.locations([edits[0].tensor], slow).values()
-            assert not place.whole and re.search(r"\.experts\.\w+_proj$", place.name)
-        check_swap(case, pair, recipe, slow, tmp_path / "out")
+        edits = []
+        for name, number in chosen.items():
+            parts = pair.arch.parts(pair.config, layer, name, pair.target.names())
+            parts = [[part for part in parts if part.role == role][number:][:1] for role in ("weight", "bias")]
+            own = [pair.edit(p.tensor, p.dim, p.index, expert=p.expert) for same in parts for p in same]
+            edits += own
+            if name != "router" and own[0].whole:
+                (place,) = pair.arch.locations([own[0].tensor], case.models[0]).values()
+                assert not place.whole and re.search(r"\.experts\.\w+_proj$", place.name)
+
+        def by_hand():
+            for name, number in chosen.items():
+                copy_by_hand(case, layer, [name], only=number)
+
+        check_swap(case, pair, surgery.Recipe("experts", {}, tuple(edits)), by_hand, tmp_path / "out")
 
 
 def heads_of(case, layer, disk, chosen, by_query=False) -> dict[str, list[archs.WeightSlice]]:
@@ -271,7 +291,7 @@ def heads_of(case, layer, disk, chosen, by_query=False) -> dict[str, list[archs.
 def test_units_and_what_they_share_are_the_attention(case):
     """Each entry of its module once. Query heads make up the units; k and v are theirs together."""
     model, disk = case.models[1], read_tensors(case.target)
-    for layer, found in enumerate(layers_of(model)):
+    for layer, found in enumerate(case.layers[1]):
         heads, units = case.arch.head_counts(model.config, layer)
         parts = case.arch.shared_parts(model.config, layer, disk, lambda tensor: disk[tensor].shape)
         assert bool(units) == ("o_proj" in found.weights)
@@ -305,7 +325,7 @@ def test_all_units_are_the_attention_swap(case):
             with swapper.applied(own, recipe):
                 states.append({name: bits(tensor).clone() for name, tensor in own.state_dict().items()})
     assert all(torch.equal(states[1][name], expected) for name, expected in states[0].items())
-    for layer, found in enumerate(layers_of(own)):
+    for layer, found in enumerate(case.layers[1]):
         for name in found.weights.get("o_proj", []) and Attention(own, blocks_of(own)[layer], found).names:
             assert torch.equal(states[2].pop(name), bits(base.state_dict()[name])), name
     before = {name: bits(tensor) for name, tensor in own.state_dict().items()}
@@ -317,10 +337,10 @@ def test_heads_reach_their_own_columns(case):
     """Noise on what one unit has of k and v, or one query head of q and beside the projections, moves what the output
     matrix gets in its columns of that and nowhere else; zeros in a head's columns take away what it gives. Of what is
     said to be no head's, no piece does so."""
-    model, disk = case.to_change(), read_tensors(case.target)
+    model, disk = case.models[1], read_tensors(case.target)
     places = case.arch.locations(disk, model, lambda tensor: disk[tensor].shape)
     seen = []
-    for layer, found in enumerate(layers_of(model)):
+    for layer, found in enumerate(case.layers[1]):
         counts = case.arch.head_counts(model.config, layer)
         if not counts[0] or (counts, *found.weights) in seen:
             continue
@@ -355,80 +375,91 @@ def test_heads_reach_their_own_columns(case):
                 assert not moved.any() or moved[width:].any(), (layer, part)
 
 
-def copy_by_hand(base, slow, layer, projections, only=None) -> None:
-    """Weights and biases of the base into the loaded model `slow`; of experts all, or `only` one."""
-    theirs, ours = (found_in(model, blocks_of(model)[layer]) for model in (base, slow))
-    with torch.no_grad():
-        for kind in ("weights", "biases"):
-            for projection in projections:
-                chosen = slice(None) if only is None else slice(only, only + 1)
-                sides = (getattr(found, kind).get(projection, [])[chosen] for found in (theirs, ours))
-                for (values, rows), (view, _) in zip(*sides, strict=True):
-                    view[rows] = values[rows]
+def copy_by_hand(case, layer, projections, only=None) -> None:
+    """Weights and biases of the base into the loaded target; of experts all, or `only` one."""
+    theirs, ours = (layers[layer] for layers in case.layers)
+    for kind in ("weights", "biases"):
+        for projection in projections:
+            chosen = slice(None) if only is None else slice(only, only + 1)
+            sides = (getattr(found, kind).get(projection, [])[chosen] for found in (theirs, ours))
+            for (values, rows), (view, _) in zip(*sides, strict=True):
+                view[rows] = values[rows]
 
 
-def check_swap(case, pair, recipe, slow, out) -> None:
-    """Written and loaded = in memory = `slow`, in logits and in every bit of the state; then all is as before."""
+def check_swap(case, pair, recipe, by_hand, out) -> None:
+    """Written and loaded = in memory = done `by_hand`, in logits and every bit of the state; then all is as before."""
     own = case.models[1]
+
+    def same(model, state) -> bool:
+        return all(torch.equal(bits(tensor), state[name]) for name, tensor in model.state_dict().items())
+
+    def state():
+        return {name: bits(tensor).clone() for name, tensor in own.state_dict().items()}
+
+    before = state()
+    with case.changing():
+        by_hand()
+        expected, logits = state(), own(IDS).logits
+    assert same(own, before)
     on_disk.write_model(pair, recipe, out)
-    written, expected = load(out), {name: bits(tensor) for name, tensor in slow.state_dict().items()}
-    before = {name: bits(tensor).clone() for name, tensor in own.state_dict().items()}
-    assert all(torch.equal(bits(tensor), expected[name]) for name, tensor in written.state_dict().items())
+    written = load(out)
+    assert same(written, expected)
     with torch.no_grad():
-        logits = slow(IDS).logits
         # Equal in every bit but for where the tensors begin in memory, which may choose another kernel.
         torch.testing.assert_close(written(IDS).logits, logits, rtol=1e-5, atol=1e-5)
         swapper = in_memory.Swapper(pair)
         for _ in range(2):  # the second time from the cache
             with swapper.applied(own, recipe):
-                assert all(torch.equal(bits(tensor), expected[name]) for name, tensor in own.state_dict().items())
-                torch.testing.assert_close(own(IDS).logits, logits, rtol=1e-5, atol=1e-5)
-            assert all(torch.equal(bits(tensor), before[name]) for name, tensor in own.state_dict().items())
+                assert same(own, expected)
+                found = own(IDS).logits
+            assert same(own, before)
+        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(own(IDS).logits, logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_hidden_states(case, side):
+def test_hidden_states(case):
     """Pooled states of a padded batch = means over `output_hidden_states`, one sentence at a time."""
     model, sentences = case.models[1], [[5, 9, 17, 40, 3], [7, 8], [30, 31, 32, 33, 34, 35]]
-    pooled = pooled_states(model, case.arch, *padded(sentences, pad=0, side=side)).mean
-    assert pooled.shape == (len(blocks_of(model)) + 1, len(sentences), 32)
-    for i, ids in enumerate(sentences):
+    slow = []
+    for ids in sentences:
         with torch.inference_mode():
             out = model.base_model(torch.tensor([ids]), output_hidden_states=True)
         states = list(out.hidden_states)
         if states[-1].dim() == 4:  # streams, of which the first is the hidden state until the last norm merges them
             states = [*(state[0] for state in states[:-1]), out.last_hidden_state]
-        slow = torch.stack([state[0].mean(0) for state in states])
-        torch.testing.assert_close(pooled[:, i], slow, rtol=1e-4, atol=1e-5)
+        slow.append(torch.stack([state[0].mean(0) for state in states]))
+    for side in ("left", "right"):
+        pooled = pooled_states(model, case.arch, *padded(sentences, pad=0, side=side)).mean
+        assert pooled.shape == (len(blocks_of(model)) + 1, len(sentences), 32)
+        torch.testing.assert_close(pooled, torch.stack(slow, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
 def test_counts_and_means(case):
     """Tokens with an activation above zero, token by token; far from zero, where xIELU is positive on both sides. Mean
     activations of the first, the middle and the last neuron of every layer."""
-    model, ids = case.to_change(), torch.arange(4, 100).view(3, 32)
-    layers = layers_of(model)
-    for found in layers:
-        for view, rows in found.weights.get(case.arch.neuron_projection, []):
-            view[rows] *= 8
-    mask = {layer: chosen_of(case, model, layer) for layer in range(len(layers))}
-    counter, means = Counter(model, case.arch), Activations(model, case.arch, {"own": mask})
-    for measured in (counter, means):
-        measured.add(ids[:2])
-        measured.add(ids[2:])
-    for layer, found in enumerate(layers):
-        values = slow_activations(model, blocks_of(model)[layer], found, case.arch.neuron_projection, ids)
-        width = case.arch.ffn_width(model.config, layer)
-        counts = [(own > 0).sum(0) for own in values]
-        assert counter.counts[layer][:width].tolist() == [int(n) for own in counts for n in own], layer
-        assert not counter.counts[layer][width:].any()
-        routed = [len(own) for own in values[: case.arch.experts(model.config, layer)]]
-        assert counter.routed[layer][: len(routed)].tolist() == routed
-        slow = [float(own.mean(0)[i]) if len(own) else 0.0 for own in values for i in range(own.shape[1])]
-        if width:
-            expected = sum(slow[neuron] for neuron in mask[layer]) / len(mask[layer])
-            assert means.layer_means("own")[layer] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    layers, ids = case.layers[1], torch.arange(4, 100).view(3, 32)
+    with case.changing() as model:
+        for found in layers:
+            for view, rows in found.weights.get(case.arch.neuron_projection, []):
+                view[rows] *= 8
+        mask = {layer: chosen_of(case, model, layer) for layer in range(len(layers))}
+        counter, means = Counter(model, case.arch), Activations(model, case.arch, {"own": mask})
+        for measured in (counter, means):
+            measured.add(ids[:2])
+            measured.add(ids[2:])
+        for layer, found in enumerate(layers):
+            values = slow_activations(model, blocks_of(model)[layer], found, case.arch.neuron_projection, ids)
+            width = case.arch.ffn_width(model.config, layer)
+            counts = [(own > 0).sum(0) for own in values]
+            assert counter.counts[layer][:width].tolist() == [int(n) for own in counts for n in own], layer
+            assert not counter.counts[layer][width:].any()
+            routed = [len(own) for own in values[: case.arch.experts(model.config, layer)]]
+            assert counter.routed[layer][: len(routed)].tolist() == routed
+            slow = [float(own.mean(0)[i]) if len(own) else 0.0 for own in values for i in range(own.shape[1])]
+            if width:
+                expected = sum(slow[neuron] for neuron in mask[layer]) / len(mask[layer])
+                assert means.layer_means("own")[layer] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def chosen_of(case, model, layer: int) -> list[int]:
@@ -477,10 +508,9 @@ def dense_activations(model, block, found: Found, projection: str, ids) -> list[
 @pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
 def test_silenced_neurons(case):
     """As if the neurons' columns of the down projections were zero."""
-    model = case.to_change()
-    layers, ids = layers_of(model), torch.arange(4, 36).view(2, 16)
+    model, layers, ids = case.models[1], case.layers[1], torch.arange(4, 36).view(2, 16)
     mask = {layer: chosen_of(case, model, layer) for layer in range(len(layers))}
-    with torch.no_grad():
+    with case.changing():
         whole = model(ids).logits
         with silenced(model, case.arch, mask):
             found = model(ids).logits
@@ -491,6 +521,45 @@ def test_silenced_neurons(case):
                 view, i = columns[neuron]
                 view[:, i] = 0
         torch.testing.assert_close(model(ids).logits, found, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_training_freezes(case):
+    """Of a component what a swap of it changes; of neurons that without which the model is as with them silenced."""
+    model, ref, config = copy.deepcopy(case.models[1]), refs.model(case.target), case.models[1].config
+    arch, n = case.arch, len(blocks_of(model))
+
+    def frozen(**part):
+        model.requires_grad_(True)
+        return frozen_in(model, ref, layer_sets.Part("x", **part))
+
+    with surgery.Pair(case.base, case.target) as pair:
+        units = {layer: range(of) for layer in range(n - 1) if (of := arch.head_counts(config, layer)[1])}
+        recipes = {
+            "attention": surgery.heads_from_base(pair, units, shared=True),
+            "ffn": surgery.parts_from_base(pair, archs.FFN, range(n - 1)),
+        }
+        for component, recipe in recipes.items():
+            if not recipe.edits:
+                with pytest.raises(InputError, match="nothing is frozen"):
+                    frozen(layers=tuple(range(n - 1)), component=component)
+                continue
+            found = frozen(layers=tuple(range(n - 1)), component=component)
+            own = [parameter.detach().clone() for parameter in model.parameters()]
+            with in_memory.apply(model, recipe, pair):
+                for (name, parameter), before in zip(model.named_parameters(), own, strict=True):
+                    assert torch.equal(parameter.detach() != before, entries(found, parameter)), (component, name)
+    neurons = {layer: chosen_of(case, model, layer) for layer in range(n)}
+    found = frozen(layers=tuple(range(n)), neurons=neurons)
+    assert found.n_parameters - found.n_trained >= 2 * 32 * sum(map(len, neurons.values()))
+    if case.name in TOGETHER:
+        return
+    ids = torch.arange(3, 21).view(2, 9)
+    with torch.no_grad():
+        with silenced(model, arch, neurons):
+            wanted = model(input_ids=ids).logits
+        for parameter, mask in found.parts.items():
+            parameter[mask] = 0.0
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 def tokens_of_experts(model, block, ids) -> list[tuple[torch.Tensor, int]]:
@@ -573,11 +642,10 @@ def test_experts_the_other_way_round_on_disk(tmp_path):
             save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
         (changes,) = compare.changes(refs.model(folders[0]), [refs.model(folders[1])]).values()
         found[kind] = [changes[1][name].mean_abs for name in archs.FFN]
-        base, slow = load(folders[0]), load(folders[1])
-        copy_by_hand(base, slow, 1, archs.FFN)
+        case = Case("qwen3_vl_moe", *folders)
         with surgery.Pair(*folders) as pair:
-            case = Case("qwen3_vl_moe", *folders)
-            check_swap(case, pair, surgery.parts_from_base(pair, archs.FFN, [1]), slow, tmp_path / kind / "out")
+            recipe = surgery.parts_from_base(pair, archs.FFN, [1])
+            check_swap(case, pair, recipe, partial(copy_by_hand, case, 1, archs.FFN), tmp_path / kind / "out")
     assert found["saved"] == pytest.approx(found["published"], rel=1e-6)
 
 

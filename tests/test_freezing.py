@@ -1,4 +1,4 @@
-"""freeze and train_only: what is frozen keeps every bit, in memory and in every checkpoint, for every model type."""
+"""freeze and train_only: what is frozen keeps every bit in every checkpoint; of every type: test_architectures.py."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import EVERY_ARCHITECTURE, bits, load_script, read_tensors, save_tiny
+from helpers import bits, load_script, read_tensors, save_tiny
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
-from cpt_utils.interventions import activations, in_memory, surgery
 from cpt_utils.measures import layer_sets, masks
-from cpt_utils.models import ffn, loading
+from cpt_utils.models import loading
 
 freezing = cli.sibling("cpt/freezing.py")
-# A neuron's gate and up reach others there: a norm inside the FFN, a bar that is the activations' own quantile.
-TOGETHER = ("bitnet", "gemma3n_text", "gemma3n")
 
 
 def loaded(ref):
@@ -40,49 +37,6 @@ def entries(found, parameter):
 
     whole = torch.full(parameter.shape, not parameter.requires_grad)
     return found.parts.get(parameter, whole)
-
-
-@pytest.mark.parametrize("model_type", EVERY_ARCHITECTURE)
-def test_components_are_what_a_swap_of_them_changes(model_type, tmp_path):
-    """And neurons, without which a model computes what it computes with their frozen entries at zero."""
-    import torch
-
-    pair = surgery.Pair(*(save_tiny(model_type, tmp_path / name, seed) for seed, name in enumerate("bc")))
-    ref, arch, config = pair.target_ref, pair.arch, pair.config
-    n = pair.n_layers
-    there = {
-        "attention": [layer for layer in range(n - 1) if arch.head_counts(config, layer)[1]],
-        "ffn": [layer for layer in range(n - 1) if arch.has(config, layer, archs.FFN)],
-    }
-    for component, layers in there.items():
-        model, part = loaded(ref), layer_sets.Part("x", tuple(range(n - 1)), component)
-        if not layers:
-            with pytest.raises(InputError, match="nothing is frozen"):
-                frozen_in(model, ref, part)
-            continue
-        found = frozen_in(model, ref, part)
-        if component == "ffn":
-            recipe = surgery.parts_from_base(pair, archs.FFN, layers)
-        else:
-            units = {layer: range(arch.head_counts(config, layer)[1]) for layer in layers}
-            recipe = surgery.heads_from_base(pair, units, shared=True)
-        own = [parameter.detach().clone() for parameter in model.parameters()]
-        with in_memory.apply(model, recipe, pair):
-            for (name, parameter), before in zip(model.named_parameters(), own, strict=True):
-                assert torch.equal(parameter.detach() != before, entries(found, parameter)), (component, name)
-    model, widths = loaded(ref), ffn.widths(arch, config)
-    neurons = {layer: sorted({0, 3, width - 1}) if width else [] for layer, width in enumerate(widths)}
-    found = frozen_in(model, ref, layer_sets.Part("x", tuple(range(n)), None, neurons))
-    assert found.n_parameters - found.n_trained >= 2 * 32 * sum(map(len, neurons.values()))
-    if model_type in TOGETHER:
-        return
-    ids = torch.arange(3, 21).view(2, 9)
-    with torch.no_grad():
-        with activations.silenced(model, arch, neurons):
-            wanted = model(input_ids=ids).logits
-        for parameter, mask in found.parts.items():
-            parameter[mask] = 0.0
-        torch.testing.assert_close(model(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 # --- in a training
