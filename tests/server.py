@@ -1,8 +1,8 @@
 """Runs the project's scripts as forked children, which may fail on request; a process of its own, without threads.
 
-Importing torch and transformers takes seconds, so they are imported once, here, and every command is a fork that runs
-the script as `python <script> ...` would. Given a path, it listens there on a socket (launch.py). Else requests come as
-lines of JSON on stdin, answers as lines of JSON on stdout:
+Importing torch and transformers takes seconds, so they are imported once, here, and the package with them; every
+command is a fork that runs the script as `python <script> ...` would. Given a path, it listens there on a socket
+(launch.py). Else requests come as lines of JSON on stdin, answers as lines of JSON on stdout:
 
     {"jobs": [{"script": .., "argv": [..], "cwd": .., "log": .., "fault": {..} or null}], "timeout": seconds}
     [{"code": exit status, negative for a signal, "seconds": .., "timed_out": ..}]
@@ -27,6 +27,7 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import resource
 import runpy
 import select
@@ -48,6 +49,7 @@ IMPORTED = (
     "safetensors.torch",
     "scipy.stats",
     "yaml",
+    "pydantic",
     "lm_eval.evaluator",
     "lm_eval.models.huggingface",
     "matplotlib.backends.backend_agg",
@@ -235,7 +237,7 @@ def answer(request: dict) -> list[dict]:
                 strike(pid)
         ended = next((seen for pid in running if (seen := os.waitpid(pid, os.WNOHANG))[0]), None)
         if ended is None:
-            time.sleep(0.001)
+            time.sleep(0.003)
             continue
         pid, status = ended
         number = running.pop(pid)
@@ -289,6 +291,9 @@ def answer_one(connection: socket.socket) -> None:
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
     sys.path[1:1] = filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))
+    if Path(job["command"][0]).resolve().parents[1] != ROOT:  # a copy of the repository, with a package of its own
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cpt_utils"]:
+            del sys.modules[name]
     code = run_script(*job["command"])
     connection.sendall(f"{code}\n".encode())
     os._exit(code)
@@ -301,6 +306,10 @@ def main() -> None:
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    sys.path.insert(1, str(ROOT))
+    for module in pkgutil.walk_packages([str(ROOT / "cpt_utils")], "cpt_utils."):
+        importlib.import_module(module.name)
+    sys.path.remove(str(ROOT))
     import matplotlib.pyplot
     from torch.utils import collect_env
 
