@@ -683,12 +683,21 @@ def test_dropping_spares_the_base_and_what_others_use(online, tmp_path, models):
 # --- whole scripts ---
 
 
+HASTY = """
+import runpy, sys, time
+own = time.sleep
+time.sleep = lambda seconds: own(seconds / 50)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def script(server: FakeHub, home: Path, *command: str) -> subprocess.CompletedProcess:
-    """A script in a process of its own that sees the server as the hub."""
+    """A script in a process of its own that sees the server as the hub, and does not wait before it tries again."""
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE" and not k.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", HASTY, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
 
 

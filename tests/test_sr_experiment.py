@@ -304,7 +304,7 @@ def test_two_processes_write_what_one_does(sr, project):
     assert two == one
     assert said.count("is finished") == said.count("wrote 3 results") == 1 and said.count(": best ") == 3
     # An error ends all processes, those too that wait for the one it happened to.
-    failed = launch("sentence-retrieval/sr_experiment.py", *command(project, "--k", "3"), code=1, forks=False)
+    failed = launch("sentence-retrieval/sr_experiment.py", *command(project, "--k", "3"), code=2)
     assert "error:" in failed.stderr and "is of another request (k: 3 asked for, 4 in the file)" in failed.stderr
 
 
