@@ -179,15 +179,12 @@ def test_each_step_of_part_two_read_what_the_step_before_wrote(finished):
     assert claims["C3"]["verdict"] == "one run: no verdict" and claims["C3"]["numbers"][0]["value"] is not None
 
 
-def test_nothing_is_left_to_do(finished, snakemake):
-    assert "Nothing to be done" in run([*snakemake, "--cores", "1"], finished)
-
-
-def test_an_edited_method_runs_again_and_a_comment_does_not(finished, tmp_path):
+def test_nothing_is_left_to_do_until_a_method_is_edited(finished, snakemake, tmp_path):
+    """Not for a comment."""
     clone = shutil.copytree(finished, tmp_path / "clone", symlinks=True)
     script = clone / "cpt/train.py"
     text = script.read_text()
-    workflow = [*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--cores", "1"]
+    workflow = [*snakemake, "--cores", "1"]
     script.write_text(text + "\n# only words\n")
     assert "Nothing to be done" in run(workflow, clone)
     script.write_text(text.replace("def train(", "EDITED = True\n\n\ndef train("))
@@ -224,12 +221,13 @@ def readme_commands():
 
 
 def test_the_commands_of_the_readme_run_as_printed(finished, warm):
-    """The first of four folders in a Python of its own, as a user's, the others as forks.
+    """The first of three folders in a Python of its own, as a user's, the others as forks.
 
-    Forks differ in what is imported before they start alone. The four run a model, read weights, call lm_eval, draw.
+    Forks differ in what is imported before they start alone. The three read weights, call lm_eval, draw; one that runs
+    a model is in test_hub.py.
     """
     (finished / "study.yaml").write_text((finished / "demo/tiny.yaml").read_text())
-    lines, fresh = readme_commands(), {"sentence-retrieval", "weight-diff", "lm_eval_sib200", "report"}
+    lines, fresh = readme_commands(), {"weight-diff", "lm_eval_sib200", "report"}
     assert len(lines) >= 22
     for line in lines:
         if line.startswith("lm_eval"):
