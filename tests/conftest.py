@@ -29,7 +29,8 @@ def pytest_collection_finish(session):
 
 
 # What takes longest is begun first.
-FIRST = ("tests/test_end_to_end.py", "tests/faults/", "tests/test_architectures.py")
+LONG = ("end_to_end", "architectures", "published_readme", "sr_experiment", "text_towers", "verdicts")
+FIRST = ("tests/faults/", *(f"tests/test_{name}.py" for name in LONG))
 
 
 def pytest_collection_modifyitems(items):
