@@ -13,3 +13,26 @@ if PLAN.ablation:
         threads: THREADS
         resources: gpu=1
         shell: run("layer-ablation/ablation_sweep.py")
+
+# -------------------------------------------------------------------------------- 2. training a part of the stack
+
+COGSYM, RUNS = STUDY.result("cogsym"), STUDY.result("runs")
+
+
+rule cogsym:
+    input: BASE_FILES, LAYERS, ATTN_VS_FFN, code=made_of("layer-ablation/cogsym.py")
+    output: COGSYM, figure(beside(COGSYM, ".png"), "cogsym")
+    log: LOGS / "cogsym.log"
+    shell: run("layer-ablation/cogsym.py")
+
+
+# Those that train a part alone, or adapters; all others are in arms.json, too.
+if any({"train_only", "lora"} & {*what} for what in STUDY.get("arms", {}).values()) and ARMS:
+
+    rule compare_runs:
+        input:
+            COMPARED_ARMS, RUN_FILES, expand(f"{ARM_RUN}/train.json", arm=ARMS),
+            code=made_of("layer-ablation/compare_runs.py"),
+        output: RUNS, figure(beside(RUNS, ".png"), "runs")
+        log: LOGS / "compare-runs.log"
+        shell: run("layer-ablation/compare_runs.py")
