@@ -229,7 +229,7 @@ def test_weight_change(case):
     scope="module",
 )
 def test_surgery(case, what, tmp_path):
-    """The base's last layer; or its last attention, and the FFNs of all layers but that one."""
+    """The base's last layer; or its last attention, and all FFNs but of that layer, if no mixture is there alone."""
     layers = range(len(case.layers[0]))
     with surgery.Pair(case.base, case.target) as pair:
         if what == "layer":
@@ -241,8 +241,9 @@ def test_surgery(case, what, tmp_path):
             part: [layer for layer in layers if case.arch.has(pair.config, layer, part)]
             for part in (archs.ATTENTION, archs.FFN)
         }
-        at = having[archs.ATTENTION][-1]
-        chosen = {archs.ATTENTION: {at}, archs.FFN: {*having[archs.FFN]} - {at}}
+        at, sparse = having[archs.ATTENTION][-1], {i for i in layers if case.arch.has_router(pair.config, i)}
+        others = {*having[archs.FFN]} - {at}
+        chosen = {archs.ATTENTION: {at}, archs.FFN: others if others & sparse else others | sparse}
         for part, own in having.items():
             assert not surgery.parts_from_base(pair, part, {*layers} - {*own}).edits
         edits = [edit for part, own in chosen.items() for edit in surgery.parts_from_base(pair, part, own).edits]
