@@ -58,7 +58,8 @@ COMMANDS = (
     _command("arms", "cpt/compare_arms.py", "--measures retrieval nll"),
     _command("attn_vs_ffn", "weight-diff/attn_vs_ffn.py"),
     _command("cogsym", "layer-ablation/cogsym.py"),
-    _command("compare_runs", "layer-ablation/compare_runs.py", "--arms hub_frozen"),
+    _command("compare_runs", "layer-ablation/compare_runs.py", "full=models/run hub=models/arms/hub_frozen/run "
+             "--measures nll -o results/layer-ablation/runs.json"),
     _command("token_ids", "lsn/load_oscar.py", "--max-concurrent 1"),
     _command("counts", "lsn/activation.py", "--save-every 0"),
     _command("identify", "lsn/identify.py"),
