@@ -65,7 +65,7 @@ def study(tmp_path):
     found, facts = Study.find(tmp_path / "s.yaml"), refs.model(tmp_path / "base").describe()
     head = {"models": {"model": facts, "base": facts}, "n_layers": 8}
     split = {"interface_layers": [0, 1, 7], "splits": {"published": {"interface_layers": [0, 1, 7]},
-             "unit": {"interface_layers": [0, 2]}}}  # fmt: skip
+             "unit": {"interface_layers": [0, 2]}, "mexa_last": {"interface_layers": None}}}  # fmt: skip
     results.write_json(found.result("layers"), split, results.header("layer-specialize", **head))
     rows = {f"layer_{i}": {"attention_mean": 1.0 + (i in (3, 7)), "ffn_mean": 0.5} for i in range(8)}
     results.write_json(
