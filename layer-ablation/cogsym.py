@@ -158,8 +158,7 @@ def main(argv=None) -> None:
     other = beside.name(study, args.base) or (f"share-{args.share:g}" if args.share != 0.25 else "")
     output = study.output(args.output, "--output", "cogsym", other)
     others, files = others_of(study.plain, args, place, len(layers))
-    told = {step: {"file": str(path), "sha256": results.file_sha256(path)} for step, path in files.items()}
-    request = {"model": base.describe(), "share": args.share, "files": told}
+    request = {"model": base.describe(), "share": args.share, "others": others}
     if results.finished(output, SCHEMA, request, "another -o", args.overwrite):
         cli.say(f"{output} is finished, from the same request: kept (--overwrite redoes it)")
         return
