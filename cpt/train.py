@@ -208,7 +208,8 @@ def finish(run: Path, config: dict, settings: dict, trainer, tokens: dict) -> No
     """Write the record of the run and remove what only a killed one needs."""
     seconds = trainer.seconds()
     # Apart from the record, which is the same in every rerun.
-    results.write_json(run / "timing.json", {"seconds": round(seconds, 1)}, results.header("cpt-training-time"))
+    timing = {"seconds": round(seconds, 1), "seconds_per_step": trainer.seconds_per_step()}
+    results.write_json(run / "timing.json", timing, results.header("cpt-training-time"))
     payload = {
         "steps": config["steps"],
         "checkpoints": config["save_steps"],

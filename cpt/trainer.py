@@ -78,18 +78,18 @@ class Training(Trainer):
         self.step_seconds = record.get("step_seconds", [])
 
     def cost(self) -> dict:
-        """What the run took, of one process: bytes of the optimizer's state, the median of its steps' seconds.
-
-        A step's seconds are those of its forward and backward passes and its update, without what is saved behind it.
-        """
+        """What the run took beside time; of the optimizer's state the bytes of one process."""
         held = [value for own in self.optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
         return {
             "parameters": self.n_parameters,
             "trainable_parameters": self.n_trained,
             "optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
-            "seconds_per_step": round(statistics.median(self.step_seconds), 6),
             "n_steps": len(self.losses),
         }
+
+    def seconds_per_step(self) -> float:
+        """The median over steps of forward and backward passes and update, without what is saved behind it."""
+        return round(statistics.median(self.step_seconds), 6)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

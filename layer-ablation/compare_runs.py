@@ -49,11 +49,12 @@ DRAWS = 2000  # of the intervals over units; of several seeds there are none
 
 
 def cost(run: Path | None, row: dict) -> dict:
-    """COSTS of a run, None where neither its train.json nor `row`, of arms.json, says them."""
-    found = {}
+    """COSTS of a run, None where neither its train.json and timing.json nor `row`, of arms.json, say them."""
+    found: dict = {}
     if run is not None and (run / "train.json").is_file():
-        payload, head = results.read_json(run / "train.json", trainings.SCHEMA)
-        found = payload.get("cost") or head.get("cost") or {}
+        found |= results.read_json(run / "train.json", trainings.SCHEMA)[1].get("cost") or {}
+        if (run / "timing.json").is_file():
+            found |= results.read_json(run / "timing.json", "cpt-training-time")[0]
     told = {key: found.get(key, row.get(key)) for key in COSTS}
     if found.get("trainable_parameters") and found.get("parameters"):
         told["share_of_parameters"] = found["trainable_parameters"] / found["parameters"]

@@ -188,9 +188,11 @@ def a_run(place, name: str, seed: int, trained: dict | None = None, cost: dict |
     save_tiny("llama", place / name / "checkpoint-3", seed=seed)
     settings = {"from": {"weights_sample": start}, "steps": 3, "seed": 1, "block_size": 8, "batch_size": 2,
                 "sources": [{"name": "a"}], "learning_rate": 1e-3} | other  # fmt: skip
-    payload = {"settings": settings} | ({"cost": cost} if cost else {})
-    facts = {"trained": trained} if trained else {}
-    results.write_json(place / name / "train.json", payload, results.header("cpt-training", **facts))
+    facts = ({"trained": trained} if trained else {}) | ({"cost": cost} if cost else {})
+    results.write_json(place / name / "train.json", {"settings": settings}, results.header("cpt-training", **facts))
+    if cost:
+        timing = {"seconds": 2.0, "seconds_per_step": 0.5}
+        results.write_json(place / name / "timing.json", timing, results.header("cpt-training-time"))
     return str(place / name)
 
 
@@ -203,7 +205,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     save_tiny("llama", place / "base", seed=0)
     (place / "held.txt").write_text("".join(f"the {word} runs home\n" for word in ("dog", "cat", "red", "tree")))
-    paid = {"trainable_parameters": 100, "parameters": 100, "optimizer_bytes": 2**21, "seconds_per_step": 0.5}
+    paid = {"trainable_parameters": 100, "parameters": 100, "optimizer_bytes": 2**21}
     a_run(place, "full", 1, cost=paid)
     a_run(place, "outer", 2, OUTER, paid | {"trainable_parameters": 30, "optimizer_bytes": 2**20}, learning_rate=2e-3)
     return place

@@ -223,8 +223,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, bases, text, tmp_path, mon
             assert files[0].read_bytes() == files[1].read_bytes(), name
     one, two = record(whole), record(tmp_path / "killed")
     costs = [each.pop("_header")["cost"] for each in (one, two)]
-    assert one == two and len(one["losses"]) == 5
-    assert all(cost.pop("seconds_per_step") > 0 for cost in costs) and costs[0] == costs[1]
+    assert one == two and len(one["losses"]) == 5 and costs[0] == costs[1]
+    timings = [json.loads((out / "timing.json").read_text()) for out in (whole, tmp_path / "killed")]
+    assert all(timing["seconds_per_step"] > 0 for timing in timings)
     plain = run(train, bases["llama"], text, tmp_path / "plain", lora={"r": 2, "layers": "first:2",
                 "targets": ["q_proj", "down_proj"]})  # fmt: skip
     assert record(plain)["losses"][1:] != one["losses"][1:]
