@@ -27,6 +27,8 @@ def layers(words, layers: int = N) -> list[int]:
 def test_a_share_of_the_layers_is_rounded_on_each_side():
     assert [layer_sets.per_side(0.25, n) for n in (2, 4, 8, 12, 28, 30, 32)] == [1, 1, 1, 2, 4, 4, 4]
     assert layer_sets.per_side(0.01, 30) == 1 and layer_sets.per_side(1.0, 30) == 15
+    # Halves go up, also where floats fall short of them.
+    assert [layer_sets.per_side(p, n) for p, n in ((0.58, 50), (0.7, 90), (0.29, 100))] == [15, 32, 15]
     assert layers("outer:0.25", 30) == [0, 1, 2, 3, 26, 27, 28, 29]
     assert layers("inner:0.25", 30) == list(range(4, 26))
     assert layers("outer:1", 5) == [0, 1, 2, 3, 4]
