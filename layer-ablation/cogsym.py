@@ -155,9 +155,10 @@ def main(argv=None) -> None:
     known = relatives.of([base], study.get("base"), study.plain.get("run")) if study else None
     place = layer_sets.Place(base.config(), study.plain, known)
     layers = chosen(args.share, place)
-    other = beside.name(study, args.base) or (f"share-{args.share:g}" if args.share != 0.25 else "")
-    output = study.output(args.output, "--output", "cogsym", other)
-    others, files = others_of(study.plain, args, place, len(layers))
+    other = beside.name(study, args.base)
+    own = Study() if other else study.plain  # its files are about its own base
+    output = study.output(args.output, "--output", "cogsym", other or f"share-{args.share:g}" * (args.share != 0.25))
+    others, files = others_of(own, args, place, len(layers))
     request = {"model": base.describe(), "share": args.share, "others": others}
     if results.finished(output, SCHEMA, request, "another -o", args.overwrite):
         cli.say(f"{output} is finished, from the same request: kept (--overwrite redoes it)")

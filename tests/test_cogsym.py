@@ -114,6 +114,13 @@ def test_without_a_study_the_configuration_is_enough(script, study, tmp_path):
     assert payload["layers"] == [0, 7] and payload["overlaps"] == {} and not out.with_suffix(".png").exists()
 
 
+def test_another_base_is_not_compared_with_the_lists_of_the_study(script, study, tmp_path):
+    save_tiny("llama", tmp_path / "other", layers=12)
+    script.main(["--study", str(study.path), "--base", str(tmp_path / "other"), "-o", str(tmp_path / "out.json")])
+    payload = results.read_json(tmp_path / "out.json")[0]
+    assert payload["layers"] == [0, 1, 10, 11] and payload["overlaps"] == {}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
