@@ -64,7 +64,8 @@ def compare(arm, base, plain, sign: int, seed: int) -> dict:
     found = {"share": None, "minus_plain": {"value": float(change.mean()), "ci_low": low, "ci_high": high}}
     if stats.bootstrap_mean(gain.round(9), seed)[0] > 0:  # equal hits are no gain by their last bit
         own, weights = sign * (arm - base), stats.resample_weights(len(gain), seed, 2000)
-        low, high = np.quantile((weights @ own) / (weights @ gain), (0.025, 0.975))
+        with np.errstate(divide="ignore", invalid="ignore"):  # of few units a resample may hold no gain at all
+            low, high = np.nanquantile((weights @ own) / (weights @ gain), (0.025, 0.975))
         share = float(own.sum() / gain.sum())
         found["share"] = {"value": share, "ci_low": float(low), "ci_high": float(high)}
     return found
@@ -322,8 +323,9 @@ def draw(path: Path, payload: dict) -> None:
 
 
 def drawn(what: dict, seed: int) -> dict:
-    """The keys of an arm with the run's seed at the end of their words as a study writes it, {seed}."""
-    return expand(what, lambda text: re.sub(rf":{seed}(?=$|/)", ":{seed}", text))
+    """The keys of an arm with the run's seed as a study writes it, {seed}: at the end of words, anywhere in paths."""
+    in_words, in_paths = rf"(?<=:){seed}(?=$|/)", rf"(?<!\d)(?<!\d\.){seed}(?!\.?\d)"
+    return expand(what, lambda text: re.sub(in_paths if ".json" in text else in_words, "{seed}", text))
 
 
 def over_seeds(found: dict[int, dict]) -> dict:

@@ -284,6 +284,20 @@ def test_an_arm_may_be_lora(script, place, blocks):
     }
 
 
+def test_a_resample_without_gain_takes_no_interval_away(script):
+    """Ten sentences, of which CPT gained four: some of 2,000 resamples hold none of these."""
+    base, plain = np.zeros(10), np.repeat([0.0, 1.0], (6, 4))
+    share = script.compare(base, base, plain, 1, 42)["share"]
+    assert share == {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0}
+
+
+def test_seeds_in_the_paths_of_files_are_no_difference(script):
+    what = {"train_only": "results/0.5/seed-1/layer-ablation/cogsym.json/ffn"}
+    assert script.drawn(what, 1) == {"train_only": "results/0.5/seed-{seed}/layer-ablation/cogsym.json/ffn"}
+    assert script.drawn({"freeze": "hub:r10/1.json"}, 1) == {"freeze": "hub:r10/{seed}.json"}
+    assert script.drawn({"train_only": "outer:0.25"}, 0) == {"train_only": "outer:0.25"}
+
+
 def test_seeds_side_by_side(script, place, tmp_path):
     """Made-up results of three seeds, one of which gained nothing."""
     study = with_arms(place, "seeds.yaml", middle={"train_only": [1]})
