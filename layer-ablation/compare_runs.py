@@ -195,13 +195,15 @@ def named(given: list[str]) -> dict[str, str]:
     """NAME=RUN, or RUN, which is called as its folder, by name; the first is the full one.
 
     Raises:
-        InputError: two of one name, or one alone.
+        InputError: two of one name, one without, or one alone.
     """
     found: dict[str, str] = {}
     for text in given:
         name, equals, run = text.partition("=")
         if not equals or os.path.exists(text):
             name, run = Path(text).name, text
+        if not name:
+            raise InputError(f"{text}: give the run a name, NAME=RUN")
         if name in found or name in ("base", "plain"):
             raise InputError(f"{text}: another model is called {name}; give the run a name, NAME={run}")
         found[name] = run
@@ -222,6 +224,8 @@ def measured(args, study: Study, given: dict[str, str], output: Path) -> tuple |
     found = {name: refs.model(spec) if name == "base" else refs.run(spec)[-1] for name, spec in specs.items()}
     folders = {name: record_of(ref) for name, ref in found.items() if name != "base"}
     wanted, asked, trained = trainings.settings_of_plain(folders["plain"]), {}, {}
+    if "full" in others:
+        raise InputError(f"{given['full']} is not the first run, which is called full in every table; give NAME=RUN")
     for name, run in folders.items():
         made, what = trainings.settings_of(run)
         if made is None:

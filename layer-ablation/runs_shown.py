@@ -118,21 +118,23 @@ def latex(payload: dict) -> str:
 
 
 def table(payload: dict) -> str:
-    """Every number, a line a run, as CSV; shares as they are, not in percent."""
+    """Every number but those of single seeds, a line a run, as CSV; shares as they are, not in percent."""
     margins = [f"{margin:g}" for margin in payload["margins"]]
-    keys = ("mean", "sd", "gap", "short", "short_low", "short_high", *(f"p_{margin}" for margin in margins), "gain")
+    keys = ["mean", "sd", *(f"{one}{end}" for one in ("gap", "short") for end in ("", "_low", "_high"))]
+    keys += [*(f"p_{margin}" for margin in margins), "gain", "gain_sd", "gain_n"]
     head = ["run", "trains", "layers", *COSTS, *(f"{m}.{key}" for m in payload["measures"] for key in keys)]
-    lines = [head + [f"within_{margin}" for margin in margins]]
+    lines = [head + [f"within_{margin}{end}" for margin in margins for end in ("", "_p")]]
     for name, run in payload["runs"].items():
         layers = " ".join(map(str, run["layers"] or []))
         line = [called(name), compare_arms.told(run["what"] or {}), layers, *(run["cost"][key] for key in COSTS)]
         for m in payload["measures"]:
             own = run.get("short_of_full", {}).get(m, {"gap": {}, "short": {}, "p": {}})
-            share = own["short"]
-            line += [run["values"][m]["mean"], run["values"][m]["sd"], own["gap"].get("value")]
-            line += [share.get("value"), share.get("ci_low"), share.get("ci_high"), *map(own["p"].get, margins)]
-            line.append(run.get("share_of_gain", {}).get(m, {}).get("mean"))
-        lines.append(line + [run.get("within", {}).get(margin, {}).get("verdict") for margin in margins])
+            gain = run.get("share_of_gain", {}).get(m, {})
+            line += [run["values"][m]["mean"], run["values"][m]["sd"]]
+            line += [own[one].get(key) for one in ("gap", "short") for key in ("value", "ci_low", "ci_high")]
+            line += [*map(own["p"].get, margins), *map(gain.get, ("mean", "sd", "n"))]
+        within = [run.get("within", {}).get(margin, {}) for margin in margins]
+        lines.append(line + [one.get(key) for one in within for key in ("verdict", "p_value")])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()

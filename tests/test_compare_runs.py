@@ -108,6 +108,13 @@ def test_tables_say_what_the_json_says(script):
     rows = list(csv.DictReader(script.runs_shown.table(payload).splitlines()))
     assert [row["run"] for row in rows] == ["full", "base", "outer", "first", "near"]
     assert float(rows[2]["task_accuracy.short"]) == pytest.approx(0.05) and rows[0]["task_accuracy.short"] == ""
+    gap = payload["runs"]["outer"]["short_of_full"]["task_accuracy"]["gap"]
+    assert float(rows[2]["task_accuracy.gap_high"]) == gap["ci_high"] and rows[2]["task_accuracy.gain_n"] == "1"
+    payload = payload_of(script, [0.0, 0.001, 0.002, 0.0, 0.001])
+    row = list(csv.DictReader(script.runs_shown.table(payload).splitlines()))[2]
+    own = payload["runs"]["outer"]
+    assert float(row["within_0.03_p"]) == own["within"]["0.03"]["p_value"]
+    assert float(row["nll_per_byte.gain_sd"]) == own["share_of_gain"]["nll_per_byte"]["sd"]
 
 
 def test_a_score_of_nothing_is_no_share(script):
@@ -257,5 +264,10 @@ def test_what_cannot_be_compared_is_refused(script, place):
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             script.main(arguments(place, *runs))
+    a_run(place, "same", 5)
+    with pytest.raises(InputError, match="full is not the first run, which is called full in every table"):
+        script.main(arguments(place, "same", "full"))
+    with pytest.raises(InputError, match="=outer: give the run a name"):
+        script.main(["full", "=outer", *arguments(place)])
     with pytest.raises(InputError, match=r"every RUN needs \{seed\} in its path"):
         script.main([*arguments(place, "full", "outer"), "--seeds", "1,2"])
