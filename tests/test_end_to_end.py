@@ -199,6 +199,14 @@ def test_nothing_is_left_to_do_until_a_method_is_edited(finished, snakemake, tmp
     assert "is finished" in (clone / "results/tiny/logs/train-base.log").read_text()
 
 
+def test_an_arm_waits_for_the_layers_of_cogsym(clone, tmp_path):
+    text = re.sub(r"^arms:.*\n(  .*\n)*", "", (clone / "demo/tiny.yaml").read_text(), flags=re.M)
+    arms = "arms:\n  outer: {train_only: results/tiny/layer-ablation/cogsym.json}\n"
+    (tmp_path / "arms.yaml").write_text(f"{text}\n{arms}")
+    config = ["--config", f"study={tmp_path / 'arms.yaml'}"]
+    assert "cogsym" in run([*SNAKEMAKE, *config, "--dry-run", "--until", "train_arm"], clone)
+
+
 def test_seeds_side_by_side(finished):
     run("python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds", finished)
     out = finished / "build/try/across-seeds"
