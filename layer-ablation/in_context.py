@@ -37,7 +37,7 @@ class Translation:
     Attributes:
         base, target: [n] sentences each, which are scored.
         shots: (base, target) of the pairs in front of each, others than those scored.
-        other: [n], whose source stands before sentence i in the place of its own; nobody's is their own.
+        other: [n], whose source stands before sentence i in the place of its own: a pair of other sentences.
         form: of the prompt, one of FORMS.
         facts: what a header says of all that.
     """
@@ -109,7 +109,7 @@ def draw(pairs: sources.ParallelText, n_shots: int, n_scored: int | None, form: 
     """`n_shots` of the pairs, drawn at random, and of the others the first `n_scored`; shots stay whatever that is.
 
     Raises:
-        InputError: fewer than two pairs are left beside the shots.
+        InputError: fewer than two pairs are left beside the shots, or all of them are of one sentence.
     """
     drawn = random.Random(f"{seed}/shots").sample(range(len(pairs)), min(n_shots, len(pairs)))
     shown = {text for i in drawn for text in (pairs.base[i], pairs.target[i])}
@@ -120,17 +120,31 @@ def draw(pairs: sources.ParallelText, n_shots: int, n_scored: int | None, form: 
             "--shots, or more pairs"
         )
     order = random.Random(f"{seed}/shuffled").sample(range(len(left)), len(left))
-    other = dict(zip(order, [*order[1:], order[0]], strict=True))  # one cycle: nobody keeps the own
+    following = dict(zip(order, [*order[1:], order[0]], strict=True))  # one cycle: nobody keeps the own
+    other = [_other(i, following, [(pairs.base[at], pairs.target[at]) for at in left]) for i in range(len(left))]
     described = {key: pairs.describe()[key] for key in ("pairs_sha256", "n_available")}
     facts = {"prompt": form, "shots": [pairs.ids[i] for i in drawn], "scored": len(left), "data": described}
     return Translation(
         base=[pairs.base[i] for i in left],
         target=[pairs.target[i] for i in left],
         shots=[(pairs.base[i], pairs.target[i]) for i in drawn],
-        other=[other[i] for i in range(len(left))],
+        other=other,
         form=form,
         facts=facts,
     )
+
+
+def _other(i: int, following: dict[int, int], pairs: list[tuple[str, str]]) -> int:
+    """The next in the cycle with neither sentence of pair `i`: of a sentence that repeats, a copy is its own source."""
+    at = following[i]
+    while at != i and any(mine == theirs for mine, theirs in zip(pairs[i], pairs[at], strict=True)):
+        at = following[at]
+    if at == i:
+        raise InputError(
+            f"every pair to score has a sentence in common with {' / '.join(pairs[i])!r}, so that none is another's "
+            "source; give more pairs"
+        )
+    return at
 
 
 def _greedy(

@@ -31,7 +31,8 @@ class Retention:
 
     Attributes:
         gain: `value, ci_low, ci_high` of s(C) - s(B), more being better.
-        r, drawn: R [models], and in every resample [draws, models]; None where it is undefined.
+        r, drawn: R [models], and in every resample [draws, models], NaN in one without a gain; None where R is
+            undefined.
     """
 
     def __init__(self, units, base: int, target: int, higher_is_better: bool, seed: int):
@@ -42,7 +43,9 @@ class Retention:
         self.r = self.drawn = None
         if self.gain["ci_low"] > 0 or self.gain["ci_high"] < 0:
             self.r = (means - means[base]) / (means[target] - means[base])
-            self.drawn = (drawn - drawn[:, [base]]) / (drawn[:, [target]] - drawn[:, [base]])
+            gains = drawn[:, [target]] - drawn[:, [base]]
+            gains[gains == 0] = np.nan  # of few hits a resample may hold no gain at all, and so no share of it
+            self.drawn = (drawn - drawn[:, [base]]) / gains
 
     def at(self, rows: list[list[int]]) -> list[list]:
         """[[k, R or None], ..] of the points [[k, model], ..] of a sweep."""
@@ -52,12 +55,12 @@ class Retention:
         """[[k, low, high], ..] of the same points; [] where R is undefined."""
         if self.drawn is None:
             return []
-        ends = np.quantile(self.drawn[:, [model for _, model in rows]], (0.025, 0.975), axis=0).T
+        ends = np.nanquantile(self.drawn[:, [model for _, model in rows]], (0.025, 0.975), axis=0).T
         return [[k, *map(float, pair)] for (k, _), pair in zip(rows, ends, strict=True)]
 
 
 def with_interval(value, drawn) -> dict:
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
     return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
 
 

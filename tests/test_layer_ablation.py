@@ -203,6 +203,20 @@ def test_shots_are_other_sentences_and_stay_whatever_is_scored():
         translation(n=3)
 
 
+def test_another_source_is_of_another_sentence_where_sentences_repeat():
+    """Captions and made-up worlds repeat sentences: a copy's source would be the own one, and no floor."""
+    base, target = [*"aabcabcdef"], [*"0012233456"]
+    pairs = sources.ParallelText(base, target, [str(i) for i in range(10)], 10)
+    for seed in range(20):
+        drawn = CONTEXT.draw(pairs, 1, None, "pairs", seed)
+        for i, other in enumerate(drawn.other):
+            assert drawn.base[i] != drawn.base[other] and drawn.target[i] != drawn.target[other]
+    same = sources.ParallelText(["x", *"aaaa"], list("56789"), list("01234"), 5)
+    seed = next(seed for seed in range(100) if random.Random(f"{seed}/shots").sample(range(5), 1) == [0])
+    with pytest.raises(InputError, match="every pair to score has a sentence in common"):
+        CONTEXT.draw(same, 1, None, "pairs", seed)
+
+
 def test_greedy_translations_are_those_of_one_prompt_at_a_time(shared):
     model = loading.load_model(refs.model(shared / "base"), torch.float64, torch.device("cpu"))
     pairs, tokenizer = translation(scored=3, shots=1), tiny_tokenizer()
@@ -283,6 +297,17 @@ def test_areas_depth_and_specialisation_of_known_curves():
     for points, (k, r) in zip(SIDES["insert_in"], same["retention"]["insert_in"]["perception"], strict=True):
         assert points[0] == k and r == pytest.approx(k / N, abs=0.05)
     assert same["retention"]["insert_in"]["perception"][0] == [0, 0] and len(same["intervals"]["insert_in"]) == 4
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_hits_have_intervals():
+    """A resample of which no row is one that the checkpoint gained has no share of the gain; the others have."""
+    hits = [[0.0] * 20, [1.0] * 4 + [0.0] * 16, [1.0] * 2 + [0.0] * 18]
+    found = RETENTION.Retention(hits, 0, 1, True, seed=0)
+    assert found.gain["ci_low"] > 0 and np.isnan(found.drawn).any()
+    assert found.intervals([[0, 0], [1, 2], [2, 1]]) == [[0, 0, 0], [1, 0, 1], [2, 1, 1]]
+    own = RETENTION.summary(found, ([[0, 0], [1, 2], [2, 1]], [[0, 0], [1, 0], [2, 1]]), 2)["A"]
+    assert 0 == own["ci_low"] < own["value"] < own["ci_high"] == 0.5
 
 
 def test_cuts_show_what_parts_need_each_other_for():
