@@ -74,20 +74,23 @@ def models_of(
 ) -> tuple[list[Condition], dict[str, list[list[int]]]]:
     """B, C and every other distinct set of blocks once, named by its first sweep; and the sweeps' points [k, model].
 
-    With C's embeddings, norm and head all blocks of C are C itself; with B's no block of C is B.
+    With C's embeddings, norm and head all blocks of C are C itself; with B's no block of C is B. A block that has
+    nothing of the component is the same in both.
     """
     everything, own = tuple(range(pair.n_layers)), {"kept": list(range(pair.n_layers))}
     found = [Condition("base", {}, facts={"kept": []}, of="base"), Condition("target", {}, facts=own)]
+    alike = {*everything} - {*(everything if component == "all" else components.layers_having(pair.config)[component])}
     same = {everything: 1} if io == "cpt" else {(): 0} if component == "all" else {}
     swapper, made = in_memory.Swapper(pair), components.Recipes(pair)
     numbered: dict[str, list[list[int]]] = {}
     for name, rows in sweeps.items():
         for k, kept in rows:
-            if kept not in same:
-                same[kept] = len(found)
+            whole = tuple(sorted({*kept} | alike))
+            if whole not in same:
+                same[whole] = len(found)
                 edits = recipe(pair, made, kept, component, io)
                 found.append(swapper.condition(f"{name}({k})", edits, kept=list(kept)))
-            numbered.setdefault(name, []).append([k, same[kept]])
+            numbered.setdefault(name, []).append([k, same[whole]])
     return found, numbered
 
 
@@ -139,8 +142,9 @@ def payload_of(records: list[dict], sweeps: dict[str, list[list[int]]], n: int, 
         name: retention.Retention([row["units"][name] for row in records], 0, 1, retention.MEASURES[name], seed)
         for name in records[0]["units"]
     }
-    both = ("insert_in", "insert_out")
-    sides = tuple(sweeps[name] for name in both) if set(both) <= set(sweeps) else None
+    sides = tuple(sweeps.get(name, []) for name in ("insert_in", "insert_out"))
+    if min(map(len, sides)) < 3:  # between the ends, which both sides share, nothing was measured
+        sides = None
     floor = retention.floor(records[1]["units"], seed)
     return {
         "conditions": [{key: value for key, value in row.items() if key != "units"} for row in records],

@@ -94,7 +94,7 @@ def summary(found: Retention, sides: tuple[list, list] | None, n: int) -> dict:
     function.
 
     Args:
-        sides: points of insert_in and insert_out; None where they were not measured.
+        sides: points of insert_in and insert_out; None where they, or any between their ends, were not measured.
     """
     keys = ("auc_in", "auc_out", "depth_at_half_in", "depth_at_half_out", "A", "marginal_in", "marginal_out", "cuts")
     out = {"gain": found.gain} | dict.fromkeys(keys)
@@ -133,7 +133,7 @@ def specialisation(
         lost = kept[worse[0] + suffix].gain["ci_high"] < 0
         why = f"CPT made {worse[0]} worse" if lost else f"that CPT gained anything in {worse[0]} is not clear"
     elif sides is None:
-        why = "it needs the sweeps insert_in and insert_out"
+        why = "it needs the sweeps insert_in and insert_out, with points between their ends"
     else:
         both = [kept[name + suffix] for name in FUNCTIONS]
         one, other = (asymmetry(found, sides) for found in both)

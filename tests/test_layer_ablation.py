@@ -156,6 +156,22 @@ def test_a_sweep_from_both_sides_is_2n_models_each_measured_once(shared, monkeyp
         assert len(set(kept)) == len(kept)
 
 
+def test_of_layers_without_attention_no_model_is_measured_twice(tmp_path):
+    """Attention put back where there is none changes nothing: LFM2 has convolutions in its place."""
+    for seed, name in enumerate(("base", "target")):
+        save_tiny("lfm2", tmp_path / name, seed=seed)
+    with surgery.Pair(tmp_path / "base", tmp_path / "target") as pair:
+        having = {*components.layers_having(pair.config)["attention"]}
+        assert 0 < len(having) < pair.n_layers
+        sweeps = SETS.sweeps(["insert_in", "insert_out"], layer_sets.Place(pair.config), 1)
+        conditions, numbered = SWEEP.models_of(pair, sweeps, "attention", "cpt")
+        reverted = {tuple(sorted(having - {*kept})) for rows in sweeps.values() for _, kept in rows}
+        assert len(conditions) == 1 + len(reverted) == 1 + 2 * len(having)  # C among them, and B
+        for name, rows in sweeps.items():
+            for (k, kept), (at_k, at) in zip(rows, numbered[name], strict=True):
+                assert k == at_k and having & {*conditions[at].facts["kept"]} == having & {*kept}
+
+
 # ---------------------------------------------------------------- translation in context
 
 
@@ -364,8 +380,12 @@ def test_no_specialisation_where_there_is_nothing_to_place():
     assert all(r is None for _, r in found["retention"]["insert_in"]["perception"])
     assert found["summary"]["perception"]["A"] is None
     one_side = SWEEP.payload_of(made_up(share, share), {"insert_in": SIDES["insert_in"]}, N, seed=1)
-    assert one_side["specialisation"]["why"] == "it needs the sweeps insert_in and insert_out"
-    for payload in (mute, worse, found, one_side):
+    ends = {name: [rows[0], rows[-1]] for name, rows in SIDES.items()}  # a stride as long as the stack: A is 0 always
+    ends = SWEEP.payload_of(made_up(share, share), ends, N, seed=1)
+    for payload in (one_side, ends):
+        assert payload["specialisation"]["why"].startswith("it needs the sweeps insert_in and insert_out, with points")
+        assert payload["specialisation"]["value"] is None and payload["summary"]["perception"]["A"] is None
+    for payload in (mute, worse, found, one_side, ends):
         SWEEP.say(payload)
 
 
