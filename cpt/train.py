@@ -18,6 +18,7 @@ GPUs:  accelerate launch cpt/train.py --config my.yaml
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
@@ -53,7 +54,8 @@ def read_config(path: Path, given: dict, seed: int | None) -> dict:
         cli.say(f"--steps {given['steps']}: checkpoints at {', '.join(map(str, kept))}")
         values["save_steps"] = kept
     if freezing.mode_of(given):  # the command line's part is in the file's place
-        values = {key: value for key, value in values.items() if key not in freezing.MODES}
+        gone = (*freezing.MODES, "io") if given.get("lora") else freezing.MODES  # LoRA has no io to be said of it
+        values = {key: value for key, value in values.items() if key not in gone}
     values |= {key: value for key, value in given.items() if value is not None}
     if seed is None:
         seed = 42 if values.get("seed") is None else values["seed"]
@@ -236,7 +238,10 @@ def step_list(text: str) -> list[int]:
 
 def key_values(text: str) -> dict:
     """`"r=8,layers=0,2"` as {"r": 8, "layers": "0,2"}, for argparse."""
-    found = dict(piece.split("=", 1) for piece in re.split(r",(?=\w+=)", text))
+    pieces = [piece.split("=", 1) for piece in re.split(r",(?=\w+=)", text)]
+    if any(len(piece) < 2 for piece in pieces) or len({key for key, *_ in pieces}) < len(pieces):
+        raise argparse.ArgumentTypeError(f"{text!r}: write each key once and its value, like r=8,layers=outer:0.25")
+    found = dict(pieces)
     for key, value in found.items():
         with contextlib.suppress(ValueError):
             found[key] = json.loads(value)

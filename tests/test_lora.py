@@ -269,6 +269,19 @@ def test_runs_are_kept_by_what_decides_them(train, bases, text, tmp_path, capsys
     assert "lora" not in record(out)["settings"]
 
 
+def test_the_command_line_has_its_lora_in_the_place_of_what_the_file_trains(train, bases, text, tmp_path, capsys):
+    """The file's io belongs to the file's part; a key that is said twice, or without a value, is refused."""
+    base, out = bases["llama"], tmp_path / "run"
+    run(train, base, text, out, "--lora", "r=2", steps=1, save_steps=[1], train_only="0", io="trained")
+    assert {"lora"} == {*record(out)["settings"]} & {"lora", "train_only", "io"}
+    for words in ("8", "r=2,r=3", "r=2,layers=0,layers=1", ""):
+        with pytest.raises(SystemExit) as stopped:
+            run(train, base, text, tmp_path / "bad", "--lora", words)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and f"--lora: {words!r}: write each key once and its value, like r=8" in error
+    assert not [*(tmp_path / "bad").iterdir()]
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
