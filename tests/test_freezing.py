@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers import bits, load_script, read_tensors, save_tiny
+from short_training import record, run, write_text
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
@@ -49,26 +48,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "a.txt"
-    path.write_text("\n".join(f"the {word} runs home at {word}" for word in ["red", "dog", "cat", "night", "sun"] * 6))
-    return path
-
-
-def run(train, base: Path, text: Path, out: Path, *flags: str, **changes) -> Path:
-    values = {
-        "from": str(base), "sources": [{"name": "a", "weight": 1, "files": str(text)}], "block_size": 16,
-        "batch_size": 2, "steps": 5, "learning_rate": 1e-2, "weight_decay": 0.5, "save_steps": [2, 5],
-        "state_every": 3, "dtype_on_disk": "float32",
-    }  # fmt: skip
-    out.mkdir(exist_ok=True)
-    config = out.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(values | changes))
-    train.main(["--config", str(config), "--output-dir", str(out), *flags])
-    return out
-
-
-def record(out: Path) -> dict:
-    return json.loads((out / "train.json").read_text())
+    return write_text(tmp_path_factory.mktemp("text") / "a.txt")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+import short_training
 from helpers import EVERY_ARCHITECTURE, bits, load_script, read_tensors, save_tiny
+from short_training import record, write_text
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
@@ -108,11 +110,10 @@ def train():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "a.txt"
-    path.write_text("\n".join(f"the {word} runs home at {word}" for word in ["red", "dog", "cat", "night", "sun"] * 6))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "a.txt")
 
 
+run = functools.partial(short_training.run, weight_decay=0.1)
 DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 TARGETS = {"llama": "all", "gemma3_text": "ffn", "gpt2": "all", "mixtral": "attention"}
 
@@ -123,23 +124,6 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     more = {"gpt2": DROPOUT, "gemma3_text": {"tie_word_embeddings": True}}
     return {kind: save_tiny(kind, folder / kind, **more.get(kind, {})) for kind in TARGETS}
-
-
-def run(train, base: Path, text: Path, out: Path, *flags: str, **changes) -> Path:
-    values = {
-        "from": str(base), "sources": [{"name": "a", "weight": 1, "files": str(text)}], "block_size": 16,
-        "batch_size": 2, "steps": 5, "learning_rate": 1e-2, "weight_decay": 0.1, "save_steps": [2, 5],
-        "state_every": 3, "dtype_on_disk": "float32",
-    }  # fmt: skip
-    out.mkdir(exist_ok=True)
-    config = out.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(values | changes))
-    train.main(["--config", str(config), "--output-dir", str(out), *flags])
-    return out
-
-
-def record(out: Path) -> dict:
-    return json.loads((out / "train.json").read_text())
 
 
 @pytest.mark.parametrize("kind", list(TARGETS))
