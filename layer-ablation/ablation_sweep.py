@@ -29,7 +29,7 @@ from cpt_utils.base import cli, languages, processes, results, sources
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study, dotted
-from cpt_utils.checkpoints import beside, identity, refs, tokenization, tokenizer_id
+from cpt_utils.checkpoints import beside, identity, tokenization, tokenizer_id
 from cpt_utils.interventions import components, in_memory, surgery
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import conditions, evaluation, layer_sets
@@ -265,10 +265,7 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    base = cli.named(args.base, args.named_base, "BASE and --base")
-    run = cli.named(args.target, args.named_run, "TARGET and --run")
-    base_ref = refs.model(study.value(base, "BASE", "base"))
-    target = beside.model_or_last(study, args.target, args.named_run, "TARGET", args.steps)
+    base, run, base_ref, target = beside.pair_asked_for(study, args)
     other = [beside.name(study, base, run, args.steps, args.limit, last=True)]
     other += ["" if args.component == "all" else args.component, "" if args.io == "cpt" else "io-base"]
     output = study.output(args.output, "-o", "layer_ablation", dotted(*other))
@@ -294,14 +291,13 @@ def measure(pair, bench: Bench, wanted: list[Condition], sweeps, facts: dict, ou
 
     def load(role: str):
         tokenizers[role] = tokenization.load_tokenizer(models[role], home, pair.base_ref)
-        model = loading.load_model(models[role], dtype, process.device, process.device_map)
-        loading.announce(model, models[role])
+        model = loading.load_for(process, models[role], dtype)
         if bench.translation:
             bench.translation.refuse_long(model, tokenizers[role])
         return model
 
     def measured(model, one: Condition) -> dict:
-        return bench.on(model, pair.arch, tokenizers[one.of], f"{one.name}")
+        return bench.on(model, pair.arch, tokenizers[one.of], one.name)
 
     def write(records: list[dict], request: dict) -> None:
         payload = payload_of(records, sweeps, pair.n_layers, study.seed)
@@ -326,9 +322,8 @@ def say(payload: dict) -> None:
     for name, row in payload["summary"].items():
         said, gain = f"{name}: {base['values'][name]:.4f} base, {target['values'][name]:.4f} checkpoint", row["gain"]
         if row["A"]:
-            said += (
-                f"; area from the input {row['auc_in']:.2f}, from the output {row['auc_out']:.2f}, A {_shown(row['A'])}"
-            )
+            areas = f"area from the input {row['auc_in']:.2f}, from the output {row['auc_out']:.2f}"
+            said += f"; {areas}, A {_shown(row['A'])}"
         elif gain["ci_low"] <= 0 <= gain["ci_high"]:
             said += "; that CPT changed it is not clear, so no share of the gain is given"
         cli.say(said)

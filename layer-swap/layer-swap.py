@@ -24,7 +24,7 @@ from pathlib import Path
 from cpt_utils.base import cli, processes, results, sources
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, refs
+from cpt_utils.checkpoints import beside
 from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.measures import controls, evaluation, gate, layer_lists, matched, swap_figure
 from cpt_utils.measures.trial import Trial
@@ -156,10 +156,7 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    base = cli.named(args.base, args.named_base, "BASE and --base")
-    run = cli.named(args.target, args.named_run, "TARGET and --run")
-    base_ref = refs.model(study.value(base, "BASE", "base"))
-    target = beside.model_or_last(study, args.target, args.named_run, "TARGET", args.steps)
+    base, run, base_ref, target = beside.pair_asked_for(study, args)
     limit = args.limit if args.controls or args.in_memory else None
     out = study.output(args.output, "-o", "layer_swap", beside.name(study, base, run, args.steps, limit, last=True))
     on_disk.refuse_foreign(out, OURS, "a layer swap", "-o")

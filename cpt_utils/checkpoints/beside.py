@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cpt_utils.base import languages
+from cpt_utils.base import cli, languages
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import refs
@@ -42,6 +42,14 @@ def name(study: Study, base=None, run=None, steps=None, limit=None, lang=None, l
 def model_or_last(study: Study, model: str | None, run: list[str] | None, flag: str, steps) -> refs.ModelRef:
     """`model`; where none is given the last checkpoint, or that of `steps`, of `run`, or else of the study's run."""
     return refs.model(model) if model else refs.run(study.value(run, flag, "run"), steps)[-1]
+
+
+def pair_asked_for(study: Study, args) -> tuple[str | None, list[str] | None, refs.ModelRef, refs.ModelRef]:
+    """Of BASE, TARGET, --base, --run and --steps: base and run as they were named, for `name`; the models meant."""
+    base = cli.named(args.base, args.named_base, "BASE and --base")
+    run = cli.named(args.target, args.named_run, "TARGET and --run")
+    base_ref = refs.model(study.value(base, "BASE", "base"))
+    return base, run, base_ref, model_or_last(study, args.target, args.named_run, "TARGET", args.steps)
 
 
 def run_asked_for(study: Study, named_run: list[str] | None):
