@@ -19,12 +19,17 @@ from cpt_utils.measures import layer_sets
 
 runs = cli.sibling("cpt/runs.py")
 
-MODES = ("freeze", "train_only", "lora")
+MODES = runs.MODES
 
 
 def mode_of(values: dict) -> str | None:
     """Which of MODES a training file, an arm or the settings of a run have; None: none."""
     return next((mode for mode in MODES if values.get(mode) is not None), None)
+
+
+def usual_io(mode: str | None) -> str:
+    """What embeddings, final norm and head do where nothing is said of them."""
+    return "trained" if mode == "freeze" else "frozen"
 
 
 def read(values: dict, place: layer_sets.Place):
@@ -38,7 +43,7 @@ def read(values: dict, place: layer_sets.Place):
         return None
     if mode == "lora":
         return cli.sibling("cpt/lora.py").read(values[mode], place)
-    io = values.get("io") or ("trained" if mode == "freeze" else "frozen")
+    io = values.get("io") or usual_io(mode)
     return Choice(mode, layer_sets.read(values[mode], place), io == "trained")
 
 

@@ -17,7 +17,8 @@ from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import formats, step_names
 
 SCHEMA = "cpt-training"
-OWN = ("freeze", "train_only", "lora", "io", "save_steps")  # of a run's settings, those in which an arm differs
+MODES = ("freeze", "train_only", "lora")  # how a run leaves a part of the model as it is
+OWN = (*MODES, "io", "save_steps")  # of a run's settings, those in which an arm differs
 BATCHES = ("from", "tokenizer", "sources", "block_size", "batch_size", "steps", "seed")  # those that say what it saw
 CONFIGS = ("config.json", formats.ADAPTER_CONFIG)  # what makes a folder a model's, or an adapter's
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", *CONFIGS, "generation_config.json")

@@ -27,7 +27,7 @@ from cpt_utils.checkpoints import refs
 from cpt_utils.measures import evaluation, verdicts
 from cpt_utils.measures.verdicts import Verdict, within
 
-compare_arms, trainings = cli.sibling("cpt/compare_arms.py"), cli.sibling("cpt/runs.py")
+compare_arms, trainings, freezing = (cli.sibling(f"cpt/{n}.py") for n in ("compare_arms", "runs", "freezing"))
 claims, interventions, evidence = (cli.sibling(f"report/{n}.py") for n in ("claims", "interventions", "evidence"))
 runs_shown, c7 = cli.sibling("layer-ablation/runs_shown.py"), cli.sibling("report/claims/c7.py")
 
@@ -258,8 +258,8 @@ def record_of(ref: refs.ModelRef) -> Path:
 
 def what_of(trained: dict) -> dict:
     """What an arm's keys in a study would be, from what a record says was trained."""
-    mode = next((mode for mode in ("freeze", "train_only", "lora") if mode in trained), None)
-    usual = "trained" if mode == "freeze" else "frozen"
+    mode = freezing.mode_of(trained)
+    usual = freezing.usual_io(mode)
     what = {mode: trained["words"]} if mode else {}
     return what | ({"io": trained["io"]} if trained.get("io", usual) != usual else {})
 

@@ -12,7 +12,7 @@ from cpt_utils.measures import controls, matched, trial
 from cpt_utils.measures.matched import ENOUGH, depth_and_seams
 from cpt_utils.measures.verdicts import number, over_units
 
-evidence = cli.sibling("report/evidence.py")
+evidence, freezing = cli.sibling("report/evidence.py"), cli.sibling("cpt/freezing.py")
 
 WORDS = {
     "retrieval_readout": "retrieval", "retrieval_mean": "retrieval over layers", "nll_per_byte": "loss",
@@ -183,7 +183,7 @@ class Arms:
         key = STEP_2.get(part.partition("/")[0])
         for name, row in self.models.items():
             asked = row.get("what") or {}
-            done, usual = str(asked.get(mode)), "trained" if mode == "freeze" else "frozen"
+            done, usual = str(asked.get(mode)), freezing.usual_io(mode)
             if (done == part or (part.endswith(":") and done.startswith(part))) and asked.get("io") in (None, usual):
                 if key and "layers" in row and self.refuse:
                     self.refuse(self.file.path, row["layers"], "layers", key)
