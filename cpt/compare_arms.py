@@ -64,8 +64,7 @@ def compare(arm, base, plain, sign: int, seed: int) -> dict:
     found = {"share": None, "minus_plain": {"value": float(change.mean()), "ci_low": low, "ci_high": high}}
     if stats.bootstrap_mean(gain.round(9), seed)[0] > 0:  # equal hits are no gain by their last bit
         own, weights = sign * (arm - base), stats.resample_weights(len(gain), seed, 2000)
-        with np.errstate(divide="ignore", invalid="ignore"):  # of few units a resample may hold no gain at all
-            low, high = np.nanquantile((weights @ own) / (weights @ gain), (0.025, 0.975))
+        low, high = stats.interval(stats.shares(weights @ own, weights @ gain))
         share = float(own.sum() / gain.sum())
         found["share"] = {"value": share, "ci_low": float(low), "ci_high": float(high)}
     return found

@@ -43,9 +43,7 @@ class Retention:
         self.r = self.drawn = None
         if self.gain["ci_low"] > 0 or self.gain["ci_high"] < 0:
             self.r = (means - means[base]) / (means[target] - means[base])
-            gains = drawn[:, [target]] - drawn[:, [base]]
-            gains[gains == 0] = np.nan  # of few hits a resample may hold no gain at all, and so no share of it
-            self.drawn = (drawn - drawn[:, [base]]) / gains
+            self.drawn = stats.shares(drawn - drawn[:, [base]], drawn[:, [target]] - drawn[:, [base]])
 
     def at(self, rows: list[list[int]]) -> list[list]:
         """[[k, R or None], ..] of the points [[k, model], ..] of a sweep."""
@@ -55,12 +53,12 @@ class Retention:
         """[[k, low, high], ..] of the same points; [] where R is undefined."""
         if self.drawn is None:
             return []
-        ends = np.nanquantile(self.drawn[:, [model for _, model in rows]], (0.025, 0.975), axis=0).T
+        ends = stats.interval(self.drawn[:, [model for _, model in rows]], axis=0).T
         return [[k, *map(float, pair)] for (k, _), pair in zip(rows, ends, strict=True)]
 
 
 def with_interval(value, drawn) -> dict:
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    low, high = stats.interval(drawn)
     return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
 
 
@@ -125,10 +123,8 @@ def specialisation(
     if not floor:
         why = "translation in context was not measured"
     elif silent:
-        why = (
-            f"the checkpoint does not translate in context: its {silent[0]} with the own source is not clearly better "
-        )
-        why += "than with another sentence's"
+        better = "with the own source is not clearly better than with another sentence's"
+        why = f"the checkpoint does not translate in context: its {silent[0]} {better}"
     elif worse:
         lost = kept[worse[0] + suffix].gain["ci_high"] < 0
         why = f"CPT made {worse[0]} worse" if lost else f"that CPT gained anything in {worse[0]} is not clear"

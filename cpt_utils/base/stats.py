@@ -38,6 +38,17 @@ def resample_weights(n: int, seed: int, draws: int) -> np.ndarray:
     return np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws)]).astype(np.float64)
 
 
+def shares(part, whole):
+    """`part` / `whole` in every resample, NaN in one without a gain (`whole` 0): of few units there may be such."""
+    whole = np.where(whole == 0, np.nan, whole)
+    return part / whole
+
+
+def interval(drawn, axis: int | None = None):
+    """The ends of the percentile interval of what resamples gave; NaN, of those without a gain, is left out."""
+    return np.nanquantile(drawn, (0.025, 0.975), axis=axis)
+
+
 def t_mean(values) -> tuple[float, float, float, float]:
     """Mean of `values` [n >= 2], its interval, and the two-sided p that it is not 0, all by Student's t.
 
