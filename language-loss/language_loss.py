@@ -78,10 +78,8 @@ def summarize(units: dict[str, dict[str, list[float]]], seed: int) -> dict[str, 
 
 def table(found: dict[str, dict[str, dict]]) -> str:
     """The result as a table in Markdown, a line for each language and model."""
-    head, lines = (
-        ["language", "step", "documents", "nats per byte", "perplexity per byte", "change against the base"],
-        [],
-    )
+    head = ["language", "step", "documents", "nats per byte", "perplexity per byte", "change against the base"]
+    lines = []
     for lang, models in found.items():
         for name, row in models.items():
             change = row.get("change")

@@ -97,9 +97,8 @@ def others_of(study: Study, args, place: layer_sets.Place, k: int) -> tuple[dict
         models = None if args.layer_selection else place.models
         found["interface"], payload, head = layer_lists.read_layers(path, "interface", place.n_layers, models)
         for measure, split in (payload.get("splits") or {}).items():
-            if (
-                measure != head.get("measure", "published") and split["interface_layers"]
-            ):  # of a flat curve there are none
+            # The split by the study's own curve is the list above; of a flat curve there is none.
+            if measure != head.get("measure", "published") and split["interface_layers"]:
                 found[f"interface:{measure}"] = sorted(split["interface_layers"])
     if "attn_vs_ffn" in files:
         words = f"change:{k}:{args.change}" if args.change else f"change:{k}"
