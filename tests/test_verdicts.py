@@ -114,6 +114,26 @@ def test_holm_may_leave_open_what_would_be_decided_alone():
     assert verdicts.decide({"A": rows} | many)["A"].verdict == OPEN
 
 
+def test_how_many_seeds_would_decide():
+    """The smallest number with a power of 80 %, by simulation; for the claim every number, against it one is enough."""
+    rng, values = np.random.default_rng(0), np.array([0.1, 0.9, -0.4, 1.3, 0.6, 0.7, -0.2, 1.4])
+    needed, size = stats.n_needed(values, 0.05), float(values.mean() / values.std(ddof=1))
+    for n, enough in ((needed - 1, False), (needed, True)):
+        drawn = rng.normal(size, 1, (100_000, n))
+        t, p = scipy_stats.ttest_1samp(drawn, 0, axis=1)
+        assert (((p < 0.05) & (t > 0)).mean() >= 0.8) == enough
+    assert stats.n_needed(-values, 0.05) is None and stats.n_needed([1.0, 1.0], 0.05) is None
+    assert stats.n_needed(values + 1e4, 0.05) == 2 and stats.n_needed(values - values.mean() + 1e-4, 0.05) is None
+    strong, weak = (of_seeds(values + more, verdicts.above())[0] for more in (1, -0.2))
+    wrong = of_seeds(-values, verdicts.above())[0]
+    assert verdicts.seeds_needed([strong, weak], 0.05) == stats.n_needed(values - 0.2, 0.05)
+    assert verdicts.seeds_needed([strong, wrong], 0.05) == stats.n_needed(values, 0.05 / 2)
+    found = verdicts.decide({"A": [weak], "B": [strong]})
+    assert [found[name].seeds_needed for name in "AB"] == [stats.n_needed(values - 0.2, 0.05 / 2), None]
+    assert f"; {found['A'].seeds_needed} seeds would decide it" in found["A"].reason
+    assert "would" not in found["B"].reason
+
+
 def test_the_peak_is_chosen_on_other_sentences():
     """Where all hidden states are alike the best of many is above any other on its own sentences, not on others."""
     rng, peak, own, biased = np.random.default_rng(0), calibrate.C1.peak, [], []

@@ -64,6 +64,23 @@ def t_mean(values) -> tuple[float, float, float, float]:
     return mean, mean - half, mean + half, 2 * float(special.stdtr(free, -abs(mean) / error))
 
 
+def n_needed(values, alpha: float, power: float = 0.8, most: int = 1000) -> int | None:
+    """How many units a two-sided t test at `alpha` needs to find the mean of `values` [n >= 2] above 0 with this power,
+    if their mean and spread are the true ones; None where it is not above 0, they do not vary, or `most` are too few.
+    """
+    from scipy import special
+
+    values = np.asarray(values, dtype=np.float64)
+    mean, sd = float(values.mean()), float(values.std(ddof=1))
+    if mean <= 0 or sd <= 1e-12 * mean:
+        return None
+    n = np.arange(2, most + 1)
+    beyond = special.stdtrit(n - 1, 1 - alpha / 2)
+    shift = np.minimum(mean / sd * n**0.5, 30)  # beyond that the power is 1, and the distribution overflows
+    found = np.flatnonzero(special.nctdtr(n - 1, shift, beyond) <= 1 - power)
+    return int(n[found[0]]) if len(found) else None
+
+
 def sign_flip(values) -> float:
     """The exact two-sided p of the mean of paired differences [n]: how many of all 2^n ways to set their signs (from 17
     on, of 2^16 drawn ones) give a mean as far from 0. It cannot be below 2^(1-n).

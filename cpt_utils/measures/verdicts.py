@@ -24,6 +24,7 @@ class Verdict:
     beside: list[dict] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     p_value: float | None = None  # over seeds, after Holm
+    seeds_needed: int | None = None  # of an undecided one, see `seeds_needed`
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,20 @@ def weigh(rows: list[dict]) -> tuple[float, float]:
     return max(holds), min([1.0, *(len(broken) * p for p in broken)])
 
 
+def seeds_needed(rows: list[dict], alpha: float) -> int | None:
+    """How many seeds a decision either way would take, with a power of 80 % at `alpha` for each number, if mean and
+    spread over seeds stay what they are; None where more than a thousand.
+
+    For the claim as many as its hardest number needs, against it as its easiest one (see `weigh`).
+    """
+    tested = [one for row in rows for one in conditions(row)]
+    against = [-values for values, speaks in tested if speaks]
+    holds = [stats.n_needed(values, alpha) for values, _ in tested]
+    broken = [stats.n_needed(values, alpha / len(against)) for values in against]
+    found = [n for n in (*broken, None if None in holds else max(holds)) if n is not None]
+    return min(found, default=None)
+
+
 def decide(claims: dict[str, list[dict]], alpha: float = ALPHA) -> dict[str, Verdict]:
     """The verdicts of a study on the claims that it can decide, each by its numbers over seeds, Holm over all of them.
 
@@ -188,5 +203,8 @@ def decide(claims: dict[str, list[dict]], alpha: float = ALPHA) -> dict[str, Ver
         decided = adjusted[name] <= alpha
         verdict = OPEN if not decided else YES if yes < no else NO
         told = f"{shown_p(yes)} for it and {shown_p(no)} against it, {shown_p(adjusted[name])} after Holm"
-        found[name] = Verdict(verdict, f"{_standings(rows)} ({told})", rows, p_value=adjusted[name])
+        needed = None if decided else seeds_needed(rows, alpha / len(claims))
+        told += f"; {needed} seeds would decide it, if their mean and spread stay" if needed else ""
+        reason = f"{_standings(rows)} ({told})"
+        found[name] = Verdict(verdict, reason, rows, p_value=adjusted[name], seeds_needed=needed)
     return found
