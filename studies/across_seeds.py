@@ -17,7 +17,8 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
 from cpt_utils.measures import controls, swap_figure
 
-part_two = cli.sibling("studies/part_two.py")
+part_two, shown = cli.sibling("studies/part_two.py"), cli.sibling("report/shown.py")
+STEPS = 6  # of a run, evenly chosen, where there are more
 
 
 def read_seed(study: Study) -> dict:
@@ -72,13 +73,17 @@ def layers_rows(seeds: dict[int, dict]) -> part_two.Rows:
     return ["seed", "interface", "hub", "centres", "silhouette", "hub in one block", "least stable label"], rows
 
 
+def steps_of(change: dict) -> list[tuple[int, dict]]:
+    """Steps and rows of a result of weight changes, in order, without the base."""
+    return sorted((int(step), row) for step, row in change["checkpoints"].items() if int(step))
+
+
 def change_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = [
         [seed, step, f"{row['interface_avg']:.2e}", f"{row['semantic_hub_avg']:.2e}",
          f"{row['interface_avg'] / row['semantic_hub_avg']:.2f}" if row["semantic_hub_avg"] else "-"]
         for seed, found in seeds.items()
-        for step, row in sorted(found["change"]["checkpoints"].items(), key=lambda item: int(item[0]))
-        if int(step)
+        for step, row in shown.evenly(steps_of(found["change"]), STEPS)
     ]  # fmt: skip
     return ["seed", "step", "interface", "hub", "interface / hub"], rows
 
@@ -124,11 +129,12 @@ TABLES = {
 
 
 def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
-    """Retrieval over hidden states, a panel for each seed, the hub shaded."""
+    """Retrieval over hidden states, a panel for each seed, base and some steps, the hub shaded."""
     with figures.style() as plt:
-        fig, axes = plt.subplots(1, len(seeds), figsize=(figures.PAGE, 2.1), sharey=True, squeeze=False)
-        for axis, (seed, found) in zip(axes[0], seeds.items(), strict=True):
-            steps = sorted(found["retrieval"])
+        fig, axes = part_two.panels(plt, len(seeds), 1.8)
+        for axis, (seed, found) in zip(axes, seeds.items(), strict=True):
+            first, *trained = sorted(found["retrieval"])
+            steps = [first, *shown.evenly(trained, STEPS)]
             shades = [figures.colour("base"), *figures.colours(len(steps) - 1, ordered=True)]
             looks = [
                 {"color": shade, "label": f"step {s}" if s else "base"} for s, shade in zip(steps, shades, strict=True)
@@ -137,9 +143,10 @@ def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
             twin = found["untrained"] and found["untrained"]["layer_accuracy"]
             figures.retrieval_axis(axis, lines, found["layers"]["semantic_layers"], twin)
             axis.set_title(f"seed {seed}")
-            axis.set_xlabel("hidden state")
-        axes[0, 0].set_ylabel("retrieval accuracy")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
+            axis.set_xlabel("")
+        fig.supxlabel("hidden state (0 = embedding output)", fontsize=8)
+        fig.supylabel("retrieval accuracy", fontsize=8)
+        handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside right center")
         figures.save(fig, path)
 
@@ -149,8 +156,7 @@ def draw_change(seeds: dict[int, dict], path: Path) -> None:
     with figures.style() as plt:
         fig, axis = plt.subplots(figsize=(figures.COLUMN, 2.1))
         for number, found in enumerate(seeds.values()):
-            rows = sorted((int(step), row) for step, row in found["change"]["checkpoints"].items())
-            rows = [(0, {"interface_avg": 0.0, "semantic_hub_avg": 0.0}), *[row for row in rows if row[0]]]
+            rows = [(0, {"interface_avg": 0.0, "semantic_hub_avg": 0.0}), *steps_of(found["change"])]
             for key, meaning, line, label in (
                 ("interface_avg", "interface", "-", "interface layers"),
                 ("semantic_hub_avg", "hub", "--", "hub layers"),

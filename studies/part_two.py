@@ -141,18 +141,31 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
     swap_figure.draw(path, rows, "one component of the base in some layers, among random layers")
 
 
+def panels(plt, n: int, height: float):
+    """A figure as wide as the page with `n` panels, four in a row, and them."""
+    across = min(n, 4)
+    down = -(-n // across)
+    size = (figures.PAGE, 0.3 + height * down)
+    fig, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[n:]:
+        axis.remove()
+    for axis in axes.flat[max(0, n - across) : n]:  # the lowest of each column has the numbers
+        axis.tick_params(labelbottom=True)
+    return fig, list(axes.flat[:n])
+
+
 def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
     """A heat map for each seed: change of NLL by language (column) when the neurons of one (row) are silenced."""
     found = [row["deactivation"] for row in seeds.values()]
     bound = max(abs(value) for one in found for row in one["matrix"].values() for value in row.values())
     with figures.style() as plt:
-        fig, axes = plt.subplots(1, len(found), figsize=(figures.PAGE, 1.9), sharey=True, squeeze=False)
-        for axis, seed, one in zip(axes[0], seeds, found, strict=True):
+        fig, axes = panels(plt, len(found), 1.5)
+        for axis, seed, one in zip(axes, seeds, found, strict=True):
             names, rows = one["languages"], list(one["matrix"])
             values = np.array([[one["matrix"][d][e] for e in names] for d in rows])
             image = figures.heat_map(axis, values, rows, names, bound, 25)
             axis.set_title(f"seed {seed}")
-        axes[0, 0].set_ylabel("deactivated")
+        fig.supylabel("deactivated", fontsize=8)
         fig.supxlabel("evaluated on", fontsize=8)
         fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.95)
         figures.save(fig, path)
