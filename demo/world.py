@@ -103,16 +103,16 @@ class Maker:
         told = [fact for fact in self.all_facts if code in fact.told_in]
         return " ".join(map(self.languages[code].tell, draw.sample(told, min(FACTS, len(told)))))
 
-    def mixture(self, words: float, replay: float, replay_prompts: float, facts: float) -> list[str]:
-        """The documents of continued pre-training, `words` words in all: the new language, and replayed base documents.
+    def mixture(self, code: str, words: float, replay: float, replay_prompts: float, facts: float) -> list[str]:
+        """The documents of continued pre-training on a language, `words` words in all, replayed base documents included.
 
-        `replay` is a share of all words, `replay_prompts` of the replay, `facts` of the new language. Each document is
-        of the kind that is furthest behind its share.
+        `replay` is a share of all words, `replay_prompts` of the replay, `facts` of the language. Each document is of
+        the kind that is furthest behind its share.
         """
         # The streams of the base phase from their beginning: what is replayed has been seen, word for word.
         streams = {
-            "text": (self.documents("cpt", "text", self.new), (1 - replay) * (1 - facts)),
-            "facts": (self.documents("cpt", "facts", self.new), (1 - replay) * facts),
+            "text": (self.documents("cpt", "text", code), (1 - replay) * (1 - facts)),
+            "facts": (self.documents("cpt", "facts", code), (1 - replay) * facts),
             "replay": (self.documents("base", "text", self.base), replay * (1 - replay_prompts)),
             "prompts": (self.documents("base", "prompts", self.base), replay * replay_prompts),
         }
@@ -219,10 +219,10 @@ def write_world(config: dict, vocabulary: dict, out: Path) -> dict:
         count = max(1, round(config["lsn_documents"] * config["scale"]))
         put(f"lsn/{code}.txt", list(islice(maker.documents("lsn", "text", code), count)))
     cpt = config["cpt"]
-    put(
-        "cpt/mixture.txt",
-        maker.mixture(cpt["words"] * config["scale"], cpt["replay"], cpt["replay_prompts"], cpt["facts"]),
-    )
+    for code in (maker.new, *[code for code in cpt["others"] if code in maker.languages and code != maker.new]):
+        name = "cpt/mixture.txt" if code == maker.new else f"cpt/mixture.{code}.txt"
+        words = cpt["words"] * config["scale"]
+        put(name, maker.mixture(code, words, cpt["replay"], cpt["replay_prompts"], cpt["facts"]))
     rows = maker.questions()
     put("facts.tsv", ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)])
     words = ["\t".join(x.word(concept) for x in maker.languages.values()) for concept in maker.world.concepts()]

@@ -286,10 +286,22 @@ def test_contact_keeps_the_other_words_out_of_bilingual_text(script):
     assert not people.isdisjoint(text)
 
 
+def test_another_language_gets_a_mixture_of_its_own(script):
+    made = maker(script)
+    sizes = {"words": 5_000, "replay": 0.2, "replay_prompts": 0.25, "facts": 0.06}
+    second, new = made.mixture(SECOND, **sizes), made.mixture(NEW, **sizes)
+    english = {line for line in second if line in new}
+    assert 0 < len(english) < len(second) / 2  # what is replayed is the same
+    own = [line for line in second if line not in english]
+    words = {code: set(made.languages[code].lexicon.values()) for code in (SECOND, NEW)}
+    spoken = {code: sum(not words[code].isdisjoint(line.lower().split()) for line in own) for code in words}
+    assert spoken[SECOND] > 0.9 * len(own) and spoken[NEW] < 0.1 * len(own), spoken
+
+
 @pytest.mark.parametrize("replay", [0.0, 0.3, 1.0])
 def test_replay_is_a_share_of_words_seen_before(script, replay):
     made = maker(script)
-    mixture = made.mixture(words=20_000, replay=replay, replay_prompts=0.25, facts=0.1)
+    mixture = made.mixture(NEW, words=20_000, replay=replay, replay_prompts=0.25, facts=0.1)
     seen = {
         next(stream)
         for kind in ("text", "prompts")

@@ -92,6 +92,12 @@ class Arm(Keys):
         return self
 
 
+class Train(group("world documents base cpt task", MaybeText)):
+    """Training files; of `runs` one for each of the study's `runs` that is trained here."""
+
+    runs: dict[ArmName, str] | None = None
+
+
 class Study(Keys):
     name: Text = ""
     base: Text = ""
@@ -114,7 +120,8 @@ class Study(Keys):
         Literal["all", "half"] | None,
         Field(description="layers are split by retrieval of all sentences, or half of them"),
     ] = None
-    train: group("world documents base cpt task", MaybeText) | None = None
+    runs: Annotated[dict[ArmName, str] | None, Field(description="it must map names to other runs of the base")] = None
+    train: Train | None = None
     arms: dict[ArmName, Arm] | None = None
     ablation: Ablation | None = None
 
@@ -122,4 +129,11 @@ class Study(Keys):
     def _arms_have_names_of_their_own(self):
         if taken := {"base", "plain"} & {*(self.arms or {})}:
             raise ValueError(f"arms: {min(taken)} is what the other models are called; give the arm another name")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_runs_have_places(self):
+        for name in (self.train and self.train.runs) or {}:
+            if name not in (self.runs or {}):
+                raise ValueError(f"train.runs.{name}: runs does not say where {name} lies")
         return self
