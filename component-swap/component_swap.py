@@ -238,8 +238,8 @@ def refuse_other(path: Path, payload: dict) -> None:
 
 
 def measure(
-    trial: Trial, wanted: list[ComponentSwap], out: Path, number: str | int, facts: dict, gate: dict | None,
-    having: dict[str, list[int]],
+    pair: surgery.Pair, trial: Trial, wanted: list[ComponentSwap], out: Path, number: str | int, facts: dict,
+    gate: dict | None, having: dict[str, list[int]],
 ) -> None:  # fmt: skip
     """OUT/controls.json, .pt and figure: base, target, the swaps (the first is compared), random and matched sets.
 
@@ -249,7 +249,6 @@ def measure(
         gate: that of the layers.
         having: the layers that have each component: random sets are drawn from those of the first swap's.
     """
-    pair = trial.pair
     recipes, swapper, treatment = components.Recipes(pair), in_memory.Swapper(pair), wanted[0]
     there = having[treatment.component]
     others, possible = controls.layer_sets(there, treatment.layers, number, trial.seed)
@@ -286,7 +285,7 @@ def measure(
         "left_out": left_out,
     }
     pairs = functools.partial(shown.pairs, own=treatment.name, seed=trial.seed)
-    trial.measure(out / "controls.json", swaps, treatment.name, facts, shown.draw, gate, pairs)
+    trial.compare(out / "controls.json", swaps, treatment.name, facts, shown.draw, gate, pairs)
 
 
 def _controls(
@@ -382,9 +381,10 @@ def run(args, treatment: str, step: str) -> None:
             write_run(base, checkpoints, plan, args.overwrite, known["gate"])
         return
     with surgery.Pair(base, checkpoints[-1]) as pair:
-        trial = Trial.from_arguments(args, study, pair, known, retrieval.of_pairs)
+        test = evaluation.test_from_arguments(args, study, known, retrieval.of_pairs)
+        trial = Trial.from_arguments(args, study, pair.models, test)
         number = controls.wanted(args.controls, study)
-        measure(trial, crossed(treatment, lists, having), out, number, facts, known["gate"], having)
+        measure(pair, trial, crossed(treatment, lists, having), out, number, facts, known["gate"], having)
 
 
 def read_lists(

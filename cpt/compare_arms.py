@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
+from cpt_utils.base import cli, figures, languages, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study, expand
-from cpt_utils.checkpoints import refs, relatives, tokenization, tokenizer_id
-from cpt_utils.interventions import surgery
+from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.interventions.condition import Condition, digest
-from cpt_utils.measures import conditions, evaluation, layer_sets, masks
-from cpt_utils.models import ffn, loading
+from cpt_utils.measures import evaluation, layer_sets, masks
+from cpt_utils.measures.trial import Trial
+from cpt_utils.models import ffn
 
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 counting = cli.sibling("lsn/activation.py")
@@ -189,6 +189,24 @@ class Neurons:
         return cls({"language": own, "control": control}, blocks, facts)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What is measured on every model: `evaluation.Test`, and the activation of the neurons, `lsn`."""
+
+    test: evaluation.Test
+    neurons: Neurons | None
+
+    @property
+    def facts(self) -> dict:
+        return self.test.facts
+
+    def on(self, model, arch: archs.Arch, tokenizer, name: str) -> dict:
+        found = self.test.on(model, arch, tokenizer, name)
+        if self.neurons:
+            found["lsn"] = difference(model, arch, self.neurons.blocks, self.neurons.followed)
+        return found
+
+
 def measure_arms(study: Study, output: Path, args) -> None:
     """Measure a study's base, plain run and arms, and write `output` with its figure and table."""
     base, plain = refs.model(study.value(None, "--base", "base")), refs.run(study.value(None, "--run", "run"))[-1]
@@ -210,42 +228,22 @@ def measure(
     Returns:
         whether this process is the one that writes.
     """
-    test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs, every_language=True)
-    process, dtype = processes.from_arguments(args, study)
-    tokenizers: dict = {}
+    test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs, study.get("data.heldout"))
+    trial = Trial.from_arguments(args, study, found, Bench(test, neurons), run)
 
-    def load(role: str):
-        tokenizers[role] = tokenization.load_tokenizer(found[role], run, found["base"])
-        return loading.load_for(process, found[role], dtype)
-
-    def measured(model, one: Condition) -> dict:
-        arch = archs.for_config(found[one.of].config())
-        record = test.on(model, arch, tokenizers[one.of], found[one.of].spec)
-        if neurons:
-            record["lsn"] = difference(model, arch, neurons.blocks, neurons.followed)
-        return record
-
-    def write(records: list[dict], request: dict) -> None:
+    def payload(records: list[dict]) -> tuple[dict, dict]:
         if neurons:
             with_activation(records)
-        payload, units = payload_of(records, asked, trained, study.seed)
-        results.write_tensors(output.with_suffix(".pt"), units)
-        draw(output.with_suffix(""), payload)
-        results.write_text(output.with_suffix(".md"), table(payload))
-        described = {role: ref.describe() for role, ref in found.items()}
-        head = {"models": described, **test.facts, "dtype": request["dtype"], "device": str(process.device)}
-        results.write_json(output, {**payload, "request": request}, results.header(SCHEMA, **head))
-        cli.say(table(payload))
+        return payload_of(records, asked, trained, study.seed)
 
-    request = {
-        "models": {role: surgery.identity(ref) for role, ref in found.items()},
-        "tokenizers": [tokenizer_id.tokenizer_used(ref, run, found["base"]) for ref in found.values()],
-        "measures": test.measures(), "test": test.facts, "neurons": neurons and neurons.facts,
-        "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
-    }  # fmt: skip
+    def show(path: Path, payload: dict) -> None:
+        draw(path, payload)
+        results.write_text(output.with_suffix(".md"), table(payload))
+
     wanted = [Condition(role, {}, of=role) for role in found]
-    conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite, "another -o")
-    return process.is_main
+    own = {"measures": test.measures(), "neurons": neurons and neurons.facts}
+    trial.measure(output, wanted, SCHEMA, own, payload, show=show, say=lambda payload: cli.say(table(payload)))
+    return trial.process.is_main
 
 
 # ---------------------------------------------------------------- tables and figures

@@ -20,20 +20,19 @@ Tiny: python layer-ablation/ablation_sweep.py --study demo/tiny.yaml --stride 2
 from __future__ import annotations
 
 import argparse
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import cli, languages, processes, results, sources
+from cpt_utils.base import cli, languages, sources
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study, dotted
-from cpt_utils.checkpoints import beside, identity, tokenization, tokenizer_id
+from cpt_utils.checkpoints import beside, identity, tokenizer_id
 from cpt_utils.interventions import components, in_memory, surgery
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, evaluation, layer_sets
-from cpt_utils.models import loading
+from cpt_utils.measures import controls, evaluation, layer_sets
+from cpt_utils.measures.trial import Trial
 
 sets, in_context = cli.sibling("layer-ablation/ablation_sets.py"), cli.sibling("layer-ablation/in_context.py")
 retention, figure = cli.sibling("layer-ablation/retention.py"), cli.sibling("layer-ablation/ablation_figure.py")
@@ -96,44 +95,38 @@ def models_of(
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured on every model; `batch_size` in sequences, None: by their length.
+    """What is measured on every model.
 
     Attributes:
-        tests: what `evaluation` measures, and the loss on text of the base language.
+        test: what `evaluation` measures, with the loss on text of the base language.
         translation: pairs to be translated in context, None without.
+        facts: what a header says of all that.
         judge, chrf: of greedy translations, None without.
     """
 
-    tests: dict[str, evaluation.Test]
+    test: evaluation.Test
     translation: in_context.Translation | None
-    batch_size: int | None
+    facts: dict
     judge: Callable | None = None
     chrf: Callable | None = None
 
     def on(self, model, arch, tokenizer, name: str) -> dict:
         """`units`: measure -> a value for each sentence, document or row; `values`: their means."""
-        own, base = self.tests["target"].on(model, arch, tokenizer, name)["units"], {}
-        if self.tests["base"].heldout is not None:
-            base = self.tests["base"].on(model, arch, tokenizer, name)["units"]
-        found = self.translation.nlls(model, tokenizer, self.batch_size) if self.translation else {}
+        own = self.test.on(model, arch, tokenizer, name)["units"]
+        found = self.translation.nlls(model, tokenizer, self.test.batch_size) if self.translation else {}
         for each in retention.FUNCTIONS if self.translation else ():
             pairs = zip(found[f"{each}_shuffled"], found[each], strict=True)
             found[f"{each}_saved"] = [shuffled - true for shuffled, true in pairs]
         if self.chrf:
-            made = self.translation.translate(model, tokenizer, self.batch_size)
+            made = self.translation.translate(model, tokenizer, self.test.batch_size)
             for each, texts in made.items():
                 side = in_context.FUNCTIONS[each][1]
                 pairs = zip(texts, getattr(self.translation, side), strict=True)
                 found[f"chrf_{each}"] = [self.chrf(text, reference) for text, reference in pairs]
                 found[f"language_{each}"] = self.judge(texts, side)
-        found |= {"nll_target": own.get("nll_per_byte"), "nll_base": base.get("nll_per_byte")}
-        found |= {key: own.get(key) for key in ("retrieval_readout", "task_accuracy")}
-        units = {key: found[key] for key in retention.MEASURES if found.get(key) is not None}
-        values = {key: math.fsum(each) / len(each) for key, each in units.items()}
-        wrong = [key for key, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            raise InputError(f"{name}: {wrong[0]} is not finite; try --dtype float32")
-        return {"values": values, "units": units}
+        found |= {"nll_target": own.pop("nll_per_byte", None)} | own
+        found["nll_base"] = next((units for key, units in own.items() if key.startswith("nll_per_byte:")), None)
+        return evaluation.record({key: found[key] for key in retention.MEASURES if found.get(key) is not None}, name)
 
 
 def payload_of(records: list[dict], sweeps: dict[str, list[list[int]]], n: int, seed: int) -> dict:
@@ -161,26 +154,22 @@ def payload_of(records: list[dict], sweeps: dict[str, list[list[int]]], n: int, 
 # ---------------------------------------------------------------- what is asked for
 
 
-def bench_from_arguments(args, study: Study) -> tuple[Bench, dict]:
-    """What is measured, and what a header says of it; before any model is loaded.
+def bench_from_arguments(args, study: Study) -> Bench:
+    """What is measured; before any model is loaded.
 
     Raises:
         InputError: no parallel sentences, too few of them, or a measure without its data or package.
     """
-    wanted = args.measures or KINDS
-    target = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs)
-    facts, base_text, translation, judged = target.facts | {"limit": args.limit}, None, None, {}
-    codes = {side: study.get(f"languages.{side}") for side in ("base", "target")}
-    codes = {side: getattr(args, f"{side}_lang") or code for side, code in codes.items()}
-    if "nll" in wanted:
-        files = study.get("data.heldout", {})
-        lang = codes["base"] or "the base language"
-        files = {lang: args.heldout_base} if args.heldout_base else files
-        if languages.find(files, lang, default=None) is not None:
-            together = int(study.get("data.heldout_lines") or 1)
-            texts, told = evaluation.heldout_by_language(files, [lang], together, args.limit)
-            base_text, facts["heldout_base"] = texts[lang], told[lang]
-    if "translation" in wanted:
+    codes, translation, judged = evaluation.languages_from_arguments(args, study, {}), None, {}
+    base = codes["base"] or "the base language"
+    files = {base: args.heldout_base} if args.heldout_base else study.get("data.heldout", {})
+    key = languages.find(files, base, default=None)
+    of_base = {} if key is None else {base: files[key]}
+    test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs, of_base)
+    facts = test.facts | {"limit": args.limit}
+    if test.others:
+        facts["heldout_base"] = facts.pop("heldout_others")[base]
+    if "translation" in (args.measures or KINDS):
         translation = translation_from_arguments(args, study, codes)
         facts["in_context"] = translation.facts | {"generate": args.generate}
         for side, code in codes.items():
@@ -189,10 +178,9 @@ def bench_from_arguments(args, study: Study) -> tuple[Bench, dict]:
         raise InputError("--generate is of translations, which --measures leaves out")
     if args.generate:
         judged = {"judge": in_context.language_judge(study, codes), "chrf": in_context.chrf()}
-    tests = {"target": target, "base": evaluation.Test(heldout=base_text, batch_size=args.batch_size)}
-    if translation is None and not (target.measures() or base_text):
+    if translation is None and not test.measures():
         raise InputError("nothing to measure: there are no parallel sentences, no held-out text and no task")
-    return Bench(tests, translation, args.batch_size, **judged), facts
+    return Bench(test, translation, facts, **judged)
 
 
 def translation_from_arguments(args, study: Study, codes: dict) -> in_context.Translation:
@@ -218,8 +206,8 @@ def sweeps_from_arguments(args, study: Study, pair: surgery.Pair) -> dict[str, l
 
 def refuse_other_vocabulary(pair: surgery.Pair, run) -> None:
     """Refuse --io base where embeddings and head of the base are of other tokens than those of the checkpoint."""
-    sizes = [identity.vocabulary_size(ref.config()) for ref in (pair.base_ref, pair.target_ref)]
-    kinds = {tokenizer_id.tokenizer_used(ref, run, pair.base_ref) for ref in (pair.base_ref, pair.target_ref)}
+    sizes = [identity.vocabulary_size(ref.config()) for ref in pair.models.values()]
+    kinds = {tokenizer_id.tokenizer_used(ref, run, pair.base_ref) for ref in pair.models.values()}
     if len(set(sizes)) > 1 or len(kinds) > 1:
         what = f"{sizes[0]:,} and {sizes[1]:,} tokens" if sizes[0] != sizes[1] else "other tokenizers"
         raise InputError(
@@ -269,51 +257,32 @@ def main(argv=None) -> None:
     other = [beside.name(study, base, run, args.steps, args.limit, last=True)]
     other += ["" if args.component == "all" else args.component, "" if args.io == "cpt" else "io-base"]
     output = study.output(args.output, "-o", "layer_ablation", dotted(*other))
-    bench, facts = bench_from_arguments(args, study)
+    bench = bench_from_arguments(args, study)
     with surgery.Pair(base_ref, target) as pair:
-        home = study.get("run")
         if args.io == "base":
-            refuse_other_vocabulary(pair, home)
+            refuse_other_vocabulary(pair, study.get("run"))
         wanted, sweeps = models_of(pair, sweeps_from_arguments(args, study, pair), args.component, args.io)
-        measure(pair, bench, wanted, sweeps, facts, output, args, study, home)
+        measure(pair, bench, wanted, sweeps, output, args, study)
 
 
-def measure(pair, bench: Bench, wanted: list[Condition], sweeps, facts: dict, output: Path, args, study, home) -> None:
+def measure(pair, bench: Bench, wanted: list[Condition], sweeps, output: Path, args, study) -> None:
     """Every model measured once, and the result written."""
-    process, dtype = processes.from_arguments(args, study)
-    models, tokenizers = {"base": pair.base_ref, "target": pair.target_ref}, {}
-    request = {
-        **{role: surgery.identity(ref) for role, ref in models.items()},
-        "tokenizers": [tokenizer_id.tokenizer_used(ref, home, pair.base_ref) for ref in models.values()],
-        "sweeps": sweeps, "component": args.component, "io": args.io, "test": facts,
-        "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
-    }  # fmt: skip
 
-    def load(role: str):
-        tokenizers[role] = tokenization.load_tokenizer(models[role], home, pair.base_ref)
-        model = loading.load_for(process, models[role], dtype)
-        if bench.translation:
-            bench.translation.refuse_long(model, tokenizers[role])
-        return model
+    def payload(records: list[dict]) -> tuple[dict, dict]:
+        return payload_of(records, sweeps, pair.n_layers, study.seed), controls.units_of(records)
 
-    def measured(model, one: Condition) -> dict:
-        return bench.on(model, pair.arch, tokenizers[one.of], one.name)
-
-    def write(records: list[dict], request: dict) -> None:
-        payload = payload_of(records, sweeps, pair.n_layers, study.seed)
-        results.write_tensors(
-            output.with_suffix(".pt"),
-            {key: torch.tensor([row["units"][key] for row in records]) for key in records[0]["units"]},
-        )
-        figure.draw(output.with_suffix(""), payload, pair.n_layers)
-        head = {"models": {role: ref.describe() for role, ref in models.items()}, "n_layers": pair.n_layers}
-        head |= {key: request[key] for key in ("component", "io", "dtype", "device")}
-        results.write_json(output, payload | {"request": request}, results.header(SCHEMA, **facts, **head))
-        say(payload)
+    def said(found: dict) -> None:
+        say(found)
         cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
+    trial = Trial.from_arguments(args, study, pair.models, bench, study.get("run"))
+    how = {"component": args.component, "io": args.io}
     cli.say(f"{len(wanted)} different models in {', '.join(f'{k} ({len(v)})' for k, v in sweeps.items())}")
-    conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite, estimate=True)
+    trial.measure(
+        output, wanted, SCHEMA, {"sweeps": sweeps} | how, payload, {"n_layers": pair.n_layers} | how,
+        functools.partial(figure.draw, n=pair.n_layers), said, bench.translation and bench.translation.refuse_long,
+        estimate=True,
+    )  # fmt: skip
 
 
 def say(payload: dict) -> None:

@@ -64,7 +64,7 @@ def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
     Raises:
         InputError: no interface_layers, layers the model does not have, or a file made from a model of another run.
     """
-    models = [pair.base_ref.describe(), pair.target_ref.describe()]
+    models = [ref.describe() for ref in pair.models.values()]
     layers, payload, head = layer_lists.read_layers(path, "interface", pair.n_layers, models)
     hub = payload.get("semantic_layers")
     if hub is not None and sorted(hub) != semantic_hub(layers, pair.n_layers):
@@ -179,14 +179,15 @@ def main(argv=None) -> None:
         else:
             refuse_leftover(out, payload, wanted)
         write_folders(pair, wanted, out, study.get("run"), args.overwrite)
-        models = {"base": pair.base_ref.describe(), "target": pair.target_ref.describe()}
+        models = {role: ref.describe() for role, ref in pair.models.items()}
         header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, seed=study.seed, gate=head["gate"])
         results.write_json(out / "metadata.json", payload, header)
 
 
 def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, out: Path, args, study: Study) -> None:
     """OUT/controls.json with --controls, else OUT/in_memory.json for the sets of --methods."""
-    trial = Trial.from_arguments(args, study, pair, head, retrieval.of_pairs, study.get("run"))
+    test = evaluation.test_from_arguments(args, study, head, retrieval.of_pairs)
+    trial = Trial.from_arguments(args, study, pair.models, test, study.get("run"))
     hub = semantic_hub(interface, pair.n_layers)
     facts = {"interface_layers": interface, "semantic_hub_layers": hub}
     sets, path = [(name, sorted(layers)) for name, layers in wanted.items()], out / "in_memory.json"
@@ -206,7 +207,7 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
     compared = (
         ("semantic_hub", facts, functools.partial(draw, n_layers=pair.n_layers)) if args.controls else (None, facts)
     )
-    trial.measure(path, swaps, *compared, gate=head["gate"])
+    trial.compare(path, swaps, *compared, gate=head["gate"])
 
 
 def draw(path: Path, payload: dict, n_layers: int) -> None:

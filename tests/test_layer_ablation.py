@@ -419,7 +419,7 @@ def test_the_command_from_study_to_claim(study, capsys):
     own = refs.model(study / Study.find().get("run") / "checkpoint-20")
     model = loading.load_model(own, torch.float32, torch.device("cpu"))
     args = SWEEP.build_parser().parse_args(["--sentences", "6"])
-    bench, _ = SWEEP.bench_from_arguments(args, Study.find())
+    bench = SWEEP.bench_from_arguments(args, Study.find())
     alone = bench.translation.nlls(model, tiny_tokenizer(), None)
     assert alone["production"] == pytest.approx(units["production"][1].tolist(), abs=1e-6)
     SWEEP.main(["--sentences", "6"])

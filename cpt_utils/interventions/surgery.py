@@ -129,6 +129,10 @@ class Pair(tensors.Closing):
             each = [f"{key} is {theirs} in the base and {mine} in the target" for key, (theirs, mine) in differ.items()]
             cli.once(f"{'; '.join(each)}; swapped weights run under the target's", cli.warn)
 
+    @property
+    def models(self) -> dict[str, refs.ModelRef]:
+        return {"base": self.base_ref, "target": self.target_ref}
+
     def close(self) -> None:
         self.base.close()
         self.target.close()

@@ -13,7 +13,7 @@ from itertools import combinations
 from cpt_utils.base import cli, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
-from cpt_utils.measures.evaluation import MEASURES
+from cpt_utils.measures.evaluation import named
 
 SMALL = 300  # so many sets or fewer are all evaluated
 DISTINCT = 20  # fewer other sets than this tell little: said in words
@@ -119,12 +119,12 @@ def gains(records: list[dict], seed: int) -> dict[str, dict]:
     base, target = (next(r for r in records if r["name"] == name) for name in ("base", "target"))
     found: dict[str, dict] = {}
     for name in target["units"]:
-        sign = 1 if MEASURES[name].higher_is_better else -1
+        sign = 1 if named(name).higher_is_better else -1
         units = sign * (np.asarray(target["units"][name]) - np.asarray(base["units"][name]))
         low, high = stats.bootstrap_mean(units, seed)
         found[name] = {"gain": float(units.mean()), "ci_low": low, "ci_high": high}
-        found.setdefault(MEASURES[name].kind, found[name])
-    kinds = {name: MEASURES[name].kind for name in target["values"]}
+        found.setdefault(named(name).kind, found[name])
+    kinds = {name: named(name).kind for name in target["values"]}
     return {name: found.get(name, found[kind]) for name, kind in kinds.items() if kind in found}
 
 
@@ -195,7 +195,7 @@ def compare(records: list[dict], treatment: str, seed: int) -> dict[str, dict]:
     others = randoms(records, mine)
     found, gained = {}, gains(records, seed)
     for name, value in mine["values"].items():
-        measure = MEASURES[name]
+        measure = named(name)
         ends = base["values"][name], target["values"][name], measure.higher_is_better
         row = {"base": ends[0], "target": ends[1], "higher_is_better": measure.higher_is_better}
         row["gain"] = gained.get(name)
@@ -217,7 +217,7 @@ def summary(records: list[dict], seed: int = 42) -> list[dict]:
     for record in records:
         row = {key: value for key, value in record.items() if key != "units"}
         row["gain_lost"] = {
-            name: gain_lost(value, base[name], target[name], MEASURES[name].higher_is_better, gained.get(name))
+            name: gain_lost(value, base[name], target[name], named(name).higher_is_better, gained.get(name))
             for name, value in record["values"].items()
         }
         shown.append(row)
@@ -265,7 +265,7 @@ def rank_all(rows: list[dict], treatment: str) -> None:
             continue
         others = [other for other in [*drawn, mine] if other["layers"] != row["layers"]]
         row["place"] = {
-            name: rank_among_random(value, [other["values"][name] for other in others], MEASURES[name].higher_is_better)
+            name: rank_among_random(value, [other["values"][name] for other in others], named(name).higher_is_better)
             for name, value in row["values"].items()
         }
 
@@ -281,7 +281,7 @@ def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict 
         ]
         cli.say(f"{row['name']} {row['layers'] or ''}: {', '.join(parts)}")
     for name, row in (compared or {}).items():
-        label, gain = MEASURES[name].label, row["gain"]
+        label, gain = named(name).label, row["gain"]
         if gain and not gain["ci_low"] > 0:
             what = "CPT lost, and gained nothing" if gain["ci_high"] < 0 else "that CPT gained anything is not clear"
             cli.say(

@@ -48,6 +48,19 @@ def named(name: str) -> Measure:
     return replace(measure, label=f"{measure.label}, {lang}") if lang else measure
 
 
+def record(units: dict[str, list[float]], name: str, **values: float) -> dict:
+    """`units` of the model `name` by measure, and `values`: their means, and those that have no units.
+
+    Raises:
+        InputError: a value that is not finite.
+    """
+    values = {measure: math.fsum(own) / len(own) for measure, own in units.items()} | values
+    for measure, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name}: {measure} is not finite; try --dtype float32")
+    return {"values": values, "units": units}
+
+
 # --- what is measured ---
 
 
@@ -81,24 +94,19 @@ class Test:
         tokenizer: transformers.PreTrainedTokenizerBase,
         name: str,
     ) -> dict:
-        """`values` (a number each), `units` (what they are means of), `layer_accuracy` and `reverse_accuracy` [L+1]."""
-        found: dict = {"values": {}, "units": {}}
-        if self.pairs is not None:
-            found |= self._retrieval(model, arch, tokenizer, name, found)
+        """A `record`, with `layer_accuracy` and `reverse_accuracy` [L+1] of sentences."""
+        units: dict = {}
+        more = self._retrieval(model, arch, tokenizer, name, units) if self.pairs is not None else {}
         if self.heldout is not None:
-            found["units"]["nll_per_byte"] = self._losses(model, tokenizer, self.heldout)
+            units["nll_per_byte"] = self._losses(model, tokenizer, self.heldout)
         if self.task is not None:
-            found["units"]["task_accuracy"] = self._task(model, tokenizer)
+            units["task_accuracy"] = self._task(model, tokenizer)
         for lang, documents in self.others.items():
-            found["units"][f"nll_per_byte:{lang}"] = self._losses(model, tokenizer, documents)
-        means = {measure: math.fsum(values) / len(values) for measure, values in found["units"].items()}
-        found["values"] = {name: (means | found["values"])[name] for name in self.measures()}
-        wrong = [measure for measure, value in found["values"].items() if not math.isfinite(value)]
-        if wrong:
-            raise InputError(f"{name}: {wrong[0]} is not finite; try --dtype float32")
-        return found
+            units[f"nll_per_byte:{lang}"] = self._losses(model, tokenizer, documents)
+        found = record(units, name, **({"retrieval_best": max(more["layer_accuracy"][1:])} if more else {}))
+        return found | {"values": {measure: found["values"][measure] for measure in self.measures()}} | more
 
-    def _retrieval(self, model, arch, tokenizer, name: str, found: dict) -> dict:
+    def _retrieval(self, model, arch, tokenizer, name: str, units: dict) -> dict:
         """Base -> target retrieval at every hidden state; a sentence's unit is its share of hits over h_1 .. h_L.
 
         The readout, whatever layers were changed: the last hidden state, tokens alike in length, languages centred.
@@ -106,9 +114,8 @@ class Test:
         how = {"seed": self.seed, "batch_size": self.batch_size}
         measured = self.retrieve(model, arch, tokenizer, self.pairs, name, **how)
         accuracy = measured.hits.double().mean(1).tolist()
-        found["units"]["retrieval_mean"] = measured.hits[1:].double().mean(0).tolist()
-        found["units"]["retrieval_readout"] = measured.readout.double().tolist()
-        found["values"]["retrieval_best"] = max(accuracy[1:])
+        units["retrieval_mean"] = measured.hits[1:].double().mean(0).tolist()
+        units["retrieval_readout"] = measured.readout.double().tolist()
         reverse = measured.hits_reverse.double().mean(1).tolist()
         return {"layer_accuracy": accuracy, "reverse_accuracy": reverse}
 
@@ -142,17 +149,31 @@ def add_flags(p, kinds: tuple[str, ...] = KINDS) -> None:
     g.add_argument("--task", metavar="FILE", help="rows in the form of SIB-200 (test.tsv); default: the study's")
 
 
-def test_from_arguments(args, study, known: dict, retrieve: Callable, every_language: bool = False) -> Test:
+def languages_from_arguments(args, study, known: dict) -> dict[str, str]:
+    """The codes of "base" and "target" from flags, study and a result's header (`known`); "" where nothing says it."""
+    return {
+        side: study.value(
+            getattr(args, f"{side}_lang"), f"--{side}-lang", f"languages.{side}", known.get(f"{side}_lang", "")
+        )
+        for side in ("base", "target")
+    }
+
+
+def test_from_arguments(
+    args, study, known: dict, retrieve: Callable, files: dict[str, str | None] | None = None
+) -> Test:
     """What to measure, from flags, study and the languages `known` from a result's header; before any model is loaded.
 
-    `retrieve`: see `Test`. `every_language`: the loss in all languages that the study has held-out text of.
+    Args:
+        retrieve: see `Test`.
+        files: held-out text by language (data.heldout, or a part of it): beside the target's loss that in each of these
+            languages, `nll_per_byte:LANG`, where there is a file.
 
     Raises:
         InputError: nothing to measure, or a measure asked for by name has no data.
     """
     wanted = args.measures or KINDS
-    base = study.value(args.base_lang, "--base-lang", "languages.base", known.get("base_lang", ""))
-    target = study.value(args.target_lang, "--target-lang", "languages.target", known.get("target_lang", ""))
+    base, target = languages_from_arguments(args, study, known).values()
     pairs = heldout = task = None
     others: dict = {}
     facts: dict = {"limit": None, "seed": study.seed}
@@ -165,7 +186,7 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable, every_lang
         facts["target_lang"] = languages.canonical(target, any_tag=True)
         facts |= {"n_used": len(pairs), "n_available": pairs.n_available, "limit": pairs.facts["limit"]}
     if "nll" in wanted:
-        heldout, others = _heldout(args, study, target, every_language, facts)
+        heldout, others = _heldout(args, study, target, files or {}, facts)
     if "task" in wanted:
         file = args.task or _task_file(study)
         if file is None and args.measures:
@@ -176,8 +197,8 @@ def test_from_arguments(args, study, known: dict, retrieve: Callable, every_lang
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve, others)
 
 
-def _heldout(args, study, target: str, every_language: bool, facts: dict) -> tuple[list | None, dict[str, list]]:
-    """The held-out documents of the target language, and those of all others by language; `facts` get what they are."""
+def _heldout(args, study, target: str, files: dict, facts: dict) -> tuple[list | None, dict[str, list]]:
+    """The held-out documents of the target language, and those of `files` by language; `facts` get what they are."""
     mapping, together = study.get("data.heldout") or {}, int(study.get("data.heldout_lines") or 1)
     key = languages.find(mapping, target, default=None) if target else None
     file, heldout = args.heldout or (mapping[key] if key else None), None
@@ -188,8 +209,8 @@ def _heldout(args, study, target: str, every_language: bool, facts: dict) -> tup
         facts["heldout"] = {
             "file": file, "sha256": results.file_sha256(file), "documents": len(heldout), "lines": together,
         }  # fmt: skip
-    rest = [lang for lang in mapping if mapping[lang] and lang != key] if every_language else []
-    others, told = heldout_by_language(mapping, rest, together, None)
+    rest = [lang for lang in files if files[lang] and lang != key]
+    others, told = heldout_by_language(files, rest, together, None)
     for lang in others:
         others[lang] = limited(others[lang], args.limit, facts)
         told[lang]["documents"] = len(others[lang])

@@ -16,7 +16,7 @@ from cpt_utils.base import cli, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 from cpt_utils.measures import controls, curves
-from cpt_utils.measures.evaluation import DECIDING, MEASURES
+from cpt_utils.measures.evaluation import DECIDING, named
 
 SAME = ("size", "first", "last", "blocks")  # of the shapes of matched sets
 NEAR = 0.5 + 1e-9  # layers between their mean depths, at most
@@ -134,7 +134,7 @@ class Costs:
 
     @classmethod
     def of(cls, rows: list[dict], target: dict, name: str, seed: int) -> Costs:
-        sign = 1 if MEASURES[name].higher_is_better else -1
+        sign = 1 if named(name).higher_is_better else -1
         units = None
         if name in target["units"]:
             units = sign * (np.asarray(target["units"][name]) - np.asarray([row["units"][name] for row in rows]))
@@ -280,7 +280,7 @@ def _among_matched(record: dict, rows: list[dict], target: dict, seed: int) -> d
         if not others:
             row["why"] = "no other set of this size was measured that has first and last layer, blocks and depth alike"
             continue
-        measure, costs = MEASURES[name], Costs.of(rows, target, name, seed)
+        measure, costs = named(name), Costs.of(rows, target, name, seed)
         place = controls.rank_among_random(value, [other["values"][name] for other in others], measure.higher_is_better)
         row |= {key: place[key] for key in ("rank", "n_equal", "p_value", "p_worse")}
         row |= {"matched_mean": place["random_mean"], "own_minus_matched": place["own_minus_random"]}
@@ -299,7 +299,7 @@ def say(found: dict, treatment: str | None, passed: dict | None) -> None:
         return
     among = found["matched"][treatment]
     for name in (name for name in DECIDING if name in among):
-        row, fit, label = among[name], found["additive"][name], MEASURES[name].label
+        row, fit, label = among[name], found["additive"][name], named(name).label
         if row["n_matched"]:
             told = f"difference {row['own_minus_matched']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
             told += f", rank {row['rank']} of {row['n_matched'] + 1} among sets of its shape"

@@ -1,17 +1,19 @@
-"""Conditions of a pair of models, measured in memory: base, target, and whatever is done to the target."""
+"""Models measured in memory under conditions: a base, its target and whatever is done to that, or several runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from cpt_utils.architectures import archs
 from cpt_utils.base import processes, results
 from cpt_utils.base.lazy import torch
-from cpt_utils.checkpoints import tokenization, tokenizer_id
+from cpt_utils.checkpoints import refs, tokenization, tokenizer_id
 from cpt_utils.interventions import surgery
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, controls, evaluation, matched
+from cpt_utils.measures import conditions, controls, matched
 from cpt_utils.models import loading
 
 SCHEMA = "swap-controls"
@@ -19,14 +21,17 @@ SCHEMA = "swap-controls"
 
 @dataclass(frozen=True)
 class Trial:
-    """A pair of models, what is measured on it, and with what.
+    """Models, what is measured on them, and with what.
 
     Attributes:
+        models: by role, as `Condition.of` names them; "base" has the tokenizer of those without one.
+        bench: an `evaluation.Test`, or whatever else has `on` (model, arch, tokenizer, name), which gives a record's
+            `values` and `units`, and `facts`, which go into the header and identify the request.
         run: folder of the target's run, for tokenizer files that the checkpoint lacks.
     """
 
-    pair: surgery.Pair
-    test: evaluation.Test
+    models: dict[str, refs.ModelRef]
+    bench: Any
     process: processes.Process
     dtype: torch.dtype
     seed: int
@@ -34,38 +39,81 @@ class Trial:
     run: str | None = None
 
     @classmethod
-    def from_arguments(cls, args, study, pair: surgery.Pair, known: dict, retrieve: Callable, run=None) -> Trial:
-        """The trial that flags and study ask for; see `evaluation.test_from_arguments` for `known` and `retrieve`."""
-        test = evaluation.test_from_arguments(args, study, known, retrieve)
+    def from_arguments(cls, args, study, models: dict[str, refs.ModelRef], bench, run: str | None = None) -> Trial:
         process, dtype = processes.from_arguments(args, study)
-        return cls(pair, test, process, dtype, study.seed, args.overwrite, run)
+        return cls(models, bench, process, dtype, study.seed, args.overwrite, run)
 
-    @property
-    def models(self) -> dict:
-        return {"base": self.pair.base_ref, "target": self.pair.target_ref}
-
-    def request(self, wanted: list[Condition]) -> dict:
-        """What the numbers depend on; the runner adds the keys of the conditions."""
-        models = self.models.values()
+    def request(self, asked: dict) -> dict:
+        """What the numbers depend on; `asked`: beside models and bench. The runner adds the keys of the conditions."""
+        known = {role: surgery.identity(ref) for role, ref in self.models.items()}
         return {
-            **{role: surgery.identity(ref) for role, ref in self.models.items()},
-            "tokenizers": [tokenizer_id.tokenizer_used(ref, self.run, self.pair.base_ref) for ref in models],
-            "sets": [
-                [one.name, one.facts.get("layers", []), {key: v for key, v in one.key.items() if key != "edits"}]
-                for one in wanted
+            **(known if known.keys() == {"base", "target"} else {"models": known}),
+            "tokenizers": [
+                tokenizer_id.tokenizer_used(ref, self.run, self.models["base"]) for ref in self.models.values()
             ],
-            "measures": self.test.measures(),
-            "test": self.test.facts,
+            **asked,
+            "test": self.bench.facts,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.process.device.type,
         }
 
     def measure(
+        self, path: Path, wanted: Sequence[Condition], schema: str, asked: dict,
+        payload: Callable[[list[dict]], tuple[dict, dict | None]], head: dict | None = None,
+        show: Callable[[Path, dict], None] | None = None, say: Callable[[dict], None] | None = None,
+        loaded: Callable[[Any, Any], None] | None = None, estimate: bool = False, instead: str = "another -o",
+    ) -> None:  # fmt: skip
+        """Measure every condition, those of the models as they are among them, and write `path` (`conditions.measure`).
+
+        Args:
+            asked: what the request says beside models, tokenizers and what the bench says.
+            payload: records -> the content of the result, and the tensors of the `.pt` beside it, None for none.
+            head: of the header, beside models and bench.
+            show: writes figures and tables of the payload: (path without suffix, payload) -> None.
+            say: prints what there is to say of it.
+            loaded: (model, tokenizer), once a model is loaded: refuses what does not fit.
+
+        Raises:
+            InputError: `path` is the result of another request, or a model cannot be measured.
+        """
+        tokenizers: dict = {}
+
+        def load(role: str):
+            ref = self.models[role]
+            tokenizers[role] = tokenization.load_tokenizer(ref, self.run, self.models["base"])
+            model = loading.load_for(self.process, ref, self.dtype)
+            if loaded:
+                loaded(model, tokenizers[role])
+            return model
+
+        def measured(model, one: Condition) -> dict:
+            ref = self.models[one.of]
+            name = f"{one.name} {one.facts.get('layers', '')}".rstrip() if one.key else ref.spec
+            return self.bench.on(model, archs.for_config(ref.config()), tokenizers[one.of], name)
+
+        def write(records: list[dict], request: dict) -> None:
+            found, tensors = payload(records)
+            if tensors is not None:
+                results.write_tensors(path.with_suffix(".pt"), tensors)
+            if show:
+                show(path.with_suffix(""), found)
+            facts = self.bench.facts | {"models": {role: ref.describe() for role, ref in self.models.items()}}
+            facts |= {**(head or {}), "dtype": request["dtype"], "device": str(self.process.device)}
+            results.write_json(path, found | {"request": request}, results.header(schema, **facts))
+            if say:
+                say(found)
+
+        conditions.measure(
+            path, schema, self.request(asked), wanted, load, measured, write, self.process, self.overwrite, instead,
+            estimate,
+        )  # fmt: skip
+
+    def compare(
         self, path: Path, wanted: list[Condition], treatment: str | None = None, facts: dict | None = None,
-        figure: Callable[[Path, dict], None] | None = None, gate: dict | None = None,
+        show: Callable[[Path, dict], None] | None = None, gate: dict | None = None,
         more: Callable[[list[dict]], dict] | None = None,
     ) -> None:  # fmt: skip
-        """Measure base, target and the conditions of the target, and write `path` (see `conditions.measure`).
+        """Measure base, target and the conditions of the target with an `evaluation.Test`, and set them side by side.
 
         The conditions' facts may hold `layers`; they are compared within one `component`, where the facts name one.
 
@@ -74,7 +122,7 @@ class Trial:
                 per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside
                 `path`.
             facts, more: payload of the result beside comparison and sets, and what makes more of it of the records.
-            figure: draws the payload: (path without suffix, payload) -> None.
+            show: see `measure`.
             gate: that of the layers (`gate.carried`), for the header.
 
         Raises:
@@ -84,37 +132,30 @@ class Trial:
         names = {one.name for one in wanted}
         if treatment and not {treatment, "random"} <= names:
             raise ValueError(f"no condition is called {treatment} or none random: there are {', '.join(sorted(names))}")
+        config = self.models["target"].config()
+        n_layers = archs.for_config(config).n_layers(config)
         ends = [Condition(role, {}, facts={"layers": []}, of=role) for role in self.models]
-        tokenizers: dict = {}
+        sets = [
+            [one.name, one.facts.get("layers", []), {key: v for key, v in one.key.items() if key != "edits"}]
+            for one in wanted
+        ]
 
-        def load(role: str):
-            ref = self.models[role]
-            tokenizers[role] = tokenization.load_tokenizer(ref, self.run, self.pair.base_ref)
-            return loading.load_for(self.process, ref, self.dtype)
-
-        def measured(model, one: Condition) -> dict:
-            name = f"{one.name} {one.facts.get('layers', '')}" if one.key else self.models[one.of].spec
-            return self.test.on(model, self.pair.arch, tokenizers[one.of], name)
-
-        def write(records: list[dict], request: dict) -> None:
-            compared = controls.compare(records, treatment, self.seed) if treatment else None
+        def payload(records: list[dict]) -> tuple[dict, dict | None]:
             sets = [row | {"shape": matched.shape(row["layers"])} for row in controls.summary(records, self.seed)]
-            found = matched.statistics(records, treatment, self.pair.n_layers, self.seed) if treatment else {}
-            found |= more(records) if more else {}
-            payload = {**(facts or {}), "comparison": compared, **found, "sets": sets, "request": request}
+            found = {**(facts or {}), "comparison": None}
             if treatment:
+                found["comparison"] = controls.compare(records, treatment, self.seed)
+                found |= matched.statistics(records, treatment, n_layers, self.seed)
                 controls.intervals(sets, records, self.seed)
                 controls.rank_all(sets, treatment)
-                results.write_tensors(path.with_suffix(".pt"), controls.units_of(records))
-            if figure is not None:
-                figure(path.with_suffix(""), payload)
-            head = {"models": {role: ref.describe() for role, ref in self.models.items()}, "gate": gate}
-            head |= {"n_layers": self.pair.n_layers, "dtype": request["dtype"], "device": str(self.process.device)}
-            results.write_json(path, payload, results.header(SCHEMA, **self.test.facts, **head))
-            controls.say(sets, compared, gate)
+            found |= (more(records) if more else {}) | {"sets": sets}
+            return found, controls.units_of(records) if treatment else None
+
+        def say(found: dict) -> None:
+            controls.say(found["sets"], found["comparison"], gate)
             matched.say(found, treatment, gate)
 
-        conditions.measure(
-            path, SCHEMA, self.request(wanted), [*ends, *wanted], load, measured, write, self.process, self.overwrite,
-            "another output folder",
+        self.measure(
+            path, [*ends, *wanted], SCHEMA, {"sets": sets, "measures": self.bench.measures()}, payload,
+            {"gate": gate, "n_layers": n_layers}, show, say, instead="another output folder",
         )  # fmt: skip
