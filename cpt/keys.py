@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cpt_utils.base.keys import Keys, group
+from cpt_utils.base.keys import OF_TEXT, Keys, group
 from cpt_utils.base.study_keys import Lora, Part
 
 FILE = "it becomes a file name; leave out the slash"
@@ -19,7 +19,7 @@ TWO = "two of the parallel languages"
 
 Count = Annotated[int, Field(ge=1, description="it must be a whole number above 0")]
 Lines = Annotated[int | None, Field(ge=0, description="it must be a number of lines")]
-Number = Annotated[float, Field(strict=False, ge=0, allow_inf_nan=False, description=NUMBER)]  # YAML reads 2e-3 as text
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False, description=NUMBER), OF_TEXT]
 Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True, min_length=1, description="it must be a name")]
 Folder = Annotated[str, Field(min_length=1, description="give --output-dir, or output in the file")]
 Seed = Annotated[int, Field(ge=0, description="it must be a whole number, 0 or more")]
@@ -69,7 +69,7 @@ class Training(Keys):
     batch_size: Count = 8
     gradient_accumulation: Count = 1
     steps: Count
-    learning_rate: Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False, description=RATE)]
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False, description=RATE), OF_TEXT]
     schedule: Any = "cosine"
     warmup_steps: Number = 0.0
     weight_decay: Number = 0.01

@@ -271,6 +271,7 @@ def test_the_command_line_has_its_lora_in_the_place_of_what_the_file_trains(trai
     [
         ("llama", {"lora": {"layers": "0"}}, r"lora\.r is missing; it must be a rank"),
         ("llama", {"lora": {"r": 2, "rank": 3}}, r"unknown key lora\.rank"),
+        ("llama", {"lora": {"r": 2, "alpha": True}}, r"lora\.alpha is True; it must be a number above 0"),
         ("llama", {"lora": {"r": 2, "dropout": 1.0}}, r"lora\.dropout is 1\.0; it must be 0 or more, and below 1"),
         ("llama", {"lora": {"r": 2}, "freeze": "0"}, "give one of freeze, train_only and lora"),
         ("llama", {"lora": {"r": 2}, "io": "frozen"}, "io goes with freeze or train_only"),

@@ -6,18 +6,28 @@ The description of a field says what its value must be, and ends the message.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from cpt_utils.base.errors import InputError
 
 Model = TypeVar("Model", bound="Keys")
 UNKNOWN = ("extra_forbidden", "invalid_key")
+
+
+def _of_text(value):
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
+OF_TEXT = BeforeValidator(_of_text)  # of a number: YAML reads 2e-3 as text
 
 
 class Keys(BaseModel):

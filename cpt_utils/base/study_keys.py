@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cpt_utils.base.keys import Keys, group
+from cpt_utils.base.keys import OF_TEXT, Keys, group
 
 QUOTES = "put the code in quotes (no is false in YAML)"
 Text = Annotated[str, Field(description="it must be a text")]
@@ -64,9 +64,9 @@ class Lora(Keys):
 
     r: Annotated[int, Field(ge=1, description="it must be a rank, a whole number above 0")]
     alpha: Annotated[
-        float | None, Field(strict=False, gt=0, allow_inf_nan=False, description="it must be a number above 0")
+        float | None, Field(gt=0, allow_inf_nan=False, description="it must be a number above 0"), OF_TEXT
     ] = None
-    dropout: Annotated[float, Field(strict=False, ge=0, lt=1, description="it must be 0 or more, and below 1")] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="it must be 0 or more, and below 1"), OF_TEXT] = 0.0
     targets: Annotated[
         str | list[str], Field(min_length=1, description="it must be all, attention, ffn, or like [q_proj, v_proj]")
     ] = "all"
