@@ -216,6 +216,10 @@ class Arms:
             return number(name, None, note=lacking, **more)
         sign = -1 if measure.startswith(LESS_IS_BETTER) else 1
         values = {role: sign * self.file.at("models", arm, "values", measure) for role, arm in names.items()}
+        try:
+            made = float(value(**values))
+        except ZeroDivisionError:  # of a score that nothing can be a share of
+            return number(name, None, note=f"the plain run's {words(measure)} is 0", **more)
         units, interval, n = self.tensors.get(measure), (None, None), None
         if units is not None:
             order, units = list(self.models), sign * units.double().numpy()
@@ -229,10 +233,7 @@ class Arms:
                 return value(**dict(zip(names, means, strict=True)))
 
             interval = _interval(of_means, rows, self.seed, self.draws)
-        try:
-            return number(name, float(value(**values)), interval, n, "units", **more)
-        except ZeroDivisionError:  # of a score that nothing can be a share of
-            return number(name, None, note=f"the plain run's {words(measure)} is 0", **more)
+        return number(name, made, interval, n, "units", **more)
 
 
 def swaps(found: evidence.Results, step: str, own: str) -> Swaps:
@@ -257,11 +258,12 @@ def _same(means, values, about: float = 0.0) -> bool:
 def _interval(value: Callable, units: np.ndarray, seed: int, draws: int) -> tuple[float | None, float | None]:
     """The bootstrap interval of a function of means over units, `units` [means, units]; one resample serves all.
 
-    None where it is not finite: a share of what may well be nothing.
+    Resamples without a gain, of which nothing is a share (NaN), are left out. None where it is not finite: a share of
+    what may well be nothing.
     """
     if not draws:
         return None, None
     weights = stats.resample_weights(units.shape[1], seed, draws)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ends = np.quantile(value(*(units @ weights.T / units.shape[1])), [0.025, 0.975]).tolist()
+        ends = stats.interval(value(*(units @ weights.T / units.shape[1]))).tolist()
     return tuple(ends) if np.isfinite(ends).all() else (None, None)

@@ -71,6 +71,18 @@ def test_gaps_are_in_points_and_shares_of_the_full_score(script):
     assert {one["verdict"] for one in runs["outer"]["within"].values()} == {"no verdict"}  # of one run
 
 
+def test_a_resample_without_a_score_takes_no_interval_away(script):
+    """Ten rows, four right by the full run: some resamples hold none of these, and nothing is a share of it."""
+    arms, task = made_up(script), "task_accuracy"
+    hits = {name: [1.0] * {"base": 0, "plain": 4}.get(name, 2) for name in VALUES}
+    arms.tensors[task] = torch.tensor([right + [0.0] * (10 - len(right)) for right in hits.values()])
+    for name, model in arms.models.items():
+        model["values"][task] = len(hits[name]) / 10
+    arms.draws = 2000
+    row = arms.number("short", task, {"arm": "outer"}, script.c7.short, gained=False)
+    assert row["value"] == 0.5 and (row["ci_low"], row["ci_high"]) == (0, 1)
+
+
 def test_p_over_seeds_is_the_larger_of_both_bounds(script):
     shifts = [0.0, 0.002, -0.001, 0.003, 0.001]
     payload = payload_of(script, shifts)
