@@ -140,12 +140,17 @@ def test_finished_results_are_kept_and_others_refused(study, capsys):
         results.read_json(part)
 
 
-def test_lines_that_make_a_document_are_those_of_the_study(study):
+def test_lines_that_make_a_document_are_those_of_the_study(study, capsys):
     text = (study / "study.yaml").read_text()
     (study / "study.yaml").write_text(text.replace("data: {", "data: {heldout_lines: 2, "))
     SCRIPT.main([])
     found, head = results.read_json(f"{OUT}.json")
     assert (found["en"]["10"]["documents"], found["ga"]["10"]["documents"], head["lines"]) == (3, 2, 2)
+    assert "is one document" not in capsys.readouterr().err
+    assert len(evaluation.documents(study / "heldout/ga.txt", 3)) == 1
+    assert "heldout/ga.txt is one document, of which intervals have no width" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"ga.txt has 4 lines, fewer than data.heldout_lines \(6\)"):
+        evaluation.documents(study / "heldout/ga.txt", 6)
 
 
 def test_bad_input_is_one_line(study):

@@ -234,12 +234,12 @@ def documents(file: Path, together: int) -> list[tuple[str, str]]:
     found = [text for line in textfiles.texts(file) if (text := line.strip())]
     if not found:
         raise InputError(f"{file} holds no text")
-    if together == 1:
-        return [("", line) for line in found]
     groups = [found[i : i + together] for i in range(0, len(found) - together + 1, together)]
     if not groups:
         raise InputError(f"{file} has {len(found)} lines, fewer than data.heldout_lines ({together})")
-    return [(group[0], " ".join(group[1:])) for group in groups]
+    if len(groups) == 1:
+        cli.warn(f"{file} is one document, of which intervals have no width and say nothing; give more, a line each")
+    return [("", group[0]) if together == 1 else (group[0], " ".join(group[1:])) for group in groups]
 
 
 def heldout_by_language(
