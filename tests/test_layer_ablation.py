@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import load_script, save_tiny, tiny_tokenizer
+from launch import launch
 
 from cpt_utils.base import cli, results, sources
 from cpt_utils.base.errors import InputError
@@ -502,3 +503,66 @@ def test_translations_are_scored_where_they_are_asked_for(study, shared, capsys)
     assert 0 <= values["chrf_production"] <= 100 and values["language_production"] in (0, 0.5, 1)
     assert head["in_context"]["generate"] is True
     assert CONTEXT.chrf()("the cat", "the cat") == pytest.approx(100)
+
+
+def test_outside_a_made_up_world_py3langid_tells_languages_apart(study, monkeypatch):
+    pytest.importorskip("py3langid", reason="py3langid is not installed (pip install -e '.[langid]')")
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (pip install -e '.[generate]')")
+    english = """The children are playing in the park after school.
+It will rain in the west of the country tomorrow.
+My sister bought a new bicycle last week.
+The old bridge was closed for the whole winter."""
+    irish = """Tá na páistí ag súgradh sa pháirc tar éis na scoile.
+Beidh sé ag cur báistí in iarthar na tíre amárach.
+Cheannaigh mo dheirfiúr rothar nua an tseachtain seo caite.
+Bhí an seandroichead dúnta ar feadh an gheimhridh ar fad."""
+    (study / "en.txt").write_text(english, "utf-8")
+    (study / "ga.txt").write_text(irish, "utf-8")
+
+    def translated(self, *_):
+        """The references, but for one: copied from the source, or not there."""
+        return {"perception": [*self.base[:2], self.target[2]], "production": [self.target[0], "", self.target[2]]}
+
+    monkeypatch.setattr(CONTEXT.Translation, "translate", translated)
+    flags = ["--generate", "--measures", "translation", "--sweeps", "0,1", "--shots", "1", "--base-file", "en.txt"]
+    SWEEP.main([*flags, "--target-file", "ga.txt", "--source", "text", "--target-lang", "gle_Latn"])
+    units = results.read_tensors(study / f"{OUT}.pt")
+    assert units["language_perception"][1].tolist() == [1, 1, 0] and units["language_production"][1].tolist() == [
+        1,
+        0,
+        1,
+    ]
+    assert units["chrf_production"][1].tolist() == [100, 0, 100] and units["chrf_perception"][1, 2] < 50
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(study):
+    flags = ["--sentences", "4", "--sweeps", "insert_in", "insert_out", "window:2"]
+    SWEEP.main([*flags, "-o", "one/sweep.json"])
+    said = launch("layer-ablation/ablation_sweep.py", *flags, "-o", "two/sweep.json").stdout
+    one, two = (json.loads((study / name / "sweep.json").read_text()) for name in ("one", "two"))
+    assert f"{len(one['conditions'])} models to measure" in said
+    for result in (one, two):
+        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
+    assert one == two and (study / "one/sweep.pt").read_bytes() == (study / "two/sweep.pt").read_bytes()
+
+
+@pytest.mark.parametrize("head_dim", [8, 20])
+def test_of_gemma_3_with_heads_of_any_size(study, head_dim):
+    """4 heads on a width of 32: of 8 features, and of more than a head's share of the width, as Gemma's have."""
+    models = {}
+    for seed, name in enumerate(("base", "target")):
+        save_tiny("gemma3_text", study / name, seed=seed, head_dim=head_dim, sliding_window=16)
+        models[name] = loading.load_model(refs.model(study / name), torch.float32, torch.device("cpu"))
+    flags = ["--sentences", "4", "--sweeps", "insert_in", "insert_out", "--measures", "translation"]
+    SWEEP.main(["base", "target", *flags, "-o", "sweep.json"])
+    found, units = json.loads((study / "sweep.json").read_text()), results.read_tensors(study / "sweep.pt")
+    bench = SWEEP.bench_from_arguments(SWEEP.build_parser().parse_args(flags), Study.find())
+    whole = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
+    for row, values in zip(found["conditions"], units["production"], strict=True):
+        own = [f".layers.{block}." for block in range(3) if block not in row["kept"]]
+        of_base = {name for name in whole["base"] if row["name"] == "base" or any(part in name for part in own)}
+        mixed = {name: whole["base" if name in of_base else "target"][name] for name in whole["base"]}
+        models["target"].load_state_dict(mixed)
+        alone = bench.translation.nlls(models["target"], tiny_tokenizer(), None)
+        assert alone["production"] == pytest.approx(values.tolist(), abs=1e-6), row
