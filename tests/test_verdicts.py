@@ -12,7 +12,6 @@ from scipy import stats as scipy_stats
 from test_claims import (
     ATTENTION,
     CLAIMS,
-    DECIDABLE,
     HUB,
     INTERFACE,
     LAYER_SWAP,
@@ -289,9 +288,9 @@ def test_the_rules_are_calibrated(monkeypatch, tmp_path):
     said = calibrate.rates([World("depth", depth=0.02), World("true", 4.0, **calibrate.DEMO)], 6, (8,))
     null, true = said
     assert null[1:3] == ["6", "8"] and float(null[3]) <= 34 and true[1] == "3" and float(true[3]) == 0
-    assert sum(map(float, true[4:])) / len(DECIDABLE) >= 80
+    assert sum(map(float, true[4:])) / len(CLAIMS) >= 80
     text = calibrate.table(said)
-    assert text.splitlines()[2].count("|") == 5 + len(DECIDABLE)
+    assert text.splitlines()[2].count("|") == 5 + len(CLAIMS)
 
 
 def test_the_table_of_the_readme_is_the_scripts(monkeypatch, tmp_path):
