@@ -16,9 +16,11 @@ from launch import launch
 
 from cpt_utils.base import cli, results, sources, stats
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs, tokenization
-from cpt_utils.interventions import on_disk, surgery
+from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.measures import controls, evaluation
+from cpt_utils.measures.trial import Trial
 from cpt_utils.models import loading
 
 SWAP = load_script("layer-swap/layer-swap.py")
@@ -227,6 +229,27 @@ def test_controls_against_written_folders(shared, study):
             assert row["own_gain_lost"] == pytest.approx((target - hub) / (target - base))
         else:
             assert row["own_gain_lost"] is None
+
+
+def test_the_loss_in_other_languages_is_measured_where_it_is_asked_for(shared, study, capsys):
+    args = SWAP.build_parser().parse_args(["--measures", "nll"])
+    files = {"qaa_Latn": shared / "heldout.txt", "eng_Latn": shared / "eng.txt", "qab_Latn": None}
+    test = evaluation.test_from_arguments(args, Study.find(), {}, SWAP.retrieval.of_pairs, files)
+    assert test.measures() == ["nll_per_byte", "nll_per_byte:eng_Latn"]
+    assert test.facts["heldout_others"]["eng_Latn"]["documents"] == 12
+    with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:
+        swapper, names = in_memory.Swapper(pair), {0: "own", 1: "random", 2: "random"}
+        swaps = [swapper.condition(name, surgery.layers_from_base(pair, [layer]), layers=[layer])
+                 for layer, name in names.items()]  # fmt: skip
+        Trial.from_arguments(args, Study.find(), pair.models, test).compare(study / "out.json", swaps, "own")
+        whole = loading.load_model(pair.base_ref, torch.float32, torch.device("cpu"))
+        alone = evaluation.Test(heldout=evaluation.documents(shared / "eng.txt", 1))
+        found = alone.on(whole, pair.arch, tokenization.load_tokenizer(pair.base_ref), "x")["values"]["nll_per_byte"]
+    payload, units = results.read_json(study / "out.json")[0], results.read_tensors(study / "out.pt")
+    assert payload["sets"][0]["values"]["nll_per_byte:eng_Latn"] == found
+    assert units["nll_per_byte:eng_Latn"].shape == (5, 12) and units["nll_per_byte"].shape == (5, 6)
+    assert payload["comparison"]["nll_per_byte:eng_Latn"]["higher_is_better"] is False
+    assert "NLL of held-out text (nats per byte), eng_Latn: " in capsys.readouterr().out
 
 
 @pytest.mark.figures
