@@ -35,7 +35,7 @@ class Cpt(Keys):
     replay: Share
     replay_prompts: Share
     facts: Share
-    others: Annotated[list[str], Field(description="it must be a list of language codes")] = []
+    others: Annotated[list[str], Field(default_factory=list, description="it must be a list of language codes")]
 
 
 class World(Keys):

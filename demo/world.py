@@ -104,7 +104,7 @@ class Maker:
         return " ".join(map(self.languages[code].tell, draw.sample(told, min(FACTS, len(told)))))
 
     def mixture(self, code: str, words: float, replay: float, replay_prompts: float, facts: float) -> list[str]:
-        """The documents of continued pre-training on a language, `words` words in all, replayed base documents included.
+        """The documents of continued pre-training on a language, `words` words in all with replayed base documents.
 
         `replay` is a share of all words, `replay_prompts` of the replay, `facts` of the language. Each document is of
         the kind that is furthest behind its share.

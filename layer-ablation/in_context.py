@@ -60,8 +60,6 @@ class Translation:
     def nlls(self, model, tokenizer, batch_size: int | None) -> dict[str, list[float]]:
         """Perception and production with the own source and, `_shuffled`, with another: NLL of each sentence over the
         mean bytes of a sentence, so that the mean is all nats over all bytes."""
-        # Of s shots s / (s + 1) of the tokens are the same for all sentences, and read anew. Keys and values kept
-        # give other numbers in sparse attention (deepseek_v32, glm_moe_dsa, axk2), and states of hybrids do not repeat.
         found = {}
         for name, (given, scored) in FUNCTIONS.items():
             texts = getattr(self, scored)

@@ -30,7 +30,7 @@ from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.interventions.activations import silenced
 from cpt_utils.measures import compare, layer_sets
-from cpt_utils.models import loading
+from cpt_utils.models import loading, scoring
 from cpt_utils.models.batching import padded
 from cpt_utils.models.states import pooled_states
 
@@ -57,6 +57,20 @@ EXPERTS = [
 ]
 TOWER = re.compile("vision|visual|image_|video_|audio|projector|connector|merger|aligner")
 IDS = torch.arange(3, 40)[None]
+KEEPS = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "olmo2",
+    "phi3",
+    "opt",
+    "bloom",
+)
 # A neuron's gate and up reach others there: a norm inside the FFN, a bar that is the activations' own quantile.
 TOGETHER = ("bitnet", "gemma3n_text", "gemma3n")
 
@@ -433,6 +447,20 @@ def test_hidden_states(case):
         pooled = pooled_states(model, case.arch, *padded(sentences, pad=0, side=side)).mean
         assert pooled.shape == (len(blocks_of(model)) + 1, len(sentences), 32)
         torch.testing.assert_close(pooled, torch.stack(slow, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")
+def test_what_sequences_begin_with_is_read_once_or_not_at_all(case):
+    """Losses behind a beginning whose keys and values are kept are those of whole sequences, token by token."""
+    model, shared = case.models[1], torch.arange(3, 40).tolist()
+    sequences = [shared + end for end in ([9, 17, 40, 3], [7], [30, 31, 32, 33, 34, 35, 36])]
+    wanted = [[(at - 1, ids[at]) for at in range(len(shared) + 1, len(ids))] for ids in sequences]
+    wanted[1] = [(len(shared) - 1, 7)]
+    kept = scoring._read_once(model, sequences, len(shared) - 1)
+    assert case.name not in KEEPS or kept[0] == len(shared) - 1
+    whole, behind = (scoring._losses(model, sequences, 0, wanted, before) for before in (None, kept))
+    for ours, theirs in zip(behind, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", LAYERS_OF_THEIR_OWN, indirect=True, scope="module")

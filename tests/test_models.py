@@ -176,6 +176,21 @@ def test_a_context_is_read_and_not_scored():
         assert score.bytes == len(text)
 
 
+def test_what_all_contexts_begin_with_is_read_once(monkeypatch):
+    model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
+    contexts = [f"{'shots that all have in common ' * 3}{own}" for own in ("cat", "a dog", "x")]
+    read = []
+    model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"].numel()), with_kwargs=True)
+    scores = scoring.text_nlls(model, tokenizer, TEXTS[:3], None, contexts)
+    kept = sum(read)
+    monkeypatch.setattr(scoring, "_read_once", lambda *_: None)
+    read.clear()
+    whole = scoring.text_nlls(model, tokenizer, TEXTS[:3], None, contexts)
+    assert kept < sum(read) / 2
+    for ours, theirs in zip(scores, whole, strict=True):
+        assert math.isclose(ours.nll, theirs.nll, rel_tol=1e-12) and ours.tokens == theirs.tokens
+
+
 def test_what_is_cut_off_counts_nowhere(capsys):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     short, long = scoring.text_nlls(model, tokenizer, ["ab " * 170, "ab " * 1000])

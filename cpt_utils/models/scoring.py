@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from cpt_utils.base.errors import InputError
@@ -44,16 +45,17 @@ def text_nlls(
     whole = [f"{c}{between}{t}" if c else t for c, t in zip(contexts or [""] * len(texts), texts, strict=True)]
     sequences = encode(tokenizer, whole, positions(model)).ids
     # The first scored token of each: as lm_eval does, where the context's own tokens end.
-    before = [context and context + between.rstrip(" ") for context in contexts or [""] * len(texts)]
-    starts = [max(1, scored_from(tokenizer, context)) if context else 1 for context in before]
+    ends = [context and context + between.rstrip(" ") for context in contexts or [""] * len(texts)]
+    starts = [max(1, scored_from(tokenizer, context)) if context else 1 for context in ends]
     for text, ids, start in zip(texts, sequences, starts, strict=True):
         if len(ids) <= start:
             raise InputError(f"a text of fewer than two tokens, or cut off, cannot be scored: {text[:60]!r}")
     scores: list[TextScore | None] = [None] * len(texts)
+    before = _read_once(model, sequences, min(starts) - 1) if contexts else None
 
     def score(rows: list[int]) -> None:
         wanted = [[(at - 1, sequences[i][at]) for at in range(starts[i], len(sequences[i]))] for i in rows]
-        losses = _losses(model, [sequences[i] for i in rows], tokenizer.pad_token_id, wanted)
+        losses = _losses(model, [sequences[i] for i in rows], tokenizer.pad_token_id, wanted, before)
         for i, text_losses in zip(rows, losses, strict=True):
             kept = texts[i]
             if len(sequences[i]) == positions(model):  # perhaps cut: count what was read
@@ -62,7 +64,8 @@ def text_nlls(
             total = float(text_losses.sum(dtype=torch.float64))
             scores[i] = TextScore(total, len(text_losses), len(kept.encode()))
 
-    for_each(model, "logits of texts", [len(s) for s in sequences], score, batch_size)
+    n = before[0] if before else 0
+    for_each(model, f"logits of texts after {n}", [len(s) - n for s in sequences], score, batch_size)
     return scores
 
 
@@ -115,26 +118,55 @@ def choice_logliks(
     return [result[i : i + n] for i in range(0, len(result), n)]
 
 
+def _read_once(model: transformers.PreTrainedModel, sequences: list[list[int]], most: int):
+    """(n, the model's keys and values of n tokens): the first n <= `most`, which all sequences have in common, as the
+    shots of a prompt; None where these are less than half of all tokens, or the model keeps more than keys and values.
+
+    States of hybrids cannot be repeated for several sequences, and sparse attention (`DynamicIndexedLayer`) chooses
+    other keys when it reads in two parts.
+    """
+    first, last = min(sequences), max(sequences)  # what these two share, all do
+    alike = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    n, device = min(alike, most), loading.input_device(model)
+    if len(sequences) < 2 or 2 * n * len(sequences) < sum(map(len, sequences)):
+        return None
+    with torch.inference_mode(), trace((model.get_output_embeddings(), "input", lambda hidden: hidden[:, -1:])):
+        found = model(input_ids=torch.tensor([first[:n]], device=device), use_cache=True)
+    cache = getattr(found, "past_key_values", None)
+    plain = transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer
+    fits = type(cache) is transformers.DynamicCache and cache.layers and all(type(x) in plain for x in cache.layers)
+    return (n, cache) if fits and all(layer.is_initialized for layer in cache.layers) else None
+
+
 def _losses(
-    model: transformers.PreTrainedModel, sequences: list[list[int]], pad: int, wanted: list[list[tuple[int, int]]]
-):
+    model: transformers.PreTrainedModel, sequences: list[list[int]], pad: int, wanted: list[list[tuple[int, int]]],
+    before: tuple | None = None,
+):  # fmt: skip
     """NLL in nats of the tokens asked for, a tensor on the CPU for each sequence, computed in float32 or better.
 
     The lm_head runs at the positions asked for alone: not at padding, nor in a prompt of which the end is asked for.
 
     Args:
         wanted: of each sequence, (position, token that should follow it).
+        before: what of all sequences was read before, see `_read_once`.
     """
-    flat = [(row, at, token) for row, pairs in enumerate(wanted) for at, token in pairs]
+    n, cache = before or (0, None)
+    flat = [(row, at - n, token) for row, pairs in enumerate(wanted) for at, token in pairs]
     rows, columns, targets = torch.tensor(flat, dtype=torch.long).view(-1, 3).T.to(loading.input_device(model))
-    ids, mask = (t.to(rows.device) for t in padded(sequences, pad))
+    ids, mask = (t.to(rows.device) for t in padded([sequence[n:] for sequence in sequences], pad))
+    more: dict = {"use_cache": False}
+    if cache is not None:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(sequences))
+        more = {"past_key_values": cache, "use_cache": True}
+        mask = torch.cat([mask.new_ones(len(sequences), n), mask], 1)
 
     def asked_for(hidden: torch.Tensor) -> torch.Tensor:
         # The model's own code goes on from there, so that its scale or soft cap of logits is applied to these.
         return hidden[rows.to(hidden.device), columns.to(hidden.device)][None]
 
     with torch.inference_mode(), trace((model.get_output_embeddings(), "input", asked_for)):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        logits = model(input_ids=ids, attention_mask=mask, **more).logits[0]
         targets = targets.to(logits.device)
         losses = [
             # A part at a time: a float32 copy of all logits of a batch is gigabytes for a large vocabulary.
