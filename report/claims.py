@@ -84,8 +84,10 @@ def one_run(made: dict[str, ModuleType], found: evidence.Results) -> dict[str, V
 
 
 def over_seeds(made: dict[str, ModuleType], runs: dict[int, tuple[evidence.Results, dict]]) -> dict[str, Verdict]:
-    """The verdict on every claim from what `one_run` says of each seed; Holm over the claims that can be decided."""
-    found, decidable = {}, {}
+    """The verdict on every claim from what `one_run` says of each seed; Holm over the claims of one letter that can be
+    decided, so that claims of another question, added later, change no verdict."""
+    found: dict[str, Verdict] = {}
+    decidable: dict[str, dict[str, list[dict]]] = {}
     for name, claim in made.items():
         each = {seed: said[name] for seed, (_, said) in runs.items()}
         files = [file for verdict in each.values() for file in verdict.files]
@@ -108,9 +110,10 @@ def over_seeds(made: dict[str, ModuleType], runs: dict[int, tuple[evidence.Resul
             why = f"{len(runs)} seeds; a verdict needs {verdicts.SEEDS} or more"
         found[name] = Verdict(verdicts.OPEN, why, rows, beside, files)
         if not why:
-            decidable[name] = rows
-    for name, verdict in verdicts.decide(decidable).items():
-        found[name] = dataclasses.replace(verdict, beside=found[name].beside, files=found[name].files)
+            decidable.setdefault(name[0], {})[name] = rows
+    for family in decidable.values():
+        for name, verdict in verdicts.decide(family).items():
+            found[name] = dataclasses.replace(verdict, beside=found[name].beside, files=found[name].files)
     return found
 
 
