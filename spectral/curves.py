@@ -1,0 +1,262 @@
+"""Curves over what is done to a checkpoint: put back, cut off or mixed by a share, each point beside the checkpoint.
+
+A `Point` is a condition at a place of a curve. All points are measured by one `Trial`, on the same sentences, documents
+and rows, so that each is compared with the checkpoint pair by pair. The largest share that costs nothing (p*, q*) is
+the largest whose score is not worse than the checkpoint's by more than one standard error of the paired difference:
+fewer sentences make a larger error and so a larger share, which is why a curve is read beside its controls, on the same
+sentences. Random curves have several draws; each draw has its own p*, and theirs is the mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cpt_utils.base import cli, figures, results, sources, stats
+from cpt_utils.base.lazy import np
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.interventions import surgery
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import controls, evaluation
+from cpt_utils.measures.trial import Trial
+
+retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
+
+# The ends of curves, which every trial measures first.
+BASE, TARGET = Condition("base", {}, of="base"), Condition("target", {})
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """A condition of the checkpoint at a place of a curve.
+
+    Attributes:
+        curve: the curve's name.
+        at: the share, or the coefficient.
+        condition: what is done; `TARGET` where it is nothing, `BASE` for the base itself.
+        draw: its number, of a curve with several random ones.
+        facts: what else is known of it; a number in it can be an axis of its own (`summary`, along).
+    """
+
+    curve: str
+    at: float
+    condition: Condition
+    draw: int = 0
+    facts: dict = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def measure(
+    trial: Trial, path: Path, points: Sequence[Point], summarise: Callable[[list[dict]], dict],
+    figure: Callable[[Path, dict], None], facts: dict | None = None,
+) -> None:  # fmt: skip
+    """Measure every point once, and write `path` with `summarise(records)` in it, `.pt` and figure beside it.
+
+    The records are those of `numbered`; `.pt` holds float32 [sets, units] of each measure, in the order of `sets`.
+    """
+    wanted, _ = numbered(points)
+
+    def more(records: list[dict]) -> dict:
+        results.write_tensors(path.with_suffix(".pt"), controls.units_of(records))
+        return summarise(records)
+
+    wanted = [replace(one, facts={"layers": [], **one.facts}) for one in wanted]
+    trial.measure(path, wanted, facts=facts, figure=figure, more=more)
+
+
+def numbered(points: Sequence[Point]) -> tuple[list[Condition], list[int]]:
+    """The distinct conditions beside base and target, and of each point which record is its: 0 is the base's, 1 the
+    target's, then those of the conditions."""
+    found = {BASE.id: BASE, TARGET.id: TARGET} | {point.condition.id: point.condition for point in points}
+    place = {key: i for i, key in enumerate(found)}
+    return list(found.values())[2:], [place[point.condition.id] for point in points]
+
+
+def units(records: list[dict]) -> dict[str, np.ndarray]:
+    """measure -> its values by sentence, document or row [records, units], with a sign by which more is better."""
+    signs = {name: 1 if evaluation.named(name).higher_is_better else -1 for name in records[0]["units"]}
+    return {name: sign * np.asarray([row["units"][name] for row in records]) for name, sign in signs.items()}
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def summary(
+    points: Sequence[Point], records: list[dict], seed: int, nulls: dict[str, Sequence[str]] | None = None,
+    along: Sequence[str] = ("at",),
+) -> dict:  # fmt: skip
+    """What a result says of its curves.
+
+    Args:
+        nulls: curve -> curves that its largest harmless share is compared with.
+        along: axes on which that share is read: "at", or a number in the facts of all points.
+
+    Returns:
+        points: each with its values and, of every measure with units, `better`: by how much it is better than the
+            checkpoint (mean, error: one standard error of the paired difference, ci_low, ci_high).
+        largest: curve -> measure -> axis -> value, ci_low, ci_high; `draws`: that of each; `unbroken`: up to which no
+            smaller share is worse, either.
+        beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference, resamples being shared.
+    """
+    _, at = numbered(points)
+    rows = [
+        {"curve": p.curve, "at": p.at, "draw": p.draw, "set": i, **p.facts} for p, i in zip(points, at, strict=True)
+    ]
+    for row in rows:
+        row |= {"values": records[row["set"]]["values"], "better": {}}
+    largest: dict = {name: {} for name in dict.fromkeys(p.curve for p in points)}
+    beyond: dict = {name: {null: {} for null in found} for name, found in (nulls or {}).items()}
+    for measure, values in units(records).items():
+        change = values[at] - values[1]
+        means, errors = change.mean(1), standard_errors(change)
+        drawn = stats.resample_weights(change.shape[1], seed, DRAWS) @ change.T / change.shape[1]
+        for row, mean, error, ends in zip(rows, means, errors, stats.interval(drawn, axis=0).T, strict=True):
+            low, high = map(float, ends)
+            row["better"][measure] = {"mean": float(mean), "error": float(error), "ci_low": low, "ci_high": high}
+        for axis in along:
+            places = np.array([row[axis] for row in rows], dtype=np.float64)
+            stars = {name: _stars(rows, name, places, means, drawn, errors) for name in largest}
+            for name, (own, unbroken, resampled) in stars.items():
+                found = _with_interval(own.mean(), resampled.mean(0)) | {"draws": own.tolist(), "unbroken": unbroken}
+                largest[name].setdefault(measure, {})[axis] = found
+            for name, compared in beyond.items():
+                for null in compared:
+                    (own, _, drawn_own), (other, _, drawn_other) = stars[name], stars[null]
+                    found = _with_interval(own.mean() - other.mean(), drawn_own.mean(0) - drawn_other.mean(0))
+                    compared[null].setdefault(measure, {})[axis] = found
+    return {"points": rows, "largest": largest, "beyond": beyond}
+
+
+def standard_errors(change: np.ndarray) -> np.ndarray:
+    """The standard error of the mean of each row [points, units]; 0 of a single unit, which has none."""
+    n = change.shape[1]
+    return change.std(1, ddof=1) / n**0.5 if n > 1 else np.zeros(len(change))
+
+
+def not_worse(mean, error):
+    """Whether a score is not worse than the checkpoint's by more than one standard error; arrays broadcast."""
+    return mean >= -error
+
+
+def _stars(rows: list[dict], curve: str, places, means, drawn, errors) -> tuple[np.ndarray, float, np.ndarray]:
+    """The largest harmless share of each draw [draws], the mean of the unbroken ones, and the largest in every resample
+    [draws, resamples]. The checkpoint itself stands at 0."""
+    own, unbroken, resampled = [], [], []
+    for draw in sorted({row["draw"] for row in rows if row["curve"] == curve}):
+        mine = [i for i, row in enumerate(rows) if (row["curve"], row["draw"]) == (curve, draw)]
+        mine = sorted(mine, key=lambda i: places[i])
+        holds, x = not_worse(means[mine], errors[mine]), places[mine]
+        own.append(np.where(holds, x, 0.0).max())
+        unbroken.append(np.where(np.logical_and.accumulate(holds), x, 0.0).max())
+        resampled.append(np.where(not_worse(drawn[:, mine], errors[mine]), x, 0.0).max(1))
+    return np.array(own), float(np.mean(unbroken)), np.array(resampled)
+
+
+def _with_interval(value, drawn) -> dict:
+    low, high = stats.interval(drawn)
+    return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
+
+
+def say(found: dict, words: dict[str, str], symbol: str) -> None:
+    """Print the largest harmless share of every curve (`words`: curve -> what it is called; `symbol`: p* or q*)."""
+    for curve, name in words.items():
+        for measure, axes in found["largest"].get(curve, {}).items():
+            row = axes["at"]
+            ends = f"[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+            cli.say(f"{name}, {evaluation.named(measure).label}: {symbol} {row['value']:.2f} {ends}")
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def measures_of(payload: dict) -> list[str]:
+    """The measures that have a panel: losses by language, retrieval at the readout, the task."""
+    there = payload["points"][0]["better"]
+    losses = [name for name in there if name.startswith("nll_per_byte")]
+    return losses + [name for name in ("retrieval_readout", "task_accuracy") if name in there]
+
+
+def draw(path: Path, payload: dict, looks: dict[str, dict], xlabel: str, axis: str = "at") -> None:
+    """A panel a measure: every curve over its share, random ones as the mean and range of their draws.
+
+    Base and checkpoint are lines; the shaded band is one standard error below and above the checkpoint, for each curve
+    its own in truth and here that of the first; a hollow marker is the largest harmless share of a curve.
+
+    Args:
+        looks: curve -> label, color, marker, linestyle.
+        axis: "at", or a number in the facts of all points.
+    """
+    names = measures_of(payload)
+    with figures.style() as plt:
+        width = figures.PAGE if len(names) > 1 else figures.COLUMN
+        rows = -(-len(names) // 2)
+        fig, panels = plt.subplots(rows, min(2, len(names)), figsize=(width, 0.4 + 2.0 * rows), squeeze=False)
+        for panel, name in zip(panels.flat, names, strict=False):
+            _panel(panel, payload, name, looks, axis)
+            panel.set_xlabel(xlabel)
+            panel.set_ylabel(evaluation.named(name).label)
+        for panel in panels.flat[len(names) :]:
+            panel.set_visible(False)
+        fig.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        figures.save(fig, path)
+
+
+def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str) -> None:
+    sign = 1 if evaluation.named(measure).higher_is_better else -1
+    sets = {row["name"]: row["values"][measure] for row in payload["sets"][:2]}
+    for role, words in (("base", "base"), ("target", "checkpoint")):
+        panel.axhline(sets[role], color=figures.colour(role), linewidth=0.8, linestyle=":", label=words)
+    for curve, look in looks.items():
+        rows = [row for row in payload["points"] if row["curve"] == curve]
+        if not rows:
+            continue
+        xs = sorted({row[axis] for row in rows})
+        ys = [[sets["target"] + sign * row["better"][measure]["mean"] for row in rows if row[axis] == x] for x in xs]
+        panel.plot(xs, [sum(y) / len(y) for y in ys], **look)
+        if any(len(y) > 1 for y in ys):
+            panel.fill_between(xs, [min(y) for y in ys], [max(y) for y in ys], color=look["color"], alpha=0.15, lw=0)
+        star = payload.get("largest", {}).get(curve, {}).get(measure, {}).get(axis, {})
+        if len(star.get("draws", [])) == 1:
+            y = [sum(y) / len(y) for x, y in zip(xs, ys, strict=True) if x == star["value"]]
+            panel.plot([star["value"]] * len(y), y, "o", ms=7, mfc="none", mec=look["color"], mew=1.1)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parser(doc: str, output: str):
+    """A parser with the flags that scripts of curves share; `output`: where results go without --output."""
+    p = cli.parser(doc)
+    p.add_argument("--base", metavar="B", help="base model; default: the study's base")
+    text = "its run of checkpoints, or one checkpoint: the last, or that of --steps, is measured; default: the study's"
+    p.add_argument("--run", nargs="+", metavar="RUN", help=text)
+    p.add_argument("--output", metavar="OUT", help=f"JSON to write; default: the study's {output}")
+    cli.add_run_flags(p)
+    evaluation.add_flags(p)
+    sources.add_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    return p
+
+
+@contextlib.contextmanager
+def opened(args, step: str, *other: str) -> Iterator[tuple[Study, Path, surgery.Pair]]:
+    """Study, output and the pair that the arguments of `parser` mean; `other`: parts of the file's name, where the
+    result is not the study's own for further reasons."""
+    study = Study.find(args.study, args.seed, args.arm)
+    base = refs.model(study.value(args.base, "--base", "base"))
+    target = refs.run(study.value(args.run, "--run", "run"), args.steps)[-1]
+    differs = beside.name(study, args.base, args.run, args.steps, args.limit, last=True)
+    output = study.output(args.output, "--output", step, dotted(differs, *other))
+    with surgery.Pair(base, target) as pair:
+        yield study, output, pair
+
+
+def trial_of(args, study: Study, pair: surgery.Pair) -> Trial:
+    """What is measured, as the arguments of `parser` and the study say."""
+    return Trial.from_arguments(args, study, pair, {}, retrieval.of_pairs, study.get("run"))
