@@ -10,15 +10,19 @@ sentences. Random curves have several draws; each draw has its own p*, and their
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpt_utils.base import cli, figures, results, sources, stats
+from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
+from cpt_utils.base.processes import Process
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, refs
-from cpt_utils.interventions import surgery
+from cpt_utils.interventions import on_disk, surgery
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import controls, evaluation
 from cpt_utils.measures.trial import Trial
@@ -182,33 +186,40 @@ def measures_of(payload: dict) -> list[str]:
     return losses + [name for name in ("retrieval_readout", "task_accuracy") if name in there]
 
 
-def draw(path: Path, payload: dict, looks: dict[str, dict], xlabel: str, axis: str = "at") -> None:
+def draw(
+    path: Path, payload: dict, looks: dict[str, dict], xlabel: str, axis: str = "at",
+    more: Sequence[Callable] = (),
+) -> None:  # fmt: skip
     """A panel a measure: every curve over its share, random ones as the mean and range of their draws.
 
-    Base and checkpoint are lines; the shaded band is one standard error below and above the checkpoint, for each curve
-    its own in truth and here that of the first; a hollow marker is the largest harmless share of a curve.
+    Base and checkpoint are lines; a hollow marker is the largest harmless share of a curve.
 
     Args:
         looks: curve -> label, color, marker, linestyle.
         axis: "at", or a number in the facts of all points.
+        more: functions that draw further panels over the same axis.
     """
     names = measures_of(payload)
+    drawn = [
+        *(functools.partial(_panel, payload=payload, measure=name, looks=looks, axis=axis) for name in names),
+        *more,
+    ]
     with figures.style() as plt:
-        width = figures.PAGE if len(names) > 1 else figures.COLUMN
-        rows = -(-len(names) // 2)
-        fig, panels = plt.subplots(rows, min(2, len(names)), figsize=(width, 0.4 + 2.0 * rows), squeeze=False)
-        for panel, name in zip(panels.flat, names, strict=False):
-            _panel(panel, payload, name, looks, axis)
+        width = figures.PAGE if len(drawn) > 1 else figures.COLUMN
+        rows = -(-len(drawn) // 2)
+        fig, panels = plt.subplots(rows, min(2, len(drawn)), figsize=(width, 0.5 + 2.0 * rows), squeeze=False)
+        for panel, fill in zip(panels.flat, drawn, strict=False):
             panel.set_xlabel(xlabel)
-            panel.set_ylabel(evaluation.named(name).label)
-        for panel in panels.flat[len(names) :]:
+            fill(panel)
+        for panel in panels.flat[len(drawn) :]:
             panel.set_visible(False)
-        fig.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        fig.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
         figures.save(fig, path)
 
 
 def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str) -> None:
     sign = 1 if evaluation.named(measure).higher_is_better else -1
+    panel.set_ylabel(evaluation.named(measure).label)
     sets = {row["name"]: row["values"][measure] for row in payload["sets"][:2]}
     for role, words in (("base", "base"), ("target", "checkpoint")):
         panel.axhline(sets[role], color=figures.colour(role), linewidth=0.8, linestyle=":", label=words)
@@ -260,3 +271,29 @@ def opened(args, step: str, *other: str) -> Iterator[tuple[Study, Path, surgery.
 def trial_of(args, study: Study, pair: surgery.Pair) -> Trial:
     """What is measured, as the arguments of `parser` and the study say."""
     return Trial.from_arguments(args, study, pair, {}, retrieval.of_pairs, study.get("run"))
+
+
+# ---------------------------------------------------------------- one point as a folder
+
+
+def number(flag: str, text: str, low: float, high: float) -> float:
+    """The number that a flag was given, from `low` to `high`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise InputError(f"{flag} {text}: not a number from {low:g} to {high:g}")
+    return value
+
+
+def alone(what: str, args) -> Process:
+    """This process, where it is the only one: `what` is the work of one."""
+    Process.refuse_several(what)
+    return Process(args.device)
+
+
+def write(pair: surgery.Pair, recipe: surgery.Recipe, folder: str, args, study: Study) -> None:
+    """The model of a recipe as a complete folder, read back and compared (`on_disk.write_model`)."""
+    record = on_disk.write_model(pair, recipe, folder, study.get("run"), args.overwrite)
+    cli.say(f"{folder}: {record['recipe']}; read back and equal to what was measured")

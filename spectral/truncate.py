@@ -1,0 +1,422 @@
+"""How much of the update of continued pre-training can be cut off: truncation by SVD, DARE, pruning by magnitude.
+
+The update dW = C - B of every projection is cut to the largest ceil((1 - q) M) of its M singular values; q* is the
+largest q whose score is not worse than the checkpoint's by more than one standard error. Any matrix can be truncated to
+some degree, so the curve stands beside one of the same update without its spectrum [ours]: at each q it keeps, in
+directions drawn at random, as much energy as a random update of equal norm keeps at q (README).
+
+In:   B and RUN (default: the study's).
+Out:  OUT (default: the study's spectral/truncate.json): curves, energy kept, ranks, q*; .pt (every sentence) and figure
+      beside it. While it is made OUT.bases holds the singular directions, M x M float32 a matrix.
+
+A killed run goes on with the next model. On several GPUs: accelerate launch spectral/truncate.py ...
+
+Full: python spectral/truncate.py --base B --run RUN --base-lang eng_Latn --target-lang swh_Latn --source flores --output truncate.json
+Tiny: python spectral/truncate.py --study demo/tiny.yaml --shares 0.5 --draws 1 --measures nll
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass, replace
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
+from cpt_utils.base.processes import Process
+from cpt_utils.checkpoints import folders, tensors
+from cpt_utils.interventions import in_memory, surgery
+from cpt_utils.interventions.condition import digest
+
+curves, updates = cli.sibling("spectral/curves.py"), cli.sibling("spectral/updates.py")
+
+RESULTS = {"truncate": "spectral/truncate.json"}
+CAPTIONS = {
+    "truncate": """Part IV: 4. Truncation
+        What the checkpoint scores when a share q of its update is cut off: of every matrix the smallest singular values
+        (SVD); the same update cut in random directions to the energy that a random update of equal norm would keep (as
+        if random, the control of claim D5); entries dropped at random and the others scaled up (DARE); the smallest
+        entries dropped (magnitude). At the end the share of the update's energy (squared norm) that is kept. Shaded:
+        the range of the draws. Hollow markers: q*, the largest q not worse than the checkpoint by more than one
+        standard error of the paired difference.""",
+}
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+# Curve -> how it looks; those of several draws are random.
+LOOKS = {
+    "svd": {"label": "SVD", "color": figures.PALETTE[0], "marker": "o"},
+    "as_random": {"label": "as if random", "color": figures.colour("random"), "marker": "x", "linestyle": "--"},
+    "dare": {"label": "DARE", "color": figures.PALETTE[1], "marker": "s", "linestyle": ":"},
+    "magnitude": {"label": "magnitude", "color": figures.PALETTE[2], "marker": "^", "linestyle": "-."},
+}
+DRAWN = ("as_random", "dare")
+COARSE = 0.01  # rounding to the checkpoint's dtype that is more than this share of the update's energy is said
+
+
+# ---------------------------------------------------------------- the method
+
+
+def kept(q: float, n: int) -> int:
+    """ceil((1 - q) n), where .3 x 10 is 3: rounded first, for 1 - .7 is not .3."""
+    return math.ceil(round((1 - q) * n, 9))
+
+
+def wide(base: torch.Tensor, target: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float32, or float64 where one is, on the device."""
+    dtype = torch.float64 if torch.float64 in (base.dtype, target.dtype) else torch.float32
+    return base.to(device, dtype), target.to(device, dtype)
+
+
+def projected(base: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor, keep: bool, device="cpu") -> torch.Tensor:
+    """B + P (C - B) with `keep`, else C - P (C - B): P is the projector on the orthonormal columns `chosen` [M, k], on
+    the smaller side of the matrix. Without columns it is B, or C, bit for bit, which B + (C - B) would not be."""
+    if not chosen.shape[1]:
+        return base.to(target.dtype) if keep else target
+    b, c = wide(base, target, device)
+    across = b.shape[0] > b.shape[1]
+    update, chosen = (c - b).T if across else c - b, chosen.to(b)
+    part = chosen @ (chosen.T @ update)
+    part = part.T if across else part
+    return (b + part if keep else c - part).to(base.device, target.dtype)
+
+
+@dataclass(frozen=True)
+class Svd:
+    """The update of the matrix `name` in its largest singular values."""
+
+    q: float
+    name: str
+    bases: InitVar[Bases]
+
+    def __post_init__(self, bases: Bases) -> None:
+        object.__setattr__(self, "found", bases)  # no field, so that it is no part of what tells two requests apart
+
+    def __call__(self, base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        basis = self.found.of(self.name)["basis"]
+        m, k = len(basis), kept(self.q, len(basis))
+        keep = 2 * k <= m  # what is less is computed: what is left of C as it is has no error
+        return projected(base, target, basis[:, :k] if keep else basis[:, k:], keep, self.found.device)
+
+
+@dataclass(frozen=True)
+class AsRandom(Svd):
+    """The same update in a random subspace, so large that it holds the share of the energy which a random update of
+    equal norm has in as many singular values as are kept of `name`."""
+
+    seed: int = 42
+    draw: int = 0
+
+    def __call__(self, base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        found = self.found.of(self.name)
+        m = len(found["energy"])
+        k = as_random_rank(found, kept(self.q, m))
+        keep = 2 * k <= m  # the subspace that is dropped is as random as the one that is kept
+        generator = torch.Generator().manual_seed(updates.draw_seed(self.seed, self.name, "subspace", self.draw))
+        drawn = torch.randn(k if keep else m - k, m, generator=generator).T  # the larger one holds the smaller one
+        return projected(base, target, torch.linalg.qr(drawn.to(self.found.device))[0], keep, self.found.device)
+
+
+@dataclass(frozen=True)
+class Dare:
+    """The update with each entry dropped at the rate q, the others scaled by 1 / (1 - q) (Yu et al. 2024)."""
+
+    q: float
+    name: str
+    seed: int
+    draw: int
+
+    def __call__(self, base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(updates.draw_seed(self.seed, self.name, "dare", self.draw))
+        b, c = wide(base, target, "cpu")
+        stays = torch.rand(b.shape, generator=generator) >= self.q
+        return torch.where(stays, b + (c - b) / (1 - self.q), b).to(target.dtype)
+
+
+def magnitude(base: torch.Tensor, target: torch.Tensor, q: float) -> torch.Tensor:
+    """C in the ceil((1 - q) n) of the n entries that the update changes most, B in the others."""
+    b, c = wide(base, target, "cpu")
+    stays = torch.zeros(b.numel(), dtype=torch.bool)
+    stays[(c - b).abs().flatten().topk(kept(q, b.numel()), sorted=False).indices] = True
+    return torch.where(stays.view(b.shape), target, base.to(target.dtype))
+
+
+def as_random_rank(found: dict, k: int) -> int:
+    """How many of M random directions hold as much of an update as the k largest singular values hold of the random
+    update (of `updates.NULLS` the one that holds most, the strictest) of the same norm."""
+    m = len(found["energy"])
+    shares = [float(null[:k].sum() / null.sum()) for null in found["nulls"] if null.sum() > 0]
+    return round(max(shares) * m) if shares and 0 < k < m else k
+
+
+# ---------------------------------------------------------------- the matrices
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix that is cut by itself: a projection of a layer, an expert's, or a head's part of one."""
+
+    name: str
+    projection: str
+    edit: surgery.Edit
+
+    def read(self, pair: surgery.Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        """B's and C's, as they lie on disk."""
+        held = pair.base.get(self.edit.base_tensor), pair.target.get(self.edit.tensor)
+        held = [one if self.edit.expert is None else one[self.edit.expert] for one in held]
+        return tuple(archs.take(one, self.edit.dim, self.edit.index) for one in held)
+
+
+def pieces_of(pair: surgery.Pair, by_head: bool = False, embeddings: bool = False) -> list[Piece]:
+    """Every matrix of every layer, with `by_head` those of attention head by head, and with `embeddings` also these and
+    the head. Routers, norms and biases are not among them.
+
+    Raises:
+        InputError: the models differ in the shape of a tensor.
+    """
+    arch, config, names, found = pair.arch, pair.config, set(pair.target.names()), []
+
+    def add(name: str, projection: str, parts: Iterable[archs.WeightSlice]) -> None:
+        parts = list(parts)
+        for number, part in enumerate(parts):
+            edit = replace(pair.edit(part.tensor), dim=part.dim, index=part.index, expert=part.expert)
+            found.append(Piece(name + f".{number}" * (len(parts) > 1), projection, edit))
+
+    for layer in range(pair.n_layers):
+        counts = arch.head_counts(config, layer)
+        for projection in arch.projections(config, layer):
+            name, by_query = f"layer_{layer}.{projection}", projection in ("q_proj", "o_proj")
+            parts = [p for p in arch.parts(config, layer, projection, names, pair.target.shape) if p.role == "weight"]
+            heads = range(counts[not by_query]) if by_head and projection in archs.ATTENTION else ()
+            cut = set()
+            for head in heads:
+                own = arch.head_parts(config, layer, projection, [head], names, pair.target.shape, by_query)
+                own = [part for part in own if part.role == "weight"]
+                cut |= {part.tensor for part in own}
+                add(f"{name}.head_{head}", projection, own)
+            add(name, projection, (part for part in parts if part.tensor not in cut))
+    outer = arch.embedding_tensors(names) if embeddings else ()
+    outer = [name for name in outer if len(pair.target.shape(name)) == 2]
+    return found + [Piece(name, "embeddings", pair.edit(name)) for name in outer]
+
+
+class Bases:
+    """The singular directions of the updates of all pieces, computed once for all q, kept on disk until all is
+    measured: of each [M, M] on its smaller side, with the energies (squared singular values) of the update and of the
+    random ones of equal norm.
+
+    They are the eigenvectors of the update times its transpose in float64, which costs a third of a whole SVD and
+    resolves singular values down to 1e-8 of the largest. Several processes begin at different pieces, and none makes
+    what is there already.
+    """
+
+    def __init__(self, pair: surgery.Pair, pieces: Sequence[Piece], folder: Path, seed: int, process: Process):
+        self.pair, self.pieces, self.folder, self.process, self.seed = pair, pieces, folder, process, seed
+        self.device, self.ready = process.device, False
+        models = [surgery.identity(ref) for ref in (pair.base_ref, pair.target_ref)]
+        self.of_what = digest([*models, seed, updates.NULLS])
+
+    def of(self, name: str) -> dict:
+        """`basis` [M, M] float32, largest first; `energy` [M] and `nulls` [null, M] float64; `rounding`: what rounding
+        to C's dtype does to an update of half the size, as energy."""
+        if not self.ready:
+            self.prepare()
+        return results.read_tensors(self.folder / f"{name}.pt")
+
+    def prepare(self) -> None:
+        """Compute what is not there yet."""
+        if not self.folder.is_dir():
+            needed = sum(4 * min(piece.read(self.pair)[1].shape) ** 2 for piece in self.pieces)
+            folders.refuse_full_disk(self.folder, needed)
+        first = self.process.rank * len(self.pieces) // self.process.world
+        updates.warn_if_not_one_run(self.pair.base_ref, self.pair.target_ref)
+        for piece in cli.progress([*self.pieces[first:], *self.pieces[:first]], desc="singular directions"):
+            path = self.folder / f"{piece.name}.pt"
+            if not path.is_file() or results.read_tensors(path).get("of") != self.of_what:
+                results.write_tensors(path, self.computed(piece) | {"of": self.of_what})
+        self.ready = True
+
+    def computed(self, piece: Piece) -> dict:
+        stored = piece.read(self.pair)
+        base, target = wide(*stored, self.device)
+        update = target - base
+        if not tensors.is_finite(update):
+            raise InputError(f"{piece.edit.tensor}: NaN or infinity in base or target; copy the models again")
+        energy, basis = torch.linalg.eigh(gram(update))
+        nulls = []
+        for kind in updates.NULLS:
+            null = updates.nulls(update, kind, updates.draw_seed(self.seed, piece.name, kind))
+            nulls.append(torch.linalg.eigvalsh(gram(null)).flip(0).clamp(min=0).cpu())
+        half = base + update / 2
+        rounding = float((half.to(stored[1].dtype).to(half.dtype) - half).double().square().sum())
+        energy, basis = energy.flip(0).clamp(min=0).cpu(), basis.flip(1).float().cpu().contiguous()
+        return {"basis": basis, "energy": energy, "nulls": torch.stack(nulls), "rounding": rounding}
+
+    def remove(self) -> None:
+        if self.process.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def gram(update: torch.Tensor) -> torch.Tensor:
+    """The products of all rows, or where these are more of all columns, in float64: [M, M]."""
+    update = update.double()
+    return update.T @ update if update.shape[0] > update.shape[1] else update @ update.T
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def recipe(
+    pair: surgery.Pair, pieces: Sequence[Piece], curve: str, q: float, bases: Bases, seed: int, draw: int = 0
+) -> surgery.Recipe:
+    """The checkpoint with the update of every piece cut; at q = 1 all of it is B's."""
+
+    def function(name: str):
+        if curve == "magnitude":
+            return functools.partial(magnitude, q=q)
+        if curve == "dare":
+            return Dare(q, name, seed, draw)
+        return Svd(q, name, bases) if curve == "svd" else AsRandom(q, name, bases, seed, draw)
+
+    edits = [replace(one.edit, function=None if q == 1 else function(one.name)) for one in pieces if q]
+    facts = {"curve": curve, "q": q} | ({"draw": draw, "seed": seed} if curve in DRAWN else {})
+    words = f"{len(pieces)} matrices with {q:.0%} of the update cut ({LOOKS[curve]['label']})"
+    return surgery.Recipe(words, facts if 0 < q < 1 else {"q": q}, tuple(edits))
+
+
+def points_of(pair, pieces: Sequence[Piece], chosen: Sequence[str], shares, bases: Bases, seed: int, draws: int):
+    """Every curve from the checkpoint itself to B in all pieces."""
+    swapper, found = in_memory.Swapper(pair, cache_bytes=0), []
+    everything = swapper.condition("cut 1", recipe(pair, pieces, "svd", 1, bases, seed))
+    for curve in chosen:
+        for draw in range(draws if curve in DRAWN else 1):
+            found.append(curves.Point(curve, 0.0, curves.TARGET, draw))
+            for q in shares:
+                name = f"{curve} {q:g}" + f" ({draw})" * (curve in DRAWN)
+                made = recipe(pair, pieces, curve, q, bases, seed, draw)
+                found.append(curves.Point(curve, q, swapper.condition(name, made), draw))
+            found.append(curves.Point(curve, 1.0, everything, draw))
+    return found
+
+
+def energies(bases: Bases, shares: Sequence[float]) -> dict:
+    """Of all pieces together: the share of the energy kept at each of `shares` by the update, by each random update of
+    equal norm and by the strictest of them; by projection the share of the singular values that hold 90 %; and what
+    rounding to the checkpoint's dtype amounts to, as a share of the energy."""
+    names, total, rounding, ranks = ("update", *updates.NULLS, "strictest"), 0.0, 0.0, {}
+    sums = {name: [0.0] * len(shares) for name in names}
+    for piece in bases.pieces:
+        found = bases.of(piece.name)
+        rows = dict(zip(("update", *updates.NULLS), [found["energy"], *found["nulls"]], strict=True))
+        m, whole = len(found["energy"]), float(found["energy"].sum())
+        total, rounding = total + whole, rounding + found["rounding"]
+        if not whole:
+            continue
+        held = {name: (row.cumsum(0) / row.sum()).tolist() for name, row in rows.items()}
+        for name, shares_held in held.items():
+            needed = next(i for i, share in enumerate(shares_held, 1) if share >= 0.9 - 1e-12)
+            ranks.setdefault(piece.projection, {}).setdefault(name, []).append(needed / m)
+        for i, q in enumerate(shares):
+            k = kept(q, m)
+            each = {name: row[k - 1] if k else 0.0 for name, row in held.items()}
+            each["strictest"] = max(each[name] for name in updates.NULLS)
+            for name, share in each.items():
+                sums[name][i] += share * whole
+    means = {kind: {name: sum(each) / len(each) for name, each in row.items()} for kind, row in ranks.items()}
+    shown = {name: [each / total if total else None for each in row] for name, row in sums.items()}
+    return {"shares": list(shares), **shown, "rank_90": means, "rounding": rounding / total if total else None}
+
+
+def at_equal_energy(energy: dict, q: float, places: Iterable[float]) -> float:
+    """The largest of `places`, shares like q, at which the strictest random update keeps as much energy as the update
+    keeps at q."""
+    own, null = (dict(zip(energy["shares"], energy[name], strict=True)) for name in ("update", "strictest"))
+    return max(x for x in places if x == 0 or null[x] >= own[q] - 1e-12)
+
+
+def summarise(records: list[dict], points: list, bases: Bases, seed: int) -> dict:
+    """What the result says: curves, energy and ranks, q* at equal energy, sizes."""
+    both = {"svd", "as_random"} <= {point.curve for point in points}
+    found = curves.summary(points, records, seed, {"svd": ["as_random"]} if both else {})
+    places = sorted({point.at for point in points})
+    energy = energies(bases, sorted({*places, *(i / 100 for i in range(101))}))
+    if energy["rounding"] is not None and energy["rounding"] > COARSE:
+        cli.warn(
+            f"rounding to the dtype of {bases.pair.target_ref.spec} alone is {energy['rounding']:.0%} of the energy of "
+            "the update, at every q below 1; save the checkpoint in float32"
+        )
+    largest = found["largest"].get("svd", {})
+    found["at_equal_energy"] = {
+        name: at_equal_energy(energy, row["at"]["value"], places) for name, row in largest.items()
+    }
+    moved, total = bases.pair.share(surgery.Recipe("", {}, tuple(piece.edit for piece in bases.pieces)))
+    return found | {"energy": energy, "matrices": len(bases.pieces), "parameters": moved, "of": total}
+
+
+def draw(path: Path, payload: dict) -> None:
+    """The curves of every measure, and the energy that is kept."""
+
+    def energy(axis) -> None:
+        rows = payload["energy"]
+        for name, look in (("update", LOOKS["svd"]), ("strictest", LOOKS["as_random"])):
+            axis.plot(rows["shares"], rows[name], color=look["color"], linestyle=look.get("linestyle", "-"))
+        axis.set_ylabel("share of the update's energy kept")
+
+    curves.draw(path, payload, LOOKS, "share q of the update cut off", more=[energy])
+
+
+# ---------------------------------------------------------------- the command
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+share.__name__ = "a share between 0 and 1"  # what argparse calls it in its error
+
+
+def build_parser():
+    p = curves.parser(__doc__, "spectral/truncate.json")
+    g = p.add_argument_group("what is cut")
+    g.add_argument("--shares", nargs="+", type=share, default=SHARES, metavar="Q", help="default .1 to .9 and .95")
+    g.add_argument("--curves", nargs="+", choices=tuple(LOOKS), default=tuple(LOOKS), help="default: all")
+    g.add_argument("--draws", type=cli.positive, default=2, metavar="N", help="of each random curve; default 2")
+    g.add_argument("--by-head", action="store_true", help="cut every head's part of attention by itself")
+    g.add_argument("--embeddings", action="store_true", help="cut embeddings and head, too")
+    text = "write the model of that point as a folder, and measure nothing (svd 0.5 cut/)"
+    g.add_argument("--write", nargs=3, metavar=("CURVE", "Q", "FOLDER"), help=text)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    how = ["by-head"] * args.by_head + ["embeddings"] * args.embeddings
+    with curves.opened(args, "truncate", *how) as (study, output, pair):
+        pieces = pieces_of(pair, args.by_head, args.embeddings)
+        folder, shares = output.with_suffix(".bases"), sorted({*args.shares})
+        if args.write:
+            curve, q, out = args.write
+            if curve not in LOOKS:
+                raise InputError(f"--write {curve}: no such curve; there are {', '.join(LOOKS)}")
+            bases = Bases(pair, pieces, folder, study.seed, curves.alone("writing a model folder", args))
+            made = recipe(pair, pieces, curve, curves.number("--write", q, 0, 1), bases, study.seed)
+            curves.write(pair, made, out, args, study)
+            bases.remove()
+            return
+        trial = curves.trial_of(args, study, pair)
+        bases = Bases(pair, pieces, folder, study.seed, trial.process)
+        points = points_of(pair, pieces, args.curves, shares, bases, study.seed, args.draws)
+        by = {"by": "head" if args.by_head else "matrix", "embeddings": args.embeddings, "draws": args.draws}
+        summarised = functools.partial(summarise, points=points, bases=bases, seed=study.seed)
+        curves.measure(trial, output, points, summarised, draw, by)
+        bases.remove()
+
+
+if __name__ == "__main__":
+    cli.run(main)
