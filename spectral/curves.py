@@ -3,15 +3,19 @@
 A `Point` is a condition at a place of a curve. All points are measured by one `Trial`, on the same sentences, documents
 and rows, so that each is compared with the checkpoint pair by pair. The largest share that costs nothing (p*, q*) is
 the largest whose score is not worse than the checkpoint's by more than one standard error of the paired difference:
-fewer sentences make a larger error and so a larger share, which is why a curve is read beside its controls, on the same
-sentences. Random curves have several draws; each draw has its own p*, and theirs is the mean.
+fewer sentences make a larger error and so a larger share, and of a loss, whose paired differences hardly vary, many
+sentences leave none. So beside it stands the largest share that keeps 95 % of what CPT gained [ours], which does not
+depend on their number, and every curve is read beside its controls, on the same sentences. Random curves have several
+draws; each draw has its own p*, and theirs is the mean.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +36,7 @@ retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 # The ends of curves, which every trial measures first.
 BASE, TARGET = Condition("base", {}, of="base"), Condition("target", {})
 DRAWS = 2000
+KEPT = 0.95  # of the gain of CPT [ours]
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,9 @@ def summary(
         points: each with its values and, of every measure with units, `better`: by how much it is better than the
             checkpoint (mean, error: one standard error of the paired difference, ci_low, ci_high).
         largest: curve -> measure -> axis -> value, ci_low, ci_high; `draws`: that of each; `unbroken`: up to which no
-            smaller share is worse, either.
-        beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference, resamples being shared.
+            smaller share is worse, either; `kept`: the same of the share that keeps KEPT of the gain, None where that
+            CPT gained anything is not clear.
+        beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference, in the same resamples; `kept`.
     """
     _, at = numbered(points)
     rows = [
@@ -117,24 +123,36 @@ def summary(
     largest: dict = {name: {} for name in dict.fromkeys(p.curve for p in points)}
     beyond: dict = {name: {null: {} for null in found} for name, found in (nulls or {}).items()}
     for measure, values in units(records).items():
-        change = values[at] - values[1]
-        means, errors = change.mean(1), standard_errors(change)
-        drawn = stats.resample_weights(change.shape[1], seed, DRAWS) @ change.T / change.shape[1]
+        change, weights = values[at] - values[1], stats.resample_weights(values.shape[1], seed, DRAWS)
+        means, errors, drawn = change.mean(1), standard_errors(change), weights @ change.T / change.shape[1]
         for row, mean, error, ends in zip(rows, means, errors, stats.interval(drawn, axis=0).T, strict=True):
             low, high = map(float, ends)
             row["better"][measure] = {"mean": float(mean), "error": float(error), "ci_low": low, "ci_high": high}
-        for axis in along:
+        gain = values[1] - values[0]
+        gains = weights @ gain / len(gain)
+        bounds = {"": (errors, errors)}  # what may be lost, and in every resample
+        if stats.interval(gains)[0] > 0:
+            bounds["kept"] = (1 - KEPT) * gain.mean(), (1 - KEPT) * gains[:, None]
+        for axis, (key, (lost, lost_drawn)) in itertools.product(along, bounds.items()):
             places = np.array([row[axis] for row in rows], dtype=np.float64)
-            stars = {name: _stars(rows, name, places, means, drawn, errors) for name in largest}
+            held = means >= -lost, drawn >= -lost_drawn
+            stars = {name: _stars(rows, name, places, *held) for name in largest}
             for name, (own, unbroken, resampled) in stars.items():
                 found = _with_interval(own.mean(), resampled.mean(0)) | {"draws": own.tolist(), "unbroken": unbroken}
-                largest[name].setdefault(measure, {})[axis] = found
-            for name, compared in beyond.items():
-                for null in compared:
-                    (own, _, drawn_own), (other, _, drawn_other) = stars[name], stars[null]
-                    found = _with_interval(own.mean() - other.mean(), drawn_own.mean(0) - drawn_other.mean(0))
-                    compared[null].setdefault(measure, {})[axis] = found
+                _put(largest[name].setdefault(measure, {}), axis, key, found)
+            for name, null in ((name, null) for name, compared in beyond.items() for null in compared):
+                (own, _, drawn_own), (other, _, drawn_other) = stars[name], stars[null]
+                found = _with_interval(own.mean() - other.mean(), drawn_own.mean(0) - drawn_other.mean(0))
+                _put(beyond[name][null].setdefault(measure, {}), axis, key, found)
     return {"points": rows, "largest": largest, "beyond": beyond}
+
+
+def _put(rows: dict, axis: str, key: str, found: dict) -> None:
+    """A share that is harmless under the axis, one that keeps the gain within it."""
+    if key:
+        rows[axis][key] = found
+    else:
+        rows[axis] = found | {"kept": None}
 
 
 def standard_errors(change: np.ndarray) -> np.ndarray:
@@ -143,22 +161,21 @@ def standard_errors(change: np.ndarray) -> np.ndarray:
     return change.std(1, ddof=1) / n**0.5 if n > 1 else np.zeros(len(change))
 
 
-def not_worse(mean, error):
-    """Whether a score is not worse than the checkpoint's by more than one standard error; arrays broadcast."""
-    return mean >= -error
-
-
-def _stars(rows: list[dict], curve: str, places, means, drawn, errors) -> tuple[np.ndarray, float, np.ndarray]:
+def _stars(rows: list[dict], curve: str, places, holds, drawn) -> tuple[np.ndarray, float, np.ndarray]:
     """The largest harmless share of each draw [draws], the mean of the unbroken ones, and the largest in every resample
-    [draws, resamples]. The checkpoint itself stands at 0."""
+    [draws, resamples]. The checkpoint itself stands at 0.
+
+    Args:
+        holds, drawn: whether a point [points] is harmless, and in every resample [resamples, points].
+    """
     own, unbroken, resampled = [], [], []
-    for draw in sorted({row["draw"] for row in rows if row["curve"] == curve}):
-        mine = [i for i, row in enumerate(rows) if (row["curve"], row["draw"]) == (curve, draw)]
+    for number in sorted({row["draw"] for row in rows if row["curve"] == curve}):
+        mine = [i for i, row in enumerate(rows) if (row["curve"], row["draw"]) == (curve, number)]
         mine = sorted(mine, key=lambda i: places[i])
-        holds, x = not_worse(means[mine], errors[mine]), places[mine]
-        own.append(np.where(holds, x, 0.0).max())
-        unbroken.append(np.where(np.logical_and.accumulate(holds), x, 0.0).max())
-        resampled.append(np.where(not_worse(drawn[:, mine], errors[mine]), x, 0.0).max(1))
+        x = places[mine]
+        own.append(np.where(holds[mine], x, 0.0).max())
+        unbroken.append(np.where(np.logical_and.accumulate(holds[mine]), x, 0.0).max())
+        resampled.append(np.where(drawn[:, mine], x, 0.0).max(1))
     return np.array(own), float(np.mean(unbroken)), np.array(resampled)
 
 
@@ -172,8 +189,12 @@ def say(found: dict, words: dict[str, str], symbol: str) -> None:
     for curve, name in words.items():
         for measure, axes in found["largest"].get(curve, {}).items():
             row = axes["at"]
-            ends = f"[{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
-            cli.say(f"{name}, {evaluation.named(measure).label}: {symbol} {row['value']:.2f} {ends}")
+            said = f"{name}, {evaluation.named(measure).label}: {symbol} {_shown(row)}"
+            cli.say(said + (f"; {KEPT:.0%} of the gain is kept up to {_shown(row['kept'])}" if row["kept"] else ""))
+
+
+def _shown(row: dict) -> str:
+    return f"{row['value']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
 
 
 # ---------------------------------------------------------------- the figure
@@ -192,7 +213,8 @@ def draw(
 ) -> None:  # fmt: skip
     """A panel a measure: every curve over its share, random ones as the mean and range of their draws.
 
-    Base and checkpoint are lines; a hollow marker is the largest harmless share of a curve.
+    Base and checkpoint are lines; a hollow marker is the largest harmless share of a curve. What lies far beyond them
+    (1.5 times their distance) leaves the panel.
 
     Args:
         looks: curve -> label, color, marker, linestyle.
@@ -207,7 +229,7 @@ def draw(
     with figures.style() as plt:
         width = figures.PAGE if len(drawn) > 1 else figures.COLUMN
         rows = -(-len(drawn) // 2)
-        fig, panels = plt.subplots(rows, min(2, len(drawn)), figsize=(width, 0.5 + 2.0 * rows), squeeze=False)
+        fig, panels = plt.subplots(rows, min(2, len(drawn)), figsize=(width, 0.5 + 2.1 * rows), squeeze=False)
         for panel, fill in zip(panels.flat, drawn, strict=False):
             panel.set_xlabel(xlabel)
             fill(panel)
@@ -219,7 +241,7 @@ def draw(
 
 def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str) -> None:
     sign = 1 if evaluation.named(measure).higher_is_better else -1
-    panel.set_ylabel(evaluation.named(measure).label)
+    panel.set_ylabel(textwrap.fill(evaluation.named(measure).label, 30))
     sets = {row["name"]: row["values"][measure] for row in payload["sets"][:2]}
     for role, words in (("base", "base"), ("target", "checkpoint")):
         panel.axhline(sets[role], color=figures.colour(role), linewidth=0.8, linestyle=":", label=words)
@@ -236,6 +258,10 @@ def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str
         if len(star.get("draws", [])) == 1:
             y = [sum(y) / len(y) for x, y in zip(xs, ys, strict=True) if x == star["value"]]
             panel.plot([star["value"]] * len(y), y, "o", ms=7, mfc="none", mec=look["color"], mew=1.1)
+    low, high = panel.get_ylim()
+    ends, room = sorted(sets.values()), 1.5 * abs(sets["target"] - sets["base"])
+    if room:  # what is worse than the base by more than CPT gained leaves the panel, or it would flatten all others
+        panel.set_ylim(max(low, ends[0] - room), min(high, ends[1] + room))
 
 
 # ---------------------------------------------------------------- the command

@@ -353,6 +353,7 @@ def summarise(records: list[dict], points: list, bases: Bases, seed: int) -> dic
         name: at_equal_energy(energy, row["at"]["value"], places) for name, row in largest.items()
     }
     moved, total = bases.pair.share(surgery.Recipe("", {}, tuple(piece.edit for piece in bases.pieces)))
+    curves.say(found, {name: look["label"] for name, look in LOOKS.items()}, "q*")
     return found | {"energy": energy, "matrices": len(bases.pieces), "parameters": moved, "of": total}
 
 
@@ -363,7 +364,7 @@ def draw(path: Path, payload: dict) -> None:
         rows = payload["energy"]
         for name, look in (("update", LOOKS["svd"]), ("strictest", LOOKS["as_random"])):
             axis.plot(rows["shares"], rows[name], color=look["color"], linestyle=look.get("linestyle", "-"))
-        axis.set_ylabel("share of the update's energy kept")
+        axis.set_ylabel("share of the update's\nenergy kept")
 
     curves.draw(path, payload, LOOKS, "share q of the update cut off", more=[energy])
 

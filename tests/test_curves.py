@@ -39,6 +39,17 @@ def test_the_largest_share_that_is_not_worse_by_more_than_one_standard_error():
     assert [row["set"] for row in found["points"]] == [1, 2, 3, 4, 5]
 
 
+def test_the_share_that_keeps_the_gain_does_not_go_by_the_error():
+    """CPT gained 2 nats; a loss of .09 is within 5 % of that, of .11 is not, however small the errors are."""
+    points, records = planted({"own": [(0.5, 0, 0.0), (0.75, 0, 0.0), (1.0, 0, 0.0)]})
+    for record, worse in zip(records[2:], (0.0, 0.09, 0.11), strict=True):
+        record["units"]["nll_per_byte"] = [3.0 + worse] * 7 + [3.0 + worse + 1e-6]
+    star = CURVES.summary(points, records, seed=1)["largest"]["own"]["nll_per_byte"]["at"]
+    assert (star["value"], star["kept"]["value"], star["kept"]["unbroken"]) == (0.0, 0.75, 0.75)
+    records[0]["units"]["nll_per_byte"] = (3.0 + NOISE).tolist()  # a base that is as good: there is no gain to keep
+    assert CURVES.summary(points, records, seed=1)["largest"]["own"]["nll_per_byte"]["at"]["kept"] is None
+
+
 def test_where_everything_is_worse_only_the_checkpoint_is_left():
     found = CURVES.summary(*planted({"own": [(0.5, 0, 9.0), (1.0, 0, 9.0)]}), seed=1)
     star = found["largest"]["own"]["nll_per_byte"]["at"]
@@ -55,7 +66,13 @@ def test_random_draws_have_a_share_each_and_the_difference_shares_its_resamples(
     assert found["beyond"]["own"]["random"]["nll_per_byte"]["at"]["value"] == 0.25
     same = CURVES.summary(*planted({"own": own, "random": own}), seed=1, nulls={"own": ["random"]})
     beyond = same["beyond"]["own"]["random"]["nll_per_byte"]["at"]
-    assert beyond == {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0}  # the same points: no resample sets them apart
+    assert beyond["kept"] == {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0}
+    assert beyond == {
+        "value": 0.0,
+        "ci_low": 0.0,
+        "ci_high": 0.0,
+        "kept": beyond["kept"],
+    }  # the same points: no resample sets them apart
 
 
 def test_a_share_can_be_read_along_another_axis():
