@@ -112,7 +112,7 @@ def summary(
         largest: curve -> measure -> axis -> value, ci_low, ci_high; `draws`: that of each; `unbroken`: up to which no
             smaller share is worse, either; `kept`: the same of the share that keeps KEPT of the gain, None where that
             CPT gained anything is not clear.
-        beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference, in the same resamples; `kept`.
+        beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference in the same resamples; `kept`
     """
     _, at = numbered(points)
     rows = [
@@ -213,8 +213,8 @@ def draw(
 ) -> None:  # fmt: skip
     """A panel a measure: every curve over its share, random ones as the mean and range of their draws.
 
-    Base and checkpoint are lines; a hollow marker is the largest harmless share of a curve. What lies far beyond them
-    (1.5 times their distance) leaves the panel.
+    Base and checkpoint are lines; a hollow marker is the largest harmless share of a curve. The farthest 3 % of the
+    points may lie outside the panel.
 
     Args:
         looks: curve -> label, color, marker, linestyle.
@@ -241,16 +241,18 @@ def draw(
 
 def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str) -> None:
     sign = 1 if evaluation.named(measure).higher_is_better else -1
-    panel.set_ylabel(textwrap.fill(evaluation.named(measure).label, 30))
+    panel.set_ylabel(textwrap.fill(evaluation.named(measure).label, 24))
     sets = {row["name"]: row["values"][measure] for row in payload["sets"][:2]}
     for role, words in (("base", "base"), ("target", "checkpoint")):
         panel.axhline(sets[role], color=figures.colour(role), linewidth=0.8, linestyle=":", label=words)
+    shown: list[float] = []
     for curve, look in looks.items():
         rows = [row for row in payload["points"] if row["curve"] == curve]
         if not rows:
             continue
         xs = sorted({row[axis] for row in rows})
         ys = [[sets["target"] + sign * row["better"][measure]["mean"] for row in rows if row[axis] == x] for x in xs]
+        shown += itertools.chain(*ys)
         panel.plot(xs, [sum(y) / len(y) for y in ys], **look)
         if any(len(y) > 1 for y in ys):
             panel.fill_between(xs, [min(y) for y in ys], [max(y) for y in ys], color=look["color"], alpha=0.15, lw=0)
@@ -258,10 +260,10 @@ def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str
         if len(star.get("draws", [])) == 1:
             y = [sum(y) / len(y) for x, y in zip(xs, ys, strict=True) if x == star["value"]]
             panel.plot([star["value"]] * len(y), y, "o", ms=7, mfc="none", mec=look["color"], mew=1.1)
-    low, high = panel.get_ylim()
-    ends, room = sorted(sets.values()), 1.5 * abs(sets["target"] - sets["base"])
-    if room:  # what is worse than the base by more than CPT gained leaves the panel, or it would flatten all others
-        panel.set_ylim(max(low, ends[0] - room), min(high, ends[1] + room))
+    # One far point (DARE at .95 scales by 20) would flatten all others: it leaves the panel.
+    ends = [*np.quantile([*shown, *sets.values()], (0.03, 0.97)), *sets.values()]
+    room = 0.08 * (max(ends) - min(ends)) or 1e-3
+    panel.set_ylim(min(ends) - room, max(ends) + room)
 
 
 # ---------------------------------------------------------------- the command
