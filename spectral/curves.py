@@ -112,7 +112,8 @@ def summary(
         largest: curve -> measure -> axis -> value, ci_low, ci_high; `draws`: that of each; `unbroken`: up to which no
             smaller share is worse, either; `kept`: the same of the share that keeps KEPT of the gain, None where that
             CPT gained anything is not clear.
-        beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference in the same resamples; `kept`
+        beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference, in the same resamples, and
+            that of `kept`.
     """
     _, at = numbered(points)
     rows = [
