@@ -17,10 +17,11 @@ import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils.base import cli, figures, results, sources, stats
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 from cpt_utils.base.processes import Process
@@ -31,8 +32,9 @@ from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import controls, evaluation
 from cpt_utils.measures.trial import Trial
 
-retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
+retrieval, documents = cli.sibling("sentence-retrieval/sr_experiment.py"), cli.sibling("cpt/documents.py")
 
+SCHEMA = "curves"
 # The ends of curves, which every trial measures first.
 BASE, TARGET = Condition("base", {}, of="base"), Condition("target", {})
 DRAWS = 2000
@@ -63,20 +65,31 @@ class Point:
 
 def measure(
     trial: Trial, path: Path, points: Sequence[Point], summarise: Callable[[list[dict]], dict],
-    figure: Callable[[Path, dict], None], facts: dict | None = None,
+    show: Callable[[Path, dict], None], facts: dict | None = None, schema: str = SCHEMA,
+    say: Callable[[dict], None] | None = None,
 ) -> None:  # fmt: skip
-    """Measure every point once, and write `path` with `summarise(records)` in it, `.pt` and figure beside it.
+    """Measure every point once, and write `path` with `facts` and `summarise(records)` in it, `.pt` and figure beside
+    it.
 
-    The records are those of `numbered`; `.pt` holds float32 [sets, units] of each measure, in the order of `sets`.
+    The records are those of `numbered`, as are the `sets` of the result; `.pt` holds float32 [sets, units] of each
+    measure, in their order. `facts` are a part of the request; `show` draws the payload, `say` prints what it says.
     """
-    wanted, _ = numbered(points)
+    config = trial.models["target"].config()
 
-    def more(records: list[dict]) -> dict:
-        results.write_tensors(path.with_suffix(".pt"), controls.units_of(records))
-        return summarise(records)
+    def payload(records: list[dict]) -> tuple[dict, dict]:
+        found = {"sets": controls.summary(records, trial.seed), **(facts or {}), **summarise(records)}
+        return found, controls.units_of(records)
 
-    wanted = [replace(one, facts={"layers": [], **one.facts}) for one in wanted]
-    trial.measure(path, wanted, facts=facts, figure=figure, more=more)
+    def said(found: dict) -> None:
+        if say:
+            say(found)
+        cli.say(f"wrote {path} and the figure {path.with_suffix('.pdf')}")
+
+    trial.measure(
+        path, [BASE, TARGET, *numbered(points)[0]], schema, {"measures": trial.bench.measures(), **(facts or {})},
+        payload, {"n_layers": archs.for_config(config).n_layers(config)}, show, said, estimate=True,
+        instead="another --output",
+    )  # fmt: skip
 
 
 def numbered(points: Sequence[Point]) -> tuple[list[Condition], list[int]]:
@@ -279,6 +292,8 @@ def parser(doc: str, output: str):
     p.add_argument("--output", metavar="OUT", help=f"JSON to write; default: the study's {output}")
     cli.add_run_flags(p)
     evaluation.add_flags(p)
+    text = "the same in other languages, for the loss in each; default: the study's"
+    p.add_argument("--heldout-others", nargs="+", metavar="LANG=FILE", help=text)
     sources.add_flags(p)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
@@ -297,9 +312,14 @@ def opened(args, step: str, *other: str) -> Iterator[tuple[Study, Path, surgery.
         yield study, output, pair
 
 
-def trial_of(args, study: Study, pair: surgery.Pair) -> Trial:
-    """What is measured, as the arguments of `parser` and the study say."""
-    return Trial.from_arguments(args, study, pair, {}, retrieval.of_pairs, study.get("run"))
+def trial_of(args, study: Study, pair: surgery.Pair, others: dict[str, refs.ModelRef] | None = None) -> Trial:
+    """What is measured, as the arguments of `parser` and the study say: beside the loss in the target language that in
+    all others that there is held-out text of. `others`: models beside the pair, by their role."""
+    files = documents.language_files(args.heldout_others, "--heldout-others") or study.get("data.heldout")
+    test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs, files)
+    if not test.measures():
+        raise InputError("nothing to measure: there are no parallel sentences, no held-out text and no task")
+    return Trial.from_arguments(args, study, pair.models | (others or {}), test, study.get("run"))
 
 
 # ---------------------------------------------------------------- one point as a folder

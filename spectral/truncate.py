@@ -35,6 +35,7 @@ from cpt_utils.interventions.condition import digest
 
 curves, updates = cli.sibling("spectral/curves.py"), cli.sibling("spectral/updates.py")
 
+SCHEMA = "truncate"
 RESULTS = {"truncate": "spectral/truncate.json"}
 CAPTIONS = {
     "truncate": """Part IV: 4. Truncation
@@ -353,8 +354,11 @@ def summarise(records: list[dict], points: list, bases: Bases, seed: int) -> dic
         name: at_equal_energy(energy, row["at"]["value"], places) for name, row in largest.items()
     }
     moved, total = bases.pair.share(surgery.Recipe("", {}, tuple(piece.edit for piece in bases.pieces)))
-    curves.say(found, {name: look["label"] for name, look in LOOKS.items()}, "q*")
     return found | {"energy": energy, "matrices": len(bases.pieces), "parameters": moved, "of": total}
+
+
+def say(payload: dict) -> None:
+    curves.say(payload, {name: look["label"] for name, look in LOOKS.items()}, "q*")
 
 
 def draw(path: Path, payload: dict) -> None:
@@ -415,7 +419,7 @@ def main(argv=None) -> None:
         points = points_of(pair, pieces, args.curves, shares, bases, study.seed, args.draws)
         by = {"by": "head" if args.by_head else "matrix", "embeddings": args.embeddings, "draws": args.draws}
         summarised = functools.partial(summarise, points=points, bases=bases, seed=study.seed)
-        curves.measure(trial, output, points, summarised, draw, by)
+        curves.measure(trial, output, points, summarised, draw, by, SCHEMA, say)
         bases.remove()
 
 
