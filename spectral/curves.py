@@ -96,8 +96,9 @@ def numbered(points: Sequence[Point]) -> tuple[list[Condition], list[int]]:
     """The distinct conditions beside base and target, and of each point which record is its: 0 is the base's, 1 the
     target's, then those of the conditions."""
     found = {BASE.id: BASE, TARGET.id: TARGET} | {point.condition.id: point.condition for point in points}
-    place = {key: i for i, key in enumerate(found)}
-    return list(found.values())[2:], [place[point.condition.id] for point in points]
+    ordered = sorted(found.values(), key=lambda one: one.of not in ("base", "target"))  # no model is loaded twice
+    place = {one.id: i for i, one in enumerate(ordered)}
+    return ordered[2:], [place[point.condition.id] for point in points]
 
 
 def units(records: list[dict]) -> dict[str, np.ndarray]:
@@ -235,27 +236,36 @@ def draw(
         axis: "at", or a number in the facts of all points.
         more: functions that draw further panels over the same axis.
     """
-    names = measures_of(payload)
     drawn = [
-        *(functools.partial(_panel, payload=payload, measure=name, looks=looks, axis=axis) for name in names),
-        *more,
+        functools.partial(_panel, payload=payload, measure=name, looks=looks, axis=axis)
+        for name in measures_of(payload)
     ]
+    panels(path, [*drawn, *more], xlabel)
+
+
+def panels(path: Path, drawn: Sequence[Callable], xlabel: str) -> None:
+    """A figure with a panel for each of the functions, which draw on it, and the legend of the first one."""
     with figures.style() as plt:
         width = figures.PAGE if len(drawn) > 1 else figures.COLUMN
         rows = -(-len(drawn) // 2)
-        fig, panels = plt.subplots(rows, min(2, len(drawn)), figsize=(width, 0.5 + 2.1 * rows), squeeze=False)
-        for panel, fill in zip(panels.flat, drawn, strict=False):
-            panel.set_xlabel(xlabel)
-            fill(panel)
-        for panel in panels.flat[len(drawn) :]:
-            panel.set_visible(False)
-        fig.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        fig, axes = plt.subplots(rows, min(2, len(drawn)), figsize=(width, 0.5 + 2.1 * rows), squeeze=False)
+        for axis, fill in zip(axes.flat, drawn, strict=False):
+            axis.set_xlabel(xlabel)
+            fill(axis)
+        for axis in axes.flat[len(drawn) :]:
+            axis.set_visible(False)
+        fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
         figures.save(fig, path)
+
+
+def label(measure: str) -> str:
+    """What an axis says of a measure, in lines that fit a panel."""
+    return textwrap.fill(evaluation.named(measure).label, 24)
 
 
 def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str) -> None:
     sign = 1 if evaluation.named(measure).higher_is_better else -1
-    panel.set_ylabel(textwrap.fill(evaluation.named(measure).label, 24))
+    panel.set_ylabel(label(measure))
     sets = {row["name"]: row["values"][measure] for row in payload["sets"][:2]}
     for role, words in (("base", "base"), ("target", "checkpoint")):
         panel.axhline(sets[role], color=figures.colour(role), linewidth=0.8, linestyle=":", label=words)
