@@ -1,9 +1,10 @@
 """Does a straight line connect two runs of one base, or a base and its checkpoint, without loss on the way?
 
 Every parameter is (1 - a) A + a C. The chord gap at a is by how much the score there is worse than the straight line
-between the scores of A and C; the barrier is the largest gap between the ends, also as a share of what the better end
-gained on the base. Close models connect whatever they learnt, so it stands beside random directions [ours]: one from A
-and one from C, each tensor's as long as C - A, gone as far as the point of the chord is from that end.
+between the scores of A and C; the barrier is the largest gap between the ends (below 0 where all of the line is better
+than the chord), also as a share of what the better end gained on the base. Close models connect whatever they learnt,
+so it stands beside random directions [ours]: one from A and one from C, each tensor's as long as C - A, gone as far as
+the point of the line is from that end.
 
 In:   B, RUN and perhaps another run of B as A (--other); without it A is B.
 Out:  OUT (default: the study's spectral/connect.json, without --other connect.base.json): points, gaps, barriers, gains,
@@ -136,7 +137,7 @@ def summarise(records: list[dict], points: Sequence, seed: int) -> dict:
     their shares of the `gain`, and `apart`: by how much the random barrier is higher.
 
     All are positive where the score is worse than the chord. Intervals: bootstrap over units, that of a barrier with
-    its maximum in every resample, which noise makes no smaller.
+    its maximum in every resample, which noise makes larger: against the claim that there is none.
     """
     _, sets = curves.numbered(points)
     where = {(p.curve, p.at, p.draw): i for p, i in zip(points, sets, strict=True)}
@@ -167,7 +168,7 @@ def summarise(records: list[dict], points: Sequence, seed: int) -> dict:
             "barrier": barrier.row() | {"at": barrier.at, "share": barrier.share(gain)},
         }
         if moved:
-            random = _barrier([0.0, *inner], np.stack([np.zeros_like(better), *moved]), weights)
+            random = _barrier(inner, np.stack(moved), weights)
             own = {"random": random.row() | {"at": random.at, "share": random.share(gain)}}
             apart = random.value - barrier.value, random.drawn - barrier.drawn
             found["measures"][measure] |= own | {"apart": _row(*apart)}
@@ -202,8 +203,8 @@ class _Drawn:
 
 
 def _barrier(at: Sequence[float], gaps, weights) -> _Drawn:
-    """The largest gap from 0 to 1, and where it is; at the ends it is 0."""
-    inside = [i for i, a in enumerate(at) if 0 <= a <= 1]
+    """The largest gap between 0 and 1, and where it is; below 0 where the whole line is better than the chord."""
+    inside = [i for i, a in enumerate(at) if 0 < a < 1]
     drawn = weights @ gaps[inside].T / gaps.shape[1]
     highest = max(inside, key=lambda i: gaps[i].mean())
     found = _Drawn(gaps[highest], weights)
@@ -334,6 +335,8 @@ def main(argv=None) -> None:
                 made = between(pair, edits, curves.number("--write", args.write[0], -1, 2))
                 curves.write(pair, made, args.write[1], args, study)
                 return
+            if not any(0 < a < 1 for a in args.at):
+                raise InputError("--at names no coefficient between 0 and 1, where a barrier could be")
             trial = curves.trial_of(args, study, of_base, {"other": other} if other else None)
             points = points_of(pair, edits, args.at, OTHER if other else curves.BASE, study.seed, args.draws)
 

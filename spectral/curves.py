@@ -124,8 +124,8 @@ def summary(
         points: each with its values and, of every measure with units, `better`: by how much it is better than the
             checkpoint (mean, error: one standard error of the paired difference, ci_low, ci_high).
         largest: curve -> measure -> axis -> value, ci_low, ci_high; `draws`: that of each; `unbroken`: up to which no
-            smaller share is worse, either; `kept`: the same of the share that keeps KEPT of the gain, None where that
-            CPT gained anything is not clear.
+            smaller share is worse, either; `kept`: the same of the share that keeps KEPT of the gain, read between
+            the points, None where that CPT gained anything is not clear.
         beyond: curve -> null -> measure -> axis -> value, ci_low, ci_high of the difference, in the same resamples, and
             that of `kept`.
     """
@@ -135,7 +135,7 @@ def summary(
     ]
     for row in rows:
         row |= {"values": records[row["set"]]["values"], "better": {}}
-    largest: dict = {name: {} for name in dict.fromkeys(p.curve for p in points)}
+    stood: dict = {name: {} for name in dict.fromkeys(p.curve for p in points)}
     beyond: dict = {name: {null: {} for null in found} for name, found in (nulls or {}).items()}
     for measure, values in units(records).items():
         change, weights = values[at] - values[1], stats.resample_weights(values.shape[1], seed, DRAWS)
@@ -145,21 +145,20 @@ def summary(
             row["better"][measure] = {"mean": float(mean), "error": float(error), "ci_low": low, "ci_high": high}
         gain = values[1] - values[0]
         gains = weights @ gain / len(gain)
-        bounds = {"": (errors, errors)}  # what may be lost, and in every resample
+        margins = {"": (means + errors, drawn + errors)}  # not below 0: harmless; and in every resample
         if stats.interval(gains)[0] > 0:
-            bounds["kept"] = (1 - KEPT) * gain.mean(), (1 - KEPT) * gains[:, None]
-        for axis, (key, (lost, lost_drawn)) in itertools.product(along, bounds.items()):
-            places = np.array([row[axis] for row in rows], dtype=np.float64)
-            held = means >= -lost, drawn >= -lost_drawn
-            stars = {name: _stars(rows, name, places, *held) for name in largest}
+            lost = (1 - KEPT) * gain.mean(), (1 - KEPT) * gains[:, None]
+            margins["kept"] = means + lost[0], drawn + lost[1]
+        for axis, (key, each) in itertools.product(along, margins.items()):
+            stars = {name: _stars(rows, name, axis, *each, between=key == "kept") for name in stood}
             for name, (own, unbroken, resampled) in stars.items():
                 found = _with_interval(own.mean(), resampled.mean(0)) | {"draws": own.tolist(), "unbroken": unbroken}
-                _put(largest[name].setdefault(measure, {}), axis, key, found)
+                _put(stood[name].setdefault(measure, {}), axis, key, found)
             for name, null in ((name, null) for name, compared in beyond.items() for null in compared):
                 (own, _, drawn_own), (other, _, drawn_other) = stars[name], stars[null]
                 found = _with_interval(own.mean() - other.mean(), drawn_own.mean(0) - drawn_other.mean(0))
                 _put(beyond[name][null].setdefault(measure, {}), axis, key, found)
-    return {"points": rows, "largest": largest, "beyond": beyond}
+    return {"points": rows, "largest": stood, "beyond": beyond}
 
 
 def _put(rows: dict, axis: str, key: str, found: dict) -> None:
@@ -176,22 +175,42 @@ def standard_errors(change: np.ndarray) -> np.ndarray:
     return change.std(1, ddof=1) / n**0.5 if n > 1 else np.zeros(len(change))
 
 
-def _stars(rows: list[dict], curve: str, places, holds, drawn) -> tuple[np.ndarray, float, np.ndarray]:
+def _stars(rows: list[dict], curve: str, axis: str, margins, drawn, between: bool):
     """The largest harmless share of each draw [draws], the mean of the unbroken ones, and the largest in every resample
     [draws, resamples]. The checkpoint itself stands at 0.
 
     Args:
-        holds, drawn: whether a point [points] is harmless, and in every resample [resamples, points].
+        margins, drawn: of each point [points] by how much it is better than it must be, and in every resample
+            [resamples, points].
+        between: see `largest`.
     """
     own, unbroken, resampled = [], [], []
     for number in sorted({row["draw"] for row in rows if row["curve"] == curve}):
         mine = [i for i, row in enumerate(rows) if (row["curve"], row["draw"]) == (curve, number)]
-        mine = sorted(mine, key=lambda i: places[i])
-        x = places[mine]
-        own.append(np.where(holds[mine], x, 0.0).max())
-        unbroken.append(np.where(np.logical_and.accumulate(holds[mine]), x, 0.0).max())
-        resampled.append(np.where(drawn[:, mine], x, 0.0).max(1))
+        mine = sorted(mine, key=lambda i: rows[i][axis])
+        x, margin = np.array([rows[i][axis] for i in mine], dtype=np.float64), margins[mine]
+        first = next((i + 1 for i, each in enumerate(margin) if each < 0), len(mine))  # past the first that is not
+        own.append(float(largest(x, margin, between)))
+        unbroken.append(float(largest(x[:first], margin[:first], between)))
+        resampled.append(largest(x, drawn[:, mine], between))
     return np.array(own), float(np.mean(unbroken)), np.array(resampled)
+
+
+def largest(x, margin, between: bool) -> np.ndarray:
+    """The largest of the places x [points], in order, whose margin [.., points] is not below 0; 0 where none is.
+
+    With `between` it may lie between two points: where the straight line between the last such point and the next one
+    is 0. A place that is only one of the points measured would be the same in all seeds, and had no interval.
+    """
+    last = len(x) - 1 - np.argmax((margin >= 0)[..., ::-1], axis=-1)
+    found = x[last]
+    if between:
+        after = np.minimum(last + 1, len(x) - 1)
+        here, there = (np.take_along_axis(margin, at[..., None], axis=-1)[..., 0] for at in (last, after))
+        crosses = (here >= 0) & (there < 0)
+        part = np.where(crosses, here / np.where(crosses, here - there, 1.0), 0.0)
+        found = found + part * (x[after] - found)
+    return np.where((margin >= 0).any(-1), found, 0.0)
 
 
 def _with_interval(value, drawn) -> dict:

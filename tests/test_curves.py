@@ -45,7 +45,9 @@ def test_the_share_that_keeps_the_gain_does_not_go_by_the_error():
     for record, worse in zip(records[2:], (0.0, 0.09, 0.11), strict=True):
         record["units"]["nll_per_byte"] = [3.0 + worse] * 7 + [3.0 + worse + 1e-6]
     star = CURVES.summary(points, records, seed=1)["largest"]["own"]["nll_per_byte"]["at"]
-    assert (star["value"], star["kept"]["value"], star["kept"]["unbroken"]) == (0.0, 0.75, 0.75)
+    assert star["value"] == 0.0
+    # between .75, which could lose .01 more, and 1, which loses .01 too much
+    assert star["kept"]["value"] == star["kept"]["unbroken"] == pytest.approx(0.875, abs=1e-4)
     records[0]["units"]["nll_per_byte"] = (3.0 + NOISE).tolist()  # a base that is as good: there is no gain to keep
     assert CURVES.summary(points, records, seed=1)["largest"]["own"]["nll_per_byte"]["at"]["kept"] is None
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers import load_script, save_tiny, tiny_model
+from launch import launch
 
 from cpt_utils.base import processes
 from cpt_utils.base.errors import InputError
@@ -300,6 +301,19 @@ def test_a_killed_run_goes_on_with_the_directions_it_has(models, tmp_path, monke
     assert {key: value for key, value in found.items() if key not in ("_header",)} == {
         key: value for key, value in whole.items() if key not in ("_header",)
     }
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(models, tmp_path):
+    one = run(models, tmp_path / "one.json")
+    where = ["--base", models / "base", "--run", models / "run", "--heldout", models / "held.txt"]
+    flags = ["--measures", "nll", "--shares", "0.5", "0.9", "--draws", "2", "--output", tmp_path / "two.json"]
+    launch("spectral/truncate.py", *where, *flags)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert {key: value for key, value in one.items() if key != "_header"} == {
+        key: value for key, value in two.items() if key != "_header"
+    }
+    assert not (tmp_path / "two.bases").exists()
 
 
 def test_a_point_is_written_as_a_folder_that_is_what_was_measured(models, tmp_path):
