@@ -110,8 +110,8 @@ class Made:
         self.rng = rng
         for make in (self.retrieval, self.layers, self.layer_swap, self.component_swaps, self.weights, self.arms):
             make()
-        self.curves()
-        self.sweep()
+        for make in (self.curves, self.sweep, self.truncation, self.connection):
+            make()
         return self
 
     def write(self, place: str, payload: dict, schema: str, tensors: dict | None = None, **facts) -> Path:
@@ -306,6 +306,27 @@ class Made:
         facts = {"models": {"base": self.base, "target": self.run[-1]}, "component": "all", "io": "cpt"}
         facts |= {"in_context": {"scored": SENTENCES}, "dtype": "float32", **ROWS, **LANGS}
         self.write("layer-ablation/sweep.json", payload, "ablation-sweep", **facts)
+
+    def truncation(self) -> None:
+        """By how much more of the update can be cut off than if it were random: where the effect is 1, 1 sd (.05)."""
+        (value,) = 0.05 * self.world.effect + self.noise(0.05, 1)
+        row = {"value": value, "ci_low": value - 0.04, "ci_high": value + 0.04}
+        of_loss = {"nll_per_byte": {"at": row | {"kept": row}}}
+        payload = {"largest": {"svd": of_loss}, "beyond": {"svd": {"as_random": of_loss}}, "parameters": 8e5}
+        payload |= {"at_equal_energy": {"nll_per_byte": 0.0}, "by": "matrix", "embeddings": False}
+        self.write("spectral/truncate.json", payload, "truncate", **self.of_pair())
+
+    def connection(self) -> None:
+        """The barrier between two runs, as a share of the gain: where the effect is 1, 1 sd (.02) below its bound."""
+        (value,) = 0.1 - 0.02 * self.world.effect + self.noise(0.02, 1)
+        row = {"value": value, "ci_low": value - 0.01, "ci_high": value + 0.01}
+        measures = {"nll_per_byte": {key: row | {"share": row} for key in ("barrier", "random")} | {"apart": row}}
+        payload = {"two_runs": True, "measures": measures, "worst": row | {"measure": "nll_per_byte"}}
+        payload["distance"] = {"all": {"distance": 0.1, "cosine": 0.5}}
+        self.write("spectral/connect.json", payload, "connect", **self.of_pair())
+
+    def of_pair(self) -> dict:
+        return {"models": {"base": self.base, "target": self.run[-1]}, "dtype": "float32", **ROWS, **LANGS}
 
 
 # ---------------------------------------------------------------- the rates

