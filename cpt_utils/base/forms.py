@@ -38,6 +38,7 @@ PAYLOADS = {
     ),
     "attn_vs_ffn": _keys(checkpoints=dict[str, _keys(layers=dict[str, Facts])], pooled=dict[str, Numbers]),
     "claims": _keys(claims=dict[str, _keys(verdict=str, numbers=list[Facts])]),
+    "connect": _keys(measures=dict[str, Facts], worst=Facts, distance=dict[str, Numbers]),
     "cpt-training": _keys(settings=Facts),
     "deactivation": _keys(
         languages=list[str], matrix=dict[str, Numbers], unmasked=Numbers, selectivity=dict[str, Facts],
@@ -51,6 +52,9 @@ PAYLOADS = {
     "lsn-activation": _keys(all_layers=Number, n_neurons=int),
     "lsn-layers": _keys(layers=Layers),
     "swap-controls": _keys(sets=list[Set], comparison=dict[str, Facts], matched=Facts, additive=Facts),
+    "truncate": _keys(
+        largest=dict[str, Facts], beyond=dict[str, dict[str, Facts]], at_equal_energy=Numbers, parameters=Number,
+    ),
 }  # fmt: skip
 MUST_BE = {
     "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list", "int_type": "a whole number",
