@@ -1,0 +1,256 @@
+"""What is said of the singular values and vectors of one matrix, or of a base's and a target's: Diffract's quantities, and
+how much of an update goes into the values.
+
+W is m x n, M = min(m, n), N = max(m, n), sigma its singular values. Everything is computed in float64, whatever comes in.
+
+    B, C = Spectrum(base), Spectrum(target)     # [.., m, n]; nothing is computed yet
+    described(B)                                # norms, ranks, Marchenko-Pastur edges, power law
+    value_share(B, C).share                     # of ||C - B||^2, what the singular values alone account for
+    overlaps(base, target)                      # of singular vectors, each beside its noise floor
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from cpt_utils.base.lazy import torch
+
+# The identity of `value_share` holds to this share of ||dW||^2.
+IDENTITY = 1e-6
+# Singular values below this share of the largest are 0 to the float32 that the entries have.
+ZERO = 1e-7
+# Entries worked on at a time in float64.
+BLOCK = 1 << 22
+
+
+# ---------------------------------------------------------------- singular values
+
+
+class Spectrum:
+    """The singular values of a matrix, or of each of a stack [.., m, n]: float64 [.., M], the largest first."""
+
+    def __init__(self, matrix: torch.Tensor):
+        self.matrix = matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.matrix.shape[-2:])
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """By the eigenvalues of the Gram matrix, several times faster than an SVD, and much closer than one in float32.
+
+        An eigenvalue is off by M eps sigma_1^2 at the very most, so that a singular value is off by `error`: nothing
+        worth mentioning but where it is next to 0.
+        """
+        return torch.linalg.eigvalsh(gram(self.matrix)).flip(-1).clamp_min(0).sqrt()
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """By SVD in float64."""
+        return torch.linalg.svdvals(self.matrix.double())
+
+    @cached_property
+    def error(self) -> torch.Tensor:
+        """What `values` are off by at most [.., M]; measured, it is a fifth of that or less (tests/test_spectra.py)."""
+        eigenvalue = self.values.shape[-1] / 2 * torch.finfo(torch.float64).eps * self.values[..., :1] ** 2
+        return torch.minimum(eigenvalue / self.values, eigenvalue.sqrt()).nan_to_num(0.0)
+
+
+def gram(matrix: torch.Tensor) -> torch.Tensor:
+    """W W' or W' W, whichever is smaller, in float64 [.., M, M]: of float32 entries every product is exact."""
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    small = wide.shape[-2]
+    found = torch.zeros(*wide.shape[:-1], small, dtype=torch.float64, device=wide.device)
+    step = max(1, BLOCK // max(1, wide[..., :1].numel()))
+    for start in range(0, wide.shape[-1], step):
+        block = wide[..., start : start + step].double()
+        found += block @ block.mT
+    return found
+
+
+# ---------------------------------------------------------------- one matrix
+
+
+def described(spectrum: Spectrum) -> dict:
+    """Norms, ranks, Marchenko-Pastur edges and power law of one matrix, as JSON has them."""
+    values, (m, n) = spectrum.values, spectrum.shape
+    squares = values.square().sum()
+    found = {"frobenius": squares.sqrt(), "nuclear": values.sum(), "spectral": values[0]}
+    found |= {"stable_rank": squares / values[0] ** 2, "effective_rank": effective_rank(values)}
+    found = {key: float(value) for key, value in found.items()}
+    eigenvalues = values.square() / max(m, n)
+    return found | {
+        "marchenko_pastur": marchenko_pastur(eigenvalues, deviation(spectrum.matrix), (m, n)),
+        "power_law": power_law(eigenvalues),
+    }
+
+
+def effective_rank(values: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy of sigma / sum(sigma), of values [.., M]: [..]; NaN of a matrix of zeros (Roy, Vetterli 2007).
+
+    Values that float32 entries cannot tell from 0 count as 0: of a low-rank matrix there are thousands.
+    """
+    values = torch.where(values > ZERO * values[..., :1], values, 0.0)
+    shares = values / values.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1).exp()
+
+
+def deviation(matrix: torch.Tensor) -> float:
+    """The standard deviation of the entries."""
+    mean = matrix.sum(dtype=torch.float64) / matrix.numel()
+    square = torch.linalg.vector_norm(matrix, dtype=torch.float64) ** 2 / matrix.numel()
+    return float((square - mean**2).clamp_min(0).sqrt())
+
+
+def marchenko_pastur(eigenvalues: torch.Tensor, s: float, shape: tuple[int, int]) -> dict:
+    """Where the eigenvalues sigma^2 / N [M] of a matrix of independent entries of standard deviation `s` end, and how
+    many lie above: `lower`, `upper` = s^2 (1 -+ sqrt(M / N))^2 and `above`."""
+    ratio = (min(shape) / max(shape)) ** 0.5
+    lower, upper = (s**2 * (1 + sign * ratio) ** 2 for sign in (-1, 1))
+    return {"lower": lower, "upper": upper, "above": int((eigenvalues > upper).sum())}
+
+
+def power_law(eigenvalues: torch.Tensor) -> dict | None:
+    """The tail of eigenvalues [M] as a power law, p(x) ~ x^-alpha for x >= xmin: continuous maximum likelihood.
+
+    xmin is that of the sorted unique eigenvalues that leave a tail of max(10, M / 10) or more and has the smallest
+    Kolmogorov-Smirnov distance, the lowest of equals (Clauset, Shalizi, Newman 2009).
+
+    Returns:
+        `alpha`, `xmin`, `n_tail`, `ks`, and `alpha_weighted` = alpha log10(largest eigenvalue); None where no tail is
+        that long or varies.
+    """
+    least = max(10, len(eigenvalues) / 10)
+    x = eigenvalues[eigenvalues > ZERO**2 * eigenvalues.max()].sort().values
+    logs, n = x.log(), len(x)
+    first = torch.ones(n, dtype=torch.bool, device=x.device)
+    first[1:] = x[1:] > x[:-1]
+    starts = torch.arange(n, device=x.device)
+    starts = starts[first & (n - starts >= least)]
+    tails = (n - starts).double()
+    sums = logs.flip(0).cumsum(0).flip(0)[starts] - tails * logs[starts]
+    starts, tails, sums = starts[sums > 0], tails[sums > 0], sums[sums > 0]
+    if not len(starts):
+        return None
+    alphas = 1 + tails / sums
+    blocks = zip(*(each.split(max(1, BLOCK // n)) for each in (starts, tails, alphas)), strict=True)
+    distances = torch.cat([_distances(logs, *block) for block in blocks])
+    best = int(distances.argmin())
+    found = {"alpha": alphas[best], "xmin": x[starts[best]], "ks": distances[best]}
+    found |= {"alpha_weighted": alphas[best] * x[-1].log10()}
+    return {key: float(value) for key, value in found.items()} | {"n_tail": int(tails[best])}
+
+
+def _distances(logs: torch.Tensor, starts: torch.Tensor, tails: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+    """Kolmogorov-Smirnov distances of the tails that begin at `starts` of sorted logs [n]: the largest distance of the
+    fitted distribution function from the steps of the empirical one, on either side of a step."""
+    first, logs = int(starts.min()), logs[int(starts.min()) :]
+    place = torch.arange(len(logs), device=logs.device) + first - starts[:, None]
+    fitted = 1 - torch.exp((1 - alphas[:, None]) * (logs - logs[starts - first, None]))
+    steps = place / tails[:, None]
+    far = torch.maximum(fitted - steps, steps + 1 / tails[:, None] - fitted)
+    return far.masked_fill(place < 0, 0).amax(1)
+
+
+# ---------------------------------------------------------------- base and target: values
+
+
+@dataclass
+class Share:
+    """Of a stack of pairs [..]; each is a float64 tensor of that shape.
+
+    Attributes:
+        total: ||C - B||_F^2.
+        value: sum of (sigma_C - sigma_B)^2, what the singular values account for.
+        turned: the rest, 2 (sum of sigma_C sigma_B - <C, B>), what the singular vectors do.
+        gap: how far the two, each computed by itself, are from `total`, as a share of it: rounding alone.
+        by_svd: whether the singular values had to be taken from an SVD.
+    """
+
+    total: torch.Tensor
+    value: torch.Tensor
+    turned: torch.Tensor
+    gap: torch.Tensor
+    by_svd: bool
+
+    @property
+    def share(self) -> torch.Tensor:
+        """value / total; NaN where nothing changed."""
+        return self.value / self.total
+
+
+def value_share(base: Spectrum, target: Spectrum) -> Share:
+    """||C - B||^2 = sum (sigma_C - sigma_B)^2 + 2 (sum sigma_C sigma_B - <C, B>), exactly; neither term is below 0.
+
+    The first term is a sum of squares of differences that are a thousandth of what they are differences of and less, so
+    the singular values must be good to float64: an SVD in float32 is off by about as much as they differ. Values from
+    Gram matrices are good enough unless the update is tiny; where their error could move a term by more than IDENTITY
+    of the total, they are taken from an SVD. `turned` is the total less the first term: the direct sum loses
+    eps ||B||^2 by cancellation, which of an update of 1e-5 ||B|| is more than IDENTITY; it is what `gap` compares.
+    """
+    total, inner = _sums(base.matrix, target.matrix)
+    ours, theirs = base.values, target.values
+    error = base.error + target.error
+    off = (2 * (theirs - ours).abs() * error + error**2).sum(-1)
+    by_svd = bool((off > IDENTITY * total).any())
+    if by_svd:
+        ours, theirs = base.exact, target.exact
+    value = (theirs - ours).square().sum(-1).minimum(total)
+    direct = 2 * ((theirs * ours).sum(-1) - inner)
+    gap = ((theirs - ours).square().sum(-1) + direct - total).abs() / total
+    return Share(total, value, total - value, gap, by_svd)
+
+
+def _sums(base: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """||C - B||_F^2 and <C, B> of pairs [.., m, n], in float64."""
+    total = torch.zeros(base.shape[:-2], dtype=torch.float64, device=base.device)
+    inner, step = total.clone(), max(1, BLOCK // max(1, base[..., :1, :].numel()))
+    for start in range(0, base.shape[-2], step):
+        ours, theirs = (each[..., start : start + step, :].double() for each in (base, target))
+        total += (theirs - ours).square().sum((-2, -1))
+        inner += (theirs * ours).sum((-2, -1))
+    return total, inner
+
+
+# ---------------------------------------------------------------- base and target: vectors
+
+
+def overlaps(base: torch.Tensor, target: torch.Tensor) -> dict:
+    """How alike the singular vectors of B and C are, on the side of the outputs ("out", U) and of the inputs ("in", V).
+
+    O = |U_B' U_C| [M, M]. Of each side `diagonal` (its mean), `row_max` (the mean of the largest of each row) and
+    `subspace` {k: ||U_B,k' U_C,k||_F^2 / k} of the first k = 1, 4, 16, .. vectors, each {"value", "floor"}: `floor` is
+    what random subspaces of that space have. Signs are arbitrary, so that there is no signed diagonal; vectors of
+    neighbouring singular values mix at the least change, so that only subspaces say something of those. Vectors of
+    values that are 0 (dead rows) are any; they are left out, and `vectors` says how many there are.
+    """
+    pair = [torch.linalg.svd(each.float(), full_matrices=False) for each in (base, target)]
+    n = max(1, min(int((s > 10 * ZERO * s[0]).sum()) for _, s, _ in pair))
+    sides = {"out": _overlap(*(u[:, :n] for u, _, _ in pair)), "in": _overlap(*(vh[:n].mT for _, _, vh in pair))}
+    return {"vectors": n} | sides
+
+
+def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> dict:
+    """The numbers of `overlaps` of one side, from the vectors [d, M] of both."""
+    found, (d, n) = (ours.mT @ theirs).abs().double(), ours.shape
+    row = {"diagonal": {"value": float(found.diagonal().mean()), "floor": (2 / (math.pi * d)) ** 0.5}}
+    row["row_max"] = {"value": float(found.amax(1).mean()), "floor": largest_coordinate(n, d)}
+    sizes = [4**i for i in range(n.bit_length()) if 4**i <= max(1, n // 4)]
+    row["subspace"] = {
+        str(k): {"value": float(found[:k, :k].square().sum() / k), "floor": k / d} for k in sizes
+    }  # fmt: skip
+    return row
+
+
+def largest_coordinate(n: int, d: int) -> float:
+    """The expected largest |coordinate| of `n`, each that of a random unit vector in `d` dimensions."""
+    from scipy import special
+
+    if d == 1:
+        return 1.0
+    x = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    below = torch.from_numpy(special.betainc(0.5, (d - 1) / 2, x.square().numpy()))
+    return float(torch.trapezoid(1 - below**n, x))
