@@ -341,6 +341,11 @@ def judged(folder: Path, world: World, number: int, made: dict, counts=SEEDS) ->
     return {n: claims.over_seeds(made, dict(list(runs.items())[:n])) for n in counts}
 
 
+def decidable() -> dict:
+    """The claims that the made-up studies can decide: not those that rest on what a study asks for."""
+    return {name: claim for name, claim in claims.claims().items() if name != "C8" and not name.startswith("D")}
+
+
 def rates(worlds: list[World], studies: int, counts=SEEDS) -> list[list[str]]:
     """A row for each world and number of seeds: how many studies decide something falsely, and each claim rightly.
 

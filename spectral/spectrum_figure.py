@@ -94,12 +94,12 @@ def _shares(axis, rows: list[dict], step: str) -> None:
             for null in own[0]["nulls"]
             for draw in range(len(own[0]["nulls"][null]["value_share"]))
         ]
-        first = at == starts[min(starts)]
+        words = ("random updates", "the change") if not axis.lines else (None, None)
         look = {"solid_capstyle": "butt", "color": figures.colour("random"), "linewidth": min(2.4, 300 / len(places))}
         middle, half = (min(drawn) + max(drawn)) / 2, max(max(drawn) - min(drawn), 0.02 * max(drawn)) / 2
-        axis.plot([at, at], [middle - half, middle + half], label="random updates" if first else None, **look)
+        axis.plot([at, at], [middle - half, middle + half], label=words[0], **look)
         share = math.fsum(one["value_sq"] for one in own) / total
-        axis.plot(at, share, "o", markersize=2.8, color=LOOKS["update"]["color"], label="the change" if first else None)
+        axis.plot(at, share, "o", markersize=2.8, color=LOOKS["update"]["color"], label=words[1])
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{share:g}"))
