@@ -81,6 +81,10 @@ TARGETS = (
     Target("comparison itself", "share of the rate of `cat`", over("floor", "ours"), 0.35, True, "", "1 GB",
            "arithmetic on every weight takes {ours} s where reading takes {floor} s"),
     Target(WHOLE, "peak anonymous memory", peak("ours"), 600, False, "MB", "all"),
+    Target("spectra", "times faster than the obvious way", over("obvious", "ours"), 3, True, "x", "1 GB",
+           "of one layer; ours takes {ours} s, with nulls and heads {everything} s, the obvious way {obvious} s"),
+    Target("spectra", "time over the flops of the SVD, as products", over("ours", "floor"), 3, False, "x", "1 GB",
+           "half of a tridiagonalisation is bound by memory; of one layer the floor takes {floor} s, ours {ours} s"),
     Target("layer swap", "time over `cp -r`", over("ours", "floor"), 1.3, False, "x", "1 GB", WRITING),
     Target("component swap", "time over `cp -r`", over("ours", "floor"), 1.3, False, "x", "1 GB", WRITING),
     Target("layer swap", "peak anonymous memory", peak("whole process"), 400, False, "MB", "all"),
@@ -149,11 +153,11 @@ def _rows(rows: list[dict]) -> list[str]:
 
 
 def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
-    """Comparison on the CPU and on the GPU, surgery; one pair of models on the disk at a time."""
+    """Comparison and spectra on the CPU and on the GPU, surgery; one pair of models on the disk at a time."""
     script = cli.sibling("benchmarks/weights.py")
     folder = Path(args.folder) / "pair"
     for size in sizes:
-        todo = ["comparison itself", WHOLE, "layer swap", "component swap"]
+        todo = ["comparison itself", WHOLE, "spectra", "layer swap", "component swap"]
         if args.go_on and all(store.has(area, size, "cpu") for area in todo):
             continue
         shutil.rmtree(folder, ignore_errors=True)
@@ -165,6 +169,9 @@ def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
             pair = script.RandomPair(folder, size)
             for where in dict.fromkeys(("cpu", device)):
                 for area, ways, more in script.comparison(pair, repeats, slow, where):
+                    store.put(area, size, where, ways, **more)
+                    say(f"{area} on {where}")
+                for area, ways, more in script.spectra(pair, args.repeats or 2, args.repeats or 1, where):
                     store.put(area, size, where, ways, **more)
                     say(f"{area} on {where}")
             for area, ways, more in script.surgeries(pair, repeats, slow):

@@ -51,6 +51,15 @@ def swap(base: str, checkpoint: str, out: str, component: str, layers: list[int]
     model.save_pretrained(out)
 
 
+def spectra(base: str, checkpoint: str, layers: list[int], device: str = "cpu") -> dict[str, list[torch.Tensor]]:
+    """Singular values of B, C and dW of every projection of `layers`: whole matrices by SVD, both models in memory."""
+    one, other = load(base).float().to(device).state_dict(), load(checkpoint).float().to(device).state_dict()
+    inside = [f".layers.{layer}." for layer in layers]
+    names = [name for name in one if any(part in name for part in PROJECTIONS) and any(at in name for at in inside)]
+    found = {name: (one[name], other[name], other[name] - one[name]) for name in names}
+    return {name: [torch.linalg.svd(each, full_matrices=False)[1] for each in both] for name, both in found.items()}
+
+
 # ---------------------------------------------------------------- forward passes
 
 

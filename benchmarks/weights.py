@@ -1,6 +1,6 @@
-"""Benchmarks of what reads and writes whole checkpoints: the weight comparison and the surgery.
+"""Benchmarks of what reads and writes whole checkpoints: the weight comparison, spectra and the surgery.
 
-Both functions measure one size and yield its rows (area, ways, more facts) for benchmarks/bench.py.
+Each function measures one size and yield its rows (area, ways, more facts) for benchmarks/bench.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import on_disk, surgery
-from cpt_utils.measures import compare
+from cpt_utils.measures import compare, matrices
 
-measure = cli.sibling("benchmarks/measure.py")
+measure, obvious = cli.sibling("benchmarks/measure.py"), cli.sibling("benchmarks/obvious.py")
 PYTHON = sys.executable
 OBVIOUS = [PYTHON, "benchmarks/obvious.py"]
 
@@ -62,6 +64,54 @@ def comparison(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -
     times = dict.fromkeys(whole, repeats) | {"obvious": slow, "imports": slow}
     yield "comparison itself", measure.interleaved(itself, dict.fromkeys(itself, repeats)), {"bytes": 2 * pair.bytes}
     yield "comparison, whole process", measure.interleaved(whole, times), {"bytes": 2 * pair.bytes}
+
+
+def spectra(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -> Iterator[tuple[str, dict, dict]]:
+    """Singular values of B, C and dW of the first layer with their value share; `everything`: as spectral/spectrum.py
+    does it, with nulls and heads. The floor is as many float64 operations as an SVD without vectors has, in products.
+    """
+    script, layer = cli.sibling("spectral/spectrum.py"), [0]
+    spectrum, updates, share = script.spectra.Spectrum, script.updates, script.spectra.value_share
+
+    with matrices.opened(refs.model(pair.base), refs.run(pair.target)) as sides:
+        places = updates.places(sides, layer)
+        shapes = [sides[0].stored.shape(place.parts[0].tensor) for place in places]
+
+        def ours() -> dict:
+            found = {}
+            for place in places:
+                base, target = updates.read_both(sides, place, device)
+                three = spectrum(base), spectrum(target), spectrum(target - base)
+                share(*three[:2])
+                found[place.parts[0].tensor] = [each.values.cpu() for each in three]
+            return found
+
+        def everything() -> None:
+            measured = script.Measured(sides[1].ref.step, 3, [], 0, torch.device(device))
+            for place in places:
+                measured.place(sides, place)
+
+        def floor() -> None:
+            for shape in shapes:
+                m, n = min(shape), max(shape)
+                flops, one = 3 * (4 * m * m * n - 4 * m**3 / 3), torch.ones(m, m, dtype=torch.float64, device=device)
+                for _ in range(max(1, round(flops / (2 * m**3)))):
+                    found = one @ one
+                found[0, 0].item()  # on a GPU all of them are done then
+
+        slowly = partial(obvious.spectra, pair.base, pair.target, layer, device)
+        _refuse_other(ours(), slowly())
+        ways = {"floor": floor, "ours": ours, "everything": everything, "obvious": slowly}
+        times = dict.fromkeys(ways, repeats) | {"everything": slow, "obvious": slow}
+        yield "spectra", measure.interleaved(ways, times), {"bytes": 2 * pair.bytes, "layers": len(layer)}
+
+
+def _refuse_other(ours: dict, slow: dict) -> None:
+    """Both must have found the same singular values, to what an SVD in float32 can tell."""
+    for name, three in slow.items():
+        for mine, other in zip(ours[name], three, strict=True):
+            if (mine - other.cpu()).abs().max() > 1e-4 * mine[0]:
+                raise InputError(f"{name}: our singular values are not those of the obvious way")
 
 
 def surgeries(pair: RandomPair, repeats: int, slow: int) -> Iterator[tuple[str, dict, dict]]:

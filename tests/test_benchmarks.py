@@ -47,7 +47,7 @@ def test_the_whole_bench_and_what_it_predicts(tmp_path, inside, monkeypatch, cap
     bench.main(["--sizes", "0.02,0.01", "--forward", "0.01", *words])
     payload, head = results.read_json(file, "benchmark")
     areas = {target.area for target in bench.TARGETS}
-    assert {row["area"] for row in payload["rows"].values()} == areas and len(payload["rows"]) == 2 * 4 + 5
+    assert {row["area"] for row in payload["rows"].values()} == areas and len(payload["rows"]) == 2 * 5 + 5
     for row in payload["rows"].values():
         for name, way in row["ways"].items():
             assert "user_seconds" in way or row["area"] not in bench.AREAS
@@ -57,7 +57,7 @@ def test_the_whole_bench_and_what_it_predicts(tmp_path, inside, monkeypatch, cap
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks -->\n**") and text.endswith("<!-- /benchmarks -->\nafter\n")
     assert "old" not in text and "{" not in text
-    assert sum(line.startswith(f"| {t.area}: {t.words} |") for t in bench.TARGETS for line in text.splitlines()) == 12
+    assert sum(line.startswith(f"| {t.area}: {t.words} |") for t in bench.TARGETS for line in text.splitlines()) == 14
     assert not any(folder.iterdir())
 
     # An interrupted run is gone on with: what is there is not measured again, and the table is of everything.
@@ -67,10 +67,10 @@ def test_the_whole_bench_and_what_it_predicts(tmp_path, inside, monkeypatch, cap
     done = []
     monkeypatch.setattr(bench, "say", done.append)
     bench.main(["--sizes", "0.02,0.01", "--forward", "0.01", "--go-on", *words])
-    rows = ["comparison itself on cpu", "comparison, whole process on cpu", "layer swap", "component swap"]
-    assert done[:-1] == ["a pair of 0.02 GB each", *rows]
+    rows = ["comparison itself on cpu", "comparison, whole process on cpu", "spectra on cpu"]
+    assert done[:-1] == ["a pair of 0.02 GB each", *rows, "layer swap", "component swap"]
     again = results.read_json(file, "benchmark")[0]["rows"]
-    assert set(dates) < set(again) and len(again) == 13
+    assert set(dates) < set(again) and len(again) == 15
 
     scaling.main(["--input", str(file), "--doc", str(tmp_path / "scaling.md")])
     text = (tmp_path / "scaling.md").read_text()
