@@ -19,6 +19,7 @@ RUN_AND_BASE = (
     "layer-ablation/ablation_sweep.py",
     "spectral/truncate.py",
     "spectral/connect.py",
+    "spectral/spectrum.py",
 )
 # The published --base of sentence retrieval is a language.
 RUN_ALONE = ("sentence-retrieval/sr_experiment.py", "lsn/activation.py")

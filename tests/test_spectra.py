@@ -124,7 +124,7 @@ def test_singular_values_and_their_stated_error(name):
     spectrum = spectra.Spectrum(awkward()[name])
     slow = torch.linalg.svdvals(spectrum.matrix.double())
     off = (spectrum.values - slow).abs()
-    assert (off <= spectrum.error).all()
+    assert (off <= spectrum.error / 2 + 1e-16 * slow[0]).all()
     assert off.max() <= 3e-8 * slow[0]  # where values are 0; an SVD in float32 is off by ten times as much
     large = off[slow > 1e-3 * slow[0]]
     assert not len(large) or large.max() <= 1e-12 * slow[0]

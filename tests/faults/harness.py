@@ -73,6 +73,7 @@ COMMANDS = (
     _command("ffn_controls", "component-swap/ffn_lsn_swap.py", "--controls 2 --measures retrieval"),
     _command("retrieval_swapped", "sentence-retrieval/sr_experiment.py", "--no-untrained --model_path "
              "models/run/checkpoint-4 results/component-swap/attn_int_swap results/component-swap/ffn_lsn_swap"),
+    _command("spectrum", "spectral/spectrum.py", "--draws 1"),
     _command("claims", "report/claims.py"),
     _command("figures", "report/figures.py"),
 )  # fmt: skip
