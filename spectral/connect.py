@@ -29,6 +29,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import identity, refs, tensors, tokenizer_id
 from cpt_utils.interventions import in_memory, surgery, values
 from cpt_utils.interventions.condition import Condition
@@ -313,10 +314,12 @@ coefficient.__name__ = "a number from -1 to 2"  # what argparse calls it in its 
 def build_parser():
     p = curves.parser(__doc__, "spectral/connect.json")
     g = p.add_argument_group("what is connected")
-    text = "another run of the base, or a checkpoint of one, as A; its last is taken; default: the base itself"
+    text = "another run of the base, or a checkpoint of one, as A, whose last is taken; base for the base itself; "
+    text += "default: the first of the study's runs, else base"
     g.add_argument("--other", nargs="+", metavar="RUN", help=text)
-    text = "coefficients a beside 0 and 1, outside of them too (-0.25 1.25); default 0, .1, .. 1"
-    g.add_argument("--at", nargs="+", type=coefficient, default=AT, metavar="A", help=text)
+    text = "coefficients a beside 0 and 1, outside of them too (-0.25 1.25); default: the study's spectral.connect.at, "
+    text += "else 0, .1, .. 1"
+    g.add_argument("--at", nargs="+", type=coefficient, metavar="A", help=text)
     g.add_argument("--draws", type=int, default=1, metavar="N", help="of the random directions, 0: none; default 1")
     text = "write the model of that coefficient as a folder, and measure nothing (0.5 half/)"
     g.add_argument("--write", nargs=2, metavar=("A", "FOLDER"), help=text)
@@ -325,8 +328,12 @@ def build_parser():
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
-    other = refs.run(args.other)[-1] if args.other else None
-    with curves.opened(args, "connect", "" if other else "base") as (study, output, of_base):
+    study = Study.find(args.study, args.seed, args.arm)
+    runs = [[place] for place in study.get("runs", {}).values()]
+    named = args.other or next(iter(runs), ["base"])
+    other = refs.run(named)[-1] if named != ["base"] else None
+    how = "base" if other is None else "" if named in runs or not runs else "other"
+    with curves.opened(args, "connect", how) as (study, output, of_base):
         opened = surgery.Pair(other, of_base.target_ref) if other else contextlib.nullcontext(of_base)
         with opened as pair:
             edits = everything(pair, study.get("run"))
@@ -335,10 +342,11 @@ def main(argv=None) -> None:
                 made = between(pair, edits, curves.number("--write", args.write[0], -1, 2))
                 curves.write(pair, made, args.write[1], args, study)
                 return
-            if not any(0 < a < 1 for a in args.at):
+            at = study.value(args.at, "--at", "spectral.connect.at", AT)
+            if not any(0 < a < 1 for a in at):
                 raise InputError("--at names no coefficient between 0 and 1, where a barrier could be")
             trial = curves.trial_of(args, study, of_base, {"other": other} if other else None)
-            points = points_of(pair, edits, args.at, OTHER if other else curves.BASE, study.seed, args.draws)
+            points = points_of(pair, edits, at, OTHER if other else curves.BASE, study.seed, args.draws)
 
             def summarised(records: list[dict]) -> dict:
                 for ref in {of_base.target_ref, pair.base_ref} - {of_base.base_ref}:

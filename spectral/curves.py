@@ -344,6 +344,7 @@ def opened(args, step: str, *other: str) -> Iterator[tuple[Study, Path, surgery.
 def trial_of(args, study: Study, pair: surgery.Pair, others: dict[str, refs.ModelRef] | None = None) -> Trial:
     """What is measured, as the arguments of `parser` and the study say: beside the loss in the target language that in
     all others that there is held-out text of. `others`: models beside the pair, by their role."""
+    args.measures = args.measures or study.get("spectral.measures")
     files = documents.language_files(args.heldout_others, "--heldout-others") or study.get("data.heldout")
     test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs, files)
     if not test.measures():

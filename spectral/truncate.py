@@ -46,6 +46,7 @@ CAPTIONS = {
         the range of the draws. Hollow markers: q*, the largest q not worse than the checkpoint by more than one
         standard error of the paired difference.""",
 }
+DRAWS = 2  # of each random curve
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 # Curve -> how it looks; those of several draws are random.
 LOOKS = {
@@ -389,9 +390,12 @@ share.__name__ = "a share between 0 and 1"  # what argparse calls it in its erro
 def build_parser():
     p = curves.parser(__doc__, "spectral/truncate.json")
     g = p.add_argument_group("what is cut")
-    g.add_argument("--shares", nargs="+", type=share, default=SHARES, metavar="Q", help="default .1 to .9 and .95")
-    g.add_argument("--curves", nargs="+", choices=tuple(LOOKS), default=tuple(LOOKS), help="default: all")
-    g.add_argument("--draws", type=cli.positive, default=2, metavar="N", help="of each random curve; default 2")
+    text = "default: the study's spectral.truncate.shares, else .1 to .9 and .95"
+    g.add_argument("--shares", nargs="+", type=share, metavar="Q", help=text)
+    text = "default: the study's spectral.truncate.curves, else all"
+    g.add_argument("--curves", nargs="+", choices=tuple(LOOKS), help=text)
+    text = f"of each random curve; default: the study's spectral.truncate.draws, else {DRAWS}"
+    g.add_argument("--draws", type=cli.positive, metavar="N", help=text)
     g.add_argument("--by-head", action="store_true", help="cut every head's part of attention by itself")
     g.add_argument("--embeddings", action="store_true", help="cut embeddings and head, too")
     text = "write the model of that point as a folder, and measure nothing (svd 0.5 cut/)"
@@ -404,7 +408,7 @@ def main(argv=None) -> None:
     how = ["by-head"] * args.by_head + ["embeddings"] * args.embeddings
     with curves.opened(args, "truncate", *how) as (study, output, pair):
         pieces = pieces_of(pair, args.by_head, args.embeddings)
-        folder, shares = output.with_suffix(".bases"), sorted({*args.shares})
+        folder = output.with_suffix(".bases")
         if args.write:
             curve, q, out = args.write
             if curve not in LOOKS:
@@ -416,8 +420,11 @@ def main(argv=None) -> None:
             return
         trial = curves.trial_of(args, study, pair)
         bases = Bases(pair, pieces, folder, study.seed, trial.process)
-        points = points_of(pair, pieces, args.curves, shares, bases, study.seed, args.draws)
-        by = {"by": "head" if args.by_head else "matrix", "embeddings": args.embeddings, "draws": args.draws}
+        shares = sorted({*study.value(args.shares, "--shares", "spectral.truncate.shares", SHARES)})
+        names = study.value(args.curves, "--curves", "spectral.truncate.curves", tuple(LOOKS))
+        draws = int(study.value(args.draws, "--draws", "spectral.truncate.draws", DRAWS))
+        points = points_of(pair, pieces, names, shares, bases, study.seed, draws)
+        by = {"by": "head" if args.by_head else "matrix", "embeddings": args.embeddings, "draws": draws}
         summarised = functools.partial(summarise, points=points, bases=bases, seed=study.seed)
         curves.measure(trial, output, points, summarised, draw, by, SCHEMA, say)
         bases.remove()

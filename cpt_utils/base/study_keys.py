@@ -59,6 +59,36 @@ class Ablation(Keys):
     prompt: Literal["pairs", "lines"] | None = None
 
 
+Share = Annotated[float, Field(gt=0, lt=1, description="it must be a number between 0 and 1")]
+Coefficient = Annotated[float, Field(strict=False, ge=-1, le=2, description="it must be a number from -1 to 2")]
+Names = Annotated[list[str] | None, Field(description="it must be a list of names (spectral/README.md)")]
+
+
+class Rewind(Keys):
+    orders: Names = None
+    stride: Count = None
+    draws: Count = None
+
+
+class Truncate(Keys):
+    shares: list[Share] | None = None
+    curves: list[Literal["svd", "as_random", "magnitude", "dare"]] | None = None
+    draws: Count = None
+
+
+class Connect(Keys):
+    at: list[Coefficient] | None = None
+
+
+class Spectral(Keys):
+    """The defaults of spectral/; that the key is there asks the workflow for it."""
+
+    measures: Names = None
+    rewind: Rewind | None = None
+    truncate: Truncate | None = None
+    connect: Connect | None = None
+
+
 class Lora(Keys):
     """LoRA beside the weights of some layers; `parameters_of` layers whose number of parameters it is to have."""
 
@@ -124,6 +154,7 @@ class Study(Keys):
     train: Train | None = None
     arms: dict[ArmName, Arm] | None = None
     ablation: Ablation | None = None
+    spectral: Spectral | None = None
 
     @model_validator(mode="after")
     def _arms_have_names_of_their_own(self):
