@@ -1,0 +1,406 @@
+"""Which heads can be put back: heads of a checkpoint set to the base's, in several orders, more and more of them.
+
+A unit is a KV head with the query heads that share it: its rows of q, k and v with biases, its columns of o, and what
+else goes with it. Curves over the share of heads are those of an order each: importance (least changed first), most
+(the other way round), contrast (what changed more than in another run last), greedy (by what each head costs alone,
+measured on every second item and reported on the others), random ones, and one of a file. Importance and random order
+have a second curve over the share of ||dW||^2 put back: heads that hardly changed are harmless by construction.
+
+In:   BASE and RUN (default: the study's base and the last checkpoint of its run), and what is measured.
+Out:  OUT (default: the study's spectral/rewind.json): points, largest harmless shares, what the best share gains on
+      items that it was not chosen on; beside it .pt (every item), figures over both shares, and of the greedy order
+      .singles.json (every head alone). With --write a model folder instead.
+
+A killed run goes on with the next model. On several GPUs: accelerate launch spectral/rewind.py ...
+
+Full: python spectral/rewind.py --base HuggingFaceTB/SmolLM2-135M --run runs/swh --output rewind.json
+Tiny: python spectral/rewind.py --study demo/tiny.yaml --stride 50 --draws 2 --measures nll
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from cpt_utils.base import cli, figures, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import refs
+from cpt_utils.interventions import components, in_memory, surgery
+from cpt_utils.measures import evaluation
+from cpt_utils.measures.trial import Trial
+
+curves, heads = cli.sibling("spectral/curves.py"), cli.sibling("spectral/heads.py")
+made, updates = cli.sibling("spectral/rewind_orders.py"), cli.sibling("spectral/updates.py")
+
+SCHEMA = "rewind"
+RESULTS = {"rewind": "spectral/rewind.json"}
+CAPTIONS = {
+    "rewind": """Part IV: 3. Rewinding heads
+        Loss, retrieval and task with a growing share of the checkpoint's heads set to the base's: least changed heads
+        first, most changed ones first, heads in the order of what each costs alone (on other sentences than those that
+        it is shown on), and random orders (mean and range of their draws). Hollow: the largest share that is not worse
+        than the checkpoint by more than one standard error.""",
+    "rewind_energy": """Part IV: 3. Rewinding heads
+        The same over the share of the update (its sum of squares over all heads) that is taken back: heads that hardly
+        changed are harmless to put back by construction, which this axis allows for. Claim D3 is decided by it.""",
+}
+ORDERS = ("importance", "most", "contrast", "greedy", "random", "random_layer")
+BY_ENERGY = ("importance", "random")  # the orders that D3 compares
+NAMES = {
+    "importance": "least changed first", "most": "most changed first", "contrast": "least specific first",
+    "greedy": "cheapest first", "random": "random", "random_layer": "random within layers", "file": "order of the file",
+}  # fmt: skip
+# What the largest harmless share of an order is compared with.
+NULLS = {
+    "importance": ("random", "random_layer"), "importance:energy": ("random:energy",), "contrast": ("random",),
+    "most": ("random",), "greedy": ("random",),
+}  # fmt: skip
+STRIDE, DRAWS = 5, 5
+Order, Unit = made.Order, made.Unit
+
+
+# ---------------------------------------------------------------- conditions
+
+
+class Rewinding:
+    """The recipes of one pair: sets of heads, and how much of ||dW||^2 over all heads each takes back.
+
+    Attributes:
+        units: (layer, unit), or (layer, query head) with `by_query`, of every head.
+        energy: of each its share of the sum of squares of dW over all of them.
+    """
+
+    def __init__(self, pair: surgery.Pair, found: heads.Heads, by_query: bool = False):
+        self.pair, self.found, self.by_query = pair, found, by_query
+        self.units, self.swapper = heads.places(found, by_query), in_memory.Swapper(pair)
+        update = heads.sums(found, by_query)[0]
+        if not update.sum() > 0:
+            raise InputError(
+                f"no head of {pair.target_ref.spec} differs from {pair.base_ref.spec}: there is nothing to put back"
+            )
+        self.energy = dict(zip(self.units, (update / update.sum()).tolist(), strict=True))
+
+    def recipe(self, chosen: Iterable[Unit]) -> surgery.Recipe:
+        """The chosen heads of the base. In a layer all of whose units are chosen also what they share, so that all
+        units are the base's attention; of query heads alone never, whose keys and values stay the checkpoint's."""
+        layers: dict[int, list[int]] = {}
+        for layer, unit in sorted(chosen):
+            layers.setdefault(layer, []).append(unit)
+        whole = {} if self.by_query else {
+            layer: units for layer, units in layers.items() if len(units) == self.found[layer].units
+        }  # fmt: skip
+        part = {layer: units for layer, units in layers.items() if layer not in whole}
+        parts = [surgery.heads_from_base(self.pair, part, self.by_query)] if part else []
+        parts += [surgery.heads_from_base(self.pair, whole, shared=True)] if whole else []
+        return components.combined(parts)
+
+    def point(self, order: Order, k: int, at: float, curve: str) -> curves.Point:
+        """The first `k` heads of an order put back, at `at` of a curve."""
+        chosen = order.chain[:k]
+        share, energy = k / len(self.units), sum(sorted(self.energy[unit] for unit in chosen))
+        facts = {"heads": k, "share": share, "energy": 1.0 if k == len(self.units) else energy}
+        done = curves.TARGET
+        if chosen:
+            done = self.swapper.condition(f"{k} heads", self.recipe(chosen), **facts)
+        return curves.Point(curve, at, done, order.draw, facts)
+
+    def points(self, orders: Sequence[Order], shares: Sequence[float]) -> list[curves.Point]:
+        """The curves over the share of heads, and of the orders in BY_ENERGY those over the share of ||dW||^2.
+
+        The latter are at the energies that the order of importance comes to, nearest to `shares`; the others have the
+        sets of their own chains that are nearest to these.
+        """
+        n, found = len(self.units), []
+        sums = [np.cumsum([0.0, *(self.energy[unit] for unit in order.chain)]) for order in orders]
+        first = next((own for order, own in zip(orders, sums, strict=True) if order.name == BY_ENERGY[0]), None)
+        energies = list(shares)
+        if first is not None:
+            energies = sorted({round(float(first[np.abs(first - share).argmin()]), 9) for share in shares})
+        for order, own in zip(orders, sums, strict=True):
+            ks = [round(share * n) for share in shares]
+            found += [self.point(order, k, k / n, order.name) for k in ks if k <= len(order.chain)]
+            if order.name in BY_ENERGY:
+                found += [
+                    self.point(order, int(np.abs(own - energy).argmin()), energy, f"{order.name}:energy")
+                    for energy in energies
+                ]
+        return found
+
+    def singles(self) -> list[curves.Point]:
+        """Every head put back alone."""
+        orders = [Order("single", (unit,), draw) for draw, unit in enumerate(self.units)]
+        return [self.point(order, 1, 1 / len(self.units), "single") for order in orders]
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def halves(records: list[dict], part: int) -> list[dict]:
+    """The records on every second item only, from item `part` on: values are means of those."""
+    found = []
+    for record in records:
+        units = {name: values[part::2] for name, values in record["units"].items()}
+        values = record["values"] | {name: float(np.mean(each)) for name, each in units.items()}
+        found.append(record | {"units": units, "values": values})
+    return found
+
+
+def records_of(points: Sequence[curves.Point], every: Sequence[curves.Point], records: list[dict]) -> list[dict]:
+    """Of the records of the points `every` those of some of them, as `curves.numbered` counts them."""
+    at = dict(zip((point.condition.id for point in every), curves.numbered(every)[1], strict=True))
+    return [*records[:2], *(records[at[one.id]] for one in curves.numbered(points)[0])]
+
+
+def best(points: Sequence[curves.Point], records: list[dict], seed: int) -> dict[str, dict]:
+    """Measure -> the best share of a curve, chosen on the items 0, 2, .., and by how much it is better than the
+    checkpoint on the items 1, 3, ..: `at, draw, chosen_on` (the mean there), `value, ci_low, ci_high, n`.
+
+    The checkpoint itself is no candidate: where putting heads back hurts, the best share hurts least.
+    """
+    kept, found = [i for i, point in enumerate(points) if point.at > 0], {}
+    _, at = curves.numbered(points)
+    for name, values in curves.units(records).items():
+        change = values[[at[i] for i in kept]] - values[1]
+        if change.shape[1] < 2:
+            continue
+        means = change[:, ::2].mean(1)
+        chosen, held = int(means.argmax()), change[:, 1::2]
+        low, high = stats.bootstrap_mean(held[chosen], seed)
+        row = {"at": points[kept[chosen]].at, "draw": points[kept[chosen]].draw, "chosen_on": float(means[chosen])}
+        found[name] = row | {"value": float(held[chosen].mean()), "ci_low": low, "ci_high": high, "n": held.shape[1]}
+    return found
+
+
+def at_equal_energy(points: Sequence[curves.Point], records: list[dict], seed: int) -> dict[str, dict]:
+    """Measure -> by how much the importance order is better than random ones with as much of ||dW||^2 put back: the
+    mean over the shares between 0 and 1, `value, ci_low, ci_high, n` in units of the measure.
+
+    The sets are of equal energy, as near as whole heads can be (see `Rewinding.points`). Nothing is read between them:
+    in the order of importance the last few heads hold much of the update, and between two sets of a chain there is no
+    straight line.
+    """
+    names, found = [f"{name}:energy" for name in BY_ENERGY], {}
+    _, at = curves.numbered(points)
+    rows = [[at[i] for i, p in enumerate(points) if p.curve == name and 0 < p.at < 1] for name in names]
+    for name, values in curves.units(records).items() if all(rows) else ():
+        apart = values[rows[0]].mean(0) - values[rows[1]].mean(0)
+        low, high = stats.bootstrap_mean(apart, seed)
+        found[name] = {"value": float(apart.mean()), "ci_low": low, "ci_high": high, "n": len(apart)}
+    return found
+
+
+def summarise(points: Sequence[curves.Point], seed: int, records: list[dict]) -> dict:
+    """What the result says: `curves.summary`, where the greedy order stands on the items that it was not chosen on, as
+    do the random ones that it is compared with; and `best` of every order."""
+    groups: dict[str, list[curves.Point]] = {}
+    for point in points:
+        groups.setdefault(point.curve, []).append(point)
+    along = ("at", "energy")
+
+    def nulls_of(names: Sequence[str]) -> dict[str, list[str]]:
+        return {name: [null for null in NULLS[name] if null in groups] for name in names if name in groups}
+
+    found = curves.summary(points, records, seed, nulls_of([name for name in NULLS if name != "greedy"]), along)
+    if "greedy" in groups:
+        own = groups["greedy"] + groups.get("random", [])
+        held = curves.summary(own, halves(records_of(own, points, records), 1), seed, nulls_of(["greedy"]), along)
+        rows = [row for row in found["points"] if row["curve"] == "greedy"]
+        for row, other in zip(rows, held["points"], strict=False):
+            row |= {key: other[key] for key in ("values", "better")} | {"items": "every second"}
+        found["largest"]["greedy"], found["beyond"]["greedy"] = held["largest"]["greedy"], held["beyond"]["greedy"]
+    found["at_equal_energy"] = at_equal_energy(points, records, seed)
+    found["best"] = {
+        name: best(own, records_of(own, points, records), seed) for name, own in groups.items()
+        if not name.endswith(":energy") and any(point.at > 0 for point in own)
+    }  # fmt: skip
+    return found
+
+
+def effects(points: Sequence[curves.Point], units: Sequence[Unit], records: list[dict]) -> dict:
+    """`single`: of every head alone, by how much it is better to have the base's: by measure on all items, and on the
+    items 0, 2, .. (`chosen_on`), which order the heads."""
+    _, at = curves.numbered(points)
+    change = {name: values[at] - values[1] for name, values in curves.units(records).items()}
+    rows = []
+    for i, (layer, unit) in enumerate(units):
+        better = {name: {"mean": float(each[i].mean()), "chosen_on": float(each[i, ::2].mean())}
+                  for name, each in change.items()}  # fmt: skip
+        rows.append({"layer": layer, "unit": unit, "better": better})
+    return {"single": rows}
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw(path: Path, payload: dict) -> None:
+    """The curves over the share of heads, and in a second file those over the share of the update."""
+    shades = dict(zip(NAMES, figures.colours(len(NAMES)), strict=True))
+    shades |= dict.fromkeys(("random", "random_layer"), figures.colour("random"))
+    lines = {"random_layer": "--", "most": "--", "contrast": "-."}
+    looks = {
+        name: {"label": words, "color": shades[name], "linestyle": lines.get(name, "-"), "marker": mark, "ms": 2.5}
+        for (name, words), mark in zip(NAMES.items(), figures.MARKERS, strict=False)
+    }
+    looks["greedy"]["label"] += " (half of the items)"
+    curves.draw(path, payload, looks, "share of heads that are the base's")
+    there = {row["curve"] for row in payload["points"]}
+    by_energy = {f"{name}:energy": look for name, look in looks.items() if f"{name}:energy" in there}
+    if by_energy:
+        curves.draw(path.with_name(f"{path.name}.energy"), payload, by_energy, "share of ‖ΔW‖² that is taken back")
+
+
+def say(payload: dict) -> None:
+    there = {row["curve"] for row in payload["points"]}
+    words = {name: label for name, label in NAMES.items() if name in there}
+    by_energy = {f"{name}:energy": f"{words[name]}, share of ‖ΔW‖²" for name in BY_ENERGY if name in words}
+    curves.say(payload, words | by_energy, "p*")
+    for name, found in payload["best"].items():
+        for measure in [one for one in curves.measures_of(payload) if one in found]:
+            row = found[measure]
+            cli.say(
+                f"{NAMES[name]}, {measure}: best share {row['at']:.2f} on half of the items; on the others better than "
+                f"the checkpoint by {row['value']:+.5f} [{row['ci_low']:+.5f}, {row['ci_high']:+.5f}]"
+            )
+
+
+# ---------------------------------------------------------------- the command
+
+
+def orders_asked_for(args, study: Study, rewinding: Rewinding) -> list[Order]:
+    """All orders but the greedy one, which has to be measured.
+
+    Raises:
+        InputError: contrast without a run to compare with.
+    """
+    wanted = list(study.value(args.orders, "--orders", "rewind.orders", ORDERS))
+    if args.write and args.order_from and not args.orders:
+        wanted = []
+    units, pair, found = rewinding.units, rewinding.pair, []
+    values = heads.importance(rewinding.found, rewinding.by_query)
+    if args.order_from:
+        found.append(made.read_order(args.order_from, args.importance, units, rewinding.by_query, pair.n_layers))
+    least = made.ranked(units, values[args.importance])
+    simple = {"importance": least, "most": least[::-1]}
+    draws = int(study.value(args.draws, "--draws", "rewind.draws", DRAWS))
+    for name in wanted:
+        if name in simple:
+            found.append(Order(name, simple[name]))
+        elif name.startswith("random"):
+            found += made.random_orders(units, name, study.seed, draws)
+        elif name == "contrast":
+            reference = args.reference or next(iter((study.get("runs") or {}).values()), None)
+            if reference is None and args.orders:
+                raise InputError("--orders contrast: nothing says in contrast to which run; give --reference RUN")
+            if reference is not None:
+                other = refs.run(reference)[-1]
+                theirs = heads.measured(pair.base_ref, [other])[0][other.step]
+                theirs = heads.importance(theirs, rewinding.by_query)["relative"]
+                found.append(Order(name, made.ranked(units, heads.contrast(values["relative"], theirs))))
+    return found
+
+
+def greedy(trial: Trial, rewinding: Rewinding, output: Path, by: str | None) -> Order:
+    """The order of what each head costs alone, on the items 0, 2, ..; measured first, into a file of its own."""
+    path, points = output.with_name(f"{output.stem}.singles.json"), rewinding.singles()
+    measure(trial, path, points, partial(effects, points, rewinding.units))
+    trial.process.wait()  # the first process wrote it
+    rows = results.read_json(path, allow_limited=True)[0]["single"]
+    known = rows[0]["better"]
+    by = by or next((name for name in ("nll_per_byte", "retrieval_readout") if name in known), next(iter(known)))
+    if by not in known:
+        raise InputError(f"--by {by} was not measured; there are {', '.join(known)}")
+    return Order("greedy", made.ranked(rewinding.units, [-row["better"][by]["chosen_on"] for row in rows]))
+
+
+def facts_of(rewinding: Rewinding) -> dict:
+    """What the result says of the heads: how many, of what kind, and what beside their matrices goes with them."""
+    pair, edits = rewinding.pair, rewinding.recipe(rewinding.units[:1]).edits
+    along = [edit.tensor for edit in edits if len(pair.target.shape(edit.tensor)) == 1]
+    along = sorted({pair.arch.canonical(name).split(".", 2)[2] for name in along})
+    kind = "query heads" if rewinding.by_query else "units"
+    return {"of": kind, "n_heads": len(rewinding.units), "along": along}
+
+
+def write(args, study: Study, rewinding: Rewinding, orders: list[Order], shares: list[float]) -> None:
+    """One model of one order as a folder, verified."""
+    if len(orders) != 1 or len(shares) != 1:
+        raise InputError("--write takes one order and one share: give --orders and --shares, one each")
+    chosen = orders[0].chain[: round(shares[0] * len(rewinding.units))]
+    if not chosen:
+        raise InputError(f"--write: {shares[0]:.0%} of {len(rewinding.units)} heads is none")
+    curves.alone("--write", args)
+    curves.write(rewinding.pair, rewinding.recipe(chosen), args.write, args, study)
+
+
+def shares_asked_for(args, study: Study) -> list[float]:
+    if args.shares:
+        wrong = next((share for share in args.shares if not 0 <= share <= 100), None)
+        if wrong is not None:
+            raise InputError(f"--shares {wrong:g}: a share lies between 0 and 100 percent")
+        return sorted({share / 100 for share in args.shares})
+    stride = int(study.value(args.stride, "--stride", "rewind.stride", STRIDE))
+    return [share / 100 for share in sorted({*range(0, 100, stride), 100})]
+
+
+def build_parser():
+    p = curves.parser(__doc__, "spectral/rewind.json")
+    g = p.add_argument_group("which heads")
+    text = f"{', '.join(ORDERS)}; default: the study's rewind.orders, else all (contrast where there is another run)"
+    g.add_argument("--orders", nargs="+", choices=ORDERS, metavar="ORDER", help=text)
+    text = "also the order of a file: of heads.py, least important first, or a list of [layer, head]"
+    g.add_argument("--order-from", metavar="FILE", help=text)
+    text = f"by which heads are ordered ({', '.join(heads.KINDS)}; of a file any that it has); default relative"
+    g.add_argument("--importance", default="relative", metavar="KIND", help=text)
+    g.add_argument("--reference", metavar="RUN", help="run for the contrast; default: the first of the study's runs")
+    text = f"of the greedy order: {', '.join(evaluation.DECIDING)}; default: the loss, else retrieval or the task"
+    g.add_argument("--by", choices=evaluation.DECIDING, metavar="MEASURE", help=text)
+    text = f"random orders of each kind; default: the study's rewind.draws, else {DRAWS}"
+    g.add_argument("--draws", type=cli.positive, metavar="N", help=text)
+    text = f"a point every N percent of the heads; default: the study's rewind.stride, else {STRIDE}"
+    g.add_argument("--stride", type=cli.positive, metavar="N", help=text)
+    g.add_argument("--shares", nargs="+", type=float, metavar="P", help="points at these percentages instead")
+    text = "put back single query heads (their q and o) instead of whole units"
+    g.add_argument("--qo-only", action="store_true", help=text)
+    text = "measure nothing: write the model of one order and one share as a folder"
+    g.add_argument("--write", metavar="FOLDER", help=text)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.importance not in heads.KINDS and not args.order_from:
+        raise InputError(f"--importance {args.importance}: there are {', '.join(heads.KINDS)}")
+    args.output = args.output or args.write  # nothing else is written
+    with curves.opened(args, "rewind", "qo-only" * args.qo_only) as (study, output, pair):
+        shares = shares_asked_for(args, study)
+        found, cosines = heads.measured(pair.base_ref, [pair.target_ref])
+        updates.warn_if_not_one_run(pair.base_ref, pair.target_ref, cosines[pair.target_ref.step])
+        rewinding = Rewinding(pair, found[pair.target_ref.step], args.qo_only)
+        orders, facts = orders_asked_for(args, study, rewinding), facts_of(rewinding)
+        if facts["along"]:
+            coupled = "; a norm over all heads couples them" * any("norm" in name for name in facts["along"])
+            cli.say(f"with heads go their pieces of {', '.join(facts['along'])}{coupled}")
+        if args.write:
+            write(args, study, rewinding, orders, shares)
+            return
+        trial = curves.trial_of(args, study, pair)
+        if "greedy" in study.value(args.orders, "--orders", "rewind.orders", ORDERS):
+            orders.append(greedy(trial, rewinding, output, args.by))
+        facts["orders"] = [{"name": one.name, "draw": one.draw, "chain": one.chain} for one in orders]
+        points = rewinding.points(orders, shares)
+        measure(trial, output, points, partial(summarise, points, study.seed), draw, facts)
+
+
+def measure(
+    trial: Trial, path: Path, points, summarised: Callable[[list[dict]], dict], figure=None, facts=None
+) -> None:
+    """Every set of heads measured once, and `path` written: the one place that measures."""
+    cli.say(f"{len(curves.numbered(points)[0])} different sets of heads")
+    curves.measure(trial, path, points, summarised, figure, facts)
+
+
+if __name__ == "__main__":
+    cli.run(main)
