@@ -65,7 +65,7 @@ class Point:
 
 def measure(
     trial: Trial, path: Path, points: Sequence[Point], summarise: Callable[[list[dict]], dict],
-    show: Callable[[Path, dict], None], facts: dict | None = None, schema: str = SCHEMA,
+    show: Callable[[Path, dict], None] | None, facts: dict | None = None, schema: str = SCHEMA,
     say: Callable[[dict], None] | None = None,
 ) -> None:  # fmt: skip
     """Measure every point once, and write `path` with `facts` and `summarise(records)` in it, `.pt` and figure beside
@@ -83,7 +83,7 @@ def measure(
     def said(found: dict) -> None:
         if say:
             say(found)
-        cli.say(f"wrote {path} and the figure {path.with_suffix('.pdf')}")
+        cli.say(f"wrote {path}" + (f" and the figure {path.with_suffix('.pdf')}" if show else ""))
 
     trial.measure(
         path, [BASE, TARGET, *numbered(points)[0]], schema, {"measures": trial.bench.measures(), **(facts or {})},

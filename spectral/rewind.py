@@ -305,9 +305,11 @@ def orders_asked_for(args, study: Study, rewinding: Rewinding) -> list[Order]:
 def greedy(trial: Trial, rewinding: Rewinding, output: Path, by: str | None) -> Order:
     """The order of what each head costs alone, on the items 0, 2, ..; measured first, into a file of its own."""
     path, points = output.with_name(f"{output.stem}.singles.json"), rewinding.singles()
-    measure(trial, path, points, partial(effects, points, rewinding.units))
+    measure(
+        trial, path, points, partial(effects, points, rewinding.units), {"of": kind_of(rewinding)}, "rewind-singles"
+    )
     trial.process.wait()  # the first process wrote it
-    rows = results.read_json(path, allow_limited=True)[0]["single"]
+    rows = results.read_json(path, "rewind-singles", allow_limited=True)[0]["single"]
     known = rows[0]["better"]
     by = by or next((name for name in ("nll_per_byte", "retrieval_readout") if name in known), next(iter(known)))
     if by not in known:
@@ -315,13 +317,16 @@ def greedy(trial: Trial, rewinding: Rewinding, output: Path, by: str | None) -> 
     return Order("greedy", made.ranked(rewinding.units, [-row["better"][by]["chosen_on"] for row in rows]))
 
 
+def kind_of(rewinding: Rewinding) -> str:
+    return "query heads" if rewinding.by_query else "units"
+
+
 def facts_of(rewinding: Rewinding) -> dict:
     """What the result says of the heads: how many, of what kind, and what beside their matrices goes with them."""
     pair, edits = rewinding.pair, rewinding.recipe(rewinding.units[:1]).edits
     along = [edit.tensor for edit in edits if len(pair.target.shape(edit.tensor)) == 1]
     along = sorted({pair.arch.canonical(name).split(".", 2)[2] for name in along})
-    kind = "query heads" if rewinding.by_query else "units"
-    return {"of": kind, "n_heads": len(rewinding.units), "along": along}
+    return {"of": kind_of(rewinding), "n_heads": len(rewinding.units), "along": along}
 
 
 def write(args, study: Study, rewinding: Rewinding, orders: list[Order], shares: list[float]) -> None:
@@ -374,7 +379,8 @@ def main(argv=None) -> None:
     if args.importance not in heads.KINDS and not args.order_from:
         raise InputError(f"--importance {args.importance}: there are {', '.join(heads.KINDS)}")
     args.output = args.output or args.write  # nothing else is written
-    with curves.opened(args, "rewind", "qo-only" * args.qo_only) as (study, output, pair):
+    other = ["qo-only" * args.qo_only, f"importance-{args.importance}" * (args.importance != "relative")]
+    with curves.opened(args, "rewind", *other) as (study, output, pair):
         shares = shares_asked_for(args, study)
         found, cosines = heads.measured(pair.base_ref, [pair.target_ref])
         updates.warn_if_not_one_run(pair.base_ref, pair.target_ref, cosines[pair.target_ref.step])
@@ -391,15 +397,16 @@ def main(argv=None) -> None:
             orders.append(greedy(trial, rewinding, output, args.by))
         facts["orders"] = [{"name": one.name, "draw": one.draw, "chain": one.chain} for one in orders]
         points = rewinding.points(orders, shares)
-        measure(trial, output, points, partial(summarise, points, study.seed), draw, facts)
+        measure(trial, output, points, partial(summarise, points, study.seed), facts, SCHEMA, draw, say)
 
 
 def measure(
-    trial: Trial, path: Path, points, summarised: Callable[[list[dict]], dict], figure=None, facts=None
-) -> None:
+    trial: Trial, path: Path, points: Sequence[curves.Point], summarised: Callable[[list[dict]], dict], facts: dict,
+    schema: str, show: Callable[[Path, dict], None] | None = None, told: Callable[[dict], None] | None = None,
+) -> None:  # fmt: skip
     """Every set of heads measured once, and `path` written: the one place that measures."""
     cli.say(f"{len(curves.numbered(points)[0])} different sets of heads")
-    curves.measure(trial, path, points, summarised, figure, facts)
+    curves.measure(trial, path, points, summarised, show, facts, schema, told)
 
 
 if __name__ == "__main__":

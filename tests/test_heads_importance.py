@@ -10,8 +10,9 @@ import torch
 from helpers import load_script, save_tiny
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import results
+from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import in_memory, surgery
 from cpt_utils.models import loading
@@ -211,3 +212,39 @@ def test_what_is_refused_or_warned_of(run, tmp_path, monkeypatch, capsys):
     assert "hardly one run" in capsys.readouterr().err
     HEADS.main(["--base", f"{run}/base", "--run", f"{run}/base", "--output", "same.json"])
     assert "no head differs from the base" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the claim
+
+
+def test_the_claim_reads_the_whole_run_at_its_last_step(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"base: {run}/base\nrun: {run}/run\nresults: results\nruns: {{mid: {run}/run/checkpoint-10}}\n"
+    (tmp_path / "study.yaml").write_text(text)
+    claim, evidence = cli.sibling("report/claims/d2.py"), cli.sibling("report/evidence.py")
+
+    def measure():
+        return claim.measure(evidence.Results(Study.find()))
+
+    with pytest.raises(evidence.Missing, match=r"spectral/heads.json is not there"):
+        measure()
+    HEADS.main([])
+    path = tmp_path / "results/spectral/heads.json"
+    payload = json.loads(path.read_text())
+    row = payload["steps"]["20"]["concentration"]
+    assert [pair["runs"] for pair in payload["runs"]["pairs"]] == [["target", "mid"]]
+    (one,), beside = measure()
+    assert one["value"] == pytest.approx(row["top_share"] - row["permuted"]["mean"]) and one["says"]["side"] == "above"
+    ends = [row["top_share"] - row["permuted"][end] for end in ("high", "low")]
+    assert [one["ci_low"], one["ci_high"]] == pytest.approx(ends) and ends[0] < one["value"] < ends[1]
+    values = {each["name"]: each["value"] for each in beside}
+    assert min(value for name, value in values.items() if "never below 0" in name) >= 0
+    HEADS.main(["--steps", "20"])
+    (part,) = path.parent.glob("heads.*checkpoint-20*.json")
+    part.replace(path)
+    with pytest.raises(InputError, match=r"is about a part of the run|is about steps \[20\]"):
+        measure()
+    payload["steps"]["20"]["concentration"] = None
+    path.write_text(json.dumps(payload))
+    with pytest.raises(evidence.Missing, match="no head differs"):
+        measure()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import numpy as np
@@ -12,8 +13,9 @@ from helpers import bits, load_script, read_tensors, save_tiny, tiny_model
 from launch import launch
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import results
+from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import in_memory, surgery
 from cpt_utils.interventions.condition import Condition
@@ -350,3 +352,44 @@ def test_contrast_puts_back_what_the_other_run_changed_as_much(made, command, tm
     assert [tuple(unit) for unit in chain] == sorted(
         units, key=dict(zip(units, ours / ours.mean() - theirs / theirs.mean(), strict=True)).get
     )
+
+
+# ---------------------------------------------------------------- the claims
+
+
+def test_the_claims_read_equal_energy_and_held_out_items(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(
+        f"base: {made}/base\nrun: {made}/run\nresults: results\nlanguages: {{base: eng_Latn, target: qaa_Latn}}\n"
+        f"data: {{heldout: {{qaa_Latn: {made}/held.txt, eng_Latn: {made}/held.txt}}}}\n"
+        "rewind: {stride: 50, draws: 2, orders: [importance, random]}\n"
+    )
+    evidence = cli.sibling("report/evidence.py")
+
+    def measure(claim):
+        return cli.sibling(f"report/claims/{claim}.py").measure(evidence.Results(Study.find()))
+
+    with pytest.raises(evidence.Missing, match=r"spectral/rewind.json is not there"):
+        measure("d3")
+    REWIND.main(["--measures", "nll"])
+    path = tmp_path / "results/spectral/rewind.json"
+    payload = json.loads(path.read_text())
+    (one,), beside = measure("d3")
+    row = payload["beyond"]["importance:energy"]["random:energy"]["nll_per_byte"]["energy"]
+    assert one["value"] == row["value"] and "share of the update" in one["name"] and one["says"]["side"] == "above"
+    words = [each["name"] for each in beside]
+    assert any("by share of heads" in name and "loss eng_Latn" in name for name in words)
+    assert any("at equal shares of the update" in name for name in words)
+    numbers, beside = measure("d4")
+    best = payload["best"]["importance"]["nll_per_byte"]
+    assert numbers[0]["value"] == best["value"] and numbers[0]["n"] == 4
+    assert numbers[1]["value"] is None and "task_accuracy" in numbers[1]["note"]
+    assert "random heads, loss" in [each["name"] for each in beside]
+    payload["points"] = [row for row in payload["points"] if row["curve"] != "random"]
+    path.write_text(json.dumps(payload))
+    with pytest.raises(evidence.Missing, match="no random one"):
+        measure("d4")
+    payload["best"]["importance"]["nll_per_byte"]["value"] = math.nan
+    path.write_text(json.dumps(payload))
+    with pytest.raises(InputError, match="not finite"):
+        measure("d4")

@@ -46,11 +46,16 @@ PAYLOADS = {
     ),
     "downstream_correlation": _keys(values=dict[str, Facts]),
     "gate_lsn": _keys(checkpoints=dict[str, _keys(layers=dict[str, Facts], summary=Numbers)]),
+    "heads": _keys(heads=list[_keys(layer=int, unit=int, importance=Numbers)], steps=dict[str, Facts], curves=Facts),
     "int_and_sem": _keys(checkpoints=dict[str, Numbers], layers=dict[str, Numbers]),
     "language-loss": dict[str, dict[str, Facts]],
     "layer-specialize": _keys(interface_layers=Layers, semantic_layers=Layers),
     "lsn-activation": _keys(all_layers=Number, n_neurons=int),
     "lsn-layers": _keys(layers=Layers),
+    "rewind": _keys(
+        points=list[_keys(curve=str, values=Numbers)], largest=dict[str, dict[str, Facts]],
+        beyond=dict[str, dict[str, Facts]], best=dict[str, dict[str, Facts]], at_equal_energy=dict[str, Facts],
+    ),
     "swap-controls": _keys(sets=list[Set], comparison=dict[str, Facts], matched=Facts, additive=Facts),
     "truncate": _keys(
         largest=dict[str, Facts], beyond=dict[str, dict[str, Facts]], at_equal_energy=Numbers, parameters=Number,

@@ -65,7 +65,7 @@ Names = Annotated[list[str] | None, Field(description="it must be a list of name
 
 
 class Rewind(Keys):
-    orders: Names = None
+    orders: list[Literal["importance", "most", "contrast", "greedy", "random", "random_layer"]] | None = None
     stride: Count = None
     draws: Count = None
 

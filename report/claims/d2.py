@@ -1,0 +1,32 @@
+"""D2. How much more of the update the most changed tenth of the heads holds than if features lay in heads by chance."""
+
+from __future__ import annotations
+
+from cpt_utils.base import cli
+from cpt_utils.measures.verdicts import Panel, above, number
+
+evidence = cli.sibling("report/evidence.py")
+
+TEXT = "a few heads carry the change (Diffract)"
+ON_LAYERS = False
+PANEL = Panel("a few heads carry the change", "share in the top 10 % beyond chance")
+
+
+def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
+    file, step = found.file("heads", "heads"), str(found.last["step"])
+    found.refuse_part_of_run(file, file.payload["steps"])
+    if file.payload["steps"][step]["concentration"] is None:
+        raise evidence.Missing(f"{file.path.name}: no head differs from the base")
+
+    def at(*keys) -> float:
+        return file.at("steps", step, "concentration", *keys)
+
+    share, low, high, mean = at("top_share"), *(at("permuted", key) for key in ("low", "high", "mean"))
+    name, draws = "share of the update in the top 10 % of heads", int(at("permuted", "draws"))
+    numbers = [number(f"{name}, beyond features permuted", share - mean, (share - high, share - low), draws,
+                      "permutations", says=above(), p_value=at("permuted", "p_value"))]  # fmt: skip
+    # True of any update that grows with the heads' sizes, of any at all, and what else is to be known.
+    beside = [number(f"{name}, beyond heads changed in proportion to their size", share - at("in_proportion"))]
+    beside += [number(f"{name}, beyond an even spread (never below 0)", share - at("even")), number(name, share)]
+    beside += [number("Gini coefficient of the update over heads", at("gini"))]
+    return numbers, [*beside, number("the same with features permuted", at("gini_permuted"))]

@@ -1,0 +1,50 @@
+"""What rewinding says of heads, read from its file: largest harmless shares against random heads, and best shares."""
+
+from __future__ import annotations
+
+from cpt_utils.base import cli
+from cpt_utils.measures.verdicts import number
+
+evidence, interventions = cli.sibling("report/evidence.py"), cli.sibling("report/interventions.py")
+
+
+class Rewound:
+    """rewind.json of a study.
+
+    Attributes:
+        curves: its orders; measures: what was measured by sentence, document or row.
+    """
+
+    def __init__(self, found: evidence.Results):
+        self.file = found.file("rewind", "rewind")
+        self.curves = {row["curve"] for row in self.file.payload["points"]}
+        if not self.curves >= {"importance", "random"}:
+            raise evidence.Missing(f"{self.file.path.name} has no order of importance, or no random one")
+        self.measures = list(self.file.payload["largest"]["importance"])
+        known = self.file.payload["best"]["importance"]
+        self.n = {measure: row["n"] for measure, row in self.file.payload["at_equal_energy"].items()}
+        self.n_held = {measure: row["n"] for measure, row in known.items()}
+
+    def _number(self, name: str, measure: str, keys: tuple, n: dict, **more) -> dict:
+        """The number at these keys with its interval, or why there is none."""
+        name, row = f"{name}, {interventions.words(measure)}", self.file.payload
+        for key in keys:
+            row = (row or {}).get(key)
+        if row is None:
+            lacking = f"{self.file.path.name} has none for {measure} (made by {self.file.made_by})"
+            if keys[-1] == "kept":
+                lacking = f"that CPT gained anything in {interventions.words(measure)} is not clear"
+            return number(name, None, note=lacking, **more)
+        value, low, high = (self.file.at(*keys, key) for key in ("value", "ci_low", "ci_high"))
+        return number(name, value, (low, high), n.get(measure), "units", **more)
+
+    def beyond(self, name: str, curve: str, null: str, measure: str, axis: str, *kept: str, **more) -> dict:
+        """The largest harmless share of a curve minus that of another."""
+        return self._number(name, measure, ("beyond", curve, null, measure, axis, *kept), self.n, **more)
+
+    def at_equal_energy(self, name: str, measure: str) -> dict:
+        return self._number(name, measure, ("at_equal_energy", measure), self.n)
+
+    def best(self, name: str, curve: str, measure: str, **more) -> dict:
+        """By how much the best share of a curve is better than the checkpoint, on the other half of the items."""
+        return self._number(name, measure, ("best", curve, measure), self.n_held, **more)
