@@ -29,6 +29,7 @@ from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import components, in_memory, surgery
+from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import evaluation
 from cpt_utils.measures.trial import Trial
 
@@ -76,6 +77,7 @@ class Rewinding:
     def __init__(self, pair: surgery.Pair, found: heads.Heads, by_query: bool = False):
         self.pair, self.found, self.by_query = pair, found, by_query
         self.units, self.swapper = heads.places(found, by_query), in_memory.Swapper(pair)
+        self._conditions: dict[frozenset[Unit], Condition] = {}  # sets that are ends of several curves are made once
         update = heads.sums(found, by_query)[0]
         if not update.sum() > 0:
             raise InputError(
@@ -102,9 +104,10 @@ class Rewinding:
         chosen = order.chain[:k]
         share, energy = k / len(self.units), sum(sorted(self.energy[unit] for unit in chosen))
         facts = {"heads": k, "share": share, "energy": 1.0 if k == len(self.units) else energy}
-        done = curves.TARGET
-        if chosen:
-            done = self.swapper.condition(f"{k} heads", self.recipe(chosen), **facts)
+        key = frozenset(chosen)
+        if chosen and key not in self._conditions:
+            self._conditions[key] = self.swapper.condition(f"{k} heads", self.recipe(chosen), **facts)
+        done = self._conditions[key] if chosen else curves.TARGET
         return curves.Point(curve, at, done, order.draw, facts)
 
     def points(self, orders: Sequence[Order], shares: Sequence[float]) -> list[curves.Point]:
@@ -120,7 +123,7 @@ class Rewinding:
         if first is not None:
             energies = sorted({round(float(first[np.abs(first - share).argmin()]), 9) for share in shares})
         for order, own in zip(orders, sums, strict=True):
-            ks = [round(share * n) for share in shares]
+            ks = sorted({round(share * n) for share in shares})
             found += [self.point(order, k, k / n, order.name) for k in ks if k <= len(order.chain)]
             if order.name in BY_ENERGY:
                 found += [
@@ -257,8 +260,9 @@ def say(payload: dict) -> None:
     words = {name: label for name, label in NAMES.items() if name in there}
     by_energy = {f"{name}:energy": f"{words[name]}, share of ‖ΔW‖²" for name in BY_ENERGY if name in words}
     curves.say(payload, words | by_energy, "p*")
-    for name, found in payload["best"].items():
-        for measure in [one for one in curves.measures_of(payload) if one in found]:
+    for name in [one for one in ("importance", "greedy", "random") if one in payload["best"]]:
+        found = payload["best"][name]
+        for measure in [one for one in evaluation.DECIDING if one in found]:
             row = found[measure]
             cli.say(
                 f"{NAMES[name]}, {measure}: best share {row['at']:.2f} on half of the items; on the others better than "
