@@ -110,7 +110,7 @@ class Made:
         self.rng = rng
         for make in (self.retrieval, self.layers, self.layer_swap, self.component_swaps, self.weights, self.arms):
             make()
-        for make in (self.curves, self.sweep, self.truncation, self.connection):
+        for make in (self.curves, self.sweep, self.heads, self.rewinding, self.truncation, self.connection):
             make()
         return self
 
@@ -306,6 +306,31 @@ class Made:
         facts = {"models": {"base": self.base, "target": self.run[-1]}, "component": "all", "io": "cpt"}
         facts |= {"in_context": {"scored": SENTENCES}, "dtype": "float32", **ROWS, **LANGS}
         self.write("layer-ablation/sweep.json", payload, "ablation-sweep", **facts)
+
+    def heads(self) -> None:
+        """By how much more the most changed heads hold than by chance: where the effect is 1, 1 sd (.01)."""
+        (share,) = 0.2 + 0.01 * self.world.effect + self.noise(0.01, 1)
+        row = {"top_share": share, "permuted": {"mean": 0.2, "low": 0.19, "high": 0.21, "p_value": 0.5, "draws": 1000}}
+        row |= {"in_proportion": 0.2, "even": 0.15, "gini": 0.1, "gini_permuted": 0.1}
+        payload = {"heads": [], "steps": {str(step): {"concentration": row} for step in STEPS}}
+        self.write("spectral/heads.json", payload, "heads", models=self.of_run())
+
+    def rewinding(self) -> None:
+        """How much more least changed heads can be put back than random ones (1 sd is .05), and by how much a
+        checkpoint is better with them put back (.001)."""
+        more, loss, task = np.array([0.05, 1e-3, 1e-3]) * (self.world.effect + self.noise(1, 3))
+
+        def row(value: float) -> dict:
+            return {"value": value, "ci_low": value - 1e-3, "ci_high": value + 1e-3, "n": UNITS}
+
+        both = {axis: row(more) | {"kept": row(more)} for axis in ("at", "energy")}
+        best = {"nll_per_byte": row(loss), "task_accuracy": row(task)}
+        payload = {"points": [{"curve": name} for name in ("importance", "random")], "best": {"importance": best}}
+        payload |= {"largest": {"importance": {"nll_per_byte": both}}, "at_equal_energy": {"nll_per_byte": row(0.0)}}
+        payload["best"]["random"] = best
+        pairs = (("importance", "random"), ("importance:energy", "random:energy"))
+        payload["beyond"] = {name: {null: {"nll_per_byte": both}} for name, null in pairs}
+        self.write("spectral/rewind.json", payload, "rewind", **self.of_pair())
 
     def truncation(self) -> None:
         """By how much more of the update can be cut off than if it were random: where the effect is 1, 1 sd (.05)."""

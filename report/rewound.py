@@ -20,7 +20,8 @@ class Rewound:
         self.curves = {row["curve"] for row in self.file.payload["points"]}
         if not self.curves >= {"importance", "random"}:
             raise evidence.Missing(f"{self.file.path.name} has no order of importance, or no random one")
-        self.measures = list(self.file.payload["largest"]["importance"])
+        # The mean of retrieval over hidden states also says how deep the changed layers lie.
+        self.measures = [name for name in self.file.payload["largest"]["importance"] if name != "retrieval_mean"]
         known = self.file.payload["best"]["importance"]
         self.n = {measure: row["n"] for measure, row in self.file.payload["at_equal_energy"].items()}
         self.n_held = {measure: row["n"] for measure, row in known.items()}

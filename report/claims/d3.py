@@ -9,23 +9,26 @@ evidence, rewound = cli.sibling("report/evidence.py"), cli.sibling("report/rewou
 
 TEXT = "the heads that changed least can be put back (Diffract)"
 ON_LAYERS = False
-PANEL = Panel("least changed heads can be put back", "p* beyond random heads")
+PANEL = Panel("least changed heads can be put back", "share put back, beyond random heads")
 
 
 def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
-    file = rewound.Rewound(found)
-    share = "p* of least changed heads minus random ones, by share of the update"
-    numbers = [file.beyond(share, "importance:energy", "random:energy", "nll_per_byte", "energy", says=above())]
-    kept = "share that keeps 95 % of the gain, least changed minus random, by share of the update"
+    file, loss = rewound.Rewound(found), "nll_per_byte"
+    kept = "share of the update put back that keeps 95 % of the gain, least changed heads minus random ones"
+
+    def by_energy(measure: str, *key: str) -> tuple:
+        return ("importance:energy", "random:energy", measure, "energy", *key)
+
     beside = []
     for measure in file.measures:
-        by_energy = ("importance:energy", "random:energy", measure, "energy")
-        if measure != "nll_per_byte":
-            beside.append(file.beyond(share, *by_energy))
-        beside.append(file.beyond(kept, *by_energy, "kept"))
+        if measure != loss:
+            beside.append(file.beyond(kept, *by_energy(measure, "kept")))
+        # By one standard error: of a loss it is near 0 for both where there are many documents.
+        beside.append(
+            file.beyond("p*, least changed heads minus random ones, by share of the update", *by_energy(measure))
+        )
         beside.append(file.at_equal_energy("better than random heads at equal shares of the update", measure))
         # By the share of heads it is so by construction: heads that hardly changed are harmless to put back.
-        beside.append(
-            file.beyond("p*, least changed minus random, by share of heads", "importance", "random", measure, "at")
-        )
-    return numbers, beside
+        of_heads = ("importance", "random", measure, "at")
+        beside.append(file.beyond("p*, least changed heads minus random ones, by share of heads", *of_heads))
+    return [file.beyond(kept, *by_energy(loss, "kept"), says=above())], beside
