@@ -112,6 +112,7 @@ class Made:
             make()
         for make in (self.curves, self.sweep, self.heads, self.rewinding, self.truncation, self.connection):
             make()
+        self.spectrum()
         return self
 
     def write(self, place: str, payload: dict, schema: str, tensors: dict | None = None, **facts) -> Path:
@@ -307,6 +308,16 @@ class Made:
         facts |= {"in_context": {"scored": SENTENCES}, "dtype": "float32", **ROWS, **LANGS}
         self.write("layer-ablation/sweep.json", payload, "ablation-sweep", **facts)
 
+    def spectrum(self) -> None:
+        """The share of the change in the singular values over that of random ones: where the effect is 1, 1 sd (5 %)
+        below its bound."""
+        ratios = 0.8 * np.exp(-0.05 * self.world.effect + self.noise(0.05, 3))
+        nulls = {kind: {"value_share": [0.02], "ratio": ratio} for kind, ratio in
+                 zip(("gaussian", "permuted", "signs"), ratios.tolist(), strict=True)}  # fmt: skip
+        row = {"value_share": 0.02 * float(ratios.mean()), "nulls": nulls, "effective_rank": 0.6}
+        payload = {"matrices": [], "pooled": {str(step): row for step in STEPS}}
+        self.write("spectral/spectrum.json", payload, "spectrum", models=self.of_run())
+
     def heads(self) -> None:
         """By how much more the most changed heads hold than by chance: where the effect is 1, 1 sd (.01)."""
         (share,) = 0.2 + 0.01 * self.world.effect + self.noise(0.01, 1)
@@ -364,11 +375,6 @@ def judged(folder: Path, world: World, number: int, made: dict, counts=SEEDS) ->
         Made(folder, world, seed).all(np.random.default_rng(key))
     runs = claims.read_seeds(folder / "study.yaml", list(range(max(counts))), made, draws=0)
     return {n: claims.over_seeds(made, dict(list(runs.items())[:n])) for n in counts}
-
-
-def decidable() -> dict:
-    """The claims that the made-up studies can decide: not those that rest on what a study asks for."""
-    return {name: claim for name, claim in claims.claims().items() if name != "C8" and not name.startswith("D")}
 
 
 def rates(worlds: list[World], studies: int, counts=SEEDS) -> list[list[str]]:

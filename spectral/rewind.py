@@ -279,7 +279,7 @@ def orders_asked_for(args, study: Study, rewinding: Rewinding) -> list[Order]:
     Raises:
         InputError: contrast without a run to compare with.
     """
-    wanted = list(study.value(args.orders, "--orders", "rewind.orders", ORDERS))
+    wanted = list(study.value(args.orders, "--orders", "spectral.rewind.orders", ORDERS))
     if args.write and args.order_from and not args.orders:
         wanted = []
     units, pair, found = rewinding.units, rewinding.pair, []
@@ -288,7 +288,7 @@ def orders_asked_for(args, study: Study, rewinding: Rewinding) -> list[Order]:
         found.append(made.read_order(args.order_from, args.importance, units, rewinding.by_query, pair.n_layers))
     least = made.ranked(units, values[args.importance])
     simple = {"importance": least, "most": least[::-1]}
-    draws = int(study.value(args.draws, "--draws", "rewind.draws", DRAWS))
+    draws = int(study.value(args.draws, "--draws", "spectral.rewind.draws", DRAWS))
     for name in wanted:
         if name in simple:
             found.append(Order(name, simple[name]))
@@ -350,14 +350,14 @@ def shares_asked_for(args, study: Study) -> list[float]:
         if wrong is not None:
             raise InputError(f"--shares {wrong:g}: a share lies between 0 and 100 percent")
         return sorted({share / 100 for share in args.shares})
-    stride = int(study.value(args.stride, "--stride", "rewind.stride", STRIDE))
+    stride = int(study.value(args.stride, "--stride", "spectral.rewind.stride", STRIDE))
     return [share / 100 for share in sorted({*range(0, 100, stride), 100})]
 
 
 def build_parser():
     p = curves.parser(__doc__, "spectral/rewind.json")
     g = p.add_argument_group("which heads")
-    text = f"{', '.join(ORDERS)}; default: the study's rewind.orders, else all (contrast where there is another run)"
+    text = f"{', '.join(ORDERS)}; default: the study's spectral.rewind.orders, else all (contrast with another run)"
     g.add_argument("--orders", nargs="+", choices=ORDERS, metavar="ORDER", help=text)
     text = "also the order of a file: of heads.py, least important first, or a list of [layer, head]"
     g.add_argument("--order-from", metavar="FILE", help=text)
@@ -366,9 +366,9 @@ def build_parser():
     g.add_argument("--reference", metavar="RUN", help="run for the contrast; default: the first of the study's runs")
     text = f"of the greedy order: {', '.join(evaluation.DECIDING)}; default: the loss, else retrieval or the task"
     g.add_argument("--by", choices=evaluation.DECIDING, metavar="MEASURE", help=text)
-    text = f"random orders of each kind; default: the study's rewind.draws, else {DRAWS}"
+    text = f"random orders of each kind; default: the study's spectral.rewind.draws, else {DRAWS}"
     g.add_argument("--draws", type=cli.positive, metavar="N", help=text)
-    text = f"a point every N percent of the heads; default: the study's rewind.stride, else {STRIDE}"
+    text = f"a point every N percent of the heads; default: the study's spectral.rewind.stride, else {STRIDE}"
     g.add_argument("--stride", type=cli.positive, metavar="N", help=text)
     g.add_argument("--shares", nargs="+", type=float, metavar="P", help="points at these percentages instead")
     text = "put back single query heads (their q and o) instead of whole units"
@@ -397,7 +397,7 @@ def main(argv=None) -> None:
             write(args, study, rewinding, orders, shares)
             return
         trial = curves.trial_of(args, study, pair)
-        if "greedy" in study.value(args.orders, "--orders", "rewind.orders", ORDERS):
+        if "greedy" in study.value(args.orders, "--orders", "spectral.rewind.orders", ORDERS):
             orders.append(greedy(trial, rewinding, output, args.by))
         facts["orders"] = [{"name": one.name, "draw": one.draw, "chain": one.chain} for one in orders]
         points = rewinding.points(orders, shares)

@@ -17,6 +17,8 @@ RUN_AND_BASE = (
     "lm_eval_sib200/evaluate.py",
     "language-loss/language_loss.py",
     "layer-ablation/ablation_sweep.py",
+    "spectral/heads.py",
+    "spectral/rewind.py",
     "spectral/truncate.py",
     "spectral/connect.py",
     "spectral/spectrum.py",

@@ -362,7 +362,7 @@ def test_the_claims_read_equal_energy_and_held_out_items(made, tmp_path, monkeyp
     (tmp_path / "study.yaml").write_text(
         f"base: {made}/base\nrun: {made}/run\nresults: results\nlanguages: {{base: eng_Latn, target: qaa_Latn}}\n"
         f"data: {{heldout: {{qaa_Latn: {made}/held.txt, eng_Latn: {made}/held.txt}}}}\n"
-        "rewind: {stride: 50, draws: 2, orders: [importance, random]}\n"
+        "spectral: {rewind: {stride: 50, draws: 2, orders: [importance, random]}}\n"
     )
     evidence = cli.sibling("report/evidence.py")
 

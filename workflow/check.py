@@ -45,6 +45,7 @@ class Plan:
     loss: bool
     losses: bool  # of every language over CPT
     ablation: bool  # of layers: where the study asks for it
+    spectral: bool  # the update itself: the same
     left_out: list[str] = field(default_factory=list)
 
 
@@ -75,8 +76,8 @@ def plan(study: Study) -> Plan:
     controls = study.get("controls", "all")
     if isinstance(controls, int) and controls < ENOUGH:
         left_out.append(f"C2b and C5b: with {controls} random sets (controls) there is no fit; {ENOUGH} are enough")
-    ablation = study.get("ablation") is not None
-    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, ablation, left_out)
+    asked = (study.get(key) is not None for key in ("ablation", "spectral"))
+    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked, left_out)
 
 
 # ---------------------------------------------------------------- the report
@@ -309,6 +310,13 @@ def passes(
         scored = min(study.get("ablation.sentences") or sizes["n_pairs"], sizes["n_pairs"])
         translated = 4 * (1 + shots) * pairs * scored / max(1, sizes["n_pairs"])  # both ways, and their floors
         yield f"layer ablation, {models:.0f} models", models * (translated + pairs + sizes["heldout"] + rows)
+    if chosen.spectral:
+        draws, stride = study.get("spectral.rewind.draws") or 5, study.get("spectral.rewind.stride") or 5
+        shares = len(study.get("spectral.truncate.shares") or range(10))
+        models = (4 + 3 * draws) * 100 / stride + 2 * n_layers + 6 * shares + 20
+        kinds = study.get("spectral.measures") or ["retrieval", "nll", "task"]
+        tokens = {"retrieval": pairs, "nll": sizes["heldout"], "task": rows}
+        yield f"heads, truncation, connection, {models:.0f} models", models * sum(tokens.get(k, 0) for k in kinds)
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)
         yield f"neuron counts, {each:,.0f} tokens a language", sizes["neurons"]

@@ -16,3 +16,49 @@ for place, of_run in OTHER_TRAINED.items():
         log: LOGS / f"train-{Path(place).name}.log"
         resources: gpu=1
         shell: TRAIN_OTHER
+
+
+# -------------------------------------------------------------------------------- 1. spectra, 2. heads
+
+if PLAN.spectral:
+    SPECTRUM, HEADS, REWIND, TRUNCATE, CONNECT = (
+        STUDY.result(step) for step in ("spectrum", "heads", "rewind", "truncate", "connect")
+    )
+
+    rule spectrum:
+        input: BASE_FILES, RUN_FILES, code=made_of("spectral/spectrum.py")
+        output: SPECTRUM, figure(beside(SPECTRUM, ".png"), "spectrum")
+        log: LOGS / "spectrum.log"
+        resources: gpu=1
+        shell: run("spectral/spectrum.py")
+
+    rule heads:
+        input: BASE_FILES, RUN_FILES, OTHER_FILES, code=made_of("spectral/heads.py")
+        output: HEADS, figure(beside(HEADS, ".png"), "heads")
+        log: LOGS / "heads.log"
+        shell: run("spectral/heads.py")
+
+# -------------------------------------------------------------------------------- 3. rewinding, truncating, connecting
+
+    rule rewind:
+        input: BASE_FILES, RUN_FILES, OTHER_FILES, TASK_FILES, code=made_of("spectral/rewind.py")
+        output: REWIND, figure(beside(REWIND, ".png"), "rewind")
+        log: LOGS / "rewind.log"
+        resources: gpu=1
+        shell: run("spectral/rewind.py")
+
+    rule truncate:
+        input: BASE_FILES, RUN_FILES, TASK_FILES, code=made_of("spectral/truncate.py")
+        output: TRUNCATE, figure(beside(TRUNCATE, ".png"), "truncate")
+        log: LOGS / "truncate.log"
+        resources: gpu=1
+        shell: run("spectral/truncate.py")
+
+    if OTHER_RUNS:
+
+        rule connect:
+            input: BASE_FILES, RUN_FILES, OTHER_FILES, TASK_FILES, code=made_of("spectral/connect.py")
+            output: CONNECT, figure(beside(CONNECT, ".png"), "connect")
+            log: LOGS / "connect.log"
+            resources: gpu=1
+            shell: run("spectral/connect.py")
