@@ -42,7 +42,8 @@ if PLAN.spectral:
 
     rule rewind:
         input: BASE_FILES, RUN_FILES, OTHER_FILES, TASK_FILES, code=made_of("spectral/rewind.py")
-        output: REWIND, figure(beside(REWIND, ".png"), "rewind")
+        output:
+            REWIND, figure(beside(REWIND, ".png"), "rewind"), figure(beside(REWIND, ".energy.png"), "rewind_energy"),
         log: LOGS / "rewind.log"
         resources: gpu=1
         shell: run("spectral/rewind.py")
