@@ -1,7 +1,7 @@
 """The results of one study over several seeds, side by side: tables in Markdown and small figures.
 
 In:   the results of a study whose paths hold {seed}, for every seed; Part II where it was run for all of them.
-Out:  OUT/tables.md, and figures (PNG and PDF): retrieval, weight_change, swaps, component_swaps, deactivation.
+Out:  OUT/tables.md, and figures (PNG and PDF): retrieval, weight_change, swaps, component_swaps, deactivation, sweeps.
 
 Full: python studies/across_seeds.py --study studies/multi30k.yaml --seeds 0,1,2 --out docs/multi30k
 Tiny: python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds
@@ -17,7 +17,8 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
 from cpt_utils.measures import controls, swap_figure
 
-part_two, shown = cli.sibling("studies/part_two.py"), cli.sibling("report/shown.py")
+part_two, part_three = cli.sibling("studies/part_two.py"), cli.sibling("studies/part_three.py")
+shown = cli.sibling("report/shown.py")
 STEPS = 6  # of a run, evenly chosen, where there are more
 
 
@@ -200,10 +201,16 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         cli.say(f"Part II is left out: it was not run for seed {', '.join(map(str, missing))}")
         second = {}
+    sweeps = {seed: part_three.read_seed(study) for seed, study in studies.items()}
+    sweeps = sweeps if all(sweeps.values()) else {}
     out = Path(args.out)
     parts = {title: rows(seeds) for title, rows in TABLES.items()}
     if second:
         parts |= {title: rows(second) for title, rows in part_two.TABLES.items()}
+    if sweeps:
+        parts["Layer ablation: gain; area of what blocks keep from the input side minus from the output side"] = (
+            part_three.sweep_rows(sweeps)
+        )
     with results.replacing(out / "tables.md") as temporary:
         text = "\n\n".join(f"## {title}\n\n{table(*part)}" for title, part in parts.items() if part[1])
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -213,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     if second:
         part_two.draw_swaps(second, out / "component_swaps")
         part_two.draw_deactivation(second, out / "deactivation")
+    if sweeps:
+        part_three.draw_sweeps(sweeps, out / "sweeps")
     cli.say(f"wrote {out}/tables.md and the figures for the seeds {', '.join(map(str, seeds))}")
 
 

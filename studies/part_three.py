@@ -1,0 +1,58 @@
+"""Part III of one study over several seeds: what studies/across_seeds.py adds of sweeps that all seeds have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt_utils.base import cli, figures, results
+from cpt_utils.base.lazy import np
+from cpt_utils.base.study import Study
+
+retention = cli.sibling("layer-ablation/retention.py")
+part_two = cli.sibling("studies/part_two.py")
+# What a panel shows: with the loss and the task, which CPT bettered wherever it taught anything.
+SHOWN = ("nll_target", "task_accuracy", "perception", "production")
+SIDES = {"insert_in": "from the input side", "insert_out": "from the output side"}
+
+
+def read_seed(study: Study) -> dict | None:
+    """The sweep of one seed; None where it has not been run."""
+    path = study.result("layer_ablation")
+    return results.read_json(path)[0] if path.is_file() else None
+
+
+def sweep_rows(seeds: dict[int, dict]) -> part_two.Rows:
+    """A = AUC_in - AUC_out of every measure: above 0 its change comes with the first blocks, below with the last."""
+    names = [name for name in retention.MEASURES if all(name in found["summary"] for found in seeds.values())]
+    rows = []
+    for seed, found in seeds.items():
+        areas = [found["summary"][name]["A"] for name in names]
+        cells = [f"{a['value']:+.2f} [{a['ci_low']:+.2f}, {a['ci_high']:+.2f}]" if a else "-" for a in areas]
+        gains = [found["summary"][name]["gain"]["value"] for name in names]
+        rows.append([seed, *(f"{gain:+.3f}; {cell}" for gain, cell in zip(gains, cells, strict=True))])
+    return ["seed", *names], rows
+
+
+def draw_sweeps(seeds: dict[int, dict], path: Path) -> None:
+    """What of the change blocks of the checkpoint keep, put in from either side: a line a seed, and their mean."""
+    shown = [name for name in SHOWN if all((found["summary"].get(name) or {}).get("A") for found in seeds.values())]
+    if not shown:
+        return
+    with figures.style() as plt:
+        fig, axes = part_two.panels(plt, len(shown), 1.9)
+        for axis, name in zip(axes, shown, strict=True):
+            for (sweep, words), shade in zip(SIDES.items(), figures.PALETTE, strict=False):
+                curves = np.array([[value for _, value in found["retention"][sweep][name]] for found in seeds.values()])
+                ks = [k for k, _ in next(iter(seeds.values()))["retention"][sweep][name]]
+                axis.plot(ks, curves.T, color=shade, linewidth=0.6, alpha=0.35)
+                axis.plot(ks, curves.mean(0), color=shade, marker="o", label=words)
+            axis.axhline(0, color=figures.colour("base"), linewidth=0.6, linestyle=":")
+            axis.axhline(1, color=figures.colour("target"), linewidth=0.6, linestyle="--")
+            worse = all(found["summary"][name]["gain"]["value"] < 0 for found in seeds.values())
+            axis.set_title(name.replace("_", " ") + (" (worse)" if worse else ""))
+            figures.layer_axis(axis, ks[-1], hidden_states=True)
+            axis.set_xlabel("")
+        fig.supxlabel("blocks of the checkpoint", fontsize=8)
+        fig.supylabel("share of the change kept", fontsize=8)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        figures.save(fig, path)
