@@ -320,9 +320,10 @@ def draw(path: Path, payload: dict) -> None:
 
 
 def drawn(what: dict, seed: int) -> dict:
-    """The keys of an arm with the run's seed as a study writes it, {seed}: at the end of words, anywhere in paths."""
-    in_words, in_paths = rf"(?<=:){seed}(?=$|/)", rf"(?<!\d)(?<!\d\.){seed}(?!\.?\d)"
-    return expand(what, lambda text: re.sub(in_paths if ".json" in text else in_words, "{seed}", text))
+    """The keys of an arm with the run's seed as a study writes it, {seed}: at the end of words, there also behind other
+    digits (1{seed}), anywhere in paths."""
+    in_words, in_paths = rf"(?<=:)(\d*?){seed}(?=$|/)", rf"(?<!\d)(?<!\d\.)(){seed}(?!\.?\d)"
+    return expand(what, lambda text: re.sub(in_paths if ".json" in text else in_words, r"\1{seed}", text))
 
 
 def over_seeds(found: dict[int, dict]) -> dict:

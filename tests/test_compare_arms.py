@@ -296,6 +296,8 @@ def test_seeds_in_the_paths_of_files_are_no_difference(script):
     assert script.drawn(what, 1) == {"train_only": "results/0.5/seed-{seed}/layer-ablation/cogsym.json/ffn"}
     assert script.drawn({"freeze": "hub:r10/1.json"}, 1) == {"freeze": "hub:r10/{seed}.json"}
     assert script.drawn({"train_only": "outer:0.25"}, 0) == {"train_only": "outer:0.25"}
+    assert script.drawn({"train_only": "random:2:10"}, 0) == {"train_only": "random:2:1{seed}"}  # a second draw
+    assert script.drawn({"train_only": "random:2:11/ffn"}, 11) == {"train_only": "random:2:{seed}/ffn"}
 
 
 def test_seeds_side_by_side(script, place, tmp_path):
