@@ -123,8 +123,8 @@ class Rewinding:
         if first is not None:
             energies = sorted({round(float(first[np.abs(first - share).argmin()]), 9) for share in shares})
         for order, own in zip(orders, sums, strict=True):
-            ks = sorted({round(share * n) for share in shares})
-            found += [self.point(order, k, k / n, order.name) for k in ks if k <= len(order.chain)]
+            ks = sorted({min(round(share * n), len(order.chain)) for share in shares})  # that of a file may be short
+            found += [self.point(order, k, k / n, order.name) for k in ks]
             if order.name in BY_ENERGY:
                 found += [
                     self.point(order, int(np.abs(own - energy).argmin()), energy, f"{order.name}:energy")

@@ -63,25 +63,31 @@ def read_order(path: str, kind: str, units: Sequence[Unit], by_query: bool, n_la
         plain = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
     except ValueError:
         plain = None  # said by read_json
+    what = "query head" if by_query else "unit"
     if isinstance(plain, list):
         chain = [tuple(one) if isinstance(one, list) else one for one in plain]
     else:
         payload, _ = results.read_json(path, heads.SCHEMA, allow_limited=True, n_layers=n_layers)
-        rows = [((row["layer"], row["unit"]), row["importance"]) for row in payload["heads"]]
-        if by_query:
-            rows = [((row["layer"], one["head"]), one["importance"])
-                    for row in payload["heads"] for one in row["query_heads"]]  # fmt: skip
-        if any(kind not in values for _, values in rows):
-            raise InputError(f"{path} has no importance {kind}; it has {', '.join(rows[0][1])}")
+        try:
+            rows = [((row["layer"], row["unit"]), row["importance"]) for row in payload["heads"]]
+            if by_query:
+                rows = [((row["layer"], one["head"]), one["importance"])
+                        for row in payload["heads"] for one in row["query_heads"]]  # fmt: skip
+            missing = next((values for _, values in rows if kind not in values), None)
+        except (KeyError, TypeError):
+            raise InputError(f"{path} is neither a result of heads.py nor a list of [layer, head]") from None
+        if missing is not None:
+            raise InputError(f"{path} has no importance {kind}; it has {', '.join(missing)}")
+        lost = next((unit for unit, values in rows if not isinstance(values[kind], int | float)), None)
+        if lost is not None:
+            why = f"has no finite importance {kind}, its base is zeros; give --importance rms"
+            raise InputError(f"{path}: {what} {list(lost)} {why}")
         chain = list(ranked([unit for unit, _ in rows], [values[kind] for _, values in rows]))
-    what, seen, there = "query head" if by_query else "unit", set(), set(units)
+    seen, there = set(), set(units)
     for unit in chain:
-        if unit not in there or unit in seen:
-            why = (
-                "comes twice"
-                if unit in seen
-                else f"does not exist: there are {len(units)} {what}s in {n_layers} layers"
-            )
+        named = isinstance(unit, tuple) and all(type(one) is int for one in unit) and unit in there
+        if not named or unit in seen:
+            why = "comes twice" if named else f"does not exist: there are {len(units)} {what}s in {n_layers} layers"
             raise InputError(f"{path}: {what} {list(unit) if isinstance(unit, tuple) else unit} {why}")
         seen.add(unit)
     if not chain:

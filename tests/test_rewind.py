@@ -155,6 +155,9 @@ def test_points_are_at_their_shares_of_heads_and_of_energy(tmp_path):
         assert found["random:energy"] == [(0, 0, 0), (1, 0.5, 0.5), (6, 1, 1)] and len(found) == 5
         conditions, at = CURVES.numbered(points)
         assert len(conditions) == 6 and at[:4] == [1, 2, 3, 4] and at[4:7] == [1, 3, 4]
+        # A file that names fewer heads than the shares ask for: all of them are put back, too.
+        points = heads.points([ORDERS.Order("file", tuple(heads.units[:1]))], [0, 0.5, 1.0])
+        assert [(point.facts["heads"], point.at) for point in points] == [(0, 0), (1, 1 / 6)]
     with pair_of(tmp_path / "b", tmp_path / "b") as pair, pytest.raises(InputError, match="nothing to put back"):
         rewinding(pair)
 
@@ -180,10 +183,17 @@ def test_an_order_of_a_file(tmp_path):
         ([[0, 2]], r"unit \[0, 2\] does not exist: there are 4 units in 2 layers"),
         ([[0, 1], [0, 1]], r"unit \[0, 1\] comes twice"),
         ([3], "unit 3 does not exist"),
+        ([[[0], 1]], r"unit \[\[0\], 1\] does not exist"),
+        ([{"layer": 0}], "unit {'layer': 0} does not exist"),
+        ([[True, 0]], r"unit \[True, 0\] does not exist"),
+        (3, "neither a result of heads.py nor a list"),
+        (result | {"heads": [{"layer": 0}]}, "neither a result of heads.py nor a list"),
+        (result | {"heads": [rows[0] | {"importance": {"relative": None}}]},
+         r"unit \[0, 0\] has no finite importance relative .*give --importance rms"),
         ([], "names no heads"),
         (result | {"_header": {"schema": "heads", "version": 1, "n_layers": 3}}, "n_layers 3, but 2 is needed"),
         (result | {"_header": {"schema": "arms", "version": 1}}, "'heads' is needed"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             read(content)
     with pytest.raises(InputError, match="has no importance contrast; it has relative"):
