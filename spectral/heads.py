@@ -145,9 +145,9 @@ def _projection(sides: list[Side], layer: int, name: str, device) -> list[tuple[
     def norms_of(matrix: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)
 
-    several = [
+    several = (
         side.arch.head_parts(side.config, layer, name, range(units), side.names, side.stored.shape) for side in sides
-    ]
+    )
     parts = zip(*([part for part in each if part.role == "weight"] for each in several), strict=True)
     found: list[list[tuple]] = [[] for _ in sides[1:]]
     for first, *others in parts:
@@ -192,16 +192,25 @@ def importance(found: Heads, by_query: bool = False) -> dict[str, np.ndarray]:
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(update > 0, np.sqrt(update / base), 0.0)
         layers = np.array([layer for layer, _ in places(found, by_query)])
-        means = np.array([relative[layers == layer].mean() for layer in layers])
-        per_layer = np.where(means > 0, relative / means, 0.0)
+        means = np.array([finite_mean(relative[layers == layer]) for layer in layers])
+        per_layer = np.where(relative > 0, relative / means, 0.0)
     return {"relative": relative, "rms": np.sqrt(update / entries), "per_layer": per_layer}
 
 
+def finite_mean(values: np.ndarray) -> float:
+    """The mean of those of `values` [n] that are finite, 0 of none."""
+    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else 0.0
+
+
 def contrast(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """How much more a head changed in the target run than in another, each importance [heads] over its mean."""
-    if not (target.mean() > 0 and reference.mean() > 0):
+    """How much more a head changed in the target run than in another, each importance [heads] over its mean; 0 where
+    both are infinite."""
+    means = finite_mean(target), finite_mean(reference)
+    if not min(means) > 0:
         raise InputError("contrast: in one of the runs no head changed; compare checkpoints that were trained")
-    return target / target.mean() - reference / reference.mean()
+    with np.errstate(invalid="ignore"):
+        found = target / means[0] - reference / means[1]
+    return np.where(np.isnan(found), 0.0, found)
 
 
 def top_share(update: np.ndarray, k: int) -> np.ndarray:
@@ -210,8 +219,10 @@ def top_share(update: np.ndarray, k: int) -> np.ndarray:
 
 
 def gini(values: np.ndarray) -> float:
-    """The Gini coefficient of values [n] >= 0: 0 where all are alike, 1 - 1/n where one has everything."""
+    """The Gini coefficient of values [n] >= 0: 0 where all are alike, 1 - 1/n where one has all, NaN if infinite."""
     n, ordered = len(values), np.sort(values)
+    if np.isinf(ordered[-1]):
+        return math.nan
     return float(2 * (np.arange(1, n + 1) @ ordered) / (n * ordered.sum()) - (n + 1) / n)
 
 
@@ -274,20 +285,16 @@ def curves(found: Heads, shuffled: np.ndarray) -> dict:
     return {name: curve(values).tolist() for name, values in both.items()} | {"permuted": ends.tolist()}
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Rank over number, 1 for the most important; those that are alike share the mean of their ranks."""
-    from scipy.stats import rankdata
-
-    return rankdata(values) / len(values)
-
-
 def agreement(runs: dict[str, Heads], share: float) -> dict:
     """Whether several runs changed the same heads: `pairs`, and of every unit `agnostic`, the least of its ranks over
-    runs, and `specificity`, its rank in a run minus the largest in the others.
+    runs, and `specificity`, its rank in a run minus the largest in the others. Ranks are over the number of units, 1
+    for the most important; those that are alike share the mean of theirs.
 
     Of a pair, Spearman's correlation by `relative` and by `rms` (two runs of one base divide by the same ||B||, which
     alone correlates `relative`), and the overlap of the top `share` beside chance.
     """
+    from scipy.stats import rankdata
+
     kinds = {name: importance(found) for name, found in runs.items()}
     n = len(next(iter(kinds.values()))["relative"])
     k, pairs = max(1, math.ceil(share * n - 1e-9)), []
@@ -297,13 +304,10 @@ def agreement(runs: dict[str, Heads], share: float) -> dict:
                for kind in ("relative", "rms")}  # fmt: skip
         overlap = {"share": k / n, "chance": (k / n) / (2 - k / n)} | stats.overlap(top[one], top[other], n)
         pairs.append({"runs": [one, other], **row, "top": overlap})
-    ranked = {name: ranks(each["relative"]) for name, each in kinds.items()}
+    ranked = {name: rankdata(each["relative"]) / n for name, each in kinds.items()}
     rest = {name: np.max([each for other, each in ranked.items() if other != name], axis=0) for name in ranked}
-    return {
-        "pairs": pairs,
-        "agnostic": np.min(list(ranked.values()), axis=0).tolist(),
-        "specificity": {name: (ranked[name] - rest[name]).tolist() for name in ranked},
-    }
+    found = {"pairs": pairs, "agnostic": np.min(list(ranked.values()), axis=0).tolist()}
+    return found | {"specificity": {name: (ranked[name] - rest[name]).tolist() for name in ranked}}
 
 
 # ---------------------------------------------------------------- the result
@@ -322,8 +326,8 @@ def rows_of(found: Heads, kinds: dict[str, np.ndarray]) -> list[dict]:
             values = {kind: float(each[at]) for kind, each in queries.items()}
             own.append({"head": head, "importance": values, "share": float(of_query[at] / total)})
         values = {kind: float(each[i]) for kind, each in kinds.items()}
-        share = float(update[i] / total)
-        rows.append({"layer": layer, "unit": unit, "importance": values, "share": share, "query_heads": own})
+        row = {"layer": layer, "unit": unit, "importance": values, "share": float(update[i] / total)}
+        rows.append(row | {"query_heads": own})
     return rows
 
 
@@ -334,14 +338,12 @@ def payload_of(
     last = steps[max(steps)]
     kinds, told = importance(last), {}
     for name, found in others.items():
-        kinds["contrast" if len(others) == 1 else f"contrast:{name}"] = contrast(
-            kinds["relative"], importance(found)["relative"]
-        )
+        key = "contrast" if len(others) == 1 else f"contrast:{name}"
+        kinds[key] = contrast(kinds["relative"], importance(found)["relative"])
     for step, found in steps.items():
         alike = stats.correlation(importance(found)["relative"], kinds["relative"], "spearman")["correlation"]
-        told[str(step)] = {"median_cosine": cosines[step], "spearman_with_last": alike}
-        shuffled = permuted(found, seed)
-        told[str(step)]["concentration"] = concentration(found, shuffled)
+        row, shuffled = {"median_cosine": cosines[step], "spearman_with_last": alike}, permuted(found, seed)
+        told[str(step)] = row | {"concentration": concentration(found, shuffled)}
     made = {"heads": rows_of(last, kinds), "steps": told, "curves": curves(last, shuffled)}
     return made | ({"runs": agreement({"target": last} | others, share)} if others else {})
 
@@ -384,7 +386,7 @@ def runs_asked_for(args, study: Study) -> dict[str, refs.ModelRef]:
     """The last checkpoints of the other runs, by name: --other, else the study's `runs`.
 
     Raises:
-        InputError: two of one name, or one is called target.
+        InputError: two of one name, or one is called target, or like a step, as the run's own tensors are.
     """
     if args.other is None:
         named = list((study.get("runs") or {}).items())
@@ -392,17 +394,15 @@ def runs_asked_for(args, study: Study) -> dict[str, refs.ModelRef]:
         named = [(name, run) if there else (text, text)
                  for text in args.other for name, there, run in [text.partition("=")]]  # fmt: skip
     names = [name for name, _ in named]
-    wrong = next((name for name in names if names.count(name) > 1 or name == "target"), None)
+    wrong = next((name for name in names if names.count(name) > 1 or name == "target" or name.isdecimal()), None)
     if wrong is not None:
-        raise InputError(f"--other: {wrong} names more than one run; name each NAME=RUN, and none target")
+        raise InputError(f"--other: {wrong} names more than one run; name each NAME=RUN, and none target or by a step")
     return {name: refs.run(run)[-1] for name, run in named}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    output = "the study's spectral/heads.json"
-    p = compared.parser(__doc__, "--target-model", output)
-    text = "other runs of this base, of which the last checkpoints are compared: NAME=RUN, or RUN; default: the "
-    text += "study's runs"
+    p = compared.parser(__doc__, "--target-model", "the study's spectral/heads.json")
+    text = "other runs of this base, their last checkpoints: NAME=RUN, or RUN; default: the study's runs"
     p.add_argument("--other", nargs="+", metavar="RUN", help=text)
     text = f"the most important heads whose overlap between runs is told; default {TOP:g}"
     p.add_argument("--top", type=float, default=TOP, metavar="SHARE", help=text)

@@ -141,6 +141,22 @@ def test_contrast_ranks_and_agreement_of_planted_runs():
         HEADS.contrast(kinds[0], np.zeros(20))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_head_whose_base_is_zeros_is_infinitely_important_and_leaves_the_others_as_they_are():
+    update, base = np.ones((2, 3, 4)), np.ones((2, 3, 4))
+    update[0, 1], base[0, 2] = 9, 0
+    found = planted(update, base)
+    kinds = HEADS.importance(found)
+    assert kinds["relative"].tolist() == [1, 3, np.inf, 1, 1, 1]
+    assert kinds["per_layer"].tolist() == [0.5, 1.5, np.inf, 1, 1, 1]
+    assert HEADS.contrast(kinds["relative"], np.full(6, 7.0)) == pytest.approx(
+        [1 / 1.4 - 1, 3 / 1.4 - 1, np.inf, *3 * [1 / 1.4 - 1]]
+    )
+    assert HEADS.contrast(kinds["relative"], kinds["relative"]) == pytest.approx(0)
+    row = HEADS.concentration(found, HEADS.permuted(found, 0, 5))
+    assert np.isnan(row["gini_relative"]) and row["gini"] > 0
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -195,6 +211,7 @@ def test_what_is_refused_or_warned_of(run, tmp_path, monkeypatch, capsys):
         (["--top", "2"], "--top 2: a share"),
         (["--other", f"a={run}/run", f"a={run}/run"], "a names more than one run"),
         (["--other", f"target={run}/run"], "target names more than one run"),
+        (["--other", f"20={run}/run"], "20 names more than one run"),
     ):
         with pytest.raises(InputError, match=message):
             HEADS.main([*asked, *more])
