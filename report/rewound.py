@@ -30,10 +30,10 @@ class Rewound:
         """The number at these keys with its interval, or why there is none."""
         name, row = f"{name}, {interventions.words(measure)}", self.file.payload
         for key in keys:
-            row = (row or {}).get(key)
+            there, row = row is not None, (row or {}).get(key)
         if row is None:
             lacking = f"{self.file.path.name} has none for {measure} (made by {self.file.made_by})"
-            if keys[-1] == "kept":
+            if there and keys[-1] == "kept":
                 lacking = f"that CPT gained anything in {interventions.words(measure)} is not clear"
             return number(name, None, note=lacking, **more)
         value, low, high = (self.file.at(*keys, key) for key in ("value", "ci_low", "ci_high"))

@@ -308,16 +308,16 @@ def orders_asked_for(args, study: Study, rewinding: Rewinding) -> list[Order]:
 
 def greedy(trial: Trial, rewinding: Rewinding, output: Path, by: str | None) -> Order:
     """The order of what each head costs alone, on the items 0, 2, ..; measured first, into a file of its own."""
+    known = trial.bench.measures()
+    if by not in (None, *known):
+        raise InputError(f"--by {by} is not measured; there are {', '.join(known)}")
     path, points = output.with_name(f"{output.stem}.singles.json"), rewinding.singles()
     measure(
         trial, path, points, partial(effects, points, rewinding.units), {"of": kind_of(rewinding)}, "rewind-singles"
     )
     trial.process.wait()  # the first process wrote it
     rows = results.read_json(path, "rewind-singles", allow_limited=True)[0]["single"]
-    known = rows[0]["better"]
-    by = by or next((name for name in ("nll_per_byte", "retrieval_readout") if name in known), next(iter(known)))
-    if by not in known:
-        raise InputError(f"--by {by} was not measured; there are {', '.join(known)}")
+    by = by or next(name for name in ("nll_per_byte", "retrieval_readout", *rows[0]["better"]) if name in known)
     return Order("greedy", made.ranked(rewinding.units, [-row["better"][by]["chosen_on"] for row in rows]))
 
 

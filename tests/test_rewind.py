@@ -341,6 +341,7 @@ def test_what_is_refused(made, command, tmp_path):
         (["--orders", "contrast"], "give --reference RUN"),
         (["--shares", "120"], "between 0 and 100 percent"),
         (["--importance", "contrast"], "there are relative, rms, per_layer"),
+        (["--by", "task_accuracy"], "task_accuracy is not measured; there are nll_per_byte"),
         (["--write", "out"], "one order and one share"),
         (["--write", "out", "--orders", "importance", "--shares", "1"], "1% of 6 heads is none"),
         (["--base", f"{made}/run/checkpoint-20"], "there is nothing to put back"),
@@ -396,6 +397,9 @@ def test_the_claims_read_equal_energy_and_held_out_items(made, tmp_path, monkeyp
     assert numbers[0]["value"] == best["value"] and numbers[0]["n"] == 4
     assert numbers[1]["value"] is None and "task_accuracy" in numbers[1]["note"]
     assert "random heads, loss" in [each["name"] for each in beside]
+    del payload["beyond"]["importance:energy"]["random:energy"]["nll_per_byte"]
+    path.write_text(json.dumps(payload))
+    assert "has none for nll_per_byte (made by" in measure("d3")[0][0]["note"]
     payload["points"] = [row for row in payload["points"] if row["curve"] != "random"]
     path.write_text(json.dumps(payload))
     with pytest.raises(evidence.Missing, match="no random one"):
