@@ -198,7 +198,7 @@ def value_share(base: Spectrum, target: Spectrum) -> Share:
     ours, theirs = base.values, target.values
     error = base.error + target.error
     off = (2 * (theirs - ours).abs() * error + error**2).sum(-1)
-    by_svd = bool((off > IDENTITY * total).any())
+    by_svd = bool(((off > IDENTITY * total) & (total > 0)).any())  # of what is unchanged there is no share
     if by_svd:
         ours, theirs = base.exact, target.exact
     value = (theirs - ours).square().sum(-1).minimum(total)

@@ -113,8 +113,7 @@ class Measured:
         if total:
             row["nulls"] = self.nulls(place, base, update, row["value_share"], step)
         if step == self.last and place.layer in self.overlaps:
-            found, inner = spectra.overlaps(base.matrix, target.matrix), SIDES[place.projection]
-            names = {"in": inner, "out": "residual"} if place.projection in INPUTS else {"out": inner, "in": "residual"}
+            names, found = sides_of(place), spectra.overlaps(base.matrix, target.matrix)
             row["overlaps"] = {names.get(key, key): value for key, value in found.items()}
         return row
 
@@ -158,6 +157,14 @@ class Measured:
             "relative": (share.total.sqrt() / sizes).tolist(),
             "effective_rank": spectra.effective_rank(spectra.Spectrum(update).values).tolist(),
         }
+
+
+def sides_of(place: updates.Place) -> dict[str, str]:
+    """What the outputs ("out") and inputs ("in") of a matrix are."""
+    inner = SIDES[place.projection]
+    if place.piece is not None:  # a latent attention: into the latent features, and from there to the heads
+        return {"out": inner, "in": "latent"} if place.piece else {"out": "latent", "in": "residual"}
+    return {"in": inner, "out": "residual"} if place.projection in INPUTS else {"out": inner, "in": "residual"}
 
 
 def ratio(own: float, drawn: list[float]) -> dict:

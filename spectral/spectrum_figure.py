@@ -108,7 +108,8 @@ def _shares(axis, rows: list[dict], step: str) -> None:
     axis.tick_params(axis="x", length=0)
     axis.set_xlabel("layers from the first to the last, by projection")
     axis.set_ylabel("share of ‖ΔW‖² in\nthe singular values")
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
+    if axis.lines:  # else nothing changed
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
 
 
 def _over_steps(left, right, found: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -175,6 +176,9 @@ def test_experts_latent_attention_and_an_unchanged_part(study):
     assert "heads" in rows["layer_1.q_proj.piece_1"] and "heads" not in rows["layer_1.q_proj.piece_0"]
     still = rows["layer_1.o_proj"]
     assert (still["value_share"], still["relative"], "nulls" in still) == (None, 0, False)
+    assert not still["by_svd"]  # there is nothing to be exact about
+    for piece, sides in enumerate(({"latent", "residual"}, {"head", "latent"})):
+        assert set(rows[f"layer_1.q_proj.piece_{piece}"]["overlaps"]) == {"vectors"} | sides
     pooled = payload["pooled"]["5"]
     assert pooled["unchanged"] == sum(row["update_sq"] == 0 for row in rows.values()) > 0
     assert pooled["nulls"]["signs"]["ci_low"] is None  # of one draw
@@ -190,6 +194,9 @@ def test_a_planted_scaling_and_another_model(study, capsys):
     assert payload["pooled"]["5"]["value_share"] == pytest.approx(1, abs=1e-4) and "warning" not in out.err
     SCRIPT.main(["--run", str(save_tiny("llama", "other/checkpoint-5", 1)), "--draws", "1", "--output", "other.json"])
     assert "are hardly one run" in capsys.readouterr().err
+    with warnings.catch_warnings(action="error"):  # a figure without an artist
+        SCRIPT.main(["--run", "base", "--draws", "1", "--limit", "1", "--output", "same.json"])
+    assert "nothing changed" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_and_the_base_is_measured_once(study, monkeypatch):
