@@ -273,7 +273,10 @@ def panels(path: Path, drawn: Sequence[Callable], xlabel: str) -> None:
             fill(axis)
         for axis in axes.flat[len(drawn) :]:
             axis.set_visible(False)
-        fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        named = axes.flat[0].get_legend_handles_labels()
+        if len(drawn) == 1:  # too narrow for two in a row
+            fig.set_figheight(fig.get_figheight() + 0.18 * len(named[1]))
+        fig.legend(*named, loc="outside upper center", ncols=4 if len(drawn) > 1 else 1)
         figures.save(fig, path)
 
 

@@ -92,10 +92,17 @@ def test_a_condition_on_several_curves_is_measured_once():
 
 
 @pytest.mark.figures
-def test_the_figure_has_base_checkpoint_and_every_curve(tmp_path):
+def test_the_figure_has_base_checkpoint_and_every_curve(tmp_path, monkeypatch):
     points, records = planted({"own": [(0.5, 0, 0.0)], "random": [(0.5, 0, 1.0), (0.5, 1, 3.0)]})
     sets = [{"name": name} | records[i] for i, name in enumerate(("base", "target"))]
     payload = CURVES.summary(points, records, seed=1) | {"sets": sets}
     looks = {name: {"label": name, "color": "black"} for name in ("own", "random", "never drawn")}
     CURVES.draw(tmp_path / "figure", payload, looks, "share")
     assert (tmp_path / "figure.png").stat().st_size > 10_000 and (tmp_path / "figure.pdf").is_file()
+    monkeypatch.setattr(CURVES.figures, "save", lambda figure, path: saved.append(figure))
+    saved, looks = [], {name: look | {"label": 34 * "x"} for name, look in looks.items()}
+    CURVES.draw(tmp_path / "figure", payload, looks, "share")
+    saved[0].draw_without_rendering()
+    legend, panel = saved[0].legends[0].get_window_extent(), saved[0].axes[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= saved[0].bbox.x1 and legend.y0 >= panel.y1  # of one panel, too
+    assert panel.height > 100
