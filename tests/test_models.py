@@ -191,6 +191,14 @@ def test_what_all_contexts_begin_with_is_read_once(monkeypatch):
         assert math.isclose(ours.nll, theirs.nll, rel_tol=1e-12) and ours.tokens == theirs.tokens
 
 
+def test_a_beginning_whose_keys_depend_on_what_follows_is_not_read_alone():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 5.0, 9.0]}
+    sequences = [list(range(3, 40)) + end for end in ([9, 17, 40, 3], [30, 31, 32])]
+    for more, alone in (({"rope_parameters": rope, "original_max_position_embeddings": 38}, False), ({}, True)):
+        model = tiny_model("phi3", **more)
+        assert (scoring._read_once(model, sequences, 30) is not None) == alone
+
+
 def test_what_is_cut_off_counts_nowhere(capsys):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     short, long = scoring.text_nlls(model, tokenizer, ["ab " * 170, "ab " * 1000])

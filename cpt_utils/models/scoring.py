@@ -123,8 +123,12 @@ def _read_once(model: transformers.PreTrainedModel, sequences: list[list[int]], 
     shots of a prompt; None where these are less than half of all tokens, or the model keeps more than keys and values.
 
     States of hybrids cannot be repeated for several sequences, and sparse attention (`DynamicIndexedLayer`) chooses
-    other keys when it reads in two parts.
+    other keys when it reads in two parts. Where rotary frequencies change with the length of what is read
+    (longrope, dynamic), the keys of the beginning alone are others.
     """
+    rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
+    if "longrope" in rope or "dynamic" in rope:
+        return None
     first, last = min(sequences), max(sequences)  # what these two share, all do
     alike = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     n, device = min(alike, most), loading.input_device(model)
