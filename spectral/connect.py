@@ -107,10 +107,13 @@ def between(pair: surgery.Pair, edits: Sequence[surgery.Edit], a: float) -> surg
     return surgery.Recipe(f"{1 - a:g} of {pair.base_ref.spec}, {a:g} of itself", {"a": a}, tuple(made))
 
 
-def aside(edits: Sequence[surgery.Edit], side: str, a: float, seed: int, draw: int) -> surgery.Recipe:
+def aside(pair: surgery.Pair, edits, side: str, a: float, seed: int, draw: int) -> surgery.Recipe:
     """The end `side` moved in a random direction as far as the point `a` of the line is from it."""
     share = a if side == "A" else round(1 - a, 12)
-    made = [replace(edit, by_rows=False, function=Moved(side, share, edit.tensor, seed, draw)) for edit in edits]
+    made = []
+    for edit in edits:
+        moved = Moved(side, share, updates.drawn_as(pair, edit.tensor), seed, draw)
+        made.append(replace(edit, by_rows=False, function=moved))
     facts = {"side": side, "share": share, "seed": seed, "draw": draw}
     return surgery.Recipe(f"{side}, moved in a random direction", facts, tuple(made))
 
@@ -125,7 +128,7 @@ def points_of(pair: surgery.Pair, edits, at: Sequence[float], first: Condition, 
     for draw in range(draws):
         for side in SIDES:
             for a in sorted(a for a in at if 0 < a < 1):
-                made = swapper.condition(f"random from {side} {a:g} ({draw})", aside(edits, side, a, seed, draw))
+                made = swapper.condition(f"random from {side} {a:g} ({draw})", aside(pair, edits, side, a, seed, draw))
                 found.append(curves.Point(f"random_{side}", a, made, draw))
     return found
 
@@ -220,13 +223,15 @@ def _row(value: float, drawn) -> dict:
 
 def distances(pair: surgery.Pair, of_base: surgery.Pair) -> dict:
     """How far A and C are apart, and whether they went the same way: `distance` ||A - C|| / ||B|| and `cosine` of A - B
-    and C - B (None where A is B), of each layer, of what is in none, and of all. What B has in another shape is left
-    out. Read in blocks of rows, summed in float64.
+    and C - B (None where A is B), of each layer, of what is in none, and of all. What B has in another shape, or no
+    model of the type uses, is left out. Read in blocks of rows, summed in float64.
     """
     sums: dict[str, list[float]] = {}
     for name in pair.target.names():
-        base_name = of_base.base_name(name) if not archs.is_buffer(name) else None
-        if base_name is None or of_base.base.shape(base_name) != pair.target.shape(name):
+        if archs.is_buffer(name) or pair.arch.may_lack(name):
+            continue
+        base_name = of_base.base_name(name)
+        if of_base.base.shape(base_name) != pair.target.shape(name):
             continue
         layer = pair.arch.layer_of(name)
         held = of_base.base.get(base_name), pair.base.get(pair.base_name(name)), pair.target.get(name)
@@ -311,6 +316,10 @@ def coefficient(text: str) -> float:
 coefficient.__name__ = "a number from -1 to 2"  # what argparse calls it in its error
 
 
+def draws(text: str) -> int:
+    return cli.positive(text) if int(text) else 0
+
+
 def build_parser():
     p = curves.parser(__doc__, "spectral/connect.json")
     g = p.add_argument_group("what is connected")
@@ -320,7 +329,7 @@ def build_parser():
     text = "coefficients a beside 0 and 1, outside of them too (-0.25 1.25); default: the study's spectral.connect.at, "
     text += "else 0, .1, .. 1"
     g.add_argument("--at", nargs="+", type=coefficient, metavar="A", help=text)
-    g.add_argument("--draws", type=int, default=1, metavar="N", help="of the random directions, 0: none; default 1")
+    g.add_argument("--draws", type=draws, default=1, metavar="N", help="of the random directions, 0: none; default 1")
     text = "write the model of that coefficient as a folder, and measure nothing (0.5 half/)"
     g.add_argument("--write", nargs=2, metavar=("A", "FOLDER"), help=text)
     return p
@@ -334,6 +343,9 @@ def main(argv=None) -> None:
     other = refs.run(named)[-1] if named != ["base"] else None
     how = "base" if other is None else "" if named in runs or not runs else "other"
     with curves.opened(args, "connect", how) as (study, output, of_base):
+        for role, end in of_base.models.items():
+            if other and surgery.identity(other) == surgery.identity(end):
+                raise InputError(f"{other.spec} is the {role} itself: it is no other run of the base")
         opened = surgery.Pair(other, of_base.target_ref) if other else contextlib.nullcontext(of_base)
         with opened as pair:
             edits = everything(pair, study.get("run"))

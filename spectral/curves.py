@@ -340,6 +340,8 @@ def opened(args, step: str, *other: str) -> Iterator[tuple[Study, Path, surgery.
     target = refs.run(study.value(args.run, "--run", "run"), args.steps)[-1]
     differs = beside.name(study, args.base, args.run, args.steps, args.limit, last=True)
     output = study.output(args.output, "--output", step, dotted(differs, *other))
+    if surgery.identity(base) == surgery.identity(target):
+        raise InputError(f"{target.spec} is the base itself: CPT changed nothing in it")
     with surgery.Pair(base, target) as pair:
         yield study, output, pair
 

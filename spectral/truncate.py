@@ -202,7 +202,7 @@ def pieces_of(pair: surgery.Pair, by_head: bool = False, embeddings: bool = Fals
             add(name, projection, (part for part in parts if part.tensor not in cut))
     outer = arch.embedding_tensors(names) if embeddings else ()
     outer = [name for name in outer if len(pair.target.shape(name)) == 2]
-    return found + [Piece(name, "embeddings", pair.edit(name)) for name in outer]
+    return found + [Piece(updates.drawn_as(pair, name), "embeddings", pair.edit(name)) for name in outer]
 
 
 class Bases:
@@ -310,7 +310,7 @@ def energies(bases: Bases, shares: Sequence[float]) -> dict:
     rounding to the checkpoint's dtype amounts to, as a share of the energy."""
     names, total, rounding, ranks = ("update", *updates.NULLS, "strictest"), 0.0, 0.0, {}
     sums = {name: [0.0] * len(shares) for name in names}
-    for piece in bases.pieces:
+    for piece in {piece.name: piece for piece in bases.pieces}.values():  # a tied head is the embeddings
         found = bases.of(piece.name)
         rows = dict(zip(("update", *updates.NULLS), [found["energy"], *found["nulls"]], strict=True))
         m, whole = len(found["energy"]), float(found["energy"].sum())
@@ -345,7 +345,10 @@ def summarise(records: list[dict], points: list, bases: Bases, seed: int) -> dic
     found = curves.summary(points, records, seed, {"svd": ["as_random"]} if both else {})
     places = sorted({point.at for point in points})
     energy = energies(bases, sorted({*places, *(i / 100 for i in range(101))}))
-    if energy["rounding"] is not None and energy["rounding"] > COARSE:
+    if energy["rounding"] is None:
+        ends = bases.pair.base_ref.spec, bases.pair.target_ref.spec
+        raise InputError(f"{ends[0]} and {ends[1]} are alike in all that is cut: there is no update")
+    if energy["rounding"] > COARSE:
         cli.warn(
             f"rounding to the dtype of {bases.pair.target_ref.spec} alone is {energy['rounding']:.0%} of the energy of "
             "the update, at every q below 1; save the checkpoint in float32"
@@ -408,7 +411,8 @@ def main(argv=None) -> None:
     how = ["by-head"] * args.by_head + ["embeddings"] * args.embeddings
     with curves.opened(args, "truncate", *how) as (study, output, pair):
         pieces = pieces_of(pair, args.by_head, args.embeddings)
-        folder = output.with_suffix(".bases")
+        # A point is written beside its own directions: those of a measurement that goes on meanwhile stay.
+        folder = (Path(args.write[2]) if args.write else output).with_suffix(".bases")
         if args.write:
             curve, q, out = args.write
             if curve not in LOOKS:

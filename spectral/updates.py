@@ -17,7 +17,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
-from cpt_utils.checkpoints import refs, tensors
+from cpt_utils.checkpoints import refs, settings, tensors
 from cpt_utils.interventions.surgery import Pair
 from cpt_utils.measures import compare
 from cpt_utils.measures import matrices as plans
@@ -125,6 +125,14 @@ def matrices(pair: Pair, layers: Collection[int] | None = None, device="cpu") ->
 def draw_seed(seed: int, *what) -> int:
     """A seed of its own for each draw: `draw_seed(42, layer, projection, "gaussian", 0)`."""
     return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:7], "big")
+
+
+def drawn_as(pair: Pair, tensor: str) -> str:
+    """By which name random numbers for a tensor are drawn: for a head that is tied to the embeddings by theirs. Where
+    both are on disk, they are one in memory, and must stay alike."""
+    if archs.meaning(pair.arch, tensor) != "lm_head.weight" or not settings.tied(pair.config):
+        return tensor
+    return pair.arch.disk_name(f"{pair.arch.embeddings[0]}.weight", pair.target.names())
 
 
 def nulls(update: torch.Tensor, kind: str, seed: int) -> torch.Tensor:

@@ -125,6 +125,16 @@ def save_tiny(model_type: str, folder: str | Path, seed: int = 0, dtype="float32
     return folder
 
 
+def put_tensors(folder: Path, **tensors) -> Path:
+    """Add tensors to the file of a folder; a text copies the tensor of that name."""
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "model.safetensors")
+    added = {name: held[value].clone() if isinstance(value, str) else value for name, value in tensors.items()}
+    save_file(held | added, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _write_tiny(
     model_type: str,
     folder: Path,

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, save_tiny, tiny_model
+from helpers import load_script, put_tensors, save_tiny, tiny_model
 
 from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
@@ -57,7 +57,7 @@ def test_random_directions_are_as_long_as_the_line_and_others_in_every_draw(tmp_
     with surgery.Pair(tmp_path / "A", tmp_path / "C") as pair:
         edits = CONNECT.everything(pair, None)
         found = {
-            (side, x, draw): made(pair, CONNECT.aside(edits, side, x, 1, draw))
+            (side, x, draw): made(pair, CONNECT.aside(pair, edits, side, x, 1, draw))
             for side in "AC" for x in (0.2, 0.7) for draw in (0, 1)
         }  # fmt: skip
     for name in a:
@@ -68,6 +68,28 @@ def test_random_directions_are_as_long_as_the_line_and_others_in_every_draw(tmp_
             assert draw == 0 or not moved[name].equal(found[side, x, 0][name])
         steps = [(found["A", x, 0][name] - a[name]) / x for x in (0.2, 0.7)]
         assert torch.allclose(*steps, atol=1e-3 * length)  # one direction, gone less and further
+
+
+def test_a_tied_head_that_is_on_disk_goes_where_its_embeddings_go(tmp_path):
+    for seed, name in enumerate("AC"):
+        folder = save_tiny("llama", tmp_path / name, seed=seed, tie_word_embeddings=True)
+        put_tensors(folder, **{"lm_head.weight": "model.embed_tokens.weight"})
+    with surgery.Pair(tmp_path / "A", tmp_path / "C") as pair:
+        edits = CONNECT.everything(pair, None)
+        assert {"lm_head.weight", "model.embed_tokens.weight"} <= {edit.tensor for edit in edits}
+        moved = made(pair, CONNECT.aside(pair, edits, "A", 0.5, 1, 0))
+    assert moved["lm_head.weight"].equal(moved["model.embed_tokens.weight"])
+    assert not moved["lm_head.weight"].equal(weights(tmp_path / "A")["lm_head.weight"])
+
+
+def test_what_no_model_of_the_type_uses_has_no_distance(tmp_path):
+    for seed, name in enumerate(("base", "A", "C")):
+        save_tiny("qwen3_next", tmp_path / name, seed=seed)
+    with surgery.Pair(tmp_path / "A", tmp_path / "C") as pair, surgery.Pair(tmp_path / "base", tmp_path / "C") as of:
+        wanted = CONNECT.distances(pair, of)
+    put_tensors(tmp_path / "C", **{"mtp.layers.0.x.weight": torch.ones(4, 4)})
+    with surgery.Pair(tmp_path / "A", tmp_path / "C") as pair, surgery.Pair(tmp_path / "base", tmp_path / "C") as of:
+        assert CONNECT.distances(pair, of) == wanted
 
 
 def records_of(at: list[float], height: float, random: float) -> tuple[list, list[dict]]:
@@ -210,6 +232,12 @@ def test_a_point_is_written_as_a_folder(models, tmp_path):
         assert torch.allclose(quarter[name], 0.75 * a[name] + 0.25 * c[name], atol=1e-6) and none[name].equal(a[name])
 
 
+def test_there_is_no_negative_number_of_draws(models, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(models, tmp_path / "out.json", "--draws", "-1")
+    assert "--draws: -1 is not a positive number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -217,6 +245,9 @@ def test_a_point_is_written_as_a_folder(models, tmp_path):
         (["--at", "0", "1.5"], "--at names no coefficient between 0 and 1"),
         (["--write", "5", "x"], "--write 5: not a number from -1 to 2"),
         (["--other", "{root}/nowhere"], "nowhere"),
+        (["--other", "{root}/one"], "one/checkpoint-20 is the target itself: it is no other run"),
+        (["--other", "{root}/base"], "base is the base itself: it is no other run"),
+        (["--run", "{root}/base"], "is the base itself: CPT changed nothing"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, more, message):

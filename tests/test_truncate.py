@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from helpers import load_script, save_tiny, tiny_model
+from helpers import load_script, put_tensors, save_tiny, tiny_model
 from launch import launch
 
 from cpt_utils.base import cli, processes, results
@@ -211,6 +212,24 @@ def test_heads_are_cut_one_by_one(tmp_path):
             assert torch.allclose(found[name][at].double(), slow(base[name][at], target[name][at], 4), atol=2e-6)
 
 
+def test_a_tied_head_that_is_on_disk_is_cut_as_its_embeddings_are(tmp_path):
+    for seed, name in enumerate(("base", "target")):
+        folder = save_tiny("llama", tmp_path / name, seed=seed, tie_word_embeddings=True)
+        put_tensors(folder, **{"lm_head.weight": "model.embed_tokens.weight"})
+    with surgery.Pair(tmp_path / "base", tmp_path / "target") as pair:
+        pieces = TRUNCATE.pieces_of(pair, embeddings=True)
+        bases = bases_of(pair, tmp_path, pieces)
+        for curve in TRUNCATE.LOOKS:
+            found = cut(pair, TRUNCATE.recipe(pair, pieces, curve, 0.5, bases, 1))
+            assert found["lm_head.weight"].equal(found["model.embed_tokens.weight"]), curve
+        target = weights(pair.target_ref)
+        assert not found["lm_head.weight"].equal(target["lm_head.weight"])
+        whole = sum(float(bases.of(piece.name)["energy"].sum()) for piece in pieces[:-1])
+        assert TRUNCATE.energies(bases, [0.0])["rounding"] * whole == pytest.approx(
+            sum(bases.of(piece.name)["rounding"] for piece in pieces[:-1])
+        )  # counted once
+
+
 def test_directions_are_computed_once_for_all_shares_and_kept_over_a_kill(tmp_path, monkeypatch):
     made, computed = [], TRUNCATE.Bases.computed
     monkeypatch.setattr(
@@ -348,6 +367,7 @@ def test_two_processes_measure_what_one_does(models, tmp_path):
 
 
 def test_a_point_is_written_as_a_folder_that_is_what_was_measured(models, tmp_path):
+    (tmp_path / "out.bases").mkdir()  # of a measurement that is not finished
     run(models, tmp_path / "out.json", "--write", "svd", "0.9", str(tmp_path / "cut"))
     run(models, tmp_path / "out.json", "--write", "svd", "0", str(tmp_path / "none"))
     with surgery.Pair(models / "base", models / "run/checkpoint-20") as pair:
@@ -357,7 +377,8 @@ def test_a_point_is_written_as_a_folder_that_is_what_was_measured(models, tmp_pa
     assert all(written[name].equal(wanted[name]) for name in wanted)
     target = weights(refs.model(models / "run/checkpoint-20"))
     assert all(same[name].equal(target[name]) for name in target)
-    assert not (tmp_path / "out.json").exists()
+    assert not (tmp_path / "out.json").exists() and (tmp_path / "out.bases").is_dir()
+    assert not (tmp_path / "cut.bases").exists()
 
 
 @pytest.mark.parametrize(
@@ -366,11 +387,16 @@ def test_a_point_is_written_as_a_folder_that_is_what_was_measured(models, tmp_pa
         (["--write", "svd", "1.5", "x"], "--write 1.5: not a number from 0 to 1"),
         (["--write", "rank", "0.5", "x"], "--write rank: no such curve"),
         (["--base", "/nowhere"], "/nowhere"),
+        (["--run", "{root}/base"], "is the base itself: CPT changed nothing"),
+        (["--run", "{root}/renamed"], "renamed are alike in all that is cut"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, more, message):
+    if not (models / "renamed").exists():  # the base's weights, and a config.json that says something else
+        config = json.loads(shutil.copytree(models / "base", models / "renamed").joinpath("config.json").read_text())
+        (models / "renamed/config.json").write_text(json.dumps(config | {"bos_token_id": 5}))
     with pytest.raises(InputError, match=message):
-        run(models, tmp_path / "out.json", *more)
+        run(models, tmp_path / "out.json", *(one.replace("{root}", str(models)) for one in more))
 
 
 def test_a_dtype_too_coarse_for_the_update_is_said(models, tmp_path, capsys):
