@@ -181,8 +181,9 @@ def ratio(own: float, drawn: list[float]) -> dict:
 
 def _heads(side: Side, part: archs.WeightSlice, place: updates.Place, read) -> torch.Tensor | None:
     """The slices of a matrix by head [heads, out, in] (query heads of q and o, KV heads of k and v); None of others."""
-    n = side.heads(place.layer, place.projection)
     by_query, found = place.projection in ("q_proj", "o_proj"), []
+    counts = side.arch.head_counts(side.config, place.layer)  # of differential attention fewer than in config.json
+    n = counts[not by_query] if place.projection in archs.ATTENTION else 0
     for head in range(n):
         parts = side.arch.head_parts(
             side.config, place.layer, place.projection, [head], side.names, side.stored.shape, by_query

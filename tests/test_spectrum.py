@@ -165,6 +165,22 @@ def test_heads_of_fused_interleaved_and_transposed_layouts(study, model_type):
         assert ("heads" in pair) == (projection in HEADS)
 
 
+def test_a_head_of_differential_attention_has_rows_in_both_halves(study):
+    save_run("diffllama", layers=1, steps=(20,))
+    SCRIPT.main(["--draws", "1", "--overlaps", "none"])
+    base = reference(tiny_model("diffllama", layers=1), "diffllama", 0)
+    target = reference(moved("diffllama", 0.02, 1, layers=1), "diffllama", 0)
+    for row in found()[0]["matrices"][:4]:
+        projection, shares = row["projection"], row["steps"]["20"]["heads"]["value_share"]
+        assert len(shares) == HEADS[projection] / 2
+        ours, theirs = (each[projection].numpy() for each in (base, target))
+        for head, share in enumerate(shares):
+            half = len(ours) // 2
+            part = [*range(8 * head, 8 * head + 8), *range(half + 8 * head, half + 8 * head + 8)]
+            cut = np.s_[:, 16 * head : 16 * head + 16] if projection == "o_proj" else np.s_[part]
+            assert share == pytest.approx(slow_share(ours[cut], theirs[cut]), abs=1e-6), (projection, head)
+
+
 def test_experts_latent_attention_and_an_unchanged_part(study):
     save_tiny("deepseek_v3", "base")
     save_tiny("deepseek_v3", "run/checkpoint-5", model=moved("deepseek_v3", 0.01, 1, only="mlp"))
