@@ -91,6 +91,11 @@ class Measured:
             row["steps"][step] = self.pair(place, base, target, update, side.ref.step)
             heads = [_heads(each, place.parts[at], place, read) for each, at in ((sides[0], 0), (side, number))]
             if None not in heads:
+                if heads[0].shape != heads[1].shape:
+                    raise InputError(
+                        f"layer {place.layer}: {len(heads[0])} heads in {place.projection} of {sides[0].spec}, "
+                        f"{len(heads[1])} in {side.spec}; heads can be compared where both have as many"
+                    )
                 row["steps"][step]["heads"] = self.heads(place, *heads, side.ref.step)
             packed |= {f"{step}.target": _packed(target.values), f"{step}.update": _packed(update.values)}
         return {"row": row, "values": packed}

@@ -148,6 +148,13 @@ def check_pooled(payload: dict) -> None:
     assert null["effective_rank_ratio"] == pytest.approx(1, abs=0.1) and 0.5 < null["ratio"] < 2
 
 
+def test_matrices_alike_that_are_cut_into_other_heads_are_refused(study):
+    save_tiny("llama", "base")
+    save_tiny("llama", "run/checkpoint-5", num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    with pytest.raises(InputError, match=r"layer 0: 4 heads in q_proj of base, 2 in run/checkpoint-5; heads can"):
+        SCRIPT.main(["--draws", "1"])
+
+
 @pytest.mark.parametrize("model_type", ["phi3", "gpt_neox", "gpt2"])
 def test_heads_of_fused_interleaved_and_transposed_layouts(study, model_type):
     save_run(model_type, layers=1, steps=(20,))
