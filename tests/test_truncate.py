@@ -367,7 +367,7 @@ def test_two_processes_measure_what_one_does(models, tmp_path):
 
 
 def test_a_point_is_written_as_a_folder_that_is_what_was_measured(models, tmp_path):
-    (tmp_path / "out.bases").mkdir()  # of a measurement that is not finished
+    results.write_text(tmp_path / "out.bases/kept", "of a measurement that is not finished")
     run(models, tmp_path / "out.json", "--write", "svd", "0.9", str(tmp_path / "cut"))
     run(models, tmp_path / "out.json", "--write", "svd", "0", str(tmp_path / "none"))
     with surgery.Pair(models / "base", models / "run/checkpoint-20") as pair:
@@ -377,7 +377,7 @@ def test_a_point_is_written_as_a_folder_that_is_what_was_measured(models, tmp_pa
     assert all(written[name].equal(wanted[name]) for name in wanted)
     target = weights(refs.model(models / "run/checkpoint-20"))
     assert all(same[name].equal(target[name]) for name in target)
-    assert not (tmp_path / "out.json").exists() and (tmp_path / "out.bases").is_dir()
+    assert not (tmp_path / "out.json").exists() and (tmp_path / "out.bases/kept").is_file()
     assert not (tmp_path / "cut.bases").exists()
 
 
