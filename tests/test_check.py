@@ -172,6 +172,22 @@ def test_nothing_is_planned_for_a_run_that_is_nowhere(study):
     assert done.returncode != 0 and "runs/eus: no such folder here" in done.stdout + done.stderr
 
 
+def test_other_runs_have_rules_of_their_own_and_must_be_somewhere(study, capsys):
+    runs, file = {"fra": "runs/fra/cpt", "ces.2": "runs/ces/cpt"}, study().with_name("cpt.yaml")
+    file.write_text("save_steps: [10]\n")
+    done = dry_run(study(runs=runs, train={"runs": dict.fromkeys(runs, file.name)}, spectral={}))
+    assert done.returncode == 0 and {"train_run_fra", "train_run_ces.2"} <= {*done.stdout.split()}, done.stderr
+    done = dry_run(study(runs=runs | {"ces.2": "runs/ces"}, train={"runs": {"fra": file.name}}, spectral={}))
+    assert done.returncode != 0 and "WorkflowError" in done.stdout and "runs/ces: no such folder here" in done.stdout
+    with pytest.raises(InputError, match="runs/ces: no such folder here"):
+        check.main([str(study(runs={"ces": "runs/ces"}))])
+    capsys.readouterr()
+    assert check.main([str(study(runs={"ces": study.whole["run"]}, spectral={}))]) == 0
+    assert "nothing is left out" in capsys.readouterr().out
+    left_out = check.plan(Study.find(study(spectral={}))).left_out
+    assert left_out == ["the line between two runs (D6), and contrast of heads: the study has no other run (runs)"]
+
+
 def test_part_one_alone_gets_its_verdicts_and_figures(study):
     done = dry_run(study(tokens=None))
     said = done.stdout + done.stderr

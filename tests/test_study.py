@@ -65,6 +65,7 @@ def test_places_and_environment_are_filled_in(tmp_path, monkeypatch):
         ("data: {task: {nam: x}}\n", r"unknown key data\.task\.nam; did you mean data\.task\.name"),
         ("no: x\n", "unknown key False"),
         ("null: x\n", "unknown key None"),
+        ("spectral: {measures: [nll, los]}\n", r"spectral\.measures\[1\] is 'los'"),
         ("data: {2024-01-01: x}\n", r"unknown key data\.2024-01-01"),
         ("data: {heldout: {null: x}}\n", r"a key of data\.heldout is None"),
         ("a: [\n", "not valid YAML"),

@@ -76,6 +76,8 @@ def plan(study: Study) -> Plan:
     controls = study.get("controls", "all")
     if isinstance(controls, int) and controls < ENOUGH:
         left_out.append(f"C2b and C5b: with {controls} random sets (controls) there is no fit; {ENOUGH} are enough")
+    if study.get("spectral") is not None and not study.get("runs"):
+        left_out.append("the line between two runs (D6), and contrast of heads: the study has no other run (runs)")
     asked = (study.get(key) is not None for key in ("ablation", "spectral"))
     return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked, left_out)
 
@@ -153,8 +155,12 @@ def models(study: Study, report: Report) -> list[Model]:
         if len(steps) < 4:
             report.say(f"with {len(steps)} of them a correlation (C4, C6) has no interval; four or more give one")
     one = first or next(iter(found), None)
-    for model in found:
-        report.tried(_check_pair, one, model)
+    others = study.get("runs") or {}
+    trained = {name for name in study.get("train.runs") or {} if not (Path(others[name]) / "train.json").is_file()}
+    other = [report.tried(refs.run, others[name]) for name in others if name not in trained]
+    for model in [*found, *(report.tried(look_at, each[-1], base) for each in other if each)]:
+        if model:
+            report.tried(_check_pair, one or model, model)
     if first and found:
         tokenizers(study, [first, *found], report)
     return [model for model in [first, *found] if model]

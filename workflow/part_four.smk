@@ -1,19 +1,23 @@
 # Part IV of the workflow, the update itself, which `Snakefile` includes: names not defined here are its own.
 
-# Other runs of the base, which the study names, as far as they are trained here.
-OTHER_RUNS = STUDY.get("runs", {})
-OTHER_TRAINED = {OTHER_RUNS[name]: training(f"runs.{name}")["_path"] for name in STUDY.get("train.runs", {})}
-OTHER_FILES = [f"{place}/train.json" for place in OTHER_TRAINED]
+# Other runs of the base, which the study names, and the training files of those that are trained here.
+OTHER_RUNS, OTHER_TRAINED = STUDY.get("runs", {}), STUDY.get("train.runs", {})
+try:
+    for name in OTHER_RUNS.keys() - OTHER_TRAINED.keys():
+        refs.run(OTHER_RUNS[name])[-1].config()  # a run that is nowhere ends here, too
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+OTHER_FILES = [f"{OTHER_RUNS[name]}/train.json" for name in OTHER_TRAINED]
 TRAIN_OTHER = train("cpt", "PLACE", "--config {params.config:q} --output-dir PLACE").replace("PLACE", "{params.place:q}")
 
-for place, of_run in OTHER_TRAINED.items():
+for name, of_run in OTHER_TRAINED.items():
 
     rule:
-        name: f"train_{Path(place).name}"
+        name: f"train_run_{name}"
         input: BASE_FILES, TEXTS, of_run, code=made_of("cpt/train.py")
-        output: update(f"{place}/train.json")
-        params: config=of_run, place=place
-        log: LOGS / f"train-{Path(place).name}.log"
+        output: update(f"{OTHER_RUNS[name]}/train.json")
+        params: config=of_run, place=OTHER_RUNS[name]
+        log: LOGS / f"train-run-{name}.log"
         resources: gpu=1
         shell: TRAIN_OTHER
 

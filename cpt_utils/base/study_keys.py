@@ -61,7 +61,6 @@ class Ablation(Keys):
 
 Share = Annotated[float, Field(gt=0, lt=1, description="it must be a number between 0 and 1")]
 Coefficient = Annotated[float, Field(strict=False, ge=-1, le=2, description="it must be a number from -1 to 2")]
-Names = Annotated[list[str] | None, Field(description="it must be a list of names (spectral/README.md)")]
 
 
 class Rewind(Keys):
@@ -83,7 +82,7 @@ class Connect(Keys):
 class Spectral(Keys):
     """The defaults of spectral/; that the key is there asks the workflow for it."""
 
-    measures: Names = None
+    measures: list[Literal["retrieval", "nll", "task"]] | None = None
     rewind: Rewind | None = None
     truncate: Truncate | None = None
     connect: Connect | None = None
