@@ -223,7 +223,8 @@ def _row(value: float, drawn) -> dict:
 
 def distances(pair: surgery.Pair, of_base: surgery.Pair) -> dict:
     """How far A and C are apart, and whether they went the same way: `distance` ||A - C|| / ||B|| and `cosine` of A - B
-    and C - B (None where A is B), of each layer, of what is in none, and of all. What B has in another shape, or no
+    and C - B (None where A is B), of each layer, of what is in none, and of all; `rounding`: the squared norm of what
+    rounding to C's dtype does half-way, as a share of that of (A - C) / 2. What B has in another shape, or no
     model of the type uses, is left out. Read in blocks of rows, summed in float64.
     """
     sums: dict[str, list[float]] = {}
@@ -238,14 +239,24 @@ def distances(pair: surgery.Pair, of_base: surgery.Pair) -> dict:
         held = [values.rows_of(one) for one in held]
         for start, stop in tensors.chunks(len(held[0]), held[0][:1].numel() * 8, values.BLOCK):
             b, a, c = (one[start:stop].double().flatten() for one in held)
-            each = (c - a).dot(c - a), b.dot(b), (a - b).dot(c - b), (a - b).dot(a - b), (c - b).dot(c - b)
+            half = (a + c) / 2
+            off = half.to(held[2].dtype).double() - half
+            each = (
+                (c - a).dot(c - a),
+                b.dot(b),
+                (a - b).dot(c - b),
+                (a - b).dot(a - b),
+                (c - b).dot(c - b),
+                off.dot(off),
+            )
             for key in ("all", "outside" if layer is None else str(layer)):
-                row = sums.setdefault(key, [0.0] * 5)
+                row = sums.setdefault(key, [0.0] * 6)
                 sums[key] = [one + float(more) for one, more in zip(row, each, strict=True)]
     found = {}
-    for key, (apart, base, product, one, other) in sums.items():
+    for key, (apart, base, product, one, other, off) in sums.items():
         cosine = product / math.sqrt(one * other) if one and other else None
         found[key] = {"distance": math.sqrt(apart / base) if base else None, "cosine": cosine}
+        found[key]["rounding"] = 4 * off / apart if apart else None
     return found
 
 
@@ -363,7 +374,9 @@ def main(argv=None) -> None:
             def summarised(records: list[dict]) -> dict:
                 for ref in {of_base.target_ref, pair.base_ref} - {of_base.base_ref}:
                     updates.warn_if_not_one_run(of_base.base_ref, ref)
-                return summarise(records, points, study.seed) | {"distance": distances(pair, of_base)}
+                apart = distances(pair, of_base)
+                curves.warn_if_coarse(pair, apart["all"]["rounding"] or 0.0, "half of A - C, at every a between them")
+                return summarise(records, points, study.seed) | {"distance": apart}
 
             facts = {"two_runs": other is not None, "draws": args.draws}
             curves.measure(trial, output, points, summarised, draw, facts, SCHEMA, say)

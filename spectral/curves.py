@@ -39,6 +39,7 @@ SCHEMA = "curves"
 BASE, TARGET = Condition("base", {}, of="base"), Condition("target", {})
 DRAWS = 2000
 KEPT = 0.95  # of the gain of CPT [ours]
+COARSE = 0.01  # rounding to the checkpoint's dtype that is more than this share of the update's energy is said
 
 
 @dataclass(frozen=True)
@@ -355,6 +356,15 @@ def trial_of(args, study: Study, pair: surgery.Pair, others: dict[str, refs.Mode
     if not test.measures():
         raise InputError("nothing to measure: there are no parallel sentences, no held-out text and no task")
     return Trial.from_arguments(args, study, pair.models | (others or {}), test, study.get("run"))
+
+
+def warn_if_coarse(pair: surgery.Pair, rounding: float, of: str) -> None:
+    """Say where `rounding`, a share of the energy (squared norm) of what is measured, is more than COARSE."""
+    if rounding > COARSE:
+        cli.warn(
+            f"rounding to the dtype of {pair.target_ref.spec} alone is {rounding:.0%} of the energy of {of}; save the "
+            "checkpoint in float32"
+        )
 
 
 # ---------------------------------------------------------------- one point as a folder

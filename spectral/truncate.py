@@ -56,7 +56,6 @@ LOOKS = {
     "magnitude": {"label": "magnitude", "color": figures.PALETTE[2], "marker": "^", "linestyle": "-."},
 }
 DRAWN = ("as_random", "dare")
-COARSE = 0.01  # rounding to the checkpoint's dtype that is more than this share of the update's energy is said
 
 
 # ---------------------------------------------------------------- the method
@@ -348,11 +347,7 @@ def summarise(records: list[dict], points: list, bases: Bases, seed: int) -> dic
     if energy["rounding"] is None:
         ends = bases.pair.base_ref.spec, bases.pair.target_ref.spec
         raise InputError(f"{ends[0]} and {ends[1]} are alike in all that is cut: there is no update")
-    if energy["rounding"] > COARSE:
-        cli.warn(
-            f"rounding to the dtype of {bases.pair.target_ref.spec} alone is {energy['rounding']:.0%} of the energy of "
-            "the update, at every q below 1; save the checkpoint in float32"
-        )
+    curves.warn_if_coarse(bases.pair, energy["rounding"], "the update, at every q below 1")
     largest = found["largest"].get("svd", {})
     found["at_equal_energy"] = {
         name: at_equal_energy(energy, row["at"]["value"], places) for name, row in largest.items()

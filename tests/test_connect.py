@@ -203,6 +203,24 @@ def test_the_claim_is_decided_by_the_barrier_as_a_share_of_the_gain(models, tmp_
         d6.measure(Found())
 
 
+def test_a_dtype_too_coarse_for_the_line_is_said(models, tmp_path, capsys):
+    found = run(models, tmp_path / "out.json", "--other", str(models / "two"))
+    assert found["distance"]["all"]["rounding"] < 1e-6 and "rounding" not in capsys.readouterr().err
+    ends = [tiny_model("llama", seed=0) for _ in range(2)]
+    with torch.no_grad():
+        for value in ends[1].parameters():
+            value += 1e-3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    for name, model in zip("AC", ends, strict=True):
+        save_tiny("llama", tmp_path / name, model=model.to(torch.bfloat16))
+    where = ["--run", str(tmp_path / "C"), "--other", str(tmp_path / "A")]
+    found = run(models, tmp_path / "coarse.json", *where)
+    a, c = weights(tmp_path / "A"), weights(tmp_path / "C")
+    off = sum(float(((a[n] + c[n]) / 2 - ((a[n] + c[n]) / 2).bfloat16()).double().square().sum()) for n in a)
+    half = sum(float(((a[n] - c[n]) / 2).double().square().sum()) for n in a)
+    assert found["distance"]["all"]["rounding"] == pytest.approx(off / half, rel=1e-6)
+    assert "of the energy of half of A - C" in capsys.readouterr().err
+
+
 def test_a_base_and_its_checkpoint(models, tmp_path):
     found = run(models, tmp_path / "out.json", "--draws", "0")
     assert [row["set"] for row in found["points"]] == [0, 2, 1] and found["distance"]["all"]["cosine"] is None
