@@ -342,7 +342,7 @@ def opened(args, step: str, *other: str) -> Iterator[tuple[Study, Path, surgery.
     differs = beside.name(study, args.base, args.run, args.steps, args.limit, last=True)
     output = study.output(args.output, "--output", step, dotted(differs, *other))
     if surgery.identity(base) == surgery.identity(target):
-        raise InputError(f"{target.spec} is the base itself: CPT changed nothing in it")
+        raise InputError(f"{target.spec} is the base itself: there is nothing to put back, cut off or mix")
     with surgery.Pair(base, target) as pair:
         yield study, output, pair
 

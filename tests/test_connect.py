@@ -265,7 +265,7 @@ def test_there_is_no_negative_number_of_draws(models, tmp_path, capsys):
         (["--other", "{root}/nowhere"], "nowhere"),
         (["--other", "{root}/one"], "one/checkpoint-20 is the target itself: it is no other run"),
         (["--other", "{root}/base"], "base is the base itself: it is no other run"),
-        (["--run", "{root}/base"], "is the base itself: CPT changed nothing"),
+        (["--run", "{root}/base"], "is the base itself: there is nothing to put back"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, more, message):
