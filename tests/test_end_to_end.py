@@ -211,10 +211,11 @@ def test_seeds_side_by_side(finished):
     run("python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds", finished)
     out = finished / "build/try/across-seeds"
     tables = (out / "tables.md").read_text()
-    for title in ("Layer swaps", "Attention against FFN", "Language-specific neurons", "Component swaps"):
+    titles = "Layer swaps", "Attention against FFN", "Language-specific neurons", "Component swaps", "Layer ablation"
+    for title in titles:
         assert f"## {title}" in tables
     assert {path.stem for path in out.glob("*.png")} == {
-        "retrieval", "weight_change", "swaps", "component_swaps", "deactivation"
+        "retrieval", "weight_change", "swaps", "component_swaps", "deactivation", "sweeps"
     }  # fmt: skip
     rows = [line for line in tables.splitlines() if line.startswith("| 42 | qaa_Latn |")]
     assert rows and all("[" not in cell for cell in rows[0].split("|"))

@@ -189,7 +189,7 @@ def test_an_order_of_a_file(tmp_path):
         (3, "neither a result of heads.py nor a list"),
         (result | {"heads": [{"layer": 0}]}, "neither a result of heads.py nor a list"),
         (result | {"heads": [rows[0] | {"importance": {"relative": None}}]},
-         r"unit \[0, 0\] has no finite importance relative .*give --importance rms"),
+         r"unit \[0, 0\] has no finite importance relative, its base is zeros; give --importance rms"),
         ([], "names no heads"),
         (result | {"_header": {"schema": "heads", "version": 1, "n_layers": 3}}, "n_layers 3, but 2 is needed"),
         (result | {"_header": {"schema": "arms", "version": 1}}, "'heads' is needed"),
