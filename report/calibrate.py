@@ -319,8 +319,8 @@ class Made:
         self.write("spectral/spectrum.json", payload, "spectrum", models=self.of_run())
 
     def heads(self) -> None:
-        """By how much more the most changed heads hold than by chance: where the effect is 1, 1 sd (.01)."""
-        (share,) = 0.2 + 0.01 * self.world.effect + self.noise(0.01, 1)
+        """By how much more the most changed heads hold than 1.2 times chance: where the effect is 1, 1 sd (5 %)."""
+        (share,) = 0.24 * np.exp(0.05 * self.world.effect + self.noise(0.05, 1))
         row = {"top_share": share, "permuted": {"mean": 0.2, "low": 0.19, "high": 0.21, "p_value": 0.5, "draws": 1000}}
         row |= {"in_proportion": 0.2, "even": 0.15, "gini": 0.1, "gini_permuted": 0.1}
         payload = {"heads": [], "steps": {str(step): {"concentration": row} for step in STEPS}}

@@ -47,6 +47,7 @@ CAPTIONS = {
         close are connected. Claim D6 is decided by the largest gap (barrier) in a loss as a share of what the better
         end gained on the base.""",
 }
+LEAST = 0.1  # of the largest gain in a loss: less is no gain that a barrier is a share of
 AT = tuple(i / 10 for i in range(11))
 OTHER = Condition("other", {}, of="other")
 SIDES = ("A", "C")  # the ends from which random directions go
@@ -176,10 +177,11 @@ def summarise(records: list[dict], points: Sequence, seed: int) -> dict:
             own = {"random": random.row() | {"at": random.at, "share": random.share(gain)}}
             apart = random.value - barrier.value, random.drawn - barrier.drawn
             found["measures"][measure] |= own | {"apart": _row(*apart)}
-    shares = {
-        name: row["barrier"]["share"] for name, row in found["measures"].items()
-        if name.startswith("nll_per_byte") and row["barrier"]["share"]
-    }  # fmt: skip
+    losses = {name: row for name, row in found["measures"].items()
+              if name.startswith("nll_per_byte") and row["barrier"]["share"]}  # fmt: skip
+    # Of a gain that is next to nothing beside another's, a language's that both runs knew, any gap is a large share.
+    most = max((row["gain"]["value"] for row in losses.values()), default=0)
+    shares = {name: row["barrier"]["share"] for name, row in losses.items() if row["gain"]["value"] >= LEAST * most}
     worst = max(shares, key=lambda name: shares[name]["value"], default=None)
     return found | {"worst": {"measure": worst, **shares[worst]} if worst else None}
 

@@ -130,6 +130,17 @@ def test_a_planted_barrier_is_found_with_its_share_of_the_gain(height, random):
         assert row["barrier"]["at"] == 0.5
 
 
+@pytest.mark.parametrize(("gain", "name"), [(0.1, "nll_per_byte"), (0.3, "nll_per_byte:eng_Latn")])
+def test_a_gain_that_is_small_beside_another_decides_nothing(gain, name):
+    """A gap of .1 is the whole of a gain of .1, which is nothing beside a gain of 2."""
+    points, records = records_of([0.0, 0.5, 1.0], 0.1, 0.0)
+    for record, loss in zip(records, [2.0 + gain, 2.0, 2.1, 2.1, 2.1, 2.0], strict=True):  # base, C, .., A
+        record["units"]["nll_per_byte:eng_Latn"], record["values"]["nll_per_byte:eng_Latn"] = [loss] * 40, loss
+    found = CONNECT.summarise(records, points, seed=1)
+    assert found["measures"]["nll_per_byte:eng_Latn"]["barrier"]["share"]["value"] == pytest.approx(0.1 / gain)
+    assert found["worst"]["measure"] == name
+
+
 def test_no_share_of_a_gain_that_is_not_clear():
     points, records = records_of([0.0, 0.5, 1.0], 0.4, 0.1)
     records[0]["units"]["nll_per_byte"] = [1.0] * 40  # a base that is better than both

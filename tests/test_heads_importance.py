@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs
 from cpt_utils.interventions import in_memory, surgery
+from cpt_utils.measures import verdicts
 from cpt_utils.models import loading
 
 HEADS = load_script("spectral/heads.py")
@@ -251,8 +253,9 @@ def test_the_claim_reads_the_whole_run_at_its_last_step(run, tmp_path, monkeypat
     row = payload["steps"]["20"]["concentration"]
     assert [pair["runs"] for pair in payload["runs"]["pairs"]] == [["target", "mid"]]
     (one,), beside = measure()
-    assert one["value"] == pytest.approx(row["top_share"] - row["permuted"]["mean"]) and one["says"]["side"] == "above"
-    ends = [row["top_share"] - row["permuted"][end] for end in ("high", "low")]
+    assert one["value"] == pytest.approx(math.log(row["top_share"] / row["permuted"]["mean"]))
+    assert one["says"] == verdicts.above(math.log(1.2))
+    ends = [math.log(row["top_share"] / row["permuted"][end]) for end in ("high", "low")]
     assert [one["ci_low"], one["ci_high"]] == pytest.approx(ends) and ends[0] < one["value"] < ends[1]
     values = {each["name"]: each["value"] for each in beside}
     assert min(value for name, value in values.items() if "never below 0" in name) >= 0
