@@ -80,7 +80,8 @@ def spectra(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -> I
         def ours() -> dict:
             found = {}
             for place in places:
-                base, target = updates.read_both(sides, place, device)
+                stored = zip(sides, place.parts, strict=True)
+                base, target = (updates.read(side, part, device=device) for side, part in stored)
                 three = spectrum(base), spectrum(target), spectrum(target - base)
                 share(*three[:2])
                 found[place.parts[0].tensor] = [each.values.cpu() for each in three]

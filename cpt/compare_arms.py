@@ -64,9 +64,8 @@ def compare(arm, base, plain, sign: int, seed: int) -> dict:
     found = {"share": None, "minus_plain": {"value": float(change.mean()), "ci_low": low, "ci_high": high}}
     if stats.bootstrap_mean(gain.round(9), seed)[0] > 0:  # equal hits are no gain by their last bit
         own, weights = sign * (arm - base), stats.resample_weights(len(gain), seed, 2000)
-        low, high = stats.interval(stats.shares(weights @ own, weights @ gain))
-        share = float(own.sum() / gain.sum())
-        found["share"] = {"value": share, "ci_low": float(low), "ci_high": float(high)}
+        drawn = stats.shares(weights @ own, weights @ gain)
+        found["share"] = stats.with_interval(own.sum() / gain.sum(), drawn)
     return found
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from cpt_utils.base import cli, languages, sources
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
-from cpt_utils.checkpoints import beside, identity, tokenizer_id
+from cpt_utils.checkpoints import beside, tokenizer_id
 from cpt_utils.interventions import components, in_memory, surgery
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import controls, evaluation, layer_sets
@@ -206,12 +206,10 @@ def sweeps_from_arguments(args, study: Study, pair: surgery.Pair) -> dict[str, l
 
 def refuse_other_vocabulary(pair: surgery.Pair, run) -> None:
     """Refuse --io base where embeddings and head of the base are of other tokens than those of the checkpoint."""
-    sizes = [identity.vocabulary_size(ref.config()) for ref in pair.models.values()]
-    kinds = {tokenizer_id.tokenizer_used(ref, run, pair.base_ref) for ref in pair.models.values()}
-    if len(set(sizes)) > 1 or len(kinds) > 1:
-        what = f"{sizes[0]:,} and {sizes[1]:,} tokens" if sizes[0] != sizes[1] else "other tokenizers"
+    differ = tokenizer_id.diff_vocabularies(pair.base_ref, pair.target_ref, run)
+    if differ:
         raise InputError(
-            f"--io base: {pair.base_ref.spec} and {pair.target_ref.spec} have different vocabularies ({what}); use "
+            f"--io base: {pair.base_ref.spec} and {pair.target_ref.spec} have different vocabularies ({differ}); use "
             "--io cpt"
         )
 

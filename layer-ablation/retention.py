@@ -39,7 +39,7 @@ class Retention:
         units = (1 if higher_is_better else -1) * np.asarray(units, dtype=np.float64)
         weights = stats.resample_weights(units.shape[1], seed, DRAWS)
         means, drawn = units.mean(1), weights @ units.T / units.shape[1]
-        self.gain = with_interval(means[target] - means[base], drawn[:, target] - drawn[:, base])
+        self.gain = stats.with_interval(means[target] - means[base], drawn[:, target] - drawn[:, base])
         self.r = self.drawn = None
         if self.gain["ci_low"] > 0 or self.gain["ci_high"] < 0:
             self.r = (means - means[base]) / (means[target] - means[base])
@@ -57,18 +57,13 @@ class Retention:
         return [[k, *map(float, pair)] for (k, _), pair in zip(rows, ends, strict=True)]
 
 
-def with_interval(value, drawn) -> dict:
-    low, high = stats.interval(drawn)
-    return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
-
-
 def floor(units: dict[str, list[float]], seed: int) -> dict[str, dict]:
     """What the own source saves against another sentence's, by function, from the units of one model; {} without."""
     found = {}
     for name in FUNCTIONS if "perception_saved" in units else ():
         saved = np.asarray(units[f"{name}_saved"])
         weights = stats.resample_weights(len(saved), seed, DRAWS)
-        found[name] = with_interval(saved.mean(), weights @ saved / len(saved))
+        found[name] = stats.with_interval(saved.mean(), weights @ saved / len(saved))
     return found
 
 
@@ -104,7 +99,7 @@ def summary(found: Retention, sides: tuple[list, list] | None, n: int) -> dict:
         out[f"depth_at_half_{side}"] = next((k for k, r in curve if r >= 0.5), None)
         pairs = itertools.pairwise(curve)
         out[f"marginal_{side}"] = [[k, (after - r) / (later - k)] for (k, r), (later, after) in pairs]
-    out["A"] = with_interval(asymmetry(found, sides), asymmetry(found, sides, draws=True))
+    out["A"] = stats.with_interval(asymmetry(found, sides), asymmetry(found, sides, draws=True))
     behind, none, whole = dict(map(tuple, found.at(sides[1]))), found.r[sides[0][0][1]], found.r[sides[0][-1][1]]
     out["cuts"] = [[k, r + behind[n - k] - float(whole + none)] for k, r in found.at(sides[0])]
     return out
@@ -134,5 +129,5 @@ def specialisation(
         both = [kept[name + suffix] for name in FUNCTIONS]
         one, other = (asymmetry(found, sides) for found in both)
         drawn = [asymmetry(found, sides, draws=True) for found in both]
-        return with_interval(one - other, drawn[0] - drawn[1]) | {"why": None}
+        return stats.with_interval(one - other, drawn[0] - drawn[1]) | {"why": None}
     return {"value": None, "ci_low": None, "ci_high": None, "why": why}

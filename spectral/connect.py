@@ -30,7 +30,7 @@ from cpt_utils.base import cli, figures, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import identity, refs, tensors, tokenizer_id
+from cpt_utils.checkpoints import refs, tensors, tokenizer_id
 from cpt_utils.interventions import in_memory, surgery, values
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import evaluation
@@ -58,8 +58,8 @@ SIDES = ("A", "C")  # the ends from which random directions go
 
 def mixed(base: torch.Tensor, target: torch.Tensor, a: float) -> torch.Tensor:
     """(1 - a) A + a C in float32; with A and C the other way round it is the same at 1 - a, bit for bit."""
-    dtype = torch.promote_types(torch.float32, torch.promote_types(base.dtype, target.dtype))
-    return (round(1 - a, 12) * base.to(dtype) + a * target.to(dtype)).to(target.dtype)
+    ends = updates.wide(base, target)
+    return (round(1 - a, 12) * ends[0] + a * ends[1]).to(target.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Moved:
     draw: int
 
     def __call__(self, base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(torch.float32, torch.promote_types(base.dtype, target.dtype))
-        a, c = base.to(dtype), target.to(dtype)
+        a, c = updates.wide(base, target)
         step = updates.nulls(c - a, "gaussian", updates.draw_seed(self.seed, self.side, self.name, self.draw))
         return ((a if self.side == "A" else c) + self.share * step).to(target.dtype)
 
@@ -86,11 +85,10 @@ def everything(pair: surgery.Pair, home) -> list[surgery.Edit]:
         InputError: different vocabularies, or a tensor that only one of the models has.
     """
     ends = pair.base_ref, pair.target_ref
-    sizes = [identity.vocabulary_size(ref.config()) for ref in ends]
-    if len({*sizes}) > 1 or len({tokenizer_id.tokenizer_used(ref, home, pair.base_ref) for ref in ends}) > 1:
-        what = f"{sizes[0]:,} and {sizes[1]:,} tokens" if sizes[0] != sizes[1] else "other tokenizers"
+    differ = tokenizer_id.diff_vocabularies(*ends, home)
+    if differ:
         raise InputError(
-            f"{ends[0].spec} and {ends[1].spec} have different vocabularies ({what}): there is nothing between them"
+            f"{ends[0].spec} and {ends[1].spec} have different vocabularies ({differ}): there is nothing between them"
         )
     names = [name for name in pair.target.names() if not (archs.is_buffer(name) or pair.arch.may_lack(name))]
     edits = [pair.edit(name, by_rows=True) for name in names]
@@ -176,7 +174,7 @@ def summarise(records: list[dict], points: Sequence, seed: int) -> dict:
             random = _barrier(inner, np.stack(moved), weights)
             own = {"random": random.row() | {"at": random.at, "share": random.share(gain)}}
             apart = random.value - barrier.value, random.drawn - barrier.drawn
-            found["measures"][measure] |= own | {"apart": _row(*apart)}
+            found["measures"][measure] |= own | {"apart": stats.with_interval(*apart)}
     losses = {name: row for name, row in found["measures"].items()
               if name.startswith("nll_per_byte") and row["barrier"]["share"]}  # fmt: skip
     # Of a gain that is next to nothing beside another's, a language's that both runs knew, any gap is a large share.
@@ -195,7 +193,7 @@ class _Drawn:
         self.value, self.drawn = float(units.mean()), weights @ units / len(units)
 
     def row(self) -> dict:
-        return _row(self.value, self.drawn)
+        return stats.with_interval(self.value, self.drawn)
 
     def ends(self) -> tuple[float, float, float]:
         row = self.row()
@@ -205,7 +203,7 @@ class _Drawn:
         """As a share of a gain, where that there is one is clear."""
         if gain.row()["ci_low"] <= 0:
             return None
-        return _row(self.value / gain.value, stats.shares(self.drawn, gain.drawn))
+        return stats.with_interval(self.value / gain.value, stats.shares(self.drawn, gain.drawn))
 
 
 def _barrier(at: Sequence[float], gaps, weights) -> _Drawn:
@@ -216,11 +214,6 @@ def _barrier(at: Sequence[float], gaps, weights) -> _Drawn:
     found = _Drawn(gaps[highest], weights)
     found.at, found.drawn = at[highest], drawn.max(1)
     return found
-
-
-def _row(value: float, drawn) -> dict:
-    low, high = stats.interval(drawn)
-    return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
 
 
 def distances(pair: surgery.Pair, of_base: surgery.Pair) -> dict:
@@ -286,9 +279,7 @@ def _shown(row: dict) -> str:
 
 def draw(path: Path, payload: dict) -> None:
     """A panel for each loss, retrieval and task: the line, its chord, random directions and the base."""
-    there = payload["measures"]
-    names = [name for name in there if name.startswith("nll_per_byte")]
-    names += [name for name in ("retrieval_readout", "task_accuracy") if name in there]
+    names = curves.shown(payload["measures"])
     drawn = [functools.partial(_panel, payload=payload, measure=name) for name in names]
     curves.panels(path, drawn, "coefficient a: (1 - a) A + a C")
 

@@ -16,11 +16,10 @@ import functools
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_utils.architectures import archs
 from cpt_utils.base import cli, figures, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
@@ -75,7 +74,6 @@ def measure(
     The records are those of `numbered`, as are the `sets` of the result; `.pt` holds float32 [sets, units] of each
     measure, in their order. `facts` are a part of the request; `show` draws the payload, `say` prints what it says.
     """
-    config = trial.models["target"].config()
 
     def payload(records: list[dict]) -> tuple[dict, dict]:
         found = {"sets": controls.summary(records, trial.seed), **(facts or {}), **summarise(records)}
@@ -88,7 +86,7 @@ def measure(
 
     trial.measure(
         path, [BASE, TARGET, *numbered(points)[0]], schema, {"measures": trial.bench.measures(), **(facts or {})},
-        payload, {"n_layers": archs.for_config(config).n_layers(config)}, show, said, estimate=True,
+        payload, {"n_layers": trial.n_layers}, show, said, estimate=True,
         instead="another --output",
     )  # fmt: skip
 
@@ -153,11 +151,12 @@ def summary(
         for axis, (key, each) in itertools.product(along, margins.items()):
             stars = {name: _stars(rows, name, axis, *each, between=key == "kept") for name in stood}
             for name, (own, unbroken, resampled) in stars.items():
-                found = _with_interval(own.mean(), resampled.mean(0)) | {"draws": own.tolist(), "unbroken": unbroken}
+                found = stats.with_interval(own.mean(), resampled.mean(0))
+                found |= {"draws": own.tolist(), "unbroken": unbroken}
                 _put(stood[name].setdefault(measure, {}), axis, key, found)
             for name, null in ((name, null) for name, compared in beyond.items() for null in compared):
                 (own, _, drawn_own), (other, _, drawn_other) = stars[name], stars[null]
-                found = _with_interval(own.mean() - other.mean(), drawn_own.mean(0) - drawn_other.mean(0))
+                found = stats.with_interval(own.mean() - other.mean(), drawn_own.mean(0) - drawn_other.mean(0))
                 _put(beyond[name][null].setdefault(measure, {}), axis, key, found)
     return {"points": rows, "largest": stood, "beyond": beyond}
 
@@ -214,11 +213,6 @@ def largest(x, margin, between: bool) -> np.ndarray:
     return np.where((margin >= 0).any(-1), found, 0.0)
 
 
-def _with_interval(value, drawn) -> dict:
-    low, high = stats.interval(drawn)
-    return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
-
-
 def say(found: dict, words: dict[str, str], symbol: str) -> None:
     """Print the largest harmless share of every curve (`words`: curve -> what it is called; `symbol`: p* or q*)."""
     for curve, name in words.items():
@@ -235,9 +229,8 @@ def _shown(row: dict) -> str:
 # ---------------------------------------------------------------- the figure
 
 
-def measures_of(payload: dict) -> list[str]:
-    """The measures that have a panel: losses by language, retrieval at the readout, the task."""
-    there = payload["points"][0]["better"]
+def shown(there: Collection[str]) -> list[str]:
+    """Of the measures that are there those that have a panel: losses by language, retrieval at the readout, task."""
     losses = [name for name in there if name.startswith("nll_per_byte")]
     return losses + [name for name in ("retrieval_readout", "task_accuracy") if name in there]
 
@@ -258,7 +251,7 @@ def draw(
     """
     drawn = [
         functools.partial(_panel, payload=payload, measure=name, looks=looks, axis=axis)
-        for name in measures_of(payload)
+        for name in shown(payload["points"][0]["better"])
     ]
     panels(path, [*drawn, *more], xlabel)
 

@@ -33,7 +33,7 @@ from cpt_utils.checkpoints import folders, tensors
 from cpt_utils.interventions import in_memory, surgery
 from cpt_utils.interventions.condition import digest
 
-curves, updates = cli.sibling("spectral/curves.py"), cli.sibling("spectral/updates.py")
+curves, updates, spectra = (cli.sibling(f"spectral/{name}.py") for name in ("curves", "updates", "spectra"))
 
 SCHEMA = "truncate"
 RESULTS = {"truncate": "spectral/truncate.json"}
@@ -66,18 +66,12 @@ def kept(q: float, n: int) -> int:
     return math.ceil(round((1 - q) * n, 9))
 
 
-def wide(base: torch.Tensor, target: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in float32, or float64 where one is, on the device."""
-    dtype = torch.float64 if torch.float64 in (base.dtype, target.dtype) else torch.float32
-    return base.to(device, dtype), target.to(device, dtype)
-
-
 def projected(base: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor, keep: bool, device="cpu") -> torch.Tensor:
     """B + P (C - B) with `keep`, else C - P (C - B): P is the projector on the orthonormal columns `chosen` [M, k], on
     the smaller side of the matrix. Without columns it is B, or C, bit for bit, which B + (C - B) would not be."""
     if not chosen.shape[1]:
         return base.to(target.dtype) if keep else target
-    b, c = wide(base, target, device)
+    b, c = updates.wide(base, target, device)
     across = b.shape[0] > b.shape[1]
     update, chosen = (c - b).T if across else c - b, chosen.to(b)
     part = chosen @ (chosen.T @ update)
@@ -132,14 +126,14 @@ class Dare:
 
     def __call__(self, base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(updates.draw_seed(self.seed, self.name, "dare", self.draw))
-        b, c = wide(base, target, "cpu")
+        b, c = updates.wide(base, target)
         stays = torch.rand(b.shape, generator=generator) >= self.q
         return torch.where(stays, b + (c - b) / (1 - self.q), b).to(target.dtype)
 
 
 def magnitude(base: torch.Tensor, target: torch.Tensor, q: float) -> torch.Tensor:
     """C in the ceil((1 - q) n) of the n entries that the update changes most, B in the others."""
-    b, c = wide(base, target, "cpu")
+    b, c = updates.wide(base, target)
     stays = torch.zeros(b.numel(), dtype=torch.bool)
     stays[(c - b).abs().flatten().topk(kept(q, b.numel()), sorted=False).indices] = True
     return torch.where(stays.view(b.shape), target, base.to(target.dtype))
@@ -242,15 +236,15 @@ class Bases:
 
     def computed(self, piece: Piece) -> dict:
         stored = piece.read(self.pair)
-        base, target = wide(*stored, self.device)
+        base, target = updates.wide(*stored, self.device)
         update = target - base
         if not tensors.is_finite(update):
             raise InputError(f"{piece.edit.tensor}: NaN or infinity in base or target; copy the models again")
-        energy, basis = torch.linalg.eigh(gram(update))
+        energy, basis = torch.linalg.eigh(spectra.gram(update))
         nulls = []
         for kind in updates.NULLS:
             null = updates.nulls(update, kind, updates.draw_seed(self.seed, piece.name, kind))
-            nulls.append(torch.linalg.eigvalsh(gram(null)).flip(0).clamp(min=0).cpu())
+            nulls.append(torch.linalg.eigvalsh(spectra.gram(null)).flip(0).clamp(min=0).cpu())
         half = base + update / 2
         rounding = float((half.to(stored[1].dtype).to(half.dtype) - half).double().square().sum())
         energy, basis = energy.flip(0).clamp(min=0).cpu(), basis.flip(1).float().cpu().contiguous()
@@ -259,12 +253,6 @@ class Bases:
     def remove(self) -> None:
         if self.process.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def gram(update: torch.Tensor) -> torch.Tensor:
-    """The products of all rows, or where these are more of all columns, in float64: [M, M]."""
-    update = update.double()
-    return update.T @ update if update.shape[0] > update.shape[1] else update @ update.T
 
 
 # ---------------------------------------------------------------- what is measured

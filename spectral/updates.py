@@ -1,17 +1,16 @@
-"""What every script of this folder starts from: the matrices of a base B and a target C, one at a time, and random
-updates that an update dW = C - B is compared with.
+"""What every script of this folder starts from: where the matrices of a base B and a target C are, and random updates
+that an update dW = C - B is compared with.
 
-    for layer, projection, expert, B, C in matrices(pair): ...     # [out, in] each, one pair in memory
-    nulls(C - B, "gaussian", draw_seed(42, layer, projection, 0))  # of equal norm
+    for place in places(sides): B, C = (read(side, part) for side, part in zip(sides, place.parts))  # [out, in] each
+    nulls(C - B, "gaussian", draw_seed(42, place.name, 0))                                           # of equal norm
 """
 
 from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
@@ -26,16 +25,6 @@ from cpt_utils.measures.matrices import Side
 # Updates that have nothing of dW but its norm, its entries, or the size of each of its entries.
 NULLS = ("gaussian", "permuted", "signs")
 ONE_RUN = 0.5  # a median cosine of B and C below this is no continued training of B
-
-
-class Update(NamedTuple):
-    """One weight matrix of both models, [out, in] each: float32, or float64 where one of them is that on disk."""
-
-    layer: int
-    projection: str
-    expert: int | None  # of a mixture; None also of the FFN beside its experts
-    base: torch.Tensor
-    target: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -101,25 +90,10 @@ def read(side: Side, part: archs.WeightSlice, dtype=None, device="cpu", out_dim:
     return found.T if (part.dim if out_dim is None else out_dim) == 1 else found
 
 
-def read_both(sides: list[Side], place: Place, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """B's and C's matrix at a place, of two sides, in one dtype: see `Update`."""
-    ours, theirs = (read(side, part, device=device) for side, part in zip(sides, place.parts, strict=True))
-    wide = torch.promote_types(ours.dtype, theirs.dtype)
-    return ours.to(wide), theirs.to(wide)
-
-
-def matrices(pair: Pair, layers: Collection[int] | None = None, device="cpu") -> Iterator[Update]:
-    """Every weight matrix of the layers (default: all) of B and C, whatever their files' layout, one pair at a time.
-
-    Embeddings, head, norms and biases are not among them. A projection of a latent attention is several matrices, which
-    come one after the other.
-
-    Raises:
-        InputError: shapes that differ, missing or damaged weights, NaN.
-    """
-    with plans.opened(pair.base_ref, [pair.target_ref]) as sides:
-        for place in places(sides, layers):
-            yield Update(place.layer, place.projection, place.expert, *read_both(sides, place, device))
+def wide(base: torch.Tensor, target: torch.Tensor, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float32, or float64 where one is, on the device."""
+    dtype = torch.float64 if torch.float64 in (base.dtype, target.dtype) else torch.float32
+    return base.to(device, dtype), target.to(device, dtype)
 
 
 def draw_seed(seed: int, *what) -> int:

@@ -23,29 +23,34 @@ def two(model_type: str, tmp_path, dtype="float32") -> surgery.Pair:
     return surgery.Pair(*map(str, folders))
 
 
+def matrices(pair: surgery.Pair, layers=None):
+    """Every place of the layers, with B's and C's matrix there."""
+    with updates.plans.opened(pair.base_ref, [pair.target_ref]) as sides:
+        for place in updates.places(sides, layers):
+            yield place, *(updates.read(side, part) for side, part in zip(sides, place.parts, strict=True))
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "gpt2"])
 def test_matrices_are_the_modules_own_whatever_the_layout(tmp_path, model_type):
     with two(model_type, tmp_path, "bfloat16") as pair:
-        found = list(updates.matrices(pair, layers=[1]))
-    assert all(one.layer == 1 and one.expert is None for one in found)
-    for seed, held in ((0, "base"), (1, "target")):
+        found = list(matrices(pair, layers=[1]))
+    assert all(one.layer == 1 and one.expert is None for one, *_ in found)
+    for seed in (0, 1):
         wanted = reference(tiny_model(model_type, seed, "bfloat16"), model_type, 1)
-        assert [one.projection for one in found] == list(wanted)
-        for one in found:
-            matrix = getattr(one, held)
-            assert matrix.dtype == torch.float32 and matrix.double().equal(wanted[one.projection])
+        assert [one.projection for one, *_ in found] == list(wanted)
+        for one, *held in found:
+            assert held[seed].dtype == torch.float32 and held[seed].double().equal(wanted[one.projection])
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_matrices_of_experts_and_of_latent_attention_add_up_to_the_projections_change(tmp_path, model_type):
     with two(model_type, tmp_path) as pair:
         changes = compare.changes(pair.base_ref, [pair.target_ref])
-        with updates.plans.opened(pair.base_ref, [pair.target_ref]) as sides:
-            names = [place.name for place in updates.places(sides)]
-        sums: dict = {}
-        for layer, projection, _, base, target in updates.matrices(pair):
+        names, sums = [], {}
+        for place, base, target in matrices(pair):
             squares = (target.double() - base.double()).square().sum().item()
-            sums[layer, projection] = sums.get((layer, projection), 0) + squares
+            names.append(place.name)
+            sums[place.layer, place.projection] = sums.get((place.layer, place.projection), 0) + squares
     assert len(set(names)) == len(names) and any(".expert_3" in name for name in names)
     [layers] = changes.values()
     wanted = {(layer, name): change.sum_sq for layer, row in layers.items() for name, change in row.items()}
@@ -89,7 +94,7 @@ def test_damaged_weights_are_refused(tmp_path):
         surgery.Pair(str(save_tiny("llama", tmp_path / "base")), str(tmp_path / "bad")) as pair,
         pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"),
     ):
-        list(updates.matrices(pair))
+        list(matrices(pair))
 
 
 # ---------------------------------------------------------------- functions of one matrix

@@ -49,6 +49,12 @@ def interval(drawn, axis: int | None = None):
     return np.nanquantile(drawn, (0.025, 0.975), axis=axis)
 
 
+def with_interval(value, drawn) -> dict:
+    """A number with the percentile interval of what resamples gave, as results have it."""
+    low, high = interval(drawn)
+    return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
+
+
 def t_mean(values) -> tuple[float, float, float, float]:
     """Mean of `values` [n >= 2], its interval, and the two-sided p that it is not 0, all by Student's t.
 

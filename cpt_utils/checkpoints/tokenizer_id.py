@@ -13,7 +13,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from cpt_utils.checkpoints import formats, refs, tokenization
+from cpt_utils.checkpoints import formats, identity, refs, tokenization
 
 KIND = "ids:"  # what these hashes start with; others stem from before and cannot be compared with them
 
@@ -45,6 +45,16 @@ def of_plain_text(folder: Path) -> str:
 def tokenizer_used(ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None) -> str:
     """`of` the folder that `tokenization.tokenizer_folder` gives: what a request says of the tokenizer."""
     return of(tokenization.folder_and_whose(ref, run, base)[0])
+
+
+def diff_vocabularies(one: refs.ModelRef, other: refs.ModelRef, run: str | None = None) -> str | None:
+    """In words how the rows of two models' embeddings are of other tokens: "260 and 272 tokens", "other tokenizers";
+    None where they are not. Where `other` has no tokenizer it is that of its `run`, or of `one`."""
+    sizes = [identity.vocabulary_size(ref.config()) for ref in (one, other)]
+    if sizes[0] != sizes[1]:
+        return f"{sizes[0]:,} and {sizes[1]:,} tokens"
+    alike = tokenizer_used(one, run, one) == tokenizer_used(other, run, one)
+    return None if alike else "other tokenizers"
 
 
 def comparable(a: str | None, b: str | None) -> bool:

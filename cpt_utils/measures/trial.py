@@ -43,6 +43,11 @@ class Trial:
         process, dtype = processes.from_arguments(args, study)
         return cls(models, bench, process, dtype, study.seed, args.overwrite, run)
 
+    @property
+    def n_layers(self) -> int:
+        config = self.models["target"].config()
+        return archs.for_config(config).n_layers(config)
+
     def request(self, asked: dict) -> dict:
         """What the numbers depend on; `asked`: beside models and bench. The runner adds the keys of the conditions."""
         known = {role: surgery.identity(ref) for role, ref in self.models.items()}
@@ -132,8 +137,6 @@ class Trial:
         names = {one.name for one in wanted}
         if treatment and not {treatment, "random"} <= names:
             raise ValueError(f"no condition is called {treatment} or none random: there are {', '.join(sorted(names))}")
-        config = self.models["target"].config()
-        n_layers = archs.for_config(config).n_layers(config)
         ends = [Condition(role, {}, facts={"layers": []}, of=role) for role in self.models]
         sets = [
             [one.name, one.facts.get("layers", []), {key: v for key, v in one.key.items() if key != "edits"}]
@@ -145,7 +148,7 @@ class Trial:
             found = {**(facts or {}), "comparison": None}
             if treatment:
                 found["comparison"] = controls.compare(records, treatment, self.seed)
-                found |= matched.statistics(records, treatment, n_layers, self.seed)
+                found |= matched.statistics(records, treatment, self.n_layers, self.seed)
                 controls.intervals(sets, records, self.seed)
                 controls.rank_all(sets, treatment)
             found |= (more(records) if more else {}) | {"sets": sets}
@@ -157,5 +160,5 @@ class Trial:
 
         self.measure(
             path, [*ends, *wanted], SCHEMA, {"sets": sets, "measures": self.bench.measures()}, payload,
-            {"gate": gate, "n_layers": n_layers}, show, say, instead="another output folder",
+            {"gate": gate, "n_layers": self.n_layers}, show, say, instead="another output folder",
         )  # fmt: skip

@@ -61,6 +61,11 @@ def number(name: str, value: float | None, ci=(None, None), n: int | None = None
     return row | {"place": None, "says": None} | more
 
 
+def of_row(name: str, row: dict, **more) -> dict:
+    """A number that a result has with its interval: `value`, `ci_low`, `ci_high`."""
+    return number(name, row["value"], (row["ci_low"], row["ci_high"]), **more)
+
+
 def over_units(name: str, values, seed: int, of: str, draws: int = 2000, **more) -> dict:
     """A mean over units with its bootstrap interval; `draws` 0: without one.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpt_utils.base import cli
-from cpt_utils.measures.verdicts import Panel, above, number
+from cpt_utils.measures.verdicts import Panel, above, of_row
 
 evidence = cli.sibling("report/evidence.py")
 
@@ -19,8 +19,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     payload, scored = file.payload, (file.header.get("in_context") or {}).get("scored")
 
     def numbered(name: str, row: dict, **more) -> dict:
-        ci = (row["ci_low"], row["ci_high"])
-        return number(name, row["value"], ci, scored, "sentences", **more | {"note": row.get("why")})
+        return of_row(name, row, n=scored, of="sentences", **more, note=row.get("why"))
 
     beside = [numbered("specialisation of what the source saves", payload["specialisation_saved"])]
     for name in ("perception", "production"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpt_utils.base import cli
-from cpt_utils.measures.verdicts import Panel, above, number
+from cpt_utils.measures.verdicts import Panel, above, number, of_row
 
 evidence, interventions = cli.sibling("report/evidence.py"), cli.sibling("report/interventions.py")
 
@@ -26,7 +26,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
         name, unclear = f"{name}, {interventions.words(measure)}", f"that CPT gained anything in {measure} is not clear"
         if row is None:
             return number(name, None, note=unclear, **more)
-        return number(name, row["value"], (row["ci_low"], row["ci_high"]), **more)
+        return of_row(name, row, **more)
 
     kept = "share cut off that keeps 95 % of the gain, minus that of the update as if random"
     beside = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpt_utils.base import cli
-from cpt_utils.measures.verdicts import Panel, above, below, number
+from cpt_utils.measures.verdicts import Panel, above, below, number, of_row
 
 evidence, interventions = cli.sibling("report/evidence.py"), cli.sibling("report/interventions.py")
 
@@ -19,9 +19,6 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
         raise file.refused("connects a base and its checkpoint, not two runs")
     worst, beside = file.payload["worst"], []
 
-    def numbered(name: str, row: dict, **more) -> dict:
-        return number(name, row["value"], (row["ci_low"], row["ci_high"]), **more)
-
     for measure, row in file.payload["measures"].items():
         if measure == "retrieval_mean":
             continue
@@ -29,12 +26,12 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
         for key, name in (("barrier", "barrier"), ("random", "the same along random directions")):
             # The null: where it is below the bound, too, any two models so close are connected.
             if (row.get(key) or {}).get("share"):
-                beside.append(numbered(f"{name}, share of the gain, {words}", row[key]["share"], says=below(BOUND)))
+                beside.append(of_row(f"{name}, share of the gain, {words}", row[key]["share"], says=below(BOUND)))
         if "apart" in row:
-            beside.append(numbered(f"random directions minus the line, {words}", row["apart"], says=above()))
+            beside.append(of_row(f"random directions minus the line, {words}", row["apart"], says=above()))
     whole = file.payload["distance"]["all"]
     beside += [number("||A - C|| / ||B||", whole["distance"]), number("cosine of the two updates", whole["cosine"])]
     name = "barrier, share of the gain"
     if worst is None:
         return [number(name, None, note="that CPT bettered any loss is not clear", says=below(BOUND))], beside
-    return [numbered(name, worst, says=below(BOUND))], beside
+    return [of_row(name, worst, says=below(BOUND))], beside
