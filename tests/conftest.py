@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,16 @@ for name, value in {
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_configure(config):
+    """A folder for one warm process of all workers (launch.py): it lives until nobody holds `alive` open."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="cpt-warm-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["CPT_WARM"] = folder.name
+        os.mkfifo(f"{folder.name}/alive")
+        config.add_cleanup(functools.partial(os.close, os.open(f"{folder.name}/alive", os.O_RDWR)))
+
+
 def pytest_collection_finish(session):
     """transformers writes every config out for a message that nobody asked for: an eighth of the time of loading."""
     if module := sys.modules.get("transformers.configuration_utils"):
@@ -29,7 +41,7 @@ def pytest_collection_finish(session):
 
 
 # What takes longest is begun first.
-LONG = ("end_to_end", "architectures", "published_readme", "sr_experiment", "text_towers", "verdicts")
+LONG = ("architectures", "end_to_end", "published_readme", "sr_experiment", "text_towers", "verdicts")
 FIRST = ("tests/faults/", *(f"tests/test_{name}.py" for name in LONG))
 
 

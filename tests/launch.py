@@ -8,24 +8,29 @@ A fork runs the script as `python <script> ...` would, less the seconds in which
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import filelock
 from helpers import ROOT
+
+SNAKEMAKE = str(Path(sys.executable).with_name("snakemake"))
 
 SHIM = """#!{python} -IS
 import json, os, socket, sys
-if not sys.argv[1:] or not sys.argv[1].endswith(".py"):
+words = sys.argv[1:]
+while words and words[0] in ("-P", "-u"):
+    del words[0]
+if not words or words[0] != "-c" and not os.path.isfile(words[0]):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-job = {{"command": [sys.argv[1], sys.argv[2:]], "cwd": os.getcwd(), "env": dict(os.environ)}}
+job = {{"command": [words[0], words[1:]], "cwd": os.getcwd(), "env": dict(os.environ), "python": sys.argv[0]}}
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({place!r})
     socket.send_fds(server, [json.dumps(job).encode() + b"\\n"], [0, 1, 2])
@@ -38,22 +43,21 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in several CPU processes; its exit code must be `code`.
 
-    With `forks`, they are forks that are told what the launcher tells its processes, else the launcher's own. Under
-    --cpu it starts a single process, whatever --num_processes says. --multi_gpu starts them all, and the scripts' own
-    --device keeps them on the CPU.
+    With `forks`, they are forks that are told what the launcher tells its processes, else the launcher's own, which is
+    a fork, too, and starts others. Under --cpu it starts a single process, whatever --num_processes says. --multi_gpu
+    starts them all, and the scripts' own --device keeps them on the CPU.
     """
     arguments = [*map(str, arguments), "--device", "cpu"]
     if forks:
         done = _side_by_side(script, arguments, processes)
     else:
+        from accelerate.commands import launch as launcher
+
         command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            shim(), launcher.__file__, "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / script),
         ]  # fmt: skip
-        done = subprocess.run(
-            [*command, str(ROOT / script), *arguments],
-            capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stderr[-3000:]
     assert code or f"{processes} processes share the work" in done.stdout
     return done
@@ -68,37 +72,55 @@ def run(script: str, *arguments: str, root: Path = ROOT) -> subprocess.Completed
         return subprocess.CompletedProcess([script, *arguments], code, out.read(), err.read())
 
 
-def shim(folder: Path) -> Path:
-    """A `python` in `folder` whose scripts are forks of the warm process; all else it leaves to this Python."""
-    file = folder / "python"
-    file.write_text(SHIM.format(python=sys.executable, place=_server()))
-    file.chmod(0o755)
-    return file
-
-
 @functools.cache
+def shim(root: Path = ROOT) -> str:
+    """A `python` whose scripts, and `-c`, are forks of the warm process; all else it leaves to this Python.
+
+    Args:
+        root: the copy of the repository of which most scripts are; it stays as it is.
+    """
+    file = Path(tempfile.mkdtemp(dir=os.environ["CPT_WARM"]), "python")
+    file.write_text(SHIM.format(python=sys.executable, place=_server() if root == ROOT else _server_of(root)))
+    file.chmod(0o755)
+    return str(file)
+
+
 def _server() -> str:
-    """The socket of the warm process, which ends with this one."""
-    folder = tempfile.mkdtemp(prefix="cpt-warm-")
-    place = os.path.join(folder, "socket")
-    command = [sys.executable, str(Path(__file__).with_name("server.py")), place]
-    server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"HF_DATASETS_CACHE": os.path.join(folder, "datasets")},
-    )  # fmt: skip
-    atexit.register(lambda: (server.communicate(), shutil.rmtree(folder, ignore_errors=True)))
-    assert server.stdout.readline() == "ready\n"
+    """The socket of the warm process, which the first to ask in any worker starts, and which ends with all tests."""
+    folder = Path(os.environ["CPT_WARM"])
+    place = folder / "socket"
+    with filelock.FileLock(folder / "lock"):
+        if not place.exists():
+            command = [sys.executable, str(Path(__file__).with_name("server.py")), str(place)]
+            environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "datasets")}
+            with open(folder / "alive") as alive, open(folder / "log", "w") as log:
+                process = subprocess.Popen(command, stdin=alive, stdout=log, stderr=log, env=environment)
+            while not place.exists():
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.05)
+    return str(place)
+
+
+def _server_of(root: Path) -> str:
+    """The socket of a fork of the warm process with the package of a copy of the repository."""
+    place = os.path.join(tempfile.mkdtemp(dir=os.environ["CPT_WARM"]), "socket")
+    with connect({"root": str(root), "socket": place}) as connection:
+        assert connection.makefile().readline() == "ready\n"
     return place
 
 
-def _start(command: list, cwd: str, environment: dict, out, err) -> socket.socket:
+def connect(job: dict, *files) -> socket.socket:
+    """A connection to a fork of the warm process that was told `job` and has `files` for its first descriptors."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(240)
     connection.connect(_server())
-    job = json.dumps({"command": command, "cwd": cwd, "env": environment}).encode() + b"\n"
-    with open(os.devnull) as nothing:
-        socket.send_fds(connection, [job], [nothing.fileno(), out.fileno(), err.fileno()])
+    socket.send_fds(connection, [json.dumps(job).encode() + b"\n"], [file.fileno() for file in files])
     return connection
+
+
+def _start(command: list, cwd: str, environment: dict, out, err) -> socket.socket:
+    with open(os.devnull) as nothing:
+        return connect({"command": command, "cwd": cwd, "env": environment}, nothing, out, err)
 
 
 def _code(connection: socket.socket) -> int:

@@ -1,8 +1,15 @@
 """Runs the project's scripts as forked children, which may fail on request; a process of its own, without threads.
 
 Importing torch and transformers takes seconds, so they are imported once, here, and the package with them; every
-command is a fork that runs the script as `python <script> ...` would. Given a path, it listens there on a socket
-(launch.py). Else requests come as lines of JSON on stdin, answers as lines of JSON on stdout:
+command is a fork that runs the script as `python <script> ...` would. It listens on a socket in the folder that it is
+given, until its stdin ends; every connection to it gets a fork (launch.py), which is told one of
+
+    {"command": [script or "-c", [argument, ..]], "cwd": .., "env": {..}, "python": sys.executable, if not this one}
+    {"root": a copy of the repository, "socket": path}    to listen there for commands of that copy
+    {"env": {..}}                                         to answer requests on the connection
+
+The first is answered with the exit status, the second with a line once it listens. Requests and answers of the third
+are lines of JSON:
 
     {"jobs": [{"script": .., "argv": [..], "cwd": .., "log": .., "fault": {..} or null}], "timeout": seconds}
     [{"code": exit status, negative for a signal, "seconds": .., "timed_out": ..}]
@@ -34,7 +41,9 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +63,7 @@ IMPORTED = (
     "lm_eval.models.huggingface",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_pdf",
+    "snakemake.cli",
 )
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 CALLS = ("fsync", "pwrite", "write", "copy_file_range", "sendfile", "ftruncate", "posix_fallocate")
@@ -146,10 +156,16 @@ def child(job: dict) -> None:
 def run_script(script: str, argv: list[str]) -> int:
     """The exit status of `python <script> ...`, after all that an interpreter does at its end."""
     sys.argv = [script, *argv]
-    sys.path[0] = str(Path(script).parent)
     code = 1
     try:
-        runpy.run_path(script, run_name="__main__")
+        if script == "-c":
+            sys.argv = [script, *argv[1:]]
+            del sys.path[0]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(argv[0], vars(sys.modules["__main__"]))
+        else:
+            sys.path[0] = str(Path(script).parent)
+            runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -256,8 +272,8 @@ def strike(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def listen(place: str) -> None:
-    """A fork for every connection, which sends a command, its folder, environment and files, and gets its status."""
+def listen(place: str) -> socket.socket:
+    """A socket that is there once it answers; forks will not be waited for."""
 
     def reap(*_):
         with contextlib.suppress(ChildProcessError):
@@ -265,54 +281,92 @@ def listen(place: str) -> None:
                 pass
 
     signal.signal(signal.SIGCHLD, reap)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(place)
-        server.listen(64)
-        print("ready", flush=True)
-        while sys.stdin not in (readable := select.select([server, sys.stdin], [], [])[0]):
-            connection, _ = readable[0].accept()
-            if not os.fork():
-                server.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                answer_one(connection)
-            connection.close()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(f"{place}.new")
+    server.listen(64)
+    os.rename(f"{place}.new", place)
+    return server
+
+
+def accept(server: socket.socket) -> None:
+    """A fork for every connection, until stdin ends."""
+    while sys.stdin not in (readable := select.select([server, sys.stdin], [], [])[0]):
+        connection, _ = readable[0].accept()
+        if not os.fork():
+            server.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            answer_one(connection)
+        connection.close()
 
 
 def answer_one(connection: socket.socket) -> None:
-    """Become the command that the connection sends; never returns."""
+    """Become what the connection asks for; never returns."""
     sent, files, _, _ = socket.recv_fds(connection, 1 << 16, 3)
     while not sent.endswith(b"\n"):
         sent += connection.recv(1 << 16)
     job = json.loads(sent)
+    if "root" in job:
+        prepare(Path(job["root"]))
+        server = listen(job["socket"])
+        connection.sendall(b"ready\n")
+        connection.close()
+        accept(server)
+        os._exit(0)
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
     os.environ.update(job["env"])
+    tempfile.tempdir = None
+    if "command" not in job:
+        serve(connection.makefile("r"), connection.makefile("w"))
+        os._exit(0)
     os.chdir(job["cwd"])
     sys.path[1:1] = filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))
-    if Path(job["command"][0]).resolve().parents[1] != ROOT:  # a copy of the repository, with a package of its own
-        for name in [name for name in sys.modules if name.partition(".")[0] == "cpt_utils"]:
-            del sys.modules[name]
-    code = run_script(*job["command"])
+    sys.executable = job.get("python") or sys.executable
+    script, argv = job["command"]
+    # The file that says which repository this is; of another than ours, the package is another.
+    place = argv[argv.index("--snakefile") + 1] if "--snakefile" in argv else script
+    if place != "-c" and Path(place).resolve().parents[1] != ROOT:
+        forget()
+    code = run_script(script, argv)
     connection.sendall(f"{code}\n".encode())
     os._exit(code)
 
 
+def forget() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cpt_utils"]:
+        del sys.modules[name]
+
+
+def prepare(root: Path) -> None:
+    """Import the package of the repository at `root`, and have it know what each script is made of."""
+    global ROOT
+    ROOT = root
+    forget()
+    sys.path.insert(1, str(root))
+    for module in pkgutil.walk_packages([str(root / "cpt_utils")], "cpt_utils."):
+        importlib.import_module(module.name)
+    from cpt_utils.base import code
+
+    for script in root.glob("*/*.py"):
+        if script.parent.name not in ("cpt_utils", "tests"):
+            with contextlib.suppress(Exception):  # none of ours
+                code.digest(script.relative_to(root).as_posix())
+    sys.path.remove(str(root))
+    gc.collect()
+    gc.freeze()  # a fork that collects garbage would copy all of these pages
+
+
 def main() -> None:
-    # Answers go out on a descriptor of their own, which a chatty library cannot write to.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    sys.path.insert(1, str(ROOT))
-    for module in pkgutil.walk_packages([str(ROOT / "cpt_utils")], "cpt_utils."):
-        importlib.import_module(module.name)
-    sys.path.remove(str(ROOT))
     import matplotlib.pyplot
     from torch.utils import collect_env
+    from transformers import conversion_mapping
 
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # makes those of all types
     # The first figure of a process loads fonts and parses formulas for half a second.
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         figure = matplotlib.pyplot.figure(layout="constrained")
@@ -323,14 +377,8 @@ def main() -> None:
     # lm_eval asks for it with every model; pip, lscpu and others are started for it.
     said = collect_env.get_pretty_env_info()
     collect_env.get_pretty_env_info = lambda: said
-    gc.collect()
-    gc.freeze()  # a fork that collects garbage would copy all of these pages
-    if sys.argv[1:]:
-        os.dup2(answers.fileno(), 1)
-        return listen(sys.argv[1])
-    answers.write("ready\n")
-    answers.flush()
-    serve(sys.stdin, answers)
+    prepare(ROOT)
+    accept(listen(sys.argv[1]))
 
 
 def serve(requests, answers) -> None:

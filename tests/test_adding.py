@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from launch import shim
+from launch import SNAKEMAKE, shim
 from test_claims import STEPS, L, MadeUp
 
 BLOCK = re.compile(r"^(?:In )?`([\w./-]+)`(?:, above the verdicts)?:\n\n```\w*\n(.*?)^```", re.M | re.S)
@@ -60,12 +59,11 @@ def run(copy: Path, *command: str) -> str:
 def workflow(copy):
     """The new experiment's result by its rule of the workflow, and a function that calls the workflow again."""
     pytest.importorskip("snakemake")
-    snakemake = str(Path(sys.executable).with_name("snakemake"))
     result = copy.parent / f"results/{SEED}/depth/depth.json"
-    call = [snakemake, "--snakefile", str(copy / "workflow/Snakefile"), "--config", "study=study.yaml", "--cores", "1"]
+    call = [shim(), SNAKEMAKE, "--snakefile", str(copy / "workflow/Snakefile"), "--config", "study=study.yaml"]
 
     def again() -> None:
-        run(copy, *call, "--allowed-rules", "depth", "--", str(result))
+        run(copy, *call, "--cores", "1", "--allowed-rules", "depth", "--", str(result))
 
     again()
     return result, again
@@ -88,7 +86,7 @@ def test_an_experiment_is_a_folder_a_script_and_a_rule(copy, workflow):
 
 def test_a_claim_is_a_file(copy, workflow):
     """Where the experiment was not run the claim says so; elsewhere it has its number, and is shown."""
-    claims = [str(shim(copy.parent)), str(copy / "report/claims.py"), "--study", "study.yaml"]
+    claims = [shim(), str(copy / "report/claims.py"), "--study", "study.yaml"]
     said = run(copy, *claims, "--seed", "4")
     assert "T1 one run: no verdict: depth/depth.json is not there (it is made by depth/depth.py)" in said
     run(copy, *claims, "--seed", str(SEED))

@@ -6,12 +6,12 @@ import gzip
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import ROOT, load_script, save_tiny
+from launch import SNAKEMAKE, shim
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
@@ -162,8 +162,8 @@ def test_what_is_trained_first_is_no_problem(study, tmp_path, capsys):
 def dry_run(path: Path, *flags: str) -> subprocess.CompletedProcess:
     """The workflow's plan, asked for in the study's folder, which is none of the repository."""
     pytest.importorskip("snakemake")
-    command = [str(Path(sys.executable).with_name("snakemake")), "--snakefile", str(ROOT / "workflow/Snakefile")]
-    command += ["--config", f"study={path.name}", *(flags or ("--dry-run", "--quiet", "rules"))]
+    command = [shim(), SNAKEMAKE, "--snakefile", str(ROOT / "workflow/Snakefile"), "--config", f"study={path.name}"]
+    command += flags or ("--dry-run", "--quiet", "rules")
     return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=200)
 
 

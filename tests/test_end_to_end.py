@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from launch import shim
+from launch import SNAKEMAKE, shim
 
 pytestmark = pytest.mark.end_to_end
 
-SNAKEMAKE = [str(Path(sys.executable).with_name("snakemake")), "--snakefile", "workflow/Snakefile"]
-# The same, but the Python of the jobs is another.
-LED = "import sys; sys.executable = {!r}; from snakemake.cli import main; main()"
+STUDY = ["--snakefile", "workflow/Snakefile", "--config", "study=demo/tiny.yaml"]
 PAIR = "eng_Latn-qaa_Latn"
 
 
@@ -50,26 +48,21 @@ def run(command, where, **environment):
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory):
+def warm(clone):
     """A `python` whose scripts are forks of one process: forty that import torch and transformers take minutes."""
-    return shim(tmp_path_factory.mktemp("bin"))
+    return shim(clone)
 
 
 @pytest.fixture(scope="module")
-def snakemake(warm):
-    """The workflow on the tiny demo, its jobs as forks."""
-    return [sys.executable, "-c", LED.format(str(warm)), *SNAKEMAKE[1:], "--config", "study=demo/tiny.yaml"]
-
-
-@pytest.fixture(scope="module")
-def finished(clone, snakemake):
+def finished(clone, warm):
     """The workflow stopped after the base, then gone on with to its end, two jobs at a time."""
-    plan = run([*SNAKEMAKE, "--config", "study=demo/tiny.yaml", "--dry-run"], clone)
+    plan = run([SNAKEMAKE, *STUDY, "--dry-run"], clone)
     assert "train_base" in plan and "layer_swap_controls" in plan
-    run([*snakemake, "--cores", "2", "--until", "train_base"], clone)
+    workflow = [warm, SNAKEMAKE, *STUDY, "--cores", "2"]
+    run([*workflow, "--until", "train_base"], clone)
     weights = clone / "build/tiny/base/model.safetensors"
     before = weights.stat().st_mtime_ns
-    run([*snakemake, "--cores", "2", "--report-after-run", "--report", "results/tiny.html"], clone)
+    run([*workflow, "--report-after-run", "--report", "results/tiny.html"], clone)
     assert weights.stat().st_mtime_ns == before  # what was finished is not made again
     return clone
 
@@ -179,12 +172,12 @@ def test_each_step_of_part_two_read_what_the_step_before_wrote(finished):
     assert claims["C3"]["verdict"] == "one run: no verdict" and claims["C3"]["numbers"][0]["value"] is not None
 
 
-def test_nothing_is_left_to_do_until_a_method_is_edited(finished, snakemake, tmp_path):
+def test_nothing_is_left_to_do_until_a_method_is_edited(finished, warm, tmp_path):
     """Not for a comment."""
     clone = shutil.copytree(finished, tmp_path / "clone", symlinks=True)
     script = clone / "cpt/train.py"
     text = script.read_text()
-    workflow = [*snakemake, "--cores", "1"]
+    workflow = [warm, SNAKEMAKE, *STUDY, "--cores", "1"]
     script.write_text(text + "\n# only words\n")
     assert "Nothing to be done" in run(workflow, clone)
     script.write_text(text.replace("def train(", "EDITED = True\n\n\ndef train("))
@@ -199,16 +192,16 @@ def test_nothing_is_left_to_do_until_a_method_is_edited(finished, snakemake, tmp
     assert "is finished" in (clone / "results/tiny/logs/train-base.log").read_text()
 
 
-def test_an_arm_waits_for_the_layers_of_cogsym(clone, tmp_path):
+def test_an_arm_waits_for_the_layers_of_cogsym(clone, warm, tmp_path):
     text = re.sub(r"^arms:.*\n(  .*\n)*", "", (clone / "demo/tiny.yaml").read_text(), flags=re.M)
     arms = "arms:\n  outer: {train_only: results/tiny/layer-ablation/cogsym.json}\n"
     (tmp_path / "arms.yaml").write_text(f"{text}\n{arms}")
-    config = ["--config", f"study={tmp_path / 'arms.yaml'}"]
-    assert "cogsym" in run([*SNAKEMAKE, *config, "--dry-run", "--until", "train_arm"], clone)
+    plan = [*STUDY[:-1], f"study={tmp_path / 'arms.yaml'}", "--dry-run", "--until", "train_arm"]
+    assert "cogsym" in run([warm, SNAKEMAKE, *plan], clone)
 
 
-def test_seeds_side_by_side(finished):
-    run("python studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds", finished)
+def test_seeds_side_by_side(finished, warm):
+    run(f"{warm} studies/across_seeds.py --study demo/tiny.yaml --seeds 42 --out build/try/across-seeds", finished)
     out = finished / "build/try/across-seeds"
     tables = (out / "tables.md").read_text()
     titles = "Layer swaps", "Attention against FFN", "Language-specific neurons", "Component swaps", "Layer ablation"
@@ -244,6 +237,6 @@ def test_the_commands_of_the_readme_run_as_printed(finished, warm):
         folder = line.split()[1].partition("/")[0]
         # The tiny study in the place of the demo, its last step in the place of the demo's.
         line = re.sub(r"\bdemo\b", "tiny", line).replace("checkpoint-600", "checkpoint-40")
-        run(line if folder in fresh else re.sub("^python", str(warm), line), finished)
+        run(line if folder in fresh else re.sub("^python", warm, line), finished)
         fresh.discard(folder)
     assert not fresh

@@ -6,6 +6,7 @@ computed. What a real cluster does with the requests is not tried.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from launch import shim
 
-pytest.importorskip("snakemake_executor_plugin_slurm")
+if not importlib.util.find_spec("snakemake_executor_plugin_slurm"):
+    pytest.skip("snakemake_executor_plugin_slurm is not installed", allow_module_level=True)
 
 # Jobs that run a model, or take singular values of its weights; all others work on files.
 FORWARD = {
@@ -60,12 +63,12 @@ for number in range(1, 1 + len(asked.read_text().splitlines() if asked.is_file()
 """
 
 
-def snakemake(place: Path, *flags: str) -> str:
+def snakemake(place: Path, *flags: str, python: str = sys.executable) -> str:
     """The workflow on the tiny demo with the Slurm profile; what it says."""
     binaries = Path(sys.executable).parent
     path = os.pathsep.join([str(place / "bin"), str(binaries), os.environ["PATH"]])
     done = subprocess.run(
-        [sys.executable, "-c", SNAKEMAKE, "--snakefile", "workflow/Snakefile", "--profile", "workflow/profiles/slurm",
+        [python, "-c", SNAKEMAKE, "--snakefile", "workflow/Snakefile", "--profile", "workflow/profiles/slurm",
          "--config", "study=demo/tiny.yaml", *flags],
         cwd=place / "project", env={**os.environ, "PATH": path, "HOME": str(place)}, timeout=200,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -103,14 +106,14 @@ def planned(said: str) -> list[tuple[str, dict, str]]:
 
 @pytest.mark.slow
 def test_jobs_that_run_a_model_ask_for_one_gpu_and_no_others(place):
-    jobs = [job for job in planned(snakemake(place, "--dry-run")) if job[0] != "all"]
+    jobs = [job for job in planned(snakemake(place, "--dry-run", python=shim())) if job[0] != "all"]
     assert {rule for rule, facts, _ in jobs if "gpu=1" in facts.get("resources", "")} == FORWARD
     outputs = {
         f"{rule}:{wildcards}": facts["output"].replace(" (update)", "").split(", ") for rule, facts, wildcards in jobs
     }
     assert len(outputs) == len(jobs) > 30
     (place / "outputs.json").write_text(json.dumps(outputs))
-    snakemake(
+    snakemake(  # not as a fork: the plugin looks for Slurm's commands when it is imported
         place, "--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1",
         "--latency-wait", "5", "--slurm-no-account",
     )  # fmt: skip

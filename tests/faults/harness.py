@@ -15,12 +15,11 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import helpers
+import launch
 
 LONG = os.environ.get("CPT_FAULTS") == "full"
 SEED = 20
@@ -255,23 +254,16 @@ class Outcome:
 
 
 class Forks:
-    """The process of server.py."""
+    """A fork of the warm process that answers requests (server.py)."""
 
     root = Path("/")  # where this process sees the server's files
 
     def __init__(self, logs: Path):
-        quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1",
-                 "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                 "HF_DATASETS_CACHE": str(logs / "datasets"), "TMPDIR": str(logs)}  # fmt: skip
         self.logs = logs
-        self.process = subprocess.Popen(
-            [sys.executable, str(helpers.ROOT / "tests/server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=(logs / "server.log").open("ab"), text=True, env=os.environ | quiet,
-        )  # fmt: skip
-        self.requests, self.answers = self.process.stdin, self.process.stdout
-        if self.answers.readline() != "ready\n":
-            self.process.wait()
-            raise RuntimeError((logs / "server.log").read_text()[-2000:])
+        with open(os.devnull) as nothing, (logs / "server.log").open("ab") as log:
+            self.connection = launch.connect({"env": {**os.environ, "TMPDIR": str(logs)}}, nothing, log, log)
+        self.connection.settimeout(None)
+        self.requests, self.answers = self.connection.makefile("w"), self.connection.makefile("r")
 
     def ask(self, request: dict):
         self.requests.write(json.dumps(request) + "\n")
@@ -295,7 +287,8 @@ class Forks:
 
     def close(self) -> None:
         self.requests.close()
-        self.process.wait()
+        self.answers.close()
+        self.connection.close()
 
 
 class SmallDisk(Forks):
