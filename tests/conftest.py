@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import tempfile
@@ -20,6 +21,8 @@ for name, value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(name, value)
+# No test cuts the power: what is written need not reach the disk, for which each file waits milliseconds.
+os.fsync = lambda _file: None
 # Whatever the caller's setting: tests fork, and a forked child of a process with several OpenMP threads hangs.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -34,14 +37,31 @@ def pytest_configure(config):
         config.add_cleanup(functools.partial(os.close, os.open(f"{folder.name}/alive", os.O_RDWR)))
 
 
-def pytest_collection_finish(session):
+# Modules and tests are a million objects, and each collection of garbage, of which a training asks for one, would look
+# through all of them for half a second: none while they are made, and afterwards they are passed over.
+def pytest_collectstart():
+    gc.disable()
+
+
+def pytest_collection_finish():
     """transformers writes every config out for a message that nobody asked for: an eighth of the time of loading."""
     if module := sys.modules.get("transformers.configuration_utils"):
         module.PreTrainedConfig.__repr__ = object.__repr__
+    gc.enable()
+
+
+def pytest_runtest_setup():
+    if len(sys.modules) > passed_over["modules"] + 50:
+        gc.collect()
+        gc.freeze()
+        passed_over["modules"] = len(sys.modules)
+
+
+passed_over = {"modules": 0}
 
 
 # What takes longest is begun first.
-LONG = ("architectures", "end_to_end", "published_readme", "sr_experiment", "text_towers", "verdicts")
+LONG = ("architectures", "end_to_end", "lora", "sr_experiment", "cpt_train", "published_readme")
 FIRST = ("tests/faults/", *(f"tests/test_{name}.py" for name in LONG))
 
 
