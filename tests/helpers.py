@@ -50,6 +50,14 @@ def shared_dir() -> str | None:
     return os.environ.get("SHARED_DIR") or (str(beside) if beside.is_dir() else None)
 
 
+def skip_without(package: str) -> None:
+    """Skip the tests of a module where a package is missing, which not every worker need import."""
+    import pytest
+
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
 def load_script(path: str) -> ModuleType:
     """The script at `path` (relative to the repository) as a fresh module; its `main([...])` runs it."""
     file = ROOT / path

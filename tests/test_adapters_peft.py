@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from helpers import read_tensors, save_tiny, tiny_tokenizer
@@ -27,6 +26,8 @@ def trained(
     base: Path, rows: int | None = None, save=None, seed=1, dtype=torch.bfloat16, **settings
 ) -> tuple[Path, Path]:
     """(an adapter, the merged model) of `base`, its vocabulary resized to `rows`, both as PEFT saves them."""
+    import peft
+
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if rows:
         model.resize_token_embeddings(rows)

@@ -6,7 +6,6 @@ import json
 import shutil
 
 import numpy as np
-import peft
 import pytest
 import yaml
 from helpers import bits, load_script, read_tensors, save_tiny
@@ -261,6 +260,8 @@ def test_words_that_mean_other_layers_since_are_refused(script, place, blocks):
 
 def test_an_arm_may_be_lora(script, place, blocks):
     """An adapter that stands for the base; the same keys in other words are the same arm, other layers another one."""
+    import peft
+
     keys = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"], "layers": [0]}
     folder = place / "adapter"
     base = AutoModelForCausalLM.from_pretrained(place / "base")

@@ -6,7 +6,6 @@ computed. What a real cluster does with the requests is not tried.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -17,11 +16,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, skip_without
 from launch import shim
 
-if not importlib.util.find_spec("snakemake_executor_plugin_slurm"):
-    pytest.skip("snakemake_executor_plugin_slurm is not installed", allow_module_level=True)
+skip_without("snakemake_executor_plugin_slurm")
 
 # Jobs that run a model, or take singular values of its weights; all others work on files.
 FORWARD = {

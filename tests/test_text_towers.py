@@ -10,14 +10,13 @@ import torch
 from helpers import EVERY_ARCHITECTURE, load_script, read_tensors, save_tiny, tiny_config, tiny_tokenizer
 from safetensors.torch import save_file
 
-from cpt_utils.architectures import archs
+from cpt_utils.architectures import arch_table, archs
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import opening, refs
 from cpt_utils.interventions import in_memory, on_disk, surgery
 from cpt_utils.measures import compare
 from cpt_utils.models import loading
 
-WRAPPERS = [name for name in EVERY_ARCHITECTURE if "text_config" in tiny_config(name).to_dict()]
 CPU = torch.device("cpu")
 
 
@@ -51,7 +50,12 @@ def text_only(wrapper: Path, folder: Path) -> Path:
 KINDS = ["gemma3", "qwen2_vl", "qwen3_vl_moe", "llama4", "mistral3", "idefics3", "qwen3_5", "kimi_k25"]
 
 
-@pytest.fixture(params=WRAPPERS, scope="module")
+def test_these_are_all_that_have_a_tower():
+    configs = {name: tiny_config(name).to_dict() for name in EVERY_ARCHITECTURE}
+    assert {name for name, config in configs.items() if "text_config" in config} == set(arch_table.TOWERS)
+
+
+@pytest.fixture(params=list(arch_table.TOWERS), scope="module")
 def pair(tmp_path_factory, request) -> dict[str, Path]:
     """Base and checkpoint of a type, with the vision tower and without."""
     found, tmp_path = {}, tmp_path_factory.mktemp(request.param)
