@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import short_training
-from helpers import EVERY_ARCHITECTURE, bits, load_script, read_tensors, save_tiny
+from helpers import EVERY_ARCHITECTURE, bits, load_script, read_tensors, save_tiny, skip_without
 from short_training import record, write_text
 
 from cpt_utils.architectures import archs
@@ -21,7 +21,7 @@ from cpt_utils.checkpoints import opening, refs
 from cpt_utils.measures import layer_sets
 from cpt_utils.models import loading
 
-pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+skip_without("peft")
 lora = cli.sibling("cpt/lora.py")
 
 
@@ -31,12 +31,12 @@ def loaded(folder: Path):
     return loading.load_model(refs.model(folder), torch.float32, torch.device("cpu"))
 
 
-def adapted(base: Path, **asked):
-    """(what was put into the model, the model)."""
+def adapted(base: Path, model=None, **asked):
+    """(what was put into the model, the model), which is `base`, loaded."""
     import torch
 
     torch.manual_seed(1)
-    model = loaded(base).requires_grad_(True)
+    model = model or loaded(base).requires_grad_(True)
     choice = lora.read({"r": 2, **asked}, layer_sets.Place(refs.model(base).config()))
     return choice.on(model, refs.model(base)), model
 
@@ -46,23 +46,24 @@ def test_the_adapter_on_disk_is_the_model_in_memory(model_type, tmp_path):
     """Read by the collection's own reader; experts, which are one tensor, are refused."""
     import torch
 
-    base = save_tiny(model_type, tmp_path / "base")
+    base = save_tiny(model_type, tmp_path / "base", tokenizer=False)
     config = refs.model(base).config()
     arch = archs.for_config(config)
-    targets = "all"
+    model, targets, ids = loaded(base).requires_grad_(True), "all", torch.arange(3, 21).view(2, 9)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
     if any(arch.has_router(config, layer) for layer in range(arch.n_layers(config))):
         with pytest.raises(InputError, match=r"lora: targets: the experts of layer . are one tensor"):
-            adapted(base)
+            adapted(base, model)
         targets = "attention"
-    made, model = adapted(base, targets=targets, alpha=3)
+    made, _ = adapted(base, model, targets=targets, alpha=3)
     products = [p for p in model.parameters() if p.requires_grad]
     assert len(products) == 2 * len(made.ranks) > 0 and made.n_trained == sum(p.numel() for p in products)
     with torch.no_grad():
         for parameter in products:
             parameter.add_(torch.randn(parameter.shape), alpha=0.1)
         made.write(tmp_path / "adapter", model, model.state_dict(), base, "float32")
-        ids = torch.arange(3, 21).view(2, 9)
-        wanted, before = model(input_ids=ids).logits, loaded(base)(input_ids=ids).logits
+        wanted = model(input_ids=ids).logits
         found = loaded(tmp_path / "adapter")(input_ids=ids).logits
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
     assert (before - wanted).abs().max() > 1e-3
