@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -230,6 +230,23 @@ def found_in(model, block) -> Found:
         weights += [(matrix(module), rows) for module, rows in modules]
         biases += [(module.bias.data, rows) for module, rows in modules if module.bias is not None]
     return found
+
+
+def at_the_same_place(found: Found, model: nn.Module, other: nn.Module) -> Found:
+    """The views that `other`, of the same type, has where `model` has those of `found`; the modules stay `model`'s."""
+    twins = list(zip(model.parameters(), other.parameters(), strict=True))
+
+    def in_other(view: torch.Tensor) -> torch.Tensor:
+        start = view.data_ptr()
+        ((own, twin),) = [(p, q) for p, q in twins if p.data_ptr() <= start < p.data_ptr() + p.nbytes]
+        assert own.shape == twin.shape and own.stride() == twin.stride()
+        offset = (start - own.data_ptr()) // own.itemsize + twin.storage_offset()
+        return twin.data.as_strided(view.shape, view.stride(), offset)
+
+    def all_in_other(kind: dict[str, list[View]]) -> dict[str, list[View]]:
+        return {name: [(in_other(view), rows) for view, rows in views] for name, views in kind.items()}
+
+    return replace(found, weights=all_in_other(found.weights), biases=all_in_other(found.biases))
 
 
 def attention_of(seen: Recording, places: dict) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from attending import Attention, changed, marked, positions
 from helpers import EVERY_ARCHITECTURE, ROOT, bits, load_script, read_tensors, save_tiny, tiny_model
-from looking import Found, experts_of, found_in
+from looking import Found, at_the_same_place, experts_of, found_in
 from safetensors.torch import save_file
 from test_freezing import entries, frozen_in
 from torch import nn
@@ -103,9 +103,11 @@ class Case:
 
     @cached_property
     def layers(self) -> tuple[list[Found], list[Found]]:
-        """What every layer of both has, as views of their parameters."""
-        base, target = ([found_in(model, block) for block in blocks_of(model)] for model in self.models)
-        return base, target
+        """What every layer of both has, as views of their parameters: found in the target, at the same place in the
+        base."""
+        base, target = self.models
+        found = [found_in(target, block) for block in blocks_of(target)]
+        return [at_the_same_place(layer, target, base) for layer in found], found
 
     @contextlib.contextmanager
     def changing(self):
@@ -122,6 +124,10 @@ class Case:
     @cached_property
     def arch(self):
         return archs.for_config(refs.model(self.target).config())
+
+    @cached_property
+    def config(self) -> dict:
+        return self.models[1].config.to_dict()
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -152,7 +158,7 @@ def same_tensors(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 def test_parts_are_what_the_model_computes_with(case):
     """Of every projection, expert and router, weight and bias: the on-disk part is the found one, bit for bit."""
     model, disk = case.models[1], read_tensors(case.target)
-    arch, config = case.arch, model.config.to_dict()
+    arch, config = case.arch, case.config
     for layer, found in enumerate(case.layers[1]):
         names = {*arch.projections(config, layer), *(["router"] if arch.has_router(config, layer) else [])}
         assert names == {name for name, views in found.weights.items() if views}
@@ -168,14 +174,14 @@ def test_parts_are_what_the_model_computes_with(case):
                     assert all(map(torch.equal, taken, wanted)), (layer, projection, role)
         if found.heads and "k_proj" in found.weights:
             assert arch.heads(config, layer)[:2] == found.heads
-        check_neurons(model, arch, layer, found)
+        check_neurons(model, case, layer, found)
     widths = [arch.ffn_width(config, layer) for layer in range(len(blocks_of(model)))]
     assert arch.ffn_width(config) == max(widths) and arch.n_layers(config) == len(widths)
 
 
-def check_neurons(model, arch, layer: int, found: Found) -> None:
+def check_neurons(model, case: Case, layer: int, found: Found) -> None:
     """The numbers of a layer's neurons, and the modules that compute their activations."""
-    config = model.config.to_dict()
+    arch, config = case.arch, case.config
     groups, units = arch.neurons(config, layer), found.weights.get(arch.neuron_projection, [])
     assert arch.ffn_width(config, layer) == sum(len(tensor[rows]) for tensor, rows in units)
     experts = 0 if found.experts is None else len(units) - bool(found.width)
@@ -274,7 +280,7 @@ def test_surgery(case, what, tmp_path):
 def test_surgery_of_experts(case, tmp_path):
     """Router, and of each matrix another expert's: a tensor on disk or a part of one, mostly part of one in memory."""
     names = case.arch.experts_at.names
-    layer = max(layer for layer in range(len(case.layers[0])) if case.arch.has_router(case.models[0].config, layer))
+    layer = max(layer for layer in range(len(case.layers[0])) if case.arch.has_router(case.config, layer))
     chosen = {"router": 0} | {name: 3 - i for i, name in enumerate(n for n in archs.FFN if n in names)}
     with surgery.Pair(case.base, case.target) as pair:
         edits = []
@@ -307,8 +313,8 @@ def test_units_and_what_they_share_are_the_attention(case):
     """Each entry of its module once. Query heads make up the units; k and v are theirs together."""
     model, disk = case.models[1], read_tensors(case.target)
     for layer, found in enumerate(case.layers[1]):
-        heads, units = case.arch.head_counts(model.config, layer)
-        parts = case.arch.shared_parts(model.config, layer, disk, lambda tensor: disk[tensor].shape)
+        heads, units = case.arch.head_counts(case.config, layer)
+        parts = case.arch.shared_parts(case.config, layer, disk, lambda tensor: disk[tensor].shape)
         assert bool(units) == ("o_proj" in found.weights)
         for unit in range(units):
             own, group = heads_of(case, layer, disk, [unit]), heads // units
@@ -356,7 +362,7 @@ def test_heads_reach_their_own_columns(case):
     places = case.arch.locations(disk, model, lambda tensor: disk[tensor].shape)
     seen = []
     for layer, found in enumerate(case.layers[1]):
-        counts = case.arch.head_counts(model.config, layer)
+        counts = case.arch.head_counts(case.config, layer)
         if not counts[0] or (counts, *found.weights) in seen:
             continue
         seen.append((counts, *found.weights))
@@ -383,7 +389,7 @@ def test_heads_reach_their_own_columns(case):
                         assert found_there, (layer, chosen, part)
                         moved[columns] = False
                         assert not moved.any(), (layer, chosen, part)
-            for part in case.arch.shared_parts(model.config, layer, disk, lambda tensor: disk[tensor].shape):
+            for part in case.arch.shared_parts(case.config, layer, disk, lambda tensor: disk[tensor].shape):
                 first = replace(part, index=slice(0, max(1, len(disk[part.tensor]) // counts[0])))
                 with changed(model, places[part.tensor], first):
                     moved = (attention()[0] != inputs)[0].any(0)
@@ -479,11 +485,11 @@ def test_counts_and_means(case):
             measured.add(ids[2:])
         for layer, found in enumerate(layers):
             values = slow_activations(model, blocks_of(model)[layer], found, case.arch.neuron_projection, ids)
-            width = case.arch.ffn_width(model.config, layer)
+            width = case.arch.ffn_width(case.config, layer)
             counts = [(own > 0).sum(0) for own in values]
             assert counter.counts[layer][:width].tolist() == [int(n) for own in counts for n in own], layer
             assert not counter.counts[layer][width:].any()
-            routed = [len(own) for own in values[: case.arch.experts(model.config, layer)]]
+            routed = [len(own) for own in values[: case.arch.experts(case.config, layer)]]
             assert counter.routed[layer][: len(routed)].tolist() == routed
             slow = [float(own.mean(0)[i]) if len(own) else 0.0 for own in values for i in range(own.shape[1])]
             if width:
@@ -493,7 +499,7 @@ def test_counts_and_means(case):
 
 def chosen_of(case, model, layer: int) -> list[int]:
     """The first, the middle and the last neuron of a layer; none of a layer without an FFN."""
-    width = case.arch.ffn_width(model.config, layer)
+    width = case.arch.ffn_width(case.config, layer)
     return sorted({0, width // 2, width - 1}) if width else []
 
 

@@ -125,7 +125,7 @@ TINY = {
     "falcon_h1": MAMBA,
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "block_multiple_of": 8},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"], "num_dense_layers": 1},
-    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+    "nemotron_h": {"chunk_size": 8, "layers_block_type": ["mamba", "moe", "attention", "mlp"]},
     "kimi_linear": DENSE_FIRST
     | {
         "layer_types": ["full_attention", "linear_attention", "full_attention"],
