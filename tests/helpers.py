@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,16 @@ def shared_dir() -> str | None:
     """
     beside = ROOT.parent / "shared"
     return os.environ.get("SHARED_DIR") or (str(beside) if beside.is_dir() else None)
+
+
+def clone(folder: Path) -> Path:
+    """A copy of the tracked files in `folder`, as a clone has them, in which nothing was run yet."""
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def skip_without(package: str) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, clone
 from launch import SNAKEMAKE, shim
 from test_claims import STEPS, L, MadeUp
 
@@ -22,12 +21,7 @@ SEED = 3  # of the made-up study; there is 4, too
 def copy(tmp_path_factory):
     """The tracked files, with what the recipes have one write; and beside them a study of made-up results."""
     place = tmp_path_factory.mktemp("adding")
-    copy = place / "repository"
-    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, copy / name)
+    copy = clone(place / "repository")
     blocks = dict(BLOCK.findall((ROOT / "docs/adding.md").read_text()))
     assert list(blocks) == ["depth/depth.py", "workflow/Snakefile", "report/claims/t1.py"]
     workflow = copy / "workflow/Snakefile"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 from helpers import ROOT
 from launch import SNAKEMAKE, shim
@@ -20,14 +21,7 @@ PAIR = "eng_Latn-qaa_Latn"
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of the tracked files, as a clone has them, in which nothing was run yet."""
-    place = tmp_path_factory.mktemp("clone") / "project"
-    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).is_file():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, place / name)
-    return place
+    return helpers.clone(tmp_path_factory.mktemp("clone") / "project")
 
 
 def run(command, where, **environment):

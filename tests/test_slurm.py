@@ -10,13 +10,12 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, skip_without
+from helpers import clone, skip_without
 from launch import shim
 
 skip_without("snakemake_executor_plugin_slurm")
@@ -79,11 +78,7 @@ def snakemake(place: Path, *flags: str, python: str = sys.executable) -> str:
 def place(tmp_path_factory):
     """A clone's workflow, demo and scripts; and fake Slurm commands."""
     place = tmp_path_factory.mktemp("slurm")
-    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).is_file():
-            (place / "project" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, place / "project" / name)
+    clone(place / "project")
     (place / "bin").mkdir()
     for name, text in (("sbatch", SBATCH), ("sacct", SACCT), ("sinfo", "#!/bin/sh\necho 'PARTITION'\necho 'any*'\n")):
         file = place / "bin" / name
