@@ -206,7 +206,7 @@ def server(models):
             "org/private": Repository({"main": models["main"]}, private=True),
         }
     )
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
