@@ -84,6 +84,21 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.fixture(scope="session")
+def train():
+    from helpers import load_script
+
+    return load_script("cpt/train.py")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """For short trainings (short_training.py)."""
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("\n".join(f"the {word} runs home at {word}" for word in ["red", "dog", "cat", "night", "sun"] * 6))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _nothing_said_before():
     """What a script says once is said again in the next test."""

@@ -8,11 +8,6 @@ from pathlib import Path
 import yaml
 
 
-def write_text(path: Path) -> Path:
-    path.write_text("\n".join(f"the {word} runs home at {word}" for word in ["red", "dog", "cat", "night", "sun"] * 6))
-    return path
-
-
 def run(train, base: Path, text: Path, out: Path, *flags: str, **changes) -> Path:
     """Train `base` on `text` with cpt/train.py into `out`; `changes` of the training file."""
     values = {

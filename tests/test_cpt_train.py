@@ -28,11 +28,6 @@ STEPS, BLOCK, BATCH = 12, 16, 4
 
 
 @pytest.fixture(scope="module")
-def train():
-    return load_script("cpt/train.py")
-
-
-@pytest.fixture(scope="module")
 def initial():
     return cli.sibling("cpt/initial.py")
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import bits, load_script, read_tensors, save_tiny
-from short_training import record, run, write_text
+from helpers import bits, read_tensors, save_tiny
+from short_training import record, run
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
@@ -39,16 +39,6 @@ def entries(found, parameter):
 
 
 # --- in a training
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load_script("cpt/train.py")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "a.txt")
 
 
 @pytest.fixture(scope="module")

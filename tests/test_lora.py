@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import short_training
-from helpers import EVERY_ARCHITECTURE, bits, load_script, read_tensors, save_tiny, skip_without
-from short_training import record, write_text
+from helpers import EVERY_ARCHITECTURE, bits, read_tensors, save_tiny, skip_without
+from short_training import record
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import cli
@@ -102,16 +102,6 @@ def test_the_nearest_sum_is_the_nearest():
 
 
 # --- in a training
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load_script("cpt/train.py")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "a.txt")
 
 
 run = functools.partial(short_training.run, weight_decay=0.1)
