@@ -78,6 +78,16 @@ def test_nothing_held_out_is_trained_on(script, sources, tmp_path):
     assert "cpt.fra" not in lines
 
 
+def test_openings(script, monkeypatch):
+    monkeypatch.setattr(script, "LENGTH", 12)
+    said = {
+        "One. Two. Three. Four.": "One. Two.",
+        "A long sentence. B.": "A long sentence.",
+        "No end of it": "No end of it",
+    }
+    assert {article: script.opening(article) for article in said} == said
+
+
 def test_runs_of_words(script):
     text = " ".join(WORDS[:15])
     assert script.runs(text) == {tuple(WORDS[i : i + 13]) for i in range(3)}

@@ -1,9 +1,10 @@
 """The split of the Swahili study: what is trained on, what neurons are found on, what losses are of, and none in two.
 
 LAFAND-MT English-Swahili (dev and test are held out, train gives Swahili documents of eight lines) and MasakhaNEWS
-articles in three languages: of twelve in a row one is held out for losses, two for neurons, and nine are trained on
-(of French none). A text that is trained on must not share thirteen words in a row with one that is not (Brown et al.
-2020, appendix C, in the languages' own words), nor be one that is shorter; what did is left out and counted.
+articles in three languages: of twelve in a row one is held out for losses (its opening, of sixty of them), two for
+neurons, and nine are trained on (of French none). A text that is trained on must not share thirteen words in a row with
+one that is not (Brown et al. 2020, appendix C, in the languages' own words), nor be one that is shorter; what did is
+left out and counted.
 
 In:  --news: lafand.{train,dev,test}.{swh,eng}.gz and masakhanews.{swh,eng,fra}.txt.gz; --sib200: its local copy.
 Out: OUT/cpt.{swh,eng}.txt, lsn.{swh,eng,fra}.txt, heldout.{swh,eng,fra}.txt, a document a line; texts.json, last.
@@ -26,11 +27,18 @@ SCHEMA = "swahili-texts"
 LANGUAGES = {"swh": "swh_Latn", "eng": "eng_Latn", "fra": "fra_Latn"}
 RUN = 13  # words in a row that two texts must not share
 LINES = 8  # of LAFAND-MT, whose neighbours are mostly of one article, in a document
+HELD_OUT, LENGTH = 60, 600  # articles for losses, of each the sentences within so many characters
 
 
 def role(article: int) -> str:
     """What the article in this line (from 0) of a MasakhaNEWS file is for."""
     return {2: "heldout", 5: "lsn", 11: "lsn"}.get(article % 12, "cpt")
+
+
+def opening(article: str) -> str:
+    """The first sentences of an article that are within LENGTH characters; at least one."""
+    end = article.rfind(". ", 0, LENGTH)
+    return article[: end + 1] if end > 0 else article[: article.find(". ") + 1] or article
 
 
 def runs(text: str) -> set[tuple[str, ...]]:
@@ -71,6 +79,7 @@ def split(news: Path, sib: Path) -> tuple[dict[str, list[str]], dict]:
             name = f"{part}.{lang}"
             found[name], left_out[name] = without(parts[part, lang], taken)
             taken.update(*map(runs, found[name]))
+        found[f"heldout.{lang}"] = [opening(article) for article in found[f"heldout.{lang}"][:HELD_OUT]]
         if lang == "fra":
             continue
         name = f"cpt.{lang}"
