@@ -18,7 +18,7 @@ for name, of_run in OTHER_TRAINED.items():
         output: update(f"{OTHER_RUNS[name]}/train.json")
         params: config=of_run, place=OTHER_RUNS[name]
         log: LOGS / f"train-run-{name}.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: TRAIN_OTHER
 
@@ -34,7 +34,7 @@ if PLAN.spectral:
         input: BASE_FILES, RUN_FILES, code=made_of("spectral/spectrum.py")
         output: SPECTRUM, figure(beside(SPECTRUM, ".png"), "spectrum")
         log: LOGS / "spectrum.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: run("spectral/spectrum.py")
 
@@ -51,7 +51,7 @@ if PLAN.spectral:
         output:
             REWIND, figure(beside(REWIND, ".png"), "rewind"), figure(beside(REWIND, ".energy.png"), "rewind_energy"),
         log: LOGS / "rewind.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: run("spectral/rewind.py")
 
@@ -59,7 +59,7 @@ if PLAN.spectral:
         input: BASE_FILES, RUN_FILES, TASK_FILES, code=made_of("spectral/truncate.py")
         output: TRUNCATE, figure(beside(TRUNCATE, ".png"), "truncate")
         log: LOGS / "truncate.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: run("spectral/truncate.py")
 
@@ -69,6 +69,6 @@ if PLAN.spectral:
             input: BASE_FILES, RUN_FILES, OTHER_FILES, TASK_FILES, code=made_of("spectral/connect.py")
             output: CONNECT, figure(beside(CONNECT, ".png"), "connect")
             log: LOGS / "connect.log"
-            threads: THREADS
+            threads: EACH
             resources: gpu=1
             shell: run("spectral/connect.py")

@@ -10,7 +10,7 @@ if PLAN.ablation:
         input: BASE_FILES, RUN_FILES, TASK_FILES, code=made_of("layer-ablation/ablation_sweep.py")
         output: ABLATION, figure(beside(ABLATION, ".png"), "layer_ablation")
         log: LOGS / "layer-ablation.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: run("layer-ablation/ablation_sweep.py")
 

@@ -10,7 +10,7 @@ rule attn_vs_ffn:
     input: BASE_FILES, RUN_FILES, code=made_of("weight-diff/attn_vs_ffn.py")
     output: ATTN_VS_FFN, figure(beside(ATTN_VS_FFN, ".png"), "attn_vs_ffn")
     log: LOGS / "attn-vs-ffn.log"
-    threads: THREADS
+    threads: EACH
     shell: run("weight-diff/attn_vs_ffn.py")
 
 
@@ -28,7 +28,7 @@ if LSN:
         input: TOKEN_IDS, RUN_FILES, code=made_of("lsn/activation.py")
         output: COUNTS
         log: LOGS / "activation-counts.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: run("lsn/activation.py")
 
@@ -47,7 +47,7 @@ if LSN:
             input: MASK, COUNTS, TOKEN_IDS, code=made_of("lsn/deactivate.py")
             output: DEACTIVATION, figure(beside(DEACTIVATION, ".png"), "deactivation")
             log: LOGS / "deactivate.log"
-            threads: THREADS
+            threads: EACH
             resources: gpu=1
             shell: run("lsn/deactivate.py")
 
@@ -61,7 +61,7 @@ if LSN:
             directory(ACTIVATION / "base"),
             figure(ACTIVATION / f"{STUDY.name}.png", "lsn_activation"),
         log: LOGS / "lsn-activation.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: run("lsn/lsn_activation_cpt.py")
 
@@ -69,7 +69,7 @@ if LSN:
         input: MASK, CONTROL, code=made_of("weight-diff/gate_lsn.py")
         output: GATE_LSN, figure(beside(GATE_LSN, ".png"), "gate_lsn")
         log: LOGS / "gate-lsn.log"
-        threads: THREADS
+        threads: EACH
         shell: run("weight-diff/gate_lsn.py")
 
     rule activation_correlation:
@@ -101,7 +101,7 @@ if LSN:
             figure(COMPONENTS / "{component}" / "controls.png", "component_swap"),
         params: measures="retrieval nll" if PLAN.loss else "retrieval"
         log: LOGS / "{component}-controls.log"
-        threads: THREADS
+        threads: EACH
         resources: gpu=1
         shell: run("component-swap/{wildcards.component}.py", f"--controls {CONTROLS} --measures {{params.measures}}")
 
