@@ -1,0 +1,383 @@
+"""Every number of a study's result files as rows of one table, found again by its columns instead of by its place.
+
+A result is read by the reader of its header's schema (`READERS`): patterns that say which parts of a number's place in
+the JSON are columns. What no pattern knows keeps its place as the name of its measure, so that no number is left out;
+a new experiment adds a line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+from cpt_utils.base import cli, experiments, results
+from cpt_utils.base.study import Study
+
+# `hidden_state` i is what block i - 1 puts out, 0 the embeddings; a number about a block's weights has a `layer`.
+COLUMNS = (
+    "study", "seed", "run", "step", "layer", "hidden_state", "component", "language", "condition", "measure", "value",
+    "ci_low", "ci_high", "n", "controls", "result", "file",
+)  # fmt: skip
+PLAIN = "plain"  # the study's own run among its arms and other runs
+WHOLE = ("seed", "step", "layer", "hidden_state", "n", "controls")  # the columns of whole numbers
+
+# A mapping with an interval or a number of units says these of the first of MAIN that it has.
+MAIN = (
+    "own_minus_random", "own_minus_matched", "own", "value", "mean", "gain", "correlation", "difference", "harm",
+    "selectivity", "nll_per_byte", "ratio", "acc", "acc,none",
+)  # fmt: skip
+UNITS = ("n", "n_units", "n_points", "documents", "n_tokens")
+CONTROLS = ("n_random", "n_matched", "n_pairs", "draws")
+# Not numbers, but settings, and lists of layers, heads and names.
+SETTINGS = {
+    results.HEADER, "request", "shape", "step", "n_layers", "seed", "set", "layer", "expert", "orders", "sweeps",
+    "what",
+}  # fmt: skip
+LABELS = {
+    "interface_layers", "semantic_layers", "semantic_hub_layers", "random_layers", "layers",
+    "lsn_rich", "interface", "hub_blocks", "differs", "richest_layers", "languages", "kept", "chain", "margins",
+    "seeds", "runs", "steps", "files",
+}  # fmt: skip
+# What the entries of a list are called; what the name says is no number of theirs.
+ENTRIES = {
+    "sets": "{component}/{name}", "conditions": "{name}", "points": "{curve} {at} {draw}", "orders": "{name}",
+    "heads": "layer_{layer}/unit_{unit}", "single": "layer_{layer}/unit_{unit}", "query_heads": "head_{head}",
+    "matrices": "{name}", "numbers": "{name}", "beside": "{name}", "pairs": "{runs}", "against_full": "{share}",
+}  # fmt: skip
+TEMPLATE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+KINDS = {"component": "[^/]*", "step": r"\d+|base", "layer": r"\d+", "hidden_state": r"\d+", "measure": ".+"}
+
+ABS = {"measure": "mean_abs"}  # mean |dW|
+SETS = [
+    "sets/{component}/{condition}/values/{measure}", "sets/{component}/{condition}/{measure}",
+]  # fmt: skip
+CURVES = [*SETS, "points/{condition}/values/{measure}", "points/{condition}/{measure}"]
+LAYER = "checkpoints/{step}/layers/layer_{layer}"
+
+
+def of_steps(payload: dict, header: dict) -> dict:
+    """Its series, lists over steps, by step."""
+    series = payload.get("series") or {}
+    lists = {key: values for key, values in series.items() if key != "steps" and isinstance(values, list)}
+    steps = enumerate(map(str, series.get("steps", [])))
+    found = {step: {key: values[i] for key, values in lists.items()} for i, step in steps}
+    return payload | {"series": found | {key: series[key] for key in series if key not in lists and key != "steps"}}
+
+
+def counted(payload: dict, header: dict) -> dict:
+    """A mask {language: {layer: neurons}} as the number of neurons."""
+    return {lang: {layer: len(neurons) for layer, neurons in own.items()} for lang, own in payload.items()}
+
+
+def tasks(payload: dict, header: dict) -> dict:
+    """Of an lm_eval result the scores, with the number of rows."""
+    rows = payload.get("n-samples") or {}
+    scores = payload.get("results") or {}
+    return {
+        task: {**own, "sample_len": None, "n": (rows.get(task) or {}).get("effective")} for task, own in scores.items()
+    }
+
+
+def with_groups(payload: dict, header: dict) -> dict:
+    """A split of the layers, with 1 for the layers of the hub and 0 for the others, and the gate."""
+    n, hub = len(payload.get("layer_accuracy") or []), payload.get("semantic_layers") or []
+    return payload | {"in_hub": [int(layer in hub) for layer in range(n)], "gate": header.get("gate")}
+
+
+# schema -> patterns of the place of a number, of which the first that fits counts: a name in braces is a column,
+# `{column:regex}` one that fits the regex, `also` the end of the measure. In a pair, what other columns are (of the
+# measure the beginning).
+READERS: dict[str, list] = {
+    "ablation-sweep": [
+        "conditions/{condition}/values/{measure}", "retention/{condition}/{measure}/{also}",
+        "summary/{measure}/{also:marginal_in|marginal_out}/{layer}", "summary/{measure}",
+    ],
+    "activation_correlation": ["series/{step}/{measure}", "series/{measure}"],
+    "arms": ["models/{run}/values/{measure}", "models/{run}/{measure}"],
+    "attn_vs_ffn": [
+        (LAYER + "/{component:attention|ffn}_{also:max|mean}", ABS),
+        LAYER + "/{measure:\\w+}/{component:attention|ffn}_{also:max|mean}",
+        LAYER + "/{measure:\\w+}/{component}", LAYER + "/{measure:delta_attn_ffn}", (LAYER + "/{component}", ABS),
+        "checkpoints/{step}/{measure:summary\\w*}/{component}", "checkpoints/{step}/{measure}",
+        ("pooled/{step}/{component}", {"measure": "pooled_relative"}),
+    ],
+    "claims": ["claims/{condition}/{measure}"],
+    "connect": [*CURVES, "distance/{layer}/{measure}", "distance/{component}/{measure}"],
+    "deactivation": [
+        "{also:matrix}/{condition}/{language}", "{measure:random|active}/{condition}/{also}/{language}",
+        "{measure:unmasked|tokens|documents}/{language}", "{measure:n_neurons|left_out}/{condition}",
+        "{measure:activity|selectivity|diagonal}/{condition}/{also:.+}",
+    ],
+    "downstream_correlation": [
+        ("values/{step}/{component:interface|semantic_hub}_avg", ABS), "values/{step}/{measure}",
+        "{component:interface|semantic_hub}/{measure}",
+    ],
+    "gate_lsn": [
+        ("checkpoints/{step}/layers/layer_{layer}/{component}", {**ABS, "condition": "lsn"}),
+        ("checkpoints/{step}/{condition:control}/layer_{layer}/{component}", ABS),
+        ("checkpoints/{step}/summary/{condition}", ABS), "{measure:neurons}/{layer}",
+    ],
+    "heads": [
+        "heads/layer_{layer}/{condition:unit_\\d+/head_\\d+|unit_\\d+}/{measure}", "steps/{step}/{measure}",
+    ],
+    "int_and_sem": [
+        ("checkpoints/{step}/{component:interface|semantic_hub}_avg", ABS), ("layers/{step}/{layer}", ABS),
+    ],
+    "language-loss": ["{language}/{step}/{measure}"],
+    "layer-specialize": ["{measure:layer_accuracy|label_stability|in_hub}/{layer}"],
+    "lm_eval": ["sib200_{language}/{measure}"],
+    "lsn-activation": [
+        ("layers/{layer}", {"measure": "activation"}), ("{measure:all_layers}", {"measure": "activation"}),
+    ],
+    "lsn-layers": [("counts/{layer}", {"measure": "neurons"})],
+    "lsn-mask": [("{language}/{layer}", {"measure": "neurons"})],
+    "lsn-report": [
+        "languages/{language}/{measure:counts|own}/{layer}", "languages/{language}/{measure}",
+    ],
+    "rewind": [*CURVES, "{measure:largest|best|beyond}/{condition}/{also:.+}"],
+    "rewind-singles": [*SETS, "single/layer_{layer}/{condition}/{measure}"],
+    "runs": ["runs/{run}/values/{measure}/mean", "runs/{run}/{measure}"],
+    "sentence-retrieval": ["{measure:[^/]+}/{hidden_state}"],
+    "spectrum": [
+        "matrices/layer_{layer}.{component}/steps/{step}/{measure}", "pooled/{step}/{measure}",
+        ("matrices/layer_{layer}.{component}/{measure}", {"step": 0}),
+    ],
+    "swap-controls": [
+        "sets/{component}/{condition}/{measure:\\w+_accuracy}/{hidden_state}", *SETS,
+        "additive/{measure}/{also:per_layer}/{layer}", "{also:matched}/{condition}/{measure}",
+    ],
+    "truncate": [*CURVES, "{measure:largest|beyond}/{condition}/{also:.+}"],
+}  # fmt: skip
+PREPARE: dict[str, Callable[[dict, dict], dict]] = {
+    "activation_correlation": of_steps, "layer-specialize": with_groups, "lm_eval": tasks, "lsn-mask": counted,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- one file
+
+
+def numbers(value, place: tuple[str, ...] = (), around=None) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """(place, {value, ci_low, ci_high, n, controls}) of every number below `value`; None and truth values are none.
+
+    Args:
+        around: the intervals of the numbers below, in the same order and under the same names.
+    """
+    value, around = _by_name(value, place[-1] if place else ""), _by_name(around, "")
+    if isinstance(value, dict):
+        yield from _in_mapping(value, place, around if isinstance(around, dict) else {})
+    elif _is_number(value):
+        low, high = around.values() if isinstance(around, dict) and len(around) == 2 else (None, None)
+        yield place, {"value": value, "ci_low": low, "ci_high": high}
+
+
+def _in_mapping(value: dict, place: tuple[str, ...], around: dict) -> Iterator[tuple[tuple[str, ...], dict]]:
+    facts = {"n": _first(value, UNITS), "controls": _first(value, CONTROLS)}
+    about = "ci_low" in value or any(fact is not None for fact in facts.values())
+    main = next((key for key in MAIN if about and _is_number(value.get(key))), None)
+    said = [name for name in (*UNITS, *CONTROLS) if main and _is_number(value.get(name))]
+    ends = {key: value.get(key) for key in ("ci_low", "ci_high")}
+    if main:
+        own = {"value": value[main], **ends, **facts}
+        yield place if main in ("value", "mean", *place[-1:]) else (*place, main), own
+    for key, below in value.items():
+        if key in (main, *ends) or key in said or key.endswith("_ci") or key == "intervals" or _is_label(key, below):
+            continue
+        intervals = around.get(key, value.get(f"{key}_ci"))
+        if key in ("matrix", "retention"):
+            intervals = value.get("intervals")
+        elif key == "values" and all(isinstance(end, dict) for end in ends.values()):
+            intervals = {name: [end.get(name) for end in ends.values()] for name in below}
+        yield from numbers(below, (*place, *key.split("/")), intervals)
+
+
+def _by_name(value, called: str):
+    """A list as a mapping: of pairs [x, number] by x, of mappings by what they are called, of others by place."""
+    if not isinstance(value, list):
+        return value
+    firsts = [one[0] for one in value if isinstance(one, list) and len(one) in (2, 3, 4) and _is_number(one[0])]
+    if len(firsts) == len(value) > 0 and all(a < b for a, b in itertools.pairwise(firsts)):
+        return {str(one[0]): _beyond_first(one[1:]) for one in value}
+    if called not in ENTRIES:
+        return {str(i): one for i, one in enumerate(value)}
+    keys = re.findall(r"\{(\w+)\}", ENTRIES[called])
+    names = [ENTRIES[called].format(**{key: one.get(key, "") for key in keys}).strip() for one in value]
+    found: dict[str, dict] = {}
+    for i, (name, one) in enumerate(zip(names, value, strict=True)):
+        if names.count(name) > 1:  # random sets are told by their layers
+            name += f" {one['layers']}" if one.get("layers") else f" {names[:i].count(name)}"
+        found[name] = {key: below for key, below in one.items() if key not in keys}
+    return found
+
+
+def _beyond_first(rest: list):
+    """What stands behind x: a number, an interval, or a number with its interval."""
+    if len(rest) == 3:
+        return dict(zip(("value", "ci_low", "ci_high"), rest, strict=True))
+    return rest[0] if len(rest) == 1 else rest
+
+
+def _is_label(key: str, below) -> bool:
+    return key in SETTINGS or (key in LABELS and isinstance(below, list))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _first(value: dict, names: tuple[str, ...]):
+    return next((value[name] for name in names if _is_number(value.get(name))), None)
+
+
+# ---------------------------------------------------------------- columns
+
+
+def of_file(payload: dict, header: dict) -> Iterator[dict]:
+    """The numbers of one result as rows of those columns that its JSON says."""
+    schema = header["schema"]
+    readers = [(_pattern(template), fixed) for template, fixed in map(_entry, READERS.get(schema, []))]
+    usual = _of_header(header)
+    prepared = PREPARE[schema](payload, header) if schema in PREPARE else payload
+    for place, number in numbers(prepared):
+        path = "/".join(place)
+        matches = ((found, fixed) for pattern, fixed in readers if (found := pattern.fullmatch(path)))
+        match, own = next(matches, (None, {}))
+        named = match.groupdict() if match else {"measure": path}
+        measure = [part for part in (own.get("measure"), named.get("measure"), named.pop("also", None)) if part]
+        yield _tidied(usual | number | own | named | {"measure": "/".join(measure)}, header)
+
+
+def _tidied(row: dict, header: dict) -> dict:
+    measure, _, language = row["measure"].partition(":")
+    if measure.rpartition("/")[2] == "nll_per_byte" and language:  # of another language than the target
+        language, slash, rest = language.partition("/")
+        row |= {"measure": measure + slash + rest, "language": language}
+    if "base" in (row.get("run"), row.get("step"), row.get("condition")):
+        row |= {"step": 0}
+        row |= {"run": None} if row.get("run") == "base" else {}
+    row |= {"component": "attention"} if row.get("component") == "attn" else {}
+    if row.get("n") is None:
+        row["n"] = _units(row["measure"], header)
+    return {key: int(x) if key in WHOLE and x is not None else x for key, x in row.items() if x != ""}
+
+
+def _units(measure: str, header: dict):
+    """Over how many sentences, documents or rows of the task a mean is, from the header."""
+    for begins, keys in (("retrieval", ("n_used",)), ("nll_per_byte", ("heldout", "documents")),
+                         ("task_accuracy", ("task", "rows"))):  # fmt: skip
+        if measure.startswith(begins) and "/" not in measure:
+            found = header
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            return found
+    return header.get("n_used") if header["schema"] == "sentence-retrieval" else None
+
+
+def _of_header(header: dict) -> dict:
+    """What a header says of all numbers of its file."""
+    models = header.get("models") or {}
+    one = next((models[role] for role in ("target", "plain", "model") if models.get(role)), {})
+    language = header.get("language") or header.get("target_lang")
+    found = {"step": one.get("step"), "language": language}
+    if header["schema"] == "heads":
+        found["step"] = max(models.get("checkpoints") or {}, key=int, default=None)
+    if header["schema"] == "lsn-activation":
+        found["condition"] = "control" if header.get("control") else "lsn"
+    return found
+
+
+def _entry(entry) -> tuple[str, dict]:
+    return entry if isinstance(entry, tuple) else (entry, {})
+
+
+@cache
+def _pattern(template: str) -> re.Pattern:
+    parts, end = [], 0
+    for found in TEMPLATE.finditer(template):
+        name, regex = found[1], found[2] or KINDS.get(found[1], "[^/]+")
+        parts += [re.escape(template[end : found.start()]), f"(?P<{name}>{regex})"]
+        end = found.end()
+    return re.compile("".join(parts) + re.escape(template[end:]))
+
+
+# ---------------------------------------------------------------- a study
+
+
+def files(study: Study) -> Iterator[tuple[str, Path]]:
+    """(step, file) of every result of a study that is there, in the order of steps and names."""
+    for step in sorted(experiments.said("RESULTS")):
+        place = study.result(step)
+        if place.is_dir():
+            found = sorted(place.rglob("*.json"))
+            yield from ((step, path) for path in found if not (path.parent / "config.json").is_file())
+        elif place.is_file():
+            yield step, results.facts_beside(place) if results.facts_beside(place).is_file() else place
+            for more in ("singles", "report"):  # of the same measurement
+                if (beside := place.with_suffix(f".{more}.json")).is_file():
+                    yield step, beside
+
+
+def read(study: Study) -> Iterator[tuple[str, Path, dict, dict]]:
+    """(step, file, payload, header) of every result of a study; what was made with --limit is left out, and said so.
+
+    Raises:
+        InputError: a file is damaged, or not what its step writes.
+    """
+    for step, path in files(study):
+        if b'"_header"' not in path.read_bytes():  # made by hand, or settings of a tool
+            continue
+        payload, header = results.read_json(path, allow_limited=True)
+        if header.get("limit") is not None:
+            cli.warn(f"{path} was made with --limit {header['limit']} and is left out")
+        elif header.get("schema"):
+            yield step, path, payload, header
+
+
+def rows(study: Study) -> list[dict]:
+    """Every number of every result of a study, or of one of its arms or runs, as rows of `COLUMNS`.
+
+    What is missing gives no row, and what does not apply to a number is None. `result` is the step's name in the
+    RESULTS of its script.
+    """
+    found = list(read(study))
+    steps = _steps(study, [header for *_, header in found])
+    same = {"study": study.name, "seed": study.seed, "run": study.arm or PLAIN}
+    table = []
+    for step, path, payload, header in found:
+        where = {"result": step, "file": str(path)}
+        about = _model(header, steps) if header["schema"] in ("sentence-retrieval", "lm_eval", "lsn-activation") else {}
+        for row in of_file(payload, header):
+            row |= {key: value for key, value in about.items() if value is not None}
+            row |= where | {key: value for key, value in same.items() if row.get(key) is None}
+            table.append({column: row.get(column) for column in COLUMNS})
+    return table
+
+
+def _steps(study: Study, headers: list[dict]) -> dict[tuple, int]:
+    """The step of every model that is the study's base (0) or in its run, by what its weights are, else its place."""
+    base, found = study.get("base"), {}
+    for models in (header.get("models") or {} for header in headers):
+        run = models.get("checkpoints") or {}
+        if models.get("base") and (base is None or models["base"].get("spec") == base):
+            found |= {_identity(ref): int(step) for step, ref in run.items()} | {_identity(models["base"]): 0}
+    return found
+
+
+def _identity(ref: dict) -> tuple:
+    return tuple(ref.get(key) for key in ("weights_sample", "config_sha256")) if ref.get("weights_sample") else (
+        ref.get("model_id"), ref.get("revision")
+    )  # fmt: skip
+
+
+def _model(header: dict, steps: dict[tuple, int]) -> dict:
+    """Step of the run, or condition, of the one model that a result is about."""
+    models = header.get("models") or {}
+    ref = models.get("model") or {}
+    if "untrained_like" in models:
+        return {"condition": "untrained"}
+    if not ref or _identity(ref) in steps:
+        return {"step": steps.get(_identity(ref))}
+    name = re.sub(r"(__)?checkpoint-\d+$", "", str(ref.get("model_id")))
+    return {"condition": name.replace("__", "/")} if name or ref.get("step") is None else {"step": ref["step"]}
