@@ -312,7 +312,7 @@ def files(study: Study) -> Iterator[tuple[str, Path]]:
         if place.is_dir():
             found = sorted(place.rglob("*.json"))
             yield from ((step, path) for path in found if not (path.parent / "config.json").is_file())
-        elif place.is_file():
+        elif place.is_file() and place.suffix == ".json":
             yield step, results.facts_beside(place) if results.facts_beside(place).is_file() else place
             for more in ("singles", "report"):  # of the same measurement
                 if (beside := place.with_suffix(f".{more}.json")).is_file():

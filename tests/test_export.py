@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+from helpers import ROOT, load_script
 from test_claims import STEPS, L
 from test_report_figures import Illustrated
 
@@ -14,6 +19,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 
 rows = cli.sibling("report/rows.py")
+script = load_script("report/export.py")
 LAST = STEPS[-1]
 
 
@@ -143,3 +149,119 @@ def test_a_new_kind_of_result_keeps_its_keys_as_names():
         ("depth", 2.5, 7), ("by/0", 0.5, 7), ("by/3", 0.25, 7)
     ]  # fmt: skip
     assert (found[0]["ci_low"], found[0]["ci_high"], found[0]["n"]) == (2.0, None, 9)
+
+
+# ---------------------------------------------------------------- report/export.py
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    script.main(["--study", str(finished.study), "--output", str(folder)])
+    return folder
+
+
+def test_csv_and_parquet_are_the_rows_and_missing_is_empty(exported, table):
+    from pyarrow import parquet
+
+    assert parquet.read_table(exported / "numbers.parquet").to_pylist() == table
+    with open(exported / "numbers.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in table]
+    assert lines == as_text and any(line["layer"] == "" for line in lines)
+
+
+def test_the_order_of_files_on_disk_changes_nothing(exported, finished, monkeypatch, tmp_path):
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: reversed(list(listed(path, pattern))))
+    script.main(["--study", str(finished.study), "--output", str(tmp_path)])
+    for path in sorted(exported.rglob("*.*")):
+        assert path.read_bytes() == (tmp_path / path.relative_to(exported)).read_bytes(), path
+
+
+def test_tables_are_as_wide_as_a_column_and_hold_the_numbers(exported, finished):
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    def points(text, size):  # in Times, as LaTeX sets it but for kerning
+        text = re.sub(r"[${}\\]", "", text.replace(r"\pm", "±").replace("h_", "h"))
+        return TextPath((0, 0), text, size=size, prop=FontProperties("STIXGeneral")).get_extents().width if text else 0
+
+    def width(cell):
+        first, _, small = cell.partition(r"\scriptsize")
+        return points(first.strip(), 8) + (2 if small else 0) + points(small, 7)
+
+    for path in exported.glob("tables/*.tex"):
+        lines = [line.removesuffix(r" \\").split(" & ") for line in path.read_text().splitlines() if " & " in line]
+        columns = [max(map(width, column)) for column in itertools.zip_longest(*lines, fillvalue="")]
+        assert sum(columns) + 12 * len(columns) < 3.25 * 72.27 + 12, (path.name, columns)
+        assert len(lines) <= 12 and len({len(line) for line in lines}) == 1, path
+    swaps = json.loads((finished.results / "layer-swap/controls.json").read_text())["sets"]
+    cost = next(row for row in swaps if row["name"] == "semantic_hub")["change"]["nll_per_byte"]["mean"]
+    hub = next(line for line in (exported / "tables/swaps.tex").read_text().splitlines() if line.startswith("hub"))
+    assert f"{cost:.3f}".replace("0.", ".") in hub
+
+
+def test_numbers_are_written_as_they_are():
+    told = [script._number(value) for value in (10.489, -0.25, 0.0, 37.0, 1.0, -3.1256, 0.9996)]
+    assert told == ["10.489", "$-$.250", ".000", "37", "1", "$-$3.126", "1.000"]
+
+
+def test_seeds_stand_below_one_another_and_tables_have_mean_and_spread(finished, tmp_path):
+    results_of = tmp_path / "results"
+    for seed in (1, 2):
+        shutil.copytree(finished.results / "weight-diff", results_of / str(seed) / "weight-diff")
+    path = results_of / "2/weight-diff/int_and_sem.json"
+    payload, header = results.read_json(path)
+    for row in payload["checkpoints"].values():
+        row["interface_avg"] += 0.002
+    results.write_json(path, payload, header)
+    study = tmp_path / "study.yaml"
+    study.write_text(f"name: made\nresults: {results_of}/{{seed}}\n")
+    out = tmp_path / "out"
+    script.main(["--study", str(study), "--seeds", "1,2", "--output", str(out)])
+    lines = list(csv.DictReader((out / "numbers.csv").read_text().splitlines()))
+    seeds = {line["seed"] for line in lines}, {line["file"].split("/")[-3] for line in lines}
+    assert seeds == ({"1", "2"}, {"1", "2"})
+    last = payload["checkpoints"][str(LAST)]["interface_avg"]
+    line = (out / "tables/change.tex").read_text().splitlines()[-3]
+    assert line.split(" & ")[1] == rf"{1000 * (last - 0.001):.3f} \scriptsize$\pm$ 1.414"
+    with pytest.raises(InputError, match="several seeds or studies need --output FOLDER"):
+        script.main(["--study", str(study), "--seeds", "1,2"])
+    study.write_text(f"name: made\nresults: {results_of}/1\n")
+    with pytest.raises(InputError, match=r"the seeds share .*results/1.*must hold {seed}"):
+        script.main(["--study", str(study), "--seeds", "1,2", "--output", str(out)])
+
+
+def test_what_cannot_be_exported_is_one_line(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="give --study FILE"):
+        script.main([])
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("name: empty\nresults: nowhere\n")
+    with pytest.raises(InputError, match="nowhere holds no result; run the steps of the README first"):
+        script.main(["--study", str(empty)])
+    with pytest.raises(InputError, match=r"study.yaml and .* are both called made; rename one"):
+        script.main([str(finished.study), str(finished.study), "--output", "out"])
+    assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_the_notebook_draws_its_two_figures_from_the_table(exported, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    notebook = json.loads((ROOT / "docs/plot_your_own.ipynb").read_text())
+    assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names, table = {}, re.search(r'TABLE = "(.*?)"', code[0])[1]
+    assert table == "results/demo/report/numbers.parquet"
+    for cell in code:
+        exec(cell.replace(table, str(exported / "numbers.parquet")), names)
+    figures = [pyplot.figure(number) for number in pyplot.get_fignums()]
+    assert len(figures) == 2
+    lines = figures[0].axes[0].get_lines()
+    assert len(lines) == len(STEPS) + 2 and all(len(line.get_xdata()) == L + 1 for line in lines)
+    assert figures[1].axes[0].images[0].get_array().shape == (7, L)
+    pyplot.close("all")
