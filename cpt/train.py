@@ -293,6 +293,9 @@ def main(argv=None) -> None:
     if args.arm:
         if args.stage != "cpt" or args.freeze or args.train_only or args.lora or args.io:
             raise InputError("--arm goes with --stage cpt, and says itself what is trained (key arms of the study)")
+        if args.arm not in found.get("arms", {}):
+            how = "give --config and --output-dir instead (train.runs and runs of the study)"
+            raise InputError(f"--arm {args.arm} is another run of the study's, with a training file of its own: {how}")
         vars(args).update(found.get("arms")[args.arm])
     if args.stage:
         config_path = found.value(config_path, "--config", f"train.{args.stage}")

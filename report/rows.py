@@ -81,6 +81,14 @@ def tasks(payload: dict, header: dict) -> dict:
     }
 
 
+def compared(payload: dict, header: dict) -> dict:
+    """A comparison without what its figure shows, its numbers by run and name."""
+    return {
+        kind: {run: {row["name"]: row for row in numbers} for run, numbers in payload.get(kind, {}).items()}
+        for kind in ("values", "differences", "agreement")
+    }
+
+
 def with_groups(payload: dict, header: dict) -> dict:
     """A split of the layers, with 1 for the layers of the hub and 0 for the others, and the gate."""
     n, hub = len(payload.get("layer_accuracy") or []), payload.get("semantic_layers") or []
@@ -105,6 +113,7 @@ READERS: dict[str, list] = {
         ("pooled/{step}/{component}", {"measure": "pooled_relative"}),
     ],
     "claims": ["claims/{condition}/{measure}"],
+    "comparison": ["{measure:values|differences|agreement}/{run}/{also:.+}"],
     "connect": [*CURVES, "distance/{layer}/{measure}", "distance/{component}/{measure}"],
     "deactivation": [
         "{also:matrix}/{condition}/{language}", "{measure:random|active}/{condition}/{also}/{language}",
@@ -152,7 +161,8 @@ READERS: dict[str, list] = {
     "truncate": [*CURVES, "{measure:largest|beyond}/{condition}/{also:.+}"],
 }  # fmt: skip
 PREPARE: dict[str, Callable[[dict, dict], dict]] = {
-    "activation_correlation": of_steps, "layer-specialize": with_groups, "lm_eval": tasks, "lsn-mask": counted,
+    "activation_correlation": of_steps, "comparison": compared, "layer-specialize": with_groups, "lm_eval": tasks,
+    "lsn-mask": counted,
 }  # fmt: skip
 
 

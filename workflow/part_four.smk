@@ -1,7 +1,7 @@
 # Part IV of the workflow, the update itself, which `Snakefile` includes: names not defined here are its own.
 
 # Other runs of the base, which the study names, and the training files of those that are trained here.
-OTHER_RUNS, OTHER_TRAINED = STUDY.get("runs", {}), STUDY.get("train.runs", {})
+OTHER_RUNS, OTHER_TRAINED = STUDY.get("runs", {}), {} if ARM else STUDY.get("train.runs", {})
 try:
     for name in OTHER_RUNS.keys() - OTHER_TRAINED.keys():
         refs.run(OTHER_RUNS[name])[-1].config()  # a run that is nowhere ends here, too

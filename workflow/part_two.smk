@@ -17,12 +17,14 @@ rule attn_vs_ffn:
 if LSN:
     # ---------------------------------------------------------------------------- 2. neurons
 
-    rule token_ids:
-        input: TEXTS, BASE_FILES, code=made_of("lsn/load_oscar.py")
-        output: TOKEN_IDS
-        log: LOGS / "token-ids.log"
-        threads: THREADS
-        shell: run("lsn/load_oscar.py", "--max-concurrent {threads}")
+    if not (ARM and all(path.is_file() for path in TOKEN_IDS)):  # made for the study's own run, and shared
+
+        rule token_ids:
+            input: TEXTS, BASE_FILES, code=made_of("lsn/load_oscar.py")
+            output: TOKEN_IDS
+            log: LOGS / "token-ids.log"
+            threads: THREADS
+            shell: run("lsn/load_oscar.py", "--max-concurrent {threads}")
 
     rule activation_counts:
         input: TOKEN_IDS, RUN_FILES, code=made_of("lsn/activation.py")

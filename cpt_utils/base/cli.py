@@ -67,7 +67,7 @@ def parser(doc: str, study: bool = True) -> argparse.ArgumentParser:
         help="study file (YAML) for every value not given here; default: ./study.yaml, if any",
     )
     p.add_argument("--seed", type=int, metavar="N", help="seed of all random draws; default: the study's, else 42")
-    p.add_argument("--arm", metavar="NAME", help="one of the study's `arms`: its run, and results of its own")
+    p.add_argument("--arm", metavar="NAME", help="one of the study's `arms` or `runs`: its run, and results of its own")
     p.add_argument("--overwrite", action="store_true", help="redo and replace finished results")
     return p
 

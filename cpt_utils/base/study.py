@@ -25,7 +25,8 @@ class Study:
 
     Attributes:
         arm: the arm that it is read as (key `arms`): another training of the same run, which is its `run`, and whose
-            results lie below the study's, in `arms/<name>`. Empty: the study itself.
+            results lie below the study's, in `arms/<name>`; or the other run (key `runs`), in `runs/<name>`. Empty: the
+            study itself.
         plain: the study itself, of an arm, too.
     """
 
@@ -49,7 +50,7 @@ class Study:
 
     @classmethod
     def find(cls, path: str | os.PathLike | None = None, seed: int | None = None, arm: str | None = None) -> Study:
-        """The study at `path`, else `study.yaml` in the current folder, else an empty one; read as one of its arms."""
+        """The study at `path`, else `study.yaml` in the current folder, else an empty one; read as an arm or a run."""
         file = Path(path) if path else Path("study.yaml")
         if not path and not file.is_file():
             if arm is not None:
@@ -64,22 +65,22 @@ class Study:
         return found if arm is None else found.of_arm(arm)
 
     def of_arm(self, name: str) -> Study:
-        """The study read as one of its arms.
+        """The study read as one of its arms, or of its other runs.
 
         Raises:
-            InputError: it has no such arm, or no folder of its own as its run.
+            InputError: it has none of that name, or no folder of its own as its run.
         """
-        if name not in (arms := self.get("arms", {})):
-            raise InputError(f"{self.path} has no arm {name!r}; it has {', '.join(arms) or 'none'} (key arms)")
-        run = self.get("run")
-        if not isinstance(run, str):
+        arms, runs, run = self.get("arms", {}), self.get("runs", {}), self.get("run")
+        if name not in (*arms, *runs):
+            there = ", ".join((*arms, *runs)) or "none"
+            raise InputError(f"{self.path} has no arm {name!r}; it has {there} (keys arms and runs)")
+        if name in arms and not isinstance(run, str):
             raise InputError(f"{self.path}: arms are trained beside the study's run, which must be one folder")
         found = copy.copy(self)
-        found.arm, place = name, Path(run)
+        found.arm, kind = name, "arms" if name in arms else "runs"
+        place = Path(run).parent / "arms" / name / Path(run).name if name in arms else runs[name]
         results = self.get("results") or f"results/{self.name}"
-        found.values = self.values | {
-            "run": str(place.parent / "arms" / name / place.name), "results": f"{results}/arms/{name}"
-        }  # fmt: skip
+        found.values = self.values | {"run": str(place), "results": f"{results}/{kind}/{name}"}
         return found
 
     @property

@@ -156,9 +156,13 @@ class Study(Keys):
     spectral: Spectral | None = None
 
     @model_validator(mode="after")
-    def _arms_have_names_of_their_own(self):
-        if taken := {"base", "plain"} & {*(self.arms or {})}:
-            raise ValueError(f"arms: {min(taken)} is what the other models are called; give the arm another name")
+    def _arms_and_runs_have_names_of_their_own(self):
+        arms, runs = {*(self.arms or {})}, {*(self.runs or {})}
+        if taken := {"base", "plain"} & (arms | runs):
+            key = "arms" if taken & arms else "runs"
+            raise ValueError(f"{key}: {min(taken)} is what the other models are called; give the {key[:-1]} another name")
+        if arms & runs:
+            raise ValueError(f"{min(arms & runs)} is an arm and one of the runs; give one of them another name")
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,358 @@
+"""Several CPT runs of one base side by side: retrieval, change of the weights, swaps, neurons, losses and the task, in
+one figure and one table, and what each other run has more or less than the first.
+
+In:   a study with other `runs`, or arms, of which there are results of their own (every script with --arm NAME), or
+      study files of one base and of the same texts, the first the one that others are compared with.
+Out:  OUT (default: the study's report/compare.json): values of every run and differences from the first, over sentences
+      (documents, rows) paired, with --seeds over seeds; tables as .md and .tex, a figure as .pdf and .png.
+
+Full: python report/compare.py --study studies/demo.yaml plain first_half --seeds 0,1,2,3,4 -o build/try/compare.json
+Tiny: python report/compare.py --study demo/tiny.yaml plain second
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from cpt_utils.base import cli, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import relatives
+from cpt_utils.measures import curves, evaluation, verdicts
+
+evidence, interventions = cli.sibling("report/evidence.py"), cli.sibling("report/interventions.py")
+export, rows = cli.sibling("report/export.py"), cli.sibling("report/rows.py")
+shown = cli.sibling("report/compare_shown.py")
+
+SCHEMA = "comparison"
+RESULTS = {"compare": "report/compare.json"}
+CAPTIONS = {
+    "compare": """Several runs
+        CPT runs of one base side by side, each at its last checkpoint where no step is said. Differences are the other
+        run minus the first: of one seed with 95 % intervals over sentences (documents), which both runs were measured
+        on, of several seeds over these. One run of each is one sample of what training does.""",
+}
+SWAPS = {
+    ("layer_swap", "semantic_hub"): "hub",
+    ("attn_int_swap", "attention_interface"): "attention of the interface",
+    ("ffn_lsn_swap", "ffn_lsn_rich"): "FFN of LSN-rich layers",
+}
+DRAWS = 2000
+
+
+# ---------------------------------------------------------------- one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """A number of one run; `units` [n] are what it is the mean of, if known, and `of` what they are of."""
+
+    value: float
+    units: np.ndarray | None = None
+    of: str = ""
+
+    def number(self, name: str, seed: int) -> dict:
+        if self.units is None:
+            return verdicts.number(name, self.value)
+        return verdicts.over_units(name, self.units, seed, self.of, DRAWS) | {"value": self.value}
+
+
+class Run:
+    """What there is of one run: its results, which are checked to be about it, and all its numbers as rows."""
+
+    def __init__(self, study: Study):
+        self.study, self.found, self.table = study, evidence.Results(study, DRAWS), rows.rows(study)
+        self.texts: dict[str, str] = {}  # of held-out text by language: what it was
+
+    def chosen(self, **columns) -> list[dict]:
+        return export.chosen(self.table, **columns)
+
+    def at_last(self, what: str, **columns) -> list[dict]:
+        """The rows of the last checkpoint; Missing where there are none."""
+        of = self.chosen(**columns, step=self.found.last["step"])
+        if not of:
+            raise evidence.Missing(f"there is no {what} of {self.found.last['spec']}")
+        return of
+
+
+def retrieval(run: Run) -> dict[str, Quantity]:
+    """Accuracy of the published curve and with lengths and languages taken out, at each hidden state and their mean."""
+    found, quantities = run.found, {}
+    file = found.checked(found.retrieval_path(found.last), "retrieval", "sentence-retrieval")
+    for curve in (curves.MEASURES["published"], curves.MEASURES["unit_centred"]):
+        hits = found.hits(file, curve.key, curve.hits)
+        means = {"mean over h_1 .. h_L": hits[1:].mean(0), "last hidden state": hits[-1]}
+        means |= {f"h_{state}": own for state, own in enumerate(hits)}
+        quantities |= {
+            f"{curve.label}, {name}": Quantity(float(own.mean()), own, "sentences") for name, own in means.items()
+        }
+    return quantities
+
+
+def change(run: Run) -> dict[str, Quantity]:
+    """How far the weights went: relative change of attention and of the FFN, mean |dW| of interface and hub."""
+    words = {"attention": "attention", "ffn": "FFN"}
+    file = run.found.file("attn_vs_ffn", "attn_vs_ffn")
+    run.found.refuse_part_of_run(file, file.payload["checkpoints"])
+    own = {word: file.at("pooled", run.found.last["step"], key) for key, word in words.items()}
+    found = {f"relative change of {word}": Quantity(value) for word, value in own.items()}
+    for row in run.chosen(result="int_and_sem", step=run.found.last["step"], layer=None):
+        found[f"mean |dW|, {row['component'].replace('semantic_', '')}"] = Quantity(row["value"])
+    return found
+
+
+def swaps(run: Run) -> dict[str, Quantity]:
+    """What it costs the checkpoint to have layers, or their attention or FFN, swapped to the base's; more is worse."""
+    found, missing = {}, []
+    for (step, treatment), words in SWAPS.items():
+        try:
+            swap = interventions.swaps(run.found, step, treatment)
+        except evidence.Missing as reason:
+            missing.append(str(reason))
+            continue
+        for measure in evaluation.DECIDING:
+            if swap.lacks(measure):
+                continue
+            _, units = swap.measured(measure)
+            own, random = units[swap.own], [i for i, row in enumerate(swap.sets) if row["name"] == "random"]
+            costs = {words: units[swap.target] - own}
+            if random:
+                costs[f"{words} minus random swaps"] = units[random].mean(0) - own
+            for name, cost in costs.items():
+                found[f"{name}, {interventions.words(measure)}"] = Quantity(float(cost.mean()), cost, "units")
+    if not found:
+        raise evidence.Missing("; ".join(missing))
+    return found
+
+
+def neurons(run: Run) -> dict[str, Quantity]:
+    """How many neurons each language has, and how far the mean activation of the target's went from the base's."""
+    found = {f"neurons of {row['language']}": Quantity(row["value"]) for row in run.at_last(
+        "language-specific neurons", result="lsn_mask", measure="n_neurons") if row["language"]}  # fmt: skip
+    means = {
+        row["step"]: row["value"]
+        for row in run.chosen(result="lsn_activation", condition="lsn", measure="activation/all_layers")
+    }
+    last = run.found.last["step"]
+    if {0, last} <= {*means}:
+        found["mean activation minus the base's"] = Quantity(means[last] - means[0])
+    return found
+
+
+def losses(run: Run) -> dict[str, Quantity]:
+    """Nats per byte of held-out text in every language that there is some of."""
+    file = run.found.file("language_loss", "language-loss")
+    pt = run.found.there(file.path.with_suffix(".pt"), "language_loss")
+    run.found.read.append(str(pt))
+    units, found, last = results.read_tensors(pt), {}, str(run.found.last["step"])
+    for code, of_step in file.payload.items():
+        steps = list(of_step)
+        if last not in steps:
+            raise file.refused("is about a part of the run or of the data")
+        own = units[code][steps.index(last)].double().numpy() if code in units else None
+        value = file.at(code, last, "nll_per_byte")
+        if own is None or abs(own.mean() - value) > 1e-6:
+            raise file.refused(f"and {pt.name} beside it do not belong together ({code})")
+        run.texts[code] = ((file.header.get("heldout") or {}).get(code) or {}).get("sha256", "")
+        found[f"loss, {code}"] = Quantity(value, own, "documents")
+    return found
+
+
+def task(run: Run) -> dict[str, Quantity]:
+    """Accuracy of the downstream task; its rows are not kept, so that a difference has no interval over them."""
+    row = run.at_last("task accuracy", result="downstream", measure="acc")[0]
+    return {"task accuracy": Quantity(row["value"])}
+
+
+SECTIONS = {
+    "retrieval": retrieval, "change": change, "swaps": swaps, "neurons": neurons, "losses": losses, "task": task,
+}  # fmt: skip
+
+
+def measured(run: Run) -> tuple[dict[str, Quantity], dict[str, str]]:
+    """All quantities of a run by "section: name", and why sections have none.
+
+    Raises:
+        InputError: results that are not about this run, or nothing at all.
+    """
+    found: dict[str, Quantity] = {}
+    missing: dict[str, str] = {}
+    for section, function in SECTIONS.items():
+        try:
+            with run.found.reading(section):
+                found |= {f"{section}: {name}": quantity for name, quantity in function(run).items()}
+        except evidence.Missing as reason:
+            missing[section] = str(reason)
+    if not found:
+        raise InputError(
+            f"{run.found.folder} holds no result to compare; run the steps of the README "
+            + (f"with --arm {run.study.arm}" if run.study.arm else f"on {run.study.path}")
+        )
+    return found, missing
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def refuse_strangers(runs: dict[str, Run]) -> None:
+    """Refuse what is not several runs of one base, measured in one way on the same texts."""
+    first, *others = runs.items()
+    for name, run in others:
+        if not relatives.same_model(first[1].found.base, run.found.base):
+            raise InputError(
+                f"{first[0]} and {name} start from other bases: {run.found.base['spec']}; compare one base's"
+            )
+        for other, before in runs.items():
+            if other != name and relatives.same_model(before.found.last, run.found.last):
+                raise InputError(f"{other} and {name} have the same weights, {run.found.last['spec']}; leave one out")
+        for what in evidence.ALIKE:
+            one, two = first[1].found.facts.get(what), run.found.facts.get(what)
+            if one and two and one[0] != two[0] and what != "a seed":
+                raise InputError(
+                    f"{one[1]} and {two[1]} were made with different {what.removeprefix('a ')}; measure alike"
+                )
+        for code in first[1].texts.keys() & run.texts.keys():
+            if first[1].texts[code] != run.texts[code]:
+                raise InputError(f"the losses of {first[0]} and {name} are of different text of {code}; measure alike")
+
+
+def difference(name: str, first: Quantity, other: Quantity, seed: int) -> dict:
+    """The other run minus the first, by unit where both have the same ones."""
+    if first.units is None or other.units is None:
+        return verdicts.number(name, other.value - first.value)
+    if first.units.shape != other.units.shape:
+        return verdicts.number(name, None, note=f"{len(first.units)} and {len(other.units)} {first.of} are no pairs")
+    return Quantity(other.value - first.value, other.units - first.units, first.of).number(name, seed)
+
+
+def agreement(first: Run, other: Run) -> list[dict]:
+    """What the hubs, and the neurons of each language, of two runs have in common (Jaccard), and by chance would."""
+    pairs = {}
+    hubs = [export.chosen(run.table, result="layers", measure="in_hub") for run in (first, other)]
+    if all(hubs):
+        pairs["layers of the hub"] = [{row["layer"] for row in hub if row["value"]} for hub in hubs], len(hubs[0])
+    masks = [run.study.result("lsn_mask") for run in (first, other)]
+    if all(path.is_file() for path in masks):
+        (one, header), (two, _) = (results.read_json(path, "lsn-mask") for path in masks)
+        for code in (code for code in one if code in two):
+            own = [{(layer, i) for layer in mask[code] for i in mask[code][layer]} for mask in (one, two)]
+            pairs[f"neurons of {code}"] = own, header["n_layers"] * header["ffn_width"]
+    found = []
+    for name, (sets, n) in pairs.items():
+        if any(sets):
+            both = stats.overlap(*sets, n)
+            found.append(verdicts.number(f"{name} in both", both["jaccard"], p_value=both["p_value"]))
+            found.append(verdicts.number(f"{name} in both, by chance", both["expected"]))
+    return found
+
+
+def of_seed(studies: dict[str, Study]) -> dict:
+    """Everything of one seed: `values` and `differences` {run: numbers}, `agreement`, `missing`, `models`, `curves`."""
+    runs = {name: Run(study) for name, study in studies.items()}
+    quantities, missing = {}, {}
+    for name, run in runs.items():
+        quantities[name], missing[name] = measured(run)
+    refuse_strangers(runs)
+    seed, (first, *others) = next(iter(studies.values())).seed, runs
+    return {
+        "values": {name: [q.number(key, seed) for key, q in own.items()] for name, own in quantities.items()},
+        "differences": {
+            name: [
+                difference(key, quantities[first][key], quantity, seed)
+                for key, quantity in quantities[name].items() if key in quantities[first]
+            ]
+            for name in others
+        },
+        "agreement": {name: agreement(runs[first], runs[name]) for name in others},
+        "missing": missing,
+        "models": {"base": runs[first].found.base} | {name: run.found.last for name, run in runs.items()},
+        "curves": {name: shown.curves_of(run.table) for name, run in runs.items()},
+    }  # fmt: skip
+
+
+def over_seeds(seeds: dict[int, dict]) -> dict:
+    """The same over seeds: each number as mean with the interval of t."""
+    first = next(iter(seeds.values()))
+
+    def joined(key: str) -> dict:
+        return {name: verdicts.over_seeds({seed: one[key][name] for seed, one in seeds.items()}) for name in first[key]}
+
+    missing = {
+        name: {
+            section: f"seed {seed}: {why}"
+            for seed, one in seeds.items()
+            for section, why in one["missing"][name].items()
+        }
+        for name in first["missing"]
+    }
+    curves_of = {name: shown.mean_curves([one["curves"][name] for one in seeds.values()]) for name in first["curves"]}
+    numbers = {key: joined(key) for key in ("values", "differences", "agreement")}
+    return numbers | {"missing": missing, "models": first["models"], "curves": curves_of}
+
+
+# ---------------------------------------------------------------- command line
+
+
+def chosen_studies(args, seed: int | None) -> dict[str, Study]:
+    """The runs to compare by name: study files, or the study's own run (plain), its `runs` and arms."""
+    if args.runs and all(Path(name).suffix in (".yaml", ".yml") for name in args.runs):
+        studies = [Study.find(file, seed, args.arm) for file in args.runs]
+        found = {study.name: study for study in studies}
+        if len(found) < len(studies):
+            raise InputError(
+                f"two of {', '.join(args.runs)} are called the same; give each a name of its own (key name)"
+            )
+        return found
+    if args.arm is not None:
+        raise InputError("name the runs to compare (plain, and arms or runs of the study); leave out --arm")
+    study = Study.find(args.study, seed)
+    if not study:
+        raise InputError("give study files of several runs, or --study FILE with other runs in it (key runs)")
+    names = args.runs or [rows.PLAIN, *study.get("runs", {})]
+    if len(names) < 2 or len({*names}) < len(names):
+        raise InputError(f"{study.path}: two runs or more are compared; put others under the key runs, or name arms")
+    return {name: study if name == rows.PLAIN else study.of_arm(name) for name in names}
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    text = "study files, or of --study: plain, and names of its runs and arms; default: plain and all runs"
+    p.add_argument("runs", nargs="*", metavar="RUN", help=text)
+    text = "differences over these seeds; default: one, over sentences and documents"
+    p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help=text)
+    p.add_argument("-o", "--output", metavar="OUT", help="JSON to write; default: the study's report/compare.json")
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    several = len(args.seeds or []) > 1
+    seeds = [chosen_studies(args, seed) for seed in args.seeds or [args.seed]]
+    first = next(iter(seeds[0].values()))
+    study = first.plain
+    if args.output is None and (several or any(one.plain is not study for one in seeds[0].values())):
+        raise InputError("several seeds or study files need --output FILE.json")
+    output = study.output(args.output, "--output", "compare")
+    if output.suffix != ".json":
+        raise InputError(f"--output {output}: give the name of a JSON file")
+    if len({first_of.result("compare") for one in seeds for first_of in [*one.values()][:1]}) < len(seeds):
+        raise InputError(f"the seeds share {first.result('compare').parent}: the study's results must hold {{seed}}")
+    read = {next(iter(one.values())).seed: of_seed(one) for one in seeds}
+    payload = over_seeds(read) if several else next(iter(read.values()))
+    models = payload.pop("models")
+    payload = results.plain({"study": study.name, "seeds": [*read], "first": next(iter(payload["values"]))} | payload)
+    facts = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target")}
+    shown.draw(output.with_suffix(""), payload)
+    results.write_text(output.with_suffix(".md"), shown.markdown(payload))
+    results.write_text(output.with_suffix(".tex"), shown.latex(payload))
+    results.write_json(output, payload, results.header(SCHEMA, models=models, **facts))
+    for name, missing in payload["missing"].items():
+        for section, why in missing.items():
+            cli.say(f"{name} has no {section}: {why}")
+    cli.say(f"wrote {output}, .md, .tex, .pdf and .png")
+
+
+if __name__ == "__main__":
+    cli.run(main)
