@@ -6,17 +6,19 @@
 #   make test-faults  every script killed, out of disk, with damaged inputs: hundreds of faults (20 minutes), into docs/reliability.md
 #   make bench        what the hot paths cost (ten minutes; BENCH=full: twenty), into benchmarks/README.md and docs/scaling.md
 # Another study: make reproduce STUDY=my-study.yaml. Another seed, where its paths hold {seed}: SEED=1. Fewer cores: CORES=1.
+# Another run of it, or an arm, whose checkpoints are there (key runs): ARM=name.
 
 PYTHON ?= python3
 STUDY ?= demo/demo.yaml
 CORES ?= all
 SEED ?=
+ARM ?=
 BENCH ?=
 # Forward-pass jobs that may run at once on this machine's GPUs; without a GPU only the cores count.
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
-REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED)).html
+REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED))$(if $(ARM),-$(ARM)).html
 BIN := .venv/bin
-WORKFLOW = --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED))
+WORKFLOW = --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED)) $(if $(ARM),arm=$(ARM))
 SNAKEMAKE = $(BIN)/snakemake $(WORKFLOW)
 
 .PHONY: help reproduce check plan unlock test test-faults bench clean
@@ -36,13 +38,13 @@ help:
 reproduce: .venv/installed
 	@echo "== $(STUDY): the missing steps run now; each writes its log into the results folder =="
 	@mkdir -p $(dir $(REPORT))
-	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED)) $(if $(ARM),--arm $(ARM))
 	$(SNAKEMAKE) --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --rerun-incomplete --show-failed-logs --report-after-run --report $(REPORT)
 	@echo "== done; the figures with their captions: $(REPORT) =="
 
 # What the study's models and files look like, what will be left out, and a rough cost.
 check: .venv/installed
-	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED)) $(if $(ARM),--arm $(ARM))
 
 # A dry run needs Snakemake alone: that of .venv, any other, else one in an environment of its own.
 PLANNER := $(firstword $(wildcard $(BIN)/snakemake) $(shell command -v snakemake) build/plan/bin/snakemake)

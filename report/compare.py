@@ -29,7 +29,7 @@ shown = cli.sibling("report/compare_shown.py")
 SCHEMA = "comparison"
 RESULTS = {"compare": "report/compare.json"}
 CAPTIONS = {
-    "compare": """Several runs
+    "compare": """Part I: 7. Several runs
         CPT runs of one base side by side, each at its last checkpoint where no step is said. Differences are the other
         run minus the first: of one seed with 95 % intervals over sentences (documents), which both runs were measured
         on, of several seeds over these. One run of each is one sample of what training does.""",
@@ -256,6 +256,10 @@ def of_seed(studies: dict[str, Study]) -> dict:
         quantities[name], missing[name] = measured(run)
     refuse_strangers(runs)
     seed, (first, *others) = next(iter(studies.values())).seed, runs
+    agreed = {}
+    for name in others:
+        with runs[name].found.reading("agreement"):
+            agreed[name] = agreement(runs[first], runs[name])
     return {
         "values": {name: [q.number(key, seed) for key, q in own.items()] for name, own in quantities.items()},
         "differences": {
@@ -265,7 +269,7 @@ def of_seed(studies: dict[str, Study]) -> dict:
             ]
             for name in others
         },
-        "agreement": {name: agreement(runs[first], runs[name]) for name in others},
+        "agreement": agreed,
         "missing": missing,
         "models": {"base": runs[first].found.base} | {name: run.found.last for name, run in runs.items()},
         "curves": {name: shown.curves_of(run.table) for name, run in runs.items()},

@@ -7,13 +7,16 @@ a new experiment adds a line.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 from cpt_utils.base import cli, experiments, results
+from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 
 # `hidden_state` i is what block i - 1 puts out, 0 the embeddings; a number about a block's weights has a `layer`.
@@ -336,13 +339,20 @@ def read(study: Study) -> Iterator[tuple[str, Path, dict, dict]]:
         InputError: a file is damaged, or not what its step writes.
     """
     for step, path in files(study):
-        if b'"_header"' not in path.read_bytes():  # made by hand, or settings of a tool
-            continue
-        payload, header = results.read_json(path, allow_limited=True)
+        payload, header = _content(path)
         if header.get("limit") is not None:
             cli.warn(f"{path} was made with --limit {header['limit']} and is left out")
         elif header.get("schema"):
             yield step, path, payload, header
+
+
+def _content(path: Path) -> tuple[dict, dict]:
+    """Payload and header of a result; both empty where it has no header: made by hand, or settings of a tool."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or results.HEADER not in content:
+            return {}, {}
+    return results.read_json(path, allow_limited=True)
 
 
 def rows(study: Study) -> list[dict]:
@@ -358,11 +368,20 @@ def rows(study: Study) -> list[dict]:
     for step, path, payload, header in found:
         where = {"result": step, "file": str(path)}
         about = _model(header, steps) if header["schema"] in ("sentence-retrieval", "lm_eval", "lsn-activation") else {}
-        for row in of_file(payload, header):
+        for row in _of_damaged_file_too(path, payload, header):
             row |= {key: value for key, value in about.items() if value is not None}
             row |= where | {key: value for key, value in same.items() if row.get(key) is None}
             table.append({column: row.get(column) for column in COLUMNS})
     return table
+
+
+def _of_damaged_file_too(path: Path, payload: dict, header: dict) -> Iterator[dict]:
+    try:
+        yield from of_file(payload, header)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not as its step writes it ({type(error).__name__}: {error}); run that step again"
+        ) from error
 
 
 def _steps(study: Study, headers: list[dict]) -> dict[tuple, int]:

@@ -139,6 +139,11 @@ def test_what_was_made_with_limit_is_left_out_and_a_damaged_file_is_one_line(fin
     path.write_text(path.read_text()[:-40])
     with pytest.raises(InputError, match=r"int_and_sem.json is not valid JSON"):
         rows.rows(study)
+    path.write_text("{}")  # by hand: no header, no rows
+    assert {row["result"] for row in rows.rows(study)} == {"attn_vs_ffn"}
+    results.write_json(path, {"heads": [1]}, header | {"schema": "cogsym"})
+    with pytest.raises(InputError, match=r"int_and_sem.json is not as its step writes it .*; run that step again"):
+        rows.rows(study)
 
 
 def test_a_new_kind_of_result_keeps_its_keys_as_names():

@@ -42,6 +42,8 @@ OUTPUT = (
     "demo/world.py",
     "report/claims.py",
     "report/figures.py",
+    "report/export.py",
+    "report/compare.py",
     "studies/across_seeds.py",
 )
 

@@ -160,7 +160,9 @@ class Study(Keys):
         arms, runs = {*(self.arms or {})}, {*(self.runs or {})}
         if taken := {"base", "plain"} & (arms | runs):
             key = "arms" if taken & arms else "runs"
-            raise ValueError(f"{key}: {min(taken)} is what the other models are called; give the {key[:-1]} another name")
+            raise ValueError(
+                f"{key}: {min(taken)} is what the other models are called; give the {key[:-1]} another name"
+            )
         if arms & runs:
             raise ValueError(f"{min(arms & runs)} is an arm and one of the runs; give one of them another name")
         return self

@@ -75,6 +75,7 @@ COMMANDS = (
     _command("spectrum", "spectral/spectrum.py", "--draws 1"),
     _command("claims", "report/claims.py"),
     _command("figures", "report/figures.py"),
+    _command("export", "report/export.py"),
 )  # fmt: skip
 NAMES = [command.name for command in COMMANDS]
 BY_NAME = {command.name: command for command in COMMANDS}
