@@ -188,6 +188,22 @@ def test_other_runs_have_rules_of_their_own_and_must_be_somewhere(study, capsys)
     assert left_out == ["the line between two runs (D6), and contrast of heads: the study has no other run (runs)"]
 
 
+def test_parts_one_and_two_of_another_run_are_planned_beside_the_studys_and_then_compared(study, models, tmp_path):
+    shutil.copytree(models / "run", tmp_path / "second")
+    path = study(runs={"second": "second"}, ablation={}, spectral={})
+    done = dry_run(path, "arm=second", "--dry-run", "--quiet", "rules")
+    rules = {line.split()[0] for line in done.stdout.splitlines() if line.strip() and line.split()[-1].isdigit()}
+    assert {"retrieval", "identify", "layer_swap_controls", "claims", "numbers"} <= rules, done.stderr
+    assert not {"compare", "layer_ablation", "spectrum"} & rules
+    done = dry_run(path, "arm=second", "--dry-run")
+    assert "results/runs/second/report/claims.json" in done.stdout and "--arm second" not in dry_run(path).stdout
+    claims = tmp_path / "results/runs/second/report/claims.json"
+    claims.parent.mkdir(parents=True)
+    claims.write_text("{}")
+    done = dry_run(path)
+    assert done.returncode == 0 and {"compare", "spectrum"} <= {*done.stdout.split()}, done.stderr
+
+
 def test_part_one_alone_gets_its_verdicts_and_figures(study):
     done = dry_run(study(tokens=None))
     said = done.stdout + done.stderr

@@ -126,6 +126,20 @@ def test_a_study_read_as_an_arm_has_places_of_its_own(place):
         Study.find(None, None, "hub")
 
 
+def test_a_study_read_as_another_run_has_that_run_and_results_of_its_own(place, tmp_path):
+    values = yaml.safe_load((place / "s.yaml").read_text()) | {"runs": {"second": "runs/second"}}
+    study = tmp_path / "s.yaml"
+    study.write_text(yaml.safe_dump(values))
+    run, plain = Study.find(study, 7, "second"), Study.find(study, 7)
+    assert (run.get("run"), run.arm, run.plain.get("run")) == ("runs/second", "second", plain.get("run"))
+    assert run.result("layers") == place / "results-7/runs/second/layer-specialize/layers.json"
+    with pytest.raises(InputError, match="--arm second is another run of the study's, with a training file of its own"):
+        load_script("cpt/train.py").main(["--study", str(study), "--stage", "cpt", "--arm", "second"])
+    study.write_text(yaml.safe_dump(values | {"runs": {"middle": "runs/middle"}}))
+    with pytest.raises(InputError, match="middle is an arm and one of the runs; give one of them another name"):
+        Study.find(study, 7)
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
