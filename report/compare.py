@@ -20,7 +20,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import relatives
-from cpt_utils.measures import curves, evaluation, verdicts
+from cpt_utils.measures import curves, evaluation, gate, verdicts
 
 evidence, interventions = cli.sibling("report/evidence.py"), cli.sibling("report/interventions.py")
 export, rows = cli.sibling("report/export.py"), cli.sibling("report/rows.py")
@@ -97,7 +97,7 @@ def change(run: Run) -> dict[str, Quantity]:
     file = run.found.file("attn_vs_ffn", "attn_vs_ffn")
     run.found.refuse_part_of_run(file, file.payload["checkpoints"])
     own = {word: file.at("pooled", run.found.last["step"], key) for key, word in words.items()}
-    found = {f"relative change of {word}": Quantity(value) for word, value in own.items()}
+    found = {f"relative, {word}": Quantity(value) for word, value in own.items()}
     for row in run.chosen(result="int_and_sem", step=run.found.last["step"], layer=None):
         found[f"mean |dW|, {row['component'].replace('semantic_', '')}"] = Quantity(row["value"])
     return found
@@ -116,7 +116,12 @@ def swaps(run: Run) -> dict[str, Quantity]:
             if swap.lacks(measure):
                 continue
             _, units = swap.measured(measure)
-            own, random = units[swap.own], [i for i, row in enumerate(swap.sets) if row["name"] == "random"]
+            own, like = units[swap.own], swap.sets[swap.own]
+            random = [
+                i for i, row in enumerate(swap.sets)
+                if row["name"] == "random" and row.get("component") == like.get("component")
+                and len(row["layers"]) == len(like["layers"])
+            ]  # fmt: skip
             costs = {words: units[swap.target] - own}
             if random:
                 costs[f"{words} minus random swaps"] = units[random].mean(0) - own
@@ -129,7 +134,7 @@ def swaps(run: Run) -> dict[str, Quantity]:
 
 def neurons(run: Run) -> dict[str, Quantity]:
     """How many neurons each language has, and how far the mean activation of the target's went from the base's."""
-    found = {f"neurons of {row['language']}": Quantity(row["value"]) for row in run.at_last(
+    found = {f"of {row['language']}": Quantity(row["value"]) for row in run.at_last(
         "language-specific neurons", result="lsn_mask", measure="n_neurons") if row["language"]}  # fmt: skip
     means = {
         row["step"]: row["value"]
@@ -156,14 +161,14 @@ def losses(run: Run) -> dict[str, Quantity]:
         if own is None or abs(own.mean() - value) > 1e-6:
             raise file.refused(f"and {pt.name} beside it do not belong together ({code})")
         run.texts[code] = ((file.header.get("heldout") or {}).get(code) or {}).get("sha256", "")
-        found[f"loss, {code}"] = Quantity(value, own, "documents")
+        found[code] = Quantity(value, own, "documents")
     return found
 
 
 def task(run: Run) -> dict[str, Quantity]:
     """Accuracy of the downstream task; its rows are not kept, so that a difference has no interval over them."""
     row = run.at_last("task accuracy", result="downstream", measure="acc")[0]
-    return {"task accuracy": Quantity(row["value"])}
+    return {"accuracy": Quantity(row["value"])}
 
 
 SECTIONS = {
@@ -248,8 +253,13 @@ def agreement(first: Run, other: Run) -> list[dict]:
     return found
 
 
+def _failed(run: Run) -> bool:
+    return bool(run.found.gate) and not run.found.gate["passed"]
+
+
 def of_seed(studies: dict[str, Study]) -> dict:
-    """Everything of one seed: `values` and `differences` {run: numbers}, `agreement`, `missing`, `models`, `curves`."""
+    """Everything of one seed: `values` and `differences` {run: numbers}, `agreement`, `missing`, `gate` (of runs that
+    fail it, why), `models`, `curves`."""
     runs = {name: Run(study) for name, study in studies.items()}
     quantities, missing = {}, {}
     for name, run in runs.items():
@@ -271,6 +281,7 @@ def of_seed(studies: dict[str, Study]) -> dict:
         },
         "agreement": agreed,
         "missing": missing,
+        "gate": {name: gate.words(run.found.gate) for name, run in runs.items() if _failed(run)},
         "models": {"base": runs[first].found.base} | {name: run.found.last for name, run in runs.items()},
         "curves": {name: shown.curves_of(run.table) for name, run in runs.items()},
     }  # fmt: skip
@@ -291,9 +302,10 @@ def over_seeds(seeds: dict[int, dict]) -> dict:
         }
         for name in first["missing"]
     }
+    failed = {name: f"seed {seed}: {why}" for seed, one in seeds.items() for name, why in one["gate"].items()}
     curves_of = {name: shown.mean_curves([one["curves"][name] for one in seeds.values()]) for name in first["curves"]}
     numbers = {key: joined(key) for key in ("values", "differences", "agreement")}
-    return numbers | {"missing": missing, "models": first["models"], "curves": curves_of}
+    return numbers | {"missing": missing, "gate": failed, "models": first["models"], "curves": curves_of}
 
 
 # ---------------------------------------------------------------- command line
@@ -348,6 +360,7 @@ def main(argv=None) -> None:
     models = payload.pop("models")
     payload = results.plain({"study": study.name, "seeds": [*read], "first": next(iter(payload["values"]))} | payload)
     facts = {f"{side}_lang": study.get(f"languages.{side}") for side in ("base", "target")}
+    payload["target_lang"] = facts["target_lang"]
     shown.draw(output.with_suffix(""), payload)
     results.write_text(output.with_suffix(".md"), shown.markdown(payload))
     results.write_text(output.with_suffix(".tex"), shown.latex(payload))

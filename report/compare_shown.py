@@ -76,21 +76,34 @@ def scope(payload: dict) -> str:
     return text + ("" if n > 1 else " One run of each: what another seed would give is not known.")
 
 
+def _told(name: str, codes: dict[str, str]) -> str:
+    """A number's name for a table: languages by name beside their codes."""
+    return " ".join(codes.get(word, word) for word in name.replace("|", "\\|").split(" "))
+
+
 def markdown(payload: dict) -> str:
     first, others = payload["first"], list(payload["differences"])
     values = {name: _by_name(numbers) for name, numbers in payload["values"].items()}
     gaps = {name: _by_name(numbers) for name, numbers in payload["differences"].items()}
     names = list(dict.fromkeys(key for own in values.values() for key in own))
+    codes = {code: f"{languages.name(code)} ({code})" for code in languages.known()}
     head = ["", *values, *(f"{name} minus {first}" for name in others)]
     body = [
-        [key, *(_value(values[name].get(key)) for name in values), *(_with_interval(gaps[o].get(key)) for o in others)]
+        [
+            _told(key, codes),
+            *(_value(values[name].get(key)) for name in values),
+            *(_with_interval(gaps[o].get(key)) for o in others),
+        ]
         for key in names
     ]
     parts = [f"# {payload['study']}: {verdicts.listed(list(values))}", results.markdown(head, body), scope(payload)]
-    agreed = [[name, row["name"], _value(row)] for name, own in payload["agreement"].items() for row in own]
+    agreed = [
+        [name, _told(row["name"], codes), _value(row)] for name, own in payload["agreement"].items() for row in own
+    ]
     if agreed:
         parts += [f"In common with {first} (Jaccard):", results.markdown(["run", "", ""], agreed)]
     lacking = [f"- {name} has no {s}: {why}" for name, own in payload["missing"].items() for s, why in own.items()]
+    lacking += [f"- {name}: {why}" for name, why in payload["gate"].items()]
     return "\n\n".join(part.rstrip("\n") for part in [*parts, "\n".join(lacking)] if part) + "\n"
 
 
@@ -107,10 +120,11 @@ def latex(payload: dict) -> str:
         gaps, values = _by_name(numbers), _by_name(payload["values"][other])
         body = []
         for key in (key for key in gaps if key.startswith(MAIN)):
-            words = key.partition(": ")[2].replace("relative change of ", "change of ")
+            section, words = key.split(": ", 1)
             words = words.replace("mean over h_1 .. h_L", "mean").replace("last hidden state", "last")
-            if key.startswith("losses"):
-                words = f"loss, {languages.name(words.partition(', ')[2])}"
+            words = {"losses": f"loss, {languages.name(words)}", "task": "task", "swaps": f"{words} swap"}.get(
+                section, words
+            )
             number = {"value": None, "ci_low": None, "ci_high": None} | gaps[key]
             gap = "-" if number["value"] is None else export.told([number])
             body.append((shown.escaped(words), export.told([values[key]], ends=False), gap))
@@ -135,12 +149,13 @@ def draw(path: Path, payload: dict) -> None:
         for axis, measure in zip(axes[0], ACCURACIES, strict=False):
             _retrieval(axis, payload, looks, measure)
         _gaps_by_state(axes[0, 2], payload, looks)
-        _lines(axes[1, 0], payload, looks, "loss", "step (0 = base)", "loss, nats per byte", "loss over CPT")
+        target = languages.name(payload["target_lang"] or "the new language")
+        _lines(axes[1, 0], payload, looks, "loss", "step (0 = base)", "nats per byte", f"loss in {target}")
         _gaps_by_language(axes[1, 1], payload, looks)
         _lines(axes[1, 2], payload, looks, "change", "layer", "mean |ΔW|", "change of the weights")
         _swaps(axes[2, 0], payload, looks)
-        _lines(axes[2, 1], payload, looks, "neurons", "layer", "neurons", "neurons of the new language")
-        _lines(axes[2, 2], payload, looks, "activation", "step (0 = base)", "mean activation", "their activation")
+        _lines(axes[2, 1], payload, looks, "neurons", "layer", "number", f"neurons of {target}")
+        _lines(axes[2, 2], payload, looks, "activation", "step (0 = base)", "mean", "activation of these neurons")
         handles = [plt.Line2D([], [], **look) for look in looks.values()]
         handles += [plt.Line2D([], [], color=figures.colour("base"), linestyle="--", label="base")]
         handles += [plt.Line2D([], [], color=figures.colour("random"), linestyle=":", label="untrained")]
@@ -196,7 +211,7 @@ def _gaps_by_state(axis, payload: dict, looks: dict) -> None:
     for run, numbers in payload["differences"].items():
         found = ((BY_STATE.fullmatch(row["name"]), row) for row in numbers if row["value"] is not None)
         of[run] = [(int(match[2]), row) for match, row in found if match and match[1] == "published"]
-    if not _titled(axis, f"published, minus {payload['first']}", any(of.values())):
+    if not _titled(axis, f"retrieval, published, minus {payload['first']}", any(of.values())):
         return
     axis.axhline(0, color="black", linewidth=0.6)
     for run, points in of.items():
@@ -212,7 +227,7 @@ def _gaps_by_state(axis, payload: dict, looks: dict) -> None:
 
 def _gaps_by_language(axis, payload: dict, looks: dict) -> None:
     of = {
-        run: {row["name"].rpartition(", ")[2]: row for row in numbers if row["name"].startswith("losses: ")}
+        run: {row["name"].partition(": ")[2]: row for row in numbers if row["name"].startswith("losses: ")}
         for run, numbers in payload["differences"].items()
     }
     names = {code: languages.name(code) for own in of.values() for code in own}

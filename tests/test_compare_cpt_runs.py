@@ -122,7 +122,7 @@ def test_differences_are_over_the_same_sentences_as_a_loop_gives_them(finished, 
             assert (row["n"], row["n_of"]) == (one.shape[1], "sentences")
         row = named(numbers, f"retrieval: {words}, mean over h_1 .. h_L")
         assert row["value"] == pytest.approx(float(two[1:].mean() - one[1:].mean()), abs=1e-9)
-    row = named(numbers, "losses: loss, fra_Latn")
+    row = named(numbers, "losses: fra_Latn")
     expected = by_loops(first.units["fra_Latn"][-1], second.units["fra_Latn"][-1], first.seed)
     assert [row["value"], row["ci_low"], row["ci_high"]] == pytest.approx(expected, abs=1e-8)
     # Pairs of sentences, not two means: the interval is that of neither run's own.
@@ -151,7 +151,7 @@ def test_swaps_weights_and_neurons_are_the_runs_own(finished, payload):
     pooled = [
         json.loads((run.results / "weight-diff/attn_vs_ffn.json").read_text())["pooled"] for run in (first, second)
     ]
-    row = named(numbers, "change: relative change of FFN")
+    row = named(numbers, "change: relative, FFN")
     assert row["value"] == pytest.approx(pooled[1][str(LAST)]["ffn"] - pooled[0][str(LAST)]["ffn"])
     assert row["ci_low"] is None
     both = payload["agreement"]["second"]
@@ -168,7 +168,7 @@ def test_over_seeds_each_difference_has_the_interval_of_t(tmp_path, monkeypatch)
     out = tmp_path / "out.json"
     script.main(["--study", str(first.study), "--seeds", "1,2,3", "--output", str(out)])
     payload = json.loads(out.read_text())
-    row = named(payload["differences"]["second"], "losses: loss, gle_Latn")
+    row = named(payload["differences"]["second"], "losses: gle_Latn")
     values = []
     for seed in (1, 2, 3):
         folder = tmp_path / f"results/{seed}"
@@ -190,6 +190,8 @@ def test_what_a_run_lacks_is_said_and_not_compared(copied, capsys, monkeypatch):
     study, folder = copied
     shutil.rmtree(folder / "runs/second/language-loss")
     (folder / "runs/second/lsn/result/made.report.json").unlink()
+    split = folder / "runs/second/layer-specialize/layers.json"
+    spoil(split, lambda whole: whole["_header"]["gate"].update(passed=False, difference=0.001, ci_low=-0.1))
     script.main(["--study", str(study)])
     out = folder / "report/compare.json"
     payload = json.loads(out.read_text())
@@ -199,7 +201,8 @@ def test_what_a_run_lacks_is_said_and_not_compared(copied, capsys, monkeypatch):
     assert names and not any(name.startswith(("losses", "neurons")) for name in names)
     assert any(row["name"].startswith("losses") for row in payload["values"]["plain"])
     text = out.with_suffix(".md").read_text()
-    assert "second has no losses" in text and "| losses: loss, gle_Latn |" in text
+    assert "second has no losses" in text and "| losses: Irish (gle_Latn) |" in text and r"mean \|dW\|, hub" in text
+    assert list(payload["gate"]) == ["second"] and payload["gate"]["second"] in text
     # The numbers of the comparison are in the table of all numbers, too.
     compared = [row for row in rows.rows(Study.find(study)) if row["result"] == "compare"]
     row = named(payload["differences"]["second"], "swaps: hub, loss")
@@ -223,7 +226,7 @@ def test_two_studies_of_one_base_are_compared_by_their_files(finished, tmp_path,
     script.main([str(first.study), str(other), "--output", str(out)])
     payload = json.loads(out.read_text())
     assert list(payload["values"]) == ["made", "other"]
-    row = named(payload["differences"]["other"], "losses: loss, gle_Latn")
+    row = named(payload["differences"]["other"], "losses: gle_Latn")
     assert row["value"] == pytest.approx(second.units["gle_Latn"][-1].mean() - first.units["gle_Latn"][-1].mean())
     with pytest.raises(InputError, match="several seeds or study files need --output"):
         script.main([str(first.study), str(other)])
