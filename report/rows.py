@@ -25,6 +25,7 @@ COLUMNS = (
     "ci_low", "ci_high", "n", "controls", "result", "file",
 )  # fmt: skip
 PLAIN = "plain"  # the study's own run among its arms and other runs
+OF_ONE = ("sentence-retrieval", "lm_eval", "lsn-activation")  # results of one model, whichever
 WHOLE = ("seed", "step", "layer", "hidden_state", "n", "controls")  # the columns of whole numbers
 
 # A mapping with an interval or a number of units says these of the first of MAIN that it has.
@@ -362,20 +363,21 @@ def rows(study: Study) -> list[dict]:
     RESULTS of its script.
     """
     found = list(read(study))
-    steps = _steps(study, [header for *_, header in found])
+    steps = _steps([header for *_, header in found])
     same = {"study": study.name, "seed": study.seed, "run": study.arm or PLAIN}
     table = []
     for step, path, payload, header in found:
         where = {"result": step, "file": str(path)}
-        about = _model(header, steps) if header["schema"] in ("sentence-retrieval", "lm_eval", "lsn-activation") else {}
-        for row in _of_damaged_file_too(path, payload, header):
+        about = _model(header, steps, study) if header["schema"] in OF_ONE else {}
+        for row in _told(path, payload, header):
             row |= {key: value for key, value in about.items() if value is not None}
             row |= where | {key: value for key, value in same.items() if row.get(key) is None}
             table.append({column: row.get(column) for column in COLUMNS})
     return table
 
 
-def _of_damaged_file_too(path: Path, payload: dict, header: dict) -> Iterator[dict]:
+def _told(path: Path, payload: dict, header: dict) -> Iterator[dict]:
+    """The rows of a file; of one that was damaged one line."""
     try:
         yield from of_file(payload, header)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -384,23 +386,22 @@ def _of_damaged_file_too(path: Path, payload: dict, header: dict) -> Iterator[di
         ) from error
 
 
-def _steps(study: Study, headers: list[dict]) -> dict[tuple, int]:
-    """The step of every model that is the study's base (0) or in its run, by what its weights are, else its place."""
-    base, found = study.get("base"), {}
+def _steps(headers: list[dict]) -> dict[tuple, int]:
+    """The step of the base (0) and of every model of the run, as headers of results about the run name them."""
+    found: dict[tuple, int] = {}
     for models in (header.get("models") or {} for header in headers):
-        run = models.get("checkpoints") or {}
-        if models.get("base") and (base is None or models["base"].get("spec") == base):
-            found |= {_identity(ref): int(step) for step, ref in run.items()} | {_identity(models["base"]): 0}
+        if models.get("base") and models.get("checkpoints"):
+            found |= {_identity(ref): int(step) for step, ref in models["checkpoints"].items()}
+            found[_identity(models["base"])] = 0
     return found
 
 
 def _identity(ref: dict) -> tuple:
-    return tuple(ref.get(key) for key in ("weights_sample", "config_sha256")) if ref.get("weights_sample") else (
-        ref.get("model_id"), ref.get("revision")
-    )  # fmt: skip
+    keys = ("weights_sample", "config_sha256") if ref.get("weights_sample") else ("model_id", "revision")
+    return tuple(ref.get(key) for key in keys)
 
 
-def _model(header: dict, steps: dict[tuple, int]) -> dict:
+def _model(header: dict, steps: dict[tuple, int], study: Study) -> dict:
     """Step of the run, or condition, of the one model that a result is about."""
     models = header.get("models") or {}
     ref = models.get("model") or {}
@@ -408,5 +409,10 @@ def _model(header: dict, steps: dict[tuple, int]) -> dict:
         return {"condition": "untrained"}
     if not ref or _identity(ref) in steps:
         return {"step": steps.get(_identity(ref))}
-    name = re.sub(r"(__)?checkpoint-\d+$", "", str(ref.get("model_id")))
-    return {"condition": name.replace("__", "/")} if name or ref.get("step") is None else {"step": ref["step"]}
+    spec, run = str(ref.get("spec")), study.get("run")
+    if spec == study.get("base"):
+        return {"step": 0}
+    places = spec.partition("@")[0], str(Path(spec).parent)
+    if ref.get("step") is not None and isinstance(run, str) and run.partition("@")[0].rstrip("/") in places:
+        return {"step": ref["step"]}
+    return {"condition": re.sub(r"__checkpoint-\d+$", "", str(ref.get("model_id"))).replace("__", "/")}

@@ -127,6 +127,22 @@ def test_a_missing_result_gives_no_row_and_a_missing_number_none(finished, table
     assert len(gone) - len(still) == 1 and 0 not in [row["n"] for row in left]
 
 
+def test_of_retrieval_alone_the_study_says_which_model_is_which(finished, table, tmp_path):
+    shutil.copytree(finished.results / "sentence-retrieval", tmp_path / "sentence-retrieval")
+    swapped = {"spec": "results/layer-swap/random", "model_id": "layer-swap__random", "step": None}
+    folder = tmp_path / "sentence-retrieval/eng_Latn-gle_Latn"
+    payload, header = results.read_json(folder / f"{finished.base['model_id']}.json")
+    results.write_json(folder / "layer-swap__random.json", payload, header | {"models": {"model": swapped}})
+    study = Study.find(finished.study)
+    study.values |= {"results": str(tmp_path)}
+    found = rows.rows(study)
+    of = {(row["step"], row["condition"]) for row in found}
+    assert of == {(0, None), (None, "untrained"), (None, "layer-swap/random"), *((step, None) for step in STEPS)}
+    names = ("step", "hidden_state", "measure", "value", "condition")
+    before = {tuple(row[key] for key in names) for row in table if row["result"] == "retrieval"}
+    assert before == {tuple(row[key] for key in names) for row in found if row["condition"] != "layer-swap/random"}
+
+
 def test_what_was_made_with_limit_is_left_out_and_a_damaged_file_is_one_line(finished, tmp_path, capsys):
     folder = tmp_path / "results"
     shutil.copytree(finished.results / "weight-diff", folder / "weight-diff")
