@@ -11,6 +11,7 @@ from cpt_utils.measures import verdicts
 
 export, shown = cli.sibling("report/export.py"), cli.sibling("report/shown.py")
 
+SHADES = figures.PALETTE[:6]  # without black, which is the base's, and yellow
 LINES = ("-", "--", "-.", ":")
 BY_STATE = re.compile(r"retrieval: (.+), h_(\d+)")  # numbers that the figure shows, and the tables leave out
 ACCURACIES = {"layer_accuracy": "published", "unit_centred_accuracy": "unit, centred"}
@@ -140,9 +141,9 @@ def draw(path: Path, payload: dict) -> None:
     """Retrieval, loss, change, swaps and neurons of all runs, a colour each."""
     runs = list(payload["values"])
     looks = {
-        name: {"color": shade, "linestyle": LINES[i // len(figures.PALETTE) % len(LINES)], "label": name}
+        name: {"color": SHADES[i % len(SHADES)], "linestyle": LINES[i // len(SHADES) % len(LINES)], "label": name}
         | {"marker": figures.MARKERS[i % len(figures.MARKERS)]}
-        for i, (name, shade) in enumerate(zip(runs, figures.colours(len(runs)), strict=True))
+        for i, name in enumerate(runs)
     }
     with figures.style() as plt:
         fig, axes = plt.subplots(3, 3, figsize=(figures.PAGE, 6.0))
@@ -211,7 +212,7 @@ def _gaps_by_state(axis, payload: dict, looks: dict) -> None:
     for run, numbers in payload["differences"].items():
         found = ((BY_STATE.fullmatch(row["name"]), row) for row in numbers if row["value"] is not None)
         of[run] = [(int(match[2]), row) for match, row in found if match and match[1] == "published"]
-    if not _titled(axis, f"retrieval, published, minus {payload['first']}", any(of.values())):
+    if not _titled(axis, f"retrieval, minus {payload['first']}", any(of.values())):
         return
     axis.axhline(0, color="black", linewidth=0.6)
     for run, points in of.items():
@@ -219,10 +220,10 @@ def _gaps_by_state(axis, payload: dict, looks: dict) -> None:
         axis.plot(x, [row["value"] for _, row in points], **looks[run], markevery=max(1, len(x) // 8))
         if points and all(row["ci_low"] is not None for _, row in points):
             ends = ([row[end] for _, row in points] for end in ("ci_low", "ci_high"))
-            axis.fill_between(x, *ends, color=looks[run]["color"], alpha=0.15, linewidth=0)
+            axis.fill_between(x, *ends, color=looks[run]["color"], alpha=0.2 / len(of), linewidth=0)
     figures.layer_axis(axis, max(len(points) for points in of.values()) - 1, hidden_states=True, most=8)
     axis.set_xlabel("hidden state (0 = embeddings)")
-    axis.set_ylabel("difference in accuracy")
+    axis.set_ylabel("published accuracy")
 
 
 def _gaps_by_language(axis, payload: dict, looks: dict) -> None:
