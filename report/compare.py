@@ -65,6 +65,7 @@ class Run:
     def __init__(self, study: Study):
         self.study, self.found, self.table = study, evidence.Results(study, DRAWS), rows.rows(study)
         self.texts: dict[str, str] = {}  # of held-out text by language: what it was
+        self.lacks: dict[str, list[str]] = {}  # what a section has to do without
 
     def chosen(self, **columns) -> list[dict]:
         return export.chosen(self.table, **columns)
@@ -105,12 +106,12 @@ def change(run: Run) -> dict[str, Quantity]:
 
 def swaps(run: Run) -> dict[str, Quantity]:
     """What it costs the checkpoint to have layers, or their attention or FFN, swapped to the base's; more is worse."""
-    found, missing = {}, []
+    found: dict[str, Quantity] = {}
     for (step, treatment), words in SWAPS.items():
         try:
             swap = interventions.swaps(run.found, step, treatment)
         except evidence.Missing as reason:
-            missing.append(str(reason))
+            run.lacks.setdefault("swaps", []).append(str(reason))
             continue
         for measure in evaluation.DECIDING:
             if swap.lacks(measure):
@@ -127,8 +128,6 @@ def swaps(run: Run) -> dict[str, Quantity]:
                 costs[f"{words} minus random swaps"] = units[random].mean(0) - own
             for name, cost in costs.items():
                 found[f"{name}, {interventions.words(measure)}"] = Quantity(float(cost.mean()), cost, "units")
-    if not found:
-        raise evidence.Missing("; ".join(missing))
     return found
 
 
@@ -177,25 +176,24 @@ SECTIONS = {
 
 
 def measured(run: Run) -> tuple[dict[str, Quantity], dict[str, str]]:
-    """All quantities of a run by "section: name", and why sections have none.
+    """All quantities of a run by "section: name", and what sections lack.
 
     Raises:
         InputError: results that are not about this run, or nothing at all.
     """
     found: dict[str, Quantity] = {}
-    missing: dict[str, str] = {}
     for section, function in SECTIONS.items():
         try:
             with run.found.reading(section):
                 found |= {f"{section}: {name}": quantity for name, quantity in function(run).items()}
         except evidence.Missing as reason:
-            missing[section] = str(reason)
+            run.lacks[section] = [str(reason)]
     if not found:
         raise InputError(
             f"{run.found.folder} holds no result to compare; run the steps of the README "
             + (f"with --arm {run.study.arm}" if run.study.arm else f"on {run.study.path}")
         )
-    return found, missing
+    return found, {section: "; ".join(reasons) for section, reasons in run.lacks.items()}
 
 
 # ---------------------------------------------------------------- several runs
@@ -367,7 +365,7 @@ def main(argv=None) -> None:
     results.write_json(output, payload, results.header(SCHEMA, models=models, **facts))
     for name, missing in payload["missing"].items():
         for section, why in missing.items():
-            cli.say(f"{name} has no {section}: {why}")
+            cli.say(f"{name}, {section}: {why}")
     cli.say(f"wrote {output}, .md, .tex, .pdf and .png")
 
 

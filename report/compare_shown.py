@@ -56,7 +56,8 @@ def mean_curves(seeds: list[dict]) -> dict[str, list[list[float]]]:
 
 
 def _value(number: dict | None) -> str:
-    return "-" if number is None or number["value"] is None else shown.digits(number["value"])
+    value = None if number is None else number["value"]
+    return "-" if value is None else f"{value:.0f}" if value == int(value) and abs(value) > 1 else shown.digits(value)
 
 
 def _with_interval(number: dict | None) -> str:
@@ -103,7 +104,7 @@ def markdown(payload: dict) -> str:
     ]
     if agreed:
         parts += [f"In common with {first} (Jaccard):", results.markdown(["run", "", ""], agreed)]
-    lacking = [f"- {name} has no {s}: {why}" for name, own in payload["missing"].items() for s, why in own.items()]
+    lacking = [f"- {name}, {s}: {why}" for name, own in payload["missing"].items() for s, why in own.items()]
     lacking += [f"- {name}: {why}" for name, why in payload["gate"].items()]
     return "\n\n".join(part.rstrip("\n") for part in [*parts, "\n".join(lacking)] if part) + "\n"
 
@@ -114,6 +115,16 @@ MAIN = (
 )  # fmt: skip
 
 
+def _short(name: str) -> str:
+    """A number's name in as few words as a column has room for."""
+    section, words = name.split(": ", 1)
+    words = words.replace("mean over h_1 .. h_L", "mean").replace("last hidden state", "last")
+    if section == "losses":
+        return f"loss, {languages.name(words)}"
+    what, _, measure = words.partition(", ")
+    return {"swaps": f"{what} swap, {measure}", "change": f"change of {measure}", "task": "task"}.get(section, words)
+
+
 def latex(payload: dict) -> str:
     """The main numbers as wide as a column: of each other run its value, and what it has more than the first."""
     tables = []
@@ -121,14 +132,9 @@ def latex(payload: dict) -> str:
         gaps, values = _by_name(numbers), _by_name(payload["values"][other])
         body = []
         for key in (key for key in gaps if key.startswith(MAIN)):
-            section, words = key.split(": ", 1)
-            words = words.replace("mean over h_1 .. h_L", "mean").replace("last hidden state", "last")
-            words = {"losses": f"loss, {languages.name(words)}", "task": "task", "swaps": f"{words} swap"}.get(
-                section, words
-            )
             number = {"value": None, "ci_low": None, "ci_high": None} | gaps[key]
             gap = "-" if number["value"] is None else export.told([number])
-            body.append((shown.escaped(words), export.told([values[key]], ends=False), gap))
+            body.append((shown.escaped(_short(key)), export.told([values[key]], ends=False), gap))
         head = ("", shown.escaped(other), shown.escaped(f"minus {payload['first']}"))
         tables.append(shown.tabular([head, *body], "lrr"))
     return f"% {payload['study']}: {scope(payload)}\n" + "\n".join(tables)

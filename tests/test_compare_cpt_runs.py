@@ -190,18 +190,21 @@ def test_what_a_run_lacks_is_said_and_not_compared(copied, capsys, monkeypatch):
     study, folder = copied
     shutil.rmtree(folder / "runs/second/language-loss")
     (folder / "runs/second/lsn/result/made.report.json").unlink()
+    (folder / "runs/second/component-swap/ffn_lsn_swap/controls.json").unlink()
     split = folder / "runs/second/layer-specialize/layers.json"
     spoil(split, lambda whole: whole["_header"]["gate"].update(passed=False, difference=0.001, ci_low=-0.1))
     script.main(["--study", str(study)])
     out = folder / "report/compare.json"
     payload = json.loads(out.read_text())
-    assert set(payload["missing"]["second"]) == {"losses", "neurons"} and not payload["missing"]["plain"]
-    assert "second has no losses: language-loss/language_loss.json is not there" in capsys.readouterr().out
+    assert set(payload["missing"]["second"]) == {"losses", "neurons", "swaps"} and not payload["missing"]["plain"]
+    assert "second, losses: language-loss/language_loss.json is not there" in capsys.readouterr().out
+    assert "component-swap/ffn_lsn_swap/controls.json is not there" in payload["missing"]["second"]["swaps"]
     names = [row["name"] for row in payload["differences"]["second"]]
+    assert "swaps: attention of the interface, loss" in names and "swaps: FFN of LSN-rich layers, loss" not in names
     assert names and not any(name.startswith(("losses", "neurons")) for name in names)
     assert any(row["name"].startswith("losses") for row in payload["values"]["plain"])
     text = out.with_suffix(".md").read_text()
-    assert "second has no losses" in text and "| losses: Irish (gle_Latn) |" in text and r"mean \|dW\|, hub" in text
+    assert "- second, losses: " in text and "| losses: Irish (gle_Latn) |" in text and r"mean \|dW\|, hub" in text
     assert list(payload["gate"]) == ["second"] and payload["gate"]["second"] in text
     # The numbers of the comparison are in the table of all numbers, too.
     compared = [row for row in rows.rows(Study.find(study)) if row["result"] == "compare"]
@@ -312,4 +315,5 @@ def test_the_figure_has_a_line_for_each_run_and_the_table_fits_a_column(finished
     assert len(axes) == 9 and empty == ["change of the weights"]  # the made-up runs have it of no layer
     assert [len(axis.get_lines()) for axis in axes[:2]] == [4, 4]  # two runs, base, untrained
     text = script.shown.latex(payload)
+    assert "hub swap, loss & " in text and "change of FFN & " in text
     assert text.count(r"\begin{tabular}") == 1 and all(len(line) < 130 for line in text.splitlines()[1:])
