@@ -297,6 +297,8 @@ def _of_header(header: dict) -> dict:
     found = {"step": one.get("step"), "language": language}
     if header["schema"] == "heads":
         found["step"] = max(models.get("checkpoints") or {}, key=int, default=None)
+    if header["schema"] == "comparison":  # of runs that may have ended at different ones
+        found["step"] = None
     if header["schema"] == "lsn-activation":
         found["condition"] = "control" if header.get("control") else "lsn"
     return found
