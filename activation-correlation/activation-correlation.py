@@ -28,12 +28,18 @@ earlier = cli.sibling("activation-correlation/earlier_steps.py")
 
 SCHEMA = "activation_correlation"
 RESULTS = {"activation_correlation": "activation-correlation"}
+ASKED = {
+    "activation_correlation": (
+        "Does the change of these activations follow attention in the interface, or the neurons' own weights?"
+    ),
+}
 CAPTIONS = {
     "activation_correlation": """Part II: 3. Activation over CPT
         How closely the change of LSN activation is followed by the change of attention in interface layers, and by
         that of the neurons' own weights. Curves that grow correlate, on first differences, too; claim C4 is decided by
         training with a part frozen.""",
 }
+IMAGES = {"activation_correlation": "{name}_correlation_strength.png"}
 # What is correlated with |d|, and how a figure shows it: label, colour and hatch.
 KINDS = {"interface_attention": ("interface attention", "attention", ""), "lsn_ffn": ("gates of neurons", "ffn", "///")}
 

@@ -20,6 +20,11 @@ from cpt_utils.base import cli
 component_swap = cli.sibling("component-swap/component_swap.py")
 
 RESULTS = {"attn_int_swap": "component-swap/attn_int_swap"}
+ASKED = {
+    "attn_int_swap": (
+        "What is lost when attention in interface layers is put back to the base, and is it more than with the FFN?"
+    ),
+}
 OWN = "attention_interface"  # q, k, v, o in the layers of --layer-selection
 
 

@@ -34,6 +34,7 @@ CAPTIONS = {
         the same number; squares are sets of a swap's shape. Claim C5 compares attention with the FFN of the same
         layers, in both places.""",
 }
+IMAGES = {"component_swap": "controls.png"}
 # What these scripts leave in OUT, finished or not.
 OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|controls\..+|\..+")
 

@@ -20,6 +20,11 @@ from cpt_utils.base import cli
 component_swap = cli.sibling("component-swap/component_swap.py")
 
 RESULTS = {"ffn_lsn_swap": "component-swap/ffn_lsn_swap"}
+ASKED = {
+    "ffn_lsn_swap": (
+        "What is lost when the FFN of the layers richest in language-specific neurons is put back to the base?"
+    ),
+}
 OWN = "ffn_lsn_rich"  # gate, up, down in the layers of --layer-list
 
 

@@ -39,6 +39,7 @@ freezing = cli.sibling("cpt/freezing.py")
 
 SCHEMA = "arms"
 RESULTS = {"arms": "arms.json"}
+ASKED = {"arms": "How much of what training gains is still gained with a part of the model frozen?"}
 CAPTIONS = {
     "arms": """Part I: 6. Arms
         The same continued pre-training with a part of the model frozen: the share of the plain run's gain that each arm

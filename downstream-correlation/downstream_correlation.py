@@ -25,6 +25,9 @@ from cpt_utils.measures.benchmark import Point, Series
 
 SCHEMA = "downstream_correlation"
 RESULTS = {"downstream": "downstream-correlation/correlation.json"}
+ASKED = {
+    "downstream": "Does accuracy on a task follow the change of interface layers more closely than that of hub layers?",
+}
 CAPTIONS = {
     "downstream": """Part I: 3. Downstream task and weight change
         Downstream accuracy of the checkpoints against the weight change of interface and hub layers. Curves that both

@@ -31,6 +31,7 @@ from cpt_utils.models import loading
 
 SCHEMA = "language-loss"
 RESULTS = {"language_loss": "language-loss/language_loss.json"}
+ASKED = {"language_loss": "Which languages does continued pre-training teach, and which does the model forget?"}
 CAPTIONS = {
     "language_loss": """Part I: 5. Loss by language
         The loss on held-out text of each language at the base (step 0) and at every checkpoint, and its change against

@@ -40,6 +40,11 @@ retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SCHEMA = "ablation-sweep"
 RESULTS = {"layer_ablation": "layer-ablation/sweep.json"}
+ASKED = {
+    "layer_ablation": (
+        "How early in the stack is reading the new language learnt (perception), and how late writing it (production)?"
+    ),
+}
 CAPTIONS = {
     "layer_ablation": """Part III: 1. Layer ablation
         What is kept of what CPT changed when only some blocks are the checkpoint's and the others the base's (revert):

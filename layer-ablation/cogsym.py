@@ -26,6 +26,7 @@ from cpt_utils.models import loading
 
 SCHEMA = "cogsym"
 RESULTS = {"cogsym": "layer-ablation/cogsym.json"}
+ASKED = {"cogsym": "Which layers does CogSym train, and are they the interface, or those that change most?"}
 CAPTIONS = {
     "cogsym": """Part III: 2. CogSym
         The layers that the rule chooses, which looks at nothing but their number, and those of the interface by each

@@ -33,6 +33,7 @@ runs_shown, c7 = cli.sibling("layer-ablation/runs_shown.py"), cli.sibling("repor
 
 SCHEMA = "runs"
 RESULTS = {"runs": "layer-ablation/runs.json"}
+ASKED = {"runs": "How far does training a part of the stack fall short of training all of it?"}
 CAPTIONS = {
     "runs": """Part III: 3. Training a part
         How far runs that train a part of the stack fall short of the full run, in percent of its score (below 0 they

@@ -30,6 +30,7 @@ from cpt_utils.measures import curves, gate
 
 SCHEMA = "layer-specialize"
 RESULTS = {"layers": "layer-specialize/layers.json"}
+ASKED = {"layers": "Which layers find translations (the semantic hub), and which hardly do (the interface)?"}
 CAPTIONS = {
     "layers": """Part I: 2. Layer specialization
         The layers of the last checkpoint split by two-means on their retrieval accuracy: the cluster with the lower

@@ -33,6 +33,7 @@ retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SCHEMA = "layer-swap"
 RESULTS = {"layer_swap": "layer-swap"}
+ASKED = {"layer_swap": "What is lost when hub layers are put back to the base, and is it less than with other layers?"}
 CAPTIONS = {
     "controls": """Part I: 4. Layer swaps
         What putting layers of the base back into the last checkpoint costs: the hub swap among swaps of other sets of
@@ -40,6 +41,7 @@ CAPTIONS = {
         shape. Claim C2b, the hub swap costs less than others, is decided over seeds, by all these sets and beside what
         depth and seams cost.""",
 }
+IMAGES = {"controls": "controls.png"}
 METHODS = ("semantic_hub", "random")
 # What this script leaves in OUT, finished or not.
 OURS = re.compile(r"(semantic_hub|random)(\.partial|\.replaced)?|metadata\.json|(controls|in_memory)\..+|\..+")

@@ -43,6 +43,7 @@ report = cli.sibling("lsn/deactivate_report.py")
 
 SCHEMA = "deactivation"
 RESULTS = {"deactivation": "lsn/deactivate.json"}
+ASKED = {"deactivation": "Does silencing a language's neurons harm that language, and more than silencing others does?"}
 CAPTIONS = {
     "deactivation": """Part II: 2. Language-specific neurons
         The change of the loss per token when the neurons of one language (row) are silenced, on text of each language

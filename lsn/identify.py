@@ -41,6 +41,7 @@ RESULTS = {
     "lsn_control": "lsn/result/{name}.control.json",
     "lsn_layers": "lsn/result/{name}.layers.json",
 }
+ASKED = {"lsn_mask": "Which neurons fire for one language and hardly for the others, and in which layers do they lie?"}
 CAPTIONS = {
     "lsn_counts": """Part II: 2. Language-specific neurons
         How many neurons of each language there are in each layer (LAPE). What decides is little here: compare the
@@ -50,6 +51,7 @@ CAPTIONS = {
         How much of the mask a part of the tokens already gives (Jaccard with the full mask), and the agreement of two
         parts without a common token. Where the curve is flat near one, fewer tokens would have been enough.""",
 }
+IMAGES = {"lsn_counts": "{name}.report-counts.png", "lsn_convergence": "{name}.report-convergence.png"}
 
 # Entropies closer than this are ties: the same rates in another order or at another scale differ in the last bits.
 TIE = 12  # decimals

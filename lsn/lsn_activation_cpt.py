@@ -40,11 +40,13 @@ outputs = cli.sibling("lsn/lsn_activation_files.py")
 
 SCHEMA = "lsn-activation"
 RESULTS = {"lsn_activation": "lsn/lsn_activation"}
+ASKED = {"lsn_activation": "Do the new language's neurons become more active over training?"}
 CAPTIONS = {
     "lsn_activation": """Part II: 3. Activation over CPT
         The mean activation of the new language's neurons on its text, over training, and of random neurons of the
         same layers. Their difference, counted from the base, is what the correlation below follows.""",
 }
+IMAGES = {"lsn_activation": "{name}.png"}
 TOKENS = 100_000
 
 

@@ -38,6 +38,11 @@ DIGITS = 4  # of what is no count: further ones are float rounding, which moves 
 
 SCHEMA = "sentence-retrieval"
 RESULTS = {"retrieval": "sentence-retrieval"}
+ASKED = {
+    "retrieval": (
+        "At which layers is a sentence's translation found among all others, and how does that change in training?"
+    ),
+}
 CAPTIONS = {
     "retrieval": """Part I: 1. Sentence retrieval
         Sentence retrieval at every hidden state (0 is the embedding output, the last one is taken after the final
@@ -54,6 +59,11 @@ CAPTIONS = {
         the figure of the controls does.""",
     "retrieval_components": """Part II: 4. Component swaps
         Retrieval over hidden states of the last checkpoint and after its two component swaps.""",
+}
+IMAGES = {
+    "retrieval": "*/accuracy.png",
+    "retrieval_swapped": "*/layer-swap__semantic_hub+layer-swap__random.png",
+    "retrieval_components": "*/*+attn_int_swap__*+ffn_lsn_swap__*.png",
 }
 
 

@@ -39,6 +39,7 @@ curves, updates = cli.sibling("spectral/curves.py"), cli.sibling("spectral/updat
 
 SCHEMA = "connect"
 RESULTS = {"connect": "spectral/connect.json"}
+ASKED = {"connect": "Are two runs of one base connected by a straight line along which nothing is lost?"}
 CAPTIONS = {
     "connect": """Part IV: 5. Connectivity
         Scores along the straight line (1 - a) A + a C between two runs of continued pre-training of one base, and the

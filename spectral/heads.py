@@ -34,6 +34,7 @@ compared = cli.sibling("weight-diff/compared.py")
 
 SCHEMA = "heads"
 RESULTS = {"heads": "spectral/heads.json"}
+ASKED = {"heads": "Is the change of attention carried by a few heads?"}
 CAPTIONS = {
     "heads": """Part IV: 2. Heads
         How much each attention head changed, by layer: units (a KV head with the query heads that share it) and, where

@@ -38,6 +38,7 @@ made, updates = cli.sibling("spectral/rewind_orders.py"), cli.sibling("spectral/
 
 SCHEMA = "rewind"
 RESULTS = {"rewind": "spectral/rewind.json"}
+ASKED = {"rewind": "How much of the update of attention heads can be put back to the base before something is lost?"}
 CAPTIONS = {
     "rewind": """Part IV: 3. Rewinding heads
         Loss, retrieval and task with a growing share of the checkpoint's heads set to the base's: least changed heads
@@ -48,6 +49,7 @@ CAPTIONS = {
         The same over the share of the update (its sum of squares over all heads) that is taken back: heads that hardly
         changed are harmless to put back by construction, which this axis allows for. Claim D3 is decided by it.""",
 }
+IMAGES = {"rewind_energy": "rewind.energy.png"}
 ORDERS = ("importance", "most", "contrast", "greedy", "random", "random_layer")
 BY_ENERGY = ("importance", "random")  # the orders that D3 compares
 NAMES = {

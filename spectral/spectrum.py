@@ -39,6 +39,7 @@ figure = cli.sibling("spectral/spectrum_figure.py")
 
 SCHEMA = "spectrum"
 RESULTS = {"spectrum": "spectral/spectrum.json"}
+ASKED = {"spectrum": "Does training change the singular values of the weights, or turn their singular vectors?"}
 CAPTIONS = {
     "spectrum": """Part IV: 1. Values or vectors
         Above, the eigenvalues of the base, of the last checkpoint and of their difference in three projections of the

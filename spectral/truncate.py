@@ -37,6 +37,7 @@ curves, updates, spectra = (cli.sibling(f"spectral/{name}.py") for name in ("cur
 
 SCHEMA = "truncate"
 RESULTS = {"truncate": "spectral/truncate.json"}
+ASKED = {"truncate": "How much of the update can be cut off before something is lost: is it of low rank?"}
 CAPTIONS = {
     "truncate": """Part IV: 4. Truncation
         What the checkpoint scores when a share q of its update is cut off: of every matrix the smallest singular values

@@ -32,6 +32,7 @@ compared = cli.sibling("weight-diff/compared.py")
 
 SCHEMA = "attn_vs_ffn"
 RESULTS = {"attn_vs_ffn": "weight-diff/attn_vs_ffn.json"}
+ASKED = {"attn_vs_ffn": "Which changes more, attention or the FFN?"}
 CAPTIONS = {
     "attn_vs_ffn": """Part II: 1. Attention against FFN
         The mean absolute weight change of attention and of the FFN in every layer at the last checkpoint, by the

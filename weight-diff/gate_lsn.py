@@ -29,6 +29,7 @@ compared = cli.sibling("weight-diff/compared.py")
 
 SCHEMA = "gate_lsn"
 RESULTS = {"gate_lsn": "weight-diff/gate_lsn.json"}
+ASKED = {"gate_lsn": "Do the weights that these neurons read with change more than those of random neurons?"}
 CAPTIONS = {
     "gate_lsn": """Part II: 3. Activation over CPT
         The mean absolute change of the weights that read the input of the new language's neurons, over training, and

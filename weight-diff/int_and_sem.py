@@ -27,6 +27,7 @@ compared = cli.sibling("weight-diff/compared.py")
 
 SCHEMA = "int_and_sem"
 RESULTS = {"int_and_sem": "weight-diff/int_and_sem.json"}
+ASKED = {"int_and_sem": "Do the weights of interface layers change more than those of hub layers?"}
 CAPTIONS = {
     "weight_change": """Part I: 3. Downstream task and weight change
         Mean absolute weight change against the base over training steps, averaged over the projections of a layer and

@@ -24,7 +24,7 @@ PLUMBING = {
     f"{PACKAGE}/base/{name}.py"
     for name in ("cli", "code", "errors", "experiments", "journal", "lazy", "locks", "results")
 }
-SAID = {"CAPTIONS"}  # names whose values are words about a script: they decide nothing
+SAID = {"ASKED", "CAPTIONS", "IMAGES"}  # names whose values are words about a script: they decide nothing
 
 
 def files(script: str) -> list[Path]:

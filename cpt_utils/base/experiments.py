@@ -3,10 +3,14 @@
 A script beside a README.md says it in literals at its top level, which are read without importing it:
 
     RESULTS = {"deactivation": "lsn/deactivate.json"}
+    ASKED = {"deactivation": "Does silencing a language's neurons harm that language?"}
     CAPTIONS = {"deactivation": "Part II: 2. Language-specific neurons\\nThe change of the loss per token when ..."}
+    IMAGES = {"lsn_counts": "{name}.report-counts.png"}
 
-A step's path is below the study's `results`; `{name}` in it stands for the study's name. A caption's first line is its
-section in the report; the rest is reStructuredText, or the name of another caption, whose text is this one's, too.
+A step's path is below the study's `results`; `{name}` in it stands for the study's name. What a step asks is a sentence.
+A caption's first line is its section in the report; the rest is reStructuredText, or the name of another caption, whose
+text is this one's, too. Its figure is beside the result of the step of that name, with the suffix .png; where it is
+another file, IMAGES says which, in the folder of the result, with `*` for what is not known beforehand.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ def captions(script: str = "") -> dict[str, tuple[str, str | None, str]]:
 
 @functools.cache
 def said(constant: str) -> dict[str, tuple]:
-    """{key: (value, script)} of the dicts RESULTS or CAPTIONS of the scripts, which lie beside a README.md.
+    """{key: (value, script)} of the dicts RESULTS, ASKED, CAPTIONS or IMAGES of the scripts, which lie beside a README.md.
 
     Raises:
         InputError: such a dict is not a literal, or two scripts have the same key in it.

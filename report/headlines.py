@@ -1,0 +1,341 @@
+"""What a reader must see first: of every claim the number that decides it and a sentence, of every step three numbers.
+
+report/page.py shows them. Nothing is measured here: claims are those of claims.json, numbers those of report/rows.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from cpt_utils.base import languages
+from cpt_utils.base.study import Study
+from cpt_utils.measures import verdicts
+
+MINUS = "−"
+# What the numbers of one run say of a claim, in the column of that name.
+CONTRARY, CLAIMED, UNCLEAR, WITHOUT, UNMEASURED = "contrary", "as claimed", "not clear", "no interval", "not measured"
+RANK = [
+    verdicts.YES, verdicts.NO, verdicts.OPEN, CLAIMED, CONTRARY, UNCLEAR, WITHOUT, UNMEASURED, verdicts.VOID,
+]  # fmt: skip
+ORDER = {"against": 0, "open": 1, "for": 2}  # the number that speaks most against a claim is the first one shown
+
+# ---------------------------------------------------------------- numbers in words
+
+
+def decimals(value: float, low: float | None, high: float | None) -> int:
+    """So many that the interval has two digits, of a number without one three."""
+    width = (high - low) / 2 if low is not None and high is not None and high > low else abs(value) / 10
+    return min(8, max(0, 1 - math.floor(math.log10(width)))) if 0 < width < math.inf else 3
+
+
+def signed(value: float, places: int) -> str:
+    text = f"{value:,.{places}f}"
+    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("-")
+
+
+def in_digits(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """ "0.058 [0.037, 0.080]": as many digits as the interval can bear; a whole number without an interval as it is."""
+    if value is None:
+        return "none"
+    if low is None and float(value).is_integer() and abs(value) >= 1:
+        return signed(value, 0)
+    places = decimals(value, low, high)
+    text = signed(value, places)
+    return text if low is None or high is None else f"{text} [{signed(low, places)}, {signed(high, places)}]"
+
+
+# ---------------------------------------------------------------- claims
+
+
+def deciding(numbers: list[dict]) -> dict | None:
+    """Of the numbers that decide a claim the one that speaks most against it, or least for it; None: there is none."""
+    known = [row for row in numbers if row["value"] is not None]
+    return min(known, key=lambda row: (ORDER[verdicts.standing(row)], _distance(row)), default=None)
+
+
+def _distance(row: dict) -> float:
+    """How far on the claim's side of its bound a number lies, in half widths of its interval; 0 without one."""
+    low, high, says = row["ci_low"], row["ci_high"], row["says"]
+    if low is None or high is None or high <= low:
+        return 0.0
+    value, bound = row["value"], says["bound"]
+    over = value - bound if says["side"] == "above" else bound - value
+    return (min(over, value + bound) if says["side"] == "within" else over) / ((high - low) / 2)
+
+
+def outcome(numbers: list[dict]) -> str:
+    """What the numbers of one run say of their claim together, in a word or two."""
+    known = [row for row in numbers if row["value"] is not None]
+    if not known:
+        return UNMEASURED
+    said = {verdicts.standing(row) for row in known}
+    if "against" in said:
+        return CONTRARY
+    if all(row["ci_low"] is None for row in known):
+        return WITHOUT
+    return CLAIMED if said == {"for"} and len(known) == len(numbers) else UNCLEAR
+
+
+def why(claim: dict) -> str:
+    """One sentence on what a verdict rests on, or on why there is none."""
+    numbers = claim["numbers"]
+    if not numbers or claim["verdict"] == verdicts.VOID or (claim["verdict"] == verdicts.OPEN and not decided(claim)):
+        return sentence(claim["reason"].removeprefix("not measured: "))
+    text = counted(numbers)
+    if claim["p_value"] is not None:
+        text += f" ({verdicts.shown_p(claim['p_value'])} after Holm"
+        needed = claim["seeds_needed"]
+        text += f"; {needed} seeds would decide it, if mean and spread stay)" if needed else ")"
+    return sentence(text)
+
+
+def decided(claim: dict) -> bool:
+    """Whether the claim was tested over seeds."""
+    return claim["p_value"] is not None
+
+
+def counted(numbers: list[dict]) -> str:
+    """ "2 of 4 numbers are contrary to the claim, 1 is as claimed and 1 is not clear"."""
+    words = {
+        "contrary to the claim": 0, "as claimed": 0, "not clear": 0, "without an interval": 0, "not measured": 0
+    }  # fmt: skip
+    for row in numbers:
+        words[standing(row)] += 1
+    found = {word: n for word, n in words.items() if n}
+    if len(numbers) == 1:
+        (word,) = found
+        return {
+            "not clear": f"its interval includes {in_digits(numbers[0]['says']['bound'])}",
+            "without an interval": "one number of all weights, which has an interval over seeds alone",
+        }.get(word, f"the number is {word}")
+    if len(found) == 1:
+        if len(numbers) == 2 and "not clear" in found:
+            return "neither number is clear"
+        return f"{'both' if len(numbers) == 2 else f'all {len(numbers)}'} numbers are {next(iter(found))}"
+    (lead, n), *others = found.items()
+    return ", ".join(
+        [f"{n} of {len(numbers)} numbers {'is' if n == 1 else 'are'} {lead}", *(f"{m} {word}" for word, m in others)]
+    )
+
+
+def standing(row: dict) -> str:
+    """What a number says of its claim, in words."""
+    if row["value"] is None:
+        return "not measured"
+    if row["ci_low"] is None:
+        return "without an interval"
+    return {"for": "as claimed", "against": "contrary to the claim", "open": "not clear"}[verdicts.standing(row)]
+
+
+def capital(text: str) -> str:
+    """With a capital, unless it begins with the name of a file."""
+    return text if "." in text.split(" ")[0] else text[:1].upper() + text[1:]
+
+
+def sentence(text: str) -> str:
+    return capital(text) + ("" if text.endswith(".") else ".")
+
+
+# ---------------------------------------------------------------- three numbers of a step
+
+TARGET, BASE, ANY = "languages.target", "languages.base", object()  # the study's language of that side; whatever it is
+LOSS = "nll_per_byte"
+PER_BYTE = "loss (nats a byte)"
+OF_ANY = {"run": ANY, "language": TARGET}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A number that matters, by where rows.py has it: of all rows that fit, those of the last step count.
+
+    Attributes:
+        where: the columns that must be as they are said here.
+        take: of several the largest or the smallest ("max", "min"); "which": the layers at which the value is 1.
+        over: it is divided by the same number where columns are as these.
+    """
+
+    words: str
+    measure: str
+    where: dict = field(default_factory=dict)
+    take: str = ""
+    over: dict | None = None
+
+
+def between(
+    words: str, one: tuple[str, str], other: tuple[str, str], measure: str, column: str, **more
+) -> tuple[Spec, ...]:
+    """A measure of two things, (words, value of the column), and their ratio."""
+    first, second = ({column: value} | more for _, value in (one, other))
+    return (
+        Spec(f"{words}, {one[0]}", measure, first), Spec(f"{words}, {other[0]}", measure, second),
+        Spec("the first over the second", measure, first, over=second),
+    )  # fmt: skip
+
+
+def lost(own: str) -> tuple[Spec, ...]:
+    """What a swap costs among swaps of random layers, by the loss."""
+    at = f"comparison/{LOSS}"
+    return (
+        Spec(f"{own} minus random layers, {PER_BYTE}", f"{at}/own_minus_random"),
+        Spec(f"share of the gain in loss that {own} loses", f"{at}/own_gain_lost"),
+        Spec("share that random layers lose, mean", f"{at}/random_gain_lost"),
+    )
+
+
+def swapped(place: str, words: str) -> tuple[Spec, ...]:
+    named = (("the checkpoint as it is", "target"), (f"attention of the base in {words}", f"attention_{place}"),
+             (f"FFN of the base in {words}", f"ffn_{place}"))  # fmt: skip
+    return tuple(Spec(f"{PER_BYTE}, {what}", LOSS, {"condition": condition}) for what, condition in named)
+
+
+def cut(words: str, condition: str, null: str, axis: str) -> tuple[Spec, ...]:
+    """How much of an update can go while 95 % of the gain in loss stays."""
+    kept, beyond = f"largest/{LOSS}/{axis}/kept", f"beyond/{null}/{LOSS}/{axis}/kept"
+    return (
+        Spec(
+            f"share of the update that can go, 95 % of the gain in loss kept: {words}", kept, {"condition": condition}
+        ),
+        Spec("the same of the control", kept, {"condition": null}),
+        Spec("their difference", beyond, {"condition": condition}),
+    )
+
+
+HEADLINES: dict[str, tuple[Spec, ...]] = {
+    "retrieval": (
+        Spec("accuracy at the best hidden state, last checkpoint", "layer_accuracy", {"condition": None}, "max"),
+        Spec("the same of the base", "layer_accuracy", {"condition": None, "step": 0}, "max"),
+        Spec("the same of an untrained model", "layer_accuracy", {"condition": "untrained"}, "max"),
+    ),
+    "layers": (
+        Spec("hub layers", "in_hub", take="which"),
+        Spec("silhouette of the split (1: clear, 0: none)", "silhouette"),
+        Spec("stability of the least stable layer", "label_stability", take="min"),
+    ),
+    "int_and_sem": between("mean |ΔW|", ("interface layers", "interface"), ("hub layers", "semantic_hub"), "mean_abs",
+                           "component", layer=None),
+    "downstream": (
+        Spec("accuracy on the task, last checkpoint", "acc", {"component": None}),
+        Spec("correlation of first differences with interface layers", "first_differences/correlation",
+             {"component": "interface"}),
+        Spec("correlation of first differences with hub layers", "first_differences/correlation",
+             {"component": "semantic_hub"}),
+    ),
+    "layer_swap": lost("the hub swap"),
+    "language_loss": (
+        Spec(f"change of the {PER_BYTE}, new language", "change", {"language": TARGET}),
+        Spec(f"change of the {PER_BYTE}, language of the base", "change", {"language": BASE}),
+        Spec("largest change of all languages", "change", take="max"),
+    ),
+    "arms": (
+        Spec("least share of the gain that an arm reaches, loss", f"share/{LOSS}", OF_ANY, "min"),
+        Spec("the same in the task", "share/task_accuracy", {"run": ANY}, "min"),
+        Spec("the same in retrieval, last hidden state", "share/retrieval_readout", {"run": ANY}, "min"),
+    ),
+    "attn_vs_ffn": between("‖ΔW‖ / ‖W‖ over all weights", ("attention", "attention"), ("FFN", "ffn"), "pooled_relative",
+                           "component"),
+    "lsn_mask": (
+        Spec("neurons of the new language", "n_neurons", {"language": TARGET}),
+        Spec("neurons of any language", "n_selected"),
+        Spec("neurons of the model", "n_neurons", {"language": None}),
+    ),
+    "deactivation": (
+        Spec("loss per token of the new language without its neurons, change", "diagonal/harm", {"condition": TARGET}),
+        Spec("the same beyond the harm to other languages", "selectivity/selectivity", {"condition": TARGET}),
+        Spec("the latter with random neurons, mean", "selectivity/random_mean", {"condition": TARGET}),
+    ),
+    "lsn_activation": (
+        Spec("mean activation, last checkpoint", "activation/all_layers", {"condition": "lsn"}),
+        Spec("mean activation, base", "activation/all_layers", {"condition": "lsn", "step": 0}),
+        Spec("mean activation of random neurons, last checkpoint", "activation/all_layers", {"condition": "control"}),
+    ),
+    "gate_lsn": between("mean |ΔW|", ("the language's neurons", "lsn"), ("random neurons", "control"), "mean_abs",
+                        "condition", layer=None),
+    "activation_correlation": (
+        Spec("correlation of first differences with attention in the interface",
+             "interface_attention/first_differences/pearson/correlation"),
+        Spec("the same with the neurons' own weights", "lsn_ffn/first_differences/pearson/correlation"),
+        Spec("the latter beyond random neurons", "lsn_ffn_minus_control/first_differences/pearson/correlation"),
+    ),
+    "attn_int_swap": swapped("interface", "interface layers"),
+    "ffn_lsn_swap": swapped("lsn_rich", "LSN-rich layers"),
+    "layer_ablation": (
+        Spec("A(perception): above 0 it is learnt early", "summary/perception/A"),
+        Spec("A(production): below 0 it is learnt late", "summary/production/A"),
+        Spec("specialisation: their difference", "specialisation"),
+    ),
+    "runs": (
+        Spec("how far the best run that trains a part falls short, loss", f"short_of_full/{LOSS}/short", OF_ANY, "min"),
+        Spec("the same in the task", "short_of_full/task_accuracy/short", {"run": ANY}, "min"),
+        Spec("the same in retrieval, last hidden state", "short_of_full/retrieval_readout/short", {"run": ANY}, "min"),
+    ),
+    "cogsym": (
+        Spec("share of the layers that is trained", "share_of_layers"),
+        Spec("overlap with the interface (Jaccard)", "overlaps/interface/jaccard"),
+        Spec("overlap expected by chance", "overlaps/interface/expected"),
+    ),
+    "spectrum": (
+        Spec("share of the change that lies in the singular values", "value_share", {"component": None}),
+        Spec("the same over that of random changes", "nulls/gaussian/ratio", {"component": None}),
+        Spec("effective rank of the change over the size of the matrix, median", "effective_rank", {"component": None}),
+    ),
+    "heads": (
+        Spec("share of the update in the 10 % of the heads that changed most", "concentration/top_share"),
+        Spec("the same with features in heads by chance", "concentration/permuted"),
+        Spec("the same if heads changed in proportion to their size", "concentration/in_proportion"),
+    ),
+    "rewind": cut("least changed heads first", "importance:energy", "random:energy", "energy"),
+    "truncate": cut("smallest singular values first", "svd", "as_random", "at"),
+    "connect": (
+        Spec("largest barrier, as a share of the gain in loss", "worst"),
+        Spec(f"barrier in the {PER_BYTE}", f"measures/{LOSS}/barrier"),
+        Spec("cosine of the two updates", "cosine", {"component": "all"}),
+    ),
+}  # fmt: skip
+
+
+def three(step: str, rows: list[dict], study: Study) -> list[tuple[str, dict | None]]:
+    """(words, row) of the numbers that matter of a step, from its rows; None where the result has none."""
+    return [(spec.words, ratio(spec, rows, study)) for spec in HEADLINES.get(step, ())]
+
+
+def ratio(spec: Spec, rows: list[dict], study: Study) -> dict | None:
+    """The number that `spec` is of, divided by another where it says so."""
+    row = found(spec, rows, study)
+    if spec.over is None or row is None:
+        return row
+    other = found(replace(spec, where=spec.over), rows, study)
+    return row | {"value": row["value"] / other["value"], "ci_low": None} if other and other["value"] else None
+
+
+def found(spec: Spec, rows: list[dict], study: Study) -> dict | None:
+    """The row of a study's that a number is in."""
+    where = {"run": study.arm or "plain"} | spec.where
+    fit = [row for row in rows if row["measure"] == spec.measure and all(map(_fits(row, study), where.items()))]
+    last = max((row["step"] or 0 for row in fit), default=0)
+    fit = [row for row in fit if (row["step"] or 0) == last]
+    if not fit or not spec.take:
+        return fit[0] if fit else None
+    if spec.take == "which":
+        return fit[0] | {"text": ", ".join(str(row["layer"]) for row in fit if row["value"]) or "none"}
+    row = (max if spec.take == "max" else min)(fit, key=lambda one: one["value"])
+    return row | {"where": _place(row)}
+
+
+def _fits(row: dict, study: Study):
+    def fits(wanted: tuple) -> bool:
+        column, value = wanted
+        if value is ANY:
+            return True
+        if value in (TARGET, BASE):
+            code = study.get(value)
+            return bool(code and row[column]) and languages.same(row[column], code)
+        return row[column] == value
+
+    return fits
+
+
+def _place(row: dict) -> str:
+    """Which of several a number is of: "hidden state 4"."""
+    columns = ("run", "hidden_state", "layer") if row["result"] != "language_loss" else ("language",)
+    return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in columns if row[name] not in (None, "plain"))

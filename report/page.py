@@ -1,0 +1,244 @@
+"""The report: one HTML page that says what a study asked, what came out, how sure it is and where the numbers are.
+
+It is made from result files alone and needs nothing else: text and figures are inside, there is no script in it, and
+nothing is fetched. A result that is missing leaves a sentence in its place. Parts of it: report/parts.py, an
+experiment's; report/headlines.py, the numbers shown first; page.html.j2, how it looks.
+
+In:   the results of a study, as many as there are; of several seeds (--seeds) or studies (--beside), side by side.
+Out:  OUT (default: the study's report.html). Of several it is a folder: report.html goes there, beside the
+      claims_seeds.json of report/claims.py --seeds, whose verdicts it shows.
+
+Full: python report/page.py --study studies/multi30k.yaml --seeds 0,1,2,3,4 --output build/try/claims
+Tiny: python report/page.py --study demo/tiny.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt_utils.base import cli, languages, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.measures import verdicts
+
+headlines = cli.sibling("report/headlines.py")
+parts = cli.sibling("report/parts.py")
+
+RESULTS = {"page": "report.html"}
+TEMPLATE = "page.html.j2"
+MARK = "report/page.py of cpt-utils"  # by which a page is known as one of ours
+PARTS = {
+    "Part I": "Which layers learn the language",
+    "Part II": "Attention, FFN and language-specific neurons",
+    "Part III": "Where in the stack a language is learnt",
+    "Part IV": "The update itself",
+}
+
+
+# ---------------------------------------------------------------- the first screen
+
+
+def named(code: str | None) -> str:
+    """A language by its name with its code."""
+    if not code:
+        return "?"
+    name = languages.name(code)
+    return f"{name} ({code})" if name != code else code
+
+
+def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
+    """Models, languages, data, seeds and date: what the study is about."""
+    run = runs[0]
+    study, heads = run.study, run.headers
+    layers = next((head["n_layers"] for head in heads.values() if head.get("n_layers")), None)
+    steps = next(
+        (models["checkpoints"] for head in heads.values() if (models := head.get("models") or {}).get("checkpoints")),
+        {},
+    )
+    spec = study.get("run")
+    spec = spec if isinstance(spec, str) else f"{len(spec or [])} revisions"
+    data = [f"{n:,} sentence pairs" for n in [(heads.get("retrieval", {}).get("data") or {}).get("n_used")] if n]
+    told = {key: head[key] for head in heads.values() for key in ("task", "heldout") if head.get(key)}
+    told |= {"heldout": heads["language_loss"]["heldout"]} if "language_loss" in heads else {}
+    data += parts.texts(told)
+    dates = sorted(head["time"] for one in runs for head in one.headers.values() if head.get("time"))
+    base, target = (named(study.get(f"languages.{side}")) for side in ("base", "target"))
+    return [
+        ("Base model", f"{study.get('base')}" + (f", {layers} layers" if layers else "")),
+        ("Continued as", f"{spec}" + (f", {len(steps)} checkpoints to step {max(map(int, steps)):,}" if steps else "")),
+        ("Languages", f"{base}, continued on {target}"),
+        ("Data", "; ".join(data) or "not known"),
+        ("Seed" if len(runs) == 1 else "Side by side", ", ".join(one.label or str(one.study.seed) for one in runs)),
+        (
+            "Measured",
+            " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not yet",
+        ),
+    ]
+
+
+def gate_words(runs: list[parts.Run]) -> str:
+    """Whether the model retrieves better than an untrained one, and what follows."""
+    gates = [run.head.get("gate") or run.headers.get("layers", {}).get("gate") for run in runs]
+    passed = [gate for gate in gates if gate and gate["passed"]]
+    if not any(gates):
+        return "Not checked: no untrained model was measured, so nobody knows whether interface and hub mean anything."
+    follows = "So interface and hub can be read." if len(passed) == len(runs) else (
+        "Where it is not passed, interface, hub and all that is built on them mean nothing."
+    )  # fmt: skip
+    if len(runs) > 1:
+        return f"Passed in {len(passed)} of {len(runs)}. {follows}"
+    gate = gates[0]
+    text = "Passed: the last checkpoint finds" if gate["passed"] else "Not passed: the last checkpoint finds only"
+    text += f" {100 * gate['accuracy']:.1f}\u00a0% of the translations at its best layer, an untrained model"
+    apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
+    apart = f"difference {apart}, {100 * gate['level']:.0f}\u00a0% interval"
+    return f"{text} {100 * gate['untrained_accuracy']:.1f}\u00a0% ({apart}). {follows}"
+
+
+def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
+    """How sure the claims are: in a few words, and why."""
+    if over and len(over["seeds"]) >= verdicts.SEEDS:
+        how = "Each draws the training anew. Student's t over seeds, Holm's correction over the claims of one letter."
+        return f"Verdicts over {len(over['seeds'])} seeds.", how
+    if over:
+        return f"{len(over['seeds'])} seeds: no verdict on any claim.", f"A verdict takes {verdicts.SEEDS} or more."
+    why = (
+        f"A run is one sample of what training does; a verdict takes {verdicts.SEEDS} seeds or more. Intervals say how "
+        "sure the numbers of this run are, not what another would give."
+    )
+    return "One run: no verdict on any claim." if len(runs) == 1 else "No verdict on any claim.", why
+
+
+def counted(rows: list[dict]) -> str:
+    """ "4 not supported, 6 undecided", of one run "3 contrary, 2 not clear"."""
+    words = [one["word"] for row in rows for one in row["entries"][:1]]
+    return ", ".join(
+        f"{words.count(word)} {word.replace('no interval', 'without an interval')}"
+        for word in sorted({*words}, key=headlines.RANK.index)
+    )
+
+
+def claims(runs: list[parts.Run], over: dict | None) -> list[dict]:
+    """The claims with what decides each: over seeds, or of every run."""
+    said = [("", over["claims"])] if over else [(run.label, run.claims) for run in runs if run.claims]
+    names = list(dict.fromkeys(name for _, one in said for name in one))
+    found = []
+    for name in names:
+        entries = [entry(label, one[name], bool(over)) for label, one in said if name in one]
+        text = next(one[name]["text"] for _, one in said if name in one)
+        found.append({"name": name, "text": headlines.capital(text), "entries": entries})
+    return found
+
+
+def entry(label: str, claim: dict, seeds: bool) -> dict:
+    """One line on a claim: the number that speaks most against it, the verdict or what this run says, and why."""
+    row = headlines.deciding(claim["numbers"])
+    word = claim["verdict"] if seeds or claim["verdict"] == verdicts.VOID else headlines.outcome(claim["numbers"])
+    shown = {"label": label, "word": word, "verdict": claim["verdict"], "why": headlines.why(claim), "number": ""}
+    if row:
+        shown |= {"about": row["name"], "says": f"claimed {verdicts.in_words(row['says'])}", "number": in_digits(row)}
+    return shown | {key: [a_number(one) for one in claim[key]] for key in ("numbers", "beside")}
+
+
+def a_number(row: dict) -> dict:
+    """A number of a claim for the table of all."""
+    says, note = row["says"], row.get("note") or ""
+    return {
+        "name": row["name"], "number": in_digits(row), "n": f"{row['n']:,} {row['n_of']}" if row["n"] else "",
+        "says": verdicts.in_words(says) if says else "", "note": note or (headlines.standing(row) if says else ""),
+        "values": [headlines.in_digits(value) for value in (row.get("values") or {}).values()],
+    }  # fmt: skip
+
+
+def in_digits(row: dict) -> str:
+    return headlines.in_digits(row["value"], row["ci_low"], row["ci_high"])
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
+    """The page as it will lie in the folder `where`."""
+    steps = [parts.shown_step(step, runs, where) for step in parts.steps()]
+    rows = claims(runs, over)
+    study = runs[0].study
+    names = dict.fromkeys(step["part"] for step in steps)
+    claims_at = where / "claims_seeds.json" if over else study.result("claims")
+    return template().render(
+        title=study.name + (f", arm {study.arm}" if study.arm else ""), target=named(study.get("languages.target")),
+        facts=facts(runs), gate=gate_words(runs), sure_words=sure(runs, over), counts=counted(rows), claims=rows,
+        parts=[(name, PARTS.get(name, ""), [step for step in steps if step["part"] == name]) for name in names],
+        folders=[(run.label, run.folder, parts.link(run.folder, where)) for run in runs], runs=runs, over=over,
+        claims_file=parts.link(claims_at, where), study_file=study.path, mark=MARK, n_steps=len(steps),
+        n_measured=sum(step["measured"] for step in steps),
+    )  # fmt: skip
+
+
+def template():
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(cli.REPOSITORY / "report")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).get_template(TEMPLATE)
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("--output", metavar="OUT", help="HTML file; of several a folder; default: the study's report.html")
+    p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="these seeds of the study, side by side")
+    p.add_argument(
+        "--beside", nargs="+", default=[], metavar="FILE", help="other study files, whose results stand beside"
+    )
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed, args.arm)
+    if not study:
+        raise InputError("the report is that of a study: give --study FILE, or run where study.yaml is")
+    studies = [Study.find(args.study, seed, args.arm) for seed in args.seeds or [study.seed]]
+    studies += [Study.find(file, None) for file in args.beside]
+    if len(studies) == 1:
+        output = study.output(args.output, "--output", "page")
+    elif args.output is None:
+        raise InputError("several seeds or studies have no place of their own: give --output FOLDER")
+    else:
+        output = Path(args.output) / "report.html"
+    if output.suffix != ".html":
+        raise InputError(f"--output {output}: give the name of an HTML file, or --seeds or --beside with a folder")
+    if (
+        output.is_file()
+        and not args.overwrite
+        and MARK not in output.read_text(encoding="utf-8", errors="replace")[:2000]
+    ):
+        raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another --output")
+    folders = [one.result("page").parent for one in studies]
+    if len({*folders}) < len(folders):
+        raise InputError(f"several share {folders[0]}: a seed's results need {{seed}} in the study's results")
+    runs = [parts.Run(one, label) for one, label in zip(studies, labels(studies, args.seeds), strict=True)]
+    if not any(run.rows for run in runs):
+        raise InputError(f"{runs[0].folder} holds no result; run the steps of the README first")
+    over = output.parent / "claims_seeds.json"
+    over = results.read_json(over, "claims")[0] if args.seeds and over.is_file() else None
+    if over and over["seeds"] != args.seeds:
+        raise InputError(
+            f"{output.parent}/claims_seeds.json is over seeds {over['seeds']}; run report/claims.py --seeds again"
+        )
+    results.write_text(output, page(runs, output.parent, over))
+    cli.say(f"wrote {output}")
+
+
+def labels(studies: list[Study], seeds: list[int] | None) -> list[str]:
+    """What tells runs apart; nothing where there is one."""
+    if len(studies) == 1:
+        return [""]
+    names = [f"seed {study.seed}" if i < len(seeds or [0]) and seeds else study.name for i, study in enumerate(studies)]
+    return [
+        name if names.count(name) == 1 else f"{name} ({study.path})" for name, study in zip(names, studies, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,311 @@
+"""What the report shows of each experiment: its question, figures, three numbers, and what they rest on.
+
+Questions, captions and places of figures are those that the scripts say of themselves (cpt_utils/base/experiments.py),
+numbers those of report/rows.py that report/headlines.py picks.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import functools
+import io
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from cpt_utils.base import cli, experiments, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import relatives
+
+headlines = cli.sibling("report/headlines.py")
+numbers = cli.sibling("report/rows.py")
+
+OTHERS = ("Claims", "Figures of the paper")  # sections of captions that the page shows otherwise
+CONTROLS = ("layer_swap", "attn_int_swap", "ffn_lsn_swap")  # steps whose numbers are made with --controls
+WIDE, SMALL = 1350, 900  # pixels: of a figure over both columns; of one among many
+
+
+# ---------------------------------------------------------------- what the scripts say
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: its caption, the step beside whose result it lies, and its file there."""
+
+    caption: str
+    step: str
+    file: str
+
+
+@dataclass
+class Step:
+    """What an experiment asks, and its figures."""
+
+    name: str
+    script: str
+    question: str
+    part: str
+    section: str
+    figures: list[Figure] = field(default_factory=list)
+
+
+def steps() -> list[Step]:
+    """The experiments in the order of the README, each with its figures.
+
+    A figure belongs to the step that it is of; where that one is asked in another section, to the last step of its own.
+    """
+    readme = (cli.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    captions = {name: said for name, said in experiments.captions().items() if said[0] not in OTHERS}
+    owners = {name: _steps_of(name) for name in captions}
+    found = []
+    for name, (question, script) in experiments.said("ASKED").items():
+        own = sorted((caption for caption in owners if name in owners[caption]), key=lambda caption: caption != name)
+        if own:
+            part, section, _ = captions[own[0]]
+            found.append(Step(name, script, question, part, section or ""))
+    found.sort(key=lambda step: (step.part, _first_number(step.section), _place(readme, step.script)))
+    for caption, (part, section, text) in captions.items():
+        near = [step for step in found if (step.part, step.section) == (part, section)]
+        for step in [step for step in near if step.name in owners[caption]] or near[-1:]:
+            of = step.name if step.name in owners[caption] else owners[caption][0]
+            step.figures.append(Figure(text, of, _file(caption, of)))
+    return found
+
+
+def _steps_of(caption: str) -> list[str]:
+    """The steps that a caption may be about: that of its name, else those of its script, else of the folder."""
+    made = {step: script for step, (_, script) in experiments.said("RESULTS").items()}
+    script = experiments.said("CAPTIONS")[caption][1]
+    if made.get(caption) == script:
+        return [caption]
+    of_script = [step for step in made if made[step] == script]
+    return of_script or [step for step in made if made[step].split("/")[0] == script.split("/")[0]]
+
+
+def _file(caption: str, step: str) -> str:
+    """The file of a figure in the folder of the result of `step`."""
+    place = Path(experiments.result(step))
+    return experiments.said("IMAGES").get(caption, (place.with_suffix(".png").name, ""))[0]
+
+
+def _first_number(section: str) -> int:
+    found = re.match(r"\d+", section)
+    return int(found[0]) if found else 0
+
+
+def _place(text: str, word: str) -> int:
+    return found if (found := text.find(word)) >= 0 else len(text)
+
+
+# ---------------------------------------------------------------- what a study has
+
+
+class Run:
+    """The results of a study, of one of its seeds or of one of its arms.
+
+    Attributes:
+        label: what tells it from the others on the page; empty where it is alone.
+        rows: the numbers of its results by step; broken: step -> why its result cannot be read.
+        claims, head: what claims.json says, and its header; empty where it is not there.
+    """
+
+    def __init__(self, study: Study, label: str = ""):
+        self.study, self.label = study, label
+        self.folder = study.result("page").parent
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} does not exist: run the steps of the README on {study.path} first")
+        self.broken: dict[str, str] = {}
+        self.rows: dict[str, list[dict]] = {}
+        for row in numbers.rows(study, self.refuse):
+            self.rows.setdefault(row["result"], []).append(row)
+        self.claims, self.head = {}, {}
+        if "claims" in self.rows:
+            payload, self.head = results.read_json(study.result("claims"), "claims")
+            self.claims = payload["claims"]
+
+    def refuse(self, step: str, error: InputError) -> None:
+        """A result that cannot be read is told of where it would stand."""
+        cli.warn(str(error))
+        self.broken[step] = str(error)
+
+    def files(self, step: str) -> list[str]:
+        return list(dict.fromkeys(row["file"] for row in self.rows.get(step, ())))
+
+    @functools.cached_property
+    def chief(self) -> dict[str, str]:
+        """step -> the file of its result; of several that of the last checkpoint, or the first."""
+        found = {}
+        for step, rows in self.rows.items():
+            plain = [row for row in rows if row["condition"] is None] or rows
+            found[step] = max(plain, key=lambda row: (row["step"] or 0, -len(row["file"])))["file"]
+        return found
+
+    @functools.cached_property
+    def headers(self) -> dict[str, dict]:
+        """step -> the header of the file of its result."""
+        return {
+            step: json.loads(Path(file).read_text(encoding="utf-8"))[results.HEADER]
+            for step, file in self.chief.items()
+        }
+
+    def figure(self, figure: Figure) -> Path | None:
+        """The file of a figure; of several language pairs that of the study."""
+        place = self.study.result(figure.step)
+        folder = place.parent if place.suffix else place
+        pair = "-".join(str(self.study.get(f"languages.{side}")) for side in ("base", "target"))
+        there = sorted(folder.glob(figure.file.replace("{name}", self.study.name)))
+        return next((path for path in there if path.parent.name == pair), there[0] if there else None)
+
+    def command(self, step: Step) -> str:
+        """What made the result of a step, or would make it."""
+        said = self.headers.get(step.name, {}).get("command")
+        if said:
+            return f"python {step.script} {said.partition(' ')[2]}".rstrip()
+        words = f"--study {self.study.path}" + (f" --seed {self.study.seed}" if self.label else "")
+        words += f" --arm {self.study.arm}" if self.study.arm else ""
+        return f"python {step.script} {words}{' --controls' if step.name in CONTROLS else ''}"
+
+
+# ---------------------------------------------------------------- one step on the page
+
+
+def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
+    """What the page says of a step: question, of each run its figures and what they rest on, and the three numbers."""
+    of_runs = [shown_run(step, run, where, small=len(runs) > 1) for run in runs]
+    captions = list(dict.fromkeys(figure.caption for figure in step.figures))
+    of_claims = [name for name, claim in runs[0].claims.items() if {*claim["files"]} & {*runs[0].files(step.name)}]
+    return {
+        "id": step.name, "part": step.part, "section": step.section, "question": step.question, "script": step.script,
+        "captions": captions, "runs": of_runs, "table": table(step, runs), "claims": of_claims,
+        "measured": any(one["file"] for one in of_runs),
+    }  # fmt: skip
+
+
+def shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
+    files, head, chief = run.files(step.name), run.headers.get(step.name, {}), run.chief.get(step.name)
+    file = chief and {
+        "name": Path(chief).relative_to(run.folder),
+        "address": link(chief, where),
+        "more": len(files) - 1,
+    }
+    figures = [(figure, run.figure(figure)) for figure in step.figures]
+    lacking = "" if files else f"Not measured{f' in {run.label}' if run.label else ' in this study'}."
+    if step.name in run.broken:
+        lacking = f"The result cannot be read: {run.broken[step.name]}."
+    return {
+        "label": run.label, "lacking": lacking, "command": run.command(step), "rests": rests(head),
+        "doubts": doubts(head, run.head), "file": file,
+        "figures": [image(path, figure.caption, small) for figure, path in figures if path and files],
+        "undrawn": [first_sentence(figure.caption) for figure, path in figures if not path and files],
+    }  # fmt: skip
+
+
+def table(step: Step, runs: list[Run]) -> list[dict]:
+    """The numbers that matter, a row each: of every run, and of several seeds their mean with the interval of t."""
+    columns = [headlines.three(step.name, run.rows.get(step.name, []), run.study) for run in runs]
+    found = []
+    for number in zip(*columns, strict=True):
+        rows, words = [row for _, row in number], number[0][0]
+        if not any(rows):
+            continue
+        known = [row["value"] for row in rows if row and "text" not in row]
+        seeds = len({run.study.seed for run in runs}) == len(runs) > 2 and len(known) == len(runs)
+        mean = headlines.in_digits(*stats.t_mean(known)[:3]) if seeds else ""
+        found.append({"words": words, "mean": mean, "cells": [cell(row, brief=len(runs) > 1) for row in rows]})
+    return found
+
+
+def cell(row: dict | None, brief: bool) -> dict:
+    """A number with its interval, beside others without, and what it is of."""
+    if row is None:
+        return {"text": "none", "note": ""}
+    ends = (None, None) if brief else (row["ci_low"], row["ci_high"])
+    note = [row.get("where") or "", f"n = {row['n']:,}" if row["n"] and not brief else ""]
+    if row["controls"] and not brief:
+        note.append(f"{row['controls']} controls")
+    return {"text": row.get("text") or headlines.in_digits(row["value"], *ends), "note": ", ".join(filter(None, note))}
+
+
+def rests(head: dict) -> str:
+    """What a result rests on, by its header: models, data, settings, and when it was made with which code."""
+    models, data = head.get("models") or {}, head.get("data") or {}
+    steps, step = models.get("checkpoints"), next((ref.get("step") for ref in models.values() if ref.get("step")), None)
+    said = [f"{len(steps)} checkpoints" if steps else f"the checkpoint of step {step}" if step is not None else ""]
+    said += [f"{data['n_used']:,} sentence pairs" if data.get("n_used") else "", *texts(head)]
+    said += [f"{key} {head[key]}" for key in ("seed", "dtype") if head.get(key) is not None]
+    return "; ".join(filter(None, [*said, made(head)]))
+
+
+def texts(head: dict) -> list[str]:
+    """Held-out text and task of a header, in words."""
+    heldout, task = head.get("heldout") or {}, head.get("task") or {}
+    said = [f"{heldout['documents']:,} held-out documents"] if heldout.get("documents") else []
+    by_language = [one["documents"] for one in heldout.values() if isinstance(one, dict) and one.get("documents")]
+    if by_language:
+        counts = f"{min(by_language):,}" + (f" to {max(by_language):,}" if len({*by_language}) > 1 else "")
+        said = [f"{counts} held-out documents in each of {len(by_language)} languages"]
+    return said + ([f"{task['rows']:,} rows of the task"] if task.get("rows") else [])
+
+
+def made(head: dict) -> str:
+    commit, time = head.get("git_commit"), head.get("time")
+    said = [f"made {day(time)}" if time else "", f"code {commit[:7]}{'+changes' * ('+' in commit)}" if commit else ""]
+    return ", ".join(filter(None, said))
+
+
+def day(time: str) -> str:
+    """ "30 November 2026"."""
+    date = datetime.date.fromisoformat(time[:10])
+    return f"{date.day} {date:%B %Y}"
+
+
+def doubts(head: dict, of_claims: dict) -> list[str]:
+    """What a reader must know before believing a result."""
+    found, gate = [], head.get("gate") or {}
+    if gate.get("passed") is False:
+        found.append("The gate was not passed: the layers that this is about mean nothing.")
+    if head.get("limit") is not None:
+        found.append(f"Made with --limit {head['limit']}, for a try.")
+    for role in ("base", "target"):
+        own, other = ((one.get("models") or {}).get(role) for one in (head, of_claims))
+        if own and other and not relatives.same_model(own, other):
+            found.append(f"Of another model than the claims: {own.get('spec')}, not {other.get('spec')}.")
+    return found
+
+
+def link(path: str | Path, where: Path) -> str:
+    """The address of a file from the folder of the page."""
+    return quote(Path(os.path.relpath(path, where)).as_posix())
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.:])\s", " ".join(text.split()), maxsplit=1)[0]
+
+
+def image(path: Path, caption: str, small: bool) -> dict:
+    """A figure as it stands in the page: the PNG itself, or of many side by side a smaller one of fewer colours."""
+    content = path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    if small:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(content)) as picture:
+            size = (min(width, SMALL), round(height * min(width, SMALL) / width))
+            drawn = io.BytesIO()
+            picture.convert("RGB").resize(size).quantize(64).save(drawn, "PNG", optimize=True)
+        content = drawn.getvalue()
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return {
+        "source": source,
+        "width": width,
+        "height": height,
+        "alt": first_sentence(caption),
+        "share": width / WIDE,
+        "caption": caption,
+    }
