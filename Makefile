@@ -1,5 +1,5 @@
 # Commands on a fresh machine, each doing all its set-up in .venv:
-#   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and an HTML report
+#   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and a report, one HTML page
 #   make plan         what would run, without setting up everything first
 #   make check        look at a study before hours are spent on it: models, files, what is left out, a rough cost
 #   make test         the tests, with a small end-to-end run included
@@ -18,6 +18,8 @@ BENCH ?=
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 REPORT ?= results/$(basename $(notdir $(STUDY)))$(if $(SEED),-seed-$(SEED))$(if $(ARM),-$(ARM)).html
 BIN := .venv/bin
+# Where the study's report lies.
+export WHERE = from cpt_utils.base.study import Study; print(Study.find("$(STUDY)", $(or $(SEED),None), $(if $(ARM),"$(ARM)",None)).result("page"))
 WORKFLOW = --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED)) $(if $(ARM),arm=$(ARM))
 SNAKEMAKE = $(BIN)/snakemake $(WORKFLOW)
 
@@ -40,7 +42,7 @@ reproduce: .venv/installed
 	@mkdir -p $(dir $(REPORT))
 	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED)) $(if $(ARM),--arm $(ARM))
 	$(SNAKEMAKE) --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --rerun-incomplete --show-failed-logs --report-after-run --report $(REPORT)
-	@echo "== done; the figures with their captions: $(REPORT) =="
+	@echo "== done; the report: $$($(BIN)/python -c "$$WHERE") (Snakemake's own, with every job and its code: $(REPORT)) =="
 
 # What the study's models and files look like, what will be left out, and a rough cost.
 check: .venv/installed

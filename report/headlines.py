@@ -86,7 +86,7 @@ def why(claim: dict) -> str:
     if claim["p_value"] is not None:
         text += f" ({verdicts.shown_p(claim['p_value'])} after Holm"
         needed = claim["seeds_needed"]
-        text += f"; {needed} seeds would decide it, if mean and spread stay)" if needed else ")"
+        text += f"; {needed} seeds would decide it)" if needed else ")"
     return sentence(text)
 
 
@@ -106,7 +106,7 @@ def counted(numbers: list[dict]) -> str:
     if len(numbers) == 1:
         (word,) = found
         return {
-            "not clear": f"its interval includes {in_digits(numbers[0]['says']['bound'])}",
+            "not clear": f"its interval includes {numbers[0]['says']['bound']:g}",
             "without an interval": "one number of all weights, which has an interval over seeds alone",
         }.get(word, f"the number is {word}")
     if len(found) == 1:

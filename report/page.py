@@ -46,6 +46,12 @@ def named(code: str | None) -> str:
     return f"{name} ({code})" if name != code else code
 
 
+def briefly(place: str | None) -> str:
+    """A model by its place; of a long path the end."""
+    text = place or "not said"
+    return text if len(text) <= 40 else "…/" + "/".join(text.split("/")[-2:])
+
+
 def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     """Models, languages, data, seeds and date: what the study is about."""
     run = runs[0]
@@ -56,19 +62,20 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
         {},
     )
     spec = study.get("run")
-    spec = spec if isinstance(spec, str) else f"{len(spec or [])} revisions"
+    spec = briefly(spec) if isinstance(spec, str) else f"{len(spec or [])} revisions"
     data = [f"{n:,} sentence pairs" for n in [(heads.get("retrieval", {}).get("data") or {}).get("n_used")] if n]
     told = {key: head[key] for head in heads.values() for key in ("task", "heldout") if head.get(key)}
     told |= {"heldout": heads["language_loss"]["heldout"]} if "language_loss" in heads else {}
     data += parts.texts(told)
     dates = sorted(head["time"] for one in runs for head in one.headers.values() if head.get("time"))
     base, target = (named(study.get(f"languages.{side}")) for side in ("base", "target"))
+    of = f" (of {run.label})" if run.label else ""
     return [
-        ("Base model", f"{study.get('base')}" + (f", {layers} layers" if layers else "")),
+        ("Base model", f"{briefly(study.get('base'))}{of}" + (f", {layers} layers" if layers else "")),
         ("Continued as", f"{spec}" + (f", {len(steps)} checkpoints to step {max(map(int, steps)):,}" if steps else "")),
         ("Languages", f"{base}, continued on {target}"),
         ("Data", "; ".join(data) or "not known"),
-        ("Seed" if len(runs) == 1 else "Side by side", ", ".join(one.label or str(one.study.seed) for one in runs)),
+        ("Seed", str(study.seed)) if len(runs) == 1 else ("Side by side", ", ".join(one.label for one in runs)),
         (
             "Measured",
             " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not yet",
@@ -88,11 +95,13 @@ def gate_words(runs: list[parts.Run]) -> str:
     if len(runs) > 1:
         return f"Passed in {len(passed)} of {len(runs)}. {follows}"
     gate = gates[0]
-    text = "Passed: the last checkpoint finds" if gate["passed"] else "Not passed: the last checkpoint finds only"
-    text += f" {100 * gate['accuracy']:.1f}\u00a0% of the translations at its best layer, an untrained model"
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
-    apart = f"difference {apart}, {100 * gate['level']:.0f}\u00a0% interval"
-    return f"{text} {100 * gate['untrained_accuracy']:.1f}\u00a0% ({apart}). {follows}"
+    than = "more" if gate["passed"] else "not clearly more"
+    text = (
+        f"{'P' if gate['passed'] else 'Not p'}assed: at its best layer the last checkpoint finds {than} translations "
+    )
+    text += "than an untrained model. The difference is"
+    return f"{text} {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
 
 
 def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
@@ -106,6 +115,8 @@ def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
         f"A run is one sample of what training does; a verdict takes {verdicts.SEEDS} seeds or more. Intervals say how "
         "sure the numbers of this run are, not what another would give."
     )
+    if len({run.study.seed for run in runs}) == len(runs) > 1:
+        why += " report/claims.py --seeds, with the same --output, judges them over seeds."
     return "One run: no verdict on any claim." if len(runs) == 1 else "No verdict on any claim.", why
 
 

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -111,7 +110,7 @@ class Run:
 
     Attributes:
         label: what tells it from the others on the page; empty where it is alone.
-        rows: the numbers of its results by step; broken: step -> why its result cannot be read.
+        rows: the numbers of its results by step.
         claims, head: what claims.json says, and its header; empty where it is not there.
     """
 
@@ -120,19 +119,13 @@ class Run:
         self.folder = study.result("page").parent
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} does not exist: run the steps of the README on {study.path} first")
-        self.broken: dict[str, str] = {}
         self.rows: dict[str, list[dict]] = {}
-        for row in numbers.rows(study, self.refuse):
+        for row in numbers.rows(study):
             self.rows.setdefault(row["result"], []).append(row)
         self.claims, self.head = {}, {}
         if "claims" in self.rows:
             payload, self.head = results.read_json(study.result("claims"), "claims")
             self.claims = payload["claims"]
-
-    def refuse(self, step: str, error: InputError) -> None:
-        """A result that cannot be read is told of where it would stand."""
-        cli.warn(str(error))
-        self.broken[step] = str(error)
 
     def files(self, step: str) -> list[str]:
         return list(dict.fromkeys(row["file"] for row in self.rows.get(step, ())))
@@ -178,12 +171,13 @@ class Run:
 def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
     """What the page says of a step: question, of each run its figures and what they rest on, and the three numbers."""
     of_runs = [shown_run(step, run, where, small=len(runs) > 1) for run in runs]
+    rows = table(step, runs)
     captions = list(dict.fromkeys(figure.caption for figure in step.figures))
     of_claims = [name for name, claim in runs[0].claims.items() if {*claim["files"]} & {*runs[0].files(step.name)}]
     return {
         "id": step.name, "part": step.part, "section": step.section, "question": step.question, "script": step.script,
-        "captions": captions, "runs": of_runs, "table": table(step, runs), "claims": of_claims,
-        "measured": any(one["file"] for one in of_runs),
+        "captions": captions, "runs": of_runs, "table": rows, "means": any(row["mean"] for row in rows),
+        "claims": of_claims, "measured": any(one["file"] for one in of_runs),
     }  # fmt: skip
 
 
@@ -196,8 +190,6 @@ def shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
     }
     figures = [(figure, run.figure(figure)) for figure in step.figures]
     lacking = "" if files else f"Not measured{f' in {run.label}' if run.label else ' in this study'}."
-    if step.name in run.broken:
-        lacking = f"The result cannot be read: {run.broken[step.name]}."
     return {
         "label": run.label, "lacking": lacking, "command": run.command(step), "rests": rests(head),
         "doubts": doubts(head, run.head), "file": file,
@@ -290,22 +282,21 @@ def first_sentence(text: str) -> str:
 
 def image(path: Path, caption: str, small: bool) -> dict:
     """A figure as it stands in the page: the PNG itself, or of many side by side a smaller one of fewer colours."""
-    content = path.read_bytes()
-    width, height = struct.unpack(">II", content[16:24])
-    if small:
-        from PIL import Image
+    from PIL import Image
 
-        with Image.open(io.BytesIO(content)) as picture:
+    content = path.read_bytes()
+    try:
+        Image.open(io.BytesIO(content)).verify()
+        picture = Image.open(io.BytesIO(content))
+        width, height = picture.size
+        if small:
             size = (min(width, SMALL), round(height * min(width, SMALL) / width))
             drawn = io.BytesIO()
             picture.convert("RGB").resize(size).quantize(64).save(drawn, "PNG", optimize=True)
-        content = drawn.getvalue()
-    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            content = drawn.getvalue()
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
+        raise InputError(f"{path} is no whole PNG image ({error}); run the step that draws it again") from None
     return {
-        "source": source,
-        "width": width,
-        "height": height,
-        "alt": first_sentence(caption),
-        "share": width / WIDE,
-        "caption": caption,
-    }
+        "source": f"data:image/png;base64,{base64.b64encode(content).decode()}", "width": width, "height": height,
+        "alt": first_sentence(caption), "caption": caption, "share": width / WIDE,
+    }  # fmt: skip

@@ -335,23 +335,14 @@ def files(study: Study) -> Iterator[tuple[str, Path]]:
                     yield step, beside
 
 
-def read(study: Study, broken: Callable | None = None) -> Iterator[tuple[str, Path, dict, dict]]:
+def read(study: Study) -> Iterator[tuple[str, Path, dict, dict]]:
     """(step, file, payload, header) of every result of a study; what was made with --limit is left out, and said so.
-
-    Args:
-        broken: told the step and the error of a damaged file, which is then left out.
 
     Raises:
         InputError: a file is damaged, or not what its step writes.
     """
     for step, path in files(study):
-        try:
-            payload, header = _content(path)
-        except InputError as error:
-            if broken is None:
-                raise
-            broken(step, error)
-            continue
+        payload, header = _content(path)
         if header.get("limit") is not None:
             cli.warn(f"{path} was made with --limit {header['limit']} and is left out")
         elif header.get("schema"):
@@ -367,27 +358,20 @@ def _content(path: Path) -> tuple[dict, dict]:
     return results.read_json(path, allow_limited=True)
 
 
-def rows(study: Study, broken: Callable | None = None) -> list[dict]:
+def rows(study: Study) -> list[dict]:
     """Every number of every result of a study, or of one of its arms or runs, as rows of `COLUMNS`.
 
     What is missing gives no row, and what does not apply to a number is None. `result` is the step's name in the
     RESULTS of its script.
     """
-    found = list(read(study, broken))
+    found = list(read(study))
     steps = _steps([header for *_, header in found])
     same = {"study": study.name, "seed": study.seed, "run": study.arm or PLAIN}
     table = []
     for step, path, payload, header in found:
         where = {"result": step, "file": str(path)}
         about = _model(header, steps, study) if header["schema"] in OF_ONE else {}
-        try:
-            told = list(_told(path, payload, header))
-        except InputError as error:
-            if broken is None:
-                raise
-            broken(step, error)
-            continue
-        for row in told:
+        for row in _told(path, payload, header):
             row |= {key: value for key, value in about.items() if value is not None}
             row |= where | {key: value for key, value in same.items() if row.get(key) is None}
             table.append({column: row.get(column) for column in COLUMNS})

@@ -89,6 +89,8 @@ def test_every_result_and_figure_is_there(finished):
         for suffix in (".pdf", ".png"):
             assert (results / f"{name}{suffix}").stat().st_size > 2000, name + suffix
     assert len(list((results / "report/figures").glob("fig*.pdf"))) == 10
+    page = (results / "report.html").read_text()
+    assert page.count("<img ") > 20 and "Not measured" not in page and "figure is missing" not in page
     report = (finished / "results/tiny.html").read_text()
     for section in (
         "1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps",

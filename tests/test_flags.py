@@ -44,6 +44,7 @@ OUTPUT = (
     "report/figures.py",
     "report/export.py",
     "report/compare.py",
+    "report/page.py",
     "studies/across_seeds.py",
 )
 

@@ -7,7 +7,7 @@ A script beside a README.md says it in literals at its top level, which are read
     CAPTIONS = {"deactivation": "Part II: 2. Language-specific neurons\\nThe change of the loss per token when ..."}
     IMAGES = {"lsn_counts": "{name}.report-counts.png"}
 
-A step's path is below the study's `results`; `{name}` in it stands for the study's name. What a step asks is a sentence.
+A step's path is below the study's `results`; `{name}` in it is the study's name. What a step asks is a sentence.
 A caption's first line is its section in the report; the rest is reStructuredText, or the name of another caption, whose
 text is this one's, too. Its figure is beside the result of the step of that name, with the suffix .png; where it is
 another file, IMAGES says which, in the folder of the result, with `*` for what is not known beforehand.
@@ -51,7 +51,7 @@ def captions(script: str = "") -> dict[str, tuple[str, str | None, str]]:
 
 @functools.cache
 def said(constant: str) -> dict[str, tuple]:
-    """{key: (value, script)} of the dicts RESULTS, ASKED, CAPTIONS or IMAGES of the scripts, which lie beside a README.md.
+    """{key: (value, script)} of such dicts (RESULTS, ASKED, CAPTIONS, IMAGES) of scripts, which lie beside a README.md.
 
     Raises:
         InputError: such a dict is not a literal, or two scripts have the same key in it.

@@ -76,6 +76,7 @@ COMMANDS = (
     _command("claims", "report/claims.py"),
     _command("figures", "report/figures.py"),
     _command("export", "report/export.py"),
+    _command("page", "report/page.py"),
 )  # fmt: skip
 NAMES = [command.name for command in COMMANDS]
 BY_NAME = {command.name: command for command in COMMANDS}

@@ -1,0 +1,315 @@
+"""The report: from made-up results alone, sentences in the place of what is missing, and what a browser shows of it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from helpers import load_script
+from test_claims import MadeUp
+
+from cpt_utils.base import cli, experiments
+from cpt_utils.base.errors import InputError
+from cpt_utils.measures import verdicts
+from cpt_utils.measures.verdicts import above, number, within
+
+script = load_script("report/page.py")
+parts, headlines = script.parts, script.headlines
+claims = load_script("report/claims.py")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Made-up results of a seed with their claims, and a white picture wherever a figure would lie."""
+    from PIL import Image
+
+    made = MadeUp(tmp_path_factory.mktemp("page")).all()
+    claims.shown.draw = lambda *_: None
+    claims.main(["--study", str(made.study)])
+    run = parts.Run(claims.Study.find(made.study))
+    for figure in (figure for step in parts.steps() for figure in step.figures):
+        place = run.study.result(figure.step)
+        folder = place.parent if place.suffix else place
+        pair = "eng_Latn-gle_Latn" if "/" in figure.file else ""
+        path = folder / pair / figure.file.rpartition("/")[2].replace("*", "x").replace("{name}", run.study.name)
+        if folder.is_dir():
+            Image.new("RGB", (1350, 2400), "white").save(path)
+    return made
+
+
+@pytest.fixture
+def page(study, tmp_path):
+    """The page of that study in a folder of its own, as a function that spoils results before."""
+
+    def make(spoil=lambda results: None, *more):
+        shutil.copytree(study.results, tmp_path / "results", dirs_exist_ok=True)
+        spoil(tmp_path / "results")
+        file = tmp_path / "study.yaml"
+        file.write_text(study.study.read_text().replace(f"{study.folder}/results/{{seed}}", str(tmp_path / "results")))
+        script.main(["--study", str(file), *more])
+        return (tmp_path / "results/report.html").read_text()
+
+    return make
+
+
+def text_of(page: str) -> str:
+    page = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+# ---------------------------------------------------------------- what the scripts say
+
+
+def test_every_figure_of_an_experiment_has_its_place_and_every_one_asks():
+    steps = parts.steps()
+    texts = [text for name, (part, _, text) in experiments.captions().items() if part not in parts.OTHERS]
+    shown = {figure.caption for step in steps for figure in step.figures}
+    assert shown == {*texts} and all(step.figures for step in steps)
+    assert {step.name for step in steps} == {*experiments.said("ASKED")} <= {*experiments.said("RESULTS")}
+    assert all(step.question.endswith("?") and len(step.question) < 120 for step in steps)
+    asked_by = {script for _, script in experiments.said("ASKED").values()}
+    drawing = {by for name, (_, by) in experiments.said("CAPTIONS").items() if not by.startswith("report/")}
+    assert drawing - asked_by == {"component-swap/component_swap.py"}  # its two scripts ask
+    order = [step.name for step in steps]
+    assert (
+        order.index("retrieval") < order.index("int_and_sem") < order.index("downstream") < order.index("attn_vs_ffn")
+    )
+    assert {*headlines.HEADLINES} == {*order} and {name for name, *_ in ((s.part,) for s in steps)} == {*script.PARTS}
+
+
+def test_a_figure_of_another_section_stands_in_its_own():
+    files = {step.name: [figure.file for figure in step.figures] for step in parts.steps()}
+    assert files["attn_vs_ffn"] == ["attn_vs_ffn.png"]  # beside the result, where nothing else is said
+    assert files["layer_swap"][0] == "controls.png" and "semantic_hub" in files["layer_swap"][1]
+    assert files["attn_int_swap"] == ["controls.png"] and "ffn_lsn_swap" in files["ffn_lsn_swap"][1]
+
+
+# ---------------------------------------------------------------- numbers in words
+
+
+@pytest.mark.parametrize("numbers, told", [
+    ((0.058333, 0.036667, 0.08), "0.058 [0.037, 0.080]"),
+    ((-0.0026722, -0.0048849, -0.0005642), "−0.0027 [−0.0049, −0.0006]"),
+    ((-0.00001, -0.02, 0.02), "0.000 [−0.020, 0.020]"),
+    ((2048.0, None, None), "2,048"), ((0.10462, None, None), "0.105"), ((None, None, None), "none"),
+    ((0.0, None, None), "0.000"), ((0.5, 0.5, 0.5), "0.500 [0.500, 0.500]"),
+])  # fmt: skip
+def test_numbers_have_the_digits_that_their_interval_bears(numbers, told):
+    assert headlines.in_digits(*numbers) == told
+
+
+def claim(*numbers, verdict=verdicts.ONE, reason="why", p=None, needed=None):
+    return {"numbers": list(numbers), "beside": [], "verdict": verdict, "reason": reason, "p_value": p,
+            "seeds_needed": needed, "text": "x", "files": []}  # fmt: skip
+
+
+FOR, AGAINST, OPEN = (number(name, value, (value - 1, value + 1), says=above())
+                      for name, value in (("for", 3.0), ("against", -2.0), ("open", 0.5)))  # fmt: skip
+BARE, NONE = number("bare", -1.0, says=above()), number("none", None, says=above(), note="not there")
+
+
+@pytest.mark.parametrize("numbers, word, first, why", [
+    ([FOR, OPEN, AGAINST], "contrary", "against",
+     "1 of 3 numbers is contrary to the claim, 1 as claimed, 1 not clear."),
+    ([FOR, OPEN], "not clear", "open", "1 of 2 numbers is as claimed, 1 not clear."),
+    ([FOR, FOR], "as claimed", "for", "Both numbers are as claimed."),
+    ([FOR, NONE], "not clear", "for", "1 of 2 numbers is as claimed, 1 not measured."),
+    ([OPEN], "not clear", "open", "Its interval includes 0."),
+    ([BARE], "no interval", "bare", "One number of all weights, which has an interval over seeds alone."),
+    ([NONE], "not measured", None, "The number is not measured."),
+    ([], "not measured", None, "Why."),
+    ([number("in", 0.0, (-0.1, 0.01), says=within(0.03))], "not clear", "in", "Its interval includes 0.03."),
+])  # fmt: skip
+def test_a_claim_is_told_by_the_number_that_speaks_most_against_it(numbers, word, first, why):
+    shown = script.entry("", claim(*numbers), False)
+    assert (shown["word"], shown.get("about"), shown["why"]) == (word, first, why)
+
+
+def test_over_seeds_the_verdict_and_what_would_decide_it():
+    one = claim(OPEN, verdict=verdicts.OPEN, p=0.4, needed=12)
+    shown = script.entry("", one, True)
+    assert shown["word"] == "undecided"
+    assert shown["why"] == "Its interval includes 0 (p = 0.400 after Holm; 12 seeds would decide it)."
+    void = claim(FOR, verdict=verdicts.VOID, reason="the twin is as good")
+    assert script.entry("", void, False)["word"] == verdicts.VOID
+    assert headlines.why(void) == "The twin is as good."
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page_says_what_was_asked_what_came_out_how_sure_and_where(page, study):
+    made = page()
+    text = text_of(made)
+    for said in ("What changed inside it, and where?", "One run: no verdict on any claim.",
+                 "Gate. Passed: at its best layer", "English (eng_Latn), continued on Irish (gle_Latn)", "Where the numbers are"):  # fmt: skip
+        assert said in text, said
+    payload = json.loads((study.results / "report/claims.json").read_text())["claims"]
+    for name, row in payload.items():
+        assert headlines.capital(row["text"]) in text
+        deciding = headlines.deciding(row["numbers"])
+        assert headlines.in_digits(deciding["value"], deciding["ci_low"], deciding["ci_high"]) in text, name
+    assert text.index("One run: no verdict") < text.index("Part I. ") < text.index("Part IV. ")
+    for step in parts.steps():
+        assert step.question in text
+    assert "weight-diff/attn_vs_ffn.json" in text and 'href="weight-diff/attn_vs_ffn.json"' in made
+    images = re.findall(r"<img [^>]*>", made)
+    assert len(images) > 8 and all(re.search(r'alt="[^"]{20,}"', image) for image in images)
+    links = re.findall(r'(?:src|href)="([^"]*)"', made)
+    assert len(links) > 30 and all(link.startswith(("data:", "#")) or ":" not in link for link in links)
+    assert "<script" not in made
+
+
+def test_what_is_missing_leaves_a_sentence(page):
+    def spoil(results):
+        shutil.rmtree(results / "layer-swap")
+        (results / "weight-diff/attn_vs_ffn.png").unlink()
+
+    text = text_of(page(spoil))
+    swap = text[text.index("What is lost when hub layers") :]
+    assert swap.index("Not measured in this study. This measures it: python layer-swap/layer-swap.py") < 150
+    assert "--controls" in swap[:300]
+    assert "A figure is missing (The mean absolute weight change of attention" in text
+    assert (
+        "or those that change most? Not measured in this study. This measures it: python layer-ablation/cogsym.py"
+        in text
+    )
+
+
+def test_without_claims_the_page_is_still_made(page):
+    text = text_of(page(lambda results: shutil.rmtree(results / "report")))
+    assert "The claims have not been judged yet. This does it: python report/claims.py" in text
+
+
+def test_a_rerun_gives_the_same_bytes_and_another_page_is_kept(page, tmp_path):
+    assert page() == page()
+    (tmp_path / "results/report.html").write_text("mine")
+    with pytest.raises(InputError, match=r"report.html was not made by this script; give --overwrite"):
+        page()
+    assert (tmp_path / "results/report.html").read_text() == "mine"
+    page(lambda results: None, "--overwrite")
+
+
+@pytest.mark.parametrize("name, content, match", [
+    ("weight-diff/int_and_sem.json", b'{"_header": ', r"int_and_sem.json is not valid JSON"),
+    ("weight-diff/int_and_sem.png", b"\x89PNG\r\n\x1a\n", r"int_and_sem.png is no whole PNG image .*; run the step"),
+])  # fmt: skip
+def test_a_damaged_result_is_one_error(page, tmp_path, name, content, match):
+    with pytest.raises(InputError, match=match):
+        page(lambda results: (results / name).write_bytes(content))
+    assert not (tmp_path / "results/report.html").exists()
+
+
+def test_results_that_are_not_there_are_one_error(tmp_path):
+    (tmp_path / "study.yaml").write_text("name: x\nresults: nowhere\n")
+    with pytest.raises(InputError, match=r"nowhere does not exist: run the steps of the README on .*study.yaml first"):
+        script.main(["--study", str(tmp_path / "study.yaml")])
+
+
+def test_several_seeds_stand_side_by_side(tmp_path):
+    for seed in (1, 2, 3):
+        made = MadeUp(tmp_path, seed=seed)
+        made.retrieval()
+        made.layers()
+        made.weights()
+    command = ["--study", str(made.study), "--seeds", "1,2,3", "--output", str(tmp_path / "out")]
+    script.main(command)
+    text = text_of((tmp_path / "out/report.html").read_text())
+    assert "No verdict on any claim." in text and "seed 1, seed 2, seed 3" in text and "Passed in" in text
+    assert "mean over seeds [95 %] seed 1 seed 2 seed 3" in text
+    claims.main(command)
+    script.main(command)
+    assert "3 seeds: no verdict on any claim. A verdict takes 5" in text_of((tmp_path / "out/report.html").read_text())
+    with pytest.raises(InputError, match=r"claims_seeds.json is over seeds \[1, 2, 3\]; run report/claims.py --seeds"):
+        script.main([*command[:3], "1,2", *command[4:]])
+    with pytest.raises(InputError, match="give --output FOLDER"):
+        script.main(command[:4])
+
+
+# ---------------------------------------------------------------- in a browser
+
+browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here (Debian: apt install chromium)")
+# Frames of these widths and heights; of each what is on its first screen, and what sticks out.
+LOOK = """<script>
+function look(frame) {
+  const page = frame.contentDocument, view = frame.contentWindow, style = e => view.getComputedStyle(e);
+  const box = e => e.getBoundingClientRect(), body = style(page.body);
+  const seen = e => box(e).top >= 0 && box(e).bottom <= view.innerHeight && box(e).height > 0;
+  return {
+    claims: [...page.querySelectorAll(".claims tbody tr")].filter(seen).map(e => e.innerText),
+    sure: seen([...page.querySelectorAll("strong")].find(e => e.innerText.includes("verdict"))),
+    scrolls: page.documentElement.scrollWidth > view.innerWidth, back: body.backgroundColor, ink: body.color,
+    nav: style(page.querySelector("nav")).position, whole: [...page.images].every(e => e.complete && e.naturalWidth),
+    heights: [...page.images].map(e => box(e).height),
+    kept: [...page.querySelectorAll("figure")].every(e => style(e).breakInside === "avoid") };
+}
+addEventListener("load", () => {
+  const found = JSON.stringify([...document.querySelectorAll("iframe")].map(look));
+  document.body.innerHTML = "<pre id=found></pre>";
+  document.getElementById("found").textContent = found;
+});
+</script>"""
+
+
+def chromium(tmp_path, *arguments):
+    command = [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def looked_at(tmp_path, pages, *flags):
+    """What a browser shows of (page, width, height) each."""
+    frame = '<iframe srcdoc="{}" style="width:{}px;height:{}px;border:0"></iframe>'
+    file = tmp_path / "look.html"
+    frames = "".join(frame.format(html.escape(page), width, height) for page, width, height in pages)
+    file.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{frames}{LOOK}")
+    done = chromium(tmp_path, *flags, "--enable-logging=stderr", "--dump-dom", f"file://{file}")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)[1]))
+
+
+def lightness(colour: str) -> float:
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+
+@browser
+def test_a_browser_shows_the_claims_first_on_a_screen_and_on_a_phone(page, tmp_path):
+    made = page()
+    printed = made.replace("@media print", "@media all")
+    screen, phone, paper = looked_at(tmp_path, [(made, 1280, 800), (made, 390, 844), (printed, 680, 1000)])
+    assert len(screen["claims"]) >= 4 and screen["claims"][0].startswith("C1") and screen["nav"] == "sticky"
+    assert phone["claims"][0].startswith("C1") and phone["nav"] == "sticky"
+    for view in (screen, phone):
+        assert view["sure"] and not view["scrolls"] and lightness(view["back"]) > 240 and lightness(view["ink"]) < 60
+        assert view["heights"] and view["whole"]
+    # On A4 within its margins, 297 - 32 mm at 96 to the inch, no figure is higher than a page, or cut in two.
+    assert max(paper["heights"]) <= 265 / 25.4 * 96 and paper["kept"]
+    (dark,) = looked_at(tmp_path, [(made, 1280, 800)], "--blink-settings=preferredColorScheme=0")
+    assert lightness(dark["back"]) < 60 and lightness(dark["ink"]) > 190 and len(dark["claims"]) >= 4
+
+
+@browser
+def test_it_prints_on_a4(page, tmp_path):
+    page()
+    chromium(
+        tmp_path,
+        "--no-pdf-header-footer",
+        f"--print-to-pdf={tmp_path / 'page.pdf'}",
+        f"file://{tmp_path}/results/report.html",
+    )
+    boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", (tmp_path / "page.pdf").read_bytes())
+    assert boxes and all((round(float(w)), round(float(h))) == (595, 842) for w, h in boxes)
+
+
+def test_the_workflow_and_make_end_with_it():
+    workflow = (cli.REPOSITORY / "workflow/Snakefile").read_text()
+    assert workflow.rindex("\nrule ") == workflow.index("\nrule page:")
+    assert "$(REPORT)" in (cli.REPOSITORY / "Makefile").read_text().split("== done; the report:")[1].splitlines()[0]
