@@ -90,7 +90,8 @@ def test_every_result_and_figure_is_there(finished):
             assert (results / f"{name}{suffix}").stat().st_size > 2000, name + suffix
     assert len(list((results / "report/figures").glob("fig*.pdf"))) == 10
     page = (results / "report.html").read_text()
-    assert page.count("<img ") > 20 and "Not measured" not in page and "figure is missing" not in page
+    # All but the comparison of runs that train a part, of which this study has none.
+    assert page.count("<img ") > 25 and page.count("Not measured") == 1 and "figure is missing" not in page
     report = (finished / "results/tiny.html").read_text()
     for section in (
         "1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps",

@@ -150,8 +150,10 @@ def test_over_seeds_the_verdict_and_what_would_decide_it():
 def test_the_page_says_what_was_asked_what_came_out_how_sure_and_where(page, study):
     made = page()
     text = text_of(made)
-    for said in ("What changed inside it, and where?", "One run: no verdict on any claim.",
-                 "Gate. Passed: at its best layer", "English (eng_Latn), continued on Irish (gle_Latn)", "Where the numbers are"):  # fmt: skip
+    for said in (
+        "What changed inside it, and where?", "One run: no verdict on any claim.", "Gate. Passed: at its best layer",
+        "English (eng_Latn), continued on Irish (gle_Latn)", "Where the numbers are",
+    ):  # fmt: skip
         assert said in text, said
     payload = json.loads((study.results / "report/claims.json").read_text())["claims"]
     for name, row in payload.items():
