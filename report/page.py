@@ -75,7 +75,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
         ("Continued as", f"{spec}" + (f", {len(steps)} checkpoints to step {max(map(int, steps)):,}" if steps else "")),
         ("Languages", f"{base}, continued on {target}"),
         ("Data", "; ".join(data) or "not known"),
-        ("Seed", str(study.seed)) if len(runs) == 1 else ("Side by side", ", ".join(one.label for one in runs)),
+        ("Seed", str(study.seed)) if len(runs) == 1 else side_by_side(runs),
         (
             "Measured",
             " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not yet",
@@ -83,31 +83,36 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     ]
 
 
+def side_by_side(runs: list[parts.Run]) -> tuple[str, str]:
+    names = [run.label for run in runs]
+    if all(name.startswith("seed ") for name in names):
+        return "Seeds", ", ".join(name.removeprefix("seed ") for name in names)
+    return "Side by side", ", ".join(names)
+
+
 def gate_words(runs: list[parts.Run]) -> str:
     """Whether the model retrieves better than an untrained one, and what follows."""
     gates = [run.head.get("gate") or run.headers.get("layers", {}).get("gate") for run in runs]
     passed = [gate for gate in gates if gate and gate["passed"]]
+    layers = "the hub (layers at which translations are found) and the interface (the others)"
     if not any(gates):
-        return "Not checked: no untrained model was measured, so nobody knows whether interface and hub mean anything."
-    follows = "So interface and hub can be read." if len(passed) == len(runs) else (
-        "Where it is not passed, interface, hub and all that is built on them mean nothing."
-    )  # fmt: skip
+        return f"Not checked, as no untrained model was measured: whether {layers} mean anything is not known."
+    follows = f"So {layers} can be read." if len(passed) == len(runs) else f"Without it {layers} mean nothing."
     if len(runs) > 1:
-        return f"Passed in {len(passed)} of {len(runs)}. {follows}"
-    gate = gates[0]
+        return f"Passed in {len(passed)} of {len(runs)} runs. {follows}"
+    (gate,) = gates
+    passed, than = ("Passed", "more") if gate["passed"] else ("Not passed", "not clearly more")
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
-    than = "more" if gate["passed"] else "not clearly more"
-    text = (
-        f"{'P' if gate['passed'] else 'Not p'}assed: at its best layer the last checkpoint finds {than} translations "
+    return (
+        f"{passed}: at its best layer the last checkpoint finds {than} translations than an untrained model. The "
+        f"difference is {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
     )
-    text += "than an untrained model. The difference is"
-    return f"{text} {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
 
 
 def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
     """How sure the claims are: in a few words, and why."""
     if over and len(over["seeds"]) >= verdicts.SEEDS:
-        how = "Each draws the training anew. Student's t over seeds, Holm's correction over the claims of one letter."
+        how = "Each seed draws the training anew. Student's t over seeds, Holm's correction over claims of one letter."
         return f"Verdicts over {len(over['seeds'])} seeds.", how
     if over:
         return f"{len(over['seeds'])} seeds: no verdict on any claim.", f"A verdict takes {verdicts.SEEDS} or more."

@@ -226,7 +226,7 @@ def test_several_seeds_stand_side_by_side(tmp_path):
     command = ["--study", str(made.study), "--seeds", "1,2,3", "--output", str(tmp_path / "out")]
     script.main(command)
     text = text_of((tmp_path / "out/report.html").read_text())
-    assert "No verdict on any claim." in text and "seed 1, seed 2, seed 3" in text and "Passed in" in text
+    assert "No verdict on any claim." in text and "Seeds 1, 2, 3" in text and "Passed in" in text
     assert "mean over seeds [95 %] seed 1 seed 2 seed 3" in text
     claims.main(command)
     script.main(command)
