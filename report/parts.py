@@ -121,6 +121,8 @@ class Run:
             raise InputError(f"{self.folder} does not exist: run the steps of the README on {study.path} first")
         self.rows: dict[str, list[dict]] = {}
         for row in numbers.rows(study):
+            if row["result"] in CONTROLS and Path(row["file"]).stem != "controls":
+                continue  # what was swapped; what it cost is in controls.json
             self.rows.setdefault(row["result"], []).append(row)
         self.claims, self.head = {}, {}
         if "claims" in self.rows:
@@ -160,9 +162,25 @@ class Run:
         said = self.headers.get(step.name, {}).get("command")
         if said:
             return f"python {step.script} {said.partition(' ')[2]}".rstrip()
-        words = f"--study {self.study.path}" + (f" --seed {self.study.seed}" if self.label else "")
-        words += f" --arm {self.study.arm}" if self.study.arm else ""
-        return f"python {step.script} {words}{' --controls' if step.name in CONTROLS else ''}"
+        return f"python {step.script} {self.flags}{' --controls' if step.name in CONTROLS else ''}"
+
+    @functools.cached_property
+    def flags(self) -> str:
+        """The flags by which a script is about this run."""
+        own = Study.find(self.study.path)
+        words = f"--study {self.study.path}" + (f" --seed {self.study.seed}" if self.study.seed != own.seed else "")
+        return words + (f" --arm {self.study.arm}" if self.study.arm else "")
+
+    def claims_on(self, step: str) -> list[str]:
+        """The claims that read a file of a step, wherever the results were when they did."""
+        own = tuple(f"/{Path(file).relative_to(self.folder)}" for file in self.files(step))
+        return [name for name, claim in self.claims.items() if any(file.endswith(own) for file in claim["files"])]
+
+    @property
+    def stale(self) -> bool:
+        """Whether results are newer than the claims that read them."""
+        times = [self.headers[step].get("time", "") for step in self.rows if self.claims_on(step)]
+        return max(times, default="") > self.head.get("time", "")
 
 
 # ---------------------------------------------------------------- one step on the page
@@ -173,21 +191,17 @@ def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
     of_runs = [shown_run(step, run, where, small=len(runs) > 1) for run in runs]
     rows = table(step, runs)
     captions = list(dict.fromkeys(figure.caption for figure in step.figures))
-    of_claims = [name for name, claim in runs[0].claims.items() if {*claim["files"]} & {*runs[0].files(step.name)}]
     return {
         "id": step.name, "part": step.part, "section": step.section, "question": step.question, "script": step.script,
         "captions": captions, "runs": of_runs, "table": rows, "means": any(row["mean"] for row in rows),
-        "claims": of_claims, "measured": any(one["file"] for one in of_runs),
+        "claims": runs[0].claims_on(step.name), "measured": any(one["file"] for one in of_runs),
     }  # fmt: skip
 
 
 def shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
     files, head, chief = run.files(step.name), run.headers.get(step.name, {}), run.chief.get(step.name)
-    file = chief and {
-        "name": Path(chief).relative_to(run.folder),
-        "address": link(chief, where),
-        "more": len(files) - 1,
-    }
+    name = chief and Path(chief).relative_to(run.folder)
+    file = chief and {"name": name, "address": link(chief, where), "more": len(files) - 1}
     figures = [(figure, run.figure(figure)) for figure in step.figures]
     lacking = "" if files else f"Not measured{f' in {run.label}' if run.label else ' in this study'}."
     return {
@@ -262,8 +276,6 @@ def doubts(head: dict, of_claims: dict) -> list[str]:
     found, gate = [], head.get("gate") or {}
     if gate.get("passed") is False:
         found.append("The gate was not passed: the layers that this is about mean nothing.")
-    if head.get("limit") is not None:
-        found.append(f"Made with --limit {head['limit']}, for a try.")
     for role in ("base", "target"):
         own, other = ((one.get("models") or {}).get(role) for one in (head, of_claims))
         if own and other and not relatives.same_model(own, other):

@@ -187,6 +187,32 @@ def test_what_is_missing_leaves_a_sentence(page):
     )
 
 
+def test_a_swap_that_was_made_and_not_measured_is_no_result(page):
+    def spoil(results):
+        file = results / "component-swap/attn_int_swap/controls.json"
+        facts = {"_header": {"schema": "component-swap"}, "share": 0.1}
+        file.with_name("metadata.json").write_text(json.dumps(facts))
+        file.unlink()
+
+    text = text_of(page(spoil))
+    assert "more than with the FFN? Not measured in this study. This measures it: python component-swap/attn" in text
+
+
+def test_results_that_are_newer_than_the_claims_or_of_another_model_are_said(page):
+    def spoil(results):
+        file = results / "weight-diff/attn_vs_ffn.json"
+        whole = json.loads(file.read_text())
+        whole["_header"] |= {"time": "2999-01-01T00:00:00+00:00"}
+        whole["_header"]["models"]["base"]["weights_sample"] = "0" * 16
+        file.write_text(json.dumps(whole))
+
+    text = text_of(page())
+    assert "results are newer" not in text and "Of another model" not in text
+    text = text_of(page(spoil))
+    assert "some results are newer than the claims; run report/claims.py again." in text
+    assert "Of another model than the claims: " in text and "made 1 January 2999" in text
+
+
 def test_without_claims_the_page_is_still_made(page):
     text = text_of(page(lambda results: shutil.rmtree(results / "report")))
     assert "The claims have not been judged yet. This does it: python report/claims.py" in text
