@@ -195,6 +195,7 @@ def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
         "id": step.name, "part": step.part, "section": step.section, "question": step.question, "script": step.script,
         "captions": captions, "runs": of_runs, "table": rows, "means": any(row["mean"] for row in rows),
         "claims": runs[0].claims_on(step.name), "measured": any(one["file"] for one in of_runs),
+        "undefined": step.name in headlines.HEADLINES and not rows,
     }  # fmt: skip
 
 
