@@ -28,6 +28,7 @@ shown = cli.sibling("report/compare_shown.py")
 
 SCHEMA = "comparison"
 RESULTS = {"compare": "report/compare.json"}
+ASKED = {"compare": "How do several runs of one base differ?"}
 CAPTIONS = {
     "compare": """Part I: 7. Several runs
         CPT runs of one base side by side, each at its last checkpoint where no step is said. Differences are the other

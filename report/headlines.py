@@ -232,6 +232,7 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("the same in the task", "share/task_accuracy", {"run": ANY}, "min"),
         Spec("the same in retrieval, last hidden state", "share/retrieval_readout", {"run": ANY}, "min"),
     ),
+    "compare": (),  # its numbers are those of runs, side by side
     "attn_vs_ffn": between("‖ΔW‖ / ‖W‖ over all weights", ("attention", "attention"), ("FFN", "ffn"), "pooled_relative",
                            "component"),
     "lsn_mask": (
