@@ -93,7 +93,8 @@ def draw(path: Path, payload: dict) -> None:
     treatment = named[[row["name"] for row in named].index(payload["own"])]
     n_random = len(controls.randoms(payload["sets"], treatment))
     n_layers = payload.get("n_layers_having", payload["n_layers"])
-    swap_figure.draw(path, rows, f"{n_random} random sets of {len(treatment['layers'])} of {n_layers} layers")
+    drawn = f"{n_random} random sets of {len(treatment['layers'])} of {n_layers} layers"
+    swap_figure.draw(path, rows, f"components of the base in the checkpoint (share of the parameters); {drawn}")
 
 
 def _label(row: dict) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,33 +270,44 @@ def table(payload: dict) -> str:
 
 def panels(
     path: Path, measures: dict, names: list[str], points, axis_label: str = "share of the gain",
-    lines=(("-", 1), (":", 0)), bands: tuple[float, ...] = (),
+    lines=(("-", 1, "plain run"), (":", 0, "base")), bands: tuple[float, ...] = (),
 ) -> None:  # fmt: skip
     """A panel a measure: the share of the gain on its axis, a row an arm; the plain run is the line at 1.
 
     Args:
         points: (measure, arm) -> values to draw as points, their mean, and an interval or None.
-        axis_label, lines, bands: for another number than that share; bands are shaded from minus to plus their value.
+        axis_label, lines, bands: for another number than that share; lines are (style, value, name), bands shaded from
+            minus to plus their value.
     """
     with figures.style() as plt:
-        size = (figures.PAGE, 0.9 + 0.24 * len(names))
+        size, named = (figures.PAGE, 1.1 + 0.24 * len(names)), {}
         fig, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
         for axis, (measure, what) in zip(axes[0], measures.items(), strict=True):
             for end in bands:
-                axis.axvspan(-end, end, color=figures.colour("random"), alpha=0.15, linewidth=0)
-            for line, at in lines:
-                axis.axvline(at, color=figures.colour("random"), linewidth=0.8, linestyle=line)
-            for row, name in enumerate(names):
-                each, mean, interval = points(measure, name)
-                axis.plot(each, [row] * len(each), "|", color=figures.colour("random"))
+                label = "±" + " and ".join(f"{end:g}" for end in bands) + " %" if end == bands[0] else None
+                axis.axvspan(-end, end, color=figures.colour("random"), alpha=0.15, linewidth=0, label=label)
+            for line, at, label in lines:
+                axis.axvline(at, color=figures.colour("random"), linewidth=0.8, linestyle=line, label=label)
+            drawn = [points(measure, name) for name in names]
+            for row, (each, mean, interval) in enumerate(drawn):
+                seeds = axis.plot(each, [row] * len(each), "|", color=figures.colour("random"))
+                whisker = axis.plot(interval or [], [row, row] if interval else [], "-", color=figures.colour("hub"))
                 if mean is not None:
                     axis.plot([mean], [row], "o", color=figures.colour("hub"))
-                if interval is not None:
-                    axis.plot(interval, [row, row], "-", color=figures.colour("hub"))
-            axis.set_title(textwrap.fill(what["label"], 18))
+                if each:
+                    named.setdefault("a seed", seeds[0])
+                if interval:
+                    named.setdefault("95 % interval", whisker[0])
+            if all(mean is None for _, mean, _ in drawn):
+                place = {"transform": axis.transAxes, "ha": "center", "va": "center", "fontsize": 6.5}
+                axis.text(0.5, 0.5, "no clear gain\nof the plain run", **place)
+            axis.set_title(figures.measure(measure, what["label"], 18))
             axis.set_xlabel(axis_label)
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                named.setdefault(label, handle)
         axes[0, 0].set_yticks(range(len(names)), names)
         axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+        fig.legend(named.values(), named, loc="outside lower center", ncols=len(named))
         figures.save(fig, path)
 
 

@@ -20,7 +20,7 @@ from cpt_utils.base import cli, figures, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
-from cpt_utils.measures import benchmark, gate
+from cpt_utils.measures import benchmark, gate, sib200
 from cpt_utils.measures.benchmark import Point, Series
 
 SCHEMA = "downstream_correlation"
@@ -195,6 +195,9 @@ def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], cha
         axes[0].errorbar(steps, values, yerr=errors, color=figures.colour("target"), marker="o", capsize=2)
         if 0 in points:
             axes[0].axhline(points[0].value, color=figures.colour("base"), linestyle="--", linewidth=0.8, label="base")
+        if "sib200" in label:
+            figures.chance_line(axes[0], len(sib200.CHOICES))
+        if axes[0].get_legend_handles_labels()[1]:
             axes[0].legend()
         if steps[-1] > 50 * steps[0]:
             axes[0].set_xscale("log")
@@ -204,15 +207,14 @@ def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], cha
             axis.errorbar(x, values, yerr=errors, fmt="none", ecolor=figures.colour("random"), elinewidth=0.6, zorder=1)
             colours = figures.colours(len(steps), ordered=True)
             axis.scatter(x, values, c=colours, marker="o" if name == "interface" else "s", s=14, zorder=2)
-            for step, *point in zip(steps, x, values, strict=True):
-                axis.annotate(str(step), point, xytext=(3, 3), textcoords="offset points", fontsize=6)
             r = found[kind]["correlation"]
-            title = f"{kind.replace('_', ' ')}: {'no r' if r is None else f'r = {r:.2f}'} (n = {len(steps)})"
+            title = f"{kind.replace('_', ' ')}: {'no r' if r is None else f'r = {r:.2f}'}\n({len(steps)} checkpoints)"
             axis.set_title(title, color=figures.colour(name))
             axis.locator_params(axis="x", nbins=4)
-            axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
-            axis.set_xlabel("change, mean |ΔW|")
-            axis.margins(0.15)
+            axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
+            axis.set_xlabel("mean |ΔW|")
+            axis.margins(x=0.15)
+        figures.steps_bar(fig, axes, steps)
         figures.save(fig, path.with_suffix(""))
 
 
@@ -269,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     results.write_json(output, described, head)
     for task, (written, steps, _) in found.items():
         path = output if task == first else output.with_name(f"{output.stem}.{task.replace('/', '__')}.json")
-        draw(path, f"{args.metric}, {task}", steps, series[task].points, changes, written)
+        draw(path, figures.accuracy(args.metric, task), steps, series[task].points, changes, written)
         cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
         cli.say("\n".join(summary(kind, written[kind]) for kind in LAYER_TYPES))
     cli.say(f"wrote {output}, and beside it .pdf and .png" + (" of every task" if len(series) > 1 else ""))

@@ -37,6 +37,7 @@ def draw(path: Path, payload: dict, n: int) -> None:
                 axis.set_xlim(-0.02 * n, 1.02 * n)
                 axis.set_xlabel(f"blocks of the checkpoint, {side}")
                 axis.set_ylabel(f"share of the change kept{words}" if column == 0 else "")
+                axis.locator_params(axis="x", integer=True)
             named.append(axis.get_legend_handles_labels())
             missing = [
                 _words(payload, name)
@@ -49,7 +50,8 @@ def draw(path: Path, payload: dict, n: int) -> None:
             _windows(fig.add_subplot(grid[-1, :]), payload, windows[0], rows[0][1], n)
         handles, labels = max(named, key=lambda both: len(both[0]))  # of the losses, where both are drawn
         if handles:
-            fig.legend(handles, labels, loc="outside upper center", ncols=len(handles))
+            title = "bands: 95 % intervals over sentences"
+            fig.legend(handles, labels, loc="outside upper center", ncols=min(4, len(handles)), title=title)
         figures.save(fig, path)
 
 
@@ -99,5 +101,5 @@ def _windows(axis, payload: dict, sweep: str, looks: dict, n: int) -> None:
         _curve(axis, payload, sweep, name, look, lost=True, width=width)
     figures.layer_axis(axis, n)
     axis.set_xlim(-0.5, n - 0.5)
-    axis.set_xlabel(f"middle of a window of {width} blocks that are the base's")
+    axis.set_xlabel(f"middle of a window of {width} layers (blocks) that are the base's")
     axis.set_ylabel("share of the change lost")

@@ -21,7 +21,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs, relatives
-from cpt_utils.measures import gate, layer_lists, layer_sets
+from cpt_utils.measures import curves, gate, layer_lists, layer_sets
 from cpt_utils.models import loading
 
 SCHEMA = "cogsym"
@@ -111,12 +111,16 @@ def draw(path: Path, layers: list[int], others: dict[str, dict], n_layers: int) 
     """A row a list, its layers filled."""
     rows = {"CogSym": layers}
     for name, one in others.items():
-        rows["most changed" if name == "change" else name.replace(":", ", ")] = one["layers"]
+        kind, _, measure = name.partition(":")
+        by = f" ({curves.MEASURES[measure].label})" if measure else ""
+        rows["most changed" if kind == "change" else f"{kind}{by}"] = one["layers"]
     with figures.style() as plt:
         fig, axis = plt.subplots(figsize=(figures.COLUMN, 0.6 + 0.17 * len(rows)))
         for at, (name, own) in enumerate(rows.items()):
             shade = figures.colour({"CogSym": "target", "most changed": "ffn"}.get(name, "interface"))
             axis.barh([at] * len(own), 0.9, left=[layer - 0.45 for layer in own], height=0.7, color=shade)
+            if not own:
+                axis.text(n_layers / 2 - 0.5, at, "none", ha="center", va="center", fontsize=6.5)
         axis.set_yticks(range(len(rows)), rows)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_xlim(-0.5, n_layers - 0.5)

@@ -159,5 +159,6 @@ def draw(path: Path, payload: dict) -> None:
         return [100 * value for value in (one.get("values") or {}).values()], 100 * one["value"], ends
 
     measures = {m: what for m, what in payload["measures"].items() if m not in OUTSIDE}
-    look = {"axis_label": "% short of full", "lines": (("-", 0),), "bands": [100 * m for m in payload["margins"]]}
+    look = {"axis_label": "% short of full", "lines": (("-", 0, "full run"),)}
+    look["bands"] = tuple(100 * margin for margin in payload["margins"])
     compare_arms.panels(path, measures, list(labels), points, **look)

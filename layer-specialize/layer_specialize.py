@@ -217,13 +217,19 @@ def read_hits(path: Path, accuracy: np.ndarray, measure: str = "published") -> n
     return hits
 
 
-def draw(path: Path, split: dict, measure: str, n: int | None, title: str) -> None:
-    """Accuracy by layer, coloured by label, with the threshold; below it how often each label is kept, and the split by
-    every measure."""
+def draw(path: Path, split: dict, facts: dict, title: str) -> None:
+    """Accuracy by layer, coloured by label, with the threshold, the untrained twin and chance; below it how often each
+    label is kept, and the split by every measure.
+
+    Args:
+        split, facts: payload and header of the result.
+    """
     accuracy, stability = [value for _, value in split["layer_accuracy"]], split["label_stability"]
+    measure, n = facts.get("measure", "published"), split["n_sentences"] or facts.get("n_used")
+    twin = Path((facts.get("gate") or {}).get("untrained") or "")
     heights = [3, *([1] if stability else []), *([0.25 * len(split["splits"])] if len(split["splits"]) > 1 else [])]
     with figures.style() as plt:
-        size = (figures.COLUMN, 1.5 + 0.45 * sum(heights))
+        size = (figures.COLUMN, 2.0 + 0.45 * sum(heights))
         figure, axes = plt.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights, figsize=size)
         axis = axes[0, 0]
         axis.plot(range(len(accuracy)), accuracy, color="0.7", linewidth=0.8, zorder=1)
@@ -234,19 +240,30 @@ def draw(path: Path, split: dict, measure: str, n: int | None, title: str) -> No
             look = {"color": figures.colour(meaning), "label": label, "zorder": 2}
             axis.plot(layers, [accuracy[layer] for layer in layers], marker, **look)
         axis.axhline(split["threshold"], color="0.4", linewidth=0.8, linestyle="--", label="threshold")
-        axis.set_ylabel("retrieval accuracy" if measure == "published" else curves.MEASURES[measure].label)
+        if twin.is_file():
+            untrained = read_curve(twin, *results.read_json(twin, gate.RETRIEVAL), measure)[1:]
+            look = {"color": figures.colour("random"), "linestyle": "--", "marker": "x", "linewidth": 0.8}
+            axis.plot(range(len(untrained)), untrained, label="untrained", **look)
+        if facts.get("n_used") and not measure.startswith("mexa"):
+            figures.chance_line(axis, facts["n_used"])
+        by = f"\n({curves.MEASURES[measure].label})" if measure != "published" else ""
+        axis.set_ylabel("retrieval accuracy" + by)
         axis.set_ylim(bottom=0)
         figure.suptitle(title + (f", n = {n} sentences" if n else ""), fontsize=8)
-        axis.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=2)
         if stability:
             for key, meaning, _ in groups:
                 shares = [stability[layer] for layer in split[key]]
                 axes[1, 0].bar(split[key], shares, color=figures.colour(meaning), width=0.6)
+                figures.zeros(axes[1, 0], split[key], shares)
             axes[1, 0].set_ylim(0, 1)
-            axes[1, 0].set_ylabel("label kept")
+            axes[1, 0].set_ylabel("label kept\n(share)")
         if len(split["splits"]) > 1:
             draw_splits(plt, axes[-1, 0], split["splits"], len(accuracy))
-        figures.layer_axis(axes[-1, 0], len(accuracy))
+        figures.layer_axis(axes[-1, 0], len(accuracy), both=len(axes) == 1)
+        if len(axes) > 1:
+            figures.layer_axis(axis, len(accuracy), both=True)
+            axis.set_xlabel("")
         figures.save(figure, path)
 
 
@@ -259,7 +276,7 @@ def draw_splits(plt, axis, found: dict[str, dict], n_layers: int) -> None:
     axis.set_facecolor("0.85")
     axis.imshow(rows, cmap=shades, vmin=0, vmax=1, aspect="auto", alpha=0.8)
     axis.hlines(np.arange(1, len(rows)) - 0.5, -0.5, n_layers - 0.5, color="white", linewidth=1.5)
-    axis.set_yticks(range(len(rows)), list(found), fontsize=6)
+    axis.set_yticks(range(len(rows)), [curves.MEASURES[name].label for name in found], fontsize=6)
     axis.tick_params(axis="y", length=0)
 
 
@@ -302,7 +319,7 @@ def main(argv=None) -> None:
     refuse_stranger(output, args.overwrite)
     split, facts = splitting(path, measure, sentences, sides, study, args.draws)
     title = path.stem.replace("__", "/")
-    draw(output.with_suffix(""), split, measure, split["n_sentences"] or facts.get("n_used"), title)
+    draw(output.with_suffix(""), split, facts, title)
     results.write_json(output, split, results.header(SCHEMA, **facts))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 

@@ -22,25 +22,28 @@ def draw(path: Path, payload: dict) -> None:
     and no sets of equal activity.
     """
     names, rows = payload["languages"], list(payload["matrix"])
-    shown = [("language's neurons", {d: [row] for d, row in payload["matrix"].items()})]
-    for kind, words in (("random", "random"), ("active", "as active")):
+    shown = [("the language's neurons", {d: [row] for d, row in payload["matrix"].items()})]
+    for kind, words in (("random", "random ones"), ("active", "random, as active")):
         if payload.get(kind):
             n = len(next(iter(payload[kind].values())))
-            shown.append((f"{words}, mean of {n}", payload[kind]))
+            shown.append((f"{words}\n(mean of {n})", payload[kind]))
     maps = [np.array([[np.mean([r[e] for r in sets[d]]) for e in names] for d in rows]) for _, sets in shown]
     bound = max(np.abs(values).max() for values in maps) or 1.0
-    side = 0.45 * len(names) + 0.5
+    down = len(names) > 5  # then the maps stand below one another
+    side, height = 0.45 * len(names) + 0.5, 0.36 * len(rows) + 1.2
+    verdicts = {d: f"\n{VERDICTS[one['verdict']][0]}" for d, one in payload.get("diagonal", {}).items()}
     with figures.style() as plt:
-        width = min(figures.PAGE, len(maps) * side + 1.6)
-        fig, axes = plt.subplots(1, len(maps), figsize=(width, 0.36 * len(rows) + 1.1), sharey=True)
-        for axis, values, (title, _) in zip(axes, maps, shown, strict=True):
+        size = (min(figures.PAGE, side + 2.2), height * len(maps)) if down else (len(maps) * side + 2.2, height)
+        layout = {"nrows": len(maps), "sharex": True} if down else {"ncols": len(maps), "sharey": True}
+        fig, axes = plt.subplots(**layout, figsize=(min(figures.PAGE, size[0]), size[1]), squeeze=False)
+        for axis, values, (title, _) in zip(axes.flat, maps, shown, strict=True):
             image = figures.heat_map(axis, values, rows, names, bound, 35)
             axis.set_title(title)
+            axis.set_yticks(range(len(rows)), [figures.language(d) + verdicts.get(d, "") for d in rows])
+        for axis in axes[-1]:
             axis.set_xlabel("evaluated on")
-        found = payload.get("diagonal", {})
-        words = [f"{d}\n{VERDICTS[found[d]['verdict']][0]}" if d in found else d for d in rows]
-        axes[0].set_yticks(range(len(rows)), words)
-        axes[0].set_ylabel("deactivated")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("deactivated")
         fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.9)
         figures.save(fig, path)
 

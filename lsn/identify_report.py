@@ -49,17 +49,19 @@ def draw_counts(path: Path, by_language: dict[str, dict], n_layers: int) -> None
         from matplotlib.patches import Patch
 
         figure, axes = plt.subplots(
-            rows, columns, sharex=True, sharey=True, squeeze=False, figsize=(width, 0.45 + 0.95 * rows)
+            rows, columns, sharex=True, sharey=True, squeeze=False, figsize=(width, 0.6 + 0.95 * rows)
         )
         for (lang, facts), colour, axis in zip(by_language.items(), figures.colours(n), axes.ravel(), strict=False):
             shared = [a - b for a, b in zip(facts["counts"], facts["own"], strict=True)]
             axis.bar(range(n_layers), facts["own"], color=colour, width=0.9)
             axis.bar(range(n_layers), shared, bottom=facts["own"], color=colour, alpha=0.4, width=0.9)
-            axis.set_title(f"{lang} (n = {facts['n_neurons']:,})", pad=2)
+            figures.zeros(axis, range(n_layers), facts["counts"], label="none in this layer")
+            axis.set_title(f"{figures.language(lang)}: {facts['n_neurons']:,}", pad=2)
             axis.set_xticks(range(0, n_layers, -(-n_layers // (12 if columns == 1 else 5))))
         for axis in axes.ravel()[n:]:
             axis.set_visible(False)
         looks = [Patch(color="0.3", label="this language only"), Patch(color="0.75", label="shared with others")]
+        looks += axes[0, 0].get_legend_handles_labels()[0]
         figure.legend(handles=looks, loc="outside upper center", ncols=2)
         figure.supxlabel("layer", fontsize=8)
         figure.supylabel("language-specific neurons" if rows > 1 else "neurons", fontsize=8)
@@ -79,8 +81,9 @@ def draw_overlap(path: Path, shared: dict) -> None:
         texts = [["–" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values]
         for i in range(n):
             texts[i][i] = f"{shared['shared'][i][i]:,}"
+        named = [figures.language(name, "\n") for name in names]
         rotation = 45 if n > 4 and max(map(len, names)) > 3 else 0
-        image = figures.heat_map(axis, values, names, names, top, rotation, texts, signed=False)
+        image = figures.heat_map(axis, values, named, named, top, rotation, texts, signed=False)
         figure.colorbar(image, label="Jaccard (diagonal: number of neurons)", shrink=0.8)
         figures.save(figure, path)
 
@@ -95,17 +98,20 @@ def draw_convergence(path: Path, found: dict) -> None:
     lines["all"] = [point["jaccard"] for point in points]
     known = [value for line in lines.values() for value in line if value is not None]
     with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.4 + 0.13 * (len(langs) // 4)))
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.7))
         for i, (lang, colour) in enumerate(zip(lines, [*figures.colours(len(langs)), "0.2"], strict=True)):
             values = [float("nan") if value is None else value for value in lines[lang]] + [1.0]
-            # The palette repeats after eight: another dash tells the ninth from the first.
-            dash, marker = ("-", "--", ":")[i // len(figures.PALETTE) % 3], figures.MARKERS[i % len(figures.MARKERS)]
-            look = {"linewidth": 2, "zorder": 3} if lang == "all" else {"marker": marker, "linestyle": dash}
-            axis.plot(shares, values, **({"linewidth": 0.8} | look), color=colour, label=lang)
+            look = {"color": colour, "linewidth": 0.8, "marker": figures.MARKERS[i % len(figures.MARKERS)]}
+            look["label"] = "all languages" if lang == "all" else figures.language(lang)
+            if lang == "all":
+                look |= {"linewidth": 2, "zorder": 3, "marker": ""}
+            elif len(langs) > 6:  # too many to tell apart
+                look |= {"color": "0.65", "marker": "", "label": None if i else f"each of {len(langs)} languages"}
+            axis.plot(shares, values, **look)
         if halves["jaccard"] is not None:
             known.append(halves["jaccard"])
             look = {"color": "0.2", "marker": "X", "markersize": 7, "linestyle": "", "zorder": 4}
-            axis.plot(points[-1]["share"], halves["jaccard"], **look, label="all, halves")
+            axis.plot(points[-1]["share"], halves["jaccard"], **look, label="one half with the other")
         axis.set_xscale("log", base=2)
         axis.set_xticks(shares, [*map(shown_share, shares[:-1]), "1"])
         axis.minorticks_off()
@@ -113,7 +119,7 @@ def draw_convergence(path: Path, found: dict) -> None:
         axis.set_xlabel(f"share of the tokens ({amount} a language)")
         axis.set_ylabel("Jaccard with the full mask")
         axis.set_ylim(max(0, math.floor(10 * min(known, default=0) - 0.5) / 10), 1.01)
-        figure.legend(loc="outside upper center", ncols=4 if len(langs) > 4 else 3, columnspacing=1.2, handlelength=1.8)
+        figure.legend(loc="outside upper center", ncols=2, columnspacing=1.2, handlelength=1.8)
         figures.save(figure, path)
 
 

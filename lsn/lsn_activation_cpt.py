@@ -189,7 +189,7 @@ def draw(path: Path, means: dict[str, dict[int, float]], lang: str, n_neurons: i
     """
     steps = sorted(means["language"])
     looks = {
-        "language": (figures.colour("target"), "o", "-", f"neurons of {lang} (n = {n_neurons})"),
+        "language": (figures.colour("target"), "o", "-", f"its own neurons (n = {n_neurons})"),
         "control": (figures.colour("random"), "s", "--", "random control, as many per layer"),
     }
     with figures.style() as plt:
@@ -200,7 +200,7 @@ def draw(path: Path, means: dict[str, dict[int, float]], lang: str, n_neurons: i
         axis.axhline(0, color="#bbbbbb", linewidth=0.6)
         axis.set_xlabel("training step (0 = base)" if 0 in steps else "training step")
         axis.set_ylabel("mean activation")
-        axis.set_title(f"{n_tokens:,} tokens of {lang}")
+        axis.set_title(f"{figures.language(lang)}, {n_tokens:,} tokens")
         axis.legend(loc="best")
         figures.save(fig, path)
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from cpt_utils.base import cli, figures
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
-from cpt_utils.measures import activation_files, trial
+from cpt_utils.measures import activation_files, sib200, trial
 
 evidence = cli.sibling("report/evidence.py")
-shown = cli.sibling("report/shown.py")
 component_controls = cli.sibling("component-swap/component_controls.py")
 Results, Missing = evidence.Results, evidence.Missing
 
@@ -50,27 +49,30 @@ CAPTIONS = {
 
 
 def draw_retrieval(
-    path: Path, steps: dict[int, dict], split: dict, untrained: dict | None, lang: tuple[str, str]
+    path: Path, steps: dict[int, dict], split: dict, untrained: dict | None, lang: tuple[str, str], n: int | None
 ) -> None:
     """Left: accuracy over hidden states, a line a step, the hub shaded. Right: over steps, hub and interface layers.
 
     Args:
         steps: step (0 = base) -> payload of sentence retrieval.
         split: payload of step 2, whose layer l stands at hidden state l + 1.
+        n: sentences, of which chance finds one.
     """
     accuracy = {step: [value for _, value in sorted(steps[step]["layer_accuracy"])] for step in sorted(steps)}
     trained = [step for step in accuracy if step]
-    named = {0, *shown.evenly(trained, 10)}
     shades = {0: figures.colour("base")} | dict(zip(trained, figures.colours(len(trained), ordered=True), strict=True))
     with figures.style() as plt:
         fig, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.7), width_ratios=[1.6, 1], sharey=True)
         lines = []
+        bar = len(trained) + 4 > figures.MOST  # beside hub, base, untrained model and chance
         for step in accuracy:
             look = {"linestyle": "-" if step else "--", "color": shades[step], "label": _step(step)}
-            lines.append((steps[step]["layer_accuracy"], look if step in named else look | {"label": None}))
+            look |= {"label": None, "marker": ""} if bar and step else {}
+            lines.append((steps[step]["layer_accuracy"], look))
         twin = untrained and untrained["layer_accuracy"]
-        figures.retrieval_axis(left, lines, split["semantic_layers"], twin)
-        left.set_ylabel(f"retrieval accuracy\n({lang[0]} to {lang[1]})")
+        figures.retrieval_axis(left, lines, split["semantic_layers"], twin, n, both=True)
+        left.set_ylabel("retrieval accuracy")
+        fig.suptitle(" to ".join(map(figures.language, lang)), fontsize=8)
         for group, meaning, marker, line in (
             ("semantic_layers", "hub", "o", "-"),
             ("interface_layers", "interface", "s", "--"),
@@ -83,7 +85,9 @@ def draw_retrieval(
         right.locator_params(axis="x", nbins=5)
         right.set_ylabel("mean over the layers")
         right.legend(loc="best")
-        fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        if bar:
+            figures.steps_bar(fig, left, trained)
         figures.save(fig, path)
 
 
@@ -116,6 +120,9 @@ def draw_change(path: Path, changes: dict[int, dict], accuracy: dict[int, dict],
             n = accuracy[at[-1]]["n"]
             axes[0, 1].errorbar(at, values, yerr=errors, color=figures.colour("target"), marker="D", capsize=2)
             axes[0, 1].set_ylabel(f"{label}\n({f'{n} rows, ' if n else ''}± standard error)")
+            if "sib200" in label:
+                figures.chance_line(axes[0, 1], len(sib200.CHOICES))
+                axes[0, 1].legend()
         for axis in axes.flat:
             axis.set_xlabel(_steps_label([0, *steps]))
             axis.locator_params(axis="x", nbins=6)
@@ -134,10 +141,11 @@ def _steps_label(steps) -> str:
 
 
 def retrieval(found: Results, path: Path) -> None:
-    split, steps, missing = found.layers(), {}, []
+    split, steps, missing, n = found.layers(), {}, [], None
     for ref in [{**found.base, "step": 0}, *found.run]:
         try:
-            steps[ref["step"]] = found.retrieval(ref)[0]
+            steps[ref["step"]], header, _ = found.retrieval(ref)
+            n = header.get("n_used")
         except Missing as reason:
             missing.append(str(reason))
     if not any(steps):
@@ -148,7 +156,7 @@ def retrieval(found: Results, path: Path) -> None:
         untrained = found.untrained()[0]
     except Missing:
         untrained = None
-    draw_retrieval(path, steps, split, untrained, tuple(found.sides().values()))
+    draw_retrieval(path, steps, split, untrained, tuple(found.sides().values()), n)
 
 
 def change(found: Results, path: Path) -> None:
@@ -162,7 +170,7 @@ def change(found: Results, path: Path) -> None:
     else:
         metric = task["metric"]
         accuracy = {int(step): {"value": row[metric], **row} for step, row in task["values"].items()}
-        label = f"{metric}, {task['task']}"
+        label = figures.accuracy(metric, task["task"])
     draw_change(path, changes, accuracy, label)
 
 

@@ -121,31 +121,62 @@ def order(name: str) -> tuple[str, int, str]:
 
 LOOKS = {YES: ("✔", "#009E73"), NO: ("✘", "#D55E00")}
 OTHER = ("–", "#555555")  # no verdict
-ACROSS = 2  # panels in a row
-
-
-def batched(values, size: int) -> list[list]:
-    values = list(values)
-    return [values[i : i + size] for i in range(0, len(values), size)]
+WIDTH = 70  # letters of a name in a line
 
 
 def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
-    """A panel for each claim: the deciding numbers with their intervals, and the random draws behind them."""
-    rows = [1 + 0.3 * max(2, *(len(row["numbers"]) for row in line)) for line in batched(claims.values(), ACROSS)]
+    """A panel for each claim, in two columns: the deciding numbers, their intervals, and the draws behind them."""
+    inner = {name: 0.06 + 0.23 * max(1.0, sum(map(_lines, row["numbers"]))) for name, row in claims.items()}
+    heights = {name: 0.72 + own for name, own in inner.items()}  # with title and axis
+    columns = _columns(heights)
     with figures.style() as plt:
-        size, ratios = (figures.PAGE, sum(rows)), {"height_ratios": rows}
-        fig, axes = plt.subplots(len(rows), ACROSS, figsize=size, squeeze=False, gridspec_kw=ratios)
-        fig.get_layout_engine().set(h_pad=0.08, hspace=0.06, wspace=0.04)
-        for axis, (name, row) in zip(axes.flat, claims.items(), strict=False):
-            _panel(axis, name, row, panels[name])
-        for axis in axes.flat[len(claims) :]:
-            axis.remove()
+        tallest = max(sum(heights[name] for name in column) for column in columns)
+        fig = plt.figure(figsize=(figures.PAGE, tallest + 0.2))
+        fig.get_layout_engine().set(h_pad=0.04, hspace=0.03, wspace=0.04)
+        grid = fig.add_gridspec(1, len(columns))
+        for at, column in enumerate(columns):
+            # What the shorter column lacks stays free below it.
+            free = tallest - sum(heights[name] for name in column)
+            ratios = [inner[name] for name in column] + [free] * (free > 0.01)
+            below = grid[at].subgridspec(len(ratios), 1, height_ratios=ratios)
+            for i, name in enumerate(column):
+                _panel(fig.add_subplot(below[i]), name, claims[name], panels[name])
+        fig.legend(handles=_legend(plt, claims), loc="outside lower center", ncols=4)
         figures.save(fig, path)
+
+
+def _lines(number: dict) -> float:
+    """The height of a number, in that of one whose name takes a single line."""
+    return 1 + 0.4 * (len(textwrap.wrap(number["name"], WIDTH)) - 1)
+
+
+def _columns(heights: dict[str, float]) -> list[list[str]]:
+    """The names in two columns of nearly one height, in reading order."""
+    names = list(heights)
+
+    def tallest(cut: int) -> float:
+        return max(sum(heights[name] for name in part) for part in (names[:cut], names[cut:]))
+
+    cut = min(range(1, len(names) + 1), key=tallest)
+    return [part for part in (names[:cut], names[cut:]) if part]
+
+
+def _legend(plt, claims: dict[str, dict]) -> list:
+    numbers = [one for row in claims.values() for one in row["numbers"] if one["value"] is not None]
+    grey = {"marker": "o", "linestyle": "", "markersize": 2.5, "color": figures.colour("random")}
+    looks = [plt.Line2D([], [], color="black", marker="|", markersize=4, label="95 % interval")]
+    if any((one["place"] or {}).get("draws") for one in numbers):
+        looks.append(plt.Line2D([], [], **grey, label="controls"))
+    if any(one.get("values") for one in numbers):
+        looks.append(plt.Line2D([], [], **grey, label="seeds"))
+    if any(one["says"]["bound"] for one in numbers):
+        looks.append(plt.Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="the claim's bound"))
+    return looks
 
 
 def _panel(axis, name: str, row: dict, panel: Panel) -> None:
     mark, shade = LOOKS.get(row["verdict"], OTHER)
-    axis.set_title(f"{mark} {name} {row['verdict']}\n", loc="left", color=shade, fontweight="bold")
+    axis.set_title(f"{mark} {name} {row['verdict']}", loc="left", color=shade, fontweight="bold", pad=15)
     axis.text(0, 1.03, panel.words, transform=axis.transAxes, fontsize=7, va="bottom")
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
@@ -157,7 +188,9 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
         text = textwrap.fill(re.sub(r"(?:[\w.-]+/)+(?=[\w.-]+\.\w)", "", row["reason"]), 40, break_on_hyphens=False)
         axis.text(0, 0.9, text, transform=axis.transAxes, fontsize=6.5, va="top")
         return
-    for at, one in enumerate(rows):
+    at = -1.0
+    for one in rows:
+        at += _lines(one)
         draws = _draws(one)
         if draws:
             low, high = -0.3, 0.1
@@ -172,9 +205,10 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
         axis.vlines(sorted(bounds - {0.0}), -at - 0.3, -at + 0.3, color="black", linewidth=0.6, linestyle=":", zorder=0)
         clear = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # of the zero line behind it
         place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 6.5}
-        axis.annotate(one["name"], (0, -at + 0.27), bbox=clear, **place).set_in_layout(False)
+        name = textwrap.fill(one["name"], WIDTH)
+        axis.annotate(name, (0, -at + 0.27), bbox=clear, linespacing=1.0, **place).set_in_layout(False)
     axis.axvline(0, color="black", linewidth=0.6, zorder=0)
-    axis.set_ylim(-len(rows) + 0.45, 0.75)
+    axis.set_ylim(-at - 0.55, 0.75)
     axis.locator_params(axis="x", nbins=5)
     axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
     axis.set_xlabel(panel.axis, fontsize=7)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, languages, processes, results, sources, stats
+from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch, transformers
 from cpt_utils.base.study import Study
@@ -342,7 +342,7 @@ def main(argv=None) -> None:
         gate.tell(*(gate.of_results(job.path, twin, job.ref.spec, study.seed, measure) for job, twin in has))
     untrained = found[twins[models[0]].path] if twins else None
     name = "accuracy" if chosen.is_whole(study, args, models) else chosen.figure_name(args.model_path, models)
-    figure.draw(folder / name, lines, untrained, len(pairs), f"{base} to {target}")
+    figure.draw(folder / name, lines, untrained, len(pairs), " to ".join(map(figures.language, (base, target))))
     cli.say(f"wrote {len(lines)} result{'s' * (len(lines) > 1)} and the figure {folder / name}.pdf")
 
 

@@ -26,7 +26,7 @@ def draw(path: Path, lines: Lines, untrained: dict | None, n: int, title: str) -
     twin = {"linestyle": (0, (3, 1)), "color": figures.colour("random"), "label": "untrained"}
     with figures.style() as plt:
         rows = -(-len(panels) // COLUMNS)
-        size = (figures.PAGE, 0.5 + 1.45 * rows + 0.12 * len({look["label"] for _, look in drawn}) / 3)
+        size = (figures.PAGE, 0.6 + 1.45 * rows + 0.12 * len({look["label"] for _, look in drawn}) / 3)
         figure, axes = plt.subplots(rows, min(COLUMNS, len(panels)), figsize=size, squeeze=False)
         cells = dict(zip(panels, axes.flat, strict=False))
         for axis in axes.flat[len(panels) :]:
@@ -37,20 +37,20 @@ def draw(path: Path, lines: Lines, untrained: dict | None, n: int, title: str) -
                     plot(axis, key, result, look, band=result in (drawn[0][0], drawn[-1][0]))
             axis.set_title(PANELS[key])
             figures.layer_axis(axis, len(lines[0][1]["layer_accuracy"]) - 1, hidden_states=True, most=5)
-            axis.set_xlabel("hidden state" if axis in axes[-1] else "")
+            axis.set_xlabel("")
         for keys in (ACCURACIES, MEXA):
             alike(cells, keys)
         for key in ACCURACIES & cells.keys():
-            chance = figures.colour("chance")
-            cells[key].axhline(1 / n, color=chance, linewidth=0.8, linestyle=(0, (1, 3)), label=f"chance 1/{n}")
+            figures.chance_line(cells[key], n)
         for state in curves.measuring_length(lines[-1][1]):
             axes[0, 0].axvspan(state - 0.5, state + 0.5, color="0.9", linewidth=0, label="measures length", zorder=0)
-        figure.suptitle(f"{title}, n = {n} sentences", fontsize=8)
+        figure.suptitle(f"{title}, n = {n} sentences; bands: 95 % intervals", fontsize=8)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         named = {label: handle for handle, label in zip(handles, labels, strict=True) if label[:1] != "_"}
-        figure.legend(named.values(), named, loc="outside lower center", ncols=min(5, len(named)))
+        look = {"ncols": min(5, len(named)), "title": figures.HIDDEN_STATE, "title_fontsize": 8}
+        figure.legend(named.values(), named, loc="outside lower center", **look)
         if len(steps) > 1:
-            colour_bar(plt, figure, axes, steps)
+            figures.steps_bar(figure, axes, steps)
         figures.save(figure, path)
 
 
@@ -92,16 +92,3 @@ def plot(axis, key: str, result: dict, look: dict, band: bool) -> None:
     ends = [(state, *ends) for state, ends in result.get(f"{key}_ci", []) if None not in ends]
     if band and ends:
         axis.fill_between(*zip(*ends, strict=True), color=look["color"], alpha=0.15, linewidth=0)
-
-
-def colour_bar(plt, figure, axes, steps: list[int]) -> None:
-    """The colours of the steps, in their order, beside all panels; at most seven are named."""
-    colours = plt.matplotlib.colors.ListedColormap(figures.colours(len(steps), ordered=True))
-    scale = plt.matplotlib.colors.BoundaryNorm(range(len(steps) + 1), len(steps))
-    bar = figure.colorbar(plt.matplotlib.cm.ScalarMappable(scale, colours), ax=axes, aspect=40, pad=0.01)
-    every = -(-len(steps) // 7)
-    named = range((len(steps) - 1) % every, len(steps), every)  # the last one among them
-    bar.set_ticks([at + 0.5 for at in named], labels=[str(steps[at]) for at in named])
-    bar.ax.tick_params(length=0, which="both")
-    bar.set_label("training step")
-    bar.outline.set_visible(False)

@@ -42,11 +42,11 @@ RESULTS = {"connect": "spectral/connect.json"}
 ASKED = {"connect": "Are two runs of one base connected by a straight line along which nothing is lost?"}
 CAPTIONS = {
     "connect": """Part IV: 5. Connectivity
-        Scores along the straight line (1 - a) A + a C between two runs of continued pre-training of one base, and the
-        chord, the straight line between the scores of the ends. Grey: the same chord with both ends moved in random
-        directions as far as the point of the line is from them: where that costs nothing, either, any two models so
-        close are connected. Claim D6 is decided by the largest gap (barrier) in a loss as a share of what the better
-        end gained on the base.""",
+        Scores along the straight line (1 - a) A + a C from another run A of continued pre-training of the same base to
+        the study's C, and the chord, the straight line between the scores of the ends. Grey: the same chord with both
+        ends moved in random directions as far as the point of the line is from them: where that costs nothing, either,
+        any two models so close are connected. Claim D6 is decided by the largest gap (barrier) in a loss as a share of
+        what the better end gained on the base.""",
 }
 LEAST = 0.1  # of the largest gain in a loss: less is no gain that a barrier is a share of
 AT = tuple(i / 10 for i in range(11))
@@ -282,7 +282,7 @@ def draw(path: Path, payload: dict) -> None:
     """A panel for each loss, retrieval and task: the line, its chord, random directions and the base."""
     names = curves.shown(payload["measures"])
     drawn = [functools.partial(_panel, payload=payload, measure=name) for name in names]
-    curves.panels(path, drawn, "coefficient a: (1 - a) A + a C")
+    curves.panels(path, drawn, "a (0: the other run, 1: the study's)")
 
 
 def _panel(axis, payload: dict, measure: str) -> None:
@@ -298,7 +298,7 @@ def _panel(axis, payload: dict, measure: str) -> None:
     axis.plot(at, [chord(a) for a in at], color="0.3", linewidth=0.8, linestyle="--", label="chord")
     axis.plot(at, [point["values"][measure] for point in rows], marker="o", label="straight line", **look)
     low, high = ([chord(a) - sign * gap[i] for a, gap in zip(at, row["gap"], strict=True)] for i in (2, 3))
-    axis.fill_between(at, low, high, alpha=0.15, linewidth=0, **look)
+    axis.fill_between(at, low, high, alpha=0.15, linewidth=0, label="95 % interval of the gap", **look)
     if row["gap_random"]:
         xs = [0.0, *(a for a, *_ in row["gap_random"]), 1.0]
         ys = [

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import itertools
 import math
-import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,7 +275,7 @@ def panels(path: Path, drawn: Sequence[Callable], xlabel: str) -> None:
 
 def label(measure: str) -> str:
     """What an axis says of a measure, in lines that fit a panel."""
-    return textwrap.fill(evaluation.named(measure).label, 24)
+    return figures.measure(measure, evaluation.named(measure).label, 24)
 
 
 def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str) -> None:

@@ -11,7 +11,7 @@ from cpt_utils.base.lazy import np
 def draw(path: Path, payload: dict, n_layers: int) -> None:
     """A map of the units, one of the query heads alone where several share a unit's keys, and the share of the update
     over the number of units."""
-    maps = {"unit": units(payload["heads"], n_layers)}
+    maps = {"unit (KV head)": units(payload["heads"], n_layers)}
     if any(len(row["query_heads"]) > 1 for row in payload["heads"]):
         maps["query head (its q and o)"] = queries(payload["heads"], n_layers)
     bound = max(float(np.nanmax(values)) for values in maps.values()) or 1.0
@@ -70,7 +70,7 @@ def _shares(axis, payload: dict) -> None:
     if one is not None:
         share = one["k"] / one["n_units"]
         axis.plot([share], [one["top_share"]], "o", color=figures.colour("target"))
-        axis.set_title(f"{one['top_share']:.0%} in the top {one['k']} of {n}")
+        axis.set_title(f"{100 * one['top_share']:.0f} % in the {one['k']} most changed of {n} units")
     axis.set_xlabel("share of units, most changed first")
     axis.set_ylabel("share of ‖ΔW‖²")
     axis.set_xlim(0, 1)

@@ -44,8 +44,8 @@ CAPTIONS = {
         (SVD); the same update cut in random directions to the energy that a random update of equal norm would keep (as
         if random, the control of claim D5); entries dropped at random and the others scaled up (DARE); the smallest
         entries dropped (magnitude). At the end the share of the update's energy (squared norm) that is kept. Shaded:
-        the range of the draws. Hollow markers: q*, the largest q not worse than the checkpoint by more than one
-        standard error of the paired difference.""",
+        the range of the draws; a point far from all others may lie outside its panel. Hollow markers: q*, the largest q
+        not worse than the checkpoint by more than one standard error of the paired difference.""",
 }
 DRAWS = 2  # of each random curve
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

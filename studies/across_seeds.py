@@ -28,12 +28,13 @@ def read_seed(study: Study) -> dict:
     folder = study.result("retrieval")
     pair = folder / languages.find_pair([p.name for p in folder.iterdir()], base, target, str(folder))
     models = {0: refs.model(study.get("base")), **{ref.step: ref for ref in refs.run(study.get("run"))}}
-    retrieval = {step: results.read_json(pair / f"{ref.model_id}.json")[0] for step, ref in models.items()}
+    read = {step: results.read_json(pair / f"{ref.model_id}.json") for step, ref in models.items()}
     untrained = pair / "untrained.json"
     swap = study.result("layer_swap")
     downstream = study.result("downstream")
     return {
-        "retrieval": retrieval,
+        "retrieval": {step: payload for step, (payload, _) in read.items()},
+        "n": read[0][1].get("n_used"),
         "untrained": results.read_json(untrained)[0] if untrained.is_file() else None,
         "layers": results.read_json(study.result("layers"))[0],
         "change": results.read_json(study.result("int_and_sem"))[0],
@@ -137,18 +138,16 @@ def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
             first, *trained = sorted(found["retrieval"])
             steps = [first, *shown.evenly(trained, STEPS)]
             shades = [figures.colour("base"), *figures.colours(len(steps) - 1, ordered=True)]
-            looks = [
-                {"color": shade, "label": f"step {s}" if s else "base"} for s, shade in zip(steps, shades, strict=True)
-            ]
+            looks = [{"color": shade, "label": None if s else "base"} for s, shade in zip(steps, shades, strict=True)]
             lines = [(found["retrieval"][s]["layer_accuracy"], look) for s, look in zip(steps, looks, strict=True)]
             twin = found["untrained"] and found["untrained"]["layer_accuracy"]
-            figures.retrieval_axis(axis, lines, found["layers"]["semantic_layers"], twin)
+            figures.retrieval_axis(axis, lines, found["layers"]["semantic_layers"], twin, found["n"])
             axis.set_title(f"seed {seed}")
             axis.set_xlabel("")
-        fig.supxlabel("hidden state (0 = embedding output)", fontsize=8)
+        fig.supxlabel(figures.HIDDEN_STATE, fontsize=8)
         fig.supylabel("retrieval accuracy", fontsize=8)
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside right center")
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figures.steps_bar(fig, axes, steps[1:])
         figures.save(fig, path)
 
 
@@ -163,13 +162,13 @@ def draw_change(seeds: dict[int, dict], path: Path) -> None:
                 ("semantic_hub_avg", "hub", "--", "hub layers"),
             ):
                 y = [row[key] for _, row in rows]
-                marker = figures.MARKERS[number]
-                label = label if number == 0 else None
-                axis.plot([s for s, _ in rows], y, line, color=figures.colour(meaning), marker=marker, label=label)
-        axis.set_xlabel("step")
-        axis.set_ylabel("mean |dW|")
+                look = {"color": figures.colour(meaning), "linewidth": 0.8, "label": label if number == 0 else None}
+                axis.plot([s for s, _ in rows], y, line, **look)
+        axis.set_xlabel("training step (0 = base)")
+        axis.set_ylabel("mean |ΔW| from the base")
         axis.set_ylim(bottom=0)
-        axis.set_title(f"{len(seeds)} seeds, one marker each")
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        axis.set_title(f"{len(seeds)} seeds, a line each", loc="right")
         axis.legend()
         figures.save(fig, path)
 

@@ -164,6 +164,7 @@ def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
             names, rows = one["languages"], list(one["matrix"])
             values = np.array([[one["matrix"][d][e] for e in names] for d in rows])
             image = figures.heat_map(axis, values, rows, names, bound, 25)
+            axis.set_yticks(range(len(rows)), [figures.language(d, "\n") for d in rows])
             axis.set_title(f"seed {seed}")
         fig.supylabel("deactivated", fontsize=8)
         fig.supxlabel("evaluated on", fontsize=8)

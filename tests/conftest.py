@@ -109,8 +109,17 @@ def _nothing_said_before():
 
 @pytest.fixture(autouse=True)
 def _figures_not_drawn(request, monkeypatch):
-    """Figures are gone through, but neither laid out nor drawn, half a second each; tests marked `figures` do it."""
+    """Figures are gone through, but neither laid out nor drawn, half a second each; tests marked `figures` do it, and
+    fail where text is cut off, lies on other text, or a legend is too long."""
     from cpt_utils.base import figures, results
+
+    own = figures.save
+
+    def save(figure, path) -> None:
+        own(figure, path)
+        from figure_faults import faults
+
+        assert not faults(figure), f"{path.name}: {'; '.join(faults(figure))}"
 
     def go_through(figure, path) -> None:
         figure.set_layout_engine("none")
@@ -119,5 +128,5 @@ def _figures_not_drawn(request, monkeypatch):
             with results.replacing(Path(path).with_name(Path(path).name + suffix)) as temporary:
                 temporary.write_text("gone through\n")
 
-    if not request.node.get_closest_marker("figures"):
-        monkeypatch.setattr(figures, "save", go_through)
+    drawn = request.node.get_closest_marker("figures")
+    monkeypatch.setattr(figures, "save", save if drawn else go_through)

@@ -138,6 +138,6 @@ def test_a_study_is_needed(tmp_path, monkeypatch):
 
 def test_the_layers_of_the_figure_are_those_of_the_split(study, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(script, "draw_retrieval", lambda path, steps, split, untrained, lang: drawn.update(split) or 1)
+    monkeypatch.setattr(script, "draw_retrieval", lambda path, steps, split, *rest: drawn.update(split) or 1)
     script.retrieval(script.Results(script.Study.find(study.study)), study.folder)
     assert drawn["semantic_layers"] == HUB and drawn["interface_layers"] == INTERFACE

@@ -84,7 +84,7 @@ def fingerprint(mask: masks.Layers) -> str:
 def draw(path: Path, payload: dict) -> None:
     """The language's neurons and the control over training steps, with the base."""
     n, layers = sum(payload["neurons"].values()), len(payload["neurons"])
-    looks = {"lsn": (f"neurons of {payload['language']} (n = {n} in {layers} layers)", "target", "o", "-")}
+    looks = {"lsn": (f"{figures.language(payload['language'])}: {n} neurons in {layers} layers", "target", "o", "-")}
     if payload["has_control"]:
         looks["control"] = ("random control (as many)", "random", "s", "--")
     lines = [

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import textwrap
 from pathlib import Path
 
+from cpt_utils.base import languages
 from cpt_utils.base.results import replacing
 
 COLUMN, PAGE = 3.25, 6.75  # inches: one column, both columns
@@ -26,6 +29,9 @@ _MEANING = {
     "chance": "#999999",
     "target": "#E69F00",
 }
+# Of axes too small for both numberings: `layer_axis` has layers above, hidden states below.
+HIDDEN_STATE = "hidden state (0 = embeddings; layer l puts out hidden state l + 1)"
+MOST = 8  # entries of a legend; where training steps make it longer, they have a colour bar
 
 
 def colour(meaning: str) -> str:
@@ -42,6 +48,29 @@ def colours(n: int, ordered: bool = False) -> list:
     # The lightest fifth of the scale is left out: it vanishes on white paper.
     scale = matplotlib.colormaps["viridis_r"]
     return [scale(0.2 + 0.8 * (i / (n - 1) if n > 1 else 1.0)) for i in range(n)]
+
+
+def language(code: str, join: str = " ") -> str:
+    """ "Basque (eus_Latn)", the name and the code as it is written; a private-use code is an "invented (qaa_Latn)"."""
+    name = re.sub(r" \(.*", "", languages.name(code))  # of "Mandarin Chinese (simplified)" the code says the rest
+    if languages.is_private(code):
+        name = "invented"
+    return code if name == code else f"{name}{join}({code})"
+
+
+def measure(name: str, label: str, width: int) -> str:
+    """The label of a measure in lines of `width` letters; that of `nll_per_byte:LANG` names the language."""
+    lang = name.partition(":")[2]
+    if not lang:
+        return textwrap.fill(label, width)
+    parts = label.removesuffix(f", {lang}") + ",", language(lang)
+    together, apart = textwrap.fill(" ".join(parts), width), "\n".join(textwrap.fill(part, width) for part in parts)
+    return apart if apart.count("\n") == together.count("\n") else together
+
+
+def accuracy(metric: str, task: str) -> str:
+    """The metric of a benchmark's task, in words."""
+    return f"{'accuracy' if metric == 'acc' else metric}, {task}"
 
 
 @contextlib.contextmanager
@@ -124,13 +153,16 @@ def heat_map(
         values: a numpy array; NaN stays grey.
         bound: the value of the darkest colour; `signed` values go from -bound (blue) to bound (red), others from 0.
         texts: [rows][columns], what stands in the cells; None: the value, bold where row and column have one name.
+            Of more than twelve columns the colour alone is shown.
     """
     look = {"cmap": "RdBu_r", "vmin": -bound} if signed else {"cmap": "Blues", "vmin": 0}
     axis.set_facecolor("0.92")
     image = axis.imshow(values, vmax=bound, aspect="auto" if signed else "equal", **look)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            text = f"{values[i, j]:+.3f}".replace("0.", ".", 1) if texts is None else texts[i][j]
+            if len(columns) > 12:
+                continue
+            text = signed_text(values[i, j]) if texts is None else texts[i][j]
             weight = "bold" if texts is None and row == column else "normal"
             shade = "white" if abs(values[i, j]) > 0.6 * bound else "black"
             axis.text(j, i, text, ha="center", va="center", color=shade, fontsize=6.5, fontweight=weight)
@@ -141,25 +173,76 @@ def heat_map(
     return image
 
 
-def retrieval_axis(axis, lines: list[tuple[list, dict]], hub: list[int] = (), untrained: list | None = None) -> None:
+def signed_text(value: float) -> str:
+    """ "+.019", "−.068"; ".000" has no sign."""
+    text = f"{value:+.3f}".replace("0.", ".", 1).replace("-", "−")
+    return ".000" if text[1:] == ".000" else text
+
+
+def retrieval_axis(
+    axis,
+    lines: list[tuple[list, dict]],
+    hub: list[int] = (),
+    untrained: list | None = None,
+    n: int | None = None,
+    both: bool = False,
+) -> None:
     """Retrieval accuracy over hidden states, with the layers of the hub shaded (layer l gives hidden state l + 1).
 
     Args:
         lines: (`layer_accuracy` of a result, how the line looks) of each model; `untrained`: that of the twin.
+        n: sentences, of which chance finds one; `both`: the layers' numbers above.
     """
     for layer in hub:
         label = "semantic hub" if layer == hub[0] else None
         axis.axvspan(layer + 0.5, layer + 1.5, color=colour("hub"), alpha=0.12, linewidth=0, label=label)
-    twin = [(untrained, {"linestyle": ":", "marker": "x", "color": colour("random"), "label": "untrained"})]
+    twin = [(untrained, {"linestyle": "--", "marker": "x", "color": colour("random"), "label": "untrained"})]
     for accuracy, look in lines + (twin if untrained else []):
         x, y = zip(*sorted(accuracy), strict=True)
         axis.plot(x, y, **({"marker": "o"} | look))
-    layer_axis(axis, len(lines[0][0]) - 1, hidden_states=True)
+    if n:
+        chance_line(axis, n)
+    layer_axis(axis, len(lines[0][0]) - 1, hidden_states=True, both=both)
     axis.set_ylim(bottom=0)
 
 
-def layer_axis(axis, n_layers: int, hidden_states: bool = False, most: int = 12) -> None:
-    """Integer ticks over layers, about `most` of them."""
-    last = n_layers if hidden_states else n_layers - 1
-    axis.set_xticks(range(0, last + 1, max(1, -(-last // most))))
-    axis.set_xlabel("hidden state (0 = embedding output)" if hidden_states else "layer")
+def chance_line(axis, n: int) -> None:
+    """What guessing among `n` gets right."""
+    axis.axhline(1 / n, color=colour("chance"), linewidth=1, linestyle=(0, (1, 2)), label=f"chance 1/{n}", zorder=1)
+
+
+def layer_axis(axis, n_layers: int, hidden_states: bool = False, most: int = 12, both: bool = False) -> None:
+    """Integer ticks over layers, or over hidden states, about `most` of them; `both`: the other numbers above."""
+    numbers = [(range(n_layers), "layer"), (range(n_layers + 1), "hidden state (0 = embeddings)")]
+    own, other = numbers[::-1] if hidden_states else numbers
+    every = max(1, -(-(n_layers if hidden_states else n_layers - 1) // most))
+    axis.set_xticks(own[0][::every])
+    axis.set_xlabel(own[1])
+    if both:
+        shift = 1 if hidden_states else -1
+        above = axis.secondary_xaxis("top", functions=(lambda x: x - shift, lambda x: x + shift))
+        above.set_xticks(other[0][max(0, -shift) :: every])
+        above.set_xlabel(other[1].partition(" (")[0])
+
+
+def steps_bar(figure, axes, steps: list[int]) -> None:
+    """The colours of training steps, in their order, beside `axes`; at most seven are named."""
+    import matplotlib
+
+    shades = matplotlib.colors.ListedColormap(colours(len(steps), ordered=True))
+    scale = matplotlib.colors.BoundaryNorm(range(len(steps) + 1), len(steps))
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, shades), ax=axes, aspect=40, pad=0.01)
+    every = -(-len(steps) // 7)
+    named = range((len(steps) - 1) % every, len(steps), every)  # the last one among them
+    bar.set_ticks([at + 0.5 for at in named], labels=[str(steps[at]) for at in named])
+    bar.ax.tick_params(length=0, which="both")
+    bar.set_label("training step")
+    bar.outline.set_visible(False)
+
+
+def zeros(axis, at, values, label: str | None = None) -> None:
+    """A small ring wherever a bar has no height, so that none is told from not there."""
+    none = [x for x, value in zip(at, values, strict=True) if value == 0]
+    look = {"markersize": 2.5, "markerfacecolor": "white", "markeredgewidth": 0.6, "clip_on": False, "zorder": 3}
+    if none:
+        axis.plot(none, [0] * len(none), "o", color="0.4", label=label, **look)

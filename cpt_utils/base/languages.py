@@ -115,6 +115,11 @@ def name(code: str) -> str:
     return language.name if language else code
 
 
+def is_private(code: str) -> bool:
+    """Whether a code is one of those that no language has (`qaa_Latn`)."""
+    return bool(_PRIVATE.fullmatch(code))
+
+
 def spelling(code: str, source: str = "flores_plus") -> str:
     """How `source` (one of SOURCES) spells the language: `spelling("cmn_Hans", "sib200")` -> `zho_Hans`.
 

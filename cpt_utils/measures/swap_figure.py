@@ -80,14 +80,14 @@ def draw(path: Path, rows: list[Row], title: str, n_layers: int | None = None) -
                     reach = (-1, bottom + 0.1) if shared else (y - 0.6, y + 0.6)
                     value = getattr(row, end)[name]
                     axis.plot([value] * 2, reach, line, color=figures.colour(end), linewidth=1, zorder=0)
-            axis.set_xlabel(textwrap.fill(MEASURES[name].label, {3: 24, 4: 19}.get(len(measures), 30)))
+            axis.set_xlabel(textwrap.fill(MEASURES[name].label, {3: 24, 4: 21}.get(len(measures), 30)))
             axis.locator_params(axis="x", nbins=4)
             axis.margins(x=0.08)
         axes[0, 0].set_yticks(heights, [row.label for row in rows])
         axes[0, 0].set_ylim(bottom, -0.9)
         fig.suptitle(title, fontsize=8)
         fig.legend(
-            handles=_legend(plt, rows, n_layers), loc="outside lower center", ncols=2 if len(measures) == 1 else 5
+            handles=_legend(plt, rows, n_layers), loc="outside lower center", ncols=2 if len(measures) == 1 else 4
         )
         figures.save(fig, path)
 
@@ -125,6 +125,7 @@ def _diamond(axis, row: Row, name: str, y: float) -> None:
 
 def _legend(plt, rows: list[Row], n_layers: int | None) -> list:
     grey = figures.colour("random")
+    whisker = {"color": "black", "linewidth": 0.8, "marker": "|", "markersize": 4}
     found = [
         plt.Line2D([], [], color=figures.colour("base"), linestyle=":", label="base"),
         plt.Line2D([], [], color=figures.colour("target"), linestyle="--", label="checkpoint"),
@@ -141,4 +142,6 @@ def _legend(plt, rows: list[Row], n_layers: int | None) -> list:
     if any(row.hollow for row in rows):
         look = {"color": "white", "markeredgecolor": "black", "linestyle": "", "marker": "D"}
         found.append(plt.Line2D([], [], **look, markersize=4, label="with embeddings, lm_head"))
+    if any(row.changes for row in rows):
+        found.append(plt.Line2D([], [], **whisker, label="95 % interval of the change"))
     return found

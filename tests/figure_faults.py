@@ -1,0 +1,46 @@
+"""What is wrong with a figure that can be told without looking at it: text cut off, text on text, too long a legend."""
+
+from __future__ import annotations
+
+import itertools
+
+from matplotlib.axis import Axis
+from matplotlib.legend import Legend
+from matplotlib.text import Text
+
+LEGEND = 8  # entries; more nobody reads: training steps have a colour bar
+SLACK = 2.0  # pixels by which boxes may touch: letters do not fill theirs
+
+
+def _labels(tick) -> tuple[Text, Text]:
+    return tick.label1, tick.label2
+
+
+def faults(figure) -> list[str]:
+    """In words; the figure is laid out first."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    found, boxes, axes = [], [], figure.findobj(Axis)
+    ticks = {id(text) for axis in axes for tick in (*axis.majorTicks, *axis.minorTicks) for text in _labels(tick)}
+    # Ticks outside the view are there, but not drawn.
+    drawn = {id(text) for axis in axes for tick in axis._update_ticks() for text in _labels(tick)}
+    hidden = {id(text) for panel in figure.axes if not panel.get_visible() for text in panel.findobj(Text)}
+    for text in figure.findobj(Text):
+        if not text.get_text().strip() or not text.get_visible() or id(text) in hidden | (ticks - drawn):
+            continue
+        box, name = text.get_window_extent(renderer), " ".join(text.get_text().split())
+        out = max(figure.bbox.x0 - box.x0, box.x1 - figure.bbox.x1, figure.bbox.y0 - box.y0, box.y1 - figure.bbox.y1)
+        if out > SLACK:
+            found.append(f"{name!r} is cut off by {out:.0f} pixels")
+        boxes.append((name, box, text.get_rotation() % 90 == 0))
+    for (one, box, upright), (other, another, straight) in itertools.combinations(boxes, 2):
+        if not (upright and straight):  # boxes of slanted text overlap where the text does not
+            continue
+        across = min(box.x1, another.x1) - max(box.x0, another.x0)
+        down = min(box.y1, another.y1) - max(box.y0, another.y0)
+        if min(across, down) > SLACK:
+            found.append(f"{one!r} lies on {other!r}, {across:.0f} x {down:.0f} pixels")
+    for legend in figure.findobj(Legend):
+        if len(legend.get_texts()) > LEGEND:
+            found.append(f"a legend has {len(legend.get_texts())} entries")
+    return found

@@ -1,0 +1,83 @@
+"""What all figures share: languages by name, layers and hidden states, marks of zeros; and what a fault is."""
+
+import pytest
+from figure_faults import faults
+
+from cpt_utils.base import figures
+
+
+@pytest.fixture
+def plt():
+    with figures.style() as plt:
+        yield plt
+
+
+def panel(plt):
+    figure, axis = plt.subplots(figsize=(figures.COLUMN, 2))
+    axis.plot(range(5), range(5), label="a line")
+    return figure, axis
+
+
+def test_a_plain_figure_has_no_faults(plt):
+    figure, axis = panel(plt)
+    axis.set_xlabel("training step")
+    axis.legend()
+    assert faults(figure) == []
+
+
+def test_text_that_is_cut_off_or_lies_on_other_text_and_a_long_legend_are_faults(plt):
+    figure, axis = panel(plt)
+    axis.set_title(60 * "x")
+    assert [fault.endswith("pixels") and "cut off" in fault for fault in faults(figure)] == [True]
+    figure, axis = panel(plt)
+    figure.supxlabel("the hidden state", fontsize=8)
+    figure.legend(loc="outside lower center")  # the layout does not keep these apart
+    assert any("lies on" in fault for fault in faults(figure))
+    figure, axis = panel(plt)
+    axis.set_xticks(range(5), 5 * ["a label longer than its place"])
+    assert any("lies on" in fault for fault in faults(figure))
+    figure, axis = panel(plt)
+    for number in range(9):
+        axis.plot([0, number], label=f"step {number}")
+    axis.legend(fontsize=1)
+    assert "a legend has 10 entries" in faults(figure)
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [("eus_Latn", "Basque (eus_Latn)"), ("ga", "Irish (ga)"), ("cmn_Hans", "Mandarin Chinese (cmn_Hans)"),
+     ("qaa_Latn", "invented (qaa_Latn)"), ("some_tag", "some_tag")],
+)  # fmt: skip
+def test_a_language_is_its_name_and_its_code(code, shown):
+    assert figures.language(code) == shown
+
+
+def test_the_loss_of_a_language_names_it():
+    label = "NLL of held-out text (nats per byte)"
+    named = figures.measure("nll_per_byte:eus_Latn", f"{label}, eus_Latn", 24)
+    assert named == "NLL of held-out text\n(nats per byte),\nBasque (eus_Latn)"
+    assert figures.measure("nll_per_byte", label, 40) == label
+
+
+@pytest.mark.parametrize(("hidden_states", "below", "above", "shift"), [(False, range(4), range(1, 5), 1),
+                                                                        (True, range(5), range(4), -1)])  # fmt: skip
+def test_layers_and_hidden_states_stand_on_either_side(plt, hidden_states, below, above, shift):
+    figure, axis = panel(plt)
+    figures.layer_axis(axis, 4, hidden_states, both=True)
+    other = axis.child_axes[0]
+    figure.draw_without_rendering()
+    assert list(axis.get_xticks()) == list(below) and list(other.get_xticks()) == list(above)
+    assert axis.get_xlabel().startswith("hidden state" if hidden_states else "layer")
+    assert other.get_xlim() == tuple(end + shift for end in axis.get_xlim())
+
+
+def test_a_bar_of_no_height_has_a_ring(plt):
+    _, axis = panel(plt)
+    figures.zeros(axis, range(4), [1, 0, 2, 0])
+    assert list(axis.lines[-1].get_xdata()) == [1, 3]
+    figures.zeros(axis, range(2), [1, 2])
+    assert len(axis.lines) == 2
+
+
+def test_numbers_in_cells_have_a_sign_unless_they_are_none():
+    assert [figures.signed_text(value) for value in (0.0194, -0.0676, -0.0001)] == ["+.019", "−.068", ".000"]
