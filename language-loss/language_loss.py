@@ -96,23 +96,30 @@ def _interval(row: dict, sign: str = "") -> str:
 
 def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
     """A line for each language over training steps, the base at 0: its loss, and the change against the base."""
+    last = {lang: abs(list(models.values())[-1].get("change", {}).get("mean", 0.0)) for lang, models in found.items()}
+    named = sorted(last, key=last.get)[-(figures.MOST - 1) :] if len(last) > figures.MOST else list(last)
     with figures.style() as plt:
-        fig, axes = plt.subplots(1, 2, figsize=(figures.PAGE, 2.5 + 0.15 * (len(found) // 3)))
+        fig, axes = plt.subplots(1, 2, figsize=(figures.PAGE, 2.5 + 0.15 * (len(named) // 3)))
         axes[1].axhline(0, color=figures.colour("chance"), linewidth=0.6)
-        for number, (lang, models) in enumerate(found.items()):
+        for lang, models in found.items():
             steps = [0 if name == BASE else int(name) for name in models]
-            look = {"color": figures.colours(number + 1)[-1], "marker": figures.MARKERS[number % len(figures.MARKERS)]}
+            look = {"color": "0.75", "zorder": 1}
+            if lang in named:
+                at = named.index(lang)
+                look = {"color": figures.PALETTE[at], "marker": figures.MARKERS[at], "label": figures.language(lang)}
             nothing = {"mean": 0.0, "ci_low": 0.0, "ci_high": 0.0}
             changes = [row.get("change", nothing) for row in models.values()]
             for axis, key, rows in ((axes[0], "nll_per_byte", models.values()), (axes[1], "mean", changes)):
-                axis.plot(steps, [row[key] for row in rows], label=figures.language(lang), **look)
+                axis.plot(steps, [row[key] for row in rows], **look)
                 ends = [[row[end] for row in rows] for end in ("ci_low", "ci_high")]
                 axis.fill_between(steps, *ends, color=look["color"], alpha=0.2, linewidth=0)
         for axis, words in zip(axes, ("NLL (nats per byte)", "change from the base\n(nats per byte)"), strict=True):
             axis.set_xlabel("training step (0 = base)")
             axis.set_ylabel(words)
-        named = axes[0].get_legend_handles_labels()
-        fig.legend(*named, loc="outside lower center", ncols=3, title="bands: 95 % intervals over documents")
+        title = "bands: 95 % intervals over documents" + "; grey: languages that changed less" * (
+            len(named) < len(last)
+        )
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title=title)
         figures.save(fig, path)
 
 

@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 from cpt_utils.base import cli, figures, languages, results, stats
@@ -218,12 +219,8 @@ def read_hits(path: Path, accuracy: np.ndarray, measure: str = "published") -> n
 
 
 def draw(path: Path, split: dict, facts: dict, title: str) -> None:
-    """Accuracy by layer, coloured by label, with the threshold, the untrained twin and chance; below it how often each
-    label is kept, and the split by every measure.
-
-    Args:
-        split, facts: payload and header of the result.
-    """
+    """Of a payload and its header: accuracy by layer, coloured by label, the threshold, the untrained twin and chance;
+    below it how often each label is kept, and the split by every measure."""
     accuracy, stability = [value for _, value in split["layer_accuracy"]], split["label_stability"]
     measure, n = facts.get("measure", "published"), split["n_sentences"] or facts.get("n_used")
     twin = Path((facts.get("gate") or {}).get("untrained") or "")
@@ -235,10 +232,8 @@ def draw(path: Path, split: dict, facts: dict, title: str) -> None:
         axis.plot(range(len(accuracy)), accuracy, color="0.7", linewidth=0.8, zorder=1)
         groups = (("interface_layers", "interface", "s"), ("semantic_layers", "hub", "o"))
         for key, meaning, marker in groups:
-            layers = split[key]
-            label = f"{'semantic hub' if meaning == 'hub' else meaning} ({len(layers)} layer{'s' * (len(layers) > 1)})"
-            look = {"color": figures.colour(meaning), "label": label, "zorder": 2}
-            axis.plot(layers, [accuracy[layer] for layer in layers], marker, **look)
+            look = {"color": figures.colour(meaning), "label": figures.group(meaning, len(split[key])), "zorder": 2}
+            axis.plot(split[key], [accuracy[layer] for layer in split[key]], marker, **look)
         axis.axhline(split["threshold"], color="0.4", linewidth=0.8, linestyle="--", label="threshold")
         if twin.is_file():
             untrained = read_curve(twin, *results.read_json(twin, gate.RETRIEVAL), measure)[1:]
@@ -246,10 +241,9 @@ def draw(path: Path, split: dict, facts: dict, title: str) -> None:
             axis.plot(range(len(untrained)), untrained, label="untrained", **look)
         if facts.get("n_used") and not measure.startswith("mexa"):
             figures.chance_line(axis, facts["n_used"])
-        by = f"\n({curves.MEASURES[measure].label})" if measure != "published" else ""
-        axis.set_ylabel("retrieval accuracy" + by)
+        axis.set_ylabel("retrieval accuracy" + f"\n({curves.MEASURES[measure].label})" * (measure != "published"))
         axis.set_ylim(bottom=0)
-        figure.suptitle(title + (f", n = {n} sentences" if n else ""), fontsize=8)
+        figure.suptitle(textwrap.fill(title + (f", n = {n} sentences" if n else ""), 50), fontsize=8)
         figure.legend(loc="outside lower center", ncols=2)
         if stability:
             for key, meaning, _ in groups:
@@ -260,10 +254,9 @@ def draw(path: Path, split: dict, facts: dict, title: str) -> None:
             axes[1, 0].set_ylabel("label kept\n(share)")
         if len(split["splits"]) > 1:
             draw_splits(plt, axes[-1, 0], split["splits"], len(accuracy))
-        figures.layer_axis(axes[-1, 0], len(accuracy), both=len(axes) == 1)
-        if len(axes) > 1:
-            figures.layer_axis(axis, len(accuracy), both=True)
-            axis.set_xlabel("")
+        figures.layer_axis(axis, len(accuracy), both=True)
+        axis.label_outer()
+        figures.layer_axis(axes[-1, 0], len(accuracy))
         figures.save(figure, path)
 
 

@@ -29,9 +29,10 @@ def draw(path: Path, payload: dict) -> None:
             shown.append((f"{words}\n(mean of {n})", payload[kind]))
     maps = [np.array([[np.mean([r[e] for r in sets[d]]) for e in names] for d in rows]) for _, sets in shown]
     bound = max(np.abs(values).max() for values in maps) or 1.0
-    down = len(names) > 5  # then the maps stand below one another
-    side, height = 0.45 * len(names) + 0.5, 0.36 * len(rows) + 1.2
-    verdicts = {d: f"\n{VERDICTS[one['verdict']][0]}" for d, one in payload.get("diagonal", {}).items()}
+    down = len(names) > 4  # then the maps stand below one another
+    join, row = (", ", 0.2) if len(names) > 8 else ("\n", 0.36)
+    side, height = 0.45 * len(names) + 0.5, row * len(rows) + 1.2
+    verdicts = {d: join + VERDICTS[one["verdict"]][0] for d, one in payload.get("diagonal", {}).items()}
     with figures.style() as plt:
         size = (min(figures.PAGE, side + 2.2), height * len(maps)) if down else (len(maps) * side + 2.2, height)
         layout = {"nrows": len(maps), "sharex": True} if down else {"ncols": len(maps), "sharey": True}
@@ -39,11 +40,12 @@ def draw(path: Path, payload: dict) -> None:
         for axis, values, (title, _) in zip(axes.flat, maps, shown, strict=True):
             image = figures.heat_map(axis, values, rows, names, bound, 35)
             axis.set_title(title)
-            axis.set_yticks(range(len(rows)), [figures.language(d) + verdicts.get(d, "") for d in rows])
         for axis in axes[-1]:
             axis.set_xlabel("evaluated on")
         for axis in axes[:, 0]:
             axis.set_ylabel("deactivated")
+            axis.set_yticks(range(len(rows)), [figures.language(d) + verdicts.get(d, "") for d in rows])
+            verdicts = {}  # of the languages' own neurons, the first map
         fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.9)
         figures.save(fig, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -44,19 +45,18 @@ def draw_counts(path: Path, by_language: dict[str, dict], n_layers: int) -> None
     n = len(by_language)
     columns = 1 if n <= 4 else min(5, -(-n // 2))
     rows = -(-n // columns)
-    width = figures.COLUMN if columns == 1 else figures.PAGE
+    size = (figures.COLUMN, 0.6 + 0.95 * rows) if columns == 1 else (figures.PAGE, 0.6 + 1.2 * rows)
     with figures.style() as plt:
         from matplotlib.patches import Patch
 
-        figure, axes = plt.subplots(
-            rows, columns, sharex=True, sharey=True, squeeze=False, figsize=(width, 0.6 + 0.95 * rows)
-        )
+        figure, axes = plt.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, figsize=size)
         for (lang, facts), colour, axis in zip(by_language.items(), figures.colours(n), axes.ravel(), strict=False):
             shared = [a - b for a, b in zip(facts["counts"], facts["own"], strict=True)]
             axis.bar(range(n_layers), facts["own"], color=colour, width=0.9)
             axis.bar(range(n_layers), shared, bottom=facts["own"], color=colour, alpha=0.4, width=0.9)
             figures.zeros(axis, range(n_layers), facts["counts"], label="none in this layer")
-            axis.set_title(f"{figures.language(lang)}: {facts['n_neurons']:,}", pad=2)
+            title = f"{figures.language(lang)}: {facts['n_neurons']:,}"
+            axis.set_title(textwrap.fill(title, 100 // columns), pad=2)
             axis.set_xticks(range(0, n_layers, -(-n_layers // (12 if columns == 1 else 5))))
         for axis in axes.ravel()[n:]:
             axis.set_visible(False)
@@ -73,7 +73,7 @@ def draw_overlap(path: Path, shared: dict) -> None:
     names, n = shared["languages"], len(shared["languages"])
     values = np.array([[np.nan if value is None else value for value in row] for row in shared["jaccard"]], float)
     np.fill_diagonal(values, np.nan)
-    size = figures.COLUMN if n <= 8 else figures.PAGE * 0.65
+    size = figures.COLUMN if n <= 4 else figures.PAGE * (0.7 if n <= 8 else 1)
     # Not below 0.1, or next to no overlap would look like much.
     top = max([0.1, *values[np.isfinite(values)]])
     with figures.style() as plt:
@@ -81,10 +81,10 @@ def draw_overlap(path: Path, shared: dict) -> None:
         texts = [["–" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values]
         for i in range(n):
             texts[i][i] = f"{shared['shared'][i][i]:,}"
-        named = [figures.language(name, "\n") for name in names]
         rotation = 45 if n > 4 and max(map(len, names)) > 3 else 0
-        image = figures.heat_map(axis, values, named, named, top, rotation, texts, signed=False)
-        figure.colorbar(image, label="Jaccard (diagonal: number of neurons)", shrink=0.8)
+        rows, columns = ([figures.language(name, join) for name in names] for join in (" " if n > 4 else "\n", "\n"))
+        image = figures.heat_map(axis, values, rows, names if rotation else columns, top, rotation, texts, signed=False)
+        figure.colorbar(image, label="Jaccard (diagonal: neurons)", shrink=0.8)
         figures.save(figure, path)
 
 
@@ -98,7 +98,8 @@ def draw_convergence(path: Path, found: dict) -> None:
     lines["all"] = [point["jaccard"] for point in points]
     known = [value for line in lines.values() for value in line if value is not None]
     with figures.style() as plt:
-        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.7))
+        narrow = len(langs) <= 6 and max(len(figures.language(lang)) for lang in langs) <= 24
+        figure, axis = plt.subplots(figsize=(figures.COLUMN, 2.7 if narrow else 3.0))
         for i, (lang, colour) in enumerate(zip(lines, [*figures.colours(len(langs)), "0.2"], strict=True)):
             values = [float("nan") if value is None else value for value in lines[lang]] + [1.0]
             look = {"color": colour, "linewidth": 0.8, "marker": figures.MARKERS[i % len(figures.MARKERS)]}
@@ -119,7 +120,7 @@ def draw_convergence(path: Path, found: dict) -> None:
         axis.set_xlabel(f"share of the tokens ({amount} a language)")
         axis.set_ylabel("Jaccard with the full mask")
         axis.set_ylim(max(0, math.floor(10 * min(known, default=0) - 0.5) / 10), 1.01)
-        figure.legend(loc="outside upper center", ncols=2, columnspacing=1.2, handlelength=1.8)
+        figure.legend(loc="outside upper center", ncols=2 if narrow else 1, columnspacing=1.2, handlelength=1.8)
         figures.save(figure, path)
 
 

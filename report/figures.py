@@ -78,8 +78,7 @@ def draw_retrieval(
             ("interface_layers", "interface", "s", "--"),
         ):
             means = [sum(values[at + 1] for at in split[group]) / len(split[group]) for values in accuracy.values()]
-            n = len(split[group])
-            words = f"{'semantic hub' if meaning == 'hub' else meaning} ({n} layer{'s' * (n > 1)})"
+            words = figures.group(meaning, len(split[group]))
             right.plot(list(accuracy), means, line, marker=marker, color=figures.colour(meaning), label=words)
         right.set_xlabel(_steps_label(accuracy))
         right.locator_params(axis="x", nbins=5)

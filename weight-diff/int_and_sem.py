@@ -88,7 +88,7 @@ def draw(path: Path, steps: list[int], averages: dict[str, list[float]], counts:
     lines = [
         {
             "values": averages[group], "color": figures.colour(meaning), "marker": marker, "linestyle": line,
-            "label": f"{group.replace('_', ' ')} (n = {counts[group]} layers)",
+            "label": figures.group(meaning, counts[group]),
         }
         for group, (meaning, marker, line) in looks.items()
     ]  # fmt: skip

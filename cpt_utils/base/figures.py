@@ -68,6 +68,11 @@ def measure(name: str, label: str, width: int) -> str:
     return apart if apart.count("\n") == together.count("\n") else together
 
 
+def group(meaning: str, n: int) -> str:
+    """ "semantic hub (5 layers)": hub or interface."""
+    return f"{'semantic hub' if meaning == 'hub' else meaning} ({n} layer{'s' * (n > 1)})"
+
+
 def accuracy(metric: str, task: str) -> str:
     """The metric of a benchmark's task, in words."""
     return f"{'accuracy' if metric == 'acc' else metric}, {task}"
