@@ -13,6 +13,8 @@ import pytest
 from helpers import ROOT
 from launch import SNAKEMAKE, shim
 
+from cpt_utils.base.study import Study
+
 pytestmark = pytest.mark.end_to_end
 
 STUDY = ["--snakefile", "workflow/Snakefile", "--config", "study=demo/tiny.yaml"]
@@ -109,6 +111,16 @@ def test_every_result_and_figure_is_there(finished):
             content = json.loads(path.with_suffix(".facts.json").read_text())
         assert "_header" in content, path
         assert content["_header"]["schema"] and content["_header"]["libraries"]["torch"], path
+
+
+@pytest.mark.figures
+def test_every_figure_is_drawn_anew_and_legible(finished, tmp_path, monkeypatch):
+    """From the results alone; the mark has each looked at for text that is cut off or lies on other text."""
+    gallery = helpers.load_script("docs/figures.py")
+    monkeypatch.chdir(finished)
+    said = gallery.draw([Study.find("demo/tiny.yaml", None)], tmp_path)
+    assert [name for name, (study, _) in said.items() if study != "tiny"] == ["runs"]  # which has no outer layers
+    assert {path.stem for path in tmp_path.glob("*.png")} >= set(gallery.DRAWN) - {"runs"}
 
 
 def test_each_step_read_what_the_step_before_wrote(finished):
