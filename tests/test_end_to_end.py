@@ -94,6 +94,7 @@ def test_every_result_and_figure_is_there(finished):
     page = (results / "report.html").read_text()
     # All but the comparison of runs that train a part, of which this study has none.
     assert page.count("<img ") > 25 and page.count("Not measured") == 1 and "figure is missing" not in page
+    assert "step 40" in (results / "samples.html").read_text()
     report = (finished / "results/tiny.html").read_text()
     for section in (
         "1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps",

@@ -16,6 +16,7 @@ RUN_AND_BASE = (
     "component-swap/ffn_lsn_swap.py",
     "lm_eval_sib200/evaluate.py",
     "language-loss/language_loss.py",
+    "cpt/generate.py",
     "layer-ablation/ablation_sweep.py",
     "spectral/heads.py",
     "spectral/rewind.py",

@@ -104,7 +104,8 @@ def named(by_place, by_name, words: str):
 
 
 def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32, device_map: bool = False) -> None:
-    """`batch_size` None: the script works it out. `device_map`: the script takes --device-map."""
+    """`batch_size` None: the script works it out; 0: it has no batches and no --limit. `device_map`: it takes
+    --device-map."""
     p.add_argument(
         "--device", default="auto", help="auto (CUDA when it is there, else CPU), cpu, cuda, cuda:1; default auto"
     )
@@ -113,22 +114,24 @@ def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32, d
         choices=DTYPES,
         help="of the model's arithmetic; default: the study's, else bfloat16 on CUDA and float32 on CPU",
     )
-    p.add_argument(
-        "--batch-size",
-        type=positive,
-        default=batch_size,
-        metavar="N",
-        help=f"sequences a batch; default {batch_size or 'by their length, on a GPU also by its memory'}",
-    )
+    if batch_size != 0:
+        p.add_argument(
+            "--batch-size",
+            type=positive,
+            default=batch_size,
+            metavar="N",
+            help=f"sequences a batch; default {batch_size or 'by their length, on a GPU also by its memory'}",
+        )
     if device_map:
         p.add_argument(
             "--device-map",
             choices=("auto",),
             help="auto: spread a model that is too big for one GPU over all GPUs, then memory, then the disk",
         )
-    p.add_argument(
-        "--limit", type=positive, metavar="N", help="use only the first N items (for a try; marked in the result)"
-    )
+    if batch_size != 0:
+        p.add_argument(
+            "--limit", type=positive, metavar="N", help="use only the first N items (for a try; marked in the result)"
+        )
 
 
 def positive(text: str) -> int:

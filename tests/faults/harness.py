@@ -51,6 +51,7 @@ COMMANDS = (
     _command("layer_swap", "layer-swap/layer-swap.py"),
     _command("layer_swap_controls", "layer-swap/layer-swap.py", "--controls 4 --measures retrieval nll"),
     _command("language_loss", "language-loss/language_loss.py"),
+    _command("samples", "cpt/generate.py", "--tokens 4 --number 1 --samples 1"),
     _command("layer_ablation", "layer-ablation/ablation_sweep.py",
              "--stride 2 --sentences 4 --shots 1 --measures translation"),
     _command("train_arm", "cpt/train.py", "--stage cpt --arm hub_frozen"),

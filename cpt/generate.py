@@ -1,0 +1,263 @@
+"""What a model writes: the same prompts continued by the base and every checkpoint, side by side, to be read before curves.
+
+Each prompt is continued by the most likely token at every place (greedy) and by draws. A draw takes the same random
+numbers in every model, and tokens in the order of their probability: two models that think alike write the same text.
+
+In:   B and RUN (default: the study's); prompts: --prompt TEXT .., --prompts FILE (one a line), or the first halves of
+      lines of held-out text (--heldout LANG=FILE; default: all of data.heldout), whose second halves stand beside them.
+Out:  OUT (default: the study's samples.json): {"prompts": [..], "models": {"base" or step: [[greedy, draw, ..], ..]}};
+      beside it .txt and .html, a table for each prompt with a row for each model.
+
+A killed run goes on with the next model. On several GPUs: accelerate launch cpt/generate.py ...
+
+Full: python cpt/generate.py --base meta-llama/Llama-2-7b-hf --run runs/eus --prompt "Euskal Herria" --output samples.json
+Tiny: python cpt/generate.py --study demo/tiny.yaml --tokens 8
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+from cpt_utils.base import cli, languages, processes, results, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch, transformers
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions
+from cpt_utils.models import batching, encoding, loading, scoring
+
+SCHEMA = "samples"
+RESULTS = {"samples": "samples.json"}
+BASE, OWN = "base", "the text's own"
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
+h2 {{ font-size: 1.05rem; margin: 2rem 0 .4rem }}
+table {{ border-collapse: collapse; width: 100%; table-layout: fixed }}
+th, td {{ border-top: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: .35rem .6rem .35rem 0;
+  text-align: start; vertical-align: top; overflow-wrap: anywhere; white-space: pre-wrap }}
+th:first-child {{ width: 6.5rem }}
+@media (max-width: 40rem) {{ th:first-child {{ width: 4rem }} }}
+@media print {{ section {{ break-inside: avoid }} }}
+</style></head><body><h1>{title}</h1><p>{note}</p>
+{tables}
+</body></html>
+"""
+
+
+# ---------------------------------------------------------------- the method
+
+
+def drawn(scores: torch.Tensor, u: float, temperature: float, top_p: float) -> int:
+    """The token that `u` in [0, 1) draws: the most likely tokens that together have `top_p` share [0, 1) by their
+    probability, the likelier before the others, and u falls into the share of one.
+
+    Args:
+        scores: logits [vocabulary].
+    """
+    probabilities, order = (scores.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    cumulated = probabilities.cumsum(-1)
+    kept = int(torch.searchsorted(cumulated, top_p)) + 1
+    cumulated = cumulated[:kept] / cumulated[min(kept, len(cumulated)) - 1]
+    return int(order[min(int(torch.searchsorted(cumulated, u, right=True)), len(cumulated) - 1)])
+
+
+def continued(
+    model: transformers.PreTrainedModel, tokenizer, prompts: list[str], tokens: int, samples: int, seed: int,
+    temperature: float, top_p: float,
+) -> list[list[dict]]:  # fmt: skip
+    """For each prompt the greedy continuation and `samples` drawn ones, as `text` and whether it `ended` by itself.
+
+    The rows of a batch are one prompt's, so that nothing is padded and no text depends on the other prompts.
+
+    Raises:
+        InputError: a prompt without tokens, or one that leaves no room in the model's positions.
+    """
+    limit, found = batching.positions(model), []
+    end = tokenizer.eos_token_id
+    for number, prompt in enumerate(cli.progress(prompts, "prompts", unit="prompt")):
+        # Without what the tokenizer puts behind a text: an EOS would end the prompt.
+        ids = encoding.of_texts(tokenizer, [prompt]).ids[0][: scoring.scored_from(tokenizer, prompt)]
+        if not ids or (limit and len(ids) >= limit):
+            what = f"is longer than the model's {limit} positions" if ids else "has no tokens"
+            raise InputError(f"prompt {number + 1} ({results.shown(prompt)}) {what}; give another")
+        new = min(tokens, limit - len(ids)) if limit else tokens
+        uniform = [np.random.default_rng([seed, number, k]).random(new) for k in range(samples)]
+
+        def choose(given, scores, ids=ids, uniform=uniform):
+            for row, numbers in enumerate(uniform, 1):
+                token = drawn(scores[row], float(numbers[given.shape[1] - len(ids)]), temperature, top_p)
+                scores[row] = -torch.inf
+                scores[row, token] = 0
+            return scores
+
+        rows = torch.tensor([ids] * (1 + samples), device=loading.input_device(model))
+        how = transformers.GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
+        )
+        model.generation_config = how  # what the folder says of penalties and temperatures is left out
+        with torch.inference_mode():
+            made = model.generate(
+                input_ids=rows, attention_mask=torch.ones_like(rows), generation_config=how, logits_processor=[choose]
+            )
+        found.append([_text(tokenizer, ids, row, end) for row in made[:, len(ids) :].tolist()])
+    return found
+
+
+def _text(tokenizer, prompt: list[int], made: list[int], end: int | None) -> dict:
+    """What was written behind the prompt; decoded with it, since a token alone may lose the space before it."""
+    ended = end in made
+    made = made[: made.index(end)] if ended else made
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *made]))
+    return {"text": whole[len(before) :], "ended": ended}
+
+
+def halves(line: str) -> tuple[str, str]:
+    """A line cut in the middle, between words where it has any."""
+    cut = line.find(" ", len(line) // 2)
+    cut = len(line) // 2 if cut < 0 else cut
+    return line[:cut], line[cut:]
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def tables(payload: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) of each prompt: what its line goes on with, where it is known, then a row for each model."""
+    found = []
+    for number, prompt in enumerate(payload["prompts"]):
+        made = {name: texts[number] for name, texts in payload["models"].items()}
+        n_draws = len(next(iter(made.values()))) - 1
+        rows = [[OWN, prompt["own"].strip(), *[""] * n_draws]] if prompt.get("own") else []
+        for name, texts in made.items():
+            shown = [_printable(one["text"]).strip() + (" ∎" if one["ended"] else "") for one in texts]
+            rows.append([name if name == BASE else f"step {name}", *shown])
+        code = prompt["language"]
+        named = code and (f"{languages.name(code)} ({code})" if languages.name(code) != code else code)
+        title = f"{number + 1}. {named + ': ' if code else ''}{prompt['text']} …"
+        found.append((title, ["", "greedy", *(f"draw {k + 1}" for k in range(n_draws))], rows))
+    return found
+
+
+def _printable(text: str) -> str:
+    """Text in which what a terminal or a page would act on is a question mark."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)
+
+
+def write(output: Path, payload: dict, request: dict) -> None:
+    """Text, page, and last the JSON."""
+    what = f"temperature {request['temperature']:g}, top-p {request['top_p']:g}, seed {request['seed']}"
+    note = f"Continuations of {request['tokens']} tokens at most; draws by {what}. ∎: the model ended the text."
+    title = f"Samples of {request['models'][BASE]['spec']} and its checkpoints"
+    lines, sections = [title, note], []
+    for head, columns, rows in tables(payload):
+        lines += ["", head]
+        for at, name in enumerate(columns[1:], 1):
+            lines += [f"  {name}", *(f"  {row[0]:>14} | {' '.join(row[at].split())}" for row in rows if row[at])]
+        cells = "".join(
+            "<tr>" + "".join(f"<{tag}{' dir=auto' if tag == 'td' else ''}>{html.escape(cell)}</{tag}>" for tag, cell in
+                             zip(("th", *["td"] * (len(row) - 1)), row, strict=True)) + "</tr>"
+            for row in rows
+        )  # fmt: skip
+        top = "".join(f"<th>{name}</th>" for name in columns)
+        sections.append(f"<section><h2 dir=auto>{html.escape(head)}</h2><table><tr>{top}</tr>{cells}</table></section>")
+    results.write_text(output.with_suffix(".txt"), "\n".join(lines) + "\n")
+    page = PAGE.format(title=html.escape(title), note=html.escape(note), tables="\n".join(sections))
+    results.write_text(output.with_suffix(".html"), page)
+    facts = {key: request[key] for key in ("models", "heldout", "tokens", "samples", "temperature", "top_p", "seed",
+                                           "dtype", "device")}  # fmt: skip
+    results.write_json(output, payload, results.header(SCHEMA, **facts, request=request))
+    cli.say(f"wrote {output}, and to be read {output.with_suffix('.txt')} and {output.with_suffix('.html')}")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def prompts_of(args, study: Study) -> tuple[list[dict], dict]:
+    """Every prompt as `text`, `language` and `own`, what its line goes on with; and what the header says of files."""
+    given = [*(args.prompt or []), *(textfiles.texts(Path(args.prompts)) if args.prompts else [])]
+    if given or args.prompts:
+        found = [{"text": text.strip(), "language": "", "own": ""} for text in given if text.strip()]
+        if not found:
+            raise InputError(f"{args.prompts or '--prompt'} holds no prompt; write one a line")
+        return found, {}
+    files = cli.sibling("cpt/documents.py").language_files(args.heldout, "--heldout") or study.get("data.heldout", {})
+    chosen = [lang for lang in files if files[lang]]
+    if not chosen:
+        raise InputError("no prompts: give --prompt TEXT .., --prompts FILE, --heldout LANG=FILE, or data.heldout")
+    lines = {lang: [line.strip() for line in textfiles.texts(Path(files[lang])) if line.strip()] for lang in chosen}
+    facts = {lang: {"file": files[lang], "sha256": results.file_sha256(files[lang])} for lang in chosen}
+    cut = [(lang, *halves(line)) for lang in chosen for line in lines[lang][: args.number]]
+    return [{"text": text, "language": lang, "own": own} for lang, text, own in cut], facts
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("--base", metavar="B", help="base model; default: the study's base")
+    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
+    add("--prompt", nargs="+", metavar="TEXT", help="prompts; default: halves of held-out lines")
+    add("--prompts", metavar="FILE", help="prompts, one a line")
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="text whose lines are cut in half; default: the study's")
+    add("--number", type=cli.positive, default=4, metavar="N", help="lines of each language; default 4")
+    add("--tokens", type=cli.positive, default=40, metavar="N", help="tokens written at most; default 40")
+    add("--samples", type=int, default=2, metavar="N", help="drawn continuations beside the greedy one; default 2")
+    add("--temperature", type=float, default=1.0, metavar="T", help="of the draws; default 1, the model's own")
+    add("--top-p", type=float, default=0.95, metavar="P", help="draws among the likeliest tokens with P; default 0.95")
+    add("--output", metavar="OUT", help="JSON to write; default: the study's samples.json")
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=0, device_map=True)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed, args.arm)
+    for flag, wrong, must in (
+        ("--samples", args.samples < 0, "0 or more"),
+        ("--temperature", not 0 < args.temperature < float("inf"), "above 0"),
+        ("--top-p", not 0 < args.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if wrong:
+            raise InputError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: it must be {must}")
+    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
+    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
+    prompts, facts = prompts_of(args, study)
+    output = study.output(args.output, "--output", "samples", beside.name(study, args.base, args.run, args.steps))
+    opening.look_over(models.values())
+
+    process, dtype = processes.from_arguments(args, study)
+    homes = beside.run_asked_for(study, args.run), models[BASE]
+    settings = {"tokens": args.tokens, "samples": args.samples, "seed": study.seed, "temperature": args.temperature,
+                "top_p": args.top_p}  # fmt: skip
+    request = {
+        "models": {name: ref.describe() for name, ref in models.items()},
+        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
+        "prompts": prompts, "heldout": facts, **settings, "dtype": str(dtype).removeprefix("torch."),
+        "device": process.device.type,
+    }  # fmt: skip
+
+    def measured(model, one: Condition) -> dict:
+        tokenizer = tokenization.load_tokenizer(models[one.of], *homes)
+        found = continued(model, tokenizer, [prompt["text"] for prompt in prompts], **settings)
+        if args.drop_revisions and one.of != BASE:
+            models[one.of].drop()
+        return {"texts": found}
+
+    def write_all(records: list[dict], request: dict) -> None:
+        write(output, {"prompts": prompts, "models": {one["name"]: one["texts"] for one in records}}, request)
+
+    wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in models.items()]
+    conditions.measure(
+        output, SCHEMA, request, wanted, lambda name: loading.load_for(process, models[name], dtype), measured,
+        write_all, process, args.overwrite, "another --output",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
