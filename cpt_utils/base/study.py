@@ -180,6 +180,13 @@ def dotted(*parts: str) -> str:
     return ".".join(filter(None, parts))
 
 
+def as_yaml(values: dict) -> str:
+    """The values as they stand in a study file: what holds nothing nested in one line."""
+    import yaml
+
+    return yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000)
+
+
 def expand(value, change):
     """`value` with `change` applied to every string in it."""
     if isinstance(value, dict):

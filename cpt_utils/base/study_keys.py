@@ -1,4 +1,8 @@
-"""The keys of a study file. None is as good as no value, but where a key says something of the whole study."""
+"""The keys of a study file. None is as good as no value, but where a key says something of the whole study.
+
+The title of a field says what it means, `usual` what holds without it; `docs/study.py` makes docs/study.md of them.
+The description is the end of an error message.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cpt_utils.base.keys import OF_TEXT, Keys, group
+from cpt_utils.base.keys import OF_TEXT, Keys
 
 QUOTES = "put the code in quotes (no is false in YAML)"
 Text = Annotated[str, Field(description="it must be a text")]
@@ -19,44 +23,75 @@ Part = Annotated[
 ]
 ArmName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", description="it becomes a folder: letters, digits, _ . -")]
 Count = Annotated[int | None, Field(ge=1, description="it must be a whole number above 0")]
+REQUIRED: Any = ...
+
+
+def key(meaning: str, example, usual: str = "", default=None) -> Any:
+    """A field with what the reference says of it; `usual`: what holds where the key is left out, if not `default`."""
+    return Field(default, title=meaning, examples=[example], json_schema_extra={"usual": usual})
 
 
 class Languages(Keys):
-    base: Code = None
-    target: Code = None
-    lsn: Annotated[list[str] | str | None, Field(description=QUOTES)] = None
+    base: Code = key("the language that the model knew; sentences are looked up from it", "eng_Latn", "needed")
+    target: Code = key("the language of the continued pre-training", "eus_Latn", "needed")
+    lsn: Annotated[list[str] | str | None, Field(description=QUOTES)] = key(
+        "languages whose neurons Part II tells apart, base and target among them", ["eng_Latn", "spa_Latn", "eus_Latn"],
+        "no neurons",
+    )  # fmt: skip
+
+
+class Task(Keys):
+    name: list[str] | MaybeText = key("lm_eval's name of the task; of several, a list", "sib200_eus_Latn", "needed")
+    dir: list[str] | MaybeText = key(
+        "local data: SIB-200 (`<code>/test.tsv`), or tasks of one's own", "my-texts/sib200", "from the hub"
+    )
 
 
 class Data(Keys):
-    source: MaybeText = None
-    dir: MaybeText = None
-    base_file: MaybeText = None
-    target_file: MaybeText = None
-    split: MaybeText = None
-    drop_empty: Any = None
-    heldout: Files = None
-    heldout_lines: Annotated[int | None, Field(strict=False, ge=0, description="it must be a whole number")] = None
-    task: group("name dir", list[str] | MaybeText) | None = None
-    lsn_text: Files = None
+    source: MaybeText = key("where parallel sentences come from: `flores`, `sib200`, `text`, `tsv`", "text", "flores")
+    dir: MaybeText = key("a local copy of `flores` or `sib200`; the folder of the files below", "my-texts")
+    base_file: MaybeText = key(
+        "`text`: sentences of the base language; `tsv`: TABLE or TABLE:COLUMN", "my-texts/en.txt"
+    )
+    target_file: MaybeText = key("the same of the target language; of `tsv` the same table", "my-texts/eu.txt")
+    split: MaybeText = key("part of `flores` (dev, devtest) or `sib200` (train, dev, test, all)", "devtest", "dev; all")
+    drop_empty: Any = key("leave pairs with an empty side out instead of refusing them", True, "false")
+    heldout: Files = key(
+        "text that nobody trained on, a document a line, by language: for the loss and for samples",
+        {"eng_Latn": "my-texts/en.held.txt", "eus_Latn": "my-texts/eu.held.txt"},
+        "no losses, no deactivation",
+    )
+    heldout_lines: Annotated[int | None, Field(strict=False, ge=0, description="it must be a whole number")] = key(
+        "lines that make a document, of which the first is context and not scored", 4, "1, scored whole"
+    )
+    task: Task | None = key("a downstream task for lm_eval", {"name": "sib200_eus_Latn"}, "no task")
+    lsn_text: Files = key(
+        "text in which neurons are counted, by language; null: mOSCAR, from the hub",
+        {"eng_Latn": "my-texts/en.txt.gz", "eus_Latn": None}, "mOSCAR",
+    )  # fmt: skip
 
 
 class Lsn(Keys):
-    rate: Annotated[float | None, Field(gt=0, le=1, description="give a share above 0 and at most 1")] = None
-    layers: Count = None
-    tokens: Count = None
-    block_size: Count = None
+    rate: Annotated[float | None, Field(gt=0, le=1, description="give a share above 0 and at most 1")] = key(
+        "share of all neurons that are selected", 0.05, "0.01"
+    )
+    layers: Count = key("layers that count as rich in neurons", 8, "as many as are interface")
+    tokens: Count = key("tokens of a language", 10_000_000, "100,000,000")
+    block_size: Count = key("tokens of a block that is one forward pass", 1024, "4096, or 2048 (Qwen)")
 
 
 class Ablation(Keys):
     """The defaults of layer-ablation/ablation_sweep.py; that the key is there asks the workflow for it."""
 
     sweeps: Annotated[list[str] | None, Field(description="it must be a list of sweeps (layer-ablation/README.md)")] = (
-        None
+        key("which blocks are put back, and from where", ["insert_in", "window:2"], "all with a name")
     )
-    stride: Count = None
-    shots: Count = None
-    sentences: Count = None
-    prompt: Literal["pairs", "lines"] | None = None
+    stride: Count = key("every so many layers a measurement", 2, "1")
+    shots: Count = key("translated pairs in front of a prompt", 1, "4")
+    sentences: Count = key("pairs that are scored", 150, "all but the shots")
+    prompt: Literal["pairs", "lines"] | None = key(
+        "form of a prompt", "lines", "`pairs` where `train.base` is there, else `lines`"
+    )
 
 
 Share = Annotated[float, Field(gt=0, lt=1, description="it must be a number between 0 and 1")]
@@ -64,53 +99,65 @@ Coefficient = Annotated[float, Field(strict=False, ge=-1, le=2, description="it 
 
 
 class Rewind(Keys):
-    orders: list[Literal["importance", "most", "contrast", "greedy", "random", "random_layer"]] | None = None
-    stride: Count = None
-    draws: Count = None
+    orders: list[Literal["importance", "most", "contrast", "greedy", "random", "random_layer"]] | None = key(
+        "orders in which heads are put back", ["importance", "random"], "all"
+    )
+    stride: Count = key("percent of the heads from one measurement to the next", 10, "5")
+    draws: Count = key("of each random order", 2, "5")
 
 
 class Truncate(Keys):
-    shares: list[Share] | None = None
-    curves: list[Literal["svd", "as_random", "magnitude", "dare"]] | None = None
-    draws: Count = None
+    shares: list[Share] | None = key("of the update that are cut off", [0.5, 0.9], "0.1 to 0.9, 0.95")
+    curves: list[Literal["svd", "as_random", "magnitude", "dare"]] | None = key("ways to cut", ["svd", "dare"], "all")
+    draws: Count = key("of each random way", 1, "2")
 
 
 class Connect(Keys):
-    at: list[Coefficient] | None = None
+    at: list[Coefficient] | None = key("points of the line between two runs", [0.25, 0.5, 0.75], "0, 0.1, .., 1")
 
 
 class Spectral(Keys):
     """The defaults of spectral/; that the key is there asks the workflow for it."""
 
-    measures: list[Literal["retrieval", "nll", "task"]] | None = None
-    rewind: Rewind | None = None
-    truncate: Truncate | None = None
-    connect: Connect | None = None
+    measures: list[Literal["retrieval", "nll", "task"]] | None = key(
+        "by what a changed model is measured", ["nll"], "all that there is data for"
+    )
+    rewind: Rewind | None = key("heads put back to the base's", {"stride": 10}, "its defaults")
+    truncate: Truncate | None = key("the update cut", {"shares": [0.5, 0.9]}, "its defaults")
+    connect: Connect | None = key("the line between two runs; needs `runs`", {"at": [0.5]}, "its defaults")
 
 
 class Lora(Keys):
     """LoRA beside the weights of some layers; `parameters_of` layers whose number of parameters it is to have."""
 
-    r: Annotated[int, Field(ge=1, description="it must be a rank, a whole number above 0")]
+    r: Annotated[int, Field(ge=1, description="it must be a rank, a whole number above 0")] = key(
+        "rank", 8, "needed", REQUIRED
+    )
     alpha: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="it must be a number above 0"), OF_TEXT
-    ] = None
-    dropout: Annotated[float, Field(ge=0, lt=1, description="it must be 0 or more, and below 1"), OF_TEXT] = 0.0
+    ] = key("the product's factor is alpha / r", 16, "2 r")
+    dropout: Annotated[float, Field(ge=0, lt=1, description="it must be 0 or more, and below 1"), OF_TEXT] = key(
+        "of the product's input", 0.05, default=0.0
+    )
     targets: Annotated[
         str | list[str], Field(min_length=1, description="it must be all, attention, ffn, or like [q_proj, v_proj]")
-    ] = "all"
-    layers: Part = "all"
-    parameters_of: Part = None
-    merge: Annotated[bool, Field(description="it must be true or false")] = False
+    ] = key("`all`, `attention`, `ffn` or projections", ["q_proj", "v_proj"], default="all")
+    layers: Part = key("which layers", "outer:0.25", default="all")
+    parameters_of: Part = key("as many parameters as rank `r` has in these layers", "all", "every rank is `r`")
+    merge: Annotated[bool, Field(description="it must be true or false")] = key(
+        "checkpoints are merged models instead of adapters", True, default=False
+    )
 
 
 class Arm(Keys):
     """What an arm's training leaves as it is, or trains alone; a training file has the same keys."""
 
-    freeze: Part = None
-    train_only: Part = None
-    lora: Lora | None = None
-    io: Literal["trained", "frozen"] | None = None
+    freeze: Part = key("a part that stays as it is", "hub", "one of the three")
+    train_only: Part = key("a part that alone is trained", "outer:0.25", "one of the three")
+    lora: Lora | None = key("LoRA", {"r": 8}, "one of the three")
+    io: Literal["trained", "frozen"] | None = key(
+        "embeddings, last norm and head", "trained", "`trained` with `freeze`, else `frozen`"
+    )
 
     @model_validator(mode="after")
     def _one_part(self):
@@ -121,39 +168,58 @@ class Arm(Keys):
         return self
 
 
-class Train(group("world documents base cpt task", MaybeText)):
+class Train(Keys):
     """Training files; of `runs` one for each of the study's `runs` that is trained here."""
 
-    runs: dict[ArmName, str] | None = None
+    world: MaybeText = key("of the demo's texts (demo/README.md)", "demo/world.yaml", "nothing is made")
+    documents: MaybeText = key(
+        "of training documents (cpt/README.md)", "studies/multi30k/documents.yaml", "nothing is made"
+    )
+    base: MaybeText = key("of the base (cpt/README.md)", "demo/base.yaml", "`base` is there")
+    cpt: MaybeText = key("of the run", "demo/cpt.yaml", "`run` is there")
+    task: MaybeText = key("`continuations`: the task is made of held-out text", "continuations", "the task is there")
+    runs: dict[ArmName, str] | None = key(
+        "of those of `runs` that are trained here", {"second": "demo/cpt_second.yaml"}, "`runs` are there"
+    )
 
 
 class Study(Keys):
-    name: Text = ""
-    base: Text = ""
-    run: Annotated[str | list[str] | None, Field(description="it must be a folder or name, or a list of them")] = None
-    languages: Languages | None = None
-    data: Data | None = None
-    tokens: MaybeText = None
-    lsn: Lsn | None = None
-    results: Text = ""
-    seed: Annotated[int, Field(description="it must be a whole number")] = 42
-    dtype: Text = ""
+    name: Text = key("what files and figures call it", "basque", "the file's name", "")
+    base: Text = key("the model before: a folder, `org/name`, `org/name@revision`", "my-models/base", "needed", "")
+    run: Annotated[str | list[str] | None, Field(description="it must be a folder or name, or a list of them")] = key(
+        "its checkpoints: a folder of them, `org/name@step*`, or a list", "my-models/cpt", "needed"
+    )
+    languages: Languages | None = key(
+        "codes of FLORES+, ISO or one's own", {"base": "eng_Latn", "target": "eus_Latn"}, "needed"
+    )
+    data: Data | None = key("texts", {"source": "sib200", "dir": "my-texts/sib200"}, "FLORES+ alone, from the hub")
+    tokens: MaybeText = key("folder for token ids of Part II, made there", "my-tokens", "no neurons")
+    lsn: Lsn | None = key("neurons", {"tokens": 10_000_000}, "its defaults")
+    results: Text = key("folder of everything that is written", "results/basque", "`results/<name>`", "")
+    seed: Annotated[int, Field(description="it must be a whole number")] = key("of every draw", 0, default=42)
+    dtype: Text = key(
+        "of arithmetic: float32, bfloat16, float16, float64", "float32", "bfloat16 on a GPU, else float32", ""
+    )
     controls: Annotated[Literal["all"] | PositiveInt, Field(description="it is all, or the number of random sets")] = (
-        "all"
+        key("random sets that a swap is compared with; `all`: all of its size, or 300 drawn ones", 100, default="all")
     )
     measure: Annotated[
         Literal["published", "unit", "centred", "unit_centred", "mexa_weighted", "mexa_last"] | None,
         Field(description="it is the retrieval curve that layers are split by, published unless said"),
-    ] = None
+    ] = key("the retrieval curve that layers are split by (sentence-retrieval/README.md)", "unit_centred", "published")
     sentences: Annotated[
         Literal["all", "half"] | None,
         Field(description="layers are split by retrieval of all sentences, or half of them"),
-    ] = None
-    runs: Annotated[dict[ArmName, str] | None, Field(description="it must map names to other runs of the base")] = None
-    train: Train | None = None
-    arms: dict[ArmName, Arm] | None = None
-    ablation: Ablation | None = None
-    spectral: Spectral | None = None
+    ] = key("sentences that layers are split by; `half`: swaps are tested on the others", "half", "all")
+    runs: Annotated[dict[ArmName, str] | None, Field(description="it must map names to other runs of the base")] = key(
+        "other runs of the base, by name", {"second": "my-models/cpt-2"}, "none"
+    )
+    train: Train | None = key("training files of what is trained here", {"cpt": "demo/cpt.yaml"}, "all is there")
+    arms: dict[ArmName, Arm] | None = key(
+        "the run once more with a part frozen, by name (cpt/README.md)", {"hub_frozen": {"freeze": "hub"}}, "none"
+    )
+    ablation: Ablation | None = key("asks for layer ablation; `{}` will do (layer-ablation/README.md)", {}, "left out")
+    spectral: Spectral | None = key("asks for Part IV; `{}` will do (spectral/README.md)", {}, "left out")
 
     @model_validator(mode="after")
     def _arms_and_runs_have_names_of_their_own(self):
