@@ -1,6 +1,7 @@
 # Commands on a fresh machine, each doing all its set-up in .venv:
 #   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and a report, one HTML page
 #   make plan         what would run, without setting up everything first
+#   make study        write a study file for models of your own, with questions (docs/study.md); STUDY=my-study.yaml
 #   make check        look at a study before hours are spent on it: models, files, what is left out, a rough cost
 #   make test         the tests, with a small end-to-end run included
 #   make test-faults  every script killed, out of disk, with damaged inputs: hundreds of faults (20 minutes), into docs/reliability.md
@@ -23,7 +24,7 @@ export WHERE = from cpt_utils.base.study import Study; print(Study.find("$(STUDY
 WORKFLOW = --snakefile workflow/Snakefile --config study=$(STUDY) $(if $(SEED),seed=$(SEED)) $(if $(ARM),arm=$(ARM))
 SNAKEMAKE = $(BIN)/snakemake $(WORKFLOW)
 
-.PHONY: help reproduce check plan unlock test test-faults bench clean
+.PHONY: help reproduce study check plan unlock test test-faults bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,6 +44,10 @@ reproduce: .venv/installed
 	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED)) $(if $(ARM),--arm $(ARM))
 	$(SNAKEMAKE) --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --rerun-incomplete --show-failed-logs --report-after-run --report $(REPORT)
 	@echo "== done; the report: $$($(BIN)/python -c "$$WHERE") (Snakemake's own, with every job and its code: $(REPORT)) =="
+
+# Looks at the models and texts there are, asks for what it cannot see, checks, and writes the file.
+study: .venv/installed
+	$(BIN)/python -m cpt_utils.base.study --init $(if $(filter demo/demo.yaml,$(STUDY)),study.yaml,$(STUDY))
 
 # What the study's models and files look like, what will be left out, and a rough cost.
 check: .venv/installed

@@ -145,7 +145,7 @@ def models(study: Study, report: Report) -> list[Model]:
     base = report.tried(refs.model, study.get("base") or "") if _is_there(study, "base", report) else None
     first = report.tried(look_at, base) if base else None
     if first:
-        report.say(f"base {base.spec}: {_described(first)}")
+        report.say(f"base {base.spec}: {described(first)}")
     run = report.tried(refs.run, study.get("run") or "") if _is_there(study, "run", report) else None
     found = [model for ref in run or [] if (model := report.tried(look_at, ref, base))]
     if found:
@@ -160,13 +160,13 @@ def models(study: Study, report: Report) -> list[Model]:
     other = [report.tried(refs.run, others[name]) for name in others if name not in trained]
     for model in [*found, *(report.tried(look_at, each[-1], base) for each in other if each)]:
         if model:
-            report.tried(_check_pair, one or model, model)
+            report.tried(check_pair, one or model, model)
     if first and found:
         tokenizers(study, [first, *found], report)
     return [model for model in [first, *found] if model]
 
 
-def _check_pair(base: Model, other: Model) -> None:
+def check_pair(base: Model, other: Model) -> None:
     """Refuse what is not a pair for the scripts. One of the two may have a vision tower beside the same language
     model."""
     kinds, layers = zip(base.shape, other.shape, strict=True)
@@ -188,7 +188,8 @@ def _is_there(study: Study, key: str, report: Report) -> bool:
     return True
 
 
-def _described(model: Model) -> str:
+def described(model: Model) -> str:
+    """Type, layers, size and vocabulary in words."""
     kind, layers = model.shape
     rows = identity.vocabulary_size(model.config)
     return (
@@ -392,6 +393,15 @@ def main(argv=None) -> int:
     study = Study.find(args.file or args.study, args.seed, args.arm)
     if not study:
         raise InputError("no study file: give its path, or run where study.yaml is")
+    return examine(study)
+
+
+def examine(study: Study) -> int:
+    """Look at everything that the study names, and say what was found.
+
+    Raises:
+        InputError: anything is missing or does not fit.
+    """
     cli.say(f"study {study.name} ({study.path}), results in {study.result('claims').parent.parent}")
     report = Report()
     chosen = report.tried(plan, study)

@@ -214,3 +214,9 @@ def expand_environment(text: str, path: Path | None) -> str:
         return found
 
     return re.sub(r"\$\{(\w+)\}", from_environment, text)
+
+
+if __name__ == "__main__":  # --init; the command looks at models, which are above this floor
+    import runpy
+
+    runpy.run_path(str(cli.REPOSITORY / "workflow/init.py"), run_name="__main__")

@@ -1,0 +1,272 @@
+"""Writes a study file: looks at what models and texts there are, asks for what it cannot see, and checks the study.
+
+Without a terminal nothing is asked: what no flag gives is taken from the current folder where there is one of it, else
+the command ends with the flag. What every key means: docs/study.md.
+
+In:   models and texts of your own, below the current folder or anywhere.
+Out:  STUDY, which workflow/check.py accepts; nothing where anything is wrong with what was given.
+
+    python -m cpt_utils.base.study --init basque.yaml
+    python -m cpt_utils.base.study --init basque.yaml --base my-models/base --run my-models/cpt --languages en,eu --pairs my-texts/pairs.tsv
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpt_utils.base import cli, languages, results, sources
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study, as_yaml
+from cpt_utils.checkpoints import formats, refs, step_names
+from cpt_utils.measures import evaluation
+
+check = cli.sibling("workflow/check.py")
+
+CONFIGS = ("config.json", formats.ADAPTER_CONFIG)
+DEPTH, TABLES = 3, (".tsv", ".tsv.gz")
+KINDS = "two files of text, a .tsv, a folder of SIB-200 or FLORES+, or flores or sib200 for the hub"
+CONTROLS = 99  # p down to .01
+TOKENS = 10_000_000
+HEAD = """\
+# Written by python -m cpt_utils.base.study --init. Every key: docs/study.md. Then:
+#   make check STUDY={file}
+#   make reproduce STUDY={file}
+"""
+
+
+# ---------------------------------------------------------------- what there is
+
+
+@dataclass
+class Found:
+    """What lies below a folder, by its path from there: models that are no checkpoints, runs, files of text."""
+
+    models: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+def look(folder: str = ".") -> Found:
+    """Models, runs and texts in `folder` and DEPTH folders below it; folders of code, results and hidden ones are not
+    looked into."""
+    found = Found()
+    for place, below, files in os.walk(folder):
+        deep = len(Path(place).relative_to(folder).parts)
+        models = [name for name in below if any((Path(place) / name / config).is_file() for config in CONFIGS)]
+        steps = step_names.steps_of(models)
+        below[:] = sorted(
+            name for name in below
+            if not name.startswith(".") and name not in (*steps, "results") and deep < DEPTH
+            and not any((Path(place) / name).glob("*.py"))
+        )  # fmt: skip
+        name = os.path.relpath(place, folder)
+        if steps:
+            found.runs.append(name)
+        elif {*CONFIGS} & {*files}:
+            found.models.append(name)
+        else:
+            ends = (".txt", ".txt.gz", *TABLES)
+            found.texts += [os.path.normpath(os.path.join(name, file)) for file in sorted(files) if file.endswith(ends)]
+    return found
+
+
+def pairs_among(texts: list[str], base: str, target: str) -> list[str]:
+    """Files that may be parallel sentences, as they are given to --pairs: named alike but for the code, and tables."""
+
+    def with_code(file: str, code: str, other: str) -> str:
+        return re.sub(rf"(?<![^\W_]){re.escape(code)}(?![^\W_])", other, file)
+
+    others = {file: with_code(file, base, target) for file in texts}
+    alike = [shlex.join([file, other]) for file, other in others.items() if other != file and other in texts]
+    return [*alike, *(shlex.quote(file) for file in texts if file.endswith(TABLES))]
+
+
+# ---------------------------------------------------------------- questions
+
+
+def answer(asks: bool, flag: str, given, what: str, guesses: list[str], use: Callable, optional: bool = False):
+    """`use(text)` of the flag's value, else of the answer to a question, else of the only guess; asked again where
+    `use` refuses an answer. `what` is wanted, and after a colon in which form."""
+    while True:
+        text = given
+        if text is None and asks:
+            text = _asked(flag, what, guesses, optional)
+        elif text is None and not optional:
+            if len(guesses) != 1:
+                name, _, form = what.partition(": ")
+                there = f"; here are {', '.join(guesses[:6])}" if guesses else ""
+                raise InputError(f"nothing says {name}: give {flag}{form and f' ({form})'}{there}")
+            text = guesses[0]
+            cli.say(f"{flag} {text}: the only one here")
+        if not text and optional:
+            return {}
+        try:
+            return use(text)
+        except InputError as error:
+            if given is not None or not asks:
+                raise
+            cli.say(f"  {error}")
+
+
+def _asked(flag: str, what: str, guesses: list[str], optional: bool) -> str:
+    """What somebody types: a number stands for a guess, nothing for the only one."""
+    cli.say(f"\n{what[0].upper()}{what[1:]}{' (Enter: none)' if optional else ''}")
+    for number, guess in enumerate(guesses[:9], 1):
+        cli.say(f"  {number}  {guess}")
+    while True:
+        try:
+            text = input(f"{flag} {f'[{guesses[0]}] ' if len(guesses) == 1 else ''}").strip()
+        except EOFError:
+            raise InputError(f"no answer: give {flag}") from None
+        if text.isdecimal() and 1 <= int(text) <= min(9, len(guesses)):
+            return guesses[int(text) - 1]
+        if text or optional or len(guesses) == 1:
+            return text or ("" if optional else guesses[0])
+
+
+# ---------------------------------------------------------------- answers
+
+
+def base_model(text: str) -> check.Model:
+    found = check.look_at(refs.model(text))
+    cli.say(f"  {check.described(found)}")
+    return found
+
+
+def run_of(text: str, base: check.Model) -> str | list[str]:
+    """The run as the study has it; every checkpoint is looked at, and fits the base."""
+    given = shlex.split(text)
+    found = refs.run(given)
+    if os.path.realpath(found[-1].spec) == os.path.realpath(base.ref.spec):
+        raise InputError(f"{text} is the base itself; give the folder of its checkpoints")
+    for ref in found:
+        check.check_pair(base, check.look_at(ref, base.ref))
+    cli.say(f"  {len(found)} checkpoints, of step {', '.join(str(ref.step) for ref in found)}")
+    return given if len(given) > 1 else given[0]
+
+
+def two_languages(text: str) -> tuple[str, str]:
+    codes = languages.several(text, "--languages")
+    if len(codes) != 2:
+        raise InputError(f"--languages {text}: two are needed, base and target, like eng_Latn,eus_Latn")
+    for code in codes:
+        try:
+            languages.canonical(code)
+        except InputError as error:
+            cli.warn(f"{error}; it is taken as a tag of your own")
+    return codes[0], codes[1]
+
+
+def parallel(text: str, base: str, target: str) -> dict:
+    """The keys of `data` for parallel sentences that are there: a word, a folder, a table, or two files."""
+    words = shlex.split(text)
+    first = words[0]
+    tables = [word for word in words if word.rpartition(":")[0].endswith(TABLES) or word.endswith(TABLES)]
+    if text in ("flores", "sib200"):
+        data = {"source": text}
+    elif len(words) == 1 and Path(first).is_dir():
+        data = {"source": "sib200" if any(Path(first).glob("*/test.tsv")) else "flores", "dir": first}
+    elif len(words) == 2 and not tables:
+        data = {"source": "text", "base_file": first, "target_file": words[1]}
+    elif len(words) < 3 and len(tables) == len(words):
+        data = {"source": "tsv", **dict(zip(("base_file", "target_file"), words, strict=False))}
+    else:
+        raise InputError(f"--pairs {text}: give {KINDS}")
+    options = {key: value for key, value in data.items() if key != "source"}
+    pairs = sources.parallel(data["source"], base, target, **options)
+    cli.say(f"  {pairs.summary()}")
+    if data["source"] == "sib200" and "dir" in data:
+        data["task"] = {"name": f"sib200_{pairs.facts['target']['spelling']}", "dir": first}
+    return data
+
+
+def texts_by_language(text: str, flag: str, hub: bool = False) -> dict[str, str | None]:
+    """LANG=FILE .. as a mapping of files that hold text; with `hub` a language alone is for mOSCAR."""
+    words = shlex.split(text)
+    alone = [word for word in words if "=" not in word] if hub else []
+    files = cli.sibling("cpt/documents.py").language_files([word for word in words if word not in alone], flag) or {}
+    for file in files.values():
+        evaluation.documents(Path(file), 1)
+    languages.refuse_twice([*files, *alone])
+    return {**files, **dict.fromkeys(alone)}
+
+
+def neurons(text: str, target: str) -> dict[str, str | None]:
+    found = texts_by_language(text, "--neurons", hub=True)
+    if found and (len(found) < 2 or languages.find(found, target, default=None) is None):
+        raise InputError(f"--neurons {text}: name {target} and one other language at least")
+    return found
+
+
+# ---------------------------------------------------------------- the command
+
+
+def study_of(args, asks: bool) -> dict:
+    """The values of the study, every one looked at."""
+    found = look()
+    base = answer(asks, "--base", args.base, "the model before CPT", found.models, base_model)
+    run = answer(asks, "--run", _joined(args.run), "its checkpoints", found.runs, lambda text: run_of(text, base))
+    codes = "the languages of base and CPT: codes of FLORES+ or ISO, like eng_Latn,eus_Latn or en,eu"
+    pair = answer(asks, "--languages", args.languages, codes, [], two_languages)
+    kinds = f"the parallel sentences: {KINDS}"
+    guesses = pairs_among(found.texts, *pair)
+    data = answer(asks, "--pairs", _joined(args.pairs), kinds, guesses, lambda text: parallel(text, *pair))
+    words = "text that nobody trained on, for losses and samples: LANG=FILE .., a document a line"
+    heldout = answer(
+        asks, "--heldout", _joined(args.heldout), words, [], lambda text: texts_by_language(text, "--heldout"), True
+    )
+    words = "text for neurons: LANG=FILE .. of two languages or more; LANG alone takes mOSCAR from the hub"
+    counted = answer(asks, "--neurons", _joined(args.neurons), words, [], lambda text: neurons(text, pair[1]), True)
+    name = args.name or Path(args.init).stem
+    values = {"name": name, "base": base.ref.spec, "run": run,
+              "languages": {"base": pair[0], "target": pair[1]}, "data": data}  # fmt: skip
+    if heldout:
+        data["heldout"] = heldout
+    if counted:
+        values["languages"]["lsn"] = list(counted)
+        data["lsn_text"] = counted
+        values |= {"tokens": f"results/{name}/tokens", "lsn": {"tokens": TOKENS}}
+    return values | {"controls": CONTROLS, "results": f"results/{name}", "seed": 42}
+
+
+def _joined(words: list[str] | None) -> str | None:
+    return None if words is None else shlex.join(words)
+
+
+def build_parser():
+    p = cli.parser(__doc__, study=False)
+    p.prog = "python -m cpt_utils.base.study"
+    add = p.add_argument
+    text = "study file to write; default study.yaml"
+    add("--init", nargs="?", const="study.yaml", metavar="STUDY", required=True, help=text)
+    add("--name", metavar="NAME", help="what files and figures call it; default: the name of the file")
+    add("--base", metavar="B", help="the model before CPT: a folder, org/name or org/name@revision")
+    add("--run", nargs="+", metavar="RUN", help="its checkpoints: a folder of them, a pattern on the hub, or each")
+    add("--languages", metavar="BASE,TARGET", help="the language that the model knew, and that of CPT")
+    add("--pairs", nargs="+", metavar="PLACE", help=f"parallel sentences: {KINDS}")
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="text that nobody trained on, a document a line")
+    add("--neurons", nargs="+", metavar="LANG=FILE", help="text in which neurons are counted; LANG alone: mOSCAR")
+    return p
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    file = Path(args.init)
+    if file.exists():
+        raise InputError(f"{file} is there already; give --init another name, or change it by hand (docs/study.md)")
+    values = study_of(args, sys.stdin.isatty())
+    code = check.examine(Study(values, file))
+    results.write_text(file, HEAD.format(file=file) + as_yaml(values))
+    cli.say(f"\nwrote {file}; next: make reproduce STUDY={file}, or one step: "
+            f"python sentence-retrieval/sr_experiment.py --study {file}")  # fmt: skip
+    return code
+
+
+if __name__ == "__main__":
+    cli.run(main)
