@@ -7,7 +7,7 @@
 #   make test-faults  every script killed, out of disk, with damaged inputs: hundreds of faults (20 minutes), into docs/reliability.md
 #   make bench        what the hot paths cost (ten minutes; BENCH=full: twenty), into benchmarks/README.md and docs/scaling.md
 # Another study: make reproduce STUDY=my-study.yaml. Another seed, where its paths hold {seed}: SEED=1. Fewer cores: CORES=1.
-# Another run of it, or an arm, whose checkpoints are there (key runs): ARM=name.
+# Another run of it, or an arm, whose checkpoints are there (key runs): ARM=name. Snakemake's own words on every job: VERBOSE=1.
 
 PYTHON ?= python3
 STUDY ?= demo/demo.yaml
@@ -34,12 +34,14 @@ help:
 	@echo "== setting up .venv (once; a few minutes) =="
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[reproduce,test]'
+	@echo "== installing; what pip says is in .venv/pip.log =="
+	@{ $(BIN)/python -m pip install --upgrade-strategy only-if-needed -r requirements.txt && \
+	   $(BIN)/python -m pip install -c constraints.txt -e '.[reproduce,test]'; } > .venv/pip.log 2>&1 || \
+	   { tail -n 20 .venv/pip.log; echo "error: the installation failed; the rest is in .venv/pip.log"; exit 1; }
 	@touch $@
 
 reproduce: .venv/installed
-	@echo "== $(STUDY): the missing steps run now; each writes its log into the results folder =="
+	@echo "== $(STUDY): the missing steps run now =="
 	@mkdir -p $(dir $(REPORT))
 	$(BIN)/python workflow/check.py $(STUDY) $(if $(SEED),--seed $(SEED)) $(if $(ARM),--arm $(ARM))
 	$(SNAKEMAKE) --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --rerun-incomplete --show-failed-logs --report-after-run --report $(REPORT)

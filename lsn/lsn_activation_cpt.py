@@ -162,7 +162,7 @@ class Activations:
 def measure(model, arch, blocks, followed: dict[str, Layers], batch_size: int, process: processes.Process):
     """Mean activations of the masks `followed` on `blocks` [blocks, size]: `Activations`, in every process."""
     own, found = (Activations(model, arch, followed) for _ in range(2))
-    for part in process.share(blocks.split(batch_size)):
+    for part in cli.progress(process.share(blocks.split(batch_size)), "activation", unit="batch"):
         own.add(part)
     found.include(process.gather([own.state()]))
     return found

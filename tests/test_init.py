@@ -87,7 +87,7 @@ def test_every_form_of_parallel_sentences_is_seen(place, pairs, data):
 
 def test_questions_are_asked_until_the_answers_hold(place, monkeypatch, capsys):
     answers = iter([
-        "nowhere", "my-models/base", "", "eng_Latn", "eng_Latn,eus_Latn", "my-texts/eng_Latn.txt", "2",
+        "nowhere", "my-models/base", "'odd", "", "eng_Latn", "eng_Latn,eus_Latn", "my-texts/eng_Latn.txt", "2",
         "eus_Latn=my-texts/none.txt", "eus_Latn=my-texts/held.eus_Latn.txt", "eus_Latn=my-texts/eus_Latn.txt", "",
     ])  # fmt: skip
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)

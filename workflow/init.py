@@ -126,6 +126,7 @@ def _asked(flag: str, what: str, guesses: list[str], optional: bool) -> str:
             raise InputError(f"no answer: give {flag}") from None
         if text.isdecimal() and 1 <= int(text) <= min(9, len(guesses)):
             return guesses[int(text) - 1]
+        text = re.sub(r"(?<![^ =])~(?=/)", os.path.expanduser("~"), text)
         if text or optional or len(guesses) == 1:
             return text or ("" if optional else guesses[0])
 
@@ -141,7 +142,7 @@ def base_model(text: str) -> check.Model:
 
 def run_of(text: str, base: check.Model) -> str | list[str]:
     """The run as the study has it; every checkpoint is looked at, and fits the base."""
-    given = shlex.split(text)
+    given = _words(text)
     found = refs.run(given)
     if os.path.realpath(found[-1].spec) == os.path.realpath(base.ref.spec):
         raise InputError(f"{text} is the base itself; give the folder of its checkpoints")
@@ -165,7 +166,7 @@ def two_languages(text: str) -> tuple[str, str]:
 
 def parallel(text: str, base: str, target: str) -> dict:
     """The keys of `data` for parallel sentences that are there: a word, a folder, a table, or two files."""
-    words = shlex.split(text)
+    words = _words(text)
     first = words[0]
     tables = [word for word in words if word.rpartition(":")[0].endswith(TABLES) or word.endswith(TABLES)]
     if text in ("flores", "sib200"):
@@ -188,7 +189,7 @@ def parallel(text: str, base: str, target: str) -> dict:
 
 def texts_by_language(text: str, flag: str, hub: bool = False) -> dict[str, str | None]:
     """LANG=FILE .. as a mapping of files that hold text; with `hub` a language alone is for mOSCAR."""
-    words = shlex.split(text)
+    words = _words(text)
     alone = [word for word in words if "=" not in word] if hub else []
     files = cli.sibling("cpt/documents.py").language_files([word for word in words if word not in alone], flag) or {}
     for file in files.values():
@@ -233,6 +234,13 @@ def study_of(args, asks: bool) -> dict:
         data["lsn_text"] = counted
         values |= {"tokens": f"results/{name}/tokens", "lsn": {"tokens": TOKENS}}
     return values | {"controls": CONTROLS, "results": f"results/{name}", "seed": 42}
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{text}: {error}") from None
 
 
 def _joined(words: list[str] | None) -> str | None:

@@ -1,0 +1,231 @@
+"""What the workflow says while it runs: a line for each finished step, the time left for the whole, and status.json.
+
+A handler on Snakemake's logger, whose events say what begins, ends and fails; the Snakefile hangs it there. Snakemake's
+own `--quiet` leaves nothing to look at, and takes what failed with it; a logger plugin of Snakemake is a package of its
+own, which is not found where it is installed in place. Snakemake's own log keeps everything.
+
+The time left is that of the steps that are left, as long as the same step took before, in this run or an earlier one of
+the study; else as on the demo, times how much longer than there the steps took that are known.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+
+SCHEMA = "status"
+LONG = 60  # seconds from which a step is announced when it begins
+SHOWN = 15  # lines of the log of what failed
+# Seconds on the demo, with one core; of others SHORT.
+USUAL = {
+    "train_base": 240, "train_cpt": 60, "train_arm": 70, "deactivate": 95, "component_swap_controls": 70,
+    "layer_swap_controls": 62, "layer_ablation": 60, "rewind": 60, "truncate": 60, "connect": 30, "spectrum": 30,
+    "arms": 35, "lsn_activation": 27, "activation_counts": 16, "downstream_task": 14, "samples": 12,
+    "language_loss": 12, "token_ids": 11, "downstream_task_swapped": 8, "retrieval": 8, "retrieval_figure": 7,
+}  # fmt: skip
+SHORT = 4
+
+
+@dataclass
+class Job:
+    """A step of the workflow; `model`: it runs a model, or trains one, so that it takes longer with a larger one."""
+
+    rule: str
+    name: str
+    threads: int
+    model: bool
+    log: str = ""
+    began: float = 0.0  # seconds since 1970
+
+
+def job_of(snakemake_job) -> Job:
+    wildcards = " ".join(map(str, snakemake_job.wildcards_dict.values()))
+    rule, model = snakemake_job.rule.name, bool(snakemake_job.resources.get("gpu"))
+    return Job(rule, f"{rule} {wildcards}".strip(), snakemake_job.threads, model, ", ".join(snakemake_job.log))
+
+
+def seconds_left(
+    left: list[Job], running: list[Job], took: dict[str, float], models: set[str], cores: int, gpus: int, now: float
+) -> float | None:
+    """Seconds until all of `left`, among which are those `running`, are done; None where nothing is known of models.
+
+    Args:
+        took: seconds of a job by rule, of those that are known.
+        models: the rules that run a model.
+        cores, gpus: what may be used at a time; no gpus: they are no bound.
+    """
+    known = {True: [], False: []}
+    for rule, seconds in took.items():
+        known[rule in models].append((seconds, USUAL.get(rule, SHORT)))
+    factor = {kind: sum(one for one, _ in pairs) / sum(two for _, two in pairs) if pairs else None
+              for kind, pairs in known.items()}  # fmt: skip
+    work = on_gpus = longest = 0.0
+    for job in left:
+        if job.rule not in took and job.model and factor[True] is None:
+            return None
+        seconds = took.get(job.rule, USUAL.get(job.rule, SHORT) * (factor[job.model] or 1))
+        if job in running:
+            seconds = max(0.0, seconds - (now - job.began))
+        longest = max(longest, seconds)
+        work += seconds * min(job.threads, cores)
+        on_gpus += seconds * job.model
+    return max(work / cores, on_gpus / gpus if gpus else 0.0, longest)
+
+
+def words(seconds: float) -> str:
+    """A time for people: `45 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    for unit, size in (("days", 86_400), ("h", 3600)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+class Progress(logging.Handler):
+    """Follows a run of Snakemake: says a line for each step, and writes `status.json` into the study's results."""
+
+    def __init__(self, workflow, study: str, folder: Path):
+        super().__init__(logging.INFO)
+        self.workflow, self.study, self.file = workflow, study, Path(folder) / "status.json"
+        self.started, self.running, self.jobs, self.failures = time.time(), {}, None, []
+        self.finished: list[dict] = []
+        self.seconds = self._of_before()  # by rule, of each job
+        self.header: dict = {}
+        self.writes = True
+
+    def _of_before(self) -> dict[str, list[float]]:
+        """Seconds of jobs of an earlier run, the mean of each rule."""
+        try:
+            payload, _ = results.read_json(self.file, SCHEMA)
+            return {rule: [float(mean)] for rule, mean in payload["seconds_by_rule"].items()}
+        except (InputError, KeyError, TypeError, ValueError, AttributeError):
+            return {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told = {"job_info": self.begun, "job_finished": self.ended, "job_error": self.failed}
+        try:
+            if tell := told.get(str(getattr(record, "event", ""))):
+                tell(record)
+        except Exception:  # as the handlers of logging do: what is said of a run must not end it
+            self.handleError(record)
+
+    # ------------------------------------------------------------ what happens
+
+    def begun(self, record) -> None:
+        if self.jobs is None:
+            jobs = self.workflow.dag.needrun_jobs(exclude_finished=False)
+            self.jobs = {job.jobid: job_of(job) for job in jobs if job.rule.name != "all"}
+            self._say(f"{len(self.jobs)} steps")
+        job = self.jobs.get(record.jobid)
+        if job is None:  # the target, which computes nothing
+            return
+        job.began = time.time()
+        self.running[record.jobid] = job
+        expected = self._took().get(job.rule, USUAL.get(job.rule, SHORT))
+        if expected >= LONG:
+            self._say(f"{self._place(len(self.finished) + 1)} {job.name} has begun; what it is at: tail -f {job.log}")
+        self.write("running")
+
+    def ended(self, record) -> None:
+        job = self.running.pop(record.job_id, None)
+        if job is None:
+            return
+        seconds = time.time() - job.began
+        self.seconds.setdefault(job.rule, []).append(seconds)
+        self.finished.append({"step": job.name, "seconds": round(seconds, 1)})
+        left = self.left()
+        rest = "" if left == 0 else f"; about {words(left)} left" if left is not None else "; time left not known yet"
+        self._say(f"{self._place(len(self.finished))} {job.name}: {words(seconds)}{rest}")
+        self.write("running")
+
+    def failed(self, record) -> None:
+        job = self.running.pop(record.jobid, None)
+        if job is None:
+            return
+        self.failures.append({"step": job.name, "log": job.log})
+        path = Path(job.log)
+        lines = path.read_text(errors="replace").splitlines()[-SHOWN:] if path.is_file() else []
+        self._say("\n".join([f"FAILED: {job.name}; its log, {job.log}, ends with", *(f"  {line}" for line in lines)]))
+        self.write("running")
+
+    def end(self, state: str) -> None:
+        """Say and write how it ended: done or failed."""
+        if self.jobs:
+            after, left = words(time.time() - self.started), len(self.jobs) - len(self.finished)
+            rest = f"stopped after {after} with {left} of {len(self.jobs)} steps left; the same command goes on"
+            self._say(f"done after {after}" if state == "done" else rest)
+            self.running.clear()
+            self.write(state)
+
+    # ------------------------------------------------------------ what is known
+
+    def _took(self) -> dict[str, float]:
+        return {rule: sum(all_of) / len(all_of) for rule, all_of in self.seconds.items()}
+
+    def left(self) -> float | None:
+        """Seconds until everything is done."""
+        done = {one["step"] for one in self.finished}
+        left = [job for job in self.jobs.values() if job.name not in done]
+        models = {job.rule for job in self.jobs.values() if job.model}
+        # Where no cores are given, jobs run elsewhere, as many at a time as have been seen to.
+        cores = self.workflow.cores or max(1, len(self.running))
+        gpus = getattr(self.workflow.global_resources.get("gpu"), "value", 0) or 0
+        return seconds_left(left, list(self.running.values()), self._took(), models, cores, gpus, time.time())
+
+    def write(self, state: str) -> None:
+        """status.json, for those who watch: what runs, what is done, what is left."""
+        left = self.left() if state == "running" else 0.0
+        running = [{"step": job.name, "since": _moment(job.began), "log": job.log} for job in self.running.values()]
+        payload = {
+            "study": self.study, "state": state, "updated": results.now(), "process": os.getpid(),
+            "host": platform.node(), "steps": len(self.jobs), "steps_done": len(self.finished),
+            "seconds": round(time.time() - self.started, 1), "seconds_left": left and round(left, 1),
+            "running": running, "failed": self.failures, "finished": self.finished,
+            "seconds_by_rule": {rule: round(mean, 2) for rule, mean in self._took().items()},
+        }  # fmt: skip
+        self.header = self.header or results.header(SCHEMA)
+        try:
+            if self.writes:
+                results.write_json(self.file, payload, self.header)
+        except InputError as error:
+            self.writes = False
+            cli.warn(str(error))
+
+    def _place(self, number: int) -> str:
+        total = len(self.jobs)
+        return f"[{number:{len(str(total))}d}/{total}]"
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def attach(workflow, study: str, folder: Path, verbose: bool) -> Progress:
+    """Hang a Progress on Snakemake's logger; unless `verbose`, what Snakemake says of each job stays in its own log."""
+    from snakemake.logging import logger
+
+    made = Progress(workflow, study, folder)
+    for handler in logger.handlers:
+        if handler.name == "DefaultStreamHandler" and not verbose:
+            handler.addFilter(worth_saying)
+    logger.addHandler(made)
+    return made
+
+
+def worth_saying(record: logging.LogRecord) -> bool:
+    """Whether Snakemake's message is for somebody who only wants the results: warnings and errors, but not what it says
+    of a job that failed, which is said here; and that there is nothing to do."""
+    of_job = str(getattr(record, "event", "")) == "job_error" or getattr(record, "exception", "") == "RuleException"
+    return (record.levelno >= logging.WARNING and not of_job) or "Nothing to be done" in str(record.msg)
