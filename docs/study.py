@@ -49,8 +49,8 @@ make reproduce STUDY=basque.yaml
 
 `make check` says before anything runs what is left out and which key would add it. `make reproduce` says a line for
 each step with the time left for the whole; what a step is at is in its log in `results/basque/logs/`. Interrupted, it
-goes on where it was (after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first). A single step is `python
-<script> --study basque.yaml`, where flags win over the study's keys.
+goes on where it was (after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first). A single step is
+`python <script> --study basque.yaml`, where flags win over the study's keys.
 
 Without questions:
 
