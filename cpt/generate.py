@@ -113,7 +113,8 @@ def _text(tokenizer, prompt: list[int], made: list[int], end: int | None) -> dic
     """What was written behind the prompt; decoded with it, since a token alone may lose the space before it."""
     ended = end in made
     made = made[: made.index(end)] if ended else made
-    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *made]))
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = (tokenizer.decode(ids, **how) for ids in (prompt, [*prompt, *made]))
     return {"text": whole[len(before) :], "ended": ended}
 
 
