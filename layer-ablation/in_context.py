@@ -161,6 +161,7 @@ def _greedy(
         do_sample=False, num_beams=1, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
+    model.generation_config = how  # what the folder says of penalties and temperatures is left out
 
     def step(rows: list[int]) -> None:
         given, mask = (t.to(loading.input_device(model)) for t in
