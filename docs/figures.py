@@ -139,6 +139,7 @@ DRAWN = {
     "retrieval_swapped": of(retrieval, models="layer-swap__*"),
     "language_loss": of(plain, "language_loss", "language-loss/language_loss.py"),
     "arms": of(plain, "arms", "cpt/compare_arms.py"),
+    "compare": of(plain, "compare", "report/compare.py", module="report/compare_shown.py"),
     "attn_vs_ffn": paper.attention_ffn,
     "lsn_counts": paper.lsn_counts,
     "lsn_overlap": of(lsn, "overlap"),

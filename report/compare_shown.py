@@ -156,7 +156,7 @@ def draw(path: Path, payload: dict) -> None:
         for axis, measure in zip(axes[0], ACCURACIES, strict=False):
             _retrieval(axis, payload, looks, measure)
         _gaps_by_state(axes[0, 2], payload, looks)
-        target = languages.name(payload["target_lang"] or "the new language")
+        target = figures.language(payload["target_lang"] or "the new language")
         _lines(axes[1, 0], payload, looks, "loss", "step (0 = base)", "nats per byte", f"loss in {target}")
         _gaps_by_language(axes[1, 1], payload, looks)
         _lines(axes[1, 2], payload, looks, "change", "layer", "mean |ΔW|", "change of the weights")
@@ -166,7 +166,8 @@ def draw(path: Path, payload: dict) -> None:
         handles = [plt.Line2D([], [], **look) for look in looks.values()]
         handles += [plt.Line2D([], [], color=figures.colour("base"), linestyle="--", label="base")]
         handles += [plt.Line2D([], [], color=figures.colour("random"), linestyle=":", label="untrained")]
-        fig.legend(handles=handles, loc="outside lower center", ncols=5)
+        title = f"{figures.HIDDEN_STATE}; bars and bands: 95 % intervals"
+        fig.legend(handles=handles, loc="outside lower center", ncols=5, title=title)
         figures.save(fig, path)
 
 
@@ -208,7 +209,7 @@ def _retrieval(axis, payload: dict, looks: dict, measure: str) -> None:
             states = len(own[measure])
             axis.plot(*zip(*own[measure], strict=True), **looks[run], markevery=max(1, states // 8))
     figures.layer_axis(axis, states - 1, hidden_states=True, most=8)
-    axis.set_xlabel("hidden state (0 = embeddings)")
+    axis.set_xlabel("hidden state")
     axis.set_ylabel("accuracy")
     axis.set_ylim(bottom=0)
 
@@ -228,7 +229,7 @@ def _gaps_by_state(axis, payload: dict, looks: dict) -> None:
             ends = ([row[end] for _, row in points] for end in ("ci_low", "ci_high"))
             axis.fill_between(x, *ends, color=looks[run]["color"], alpha=0.2 / len(of), linewidth=0)
     figures.layer_axis(axis, max(len(points) for points in of.values()) - 1, hidden_states=True, most=8)
-    axis.set_xlabel("hidden state (0 = embeddings)")
+    axis.set_xlabel("hidden state")
     axis.set_ylabel("published accuracy")
 
 
@@ -237,7 +238,7 @@ def _gaps_by_language(axis, payload: dict, looks: dict) -> None:
         run: {row["name"].partition(": ")[2]: row for row in numbers if row["name"].startswith("losses: ")}
         for run, numbers in payload["differences"].items()
     }
-    names = {code: languages.name(code) for own in of.values() for code in own}
+    names = {code: figures.language(code, "\n") for own in of.values() for code in own}
     if _titled(axis, f"loss, minus {payload['first']}", bool(names)):
         _points(axis, of, names, looks)
         axis.set_ylabel("nats per byte")

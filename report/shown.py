@@ -126,7 +126,7 @@ WIDTH = 70  # letters of a name in a line
 
 def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
     """A panel for each claim, in two columns: the deciding numbers, their intervals, and the draws behind them."""
-    inner = {name: 0.06 + 0.23 * max(1.0, sum(map(_lines, row["numbers"]))) for name, row in claims.items()}
+    inner = {name: 0.06 + 0.24 * max(1.0, sum(map(_lines, row["numbers"]))) for name, row in claims.items()}
     heights = {name: 0.72 + own for name, own in inner.items()}  # with title and axis
     columns = _columns(heights)
     with figures.style() as plt:
@@ -193,7 +193,7 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
         at += _lines(one)
         draws = _draws(one)
         if draws:
-            low, high = -0.3, 0.1
+            low, high = -0.22, 0.1  # above the next name
             heights = [-at + low + (high - low) * (i * 0.618034 % 1) for i in range(len(draws))]
             axis.scatter(draws, heights, s=5, color=figures.colour("random"), linewidths=0, zorder=1)
         if one["ci_low"] is not None:
@@ -206,7 +206,7 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
         clear = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # of the zero line behind it
         place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 6.5}
         name = textwrap.fill(one["name"], WIDTH)
-        axis.annotate(name, (0, -at + 0.27), bbox=clear, linespacing=1.0, **place).set_in_layout(False)
+        axis.annotate(name, (0, -at + 0.22), bbox=clear, linespacing=1.0, **place).set_in_layout(False)
     axis.axvline(0, color="black", linewidth=0.6, zorder=0)
     axis.set_ylim(-at - 0.55, 0.75)
     axis.locator_params(axis="x", nbins=5)

@@ -47,7 +47,7 @@ def draw(path: Path, lines: Lines, untrained: dict | None, n: int, title: str) -
         figure.suptitle(f"{title}, n = {n} sentences; bands: 95 % intervals", fontsize=8)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         named = {label: handle for handle, label in zip(handles, labels, strict=True) if label[:1] != "_"}
-        look = {"ncols": min(5, len(named)), "title": figures.HIDDEN_STATE, "title_fontsize": 8}
+        look = {"ncols": min(5, len(named)), "title": figures.HIDDEN_STATE}
         figure.legend(named.values(), named, loc="outside lower center", **look)
         if len(steps) > 1:
             figures.steps_bar(figure, axes, steps)

@@ -1,7 +1,9 @@
 """What all figures share: languages by name, layers and hidden states, marks of zeros; and what a fault is."""
 
+import numpy as np
 import pytest
 from figure_faults import faults
+from helpers import load_script
 
 from cpt_utils.base import figures
 
@@ -81,3 +83,43 @@ def test_a_bar_of_no_height_has_a_ring(plt):
 
 def test_numbers_in_cells_have_a_sign_unless_they_are_none():
     assert [figures.signed_text(value) for value in (0.0194, -0.0676, -0.0001)] == ["+.019", "−.068", ".000"]
+
+
+CODES = [
+    "eng_Latn", "eus_Latn", "cmn_Hans", "gle_Latn", "swh_Latn", "tam_Taml", "nob_Latn", "rus_Cyrl", "zgh_Tfng",
+    "arb_Arab", "quy_Latn", "jpn_Jpan", "fra_Latn", "deu_Latn",
+]  # fmt: skip
+
+
+@pytest.mark.figures  # whose figures must have no faults
+@pytest.mark.parametrize("n", [5, 7, 14])
+def test_figures_of_many_languages_are_legible(n, tmp_path):
+    names, random = CODES[:n], np.random.default_rng(0)
+    maps = [{d: {e: float(random.normal(0, 0.05)) for e in names} for d in names} for _ in range(2)]
+    sets = {d: [one[d] for one in maps] for d in names}
+    payload = {"languages": names, "matrix": maps[0], "random": sets, "active": sets}
+    payload["diagonal"] = {d: {"verdict": "reverse"} for d in names}
+    load_script("lsn/deactivate_report.py").draw(tmp_path / "deactivation", payload)
+    report = load_script("lsn/identify_report.py")
+    counts = random.integers(0, 3, (n, 32)).tolist()
+    rows = {lang: {"counts": own, "own": [0] * 32, "n_neurons": 12345} for lang, own in zip(names, counts, strict=True)}
+    report.draw_counts(tmp_path / "counts", rows, 32)
+    shared = {"jaccard": (random.random((n, n)) / 3).tolist(), "shared": [[12345] * n] * n, "languages": names}
+    report.draw_overlap(tmp_path / "overlap", shared)
+    parts = [{"share": s, "jaccard": 0.8 + s / 5, "languages": dict.fromkeys(names, 0.7)} for s in (0.125, 0.25, 0.5)]
+    halves = {part: dict.fromkeys(names, 12345678) for part in ("tokens_first", "tokens_second", "languages")}
+    report.draw_convergence(tmp_path / "parts", {"against_full": parts, "halves": halves | {"jaccard": 0.8}})
+    nothing = {"nll_per_byte": 0.5, "ci_low": 0.4, "ci_high": 0.6}
+    losses = {lang: {"base": nothing, "5000": nothing | {"change": {"mean": 0.1, "ci_low": 0.0, "ci_high": 0.2}}}
+              for lang in names}  # fmt: skip
+    load_script("language-loss/language_loss.py").draw(tmp_path / "losses", losses)
+
+
+@pytest.mark.figures
+def test_the_split_of_many_layers_of_a_model_with_a_long_name_is_legible(tmp_path):
+    script = load_script("layer-specialize/layer_specialize.py")
+    groups = {"interface_layers": [*range(8), *range(25, 32)], "semantic_layers": [*range(8, 25)]}
+    split = groups | {"layer_accuracy": [[i, i / 40] for i in range(32)], "label_stability": [1.0] * 31 + [0.0]}
+    split |= {"n_sentences": 997, "threshold": 0.4, "splits": dict.fromkeys(script.curves.MEASURES, groups)}
+    title = "HuggingFaceTB/SmolLM2-1.7B-intermediate-checkpoints@step-125000"
+    script.draw(tmp_path / "layers", split, {"n_used": 997, "measure": "unit_centred"}, title)

@@ -93,6 +93,7 @@ def style():
         "xtick.labelsize": 7,
         "ytick.labelsize": 7,
         "legend.fontsize": 7,
+        "legend.title_fontsize": 8,
         "legend.frameon": False,
         "lines.linewidth": 1.2,
         "lines.markersize": 3.5,
