@@ -209,8 +209,11 @@ def test_what_is_cut_off_counts_nowhere(capsys):
 
 def test_choices_equal_the_loop_over_tokens():
     model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
-    prompts, choices = ["The category is:", "x"], ["sports", "science/technology"]
+    prompts, choices = ["The category is:", "x"], ["sports", "sport", "science/technology", "s", "science"]
+    read = []
+    model.model.register_forward_pre_hook(lambda _, _args, given: read.append(given["input_ids"]), with_kwargs=True)
     found = scoring.choice_logliks(model, tokenizer, prompts, choices, batch_size=3)
+    assert sum(map(len, read)) == 4  # those of sports and science/technology hold all others
     for row, prompt in zip(found, prompts, strict=True):
         for value, choice in zip(row, choices, strict=True):
             start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(f"{prompt} {choice}")["input_ids"]
@@ -218,6 +221,21 @@ def test_choices_equal_the_loop_over_tokens():
                 logits = model(torch.tensor([ids])).logits[0]
             slow = sum(float(logits[i - 1].log_softmax(-1)[ids[i]]) for i in range(start, len(ids)))
             assert math.isclose(value, slow, rel_tol=1e-12)
+
+
+def test_too_long_a_prompt_loses_its_beginning_for_each_choice_by_itself():
+    model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
+    prompt, choices = "ab cd " * 90, ["sports", "science/technology", "s"]
+    (found,) = scoring.choice_logliks(model, tokenizer, [prompt], choices)
+    for value, choice in zip(found, choices, strict=True):
+        start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(f"{prompt} {choice}")["input_ids"]
+        assert len(ids) > 513
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids[:-1][-512:]])).logits[0]
+        ends = [(start - len(ids) + i, id) for i, id in enumerate(ids[start:])]
+        assert math.isclose(value, sum(float(logits[at].log_softmax(-1)[id]) for at, id in ends), rel_tol=1e-12)
+    with pytest.raises(InputError, match="no token is read before the choice 'ab ab"):
+        scoring.choice_logliks(model, tokenizer, ["x"], ["ab " * 600])
 
 
 def test_the_head_runs_where_it_is_needed():

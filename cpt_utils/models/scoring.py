@@ -86,30 +86,39 @@ def choice_logliks(
     """Log-likelihood of each choice after each prompt, [prompts][choices], joined by a space as lm_eval joins them.
 
     Prompt and choice are tokenized together and cut where the prompt's own tokens end, which is lm_eval's rule; too
-    long an input loses its beginning. The last token is only predicted, so choices of one token share one input.
+    long an input loses its beginning. What is the beginning of another input is read with it: the last token is only
+    predicted, so that all choices of one token, and the beginnings of a longer one, share an input.
+
+    Raises:
+        InputError: a choice before which nothing is read: an empty prompt, or it is longer than the model's positions.
     """
     limit = positions(model)
-    numbers: dict[tuple[int, ...], int] = {}  # input -> its number
-    wanted: list[tuple[int, list[int]]] = []  # (number of the input, tokens to predict at its end)
     contexts = encoding.of_texts(tokenizer, prompts).ids
     wholes = encoding.of_texts(tokenizer, [f"{prompt} {choice}" for prompt in prompts for choice in choices]).ids
-    for at, whole in enumerate(wholes):
-        read = tuple(whole[:-1][-limit:] if limit else whole[:-1])
-        wanted.append((numbers.setdefault(read, len(numbers)), whole[len(contexts[at // len(choices)]) :]))
-    inputs = [list(read) for read in numbers]
+    reads = [tuple(whole[:-1][-limit:] if limit else whole[:-1]) for whole in wholes]
+    inputs: list[tuple[int, ...]] = []
+    number: dict[tuple[int, ...], int] = {}
+    for read in sorted({*reads}, reverse=True):  # those that begin with it come just before
+        if not inputs or inputs[-1][: len(read)] != read:
+            inputs.append(read)
+        number[read] = len(inputs) - 1
     asked: list[list[int]] = [[] for _ in inputs]
-    for request, (number, _) in enumerate(wanted):
-        asked[number].append(request)
-    result = [0.0] * len(wanted)
+    for request, read in enumerate(reads):
+        asked[number[read]].append(request)
+    targets = [whole[len(contexts[at // len(choices)]) :] for at, whole in enumerate(wholes)]
+    for at, (read, ids) in enumerate(zip(reads, targets, strict=True)):
+        if len(read) < len(ids):
+            raise InputError(f"no token is read before the choice {choices[at % len(choices)]!r}, or it is too long")
+    result = [0.0] * len(reads)
 
     def score(rows: list[int]) -> None:
         pairs: list[list[tuple[int, int]]] = []  # of each input, the targets of all its requests
         for i in rows:
-            targets = [wanted[request][1] for request in asked[i]]
-            pairs.append([(len(inputs[i]) - len(ids) + at, id) for ids in targets for at, id in enumerate(ids)])
-        found = _losses(model, [inputs[i] for i in rows], tokenizer.pad_token_id, pairs)
+            own = [(len(reads[request]) - len(targets[request]), targets[request]) for request in asked[i]]
+            pairs.append([(start + at, id) for start, ids in own for at, id in enumerate(ids)])
+        found = _losses(model, [list(inputs[i]) for i in rows], tokenizer.pad_token_id, pairs)
         for i, losses in zip(rows, found, strict=True):
-            parts = losses.split([len(wanted[request][1]) for request in asked[i]])
+            parts = losses.split([len(targets[request]) for request in asked[i]])
             for request, part in zip(asked[i], parts, strict=True):
                 result[request] = -float(part.sum(dtype=torch.float64))
 
