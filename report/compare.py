@@ -64,7 +64,8 @@ class Run:
     """What there is of one run: its results, which are checked to be about it, and all its numbers as rows."""
 
     def __init__(self, study: Study):
-        self.study, self.found, self.table = study, evidence.Results(study, DRAWS), rows.rows(study)
+        self.study, self.found = study, evidence.Results(study, DRAWS)
+        self.table = rows.of_the_pair(rows.rows(study), study)
         self.texts: dict[str, str] = {}  # of held-out text by language: what it was
         self.lacks: dict[str, list[str]] = {}  # what a section has to do without
 

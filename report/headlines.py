@@ -189,15 +189,14 @@ def swapped(place: str, words: str) -> tuple[Spec, ...]:
     return tuple(Spec(f"{PER_BYTE}, {what}", LOSS, {"condition": condition}) for what, condition in named)
 
 
-def cut(words: str, condition: str, null: str, axis: str) -> tuple[Spec, ...]:
+def cut(words: str, control: str, condition: str, null: str, axis: str) -> tuple[Spec, ...]:
     """How much of an update can go while 95 % of the gain in loss stays."""
     kept, beyond = f"largest/{LOSS}/{axis}/kept", f"beyond/{null}/{LOSS}/{axis}/kept"
+    own = {"condition": condition, "language": TARGET}
     return (
-        Spec(
-            f"share of the update that can go, 95 % of the gain in loss kept: {words}", kept, {"condition": condition}
-        ),
-        Spec("the same of the control", kept, {"condition": null}),
-        Spec("their difference", beyond, {"condition": condition}),
+        Spec(f"{words}, 95 % of the gain in loss kept", kept, own),
+        Spec(f"the same of {control}", kept, own | {"condition": null}),
+        Spec("their difference", beyond, own),
     )
 
 
@@ -208,7 +207,7 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("the same of an untrained model", "layer_accuracy", {"condition": "untrained"}, "max"),
     ),
     "layers": (
-        Spec("hub layers", "in_hub", take="which"),
+        Spec("hub layers (layer i puts out hidden state i + 1)", "in_hub", take="which"),
         Spec("silhouette of the split (1: clear, 0: none)", "silhouette"),
         Spec("stability of the least stable layer", "label_stability", take="min"),
     ),
@@ -232,7 +231,13 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("the same in the task", "share/task_accuracy", {"run": ANY}, "min"),
         Spec("the same in retrieval, last hidden state", "share/retrieval_readout", {"run": ANY}, "min"),
     ),
-    "compare": (),  # its numbers are those of runs, side by side
+    "compare": tuple(
+        Spec(f"{words}: another run minus the first, the largest", f"differences/{measure}", {"run": ANY}, "max")
+        for words, measure in (
+            ("retrieval, mean over hidden states", "retrieval: published, mean over h_1 .. h_L"),
+            (f"what the hub swap costs, {PER_BYTE}", "swaps: hub, loss"), ("accuracy on the task", "task: accuracy"),
+        )
+    ),
     "attn_vs_ffn": between("‖ΔW‖ / ‖W‖ over all weights", ("attention", "attention"), ("FFN", "ffn"), "pooled_relative",
                            "component"),
     "lsn_mask": (
@@ -261,12 +266,13 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     "attn_int_swap": swapped("interface", "interface layers"),
     "ffn_lsn_swap": swapped("lsn_rich", "LSN-rich layers"),
     "layer_ablation": (
-        Spec("A(perception): above 0 it is learnt early", "summary/perception/A"),
-        Spec("A(production): below 0 it is learnt late", "summary/production/A"),
-        Spec("specialisation: their difference", "specialisation"),
+        Spec("A(perception): above 0 its change comes with early layers", "perception/A"),
+        Spec("A(production): below 0 its change comes with late layers", "production/A"),
+        Spec("specialisation: their difference, where both became better", "specialisation"),
     ),
     "runs": (
-        Spec("how far the best run that trains a part falls short, loss", f"short_of_full/{LOSS}/short", OF_ANY, "min"),
+        Spec("share of its score that the best run that trains a part falls short, loss", f"short_of_full/{LOSS}/short",
+             OF_ANY, "min"),
         Spec("the same in the task", "short_of_full/task_accuracy/short", {"run": ANY}, "min"),
         Spec("the same in retrieval, last hidden state", "short_of_full/retrieval_readout/short", {"run": ANY}, "min"),
     ),
@@ -285,11 +291,14 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("the same with features in heads by chance", "concentration/permuted"),
         Spec("the same if heads changed in proportion to their size", "concentration/in_proportion"),
     ),
-    "rewind": cut("least changed heads first", "importance:energy", "random:energy", "energy"),
-    "truncate": cut("smallest singular values first", "svd", "as_random", "at"),
+    "rewind": cut("share of the update that can go, least changed heads first", "heads in random order",
+                  "importance:energy", "random:energy", "energy"),
+    "truncate": cut("share of the singular values that can go, smallest first", "a random update of that size",
+                    "svd", "as_random", "at"),
     "connect": (
-        Spec("largest barrier, as a share of the gain in loss", "worst"),
-        Spec(f"barrier in the {PER_BYTE}", f"measures/{LOSS}/barrier"),
+        Spec("largest barrier of all languages, as a share of the gain in loss (below 0: none)", f"worst/{LOSS}",
+             {"language": ANY}, "max"),
+        Spec(f"barrier in the {PER_BYTE}, new language", f"measures/{LOSS}/barrier", {"language": TARGET}),
         Spec("cosine of the two updates", "cosine", {"component": "all"}),
     ),
 }  # fmt: skip
@@ -310,9 +319,10 @@ def ratio(spec: Spec, rows: list[dict], study: Study) -> dict | None:
 
 
 def found(spec: Spec, rows: list[dict], study: Study) -> dict | None:
-    """The row of a study's that a number is in."""
+    """The row of a study's that a number is in; of the base (step 0) only where `spec` asks for it."""
     where = {"run": study.arm or "plain"} | spec.where
     fit = [row for row in rows if row["measure"] == spec.measure and all(map(_fits(row, study), where.items()))]
+    fit = [row for row in fit if row["step"] != 0 or "step" in where]
     last = max((row["step"] or 0 for row in fit), default=0)
     fit = [row for row in fit if (row["step"] or 0) == last]
     if not fit or not spec.take:
@@ -338,5 +348,6 @@ def _fits(row: dict, study: Study):
 
 def _place(row: dict) -> str:
     """Which of several a number is of: "hidden state 4"."""
-    columns = ("run", "hidden_state", "layer") if row["result"] != "language_loss" else ("language",)
+    of_text = row["result"] in ("language_loss", "connect")
+    columns = ("language",) if of_text else ("run", "hidden_state", "layer")
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in columns if row[name] not in (None, "plain"))

@@ -120,7 +120,7 @@ def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
         f"A run is one sample of what training does; a verdict takes {verdicts.SEEDS} seeds or more. Intervals say how "
         "sure the numbers of this run are, not what another would give."
     )
-    if len({run.study.seed for run in runs}) == len(runs) > 1:
+    if parts.of_seeds(runs):
         why += " report/claims.py --seeds, with the same --output, judges them over seeds."
     return "One run: no verdict on any claim." if len(runs) == 1 else "No verdict on any claim.", why
 
@@ -175,14 +175,16 @@ def in_digits(row: dict) -> str:
 
 def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
     """The page as it will lie in the folder `where`."""
-    steps = [parts.shown_step(step, runs, where) for step in parts.steps()]
-    rows = claims(runs, over)
-    study = runs[0].study
+    steps, study = [parts.shown_step(step, runs, where) for step in parts.steps()], runs[0].study
     names = dict.fromkeys(step["part"] for step in steps)
     claims_at = where / "claims_seeds.json" if over else study.result("claims")
+    with parts.numbers.reading(claims_at):
+        rows = claims(runs, over)
+    with parts.numbers.reading(study.result("layers")):
+        gate = gate_words(runs)
     return template().render(
         title=study.name + (f", arm {study.arm}" if study.arm else ""), target=named(study.get("languages.target")),
-        facts=facts(runs), gate=gate_words(runs), sure_words=sure(runs, over), counts=counted(rows), claims=rows,
+        facts=facts(runs), gate=gate, sure_words=sure(runs, over), counts=counted(rows), claims=rows,
         parts=[(name, PARTS.get(name, ""), [step for step in steps if step["part"] == name]) for name in names],
         folders=[(run.label, run.folder, parts.link(run.folder, where)) for run in runs], runs=runs, over=over,
         claims_file=parts.link(claims_at, where), study_file=study.path, mark=MARK, n_steps=len(steps),

@@ -111,6 +111,7 @@ class Run:
     Attributes:
         label: what tells it from the others on the page; empty where it is alone.
         rows: the numbers of its results by step.
+        last: the last step of the run that there is a number of.
         claims, head: what claims.json says, and its header; empty where it is not there.
     """
 
@@ -120,14 +121,17 @@ class Run:
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} does not exist: run the steps of the README on {study.path} first")
         self.rows: dict[str, list[dict]] = {}
-        for row in numbers.rows(study):
+        table = numbers.of_the_pair(numbers.rows(study), study)
+        own = [row["step"] or 0 for row in table if row["run"] == (study.arm or numbers.PLAIN)]
+        self.last = max(own, default=0)
+        for row in table:
             if row["result"] in CONTROLS and Path(row["file"]).stem != "controls":
                 continue  # what was swapped; what it cost is in controls.json
             self.rows.setdefault(row["result"], []).append(row)
         self.claims, self.head = {}, {}
         if "claims" in self.rows:
             payload, self.head = results.read_json(study.result("claims"), "claims")
-            self.claims = payload["claims"]
+            self.claims = payload.get("claims", {})
 
     def files(self, step: str) -> list[str]:
         return list(dict.fromkeys(row["file"] for row in self.rows.get(step, ())))
@@ -195,11 +199,16 @@ def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
         "id": step.name, "part": step.part, "section": step.section, "question": step.question, "script": step.script,
         "captions": captions, "runs": of_runs, "table": rows, "means": any(row["mean"] for row in rows),
         "claims": runs[0].claims_on(step.name), "measured": any(one["file"] for one in of_runs),
-        "undefined": step.name in headlines.HEADLINES and not rows,
+        "undefined": bool(headlines.HEADLINES.get(step.name)) and not rows,
     }  # fmt: skip
 
 
 def shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
+    with numbers.reading(run.chief.get(step.name, run.folder)):
+        return _shown_run(step, run, where, small)
+
+
+def _shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
     files, head, chief = run.files(step.name), run.headers.get(step.name, {}), run.chief.get(step.name)
     name = chief and Path(chief).relative_to(run.folder)
     file = chief and {"name": name, "address": link(chief, where), "more": len(files) - 1}
@@ -216,24 +225,31 @@ def shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
 def table(step: Step, runs: list[Run]) -> list[dict]:
     """The numbers that matter, a row each: of every run, and of several seeds their mean with the interval of t."""
     columns = [headlines.three(step.name, run.rows.get(step.name, []), run.study) for run in runs]
+    if not any(row for column in columns for _, row in column):
+        return []
     found = []
     for number in zip(*columns, strict=True):
         rows, words = [row for _, row in number], number[0][0]
-        if not any(rows):
-            continue
         known = [row["value"] for row in rows if row and "text" not in row]
-        seeds = len({run.study.seed for run in runs}) == len(runs) > 2 and len(known) == len(runs)
+        seeds = of_seeds(runs) and len(known) == len(runs) > 2
         mean = headlines.in_digits(*stats.t_mean(known)[:3]) if seeds else ""
-        found.append({"words": words, "mean": mean, "cells": [cell(row, brief=len(runs) > 1) for row in rows]})
+        cells = [cell(row, run.last, brief=len(runs) > 1) for row, run in zip(rows, runs, strict=True)]
+        found.append({"words": words, "mean": mean, "cells": cells})
     return found
 
 
-def cell(row: dict | None, brief: bool) -> dict:
-    """A number with its interval, beside others without, and what it is of."""
+def of_seeds(runs: list[Run]) -> bool:
+    """Whether runs are those of several seeds of one study."""
+    return len({run.study.path for run in runs}) == 1 < len({run.study.seed for run in runs}) == len(runs)
+
+
+def cell(row: dict | None, last: int, brief: bool) -> dict:
+    """A number with its interval, beside others without, and what it is of: also the step, if it is not the `last`."""
     if row is None:
         return {"text": "none", "note": ""}
     ends = (None, None) if brief else (row["ci_low"], row["ci_high"])
-    note = [row.get("where") or "", f"n = {row['n']:,}" if row["n"] and not brief else ""]
+    early = f"step {row['step']}, the run has {last}" if row["step"] and row["step"] != last else ""
+    note = [row.get("where") or "", early, f"n = {row['n']:,}" if row["n"] and not brief else ""]
     if row["controls"] and not brief:
         note.append(f"{row['controls']} controls")
     return {"text": row.get("text") or headlines.in_digits(row["value"], *ends), "note": ", ".join(filter(None, note))}
@@ -246,7 +262,8 @@ def rests(head: dict) -> str:
     said = [f"{len(steps)} checkpoints" if steps else f"the checkpoint of step {step}" if step is not None else ""]
     said += [f"{data['n_used']:,} sentence pairs" if data.get("n_used") else "", *texts(head)]
     said += [f"{key} {head[key]}" for key in ("seed", "dtype") if head.get(key) is not None]
-    return "; ".join(filter(None, [*said, made(head)]))
+    said = "; ".join(filter(None, said))
+    return headlines.capital("; ".join(filter(None, [said and f"rests on {said}", made(head)])))
 
 
 def texts(head: dict) -> list[str]:

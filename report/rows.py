@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from cpt_utils.base import cli, experiments, results
+from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 
@@ -52,6 +52,7 @@ ENTRIES = {
     "matrices": "{name}", "numbers": "{name}", "beside": "{name}", "pairs": "{runs}", "against_full": "{share}",
 }  # fmt: skip
 TEMPLATE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+OTHER_LOSS = re.compile(r"(?P<measure>(.*/)?nll_per_byte):(?P<language>[^/]+)(?P<rest>.*)")  # than the target's
 KINDS = {"component": "[^/]*", "step": r"\d+|base", "layer": r"\d+", "hidden_state": r"\d+", "measure": ".+"}
 
 ABS = {"measure": "mean_abs"}  # mean |dW|
@@ -91,6 +92,12 @@ def compared(payload: dict, header: dict) -> dict:
         kind: {run: {row["name"]: row for row in numbers} for run, numbers in payload.get(kind, {}).items()}
         for kind in ("values", "differences", "agreement")
     }
+
+
+def by_measure(payload: dict, header: dict) -> dict:
+    """A comparison along a line, its worst gap below the measure that it is of."""
+    worst = payload.get("worst") or {}
+    return payload | {"worst": {worst.get("measure", ""): worst}}
 
 
 def with_groups(payload: dict, header: dict) -> dict:
@@ -165,8 +172,8 @@ READERS: dict[str, list] = {
     "truncate": [*CURVES, "{measure:largest|beyond}/{condition}/{also:.+}"],
 }  # fmt: skip
 PREPARE: dict[str, Callable[[dict, dict], dict]] = {
-    "activation_correlation": of_steps, "comparison": compared, "layer-specialize": with_groups, "lm_eval": tasks,
-    "lsn-mask": counted,
+    "activation_correlation": of_steps, "comparison": compared, "connect": by_measure, "layer-specialize": with_groups,
+    "lm_eval": tasks, "lsn-mask": counted,
 }  # fmt: skip
 
 
@@ -217,13 +224,17 @@ def _by_name(value, called: str):
     if called not in ENTRIES:
         return {str(i): one for i, one in enumerate(value)}
     keys = re.findall(r"\{(\w+)\}", ENTRIES[called])
-    names = [ENTRIES[called].format(**{key: one.get(key, "") for key in keys}).strip() for one in value]
+    names = [ENTRIES[called].format(**{key: _named(one.get(key, "")) for key in keys}).strip() for one in value]
     found: dict[str, dict] = {}
     for i, (name, one) in enumerate(zip(names, value, strict=True)):
         if names.count(name) > 1:  # random sets are told by their layers
             name += f" {one['layers']}" if one.get("layers") else f" {names[:i].count(name)}"
         found[name] = {key: below for key, below in one.items() if key not in keys}
     return found
+
+
+def _named(value):
+    return " and ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _beyond_first(rest: list):
@@ -264,23 +275,22 @@ def of_file(payload: dict, header: dict) -> Iterator[dict]:
 
 
 def _tidied(row: dict, header: dict) -> dict:
-    measure, _, language = row["measure"].partition(":")
-    if measure.rpartition("/")[2] == "nll_per_byte" and language:  # of another language than the target
-        language, slash, rest = language.partition("/")
-        row |= {"measure": measure + slash + rest, "language": language}
+    other = OTHER_LOSS.fullmatch(row["measure"])
+    if other:
+        row |= {"measure": other["measure"] + other["rest"], "language": other["language"]}
     if "base" in (row.get("run"), row.get("step"), row.get("condition")):
         row |= {"step": 0}
         row |= {"run": None} if row.get("run") == "base" else {}
     row |= {"component": "attention"} if row.get("component") == "attn" else {}
     if row.get("n") is None:
-        row["n"] = _units(row["measure"], header)
+        of_text = ("heldout_others", other["language"]) if other else ("heldout",)
+        row["n"] = _units(row["measure"], header, (*of_text, "documents"))
     return {key: int(x) if key in WHOLE and x is not None else x for key, x in row.items() if x != ""}
 
 
-def _units(measure: str, header: dict):
+def _units(measure: str, header: dict, documents: tuple[str, ...]):
     """Over how many sentences, documents or rows of the task a mean is, from the header."""
-    for begins, keys in (("retrieval", ("n_used",)), ("nll_per_byte", ("heldout", "documents")),
-                         ("task_accuracy", ("task", "rows"))):  # fmt: skip
+    for begins, keys in (("retrieval", ("n_used",)), ("nll_per_byte", documents), ("task_accuracy", ("task", "rows"))):
         if measure.startswith(begins) and "/" not in measure:
             found = header
             for key in keys:
@@ -364,38 +374,57 @@ def rows(study: Study) -> list[dict]:
     What is missing gives no row, and what does not apply to a number is None. `result` is the step's name in the
     RESULTS of its script.
     """
-    found = list(read(study))
-    steps = _steps([header for *_, header in found])
+    found, steps = list(read(study)), {}
+    for _, path, _, header in found:
+        with reading(path):
+            steps |= _steps(header)
     same = {"study": study.name, "seed": study.seed, "run": study.arm or PLAIN}
     table = []
     for step, path, payload, header in found:
         where = {"result": step, "file": str(path)}
-        about = _model(header, steps, study) if header["schema"] in OF_ONE else {}
-        for row in _told(path, payload, header):
-            row |= {key: value for key, value in about.items() if value is not None}
-            row |= where | {key: value for key, value in same.items() if row.get(key) is None}
-            table.append({column: row.get(column) for column in COLUMNS})
+        with reading(path):
+            about = _model(header, steps, study) if header["schema"] in OF_ONE else {}
+            for row in of_file(payload, header):
+                row |= {key: value for key, value in about.items() if value is not None}
+                row |= where | {key: value for key, value in same.items() if row.get(key) is None}
+                if row.get("language") is None and "nll_per_byte" in row["measure"].split("/"):
+                    row["language"] = study.get("languages.target")
+                table.append({column: row.get(column) for column in COLUMNS})
     return table
 
 
-def _told(path: Path, payload: dict, header: dict) -> Iterator[dict]:
-    """The rows of a file; of one that was damaged one line."""
+def of_the_pair(table: list[dict], study: Study) -> list[dict]:
+    """The rows without retrieval between other languages than the study's, where there is some between these."""
+    pairs = {Path(row["file"]).parent.name for row in table if row["result"] == "retrieval"}
+    with contextlib.suppress(InputError):
+        base, target = (str(study.get(f"languages.{side}")) for side in ("base", "target"))
+        own = languages.find_pair(pairs, base, target)
+        return [row for row in table if row["result"] != "retrieval" or Path(row["file"]).parent.name == own]
+    return table
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """What a file that was damaged lacks is told in one line.
+
+    Raises:
+        InputError: the file lacks a key, or holds something else than it should.
+    """
     try:
-        yield from of_file(payload, header)
+        yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is not as its step writes it ({type(error).__name__}: {error}); run that step again"
         ) from error
 
 
-def _steps(headers: list[dict]) -> dict[tuple, int]:
-    """The step of the base (0) and of every model of the run, as headers of results about the run name them."""
-    found: dict[tuple, int] = {}
-    for models in (header.get("models") or {} for header in headers):
-        if models.get("base") and models.get("checkpoints"):
-            found |= {_identity(ref): int(step) for step, ref in models["checkpoints"].items()}
-            found[_identity(models["base"])] = 0
-    return found
+def _steps(header: dict) -> dict[tuple, int]:
+    """The step of the base (0) and of every model of the run, as the header of a result about the run names them."""
+    models = header.get("models") or {}
+    if not models.get("base") or not models.get("checkpoints"):
+        return {}
+    found = {_identity(ref): int(step) for step, ref in models["checkpoints"].items()}
+    return found | {_identity(models["base"]): 0}
 
 
 def _identity(ref: dict) -> tuple:

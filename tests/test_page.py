@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from helpers import load_script
-from test_claims import MadeUp
+from test_claims import STEPS, MadeUp
 
 from cpt_utils.base import cli, experiments
 from cpt_utils.base.errors import InputError
@@ -144,7 +146,105 @@ def test_over_seeds_the_verdict_and_what_would_decide_it():
     assert headlines.why(void) == "The twin is as good."
 
 
+# ---------------------------------------------------------------- three numbers
+
+
+def three(schema, step, payload, **header):
+    """The numbers that matter of a result of the study, as text by their words."""
+    header = {"schema": schema, "models": {"target": {"step": 40}}} | header
+    rows = [dict.fromkeys(parts.numbers.COLUMNS) | {"run": "plain", "result": step} | row
+            for row in parts.numbers.of_file(payload, header)]  # fmt: skip
+    for row in rows:  # as rows.rows says it
+        row["language"] = row["language"] or "gle_Latn"
+    made = claims.Study({"name": "x", "languages": {"base": "eng_Latn", "target": "gle_Latn"}})
+    return [(row and (row["value"], row.get("where"))) for _, row in headlines.three(step, rows, made)]
+
+
+def test_sweeps_and_lines_between_runs_are_told_by_their_numbers():
+    area = {"value": 0.2, "ci_low": 0.1, "ci_high": 0.3}
+    payload = {"summary": {"perception": {"gain": 1.0, "A": area}, "production": {"A": area | {"value": -0.1}}},
+               "specialisation": {"value": None, "why": "not clear"}}  # fmt: skip
+    assert three("ablation-sweep", "layer_ablation", payload) == [(0.2, None), (-0.1, None), None]
+    measures = {
+        f"nll_per_byte{code}": {"barrier": area | {"value": value}} for code, value in ((":fra_Latn", 5), ("", 6))
+    }
+    payload = {"worst": {"measure": "nll_per_byte:fra_Latn", **area}, "measures": measures,
+               "distance": {"all": {"cosine": 0.7}}}  # fmt: skip
+    assert three("connect", "connect", payload) == [(0.2, "language fra_Latn"), (6, None), (0.7, None)]
+    assert three("connect", "connect", payload | {"worst": None})[0] is None
+
+
+def test_what_can_go_of_an_update_is_that_of_the_target_language():
+    def kept(value):
+        return {"at": {"value": 0.0, "kept": value and {"value": value, "ci_low": 0.0, "ci_high": 1.0}}}
+
+    def of_both(french):
+        return {"nll_per_byte": kept(None), "nll_per_byte:fra_Latn": kept(french)}
+
+    payload = {"largest": {"svd": of_both(0.5)}, "beyond": {"svd": {"as_random": of_both(0.1)}}}
+    assert three("truncate", "truncate", payload) == [None, None, None]
+    payload["largest"]["svd"]["nll_per_byte"] = kept(0.75)
+    payload["beyond"]["svd"]["as_random"]["nll_per_byte"] = kept(0.25)
+    assert three("truncate", "truncate", payload) == [(0.75, None), None, (0.25, None)]
+
+
+def test_several_runs_are_told_by_what_another_has_more_than_the_first():
+    names = ("retrieval: published, mean over h_1 .. h_L", "task: accuracy")
+    gaps = {run: [{"name": name, "value": value, "ci_low": None, "ci_high": None} for name in names]
+            for run, value in (("half", 0.1), ("twice", 0.3))}  # fmt: skip
+    found = three("comparison", "compare", {"differences": gaps, "values": {}, "agreement": {}})
+    assert found == [(0.3, "run twice"), None, (0.3, "run twice")]
+
+
 # ---------------------------------------------------------------- the page
+
+
+def test_a_step_that_is_not_the_last_is_said_and_the_base_is_none(page):
+    def spoil(results):
+        (results / f"sentence-retrieval/eng_Latn-gle_Latn/run__checkpoint-{STEPS[-1]}.json").unlink()
+
+    def best(text):
+        return text[text.index("accuracy at the best hidden state") : text.index("the same of an untrained")]
+
+    assert "the run has" not in best(text_of(page()))
+    assert f"step {STEPS[-2]}, the run has {STEPS[-1]}" in best(text_of(page(spoil)))
+
+    def keep_the_base(results):
+        for step in STEPS:
+            (results / f"sentence-retrieval/eng_Latn-gle_Latn/run__checkpoint-{step}.json").unlink(missing_ok=True)
+
+    found = best(text_of(page(keep_the_base)))
+    assert found.startswith("accuracy at the best hidden state, last checkpoint none the same of the base 0.")
+
+
+def test_retrieval_between_other_languages_is_not_the_studys(page):
+    def spoil(results):
+        folder = results / "sentence-retrieval/eng_Latn-gle_Latn"
+        other = shutil.copytree(folder, folder.with_name("eng_Latn-fra_Latn"))
+        for file in other.glob("*.json"):
+            whole = json.loads(file.read_text())
+            whole["layer_accuracy"] = [[state, 0.98765] for state, _ in whole["layer_accuracy"]]
+            whole["_header"] |= {"target_lang": "fra_Latn"}
+            file.write_text(json.dumps(whole))
+
+    assert "0.98" not in text_of(page(spoil))
+
+
+def test_only_seeds_of_one_study_have_a_mean(study):
+    run = parts.Run(claims.Study.find(study.study))
+    other = [copy.copy(run) for _ in range(2)]
+    for seed, one in enumerate(other):
+        one.study = claims.Study.find(study.study, seed)
+    assert parts.of_seeds(other) and not parts.of_seeds([run])
+    other[1].study.path = Path("another.yaml")
+    assert not parts.of_seeds(other)
+
+
+def test_a_result_of_no_model_says_when_it_was_made():
+    assert (
+        parts.rests({"time": "2026-11-30T07:46:50", "git_commit": "cb1ba921"}) == "Made 30 November 2026, code cb1ba92"
+    )
+    assert parts.rests({"seed": 1, "dtype": "float32"}) == "Rests on seed 1; dtype float32"
 
 
 def test_the_page_says_what_was_asked_what_came_out_how_sure_and_where(page, study):
@@ -235,6 +335,34 @@ def test_a_damaged_result_is_one_error(page, tmp_path, name, content, match):
     with pytest.raises(InputError, match=match):
         page(lambda results: (results / name).write_bytes(content))
     assert not (tmp_path / "results/report.html").exists()
+
+
+@pytest.mark.parametrize("name, change, match", [
+    ("report/claims.json", lambda whole: whole["claims"]["C1"].pop("numbers"), r"claims.json .*KeyError: 'numbers'"),
+    ("report/claims.json", lambda whole: whole["claims"]["C3"].pop("p_value"), r"claims.json .*KeyError: 'p_value'"),
+    ("weight-diff/int_and_sem.json", lambda whole: whole["_header"].update(time=5), r"int_and_sem.json is not as"),
+    ("weight-diff/int_and_sem.json", lambda whole: whole["_header"]["models"].update(checkpoints={"x": 1}),
+     r"int_and_sem.json is not as its step writes it .*; run that step again"),
+])  # fmt: skip
+def test_a_result_that_lacks_something_is_one_error(page, tmp_path, name, change, match):
+    def spoil(results):
+        whole = json.loads((results / name).read_text())
+        change(whole)
+        (results / name).write_text(json.dumps(whole))
+
+    with pytest.raises(InputError, match=match):
+        page(spoil)
+    assert not (tmp_path / "results/report.html").exists()
+
+
+def test_claims_that_say_nothing_are_not_judged_yet(page):
+    def spoil(results):
+        file = results / "report/claims.json"
+        file.write_text(
+            json.dumps({key: said for key, said in json.loads(file.read_text()).items() if key != "claims"})
+        )
+
+    assert "The claims have not been judged yet." in text_of(page(spoil))
 
 
 def test_results_that_are_not_there_are_one_error(tmp_path):
