@@ -98,7 +98,9 @@ def markdown(payload: dict) -> str:
         ]
         for key in names
     ]
-    parts = [f"# {payload['study']}: {verdicts.listed(list(values))}", results.markdown(head, body), scope(payload)]
+    better = "Of losses less is better. Of swaps it is what they cost, and more is worse."
+    parts = [f"# {payload['study']}: {verdicts.listed(list(values))}", results.markdown(head, body)]
+    parts += [f"{scope(payload)} {better}"]
     agreed = [
         [name, _told(row["name"], codes), _value(row)] for name, own in payload["agreement"].items() for row in own
     ]

@@ -103,16 +103,16 @@ def chosen(every: list[dict], **columns) -> list[dict]:
 
 def told(every: list[dict], scale: float = 1, ends: bool = True, **columns) -> str:
     """A number times `scale` with its interval, unless `ends` is False; of several seeds the mean and, instead, the
-    standard deviation over them. "-": there is none."""
-    found = chosen(every, **columns)
+    standard deviation over them, raised how many have it where some do not. "-": there is none."""
+    found, seeds = chosen(every, **columns), len({row.get("seed") for row in every})
     values = [scale * row["value"] for row in found]
     if not values:
         return "-"
-    text = _number(fmean(values))
+    text = _number(fmean(values)) + (f"$^{{{len(values)}}}$" if len(values) < seeds else "")
     if len(values) > 1 and ends:
         return rf"{text} \scriptsize$\pm$ {_number(stdev(values))}"
     interval = [found[0][end] for end in ("ci_low", "ci_high")]
-    if len(values) > 1 or not ends or None in interval:
+    if seeds > 1 or not ends or None in interval:
         return text
     return rf"{text} \scriptsize[{', '.join(_number(scale * end) for end in interval)}]"
 
@@ -129,8 +129,8 @@ def last_step(every: list[dict]) -> int:
 
 def retrieval(every: list[dict]) -> tuple[Cells, list[Cells]]:
     """Accuracy at the first, best and last hidden state."""
-    of = [row for row in every if row["result"] == "retrieval"]
-    states, last = {row["hidden_state"] for row in of}, last_step(of)
+    of = chosen(every, result="retrieval")
+    states, last = {row["hidden_state"] for row in of}, last_step(chosen(of, condition=None))
     found = []
     models = (("untrained", {"condition": "untrained"}), ("base", {"step": 0}), (f"step {last}", {"step": last}))
     for measure, words in (("layer_accuracy", "published"), ("unit_centred_accuracy", "unit, centred")):
@@ -217,6 +217,7 @@ def latex(name: str, every: list[dict]) -> str | None:
         return None
     seeds = {row["seed"] for row in every}
     over = f"{len(seeds)} seeds, mean and standard deviation" if len(seeds) > 1 else "one run, 95 % intervals"
+    over += " (raised: over so many of them)" if len(seeds) > 1 else ""
     text = f"% {every[0]['study']}: {TABLES[name].__doc__.splitlines()[0]}\n% {over}; for \\footnotesize in a column.\n"
     return text + shown.tabular([head, *body], "l" + "r" * (len(head) - 1))
 
@@ -252,6 +253,7 @@ def main(argv=None) -> None:
     cli.say(f"wrote {folder}/numbers.csv and .parquet: {len(every)} numbers of {len({r['file'] for r in every})} files")
     name, arm = studies[0].name, studies[0].arm or rows.PLAIN
     own = [row for row in every if row["study"] == name and (row["run"] == arm or row["result"] == "arms")]
+    own = rows.of_the_pair(own, studies[0])
     for which in TABLES:
         if (text := latex(which, own)) is None:
             cli.say(f"tables/{which}.tex is left out: its results are not there")

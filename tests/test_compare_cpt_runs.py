@@ -204,6 +204,7 @@ def test_what_a_run_lacks_is_said_and_not_compared(copied, capsys, monkeypatch):
     assert names and not any(name.startswith(("losses", "neurons")) for name in names)
     assert any(row["name"].startswith("losses") for row in payload["values"]["plain"])
     text = out.with_suffix(".md").read_text()
+    assert "Of losses less is better." in text
     assert "- second, losses: " in text and "| losses: Irish (gle_Latn) |" in text and r"mean \|dW\|, hub" in text
     assert list(payload["gate"]) == ["second"] and payload["gate"]["second"] in text
     # The numbers of the comparison are in the table of all numbers, too.

@@ -228,6 +228,53 @@ def test_numbers_are_written_as_they_are():
     assert told == ["10.489", "$-$.250", ".000", "37", "1", "$-$3.126", "1.000"]
 
 
+def test_a_mean_over_some_of_the_seeds_says_how_many():
+    def row(seed, value, measure="acc"):
+        return {"seed": seed, "value": value, "measure": measure, "ci_low": 0.0, "ci_high": 1.0}
+
+    every = [row(1, 0.2), row(2, 0.4), row(3, 7.0, "other")]
+    assert script.told(every, measure="acc") == r".300$^{2}$ \scriptsize$\pm$ .141"
+    assert script.told(every, measure="other") == r"7$^{1}$" and script.told(every[:2], ends=False) == ".300"
+    assert script.told(every[:1]) == r".200 \scriptsize[.000, 1]"
+
+
+def test_retrieval_between_other_languages_is_in_the_numbers_and_not_in_the_table(exported, finished, tmp_path):
+    shutil.copytree(finished.results / "sentence-retrieval", tmp_path / "results/sentence-retrieval")
+    pair = tmp_path / "results/sentence-retrieval/eng_Latn-gle_Latn"
+    shutil.copytree(pair, pair.with_name("eng_Latn-fra_Latn"))
+    for file in pair.with_name("eng_Latn-fra_Latn").glob("*.json"):
+        whole = json.loads(file.read_text())
+        whole |= {"layer_accuracy": [[i, 0.9] for i, _ in whole["layer_accuracy"]]}
+        whole["_header"]["target_lang"] = "fra_Latn"
+        file.write_text(json.dumps(whole))
+    study = tmp_path / "study.yaml"
+    text = finished.study.read_text()
+    study.write_text(re.sub(r"results: .*", f"results: {tmp_path}/results", text))
+    script.main(["--study", str(study), "--output", str(tmp_path)])
+    lines = csv.DictReader((tmp_path / "numbers.csv").read_text().splitlines())
+    assert {line["language"] for line in lines} == {"gle_Latn", "fra_Latn"}
+    assert (tmp_path / "tables/retrieval.tex").read_text() == (exported / "tables/retrieval.tex").read_text()
+
+
+def test_losses_are_told_apart_by_language_and_pairs_of_runs_by_name(tmp_path):
+    header = {"schema": "rewind", "heldout": {"documents": 9}, "heldout_others": {"fra_Latn": {"documents": 4}}}
+    ends = {"ci_low": 0.0, "ci_high": 9.0}
+    losses = {"nll_per_byte": {"at": {"value": 1.0} | ends}, "nll_per_byte:fra_Latn": {"at": {"value": 2.0} | ends}}
+    payload = {"sets": [{"name": "base", "values": {"nll_per_byte": 1.0, "nll_per_byte:fra_Latn": 2.0}}],
+               "beyond": {"a:energy": {"random:energy": losses}}}  # fmt: skip
+    results.write_json(tmp_path / "spectral/rewind.json", payload, header)
+    (tmp_path / "study.yaml").write_text(f"results: {tmp_path}\nlanguages: {{base: eng_Latn, target: gle_Latn}}\n")
+    every = rows.rows(Study.find(tmp_path / "study.yaml"))
+    told = [(row["language"], row["measure"], row["value"], row["n"]) for row in every]
+    assert told == [
+        ("gle_Latn", "nll_per_byte", 1.0, 9), ("fra_Latn", "nll_per_byte", 2.0, 4),
+        ("gle_Latn", "beyond/random:energy/nll_per_byte/at", 1.0, None),
+        ("fra_Latn", "beyond/random:energy/nll_per_byte/at", 2.0, None),
+    ]  # fmt: skip
+    pairs = {"runs": {"pairs": [{"runs": ["one", "two"], "shared": 3}]}}
+    assert [row["measure"] for row in rows.of_file(pairs, {"schema": "heads"})] == ["runs/pairs/one and two/shared"]
+
+
 def test_seeds_stand_below_one_another_and_tables_have_mean_and_spread(finished, tmp_path):
     results_of = tmp_path / "results"
     for seed in (1, 2):
