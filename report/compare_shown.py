@@ -10,12 +10,14 @@ from cpt_utils.base import cli, figures, languages, results
 from cpt_utils.measures import verdicts
 
 export, shown = cli.sibling("report/export.py"), cli.sibling("report/shown.py")
+in_digits = cli.sibling("report/headlines.py").in_digits
 
 SHADES = figures.PALETTE[:6]  # without black, which is the base's, and yellow
 LINES = ("-", "--", "-.", ":")
 BY_STATE = re.compile(r"retrieval: (.+), h_(\d+)")  # numbers that the figure shows, and the tables leave out
 ACCURACIES = {"layer_accuracy": "published", "unit_centred_accuracy": "unit, centred"}
 SMALL = {"fontsize": 6.5}
+ENDS = ("value", "ci_low", "ci_high")
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -55,18 +57,6 @@ def mean_curves(seeds: list[dict]) -> dict[str, list[list[float]]]:
 # ---------------------------------------------------------------- tables
 
 
-def _value(number: dict | None) -> str:
-    value = None if number is None else number["value"]
-    return "-" if value is None else f"{value:.0f}" if value == int(value) and abs(value) > 1 else shown.digits(value)
-
-
-def _with_interval(number: dict | None) -> str:
-    text = _value(number)
-    if number is None or number["ci_low"] is None:
-        return text
-    return f"{text} [{shown.digits(number['ci_low'])}, {shown.digits(number['ci_high'])}]"
-
-
 def _by_name(numbers: list[dict]) -> dict[str, dict]:
     return {row["name"]: row for row in numbers if not BY_STATE.fullmatch(row["name"])}
 
@@ -93,8 +83,8 @@ def markdown(payload: dict) -> str:
     body = [
         [
             _told(key, codes),
-            *(_value(values[name].get(key)) for name in values),
-            *(_with_interval(gaps[o].get(key)) for o in others),
+            *(in_digits(own[key]["value"]) if key in own else "-" for own in values.values()),
+            *(in_digits(*map(own[key].get, ENDS)) if key in own else "-" for own in gaps.values()),
         ]
         for key in names
     ]
@@ -102,7 +92,9 @@ def markdown(payload: dict) -> str:
     parts = [f"# {payload['study']}: {verdicts.listed(list(values))}", results.markdown(head, body)]
     parts += [f"{scope(payload)} {better}"]
     agreed = [
-        [name, _told(row["name"], codes), _value(row)] for name, own in payload["agreement"].items() for row in own
+        [name, _told(row["name"], codes), in_digits(row["value"])]
+        for name, own in payload["agreement"].items()
+        for row in own
     ]
     if agreed:
         parts += [f"In common with {first} (Jaccard):", results.markdown(["run", "", ""], agreed)]

@@ -126,12 +126,15 @@ def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
 
 
 def counted(rows: list[dict]) -> str:
-    """ "4 not supported, 6 undecided", of one run "3 contrary, 2 not clear"."""
-    words = [one["word"] for row in rows for one in row["entries"][:1]]
-    return ", ".join(
+    """ "4 not supported, 6 undecided, 2 of them for want of numbers", of one run "3 contrary, 2 not clear"."""
+    entries = [one for row in rows for one in row["entries"][:1]]
+    words = [one["word"] for one in entries]
+    told = ", ".join(
         f"{words.count(word)} {word.replace('no interval', 'without an interval')}"
         for word in sorted({*words}, key=headlines.RANK.index)
     )
+    bare = sum(one["word"] == verdicts.OPEN and not one["number"] for one in entries)
+    return told + (f", {bare} of them for want of numbers" if bare else "")
 
 
 def claims(runs: list[parts.Run], over: dict | None) -> list[dict]:

@@ -216,7 +216,7 @@ def _shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
     lacking = "" if files else f"Not measured{f' in {run.label}' if run.label else ' in this study'}."
     return {
         "label": run.label, "lacking": lacking, "command": run.command(step), "rests": rests(head),
-        "doubts": doubts(head, run.head), "file": file,
+        "doubts": doubts(head, run.head, run.study), "file": file,
         "figures": [image(path, figure.caption, small) for figure, path in figures if path and files],
         "undrawn": [first_sentence(figure.caption) for figure, path in figures if not path and files],
     }  # fmt: skip
@@ -289,7 +289,7 @@ def day(time: str) -> str:
     return f"{date.day} {date:%B %Y}"
 
 
-def doubts(head: dict, of_claims: dict) -> list[str]:
+def doubts(head: dict, of_claims: dict, study: Study) -> list[str]:
     """What a reader must know before believing a result."""
     found, gate = [], head.get("gate") or {}
     if gate.get("passed") is False:
@@ -298,6 +298,10 @@ def doubts(head: dict, of_claims: dict) -> list[str]:
         own, other = ((one.get("models") or {}).get(role) for one in (head, of_claims))
         if own and other and not relatives.same_model(own, other):
             found.append(f"Of another model than the claims: {own.get('spec')}, not {other.get('spec')}.")
+    ref = (head.get("models") or {}).get("base") or {}
+    spec, base = (str(one).rstrip("/") for one in (ref.get("spec"), study.get("base")))
+    if "None" not in (spec, base) and Path(spec).resolve() != Path(base).resolve():
+        found.append(f"Its base was {spec}, the study's is {base}.")
     return found
 
 

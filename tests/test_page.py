@@ -230,6 +230,21 @@ def test_retrieval_between_other_languages_is_not_the_studys(page):
     assert "0.98" not in text_of(page(spoil))
 
 
+def test_results_of_another_study_are_said(page, tmp_path):
+    assert "Its base was" not in text_of(page())
+    study = tmp_path / "study.yaml"
+    study.write_text(re.sub(r"base: (?!eng)\S+", "base: elsewhere/base", study.read_text()))
+    script.main(["--study", str(study)])
+    text = text_of((tmp_path / "results/report.html").read_text())
+    assert re.search(r"Its base was \S+/base, the study's is elsewhere/base\.", text)
+
+
+def test_of_undecided_claims_those_without_numbers_are_counted():
+    rows = [{"entries": [script.entry("", claim(*one, verdict=verdicts.OPEN), True)]} for one in ([OPEN], [], [NONE])]
+    assert script.counted(rows) == "3 undecided, 2 of them for want of numbers"
+    assert script.counted(rows[:1]) == "1 undecided"
+
+
 def test_only_seeds_of_one_study_have_a_mean(study):
     run = parts.Run(claims.Study.find(study.study))
     other = [copy.copy(run) for _ in range(2)]
