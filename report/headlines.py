@@ -330,7 +330,7 @@ def found(spec: Spec, rows: list[dict], study: Study) -> dict | None:
     if spec.take == "which":
         return fit[0] | {"text": ", ".join(str(row["layer"]) for row in fit if row["value"]) or "none"}
     row = (max if spec.take == "max" else min)(fit, key=lambda one: one["value"])
-    return row | {"where": _place(row)}
+    return row | {"where": _place(row, (None, "plain", study.arm))}
 
 
 def _fits(row: dict, study: Study):
@@ -346,8 +346,8 @@ def _fits(row: dict, study: Study):
     return fits
 
 
-def _place(row: dict) -> str:
-    """Which of several a number is of: "hidden state 4"."""
+def _place(row: dict, usual: tuple) -> str:
+    """Which of several a number is of: "hidden state 4"; of a run where it is not the `usual` one."""
     of_text = row["result"] in ("language_loss", "connect")
     columns = ("language",) if of_text else ("run", "hidden_state", "layer")
-    return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in columns if row[name] not in (None, "plain"))
+    return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in columns if row[name] not in usual)

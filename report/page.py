@@ -78,7 +78,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
         ("Seed", str(study.seed)) if len(runs) == 1 else side_by_side(runs),
         (
             "Measured",
-            " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not yet",
+            " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not known",
         ),
     ]
 

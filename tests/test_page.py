@@ -245,6 +245,15 @@ def test_of_undecided_claims_those_without_numbers_are_counted():
     assert script.counted(rows[:1]) == "1 undecided"
 
 
+def test_of_an_arm_the_numbers_are_its_own_and_do_not_repeat_its_name():
+    row = dict.fromkeys(parts.numbers.COLUMNS) | {"measure": "layer_accuracy", "step": 9}
+    rows = [row | {"run": run, "hidden_state": 2, "value": value} for run, value in (("half", 0.3), ("plain", 0.9))]
+    made = claims.Study({"name": "x"})
+    made.arm = "half"
+    (_, best), *_ = headlines.three("retrieval", rows, made)
+    assert (best["value"], best["where"]) == (0.3, "hidden state 2")
+
+
 def test_only_seeds_of_one_study_have_a_mean(study):
     run = parts.Run(claims.Study.find(study.study))
     other = [copy.copy(run) for _ in range(2)]
