@@ -57,10 +57,8 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     run = runs[0]
     study, heads = run.study, run.headers
     layers = next((head["n_layers"] for head in heads.values() if head.get("n_layers")), None)
-    steps = next(
-        (models["checkpoints"] for head in heads.values() if (models := head.get("models") or {}).get("checkpoints")),
-        {},
-    )
+    of_runs = [(head.get("models") or {}).get("checkpoints") or {} for head in heads.values()]
+    steps = max(of_runs, key=len, default={})  # some results are about a part of them
     spec = study.get("run")
     spec = briefly(spec) if isinstance(spec, str) else f"{len(spec or [])} revisions"
     data = [f"{n:,} sentence pairs" for n in [(heads.get("retrieval", {}).get("data") or {}).get("n_used")] if n]
@@ -102,10 +100,11 @@ def gate_words(runs: list[parts.Run]) -> str:
         return f"Passed in {len(passed)} of {len(runs)} runs. {follows}"
     (gate,) = gates
     passed, than = ("Passed", "more") if gate["passed"] else ("Not passed", "not clearly more")
+    model = briefly(gate["model"]) if gate.get("model") else "the last checkpoint"  # that the layers are from
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
     return (
-        f"{passed}: at its best layer the last checkpoint finds {than} translations than an untrained model. The "
-        f"difference is {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
+        f"{passed}: at its best layer {model} finds {than} translations than an untrained model. "
+        f"The difference is {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
     )
 
 

@@ -239,6 +239,16 @@ def test_results_of_another_study_are_said(page, tmp_path):
     assert re.search(r"Its base was \S+/base, the study's is elsewhere/base\.", text)
 
 
+def test_the_gate_names_the_model_that_it_is_of(page):
+    def spoil(results):
+        for name in ("report/claims.json", "layer-specialize/layers.json"):
+            whole = json.loads((results / name).read_text())
+            whole["_header"]["gate"]["model"] = "run/checkpoint-30"
+            (results / name).write_text(json.dumps(whole))
+
+    assert "Passed: at its best layer run/checkpoint-30 finds more translations" in text_of(page(spoil))
+
+
 def test_of_undecided_claims_those_without_numbers_are_counted():
     rows = [{"entries": [script.entry("", claim(*one, verdict=verdicts.OPEN), True)]} for one in ([OPEN], [], [NONE])]
     assert script.counted(rows) == "3 undecided, 2 of them for want of numbers"
