@@ -302,6 +302,8 @@ def doubts(head: dict, of_claims: dict, study: Study) -> list[str]:
     spec, base = (str(one).rstrip("/") for one in (ref.get("spec"), study.get("base")))
     if "None" not in (spec, base) and Path(spec).resolve() != Path(base).resolve():
         found.append(f"Its base was {spec}, the study's is {base}.")
+    if isinstance(head.get("seed"), int) and head["seed"] != study.seed:
+        found.append(f"It was made with seed {head['seed']}, the study's is {study.seed}.")
     return found
 
 

@@ -378,10 +378,11 @@ def rows(study: Study) -> list[dict]:
     for _, path, _, header in found:
         with reading(path):
             steps |= _steps(header)
-    same = {"study": study.name, "seed": study.seed, "run": study.arm or PLAIN}
+    same = {"study": study.name, "run": study.arm or PLAIN}
     table = []
     for step, path, payload, header in found:
         where = {"result": step, "file": str(path)}
+        same["seed"] = header["seed"] if isinstance(header.get("seed"), int) else study.seed
         with reading(path):
             about = _model(header, steps, study) if header["schema"] in OF_ONE else {}
             for row in of_file(payload, header):

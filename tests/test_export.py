@@ -228,6 +228,14 @@ def test_numbers_are_written_as_they_are():
     assert told == ["10.489", "$-$.250", ".000", "37", "1", "$-$3.126", "1.000"]
 
 
+def test_a_row_has_the_seed_that_its_result_was_made_with(tmp_path):
+    results.write_json(tmp_path / "arms.json", {"x": 1}, {"schema": "arms", "seed": 3})
+    results.write_json(tmp_path / "spectral/heads.json", {"x": 1}, {"schema": "heads"})
+    (tmp_path / "study.yaml").write_text(f"results: {tmp_path}\nseed: 8\n")
+    every = rows.rows(Study.find(tmp_path / "study.yaml"))
+    assert {row["result"]: row["seed"] for row in every} == {"arms": 3, "heads": 8}
+
+
 def test_a_mean_over_some_of_the_seeds_says_how_many():
     def row(seed, value, measure="acc"):
         return {"seed": seed, "value": value, "measure": measure, "ci_low": 0.0, "ci_high": 1.0}
@@ -279,6 +287,9 @@ def test_seeds_stand_below_one_another_and_tables_have_mean_and_spread(finished,
     results_of = tmp_path / "results"
     for seed in (1, 2):
         shutil.copytree(finished.results / "weight-diff", results_of / str(seed) / "weight-diff")
+        for file in (results_of / str(seed)).rglob("*.json"):
+            payload, header = results.read_json(file)
+            results.write_json(file, payload, header | {"seed": seed})
     path = results_of / "2/weight-diff/int_and_sem.json"
     payload, header = results.read_json(path)
     for row in payload["checkpoints"].values():

@@ -239,6 +239,12 @@ def test_results_of_another_study_are_said(page, tmp_path):
     assert re.search(r"Its base was \S+/base, the study's is elsewhere/base\.", text)
 
 
+def test_results_of_another_seed_are_said(page):
+    text = text_of(page(lambda results: None, "--seed", "8", "--overwrite"))
+    assert "It was made with seed 3, the study's is 8." in text
+    assert "It was made with seed" not in text_of(page())
+
+
 def test_the_gate_names_the_model_that_it_is_of(page):
     def spoil(results):
         for name in ("report/claims.json", "layer-specialize/layers.json"):
