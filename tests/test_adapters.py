@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,17 @@ def test_the_base_that_is_not_here(tmp_path, capsys):
     own = save_adapter(base, tmp_path / "own")
     with opening.open_folder(own, refs.model(other)) as stored:
         assert stored.base_ref.spec == str(base)
+
+
+def test_a_base_named_by_a_path_from_where_the_adapter_was_trained(tmp_path, monkeypatch):
+    base = save_tiny("llama", tmp_path / "mine" / "models" / "base")
+    named = save_adapter(base, tmp_path / "mine" / "run" / "checkpoint-5", base_model_name_or_path="models/base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for spec in (named, "../mine/run/checkpoint-5"):
+        assert os.path.samefile(refs.model(spec).adapted.spec, base)
+    here = save_tiny("llama", tmp_path / "elsewhere" / "models" / "base", seed=5)
+    assert os.path.samefile(refs.model(named).adapted.spec, here)  # as PEFT reads it, where that is a folder
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def base_of(ref: ModelRef, model: Callable[[str], ModelRef]) -> ModelRef:
     base, why = None, "which is not here" if settings.base else ""
     if settings.base:
         with contextlib.suppress(InputError):
-            base = model(settings.base)
+            base = model(_seen_from(ref, settings.base))
     remedy = f"write where its base is into {key}"
     if _is_quantised(base, settings.base):
         base, why, original = None, "which is quantised", formats.original_of(settings.base)
@@ -173,6 +173,17 @@ def base_of(ref: ModelRef, model: Callable[[str], ModelRef]) -> ModelRef:
     if base.is_adapter:
         raise InputError(f"{ref.spec} is an adapter of {base.spec}, which is an adapter itself; merge that one first")
     return base
+
+
+def _seen_from(ref: ModelRef, name: str) -> str:
+    """Where the base is that an adapter names: a relative path that is not here was one from where the adapter was
+    trained, most often a folder that holds it."""
+    if ref.is_local and not os.path.isdir(name):
+        for up in range(1, 5):
+            path = os.path.normpath(os.path.join(ref.spec, *[".."] * up, name))
+            if os.path.isfile(os.path.join(path, "config.json")):
+                return path
+    return name
 
 
 def _is_quantised(base: ModelRef | None, name: str) -> bool:
