@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,26 @@ def test_a_line_for_each_step_and_what_failed_and_going_on(tmp_path):
     assert "Nothing to be done" in snakemake(tmp_path).stderr
     assert "rule all" in (said := snakemake(tmp_path, "--dry-run", "--forceall")).stdout + said.stderr
     assert (tmp_path / "results/s/status.json").read_bytes() == before
+
+
+def test_an_interrupted_run_has_not_failed(tmp_path):
+    (tmp_path / "Snakefile").write_text(SNAKEFILE.replace("REPOSITORY", str(ROOT)).replace("sleep 0.1", "sleep 100"))
+    run = subprocess.Popen(
+        [SNAKEMAKE, "--cores", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("logs/*.log")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+        _, said = run.communicate(timeout=100)
+    finally:
+        run.kill()
+    assert run.returncode != 0
+    assert "interrupted after" in said and "with 3 of 3 steps left; the same command goes on" in said
+    assert "FAILED" not in said and "Error" not in said
+    status, _ = results.read_json(tmp_path / "results/s/status.json", "status")
+    assert (status["state"], status["failed"], status["seconds_left"]) == ("interrupted", [], None)
 
 
 def job(rule, threads=1, model=False, began=0.0):

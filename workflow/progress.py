@@ -103,7 +103,7 @@ class Progress(logging.Handler):
         self.finished: list[dict] = []
         self.seconds = self._of_before()  # by rule, of each job
         self.header: dict = {}
-        self.writes = True
+        self.writes, self.interrupted = True, False
 
     def _of_before(self) -> dict[str, list[float]]:
         """Seconds of jobs of an earlier run, the mean of each rule."""
@@ -114,6 +114,10 @@ class Progress(logging.Handler):
             return {}
 
     def emit(self, record: logging.LogRecord) -> None:
+        if "on user request" in str(
+            record.msg
+        ):  # Ctrl-C: Snakemake's word for it, before those on the jobs that it ends
+            self.interrupted = True
         told = {"job_info": self.begun, "job_finished": self.ended, "job_error": self.failed}
         try:
             if tell := told.get(str(getattr(record, "event", ""))):
@@ -152,7 +156,7 @@ class Progress(logging.Handler):
 
     def failed(self, record) -> None:
         job = self.running.pop(record.jobid, None)
-        if job is None:
+        if job is None or self.interrupted:
             return
         self.failures.append({"step": job.name, "log": job.log})
         path = Path(job.log)
@@ -161,10 +165,12 @@ class Progress(logging.Handler):
         self.write("running")
 
     def end(self, state: str) -> None:
-        """Say and write how it ended: done or failed."""
+        """Say and write how it ended: done or failed, which after Ctrl-C is interrupted."""
         if self.jobs:
+            state = "interrupted" if self.interrupted and state == "failed" else state
+            stopped = "stopped" if state == "failed" else state
             after, left = words(time.time() - self.started), len(self.jobs) - len(self.finished)
-            rest = f"stopped after {after} with {left} of {len(self.jobs)} steps left; the same command goes on"
+            rest = f"{stopped} after {after} with {left} of {len(self.jobs)} steps left; the same command goes on"
             self._say(f"done after {after}" if state == "done" else rest)
             self.running.clear()
             self.write(state)
@@ -186,7 +192,7 @@ class Progress(logging.Handler):
 
     def write(self, state: str) -> None:
         """status.json, for those who watch: what runs, what is done, what is left."""
-        left = self.left() if state == "running" else 0.0
+        left = self.left() if state == "running" else 0.0 if state == "done" else None
         running = [{"step": job.name, "since": _moment(job.began), "log": job.log} for job in self.running.values()]
         payload = {
             "study": self.study, "state": state, "updated": results.now(), "process": os.getpid(),
@@ -219,7 +225,7 @@ def attach(workflow, study: str, folder: Path, verbose: bool) -> Progress:
     made = Progress(workflow, study, folder)
     for handler in logger.handlers:
         if handler.name == "DefaultStreamHandler" and not verbose:
-            handler.addFilter(worth_saying)
+            handler.addFilter(lambda record: worth_saying(record) and not made.interrupted)
     logger.addHandler(made)
     return made
 
