@@ -58,8 +58,11 @@ def study(models, tmp_path):
 
 
 def test_a_whole_study_is_ready(study, capsys):
-    assert check.main([str(study())]) == 0
+    run = study.whole["run"]
+    assert check.main([str(study(ablation={}, spectral={}, runs={"again": run}))]) == 0
     out = capsys.readouterr().out
+    assert f"runs.again {run}: checkpoints of step 5, 10, 20, 40 (4)" in out
+    assert "the start of about 43 steps: 2.9 min" in out
     assert "llama, 3 layers" in out and "checkpoints of step 5, 10, 20, 40 (4)" in out
     assert "tokenizers: all alike" in out and "30 sentence pairs eng_Latn-deu_Latn" in out
     assert "nothing is left out" in out and "on the CPU (" in out and "GB free" in out and "ready to run" in out
@@ -127,6 +130,10 @@ def test_other_tokenizers_are_said(study, models, tmp_path, capsys):
         ({"tokens": None}, ["neurons of Part II", "no tokens"]),
         ({"languages": {"base": "eng_Latn", "target": "deu_Latn"}}, ["no languages.lsn"]),
         ({"controls": 10}, ["with 10 random sets"]),
+        (
+            {},
+            ["Part III, layer ablation: the study has no ablation (`ablation: {}` will do)", "Part IV", "no spectral"],
+        ),
     ],
 )
 def test_what_is_left_out_is_said(study, changes, said, capsys):
@@ -136,9 +143,9 @@ def test_what_is_left_out_is_said(study, changes, said, capsys):
 
 
 def test_the_plan_of_data_that_are_missing(study):
-    data = study.whole["data"]
+    data, asked = study.whole["data"], {"ablation": {}, "spectral": {}, "runs": {"again": study.whole["run"]}}
     without = {key: value for key, value in data.items() if key not in ("heldout", "task")}
-    made = check.plan(Study.find(study(data=without)))
+    made = check.plan(Study.find(study(data=without, **asked)))
     assert (made.task, made.loss, made.losses, made.deactivation) == (False,) * 4
     assert made.lsn == ["eng_Latn", "deu_Latn"]
     assert [text.partition(":")[0] for text in made.left_out] == [
@@ -146,7 +153,7 @@ def test_the_plan_of_data_that_are_missing(study):
         "the loss after a swap",
         "deactivation (Figure 9)",
     ]  # fmt: skip
-    made = check.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}})))
+    made = check.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}}, **asked)))
     assert made.loss and made.losses and not made.deactivation
     assert made.left_out == ["deactivation (Figure 9): data.heldout has no text of eng_Latn"]
 
@@ -182,9 +189,9 @@ def test_other_runs_have_rules_of_their_own_and_must_be_somewhere(study, capsys)
     with pytest.raises(InputError, match="runs/ces: no such folder here"):
         check.main([str(study(runs={"ces": "runs/ces"}))])
     capsys.readouterr()
-    assert check.main([str(study(runs={"ces": study.whole["run"]}, spectral={}))]) == 0
+    assert check.main([str(study(runs={"ces": study.whole["run"]}, ablation={}, spectral={}))]) == 0
     assert "nothing is left out" in capsys.readouterr().out
-    left_out = check.plan(Study.find(study(spectral={}))).left_out
+    left_out = check.plan(Study.find(study(ablation={}, spectral={}))).left_out
     assert left_out == ["the line between two runs (D6), and contrast of heads: the study has no other run (runs)"]
 
 

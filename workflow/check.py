@@ -29,6 +29,7 @@ from cpt_utils.checkpoints import folders, identity, opening, refs, tokenizer_id
 ENOUGH = 12  # random sets: report/interventions.py fits no fewer
 SHARE = 0.4  # of a matrix product's speed that a forward pass reaches
 BYTES_PER_TOKEN = 3.5
+START = 4  # seconds that a step takes on the demo before its first forward pass
 PACKED = 3  # bytes of text in one of a packed file
 
 
@@ -78,7 +79,12 @@ def plan(study: Study) -> Plan:
         left_out.append(f"C2b and C5b: with {controls} random sets (controls) there is no fit; {ENOUGH} are enough")
     if study.get("spectral") is not None and not study.get("runs"):
         left_out.append("the line between two runs (D6), and contrast of heads: the study has no other run (runs)")
-    asked = (study.get(key) is not None for key in ("ablation", "spectral"))
+    parts = {"ablation": "Part III, layer ablation", "spectral": "Part IV, the update itself"}
+    asked = [study.get(key) is not None for key in parts]
+    left_out += [
+        f"{part}: the study has no {key} (`{key}: {{}}` will do)"
+        for (key, part), wanted in zip(parts.items(), asked, strict=True) if not wanted
+    ]  # fmt: skip
     return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked, left_out)
 
 
@@ -149,21 +155,27 @@ def models(study: Study, report: Report) -> list[Model]:
     run = report.tried(refs.run, study.get("run") or "") if _is_there(study, "run", report) else None
     found = [model for ref in run or [] if (model := report.tried(look_at, ref, base))]
     if found:
-        steps = [str(model.ref.step) for model in found]
-        shown = steps if len(steps) < 9 else [*steps[:4], "..", *steps[-3:]]
-        report.say(f"run {study.get('run')}: checkpoints of step {', '.join(shown)} ({len(steps)})")
-        if len(steps) < 4:
-            report.say(f"with {len(steps)} of them a correlation (C4, C6) has no interval; four or more give one")
+        report.say(f"run {study.get('run')}: checkpoints of step {_steps([model.ref for model in found])}")
+        if len(found) < 4:
+            report.say(f"with {len(found)} of them a correlation (C4, C6) has no interval; four or more give one")
     one = first or next(iter(found), None)
     others = study.get("runs") or {}
     trained = {name for name in study.get("train.runs") or {} if not (Path(others[name]) / "train.json").is_file()}
-    other = [report.tried(refs.run, others[name]) for name in others if name not in trained]
-    for model in [*found, *(report.tried(look_at, each[-1], base) for each in other if each)]:
+    other = {name: report.tried(refs.run, others[name]) for name in others if name not in trained}
+    for name, each in other.items():
+        if each:
+            report.say(f"runs.{name} {others[name]}: checkpoints of step {_steps(each)}")
+    for model in [*found, *(report.tried(look_at, each[-1], base) for each in other.values() if each)]:
         if model:
             report.tried(check_pair, one or model, model)
     if first and found:
         tokenizers(study, [first, *found], report)
     return [model for model in [first, *found] if model]
+
+
+def _steps(run: list[refs.ModelRef]) -> str:
+    steps = [str(ref.step) for ref in run]
+    return f"{', '.join(steps if len(steps) < 9 else [*steps[:4], '..', *steps[-3:]])} ({len(steps)})"
 
 
 def check_pair(base: Model, other: Model) -> None:
@@ -346,6 +358,12 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
     total = sum(seconds for seconds, _ in parts)
     largest = "; ".join(f"{name}: {_time(seconds)}" for seconds, name in parts[:-4:-1])
     report.say(f"forward passes: {_time(total)} on {where} (most of it {largest})")
+    # Of each model its retrieval; of each part its scripts, as the Snakefile has them.
+    steps = len(found) + 14 + 3 * chosen.task + 2 * chosen.losses + 12 * bool(chosen.lsn) + chosen.deactivation
+    steps += chosen.ablation + 5 * chosen.spectral
+    report.say(
+        f"beside them the start of about {steps} steps: {_time(START * steps)}, longer where models are loaded slowly"
+    )
     fetched = sum(model.size for model in found if not model.here)
     written = (4 if chosen.lsn else 2) * found[-1].size + 4 * sizes["neurons"]
     out = study.result("claims").parent
