@@ -87,7 +87,7 @@ def test_every_form_of_parallel_sentences_is_seen(place, pairs, data):
 
 def test_questions_are_asked_until_the_answers_hold(place, monkeypatch, capsys):
     answers = iter([
-        "nowhere", "my-models/base", "'odd", "", "eng_Latn", "eng_Latn,eus_Latn", "my-texts/eng_Latn.txt", "2",
+        "nowhere", "my-models/base", "'odd", "", "", "eng_Latn", "eng_Latn,eus_Latn", "my-texts/eng_Latn.txt", "2",
         "eus_Latn=my-texts/none.txt", "eus_Latn=my-texts/held.eus_Latn.txt", "eus_Latn=my-texts/eus_Latn.txt", "",
     ])  # fmt: skip
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
@@ -101,6 +101,7 @@ def test_questions_are_asked_until_the_answers_hold(place, monkeypatch, capsys):
     assert "tokens" not in found
     said = capsys.readouterr().out
     assert "  1  my-texts/eng_Latn.txt my-texts/eus_Latn.txt\n" in said and "two are needed, base and target" in said
+    assert said.count("an answer is needed here") == 1
     assert "my-texts/none.txt does not exist" in said and "name eus_Latn and one other language at least" in said
 
 

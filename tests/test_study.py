@@ -77,7 +77,7 @@ def test_a_wrong_study_file_is_refused_in_one_line(tmp_path, text, message):
 
 
 def test_a_study_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match=r"none.yaml does not exist; .* make study STUDY=.*none.yaml"):
         Study.find(tmp_path / "none.yaml")
 
 

@@ -129,6 +129,7 @@ def _asked(flag: str, what: str, guesses: list[str], optional: bool) -> str:
         text = re.sub(r"(?<![^ =])~(?=/)", os.path.expanduser("~"), text)
         if text or optional or len(guesses) == 1:
             return text or ("" if optional else guesses[0])
+        cli.say("  an answer is needed here (Ctrl-C ends without a file)")
 
 
 # ---------------------------------------------------------------- answers

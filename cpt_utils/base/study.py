@@ -60,7 +60,10 @@ class Study:
             return cls(seed=seed)
         from cpt_utils.base import keys
 
-        missing, empty = "give --study the path of a YAML file", "it needs at least base, run, languages and results"
+        missing, empty = (
+            f"give another path, or write it: make study STUDY={file}",
+            "it needs at least base, run, languages and results",
+        )
         found = cls(keys.read(file, missing, empty), file, seed)
         return found if arm is None else found.of_arm(arm)
 
