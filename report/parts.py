@@ -218,8 +218,13 @@ def _shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
         "label": run.label, "lacking": lacking, "command": run.command(step), "rests": rests(head),
         "doubts": doubts(head, run.head, run.study), "file": file,
         "figures": [image(path, figure.caption, small) for figure, path in figures if path and files],
-        "undrawn": [first_sentence(figure.caption) for figure, path in figures if not path and files],
+        "undrawn": [undrawn(figure) for figure, path in figures if not path and files],
     }  # fmt: skip
+
+
+def undrawn(figure: Figure) -> dict:
+    what = first_sentence(figure.caption).rstrip(".:")
+    return {"what": what, "step": figure.step, "by": experiments.made_by(figure.step)}
 
 
 def table(step: Step, runs: list[Run]) -> list[dict]:

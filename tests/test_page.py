@@ -315,12 +315,17 @@ def test_what_is_missing_leaves_a_sentence(page):
     def spoil(results):
         shutil.rmtree(results / "layer-swap")
         (results / "weight-diff/attn_vs_ffn.png").unlink()
+        for image in results.glob("sentence-retrieval/*/*ffn_lsn_swap*.png"):
+            image.unlink()
 
     text = text_of(page(spoil))
     swap = text[text.index("What is lost when hub layers") :]
     assert swap.index("Not measured in this study. This measures it: python layer-swap/layer-swap.py") < 150
     assert "--controls" in swap[:300]
-    assert "A figure is missing (The mean absolute weight change of attention" in text
+    assert re.search(
+        r"A figure is missing \(The mean absolute weight change of attention[^.]*[^.:]\); the command below", text
+    )
+    assert re.search(r"after its two component swaps\); sentence-retrieval/sr_experiment.py draws it\.", text)
     assert (
         "or those that change most? Not measured in this study. This measures it: python layer-ablation/cogsym.py"
         in text
