@@ -231,6 +231,14 @@ def test_folder_of_results(tmp_path, capsys):
     assert half["values"]["300"]["acc_norm"] == ACC[-1] / 2
 
 
+@pytest.mark.parametrize("place", ["../my-models", "./my-models", "../../models"])
+def test_models_beside_the_folder_of_commands_are_found(tmp_path, place):
+    folder = run_folder(tmp_path / "lm_eval", run=f"{place}/cpt")
+    lm_eval_file(folder, f"{place}/base", 0.25)
+    diff = weight_diff(tmp_path / "d.json", run=f"{place}/cpt", base=f"{place}/base")
+    assert [row["acc"] for row in correlate(tmp_path, folder, diff)["values"].values()] == [0.25, *ACC]
+
+
 def test_the_run_is_found_by_absolute_path_and_by_hub_revision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = run_folder(tmp_path / "a", run=str(tmp_path / "build" / "run"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -158,8 +159,8 @@ def read_folder(
             checkpoints evaluated with other settings, prompts or weights than the rest.
     """
     files = [file.relative_to(folder) for file in sorted(folder.rglob("*.json"))]
-    # Hidden folders are what an interrupted evaluate.py left behind.
-    files = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
+    # Hidden folders are what an interrupted evaluate.py left behind; ..__my__cpt and .__cpt are ../my/cpt and ./cpt.
+    files = [folder / file for file in files if not any(re.match(r"\.(?!\.|__)", part) for part in file.parts)]
     found = [result for file in files if (result := ResultFile.read(file)) is not None]
     if not found:
         made_by = experiments.made_by("lm_eval") + or_by_hand(folder)
