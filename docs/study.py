@@ -48,9 +48,13 @@ make reproduce STUDY=basque.yaml
 ```
 
 `make check` says before anything runs what is left out and which key would add it. `make reproduce` says a line for
-each step with the time left for the whole; what a step is at is in its log in `results/basque/logs/`. Interrupted, it
-goes on where it was (after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first). A single step is
+each step with the time left for the whole (`results/basque/status.json`: the same for scripts; `VERBOSE=1`:
+Snakemake's own words); what a step is at is in its log in `results/basque/logs/`. Interrupted, it goes on where it was
+(after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first). A single step is
 `python <script> --study basque.yaml`, where flags win over the study's keys.
+
+A second run of the same base goes under `runs: {second: my-models/cpt-2}`. `make reproduce` with `ARM=second` measures
+it, and the next call without `ARM` sets both side by side.
 
 Without questions:
 
