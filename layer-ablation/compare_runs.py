@@ -157,7 +157,7 @@ def of_study(args, seeds: list[int]) -> Found:
         InputError: one is not there, contradicts the study or the other seeds, or lacks an arm.
     """
     for seed in seeds:
-        Study.find(args.study, seed).input(None, "--study", "arms", f" --seed {seed}")
+        Study.find(args.study, seed).input(None, "two runs or more", "arms", f" --seed {seed}")
     found, costs = {}, {}
     read = claims.read_seeds(args.study, seeds, {"C7": c7}, draws=DRAWS if len(seeds) == 1 else 0)
     for seed, (one, _) in read.items():

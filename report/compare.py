@@ -193,7 +193,11 @@ def measured(run: Run) -> tuple[dict[str, Quantity], dict[str, str]]:
     if not found:
         raise InputError(
             f"{run.found.folder} holds no result to compare; run the steps of the README "
-            + (f"with --arm {run.study.arm}" if run.study.arm else f"on {run.study.path}")
+            + (
+                f"with --arm {run.study.arm}, or make reproduce STUDY={run.study.path} ARM={run.study.arm}"
+                if run.study.arm
+                else f"on {run.study.path}"
+            )
         )
     return found, {section: "; ".join(reasons) for section, reasons in run.lacks.items()}
 

@@ -273,7 +273,10 @@ def of_the_first(second):
         (other_text, "the losses of plain and second are of different text of fra_Latn; measure alike"),
         (other_losses, r"language_loss.json and language_loss.pt beside it do not belong together \(fra_Latn\)"),
         (of_the_first, r"second/weight-diff/attn_vs_ffn.json is about .*run.checkpoint-.*another model"),
-        (shutil.rmtree, r"runs/second holds no result to compare; run the steps of the README with --arm second"),
+        (
+            shutil.rmtree,
+            r"runs/second holds no result to compare; .* with --arm second, or make reproduce STUDY=\S+ ARM=second",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_one_line_and_leaves_nothing(copied, change, message, monkeypatch):

@@ -149,7 +149,7 @@ def run_of(text: str, base: check.Model) -> str | list[str]:
         raise InputError(f"{text} is the base itself; give the folder of its checkpoints")
     for ref in found:
         check.check_pair(base, check.look_at(ref, base.ref))
-    cli.say(f"  {len(found)} checkpoints, of step {', '.join(str(ref.step) for ref in found)}")
+    cli.say(f"  {len(found)} checkpoint{'s' * (len(found) > 1)}, of step {', '.join(str(ref.step) for ref in found)}")
     return given if len(given) > 1 else given[0]
 
 
