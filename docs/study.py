@@ -53,6 +53,9 @@ Snakemake's own words); what a step is at is in its log in `results/basque/logs/
 (after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first). A single step is
 `python <script> --study basque.yaml`, where flags win over the study's keys.
 
+The study file and the texts are not watched: after a change, remove the results that it concerns (after one of
+`lsn.rate`, `results/basque/lsn`), and the same command makes them and what rests on them again.
+
 A second run of the same base goes under `runs: {second: my-models/cpt-2}`. `make reproduce` with `ARM=second` measures
 it, and the next call without `ARM` sets both side by side.
 

@@ -119,7 +119,7 @@ def test_masks_that_are_refused(tmp_path, no_figure):
             command(tmp_path, *more, lang=lang, mask=file)
         assert "\n" not in str(error.value) and not (tmp_path / "out.json").exists()
 
-    fails("mask.json has no neuron of eng_Latn, so there is nothing to follow", lang="eng_Latn")
+    fails("mask.json has no neuron of eng_Latn, so there is nothing to follow; .*the key lsn.rate", lang="eng_Latn")
     fails("nothing for eus_Latn; there is eng_Latn, gle_Latn", lang="eus_Latn")
     fails("stranger, which is none of the models", models={"model": refs.model(stranger).describe()})
     fails("made for n_layers 2, but 3 is needed", n_layers=2)

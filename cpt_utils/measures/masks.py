@@ -100,7 +100,7 @@ def read_both(
     if not any((specific or controls).values()):
         raise InputError(
             f"{path or control} has no neuron of {lang}, so there is nothing to follow; identify more neurons "
-            "(lsn/identify.py --rate), or choose another --lang"
+            "(lsn/identify.py --rate, in a study the key lsn.rate), or choose another --lang"
         )
     for layer, neurons in specific.items() if specific and controls else ():
         drawn = controls[layer]
