@@ -115,6 +115,10 @@ def test_questions_are_asked_until_the_answers_hold(place, monkeypatch, capsys):
         ),
         (["--run", "my-models/base"], "my-models/base is the base itself"),
         (["--run", "other"], "other: no such folder"),
+        (
+            ["--languages", "eng_Latn,eus_Latn", "--pairs", "my-texts"],
+            "my-texts: nothing for eng_Latn; .*of a folder of your own texts name the two files",
+        ),
         (["--run", "odd/checkpoint-5"], "3 layers, odd/checkpoint-5 4: they are not a pair"),
         (
             ["--languages", "eng_Latn,eus_Latn", "--pairs", "my-texts/eng_Latn.txt"],

@@ -181,7 +181,13 @@ def parallel(text: str, base: str, target: str) -> dict:
     else:
         raise InputError(f"--pairs {text}: give {KINDS}")
     options = {key: value for key, value in data.items() if key != "source"}
-    pairs = sources.parallel(data["source"], base, target, **options)
+    try:
+        pairs = sources.parallel(data["source"], base, target, **options)
+    except InputError as error:
+        files = (
+            "; of a folder of your own texts name the two files" if data["source"] == "flores" and "dir" in data else ""
+        )
+        raise InputError(f"{error}{files}") from None
     cli.say(f"  {pairs.summary()}")
     if data["source"] == "sib200" and "dir" in data:
         data["task"] = {"name": f"sib200_{pairs.facts['target']['spelling']}", "dir": first}
