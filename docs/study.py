@@ -105,8 +105,8 @@ among fewer (chance is one in their number), so that studies compare only at equ
 untrained twin by an interval of 99 % over sentences. Scores take time with the square of the number, and memory: 4.3
 MB a pair for a model of 7B.
 
-**Controls: 99 or more; never fewer than twelve.** The swap that is looked at is ranked among random sets of layers.
-With n sets p cannot be below 1 / (n + 1): .05 with 19, .01 with 99. Fewer than twelve leave C2b and C5b without the
+**Controls: 99 or more; never fewer than twenty.** The swap that is looked at is ranked among random sets of layers.
+With n sets p cannot be below 1 / (n + 1): .05 with 19, .01 with 99. Fewer than fourteen leave C2b and C5b without the
 fit that takes depth into account. `all` measures all sets of that size, or 300 drawn ones; each costs retrieval, loss
 and task of one model. [One random set](claims.md), as published, says little.
 

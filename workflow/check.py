@@ -25,8 +25,8 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import folders, identity, opening, refs, tokenizer_id
+from cpt_utils.measures import matched
 
-ENOUGH = 12  # random sets: report/interventions.py fits no fewer
 SHARE = 0.4  # of a matrix product's speed that a forward pass reaches
 BYTES_PER_TOKEN = 3.5
 START = 4  # seconds that a step takes on the demo before its first forward pass
@@ -75,8 +75,10 @@ def plan(study: Study) -> Plan:
     if study.get("arms") and not study.get("train.cpt"):
         left_out.append("the arms: the study trains nothing (train.cpt)")
     controls = study.get("controls", "all")
-    if isinstance(controls, int) and controls < ENOUGH:
-        left_out.append(f"C2b and C5b: with {controls} random sets (controls) there is no fit; {ENOUGH} are enough")
+    if isinstance(controls, int) and controls < matched.ENOUGH:
+        left_out.append(
+            f"C2b and C5b: with {controls} random sets (controls) there is no fit; it needs {matched.ENOUGH}"
+        )
     if study.get("spectral") is not None and not study.get("runs"):
         left_out.append("the line between two runs (D6), and contrast of heads: the study has no other run (runs)")
     parts = {"ablation": "Part III, layer ablation", "spectral": "Part IV, the update itself"}
@@ -342,7 +344,7 @@ def passes(
         yield "activation over CPT", (n_checkpoints + 1) * min(each, 98_304)
         yield f"component swaps, up to {sets} sets each", 2 * (sets + 11) * (pairs + heldout)
     if chosen.deactivation:
-        yield "deactivation", (1 + len(chosen.lsn) * (1 + 2 * min(ENOUGH, max(5, sets)))) * sizes["heldout"]
+        yield "deactivation", (1 + len(chosen.lsn) * (1 + 2 * min(12, max(5, sets)))) * sizes["heldout"]
 
 
 def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float], report: Report) -> None:
