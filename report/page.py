@@ -143,6 +143,8 @@ def claims(runs: list[parts.Run], over: dict | None) -> list[dict]:
     found = []
     for name in names:
         entries = [entry(label, one[name], bool(over)) for label, one in said if name in one]
+        if len(runs) == 1 and entries[0]["verdict"] == verdicts.VOID:
+            entries[0]["why"] = "The gate, at the top of the page, was not passed."
         text = next(one[name]["text"] for _, one in said if name in one)
         found.append({"name": name, "text": headlines.capital(text), "entries": entries})
     return found

@@ -400,6 +400,20 @@ def test_a_result_that_lacks_something_is_one_error(page, tmp_path, name, change
     assert not (tmp_path / "results/report.html").exists()
 
 
+def test_the_gate_that_was_not_passed_is_told_once(page):
+    reason = "run/checkpoint-9 does not retrieve clearly better than its untrained twin"
+
+    def spoil(results):
+        file = results / "report/claims.json"
+        whole = json.loads(file.read_text())
+        for claim in whole["claims"].values():
+            claim |= {"verdict": script.verdicts.VOID, "reason": reason}
+        file.write_text(json.dumps(whole))
+
+    text = text_of(page(spoil))
+    assert reason not in text and "The gate, at the top of the page, was not passed." in text
+
+
 def test_claims_that_say_nothing_are_not_judged_yet(page):
     def spoil(results):
         file = results / "report/claims.json"
