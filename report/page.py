@@ -156,7 +156,7 @@ def entry(label: str, claim: dict, seeds: bool) -> dict:
     word = claim["verdict"] if seeds or claim["verdict"] == verdicts.VOID else headlines.outcome(claim["numbers"])
     shown = {"label": label, "word": word, "verdict": claim["verdict"], "why": headlines.why(claim), "number": ""}
     if row:
-        shown |= {"about": row["name"], "says": f"claimed {verdicts.in_words(row['says'])}", "number": in_digits(row)}
+        shown |= {"about": row["name"], "says": f"claimed {claimed(row)}", "number": in_digits(row)}
     return shown | {key: [a_number(one) for one in claim[key]] for key in ("numbers", "beside")}
 
 
@@ -165,9 +165,13 @@ def a_number(row: dict) -> dict:
     says, note = row["says"], row.get("note") or ""
     return {
         "name": row["name"], "number": in_digits(row), "n": f"{row['n']:,} {row['n_of']}" if row["n"] else "",
-        "says": verdicts.in_words(says) if says else "", "note": note or (headlines.standing(row) if says else ""),
+        "says": claimed(row) if says else "", "note": note or (headlines.standing(row) if says else ""),
         "values": [headlines.in_digits(value) for value in (row.get("values") or {}).values()],
     }  # fmt: skip
+
+
+def claimed(row: dict) -> str:
+    return verdicts.in_words(row["says"]).replace("-", "\u2212")
 
 
 def in_digits(row: dict) -> str:

@@ -136,6 +136,12 @@ def test_a_claim_is_told_by_the_number_that_speaks_most_against_it(numbers, word
     assert (shown["word"], shown.get("about"), shown["why"]) == (word, first, why)
 
 
+def test_a_bound_has_the_digits_and_the_minus_of_the_numbers_beside_it():
+    row = number("x", -0.3, says={"side": "below", "bound": -0.22314355})
+    found = script.entry("", claim(row), False)
+    assert found["says"] == "claimed below \u22120.223" and found["numbers"][0]["says"] == "below \u22120.223"
+
+
 def test_over_seeds_the_verdict_and_what_would_decide_it():
     one = claim(OPEN, verdict=verdicts.OPEN, p=0.4, needed=12)
     shown = script.entry("", one, True)

@@ -94,7 +94,7 @@ def standing(row: dict) -> str:
 
 def in_words(says: dict) -> str:
     """ "above 0", "below 0.25", "within 0.03"."""
-    return f"{says['side']} {says['bound']:g}"
+    return f"{says['side']} {says['bound']:.3g}"
 
 
 def shown_p(p: float) -> str:
