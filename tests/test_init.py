@@ -140,7 +140,7 @@ def test_what_is_missing_or_wrong_is_one_line_and_nothing_is_written(place, flag
 
 def test_a_file_that_is_there_is_kept(place):
     Path("basque.yaml").write_text("name: mine\n")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="is there already; give another name"):
         init.main(["--init", "basque.yaml"])
     assert Path("basque.yaml").read_text() == "name: mine\n"
 

@@ -274,7 +274,7 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     file = Path(args.init)
     if file.exists():
-        raise InputError(f"{file} is there already; give --init another name, or change it by hand (docs/study.md)")
+        raise InputError(f"{file} is there already; give another name, or change it by hand (docs/study.md)")
     values = study_of(args, sys.stdin.isatty())
     code = check.examine(Study(values, file))
     results.write_text(file, HEAD.format(file=file) + as_yaml(values))
