@@ -104,8 +104,8 @@ def remove_run(run: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_one(run: Path):
-    """Hold the run folder: a second training of it at the same time is refused."""
+def only_one(run: Path, done: str = "trained"):
+    """Hold a folder: a second process that trains (or writes: `done`) it at the same time is refused."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run, os.O_RDONLY)
@@ -113,7 +113,7 @@ def only_one(run: Path):
         raise InputError(f"{run} cannot be made or read: {error.strerror}") from None
     try:
         if not locks.take(descriptor):
-            raise InputError(f"{run} is being trained by another process; wait for it or stop it")
+            raise InputError(f"{run} is being {done} by another process; wait for it or stop it")
         yield
     finally:
         os.close(descriptor)

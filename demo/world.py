@@ -23,6 +23,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 
 meanings, grammar = cli.sibling("demo/meanings.py"), cli.sibling("demo/grammar.py")
+runs = cli.sibling("cpt/runs.py")
 
 SCHEMA = "demo-world"
 PARTS = ("base", "cpt", "test", "heldout", "lsn", "sib200", "facts.tsv", "lexicon.tsv", "world.json")
@@ -324,17 +325,22 @@ def main(argv: list[str] | None = None) -> None:
         cli.say(f"{out} holds this world already; nothing to do (--overwrite makes it again)")
         return
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        facts = write_world(config, read_yaml(HERE / "vocabulary.yaml"), partial)
-        results.write_json(partial / "world.json", facts, results.header(SCHEMA, seed=config["seed"]))
-        if out.exists():
-            shutil.rmtree(out)
-        partial.replace(out)
+        with runs.only_one(partial, "written"):
+            new, old = partial / "new", partial / "old"
+            for left in (new, old):  # by a killed call
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                facts = write_world(config, read_yaml(HERE / "vocabulary.yaml"), new)
+                results.write_json(new / "world.json", facts, results.header(SCHEMA, seed=config["seed"]))
+                if out.exists():
+                    # Removed file by file, it would look whole to the next call if this one were killed.
+                    out.rename(old)
+                new.replace(out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; is the disk full?") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     words = {
         part: sum(n["words"] for name, n in facts["files"].items() if name.startswith(part)) for part in ("base", "cpt")
     }

@@ -6,6 +6,7 @@ import csv
 import filecmp
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -374,7 +375,34 @@ def test_finished_world_is_kept_and_strangers_are_refused(script, world, tmp_pat
     (out / "world.json").unlink()  # unfinished: made again
     make(script, out)
     assert (out / "world.json").is_file()
+    held, refused = load_script("cpt/runs.py").only_one(tmp_path / "w.partial", "written"), "written by another process"
+    with held, pytest.raises(InputError, match=rf"w\.partial is being {refused}"):
+        make(script, out, "--overwrite")
+    assert script.claim(out, json.loads((out / "world.json").read_text())["config"], False) is False
     (out / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"notes\.txt"):
         make(script, out, "--overwrite")
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_killed_while_the_old_world_is_removed(script, tmp_path, monkeypatch):
+    """What is left is no world, or a whole one: a folder without some of its files must not look finished."""
+    out = make(script, tmp_path / "w")
+    before = {path.relative_to(out) for path in out.rglob("*.txt")}
+    removes = shutil.rmtree
+
+    def killed(path, **how):
+        if Path(path).exists():
+            for victim in [*Path(path).rglob("*.txt")][:1]:
+                victim.unlink()
+            raise KeyboardInterrupt
+        removes(path, **how)
+
+    monkeypatch.setattr(script.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(script, out, "--overwrite")
+    monkeypatch.undo()
+    for flags in ((), ("--overwrite",)):
+        make(script, out, *flags)
+        assert {path.relative_to(out) for path in out.rglob("*.txt")} == before
+    assert not out.with_name("w.partial").exists()
