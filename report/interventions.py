@@ -67,7 +67,8 @@ class Swaps:
         if measure in self.sets[self.own]["values"]:
             return None
         place = f"{self.file.path.parent.name}/{self.file.path.name}"
-        return f"{place} has no {measure}: run {self.file.made_by} --overwrite again"
+        form = "; swaps know tasks in the form of SIB-200 alone" if measure == "task_accuracy" else ""
+        return f"{place} has no {measure}: run {self.file.made_by} --overwrite again{form}"
 
     def measured(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
         """A measure of every set [sets], and by unit [sets, units], with a sign by which more is better."""

@@ -358,6 +358,12 @@ def test_results_of_before_say_which_step_to_run_again(made, no_figure):
     assert claims["C2b"]["numbers"][0]["value"] is not None  # the loss is there
 
 
+def test_swaps_without_the_task_say_which_tasks_they_know(made, no_figure):
+    edit(made, LAYER_SWAP, lambda t: [row["values"].pop("task_accuracy", None) for row in t["sets"]])
+    notes = [row["note"] for row in run(made)["C2a"]["numbers"] if row["name"].endswith("task")]
+    assert notes and all(note.endswith("swaps know tasks in the form of SIB-200 alone") for note in notes)
+
+
 def test_models_that_are_gone_are_known_from_the_results(made, no_figure, capsys):
     made.study.write_text(made.study.read_text().replace("base: ", "base: gone", 1))
     assert run(made)["C3"]["numbers"]
