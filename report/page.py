@@ -247,7 +247,9 @@ def main(argv=None) -> None:
     if not any(run.rows for run in runs):
         raise InputError(f"{runs[0].folder} holds no result; run the steps of the README first")
     over = output.parent / "claims_seeds.json"
-    over = results.read_json(over, "claims")[0] if args.seeds and over.is_file() else None
+    over, head = results.read_json(over, "claims") if args.seeds and over.is_file() else (None, {})
+    for run in runs if over else ():
+        run.judged = head.get("time", "")
     if over and over["seeds"] != args.seeds:
         raise InputError(
             f"{output.parent}/claims_seeds.json is over seeds {over['seeds']}; run report/claims.py --seeds again"

@@ -113,6 +113,7 @@ class Run:
         rows: the numbers of its results by step.
         last: the last step of the run that there is a number of.
         claims, head: what claims.json says, and its header; empty where it is not there.
+        judged: when what the page says of claims was made (an ISO time): claims.json, unless verdicts are over seeds.
     """
 
     def __init__(self, study: Study, label: str = ""):
@@ -132,6 +133,7 @@ class Run:
         if "claims" in self.rows:
             payload, self.head = results.read_json(study.result("claims"), "claims")
             self.claims = payload.get("claims", {})
+        self.judged = self.head.get("time", "")
 
     def files(self, step: str) -> list[str]:
         return list(dict.fromkeys(row["file"] for row in self.rows.get(step, ())))
@@ -184,7 +186,7 @@ class Run:
     def stale(self) -> bool:
         """Whether results are newer than the claims that read them."""
         times = [self.headers[step].get("time", "") for step in self.rows if self.claims_on(step)]
-        return max(times, default="") > self.head.get("time", "")
+        return max(times, default="") > self.judged
 
 
 # ---------------------------------------------------------------- one step on the page

@@ -447,9 +447,17 @@ def test_several_seeds_stand_side_by_side(tmp_path):
     text = text_of((tmp_path / "out/report.html").read_text())
     assert "No verdict on any claim." in text and "Seeds 1, 2, 3" in text and "Passed in" in text
     assert "mean over seeds [95 %] seed 1 seed 2 seed 3" in text
+    for seed in (1, 2, 3):  # judged one by one long ago, and together since
+        claims.main([*command[:2], "--seed", str(seed)])
+        for step, year in (("claims", 2000), ("attn_vs_ffn", 2001)):
+            file = claims.Study.find(made.study, seed).result(step)
+            whole = json.loads(file.read_text())
+            whole["_header"]["time"] = f"{year}-01-01T00:00:00+00:00"
+            file.write_text(json.dumps(whole))
     claims.main(command)
     script.main(command)
-    assert "3 seeds: no verdict on any claim. A verdict takes 5" in text_of((tmp_path / "out/report.html").read_text())
+    text = text_of((tmp_path / "out/report.html").read_text())
+    assert "3 seeds: no verdict on any claim. A verdict takes 5" in text and "newer than the claims" not in text
     with pytest.raises(InputError, match=r"claims_seeds.json is over seeds \[1, 2, 3\]; run report/claims.py --seeds"):
         script.main([*command[:3], "1,2", *command[4:]])
     with pytest.raises(InputError, match="give --output FOLDER"):
