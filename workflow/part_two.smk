@@ -51,6 +51,7 @@ if LSN:
             log: LOGS / "deactivate.log"
             threads: EACH
             resources: gpu=1
+            priority: 1  # nothing waits for it but the report, and it takes long: begun last, it would end alone
             shell: run("lsn/deactivate.py")
 
     # ---------------------------------------------------------------------------- 3. over CPT
