@@ -26,7 +26,7 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import conditions
-from cpt_utils.models import batching, encoding, loading, scoring
+from cpt_utils.models import batching, loading, scoring
 
 SCHEMA = "samples"
 RESULTS = {"samples": "samples.json"}
@@ -81,8 +81,7 @@ def continued(
     limit, found = batching.positions(model), []
     end = tokenizer.eos_token_id
     for number, prompt in enumerate(cli.progress(prompts, "prompts", unit="prompt")):
-        # Without what the tokenizer puts behind a text: an EOS would end the prompt.
-        ids = encoding.of_texts(tokenizer, [prompt]).ids[0][: scoring.scored_from(tokenizer, prompt)]
+        (ids,) = scoring.beginnings(tokenizer, [prompt])
         if not ids or (limit and len(ids) >= limit):
             what = f"is longer than the model's {limit} positions" if ids else "has no tokens"
             raise InputError(f"prompt {number + 1} ({results.shown(prompt)}) {what}; give another")
@@ -97,10 +96,7 @@ def continued(
             return scores
 
         rows = torch.tensor([ids] * (1 + samples), device=loading.input_device(model))
-        how = transformers.GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
-        )
-        model.generation_config = how  # what the folder says of penalties and temperatures is left out
+        how = scoring.greedily(model, tokenizer, new)
         with torch.inference_mode():
             made = model.generate(
                 input_ids=rows, attention_mask=torch.ones_like(rows), generation_config=how, logits_processor=[choose]
@@ -139,8 +135,7 @@ def tables(payload: dict) -> list[tuple[str, list[str], list[list[str]]]]:
             shown = [_printable(one["text"]).strip() + (" ∎" if one["ended"] else "") for one in texts]
             rows.append([name if name == BASE else f"step {name}", *shown])
         code = prompt["language"]
-        named = code and (f"{languages.name(code)} ({code})" if languages.name(code) != code else code)
-        title = f"{number + 1}. {named + ': ' if code else ''}{prompt['text']} …"
+        title = f"{number + 1}. {languages.named(code) + ': ' if code else ''}{prompt['text']} …"
         found.append((title, ["", "greedy", *(f"draw {k + 1}" for k in range(n_draws))], rows))
     return found
 

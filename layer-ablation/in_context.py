@@ -151,17 +151,11 @@ def _greedy(
     model: transformers.PreTrainedModel, tokenizer, prompts: list[str], tokens: int, batch_size: int | None
 ) -> list[str]:
     """The most likely next `tokens` tokens after each prompt, one by one, or up to the end of the text."""
-    # Without what the tokenizer puts behind a text: an EOS would end the prompt.
-    made = zip(prompts, encoding.of_texts(tokenizer, prompts).ids, strict=True)
-    sequences = [ids[: scoring.scored_from(tokenizer, prompt)] for prompt, ids in made]
+    sequences = scoring.beginnings(tokenizer, prompts)
     limit, texts = positions(model), [""] * len(prompts)
     if limit and max(map(len, sequences)) + tokens > limit:
         tokens = max(1, limit - max(map(len, sequences)))
-    how = transformers.GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model.generation_config = how  # what the folder says of penalties and temperatures is left out
+    how = scoring.greedily(model, tokenizer, tokens)
 
     def step(rows: list[int]) -> None:
         given, mask = (t.to(loading.input_device(model)) for t in

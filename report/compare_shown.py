@@ -78,7 +78,7 @@ def markdown(payload: dict) -> str:
     values = {name: _by_name(numbers) for name, numbers in payload["values"].items()}
     gaps = {name: _by_name(numbers) for name, numbers in payload["differences"].items()}
     names = list(dict.fromkeys(key for own in values.values() for key in own))
-    codes = {code: f"{languages.name(code)} ({code})" for code in languages.known()}
+    codes = {code: languages.named(code) for code in languages.known()}
     head = ["", *values, *(f"{name} minus {first}" for name in others)]
     body = [
         [

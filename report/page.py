@@ -40,10 +40,7 @@ PARTS = {
 
 def named(code: str | None) -> str:
     """A language by its name with its code."""
-    if not code:
-        return "?"
-    name = languages.name(code)
-    return f"{name} ({code})" if name != code else code
+    return languages.named(code) if code else "?"
 
 
 def briefly(place: str | None) -> str:

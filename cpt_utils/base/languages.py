@@ -115,6 +115,12 @@ def name(code: str) -> str:
     return language.name if language else code
 
 
+def named(code: str) -> str:
+    """ "Basque (eus_Latn)"; the code alone where it is not in the table."""
+    found = name(code)
+    return f"{found} ({code})" if found != code else code
+
+
 def is_private(code: str) -> bool:
     """Whether a code is one of those that no language has (`qaa_Latn`)."""
     return bool(_PRIVATE.fullmatch(code))

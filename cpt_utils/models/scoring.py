@@ -76,6 +76,22 @@ def scored_from(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> i
     return len(special) - behind
 
 
+def beginnings(tokenizer: transformers.PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    """The token ids of prompts to be gone on from: without what the tokenizer puts behind, as an EOS would end them."""
+    made = zip(prompts, encoding.of_texts(tokenizer, prompts).ids, strict=True)
+    return [ids[: scored_from(tokenizer, prompt)] for prompt, ids in made]
+
+
+def greedily(model: transformers.PreTrainedModel, tokenizer, tokens: int) -> transformers.GenerationConfig:
+    """How `model.generate` writes at most `tokens` of the most likely tokens, whatever the model's folder says of
+    penalties and temperatures, which `generate` would fill in."""
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return model.generation_config
+
+
 def choice_logliks(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
