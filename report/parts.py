@@ -10,7 +10,6 @@ import base64
 import datetime
 import functools
 import io
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -111,6 +110,7 @@ class Run:
     Attributes:
         label: what tells it from the others on the page; empty where it is alone.
         rows: the numbers of its results by step.
+        heads: the headers of its result files.
         last: the last step of the run that there is a number of.
         claims, head: what claims.json says, and its header; empty where it is not there.
         judged: when what the page says of claims was made (an ISO time): claims.json, unless verdicts are over seeds.
@@ -122,7 +122,9 @@ class Run:
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} does not exist: run the steps of the README on {study.path} first")
         self.rows: dict[str, list[dict]] = {}
-        table = numbers.of_the_pair(numbers.rows(study), study)
+        found = list(numbers.read(study))
+        self.heads = {str(path): header for _, path, _, header in found}
+        table = numbers.of_the_pair(numbers.rows(study, found), study)
         own = [row["step"] or 0 for row in table if row["run"] == (study.arm or numbers.PLAIN)]
         self.last = max(own, default=0)
         for row in table:
@@ -150,10 +152,7 @@ class Run:
     @functools.cached_property
     def headers(self) -> dict[str, dict]:
         """step -> the header of the file of its result."""
-        return {
-            step: json.loads(Path(file).read_text(encoding="utf-8"))[results.HEADER]
-            for step, file in self.chief.items()
-        }
+        return {step: self.heads[file] for step, file in self.chief.items()}
 
     def figure(self, figure: Figure) -> Path | None:
         """The file of a figure; of several language pairs that of the study."""

@@ -368,13 +368,13 @@ def _content(path: Path) -> tuple[dict, dict]:
     return results.read_json(path, allow_limited=True)
 
 
-def rows(study: Study) -> list[dict]:
+def rows(study: Study, found: list[tuple[str, Path, dict, dict]] | None = None) -> list[dict]:
     """Every number of every result of a study, or of one of its arms or runs, as rows of `COLUMNS`.
 
     What is missing gives no row, and what does not apply to a number is None. `result` is the step's name in the
-    RESULTS of its script.
+    RESULTS of its script. `found` are the results, where they were read (`read`) before.
     """
-    found, steps = list(read(study)), {}
+    found, steps = list(read(study)) if found is None else found, {}
     for _, path, _, header in found:
         with reading(path):
             steps |= _steps(header)
