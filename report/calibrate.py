@@ -378,11 +378,13 @@ def judged(folder: Path, world: World, number: int, made: dict, counts=SEEDS) ->
 
 
 def rates(worlds: list[World], studies: int, counts=SEEDS) -> list[list[str]]:
-    """A row for each world and number of seeds: how many studies decide something falsely, and each claim rightly.
+    """A row for each world and number of seeds: how many studies decide something falsely, of the claims of each
+    letter, which share a Holm correction, and how often each claim is decided.
 
     Of worlds in which no claim is true or false any decision is a false one.
     """
     made, rows = claims.claims(), []
+    letters = sorted({name[0] for name in made})
     # The resamples of every seed are drawn once for all studies, not for each.
     stats.resample_weights = functools.cache(stats.resample_weights.__wrapped__)
     for world in worlds:
@@ -393,23 +395,27 @@ def rates(worlds: list[World], studies: int, counts=SEEDS) -> list[list[str]]:
             for number in range(n_studies):
                 for n, found in judged(Path(folder), world, number, made, counts).items():
                     said = {name: one.verdict for name, one in found.items()}
-                    wrong = [v for v in said.values() if v in (verdicts.YES, verdicts.NO) and v != right]
-                    false[n] += bool(wrong)
+                    wrong = [name for name, v in said.items() if v in (verdicts.YES, verdicts.NO) and v != right]
+                    false.update((n, letter) for letter in {name[0] for name in wrong})
                     decided[n].update(name for name, v in said.items() if v in (verdicts.YES, verdicts.NO))
         for n in counts:
             share = [f"{100 * decided[n][name] / n_studies:.0f}" for name in made]
-            rows.append([world.name, str(n_studies), str(n), f"{100 * false[n] / n_studies:.1f}", *share])
+            wrong = [f"{100 * false[n, letter] / n_studies:.1f}" for letter in letters]
+            rows.append([world.name, str(n_studies), str(n), *wrong, *share])
             cli.say(" | ".join(rows[-1]))
     return rows
 
 
 def table(rows: list[list[str]]) -> str:
     names = list(claims.claims())
+    false = [f"false {letter}" for letter in sorted({name[0] for name in names})]
+    heads = ["world", "studies", "seeds", *false, *names]
     lines = [
-        "In %: *false* is the share of studies with any false decision; below a claim stands how often it is decided.",
+        "In %: *false* is the share of studies with any false decision on claims of that letter; below a claim stands "
+        "how often it is decided.",
         "",
-        "| world | studies | seeds | false | " + " | ".join(names) + " |",
-        "|---" * (4 + len(names)) + "|",
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
     ]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 

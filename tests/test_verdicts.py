@@ -287,10 +287,11 @@ def test_the_rules_are_calibrated(monkeypatch, tmp_path):
     monkeypatch.setattr(stats, "resample_weights", functools.cache(stats.resample_weights.__wrapped__))
     said = calibrate.rates([World("depth", depth=0.02), World("true", 4.0, **calibrate.DEMO)], 6, (8,))
     null, true = said
-    assert null[1:3] == ["6", "8"] and float(null[3]) <= 34 and true[1] == "3" and float(true[3]) == 0
-    assert sum(map(float, true[4:])) / len(CLAIMS) >= 80
+    assert null[1:3] == ["6", "8"] and max(map(float, null[3:5])) <= 34  # C and D, each with a Holm of its own
+    assert true[1] == "3" and true[3:5] == ["0.0", "0.0"]
+    assert sum(map(float, true[5:])) / len(CLAIMS) >= 80
     text = calibrate.table(said)
-    assert text.splitlines()[2].count("|") == 5 + len(CLAIMS)
+    assert text.splitlines()[2].count("|") == 6 + len(CLAIMS)
 
 
 def test_the_table_of_the_readme_is_the_scripts(monkeypatch, tmp_path):
