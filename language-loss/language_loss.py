@@ -20,14 +20,12 @@ import math
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, processes, results, stats
+from cpt_utils.base import cli, figures, languages, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
-from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, evaluation
-from cpt_utils.models import loading
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import evaluation, over_run
 
 SCHEMA = "language-loss"
 RESULTS = {"language_loss": "language-loss/language_loss.json"}
@@ -38,7 +36,7 @@ CAPTIONS = {
         the base on the same documents, with 95 % bootstrap intervals over documents. Above 0 a language is forgotten,
         below 0 it is learned.""",
 }
-BASE = "base"
+BASE = over_run.BASE
 
 
 # ---------------------------------------------------------------- the method
@@ -128,52 +126,25 @@ def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
 
 def build_parser():
     p = cli.parser(__doc__)
-    add = p.add_argument
-    add("--base", metavar="B", help="base model; default: the study's base")
-    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
-    add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
-    add("--output", metavar="OUT", help="JSON to write; default: the study's language-loss/language_loss.json")
-    cli.add_run_flags(p, drop=True)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    text = "text to test on, a document a line; default: the study's"
+    p.add_argument("--heldout", nargs="+", metavar="LANG=FILE", help=text)
+    over_run.add_flags(p, RESULTS["language_loss"])
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
-    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
+    run = over_run.OverRun.of(args, study, "language_loss")
     texts, facts = heldout(args, study)
-    other = beside.name(study, args.base, args.run, args.steps, args.limit)
-    output = study.output(args.output, "--output", "language_loss", other)
-    opening.look_over(models.values())
 
-    process, dtype = processes.from_arguments(args, study)
-    homes = beside.run_asked_for(study, args.run), models[BASE]
-    request = {
-        "models": {name: ref.describe() for name, ref in models.items()},
-        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
-        **facts, "seed": study.seed, "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
-        "batch_size": args.batch_size,
-    }  # fmt: skip
+    def measured(model, ref: refs.ModelRef, tokenizer) -> dict:
+        return losses(model, ref, tokenizer, texts, args.batch_size)
 
-    def load(name: str):
-        return loading.load_for(process, models[name], dtype)
+    def write_all(found: dict[str, dict], request: dict) -> None:
+        write(run.output, {lang: {name: one[lang] for name, one in found.items()} for lang in texts}, request)
 
-    def measured(model, one: Condition) -> dict:
-        tokenizer = tokenization.load_tokenizer(models[one.of], *homes)
-        found = losses(model, models[one.of], tokenizer, texts, args.batch_size)
-        if args.drop_revisions and one.of != BASE:
-            models[one.of].drop()
-        return {"units": found}
-
-    def write_all(records: list[dict], request: dict) -> None:
-        write(output, {lang: {one["name"]: one["units"][lang] for one in records} for lang in texts}, request)
-
-    wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in models.items()]
-    conditions.measure(
-        output, SCHEMA, request, wanted, load, measured, write_all, process, args.overwrite, "another --output"
-    )
+    run.measure(SCHEMA, facts | {"batch_size": args.batch_size}, measured, write_all)
 
 
 def heldout(args, study: Study) -> tuple[dict[str, list], dict]:
@@ -195,12 +166,9 @@ def write(output: Path, units: dict[str, dict[str, list[float]]], request: dict)
     tensors = {lang: torch.tensor(list(rows.values()), dtype=torch.float64) for lang, rows in units.items()}
     results.write_tensors(output.with_suffix(".pt"), tensors)
     results.write_text(output.with_suffix(".md"), table(found))
-    described = dict(request["models"])
-    models = {BASE: described.pop(BASE), "checkpoints": described}
-    facts = {key: request[key] for key in ("heldout", "lines", "limit", "seed", "dtype", "device")}
     names = {lang: languages.canonical(lang, any_tag=True) for lang in units}
-    head = results.header(SCHEMA, models=models, languages=names, **facts, request=request)
-    results.write_json(output, found, head)
+    facts = over_run.header_facts(request, "heldout", "lines", "limit")
+    results.write_json(output, found, results.header(SCHEMA, languages=names, **facts))
     say(found)
     cli.say(f"wrote {output}, the table {output.with_suffix('.md')} and the figure {output.with_suffix('.pdf')}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch, transformers
@@ -16,11 +16,13 @@ ROWS = 512  # rows of logits that are turned into losses at a time
 
 @dataclass(frozen=True)
 class TextScore:
-    """The summed NLL of a text in nats, and the units it can be divided by."""
+    """The summed NLL of a text in nats, and the units it can be divided by; `each` is the NLL of its tokens, in order,
+    a tensor on the CPU."""
 
     nll: float
     tokens: int
     bytes: int
+    each: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
 
 def text_nlls(
@@ -62,7 +64,7 @@ def text_nlls(
                 read = tokenizer.decode(sequences[i][starts[i] :], skip_special_tokens=True)
                 kept = read if len(read) < len(kept) else kept
             total = float(text_losses.sum(dtype=torch.float64))
-            scores[i] = TextScore(total, len(text_losses), len(kept.encode()))
+            scores[i] = TextScore(total, len(text_losses), len(kept.encode()), text_losses)
 
     n = before[0] if before else 0
     for_each(model, f"logits of texts after {n}", [len(s) - n for s in sequences], score, batch_size)

@@ -1,0 +1,99 @@
+"""The base and every checkpoint of its run, each measured as it is: the frame of scripts that do so."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.base import cli, processes
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions
+from cpt_utils.models import loading
+
+BASE = "base"
+
+
+def add_flags(p, place: str, batch_size: int | None = None) -> None:
+    """--base, --run, --output (default: the study's `place`), and all flags of running models (`batch_size`: see
+    `cli.add_forward_flags`)."""
+    p.add_argument("--base", metavar="B", help="base model; default: the study's base")
+    p.add_argument("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
+    p.add_argument("--output", metavar="OUT", help=f"JSON to write; default: the study's {place}")
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size, device_map=True)
+
+
+@dataclass(frozen=True)
+class OverRun:
+    """What `add_flags` asked for: `models` are "base" and, by step, the checkpoints; the result goes to `output`."""
+
+    args: argparse.Namespace
+    study: Study
+    models: dict[str, refs.ModelRef]
+    output: Path
+
+    @classmethod
+    def of(cls, args, study: Study, step: str) -> OverRun:
+        """`step`: the result, by its name in RESULTS."""
+        base, run = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
+        models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(run, args.steps)}
+        other = beside.name(study, args.base, args.run, args.steps, getattr(args, "limit", None))
+        return cls(args, study, models, study.output(args.output, "--output", step, other))
+
+    @property
+    def _homes(self) -> tuple:
+        """Where else a tokenizer may be: the run, and the base."""
+        return beside.run_asked_for(self.study, self.args.run), self.models[BASE]
+
+    def tokenizer_of(self, ref: refs.ModelRef) -> str:
+        """A hash that is the same for models with one tokenizer."""
+        return tokenizer_id.tokenizer_used(ref, *self._homes)
+
+    def measure(
+        self, schema: str, facts: dict, measured: Callable[..., dict], write: Callable[[dict, dict], None]
+    ) -> None:
+        """Measure every model that is not measured yet (`conditions.measure`), and write the result.
+
+        Args:
+            facts: what the numbers depend on beside models, seed, dtype and device.
+            measured: (model, its reference, its tokenizer) -> what is kept of it, as JSON can hold it.
+            write: ({model: that}, whole request) -> None.
+        """
+        opening.look_over(self.models.values())
+        process, dtype = processes.from_arguments(self.args, self.study)
+        request = {
+            "models": {name: ref.describe() for name, ref in self.models.items()},
+            "tokenizers": {name: self.tokenizer_of(ref) for name, ref in self.models.items()},
+            **facts, "seed": self.study.seed, "dtype": str(dtype).removeprefix("torch."),
+            "device": process.device.type,
+        }  # fmt: skip
+
+        def load(name: str):
+            return loading.load_for(process, self.models[name], dtype)
+
+        def measured_one(model, one: Condition) -> dict:
+            ref = self.models[one.of]
+            found = measured(model, ref, tokenization.load_tokenizer(ref, *self._homes))
+            if self.args.drop_revisions and one.of != BASE:
+                ref.drop()
+            return {"units": found}
+
+        def write_all(records: list[dict], request: dict) -> None:
+            write({one["name"]: one["units"] for one in records}, request)
+
+        wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in self.models.items()]
+        conditions.measure(
+            self.output, schema, request, wanted, load, measured_one, write_all, process, self.args.overwrite,
+            "another --output",
+        )  # fmt: skip
+
+
+def header_facts(request: dict, *keys: str) -> dict:
+    """Of a request what a header says: its models, and these keys."""
+    checkpoints = dict(request["models"])
+    models = {BASE: checkpoints.pop(BASE), "checkpoints": checkpoints}
+    return {"models": models} | {key: request[key] for key in (*keys, "seed", "dtype", "device")} | {"request": request}
