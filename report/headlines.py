@@ -240,6 +240,16 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     ),
     "attn_vs_ffn": between("‖ΔW‖ / ‖W‖ over all weights", ("attention", "attention"), ("FFN", "ffn"), "pooled_relative",
                            "component"),
+    "gradients": (
+        Spec("cosine of the gradients of a sentence and its translation", "cosine", {"component": "all"}),
+        Spec("the same beyond shuffled pairs", "beyond", {"component": "all"}),
+        Spec("attention minus FFN of the latter", "beyond", {"component": "attention_minus_ffn"}),
+    ),
+    "bigram": (
+        Spec("correlation of surprisal with bigrams, new language", "bigram", {"language": TARGET}),
+        Spec("the same of the base", "bigram", {"language": TARGET, "step": 0}),
+        Spec("the former beyond unigrams", "beyond", {"language": TARGET}),
+    ),
     "lsn_mask": (
         Spec("neurons of the new language", "n_neurons", {"language": TARGET}),
         Spec("neurons of any language", "n_selected"),

@@ -123,6 +123,7 @@ READERS: dict[str, list] = {
         "checkpoints/{step}/{measure:summary\\w*}/{component}", "checkpoints/{step}/{measure}",
         ("pooled/{step}/{component}", {"measure": "pooled_relative"}),
     ],
+    "bigram": ["{language}/{step}/{measure}"],
     "claims": ["claims/{condition}/{measure}"],
     "comparison": ["{measure:values|differences|agreement}/{run}/{also:.+}"],
     "connect": [*CURVES, "distance/{layer}/{measure}", "distance/{component}/{measure}"],
@@ -140,9 +141,8 @@ READERS: dict[str, list] = {
         ("checkpoints/{step}/{condition:control}/layer_{layer}/{component}", ABS),
         ("checkpoints/{step}/summary/{condition}", ABS), "{measure:neurons}/{layer}",
     ],
-    "heads": [
-        "heads/layer_{layer}/{condition:unit_\\d+/head_\\d+|unit_\\d+}/{measure}", "steps/{step}/{measure}",
-    ],
+    "gradients": ["{step}/layers/layer_{layer}/{component}/{measure}", "{step}/{component}/{measure}"],
+    "heads": ["heads/layer_{layer}/{condition:unit_\\d+/head_\\d+|unit_\\d+}/{measure}", "steps/{step}/{measure}"],
     "int_and_sem": [
         ("checkpoints/{step}/{component:interface|semantic_hub}_avg", ABS), ("layers/{step}/{layer}", ABS),
     ],

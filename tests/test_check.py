@@ -59,10 +59,10 @@ def study(models, tmp_path):
 
 def test_a_whole_study_is_ready(study, capsys):
     run = study.whole["run"]
-    assert check.main([str(study(ablation={}, spectral={}, runs={"again": run}))]) == 0
+    assert check.main([str(study(ablation={}, spectral={}, alignment={}, runs={"again": run}))]) == 0
     out = capsys.readouterr().out
     assert f"runs.again {run}: checkpoints of step 5, 10, 20, 40 (4)" in out
-    assert "the start of about 43 steps: 2.9 min" in out
+    assert "the start of about 45 steps: 3.0 min" in out
     assert "llama, 3 layers" in out and "checkpoints of step 5, 10, 20, 40 (4)" in out
     assert "tokenizers: all alike" in out and "30 sentence pairs eng_Latn-deu_Latn" in out
     assert "nothing is left out" in out and "on the CPU (" in out and "GB free" in out and "ready to run" in out
@@ -143,7 +143,8 @@ def test_what_is_left_out_is_said(study, changes, said, capsys):
 
 
 def test_the_plan_of_data_that_are_missing(study):
-    data, asked = study.whole["data"], {"ablation": {}, "spectral": {}, "runs": {"again": study.whole["run"]}}
+    data, asked = study.whole["data"], {"ablation": {}, "spectral": {}, "alignment": {}}
+    asked["runs"] = {"again": study.whole["run"]}
     without = {key: value for key, value in data.items() if key not in ("heldout", "task")}
     made = check.plan(Study.find(study(data=without, **asked)))
     assert (made.task, made.loss, made.losses, made.deactivation) == (False,) * 4
@@ -151,10 +152,11 @@ def test_the_plan_of_data_that_are_missing(study):
     assert [text.partition(":")[0] for text in made.left_out] == [
         "the downstream task and what rests on it (C6, half of Figure 2)", "the loss of each language over CPT",
         "the loss after a swap",
-        "deactivation (Figure 9)",
+        "deactivation (Figure 9)", "correlations with bigrams",
     ]  # fmt: skip
+    assert made.alignment and not made.bigram
     made = check.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}}, **asked)))
-    assert made.loss and made.losses and not made.deactivation
+    assert made.loss and made.losses and made.bigram and not made.deactivation
     assert made.left_out == ["deactivation (Figure 9): data.heldout has no text of eng_Latn"]
 
 
@@ -189,18 +191,18 @@ def test_other_runs_have_rules_of_their_own_and_must_be_somewhere(study, capsys)
     with pytest.raises(InputError, match="runs/ces: no such folder here"):
         check.main([str(study(runs={"ces": "runs/ces"}))])
     capsys.readouterr()
-    assert check.main([str(study(runs={"ces": study.whole["run"]}, ablation={}, spectral={}))]) == 0
+    assert check.main([str(study(runs={"ces": study.whole["run"]}, ablation={}, spectral={}, alignment={}))]) == 0
     assert "nothing is left out" in capsys.readouterr().out
-    left_out = check.plan(Study.find(study(ablation={}, spectral={}))).left_out
+    left_out = check.plan(Study.find(study(ablation={}, spectral={}, alignment={}))).left_out
     assert left_out == ["the line between two runs (D6), and contrast of heads: the study has no other run (runs)"]
 
 
 def test_parts_one_and_two_of_another_run_are_planned_beside_the_studys_and_then_compared(study, models, tmp_path):
     shutil.copytree(models / "run", tmp_path / "second")
-    path = study(runs={"second": "second"}, ablation={}, spectral={})
+    path = study(runs={"second": "second"}, ablation={}, spectral={}, alignment={})
     done = dry_run(path, "arm=second", "--dry-run", "--quiet", "rules")
     rules = {line.split()[0] for line in done.stdout.splitlines() if line.strip() and line.split()[-1].isdigit()}
-    assert {"retrieval", "identify", "layer_swap_controls", "claims", "numbers"} <= rules, done.stderr
+    assert {"retrieval", "identify", "layer_swap_controls", "gradients", "bigram", "claims"} <= rules, done.stderr
     assert not {"compare", "layer_ablation", "spectrum"} & rules
     done = dry_run(path, "arm=second", "--dry-run")
     assert "results/runs/second/report/claims.json" in done.stdout and "--arm second" not in dry_run(path).stdout

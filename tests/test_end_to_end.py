@@ -73,6 +73,8 @@ def test_every_result_and_figure_is_there(finished):
         "downstream-correlation/correlation",
         "layer-swap/controls",
         "language-loss/language_loss",
+        "alignment/gradients",
+        "alignment/bigram",
         "layer-ablation/sweep",
         "arms",
         f"sentence-retrieval/{PAIR}/cpt__checkpoint-40+attn_int_swap__checkpoint-40+ffn_lsn_swap__checkpoint-40",

@@ -25,7 +25,8 @@ FORWARD = {
     "train_base", "train_cpt", "train_arm", "arms", "retrieval", "retrieval_figure", "downstream_task",
     "downstream_task_swapped", "retrieval_swapped_figure", "layer_swap_controls", "language_loss", "activation_counts",
     "layer_ablation", "deactivate", "lsn_activation", "component_swap_controls", "retrieval_components_figure",
-    "train_run_second", "samples", "spectrum", "rewind", "truncate", "connect",
+    "train_run_second", "samples", "spectrum", "rewind", "truncate", "connect", "gradients",
+    "bigram",
 }  # fmt: skip
 
 # Snakemake waits a second at least between its looks at the jobs; these are finished when they are sent.

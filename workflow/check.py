@@ -6,7 +6,6 @@ workflow asks this script which parts there will be, and `make reproduce` runs i
 In:   a study file (default: ./study.yaml).
 Out:  a report on the screen. Exit code 2 where anything that the study names is missing or does not fit.
 
-    python workflow/check.py basque.yaml
     python workflow/check.py studies/multi30k.yaml --seed 0
 """
 
@@ -47,6 +46,8 @@ class Plan:
     losses: bool  # of every language over CPT
     ablation: bool  # of layers: where the study asks for it
     spectral: bool  # the update itself: the same
+    alignment: bool  # gradients and bigrams: the same
+    bigram: bool
     left_out: list[str] = field(default_factory=list)
 
 
@@ -62,10 +63,8 @@ def plan(study: Study) -> Plan:
     if not study.get("data.task"):
         left_out.append("the downstream task and what rests on it (C6, half of Figure 2): the study has no data.task")
     losses = any(heldout.values())
-    if not losses:
-        left_out.append("the loss of each language over CPT: the study has no data.heldout")
-    if not loss:
-        left_out.append(f"the loss after a swap: data.heldout has no text of {target}")
+    left_out += ["the loss of each language over CPT: the study has no data.heldout"] * (not losses)
+    left_out += [f"the loss after a swap: data.heldout has no text of {target}"] * (not loss)
     if lacking:
         left_out.append(
             f"the neurons of Part II and what rests on them (C4, C5, Figures 5 to 9): no {' and no '.join(lacking)}"
@@ -82,12 +81,17 @@ def plan(study: Study) -> Plan:
     if study.get("spectral") is not None and not study.get("runs"):
         left_out.append("the line between two runs (D6), and contrast of heads: the study has no other run (runs)")
     parts = {"ablation": "Part III, layer ablation", "spectral": "Part IV, the update itself"}
+    parts["alignment"] = "cosines of gradients and correlations with bigrams"
     asked = [study.get(key) is not None for key in parts]
     left_out += [
         f"{part}: the study has no {key} (`{key}: {{}}` will do)"
         for (key, part), wanted in zip(parts.items(), asked, strict=True) if not wanted
     ]  # fmt: skip
-    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked, left_out)
+    counted = study.get("alignment.bigram.text") or study.get("data.lsn_text", {})
+    bigram = asked[-1] and any(heldout[c] and counted.get(languages.find(counted, c, default=None)) for c in heldout)
+    more = "correlations with bigrams: no language has data.heldout and other text (alignment.bigram.text)"
+    left_out += [more] * (asked[-1] and not bigram)
+    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked, bigram, left_out)
 
 
 # ---------------------------------------------------------------- the report
@@ -338,6 +342,9 @@ def passes(
         kinds = study.get("spectral.measures") or ["retrieval", "nll", "task"]
         tokens = {"retrieval": pairs, "nll": sizes["heldout"], "task": rows}
         yield f"heads, truncation, connection, {models:.0f} models", models * sum(tokens.get(k, 0) for k in kinds)
+    if chosen.alignment:  # there and back, and products: four times as far
+        share = min(1, (study.get("alignment.gradients.pairs") or 100) / max(1, sizes["n_pairs"]))
+        yield "gradients, bigrams", (n_checkpoints + 1) * (4 * share * pairs + chosen.bigram * sizes["heldout"])
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)
         yield f"neuron counts, {each:,.0f} tokens a language", sizes["neurons"]
@@ -362,7 +369,7 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
     report.say(f"forward passes: {_time(total)} on {where} (most of it {largest})")
     # Of each model its retrieval; of each part its scripts, as the Snakefile has them.
     steps = len(found) + 14 + 3 * chosen.task + 2 * chosen.losses + 12 * bool(chosen.lsn) + chosen.deactivation
-    steps += chosen.ablation + 5 * chosen.spectral
+    steps += chosen.ablation + 5 * chosen.spectral + chosen.alignment + chosen.bigram
     report.say(
         f"beside them the start of about {steps} steps: {_time(START * steps)}, longer where models are loaded slowly"
     )

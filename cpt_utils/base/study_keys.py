@@ -127,6 +127,25 @@ class Spectral(Keys):
     connect: Connect | None = key("the line between two runs; needs `runs`", {"at": [0.5]}, "its defaults")
 
 
+class Gradients(Keys):
+    pairs: Count = key("pairs of sentences whose gradients are compared", 40, "100")
+
+
+class Bigram(Keys):
+    text: Files = key(
+        "text that bigrams are counted in, by language, as that of the training",
+        {"eng_Latn": "my-texts/en.txt", "eus_Latn": "my-texts/eu.txt"}, "`data.lsn_text`",
+    )  # fmt: skip
+    tokens: Count = key("tokens of a language that are counted, at most", 100_000, "1,000,000")
+
+
+class Alignment(Keys):
+    """The defaults of alignment/; that the key is there asks the workflow for it."""
+
+    gradients: Gradients | None = key("cosines of the gradients of translations", {"pairs": 40}, "its defaults")
+    bigram: Bigram | None = key("correlation of surprisal with bigrams", {"tokens": 100_000}, "its defaults")
+
+
 class Lora(Keys):
     """LoRA beside the weights of some layers; `parameters_of` layers whose number of parameters it is to have."""
 
@@ -220,6 +239,9 @@ class Study(Keys):
     )
     ablation: Ablation | None = key("asks for layer ablation; `{}` will do (layer-ablation/README.md)", {}, "left out")
     spectral: Spectral | None = key("asks for Part IV; `{}` will do (spectral/README.md)", {}, "left out")
+    alignment: Alignment | None = key(
+        "asks for gradients and bigrams; `{}` will do (alignment/README.md)", {}, "left out"
+    )
 
     @model_validator(mode="after")
     def _arms_and_runs_have_names_of_their_own(self):

@@ -74,6 +74,8 @@ COMMANDS = (
     _command("retrieval_swapped", "sentence-retrieval/sr_experiment.py", "--no-untrained --model_path "
              "models/run/checkpoint-4 results/component-swap/attn_int_swap results/component-swap/ffn_lsn_swap"),
     _command("spectrum", "spectral/spectrum.py", "--draws 1"),
+    _command("gradients", "alignment/gradients.py", "--pairs 3"),
+    _command("bigram", "alignment/bigram.py"),
     _command("claims", "report/claims.py"),
     _command("figures", "report/figures.py"),
     _command("export", "report/export.py"),
