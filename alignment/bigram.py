@@ -187,20 +187,19 @@ def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
         axes[1].axhline(0, color=figures.colour("chance"), linewidth=0.6)
         for i, (lang, models) in enumerate(found.items()):
             steps = [0 if name == BASE else int(name) for name in models]
-            look = {"color": figures.PALETTE[i % 8], "marker": figures.MARKERS[i % 8]}
-            label = figures.language(lang) if i < figures.MOST else None
+            look = {"color": "0.75", "zorder": 1}
+            if i < figures.MOST:
+                look = {"color": figures.PALETTE[i], "marker": figures.MARKERS[i], "label": figures.language(lang)}
             for axis, key in ((axes[0], "bigram"), (axes[1], "beyond")):
                 rows = [row[key] for row in models.values()]
-                axis.plot(steps, [row["value"] for row in rows], label=label, **look)
+                axis.plot(steps, [row["value"] for row in rows], **look)
                 ends = [[row[end] for row in rows] for end in ("ci_low", "ci_high")]
                 axis.fill_between(steps, *ends, color=look["color"], alpha=0.2, linewidth=0)
             axes[0].plot(steps, [row["unigram"]["value"] for row in models.values()], "--", color=look["color"])
-        for axis, words in zip(
-            axes, ("correlation with a bigram table\n(dashed: unigrams)", "beyond unigrams"), strict=True
-        ):
+        for axis, words in zip(axes, ("correlation with bigrams\n(dashed: unigrams)", "beyond unigrams"), strict=True):
             axis.set_xlabel("training step (0 = base)")
             axis.set_ylabel(words)
-        title = "bands: 95 % intervals over documents"
+        title = "bands: 95 % intervals over documents" + "; grey: further languages" * (len(found) > figures.MOST)
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title=title)
         figures.save(fig, path)
 

@@ -255,6 +255,7 @@ def _over_steps(left, right, found: dict[str, dict]) -> None:
     for axis, words in ((left, "cosine of gradients"), (right, "beyond shuffled pairs")):
         axis.set_xlabel("training step (0 = base)")
         axis.set_ylabel(words)
+        axis.locator_params(axis="x", nbins=6)
     left.legend(loc="best")
 
 

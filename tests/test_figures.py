@@ -113,6 +113,18 @@ def test_figures_of_many_languages_are_legible(n, tmp_path):
     losses = {lang: {"base": nothing, "5000": nothing | {"change": {"mean": 0.1, "ci_low": 0.0, "ci_high": 0.2}}}
               for lang in names}  # fmt: skip
     load_script("language-loss/language_loss.py").draw(tmp_path / "losses", losses)
+    row = {key: {"value": 0.5, "ci_low": 0.4, "ci_high": 0.6} for key in ("bigram", "unigram", "beyond")}
+    load_script("alignment/bigram.py").draw(tmp_path / "bigram", {lang: {"base": row, "5000": row} for lang in names})
+
+
+@pytest.mark.figures
+@pytest.mark.parametrize("n_layers", [4, 12, 64])
+def test_gradients_of_many_layers_are_legible(n_layers, tmp_path):
+    script, random = load_script("alignment/gradients.py"), np.random.default_rng(0)
+    names = [f"layer_{layer}.{row}" for layer in range(n_layers) for row in ("q_proj", "o_proj", "up_proj", "router")]
+    units = {name: {kind: {region: random.normal(0, 0.1, 5).tolist() for region in (*names, *script.WHOLE)}
+                    for kind in ("cosine", "shuffled")} for name in ("base", "12500", "125000")}  # fmt: skip
+    script.draw(tmp_path / "gradients", script.summarize(units, 0))
 
 
 @pytest.mark.figures

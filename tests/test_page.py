@@ -180,6 +180,19 @@ def test_sweeps_and_lines_between_runs_are_told_by_their_numbers():
     assert three("connect", "connect", payload | {"worst": None})[0] is None
 
 
+def test_gradients_and_bigrams_are_told_by_the_last_checkpoint():
+    def row(value, name):
+        return {"cosine": value, "shuffled": 0.1, "beyond": {name: value / 2, "ci_low": 0.0, "ci_high": 1.0}}
+
+    one = {"layers": {"layer_0": {"q_proj": row(0.9, "mean"), "ffn": row(0.8, "mean")}}, "all": row(0.4, "mean")}
+    one["attention_minus_ffn"] = {"beyond": {"mean": 0.3, "ci_low": 0.2, "ci_high": 0.4}}
+    payload = {"base": one | {"all": row(0.7, "mean")}, "40": one}
+    assert three("gradients", "gradients", payload, target_lang="gle_Latn") == [(0.4, None), (0.2, None), (0.3, None)]
+    last = {"bigram": row(1.0, "value")["beyond"], "beyond": row(0.2, "value")["beyond"], "documents": 9}
+    table = {"base": {"bigram": row(0.6, "value")["beyond"]}, "40": last}
+    assert three("bigram", "bigram", {"gle_Latn": table, "eng_Latn": table}) == [(0.5, None), (0.3, None), (0.1, None)]
+
+
 def test_what_can_go_of_an_update_is_that_of_the_target_language():
     def kept(value):
         return {"at": {"value": 0.0, "kept": value and {"value": value, "ci_low": 0.0, "ci_high": 1.0}}}

@@ -29,7 +29,8 @@ SHOWN = 15  # lines of the log of what failed
 USUAL = {
     "train_base": 240, "train_cpt": 60, "train_arm": 70, "deactivate": 95, "component_swap_controls": 70,
     "layer_swap_controls": 62, "layer_ablation": 60, "rewind": 60, "truncate": 60, "connect": 30, "spectrum": 30,
-    "arms": 35, "lsn_activation": 27, "activation_counts": 16, "downstream_task": 14, "samples": 12,
+    "arms": 35, "lsn_activation": 27, "gradients": 26, "bigram": 19, "activation_counts": 16, "downstream_task": 14,
+    "samples": 12,
     "language_loss": 12, "token_ids": 11, "downstream_task_swapped": 8, "retrieval": 8, "retrieval_figure": 7,
 }  # fmt: skip
 SHORT = 4
