@@ -111,7 +111,7 @@ def table_of(file: Path, tokenizer, most: int, held: set[str]) -> Table:
             n += len(texts[-1])
     if n == 0:
         raise InputError(f"{file} has no text but what is scored; give --text another file of the language")
-    return Table.of(texts, len(tokenizer))
+    return Table.of(texts, 1 + max(tokenizer.get_vocab().values()))  # ids may have gaps
 
 
 def document_sums(model, tokenizer, documents: list[tuple[str, str]], table: Table, batch_size: int | None) -> list:
@@ -212,9 +212,9 @@ def build_parser():
     add = p.add_argument
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
     text = (
-        "text that bigrams are counted in, as that of the training; default: the study's alignment.bigram.text, else "
+        "text that bigrams are counted in, as that of the training; default: alignment.bigram.text, else data.lsn_text"
     )
-    add("--text", nargs="+", metavar="LANG=FILE", help=text + "data.lsn_text")
+    add("--text", nargs="+", metavar="LANG=FILE", help=text)
     text = f"tokens of a language that are counted, at most; default: alignment.bigram.tokens, else {TOKENS:,}"
     add("--tokens", type=cli.positive, metavar="N", help=text)
     over_run.add_flags(p, RESULTS["bigram"])
@@ -233,7 +233,6 @@ def main(argv=None) -> None:
     facts["tokens"] = int(study.value(args.tokens, "--tokens", "alignment.bigram.tokens", TOKENS))
     files = {lang: Path(facts["heldout"][lang]["file"]) for lang in texts}
     held = {lang: {line.strip() for line in textfiles.texts(file)} for lang, file in files.items()}
-
     tables: dict[str, dict[str, Table]] = {}  # by tokenizer
 
     def measured(model, ref: refs.ModelRef, tokenizer) -> dict:

@@ -19,9 +19,7 @@ Tiny: python alignment/gradients.py --study demo/tiny.yaml
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +66,10 @@ class Weights:
 
     @classmethod
     def of(cls, model, ref: refs.ModelRef, base: refs.ModelRef) -> Weights:
-        """Of `model`, which is `ref`; `base` is the base of an adapter.
+        """Of `model`, which is `ref`, and which has gradients from then on; `base` is the base of an adapter.
 
         Raises:
-            InputError: weights that have no gradient here: quantised, or not in memory.
+            InputError: weights that have none: quantised, or not in memory.
         """
         known, numbers = dict(model.named_parameters(remove_duplicate=False)), {}
         places: dict = {}
@@ -84,8 +82,12 @@ class Weights:
                         number = numbers.setdefault(location.name, len(numbers))
                         places.setdefault((layer, projection), []).append((number, location, part))
         tensors = [known[name] for name in numbers]
-        if any(tensor.is_meta for tensor in tensors):
-            raise InputError(f"{ref.spec} does not fit into memory as a whole, which gradients need")
+        for tensor in tensors:
+            if tensor.is_meta or not tensor.is_floating_point():
+                raise InputError(
+                    f"{ref.spec} is quantised, or does not fit into memory as a whole: it has no gradients"
+                )
+            tensor.requires_grad_(True)
         return cls(places, tensors)
 
     def products(self, one: tuple, other: tuple) -> torch.Tensor:
@@ -100,16 +102,6 @@ class Weights:
                     total += float((a.to(wide) * b.to(wide)).sum(-1).sum(dtype=torch.float64))
             found.append(total)
         return torch.tensor(found, dtype=torch.float64)
-
-    @contextlib.contextmanager
-    def with_gradients(self) -> Iterator[None]:
-        for tensor in self.tensors:
-            tensor.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for tensor in self.tensors:
-                tensor.requires_grad_(False)
 
     def regions(self) -> dict[str, list[int]]:
         """`layer_0.q_proj`, `layer_0.attention`, `attention`, `all`: what is one vector -> the places in it."""
@@ -138,19 +130,17 @@ def cosines(model, weights: Weights, pairs: list[tuple[list[int], list[int]]]) -
 
     There are never more than two gradients: those of all sentences would be as many models.
     """
-    rows = []
-    with weights.with_gradients():
-        last = gradient(model, pairs[-1][1], weights.tensors)
+    last = gradient(model, pairs[-1][1], weights.tensors)
+    last_size, rows = weights.products(last, last), []
+    for source, translation in cli.progress(pairs, "gradients", unit="pair"):
+        own = gradient(model, source, weights.tensors)
+        size = weights.products(own, own)
+        shuffled = [weights.products(own, last), size, last_size]
+        del last  # before the next one is made
+        last = gradient(model, translation, weights.tensors)
         last_size = weights.products(last, last)
-        for source, translation in cli.progress(pairs, "gradients", unit="pair"):
-            own = gradient(model, source, weights.tensors)
-            size, shuffled = weights.products(own, own), weights.products(own, last)
-            row = [shuffled, size, last_size]
-            del last  # before the next one is made
-            last = gradient(model, translation, weights.tensors)
-            last_size = weights.products(last, last)
-            rows.append(torch.stack([weights.products(own, last), size, last_size, *row]))
-            del own
+        rows.append(torch.stack([weights.products(own, last), size, last_size, *shuffled]))
+        del own
     sums = torch.stack(rows)  # [pairs, 6, places]
     found: dict[str, dict[str, list[float]]] = {"cosine": {}, "shuffled": {}}
     for region, places in weights.regions().items():
