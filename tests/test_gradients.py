@@ -149,6 +149,8 @@ def test_a_gradient_of_zeros_and_one_that_is_not_finite(study):
     down.data[0, 0] = float("nan")
     found = SCRIPT.cosines(model, weights, [([1, 5], [1, 7]), ([1, 8], [1, 9])])
     assert np.isnan(found["cosine"]["all"]).all()
+    with pytest.raises(InputError, match="base is quantised, or does not fit into memory as a whole"):
+        SCRIPT.Weights.of(model.to("meta"), ref, ref)
 
 
 def test_differences_are_paired():
