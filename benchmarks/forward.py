@@ -65,10 +65,10 @@ class Bench:
             torch.cuda.synchronize()
 
     def curves(self) -> dict:
-        """All curves and their intervals, of the sentences with themselves for another language."""
+        """All curves, alignment and their intervals, of the sentences with themselves for another language."""
         how = {"batch_size": AT_ONCE}
         found = retrieval.measure(self.model, self.arch, self.tokenizer, self.sentences, self.sentences, **how)
-        return retrieval.payload(found, "", "", "", 42)
+        return retrieval.payload(found, "", "", "", 42) | retrieval.alignment.measure(found, 42)[0]
 
     def counts(self):
         counter = counting.Counter(self.model, self.arch)

@@ -69,6 +69,16 @@ def retrieval(found: evidence.Results, path: Path, models: str = "") -> None:
     sibling("sentence-retrieval/sr_figure.py").draw(path, lines, twin, read[0][1]["n_used"], title)
 
 
+def alignment(found: evidence.Results, path: Path) -> None:
+    folder = found.study.result("alignment") / found.retrieval_folder().name
+    files = [
+        (SimpleNamespace(**ref), found.there(folder / f"{ref['model_id']}.json", "alignment"))
+        for ref in (found.base, *found.run)
+    ]
+    named = tuple(map(figures.language, found.sides().values()))
+    sibling("sentence-retrieval/sr_alignment.py").draw_files(path, files, folder / "untrained.json", named)
+
+
 def layers(found: evidence.Results, path: Path) -> None:
     split, facts = results.read_json(found.path("layers"), "layer-specialize")
     title = Path(facts["retrieval"]).stem.replace("__", "/")
@@ -132,6 +142,7 @@ of = functools.partial
 # Caption -> what draws it; those of the paper are in report/figures.py.
 DRAWN = {
     "retrieval": retrieval,
+    "alignment": alignment,
     "layers": layers,
     "weight_change": weight_change,
     "downstream": downstream,

@@ -206,6 +206,12 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("the same of the base", "layer_accuracy", {"condition": None, "step": 0}, "max"),
         Spec("the same of an untrained model", "layer_accuracy", {"condition": "untrained"}, "max"),
     ),
+    "alignment": (
+        Spec("linear CKA at the best hidden state, tokens of length 1, last checkpoint", "unit_centred/cka",
+             {"condition": None}, "max"),
+        Spec("the same of the base", "unit_centred/cka", {"condition": None, "step": 0}, "max"),
+        Spec("the same of an untrained model", "unit_centred/cka", {"condition": "untrained"}, "max"),
+    ),
     "layers": (
         Spec("hub layers (layer i puts out hidden state i + 1)", "in_hub", take="which"),
         Spec("silhouette of the split (1: clear, 0: none)", "silhouette"),

@@ -25,7 +25,8 @@ COLUMNS = (
     "ci_low", "ci_high", "n", "controls", "result", "file",
 )  # fmt: skip
 PLAIN = "plain"  # the study's own run among its arms and other runs
-OF_ONE = ("sentence-retrieval", "lm_eval", "lsn-activation")  # results of one model, whichever
+OF_PAIR = ("retrieval", "alignment")  # steps whose results lie in a folder of two languages
+OF_ONE = ("sentence-retrieval", "sentence-alignment", "lm_eval", "lsn-activation")  # results of one model, whichever
 WHOLE = ("seed", "step", "layer", "hidden_state", "n", "controls")  # the columns of whole numbers
 
 # A mapping with an interval or a number of units says these of the first of MAIN that it has.
@@ -160,6 +161,7 @@ READERS: dict[str, list] = {
     "rewind": [*CURVES, "{measure:largest|best|beyond}/{condition}/{also:.+}"],
     "rewind-singles": [*SETS, "single/layer_{layer}/{condition}/{measure}"],
     "runs": ["runs/{run}/values/{measure}/mean", "runs/{run}/{measure}"],
+    "sentence-alignment": ["{measure:(?:published|unit_centred)/[^/]+}/{hidden_state}"],
     "sentence-retrieval": ["{measure:[^/]+}/{hidden_state}"],
     "spectrum": [
         "matrices/layer_{layer}.{component}/steps/{step}/{measure}", "pooled/{step}/{measure}",
@@ -296,7 +298,7 @@ def _units(measure: str, header: dict, documents: tuple[str, ...]):
             for key in keys:
                 found = found.get(key) if isinstance(found, dict) else None
             return found
-    return header.get("n_used") if header["schema"] == "sentence-retrieval" else None
+    return header.get("n_used") if header["schema"] in OF_ONE[:2] else None
 
 
 def _of_header(header: dict) -> dict:
@@ -396,11 +398,11 @@ def rows(study: Study, found: list[tuple[str, Path, dict, dict]] | None = None) 
 
 def of_the_pair(table: list[dict], study: Study) -> list[dict]:
     """The rows without retrieval between other languages than the study's, where there is some between these."""
-    pairs = {Path(row["file"]).parent.name for row in table if row["result"] == "retrieval"}
+    pairs = {Path(row["file"]).parent.name for row in table if row["result"] in OF_PAIR}
     with contextlib.suppress(InputError):
         base, target = (str(study.get(f"languages.{side}")) for side in ("base", "target"))
         own = languages.find_pair(pairs, base, target)
-        return [row for row in table if row["result"] != "retrieval" or Path(row["file"]).parent.name == own]
+        return [row for row in table if row["result"] not in OF_PAIR or Path(row["file"]).parent.name == own]
     return table
 
 

@@ -3,11 +3,13 @@
 A sentence's vector at a hidden state is the mean over its tokens. Each base-language sentence looks for its translation
 among all target-language sentences by margin-scored cosine similarity; the accuracy at a hidden state is the share of
 sentences that find it. Low accuracy in outer layers and high accuracy in middle ones shows where languages meet. Beside
-that curve, from the same pass: other vectors and scores, which one token of huge norm does not turn into lengths.
+that curve, from the same pass: other vectors and scores, which one token of huge norm does not turn into lengths, and
+how far the geometries of both languages are one (sr_alignment.py).
 
 In:   one or more models or runs; parallel sentences (FLORES+ dev by default, or SIB-200, two text files, a TSV).
 Out:  <artifact-out>/<base>-<target>/<model id>.json with `layer_accuracy` [[0, acc], ..., [L, acc]] and more,
-      beside it <model id>.pt with `hits` [L+1, sentences], and a figure: a panel per curve, a line per model.
+      beside it <model id>.pt with `hits` [L+1, sentences], and a figure: a panel per curve, a line per model. Of
+      alignment the same in <artifact-out>/alignment (in a study in sentence-alignment).
 
 Full: python sentence-retrieval/sr_experiment.py --model_path meta-llama/Llama-2-7b-hf runs/eus \
           --base eng_Latn --target eus_Latn
@@ -30,6 +32,7 @@ from cpt_utils.measures import curves, gate
 from cpt_utils.models import loading, states
 from cpt_utils.models.batching import Encoded, encode, for_each, padded, positions
 
+alignment = cli.sibling("sentence-retrieval/sr_alignment.py")
 figure = cli.sibling("sentence-retrieval/sr_figure.py")
 chosen = cli.sibling("sentence-retrieval/sr_models.py")
 scoring = cli.sibling("sentence-retrieval/sr_scores.py")
@@ -37,11 +40,12 @@ Job = chosen.Job
 DIGITS = 4  # of what is no count: further ones are float rounding, which moves with the batch
 
 SCHEMA = "sentence-retrieval"
-RESULTS = {"retrieval": "sentence-retrieval"}
+RESULTS = {"retrieval": "sentence-retrieval", "alignment": "sentence-alignment"}
 ASKED = {
     "retrieval": (
         "At which layers is a sentence's translation found among all others, and how does that change in training?"
     ),
+    "alignment": "At which layers is the geometry of both languages one, whether or not translations are found?",
 }
 CAPTIONS = {
     "retrieval": """Part I: 1. Sentence retrieval
@@ -53,6 +57,15 @@ CAPTIONS = {
         the largest token, and how far cosines follow the length of sentences. Grey: there it measures length. Dashed:
         an untrained model of the same configuration. Claim C1, low accuracy in outer layers and high accuracy in middle
         ones, is decided by the profile above the untrained line.""",
+    "alignment": """Part I: 1. Sentence retrieval
+        How far both languages have one geometry, from the same sentences, models and colours; above for the published
+        vectors, which one massive token may rule (then sentences differ in about one dimension, and the row says
+        little else), below for tokens of length 1. Linear CKA, debiased: 1 where the geometries agree but for rotation
+        and scale, 0 in the mean where they have nothing in common. Cosine gap: the mean cosine of translations minus
+        that of all other pairs. Dimensions: the participation ratio of the covariance of a language's sentences. Last
+        row: cosine of the covariances of every two hidden states, without the first direction of each, of the first and
+        the last model; above the diagonal the language of the base, below it the other. Squares along the diagonal are
+        blocks of layers.""",
     "retrieval_swapped": """Part I: 4. Layer swaps
         Sentence retrieval accuracy of the two swapped models at every hidden state: the last checkpoint with the
         semantic hub's layers of the base, and with as many layers drawn at random. One random draw decides nothing;
@@ -62,6 +75,7 @@ CAPTIONS = {
 }
 IMAGES = {
     "retrieval": "*/accuracy.png",
+    "alignment": "*/alignment.png",
     "retrieval_swapped": "*/layer-swap__semantic_hub+layer-swap__random.png",
     "retrieval_components": "*/*+attn_int_swap__*+ffn_lsn_swap__*.png",
 }
@@ -167,7 +181,7 @@ def payload(found: scoring.Retrieval, model_path: str, base: str, target: str, s
     return results.plain(content)
 
 
-def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
+def finished(path: Path, wanted: dict, overwrite: bool, schema: str = SCHEMA) -> dict | None:
     """The payload of a finished result at `path` that was made as `wanted` says; None where it is to be made.
 
     Raises:
@@ -175,7 +189,7 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
     """
     if overwrite or not (path.is_file() and path.with_suffix(".pt").is_file()):
         return None
-    found, header = results.read_json(path, SCHEMA, allow_limited=True)
+    found, header = results.read_json(path, schema, allow_limited=True)
     # Results from before say of no tokenizer, or by another kind of hash, which it was.
     known = tokenizer_id.comparable(header.get("tokenizer"), wanted["tokenizer"])
     wanted = {key: value for key, value in wanted.items() if known or key != "tokenizer"}
@@ -191,13 +205,15 @@ def finished(path: Path, wanted: dict, overwrite: bool) -> dict | None:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Everything a measurement depends on but the model; `how` are arguments of `measure`, `drop`: --drop-revisions."""
+    """Everything a measurement depends on but the model; `how` are arguments of `measure`, `drop`: --drop-revisions;
+    `aligned` is the folder of the results of sr_alignment.py, which are called as those of retrieval."""
 
     pairs: sources.ParallelText
     process: processes.Process
     dtype: torch.dtype
     how: dict
     homes: tuple[str | None, refs.ModelRef | None]
+    aligned: Path
     overwrite: bool
     languages: tuple[str, str]
     drop: bool = False
@@ -211,6 +227,7 @@ class Bench:
             facts[job] = self.facts(job)
             found = finished(job.path, facts[job], self.overwrite)
             if found is not None:
+                finished(self.aligned / job.path.name, facts[job], False, alignment.SCHEMA)
                 cli.say(f"{job.path} is finished")
                 yield job, found
             else:
@@ -218,24 +235,25 @@ class Bench:
         left = [jobs[i] for i in self.process.gather(left)]
         own = iter(self.process.share(left)[1:])  # while one is measured, the next is read
 
-        def measured(job: Job) -> tuple[dict, dict]:
+        def measured(job: Job) -> dict:
             following = next(own, None)
             if following is not None and not following.untrained and not self.drop:
                 loading.prefetch(following.ref)
             return self.measured(job)
 
         for found in self.process.rounds(left, measured):
-            for job, (content, tensors) in found if self.process.is_main else []:
-                results.write_tensors(job.path.with_suffix(".pt"), tensors)
-                results.write_json(job.path, content, results.header(SCHEMA, **facts[job]))
+            for job, made in found if self.process.is_main else []:
+                for schema, (content, tensors) in made.items():
+                    path = job.path if schema == SCHEMA else self.aligned / job.path.name
+                    results.write_tensors(path.with_suffix(".pt"), tensors)
+                    results.write_json(path, content, results.header(schema, **facts[job]))
                 yield job, content
 
-    def measured(self, job: Job) -> tuple[dict, dict[str, torch.Tensor]]:
-        """A new measurement: payload, and the tensors of its .pt."""
+    def measured(self, job: Job) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
+        """A new measurement: by schema a payload, and the tensors of its .pt; retrieval, which ends a step, is last."""
         ref, process = job.ref, self.process
         if job.untrained:
-            seed = self.how["seed"]
-            model = loading.load_untrained(ref, self.dtype, process.device, seed, process.device_map)
+            model = loading.load_untrained(ref, self.dtype, process.device, self.how["seed"], process.device_map)
         else:
             model = loading.load_for(process, ref, self.dtype)
         tokenizer = tokenization.load_tokenizer(ref, *self.homes)
@@ -245,8 +263,11 @@ class Bench:
         del model
         if self.drop and ref.step is not None:
             ref.drop()
-        name = "untrained" if job.untrained else ref.spec
-        return payload(found, name, *self.languages, self.how["seed"]), found.tensors()
+        name, seed = "untrained" if job.untrained else ref.spec, self.how["seed"]
+        content = payload(found, name, *self.languages, seed)
+        about = {key: content[key] for key in ("model_path", "base_lang", "target_lang", "timestamp")}
+        aligned, maps = alignment.measure(found, seed)
+        return {alignment.SCHEMA: (about | aligned, maps), SCHEMA: (content, found.tensors())}
 
     def facts(self, job: Job) -> dict:
         """What the header says, and what a finished file must agree with."""
@@ -306,12 +327,13 @@ def main(argv=None) -> None:
 
     process, dtype = processes.from_arguments(args, study)
     given = args.artifact_out or (None if study else "artifacts")
-    place = study.output(given, "--artifact-out", "retrieval", beside.name(study, limit=pairs.facts["limit"]))
-    folder = place / f"{base}-{target}"
+    pair, other = f"{base}-{target}", beside.name(study, limit=pairs.facts["limit"])
+    folder = study.output(given, "--artifact-out", "retrieval", other) / pair
+    aligned = (Path(given, "alignment") if given else study.output(None, "", "alignment", other)) / pair
     how = {"variant": args.margin_variant, "k": args.k, "special_tokens": not args.no_special_tokens}
     how |= {"seed": study.seed, "batch_size": args.batch_size}
     homes = chosen.study_homes(study)
-    bench = Bench(pairs, process, dtype, how, homes, args.overwrite, (base, target), args.drop_revisions)
+    bench = Bench(pairs, process, dtype, how, homes, aligned, args.overwrite, (base, target), args.drop_revisions)
     double = [ref for ref in models if sum(other.model_id == ref.model_id for other in models) > 1]
     if double:
         raise InputError(
@@ -342,7 +364,12 @@ def main(argv=None) -> None:
         gate.tell(*(gate.of_results(job.path, twin, job.ref.spec, study.seed, measure) for job, twin in has))
     untrained = found[twins[models[0]].path] if twins else None
     name = "accuracy" if chosen.is_whole(study, args, models) else chosen.figure_name(args.model_path, models)
-    figure.draw(folder / name, lines, untrained, len(pairs), " to ".join(map(figures.language, (base, target))))
+    named = figures.language(base), figures.language(target)
+    figure.draw(folder / name, lines, untrained, len(pairs), " to ".join(named))
+    if twins or len(models) > 1:  # the workflow's call for one model is no figure's
+        files = [(ref, aligned / job.path.name) for ref, job in zip(models, jobs, strict=False)]
+        twin = aligned / twins[models[0]].path.name if twins else None
+        alignment.draw_files(aligned / ("alignment" if name == "accuracy" else name), files, twin, named)
     cli.say(f"wrote {len(lines)} result{'s' * (len(lines) > 1)} and the figure {folder / name}.pdf")
 
 
