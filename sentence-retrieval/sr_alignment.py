@@ -96,14 +96,14 @@ def cosine_gap(a: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def at_state(x: torch.Tensor, y: torch.Tensor, others: torch.Tensor, centred: bool) -> dict[str, tuple]:
-    """All MEASURES of two languages' sentences [n, hidden], paired by row: (number, what each sentence adds)."""
+    """All MEASURES of two languages' sentences [n, hidden], paired by row: (number, what each sentence adds); of a
+    participation ratio the logarithm, so that its interval stays above 0."""
     middle = x - x.mean(0), y - y.mean(0)
     grams = [each @ each.T for each in middle]
     found = {"cka": jackknifed(cka(*grams))}
     found["cosine_gap"] = cosine_gap(scoring.cosine(*(middle if centred else (x, y))), others)
-    return found | {
-        f"participation_ratio_{side}": jackknifed(participation(k)) for side, k in zip(SIDES, grams, strict=True)
-    }
+    logs = [jackknifed(participation(k).log()) for k in grams]
+    return found | {f"participation_ratio_{side}": log for side, log in zip(SIDES, logs, strict=True)}
 
 
 # ---------------------------------------------------------------- between hidden states
@@ -167,8 +167,11 @@ def measure(found: scoring.Retrieval, seed: int) -> tuple[dict, dict[str, torch.
         ends = np.stack(stats.bootstrap_means(units, seed), -1)
         content[name] = {}
         for (key, (_, digits)), interval in zip(MEASURES.items(), ends, strict=True):
-            values = [round(row[key][0].item(), digits) for row in rows]
-            content[name] |= {key: _by_state(values), f"{key}_ci": _by_state(interval.round(digits).tolist())}
+            values = np.array([row[key][0].item() for row in rows])
+            if key.startswith("participation"):
+                values, interval = np.exp(values), np.exp(interval)
+            for named, each in ((key, values), (f"{key}_ci", interval)):
+                content[name][named] = _by_state(each.round(digits).tolist())
         for side, states in zip(SIDES, sides, strict=True):
             near = similarity(states)
             maps[f"{name}.{side}"] = near.float()

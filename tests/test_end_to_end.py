@@ -67,6 +67,7 @@ def test_every_result_and_figure_is_there(finished):
     results = finished / "results/tiny"
     for name in (
         f"sentence-retrieval/{PAIR}/accuracy",
+        f"sentence-alignment/{PAIR}/alignment",
         f"sentence-retrieval/{PAIR}/layer-swap__semantic_hub+layer-swap__random",
         "layer-specialize/layers",
         "weight-diff/int_and_sem",
