@@ -61,7 +61,7 @@ def cka(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     Languages without anything in common have 0 in the mean, so that a value may be below 0; NaN where the sentences of
     a language do not differ.
     """
-    k, m = (gram - gram.diagonal().diag() for gram in (k, m))
+    k, m = (gram.clone().fill_diagonal_(0) for gram in (k, m))
     across, own, other = hsic(k, m), hsic(k, k), hsic(m, m)
     return torch.where((own > 0) & (other > 0), across / (own * other).sqrt(), float("nan"))
 
@@ -87,12 +87,13 @@ def cosine_gap(a: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
     """The mean cosine of translations minus that of all other pairs, and what each sentence adds to it [n].
 
     Args:
-        a: cosines [n, n], translations on the diagonal; `others`: the pairs that are none.
+        a: cosines [n, n], translations on the diagonal; `others`: 1 for the pairs that are none, else 0.
     """
-    own, apart = a.diagonal(), a[others].mean()
-    moved = (a - apart).masked_fill(~others, 0)
-    gap = own.mean() - apart
-    return gap, gap + own - own.mean() - len(a) / others.sum() * (moved.sum(0) + moved.sum(1))
+    own, apart, count = a.diagonal(), a * others, others.sum()
+    mean = apart.sum() / count
+    moved = apart.sum(0) + apart.sum(1) - mean * (others.sum(0) + others.sum(1))
+    gap = own.mean() - mean
+    return gap, gap + own - own.mean() - len(a) / count * moved
 
 
 def at_state(x: torch.Tensor, y: torch.Tensor, others: torch.Tensor, centred: bool) -> dict[str, tuple]:
@@ -157,7 +158,7 @@ def measure(found: scoring.Retrieval, seed: int) -> tuple[dict, dict[str, torch.
     """Of each of VECTORS the MEASURES by hidden state with 95 % intervals, and the similarity of neighbouring states;
     for the .pt that of all states, by vector and side."""
     asks, answers = (each[:, None] != each for each in found.copies)
-    others = asks & answers  # a copy of a sentence is no other one
+    others = (asks & answers).double()  # a copy of a sentence is no other one
     content, maps = {}, {}
     for name, (pooled, centred) in VECTORS.items():
         sides = [getattr(each, pooled) for each in (found.base, found.target)]
