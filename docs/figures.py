@@ -177,6 +177,8 @@ DRAWN = {
     "rewind_energy": rewind_energy,
     "truncate": of(plain, "truncate", "spectral/truncate.py"),
     "connect": of(plain, "connect", "spectral/connect.py"),
+    "routing": of(plain, "routing", "moe-routing/routing.py"),
+    "router_steering": of(plain, "router_steering", "moe-routing/steering.py"),
     "claims": claims,
     "fig1_retrieval": paper.retrieval,
     "fig2_change": paper.change,
@@ -205,7 +207,7 @@ def captions() -> dict[str, tuple[str, str | None, str, str]]:
     found |= BESIDE
     places = {name: (section, subsection or "", list(DRAWN).index(name))
               for name, (section, subsection, *_) in found.items() if name in DRAWN}  # fmt: skip
-    parts = ["Part I", "Part II", "Part III", "Part IV"]
+    parts = ["Part I", "Part II", "Part III", "Part IV", "Part V"]
     order = sorted(places, key=lambda name: (
         parts.index(places[name][0]) if places[name][0] in parts else len(parts), *places[name]))  # fmt: skip
     return {name: found[name] for name in order}

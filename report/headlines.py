@@ -143,6 +143,7 @@ TARGET, BASE, ANY = "languages.target", "languages.base", object()  # the study'
 LOSS = "nll_per_byte"
 PER_BYTE = "loss (nats a byte)"
 OF_ANY = {"run": ANY, "language": TARGET}
+ITS_EXPERTS = {"condition": "suppressed", "component": TARGET}
 
 
 @dataclass(frozen=True)
@@ -316,6 +317,17 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
              {"language": ANY}, "max"),
         Spec(f"barrier in the {PER_BYTE}, new language", f"measures/{LOSS}/barrier", {"language": TARGET}),
         Spec("cosine of the two updates", "cosine", {"component": "all"}),
+    ),
+    "routing": (
+        Spec("divergence of the languages' routing, last checkpoint, mean over layers", "divergence", {"layer": None}),
+        Spec("its change from the base", "change"),
+        Spec("experts that the new language uses more", "n_experts", {"language": TARGET}),
+    ),
+    "router_steering": (
+        Spec(f"change of the {PER_BYTE} without its experts, new language", "change",
+             ITS_EXPERTS | {"language": TARGET}),
+        Spec("the same without random experts, mean", "random_mean", ITS_EXPERTS | {"language": TARGET}),
+        Spec("change in the language of the base", "change", ITS_EXPERTS | {"language": BASE}),
     ),
 }  # fmt: skip
 

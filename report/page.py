@@ -32,6 +32,7 @@ PARTS = {
     "Part II": "Attention, FFN and language-specific neurons",
     "Part III": "Where in the stack a language is learnt",
     "Part IV": "The update itself",
+    "Part V": "Neighbouring measures",
 }
 
 

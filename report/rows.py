@@ -38,8 +38,8 @@ UNITS = ("n", "n_units", "n_points", "documents", "n_tokens")
 CONTROLS = ("n_random", "n_matched", "n_pairs", "draws")
 # Not numbers, but settings, and lists of layers, heads and names.
 SETTINGS = {
-    results.HEADER, "request", "shape", "step", "n_layers", "seed", "set", "layer", "expert", "orders", "sweeps",
-    "what",
+    results.HEADER, "request", "shape", "step", "n_layers", "seed", "set", "layer", "expert", "experts", "orders",
+    "sweeps", "what",
 }  # fmt: skip
 LABELS = {
     "interface_layers", "semantic_layers", "semantic_hub_layers", "random_layers", "layers",
@@ -158,7 +158,17 @@ READERS: dict[str, list] = {
     "lsn-report": [
         "languages/{language}/{measure:counts|own}/{layer}", "languages/{language}/{measure}",
     ],
+    "moe-routing": [
+        LAYER + "/{measure:use_difference}/{component}", LAYER + "/{measure:divergence.*}",
+        LAYER + "/{measure:\\w+}/{language}", "checkpoints/{step}/{measure:n_experts}/{language}",
+        "checkpoints/{step}/{measure}",
+    ],
     "rewind": [*CURVES, "{measure:largest|best|beyond}/{condition}/{also:.+}"],
+    "router-steering": [
+        ("steered/{step}/{condition}/{component}/{language}", {"measure": "change"}),
+        "steered/{step}/{condition}/{component}/{language}/{measure}",
+        ("unsteered/{step}/{language}", {"measure": "nll_per_byte"}),
+    ],
     "rewind-singles": [*SETS, "single/layer_{layer}/{condition}/{measure}"],
     "runs": ["runs/{run}/values/{measure}/mean", "runs/{run}/{measure}"],
     "sentence-alignment": ["{measure:(?:published|unit_centred)/[^/]+}/{hidden_state}"],

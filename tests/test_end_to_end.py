@@ -60,6 +60,8 @@ def finished(clone, warm):
     before = weights.stat().st_mtime_ns
     run([*workflow, "--report-after-run", "--report", "results/tiny.html"], clone)
     assert weights.stat().st_mtime_ns == before  # what was finished is not made again
+    steered = "results/moe-tiny/moe-routing/steering.json"  # a mixture of experts, on the same world
+    run([warm, SNAKEMAKE, *STUDY[:-1], "study=demo/moe-tiny.yaml", "--cores", "2", "--", steered], clone)
     return clone
 
 
@@ -95,8 +97,8 @@ def test_every_result_and_figure_is_there(finished):
             assert (results / f"{name}{suffix}").stat().st_size > 2000, name + suffix
     assert len(list((results / "report/figures").glob("fig*.pdf"))) == 10
     page = (results / "report.html").read_text()
-    # All but the two comparisons of runs, of which this study has none.
-    assert page.count("<img ") > 25 and page.count("Not measured") == 2 and "figure is missing" not in page
+    # All but the two comparisons of runs and the routing of experts, of which this study has none.
+    assert page.count("<img ") > 25 and page.count("Not measured") == 4 and "figure is missing" not in page
     assert "step 40" in (results / "samples.html").read_text()
     report = (finished / "results/tiny.html").read_text()
     for section in (
@@ -122,9 +124,10 @@ def test_every_figure_is_drawn_anew_and_legible(finished, tmp_path, monkeypatch)
     """From the results alone; the mark has each looked at for text that is cut off or lies on other text."""
     gallery = helpers.load_script("docs/figures.py")
     monkeypatch.chdir(finished)
-    said = gallery.draw([Study.find("demo/tiny.yaml", None)], tmp_path)
-    # It has no other run, and no arm that trains outer layers.
-    assert [name for name, (study, _) in said.items() if study != "tiny"] == ["compare", "runs"]
+    said = gallery.draw([Study.find(f"demo/{name}.yaml", None) for name in ("tiny", "moe-tiny")], tmp_path)
+    # It has no other run, no arm that trains outer layers, and no experts.
+    of_others = {name: study for name, (study, _) in said.items() if study != "tiny"}
+    assert of_others == {"compare": "", "runs": "", "routing": "moe-tiny", "router_steering": "moe-tiny"}
     assert {path.stem for path in tmp_path.glob("*.png")} >= set(gallery.DRAWN) - {"compare", "runs"}
 
 

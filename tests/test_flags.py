@@ -25,6 +25,8 @@ RUN_AND_BASE = (
     "spectral/spectrum.py",
     "alignment/gradients.py",
     "alignment/bigram.py",
+    "moe-routing/routing.py",
+    "moe-routing/steering.py",
 )
 # The published --base of sentence retrieval is a language.
 RUN_ALONE = ("sentence-retrieval/sr_experiment.py", "lsn/activation.py")

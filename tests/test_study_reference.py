@@ -63,6 +63,8 @@ def test_what_holds_without_a_key_is_what_the_scripts_take():
     assert int(usual["spectral.truncate.draws"]) == truncate.DRAWS and usual["spectral.truncate.curves"] == "all"
     assert [*truncate.SHARES] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]  # "0.1 to 0.9, 0.95"
     assert [*load_script("spectral/connect.py").AT] == [i / 10 for i in range(11)]  # "0, 0.1, .., 1"
+    steering = load_script("moe-routing/steering.py")
+    assert float(usual["routing.strengths"]) == steering.STRENGTH and int(usual["routing.random"]) == steering.RANDOM
     assert int(usual["ablation.shots"]) == load_script("layer-ablation/ablation_sweep.py").SHOTS
     assert int(usual["lsn.tokens"].replace(",", "")) == load_script("lsn/load_oscar.py").TOKENS
 

@@ -49,6 +49,7 @@ class Plan:
     alignment: bool  # gradients and bigrams: the same
     bigram: bool
     left_out: list[str] = field(default_factory=list)
+    routing: bool = False  # of a mixture of experts: the same
 
 
 def plan(study: Study) -> Plan:
@@ -91,7 +92,8 @@ def plan(study: Study) -> Plan:
     bigram = asked[-1] and any(heldout[c] and counted.get(languages.find(counted, c, default=None)) for c in heldout)
     more = "correlations with bigrams: no language has data.heldout and other text (alignment.bigram.text)"
     left_out += [more] * (asked[-1] and not bigram)
-    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked, bigram, left_out)
+    asked = [*asked, bigram, left_out, study.get("routing") is not None]
+    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked)
 
 
 # ---------------------------------------------------------------- the report
@@ -158,6 +160,8 @@ def models(study: Study, report: Report) -> list[Model]:
     first = report.tried(look_at, base) if base else None
     if first:
         report.say(f"base {base.spec}: {described(first)}")
+    if first and study.get("routing") is not None:
+        report.tried(cli.sibling("moe-routing/routing.py").layers_of, base)
     run = report.tried(refs.run, study.get("run") or "") if _is_there(study, "run", report) else None
     found = [model for ref in run or [] if (model := report.tried(look_at, ref, base))]
     if found:
@@ -345,6 +349,10 @@ def passes(
     if chosen.alignment:  # there and back, and products: four times as far
         share = min(1, (study.get("alignment.gradients.pairs") or 100) / max(1, sizes["n_pairs"]))
         yield "gradients, bigrams", (n_checkpoints + 1) * (4 * share * pairs + chosen.bigram * sizes["heldout"])
+    if chosen.routing:
+        yield "routing of tokens to experts", (n_checkpoints + 1) * pairs
+        ways, sets = len(study.get("routing.strengths") or "1") + 2, 1 + 2 * (study.get("routing.random") or 5)
+        yield "steering of routers", 2 * (1 + 2 * ways * sets) * sizes["heldout"]
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)
         yield f"neuron counts, {each:,.0f} tokens a language", sizes["neurons"]
@@ -369,7 +377,7 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
     report.say(f"forward passes: {_time(total)} on {where} (most of it {largest})")
     # Of each model its retrieval; of each part its scripts, as the Snakefile has them.
     steps = len(found) + 14 + 3 * chosen.task + 2 * chosen.losses + 12 * bool(chosen.lsn) + chosen.deactivation
-    steps += chosen.ablation + 5 * chosen.spectral + chosen.alignment + chosen.bigram
+    steps += chosen.ablation + 5 * chosen.spectral + chosen.alignment + chosen.bigram + 2 * chosen.routing
     report.say(
         f"beside them the start of about {steps} steps: {_time(START * steps)}, longer where models are loaded slowly"
     )

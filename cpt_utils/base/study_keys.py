@@ -96,6 +96,7 @@ class Ablation(Keys):
 
 Share = Annotated[float, Field(gt=0, lt=1, description="it must be a number between 0 and 1")]
 Coefficient = Annotated[float, Field(strict=False, ge=-1, le=2, description="it must be a number from -1 to 2")]
+Strength = Annotated[float, Field(strict=False, ge=0, description="it must be a number, 0 or more")]
 
 
 class Rewind(Keys):
@@ -144,6 +145,15 @@ class Alignment(Keys):
 
     gradients: Gradients | None = key("cosines of the gradients of translations", {"pairs": 40}, "its defaults")
     bigram: Bigram | None = key("correlation of surprisal with bigrams", {"tokens": 100_000}, "its defaults")
+
+
+class Routing(Keys):
+    """The defaults of moe-routing/steering.py; that the key is there asks the workflow for both scripts."""
+
+    strengths: list[Strength] | None = key(
+        "by how many standard deviations of the logits routers are steered softly", [0.5, 1.0], "1.0"
+    )
+    random: Count = key("random sets of experts, and at most as many shifts to other layers", 10, "5")
 
 
 class Lora(Keys):
@@ -241,6 +251,9 @@ class Study(Keys):
     spectral: Spectral | None = key("asks for Part IV; `{}` will do (spectral/README.md)", {}, "left out")
     alignment: Alignment | None = key(
         "asks for gradients and bigrams; `{}` will do (alignment/README.md)", {}, "left out"
+    )
+    routing: Routing | None = key(
+        "of a mixture of experts: asks where tokens are routed; `{}` will do (moe-routing/README.md)", {}, "left out"
     )
 
     @model_validator(mode="after")

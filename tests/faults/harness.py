@@ -76,6 +76,10 @@ COMMANDS = (
     _command("spectrum", "spectral/spectrum.py", "--draws 1"),
     _command("gradients", "alignment/gradients.py", "--pairs 3"),
     _command("bigram", "alignment/bigram.py"),
+    _command("routing", "moe-routing/routing.py", "--base models/moe/base --run models/moe/run "
+             "--output moe/routing.json"),
+    _command("router_steering", "moe-routing/steering.py", "--base models/moe/base --run models/moe/run --random 1 "
+             "--routing moe/routing.json --output moe/steering.json"),
     _command("claims", "report/claims.py"),
     _command("figures", "report/figures.py"),
     _command("export", "report/export.py"),
@@ -139,6 +143,8 @@ def make_world(folder: Path) -> None:
                 rows.append(f"{number}\t{draw.choice(['travel', 'sports', 'health'])}\t{text} {number}")
             (place / f"{split}.tsv").write_text("\n".join(rows) + "\n")
     helpers.save_tiny("llama", folder / "models" / "base", seed=1, layers=4, shards=2)
+    for seed, name in enumerate(("base", "run/checkpoint-4")):
+        helpers.save_tiny("olmoe", folder / "models" / "moe" / name, seed=seed, layers=2, tokenizer=True)
     (folder / "study.yaml").write_text(STUDY)
     (folder / "cpt.yaml").write_text(TRAINING)
 

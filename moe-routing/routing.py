@@ -1,0 +1,378 @@
+"""Where a mixture of experts sends two languages: how far apart they are routed, and which experts are one's own.
+
+The same parallel sentences go through the base and every checkpoint. By layer: the divergence of the languages' mean
+router distributions, entropies, how often two tokens share experts, what CPT changed, and the experts that one
+language is sent to more than the other. Controls are the same sentences with the languages of pairs swapped at random.
+
+In:   B and RUN (default: the study's), mixtures of experts; parallel sentences.
+Out:  OUT (default: the study's moe-routing/routing.json): `checkpoints` by step; .pt and figure beside it.
+
+A killed run goes on with the next model. On several GPUs: accelerate launch moe-routing/routing.py ...; each process
+measures whole models, and the numbers are the same.
+
+Full: python moe-routing/routing.py --base allenai/OLMoE-1B-7B-0924 --run runs/eus --base-lang eng_Latn --target-lang eus_Latn --output routing.json
+Tiny: python moe-routing/routing.py --study demo/moe-tiny.yaml
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions
+from cpt_utils.models import batching, loading, routers
+
+SCHEMA = "moe-routing"
+RESULTS = {"routing": "moe-routing/routing.json"}
+ASKED = {"routing": "Which experts do the two languages share, and does continued pre-training move either?"}
+CAPTIONS = {
+    "routing": """Part V: 5. Mixture-of-experts routing
+        Left: how far apart the languages are routed, by layer (0: alike, 1: no expert in common), with 95 % intervals
+        over sentences, and dashed what random swaps of the languages of pairs leave. Middle: the share of their experts
+        that two tokens have in common, of one sentence and of a sentence and its translation, over what chance gives.
+        Right: by how much more an expert is used in the new language than in the base's, at the last checkpoint; dots
+        are experts beyond all but 5 % of the random swaps, whichever expert these favour.""",
+}
+BASE, SIDES = "base", ("base", "target")
+DRAWS = 1000  # of swaps, and of sentences
+ALPHA = 0.05
+OF_DIVERGENCE = ("ci_low", "ci_high", "null_mean", "p_value")
+NOTHING = 1e-9  # nats; below it a number is what rounding leaves
+
+
+# ---------------------------------------------------------------- the method
+
+
+def routed(model, arch, tokenizer, texts: list[str], batch_size: int | None = None) -> routers.Routed:
+    """What the routers did with each of `texts`; tokens that the tokenizer adds are read, and enter nothing."""
+    made = batching.encode(tokenizer, texts, batching.positions(model))
+    device, found = loading.input_device(model), [None] * len(texts)
+
+    def step(rows: list[int]) -> None:
+        ids, mask = (t.to(device) for t in batching.padded([made.ids[i] for i in rows], tokenizer.pad_token_id))
+        special, _ = batching.padded([made.special[i] for i in rows], 1)
+        parts = routers.read(model, arch, ids, mask, mask * (1 - special.to(device)))
+        for at, i in enumerate(rows):
+            found[i] = [part[at] for part in parts]
+
+    batching.for_each(model, "routers", [len(ids) for ids in made.ids], step, batch_size)
+    whole = routers.Routed(*(torch.stack(parts).numpy() for parts in zip(*found, strict=True)))
+    if not np.isfinite(whole.share).all():
+        raise InputError("the routers' logits are not finite: NaN weights, or an overflow (try --dtype float32)")
+    if not whole.tokens.all():
+        raise InputError(f"{texts[int(whole.tokens.argmin())]!r} has no token but special ones; remove the line")
+    return whole
+
+
+def entropy(shares: np.ndarray) -> np.ndarray:
+    """Of distributions [.., experts], in nats."""
+    from scipy import special
+
+    return special.entr(shares).sum(-1)
+
+
+def divergence(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """JSD of distributions [.., experts] over the most that their entropies allow: 0 alike, 1 as far as can be.
+
+    JSD(a, b) / (ln E - (H(a) + H(b)) / 2); of two uniform ones, where that is 0 / 0, it is 0.
+    """
+    halves = (entropy(one) + entropy(other)) / 2
+    most = np.log(one.shape[-1]) - halves
+    found = (entropy((one + other) / 2) - halves) / np.maximum(most, NOTHING)
+    return np.where(most > NOTHING, found, 0).clip(0, 1)
+
+
+def over_tokens(side: routers.Routed, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(mean router distribution, share of the tokens that an expert is called for), [.., layers, experts] each, of all
+    tokens of the sentences together; `weights` [draws, sentences]: of draws of sentences."""
+    n = len(side.tokens)
+    weights = np.ones(n) if weights is None else weights
+    tokens = np.asarray(weights @ side.tokens)[..., None, None]
+    return tuple(
+        (weights @ part.reshape(n, -1)).reshape(*weights.shape[:-1], *part.shape[1:]) / tokens
+        for part in (side.share, side.chosen)
+    )
+
+
+def swapped(sides: list[routers.Routed], swaps: np.ndarray) -> tuple:
+    """(router distributions, shares of tokens) of both sides, in each draw with those pairs the other way round that a
+    row of `swaps` [draws, sentences] says."""
+    joined = routers.Routed(*(np.concatenate(parts) for parts in zip(*sides, strict=True)))
+    ways = np.concatenate([1 - swaps, swaps], 1), np.concatenate([swaps, 1 - swaps], 1)
+    return tuple(zip(*(over_tokens(joined, weights.astype(np.float64)) for weights in ways), strict=True))
+
+
+def in_common(one: routers.Routed, other: routers.Routed) -> tuple[np.ndarray, np.ndarray]:
+    """[layers]: the share of its k experts that a token has in common with another one, and that of unlike sentences.
+
+    Over all pairs of tokens of one sentence, or where `other` is another language of a sentence and its translation:
+    sums of c_e (c_e - 1), or c_e c'_e, over experts and sentences, c_e the tokens of a sentence that e was called for.
+    """
+    same = one is other
+    k = one.chosen.sum((0, 2)) / one.tokens.sum()
+    pairs = (one.tokens * (other.tokens - same)).sum()
+    shared = (one.chosen * (other.chosen - same)).sum((0, 2))
+    chance = (over_tokens(one)[1] * over_tokens(other)[1]).sum(-1) / k
+    return shared / max(pairs, 1) / k, chance
+
+
+def experts_apart(delta: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """The p of every expert [layers, experts] that it is used alike, of all experts together (Westfall and Young).
+
+    Args:
+        delta: the difference of its use; `null` [draws, layers, experts]: the same with pairs swapped at random. Each
+            is taken over its spread in the draws, of which those count whose largest of all experts is as large.
+    """
+    spread = np.sqrt((null**2).mean(0))
+    scale = np.where(spread > NOTHING, 1 / np.maximum(spread, NOTHING), 0)
+    largest = np.sort(np.abs(null * scale).max((1, 2)))
+    beyond = len(null) - np.searchsorted(largest, np.abs(delta * scale) * (1 - 1e-9))
+    return (1 + beyond) / (1 + len(null))
+
+
+def summarize(sides: list[routers.Routed], seed: int) -> dict:
+    """What a record says of a model, from both languages of the same sentences."""
+    n, rng = len(sides[0].tokens), np.random.default_rng(seed)
+    shares, uses = zip(*map(over_tokens, sides), strict=True)
+    null_shares, null_uses = swapped(sides, rng.integers(0, 2, (DRAWS, n)))
+    apart, null = divergence(*shares), divergence(*null_shares)
+    weights = stats.resample_weights(n, seed, DRAWS)
+    drawn = divergence(*(over_tokens(side, weights)[0] for side in sides))  # [draws, layers]
+    ends, most = stats.interval(drawn, 0), np.log(shares[0].shape[-1])
+    base, target = sides
+    common = {"base": in_common(base, base), "target": in_common(target, target), "across": in_common(base, target)}
+    by_layer = {
+        "divergence": apart, "ci_low": ends[0], "ci_high": ends[1], "null_mean": null.mean(0),
+        "p_value": (1 + (null >= apart).sum(0)) / (1 + DRAWS),
+        "entropy": dict(zip(SIDES, (entropy(share) / most for share in shares), strict=True)),
+        "token_entropy": {
+            name: side.entropy.sum(0) / side.tokens.sum() / most for name, side in zip(SIDES, sides, strict=True)
+        },
+        "in_common": {name: found for name, (found, _) in common.items()},
+        "in_common_chance": {name: chance for name, (_, chance) in common.items()},
+    }  # fmt: skip
+    p = experts_apart(uses[1] - uses[0], null_uses[1] - null_uses[0])
+    return results.plain(by_layer | {"share": shares, "use": uses, "p": p, "drawn_mean": drawn.mean(1)})
+
+
+def apart(more: np.ndarray, p: np.ndarray) -> list[int]:
+    """The experts that are used more ([experts] how much), those of the largest difference first."""
+    return [int(e) for e in np.argsort(-more, kind="stable") if more[e] > 0 and p[e] <= ALPHA]
+
+
+def payload_of(records: list[dict], layers: list[int], codes: dict[str, str]) -> dict[str, dict]:
+    """What the result says of each model, the base first; `codes`: the language of "base" and of "target"."""
+    named, found = codes | {"across": "across"}, {}
+    before, drawn_before = np.asarray(records[0]["share"]), np.asarray(records[0]["drawn_mean"])
+    for record in records:
+        share, use, p = (np.asarray(record[key]) for key in ("share", "use", "p"))
+        rows: dict[str, dict] = {}
+        for at, layer in enumerate(layers):
+            row = {"divergence": {"value": record["divergence"][at], **{key: record[key][at] for key in OF_DIVERGENCE}}}
+            for key in ("entropy", "token_entropy", "in_common", "in_common_chance"):
+                row[key] = {named[side]: values[at] for side, values in record[key].items()}
+            if record["name"] != BASE:
+                moved = zip(codes.values(), share[:, at], before[:, at], strict=True)
+                row["moved"] = {code: float(divergence(now, then)) for code, now, then in moved}
+            row["use_difference"] = (use[1, at] - use[0, at]).tolist()
+            row["experts"] = {
+                code: apart(sign * (use[1, at] - use[0, at]), p[at])
+                for code, sign in zip(codes.values(), (-1, 1), strict=True)
+            }
+            rows[f"layer_{layer}"] = row
+        mean, drawn = np.mean(record["divergence"]), np.asarray(record["drawn_mean"])
+        own = {"divergence": stats.with_interval(mean, drawn)}
+        if record["name"] != BASE:
+            own["change"] = stats.with_interval(mean - np.mean(records[0]["divergence"]), drawn - drawn_before)
+        own["n_experts"] = {code: sum(len(row["experts"][code]) for row in rows.values()) for code in codes.values()}
+        found[record["name"]] = own | {"layers": rows}
+    return found
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def draw(path: Path, payload: dict) -> None:
+    """Divergence by layer, experts in common by layer, and the use of each expert at the last checkpoint."""
+    with figures.style() as plt:
+        fig, axes = plt.subplots(1, 3, figsize=(figures.PAGE, 2.9), width_ratios=(1, 1, 1.1))
+        draw_divergence(axes[0], payload["checkpoints"])
+        draw_in_common(axes[1], payload["checkpoints"], *payload["languages"].values())
+        image = draw_use(axes[2], list(payload["checkpoints"].values())[-1]["layers"])
+        base, target = map(figures.language, payload["languages"].values())
+        fig.colorbar(image, ax=axes[2], label=f"use: {target}\nminus {base}")
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        title = "two tokens of (dotted: base)"
+        fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", title=title)
+        figures.save(fig, path)
+
+
+def over_layers(model: dict, key: str, what: str) -> np.ndarray:
+    return np.array([row[key][what] for row in model["layers"].values()], dtype=np.float64)
+
+
+def layer_ticks(axis, model: dict, places: bool = False) -> list[int]:
+    """Ticks at the layers with experts, at most eight; `places`: where each stands in a row without the others."""
+    layers = [int(name.removeprefix("layer_")) for name in model["layers"]]
+    every = slice(None, None, -(-len(layers) // 8))
+    axis.set_xticks((range(len(layers)) if places else layers)[every], layers[every])
+    axis.set_xlabel("layer")
+    return layers
+
+
+def draw_divergence(axis, models: dict) -> None:
+    names = list(models)
+    colours = [figures.colour("base"), *figures.colours(len(names) - 1, ordered=True)]
+    shown = {BASE, names[-1]} | ({*names} if len(names) < figures.MOST else set())
+    for (name, model), colour in zip(models.items(), colours, strict=True):
+        layers = layer_ticks(axis, model)
+        label = ("base" if name == BASE else f"step {name}") if name in shown else None
+        axis.plot(layers, over_layers(model, "divergence", "value"), color=colour, marker="o", label=label)
+        ends = [over_layers(model, "divergence", end) for end in ("ci_low", "ci_high")]
+        axis.fill_between(layers, *ends, color=colour, alpha=0.15, linewidth=0)
+    null = over_layers(models[names[-1]], "divergence", "null_mean")
+    axis.plot(layers, null, "--", color=figures.colour("chance"), label="pairs swapped")
+    axis.set_ylabel("divergence of the languages' routing")
+    axis.set_ylim(bottom=0)
+
+
+def draw_in_common(axis, models: dict, base: str, target: str) -> None:
+    looks = ((base, "base", "o"), (target, "target", "s"), ("across", "hub", "^"))
+    for what, meaning, marker in looks:
+        for name, line in ((BASE, ":"), (list(models)[-1], "-")):
+            model = models[name]
+            words = "a sentence and its translation" if what == "across" else figures.language(what)
+            beyond = over_layers(model, "in_common", what) - over_layers(model, "in_common_chance", what)
+            look = {"color": figures.colour(meaning), "marker": marker, "label": words if line == "-" else None}
+            axis.plot(layer_ticks(axis, model), beyond, line, **look)
+    axis.axhline(0, color=figures.colour("chance"), linewidth=0.6)
+    axis.set_ylabel("experts in common, beyond chance")
+
+
+def draw_use(axis, model: dict):
+    more = np.array([row["use_difference"] for row in model.values()])
+    bound = float(np.abs(more).max()) or 1.0
+    image = axis.imshow(more.T, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
+    dots = [(at, e) for at, row in enumerate(model.values()) for own in row["experts"].values() for e in own]
+    if dots:
+        axis.plot(*zip(*dots, strict=True), "o", color="black", markersize=1.5)
+    layer_ticks(axis, {"layers": model}, places=True)
+    axis.set_ylabel("expert")
+    return image
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("--base", metavar="B", help="base model; default: the study's base")
+    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
+    add("--base-lang", metavar="LANG", help="language of the base; default: the study's languages.base")
+    add("--target-lang", metavar="LANG", help="language of CPT; default: the study's languages.target")
+    add("--output", metavar="OUT", help="JSON to write; default: the study's moe-routing/routing.json")
+    cli.add_run_flags(p, drop=True)
+    sources.add_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed, args.arm)
+    models, homes = models_of(args, study)
+    codes = {side: study.value(getattr(args, f"{side}_lang"), f"--{side}-lang", f"languages.{side}") for side in SIDES}
+    pairs = sources.from_arguments(args, study, *codes.values())
+    cli.say(pairs.summary())
+    other = beside.name(study, args.base, args.run, args.steps, args.limit)
+    output = study.output(args.output, "--output", "routing", other)
+
+    process, dtype = processes.from_arguments(args, study)
+    facts = {f"{side}_lang": languages.canonical(code, any_tag=True) for side, code in codes.items()}
+    facts |= {"data": pairs.describe(), "n_used": len(pairs), "n_available": pairs.n_available}
+    facts |= {"limit": pairs.facts["limit"], "seed": study.seed, "dtype": str(dtype).removeprefix("torch.")}
+    request = facts | {
+        "models": {name: ref.describe() for name, ref in models.items()},
+        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
+        "device": process.device.type, "batch_size": args.batch_size,
+    }  # fmt: skip
+
+    def load(name: str):
+        return loading.load_for(process, models[name], dtype)
+
+    def measured(model, one: Condition) -> dict:
+        ref = models[one.of]
+        arch, tokenizer = archs.for_config(ref.config()), tokenization.load_tokenizer(ref, *homes)
+        sides = [routed(model, arch, tokenizer, list(texts), args.batch_size) for texts in (pairs.base, pairs.target)]
+        if args.drop_revisions and one.of != BASE:
+            ref.drop()
+        return summarize(sides, study.seed)
+
+    def write_all(records: list[dict], request: dict) -> None:
+        layers = layers_of(models[BASE])
+        payload = {"languages": codes, "checkpoints": payload_of(records, layers, codes)}
+        write(output, payload, records, layers, facts, request)
+
+    wanted = [Condition(name, {}, of=name) for name in models]
+    conditions.measure(
+        output, SCHEMA, request, wanted, load, measured, write_all, process, args.overwrite, "another --output"
+    )
+
+
+def models_of(args, study: Study) -> tuple[dict[str, refs.ModelRef], tuple]:
+    """Base and checkpoints by name, and where a tokenizer may be; before anything is loaded.
+
+    Raises:
+        InputError: a model that has no experts, or others than the base.
+    """
+    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
+    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
+    opening.look_over(models.values())
+    shapes = {ref.spec: (layers_of(ref), archs.for_config(ref.config()).experts(ref.config(), layers_of(ref)[0]))
+              for ref in models.values()}  # fmt: skip
+    for spec, shape in shapes.items():
+        if shape != shapes[models[BASE].spec]:
+            raise InputError(f"{spec} has other experts than {models[BASE].spec}: they are not a pair")
+    return models, (beside.run_asked_for(study, args.run), models[BASE])
+
+
+def layers_of(ref: refs.ModelRef) -> list[int]:
+    """The layers of a model that have experts.
+
+    Raises:
+        InputError: none has.
+    """
+    arch = archs.for_config(ref.config())
+    layers = routers.layers_with(arch, ref.config())
+    if not layers:
+        raise InputError(f"{ref.spec} is a {arch.model_type} without experts, so that nothing is routed in it")
+    return layers
+
+
+def write(output: Path, payload: dict, records: list[dict], layers: list[int], facts: dict, request: dict) -> None:
+    """Everything that is written, the JSON last."""
+    draw(output.with_suffix(""), payload)
+    tensors = {f"{key}.{one['name']}": torch.tensor(one[key], dtype=torch.float64)
+               for one in records for key in ("share", "use", "p")}  # fmt: skip
+    results.write_tensors(output.with_suffix(".pt"), tensors)
+    described = dict(request["models"])
+    models = {BASE: described.pop(BASE), "checkpoints": described}
+    top_k = round(sum(records[0]["use"][0][0]))  # experts of a token
+    head = results.header(SCHEMA, models=models, layers=layers, top_k=top_k, **facts, request=request)
+    results.write_json(output, payload, head)
+    for name, model in payload["checkpoints"].items():
+        said = " ".join(f"{n} experts are used more in {code}," for code, n in model["n_experts"].items())
+        shown = "divergence {value:.4f} [{ci_low:.4f}, {ci_high:.4f}]".format(**model["divergence"])
+        cli.say(f"{name if name == BASE else f'step {name}'}: {said} {shown}, mean over layers")
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

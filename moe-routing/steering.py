@@ -1,0 +1,292 @@
+"""What do a language's experts matter? The routers are made to prefer them, or to leave them out, and the loss is measured.
+
+The experts that a language is sent to more than the other (routing.py), at most k of a layer: soft, every logit of
+theirs rises by lambda standard deviations of the token's logits; hard, it is above all others; suppressed, below all
+others. Random experts, as many in each layer, and the same experts in other layers say what such a push does anywhere.
+
+In:   B and RUN (default: the study's; the last checkpoint), what routing.py found in them, held-out text by language.
+Out:  OUT (default: the study's moe-routing/steering.json): `steered`, changes of the loss; a figure beside it.
+
+A killed run goes on with the next condition. On several GPUs: accelerate launch moe-routing/steering.py ...
+
+Full: python moe-routing/steering.py --base allenai/OLMoE-1B-7B-0924 --run runs/eus --routing routing.json --heldout en=en.txt eu=eu.txt --output steering.json
+Tiny: python moe-routing/steering.py --study demo/moe-tiny.yaml --random 2
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, figures, languages, processes, results, stats
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, relatives, tokenization, tokenizer_id
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions
+from cpt_utils.models import loading, routers
+
+routing = cli.sibling("moe-routing/routing.py")
+language_loss = cli.sibling("language-loss/language_loss.py")
+
+SCHEMA = "router-steering"
+RESULTS = {"router_steering": "moe-routing/steering.json"}
+ASKED = {"router_steering": "What do the experts of a language matter to it, and to the other?"}
+CAPTIONS = {
+    "router_steering": """Part V: 5. Mixture-of-experts routing
+        The change of the loss on held-out text when routers prefer the experts of a language, softly or before all
+        others, or leave them out, with 95 % intervals over documents; grey dots are as many random experts, grey
+        crosses the same experts in other layers. The experts of a language are its own where its loss rises without
+        them, and more than with either control.""",
+}
+STRENGTH, RANDOM = 1.0, 5
+Experts = dict[int, list[int]]  # layer -> experts
+
+
+# ---------------------------------------------------------------- the method
+
+
+def edit(how: str, experts: list[int], strength: float) -> Callable:
+    """What becomes of a router's logits z [.., experts], std and extremes being those of each token:
+    soft z_e + strength std(z), hard max(z) + std(z), suppressed min(z) - std(z)."""
+
+    def edited(logits: torch.Tensor) -> torch.Tensor:
+        spread = logits.std(-1, keepdim=True, correction=0)
+        new = {
+            "soft": lambda: logits[..., experts] + strength * spread,
+            "hard": lambda: (logits.amax(-1, keepdim=True) + spread).expand(*spread.shape[:-1], len(experts)),
+            "suppressed": lambda: (logits.amin(-1, keepdim=True) - spread).expand(*spread.shape[:-1], len(experts)),
+        }[how]()
+        logits = logits.clone()
+        logits[..., experts] = new
+        return logits
+
+    return edited
+
+
+def steered(name: str, of: str, arch: archs.Arch, experts: Experts, how: str, strength: float, **facts) -> Condition:
+    """The model whose routers prefer `experts`, or leave them out, on every token."""
+
+    def apply(model):
+        return routers.at_logits(model, arch, {layer: edit(how, own, strength) for layer, own in experts.items()})
+
+    facts |= {"model": of, "how": how}
+    return Condition(name, facts | {"experts": experts, "strength": strength}, apply, facts, of)
+
+
+def random_experts(own: Experts, n_experts: int, seed: str) -> Experts:
+    """As many other experts in each layer, or all others where these are fewer."""
+    draw, found = random.Random(seed), {}
+    for layer, experts in own.items():
+        others = [e for e in range(n_experts) if e not in experts]
+        found[layer] = sorted(draw.sample(others, min(len(experts), len(others))))
+    return found
+
+
+def shifted(own: Experts, layers: list[int], by: int) -> Experts:
+    """The same experts so many layers with experts further on, round and round."""
+    return {layers[(layers.index(layer) + by) % len(layers)]: experts for layer, experts in own.items()}
+
+
+def wanted_of(
+    of: str, arch: archs.Arch, experts: dict[str, Experts], layers: list[int], n_experts: int, strengths: list[float],
+    n_random: int, seed: int,
+) -> list[Condition]:  # fmt: skip
+    """All conditions of a model: nothing done, and for each language, and way to steer, its experts and controls."""
+    found = [Condition("none", {"model": of}, facts={"model": of}, of=of)]
+    ways = [("soft", strength) for strength in strengths] + [("hard", 0.0), ("suppressed", 0.0)]
+    shifts = sorted({round(len(layers) * (i + 1) / (n_random + 1)) for i in range(n_random)} - {0, len(layers)})
+    for (how, strength), (lang, own) in itertools.product(ways, experts.items()):
+        if not own:
+            continue
+        sets = [("own", own)]
+        sets += [("random", random_experts(own, n_experts, f"{seed}/{lang}/{number}")) for number in range(n_random)]
+        sets += [("shifted", shifted(own, layers, by)) for by in shifts]
+        for number, (kind, chosen) in enumerate(sets):
+            words = f"{how} {strength:g}" if how == "soft" else how
+            more = {"lang": lang, "kind": kind, "way": words, "number": number}
+            found.append(steered(f"{words} {lang} {kind}", of, arch, chosen, how, strength, **more))
+    return found
+
+
+def summarize(records: list[dict], seed: int) -> dict:
+    """model -> way -> language of the experts -> that of the text -> change of the loss, its interval, controls'."""
+    plain = {one["model"]: one["units"] for one in records if one["name"] == "none"}
+    found: dict[str, dict] = {name: {} for name in plain}
+    for one in (one for one in records if one["name"] != "none"):
+        row = found[one["model"]].setdefault(one["way"], {}).setdefault(one["lang"], {})
+        for lang, values in one["units"].items():
+            change = np.asarray(values) - np.asarray(plain[one["model"]][lang])
+            cell = row.setdefault(lang, {"random": [], "shifted": []})
+            if one["kind"] == "own":
+                low, high = stats.bootstrap_mean(change, seed)
+                cell |= {"mean": math.fsum(change) / len(change), "ci_low": low, "ci_high": high}
+            else:
+                cell[one["kind"]].append(math.fsum(change) / len(change))
+            row[lang] = cell
+    for cell in (row[lang] for rows in found.values() for _, row in by_way(rows) for lang in row):
+        for kind in ("random", "shifted"):
+            drawn = cell[kind]
+            cell |= {f"{kind}_mean": math.fsum(drawn) / len(drawn) if drawn else None, f"n_{kind}": len(drawn)}
+    return found
+
+
+def by_way(rows: dict) -> list[tuple[str, dict]]:
+    """("way language of the experts", changes by language of the text) of a model."""
+    return [(f"{way} {lang}", row) for way, of_way in rows.items() for lang, row in of_way.items()]
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def draw(path: Path, payload: dict) -> None:
+    """A column for each model, a row for each language of the text; a bar for each way and language of the experts."""
+    models = payload["steered"]
+    texts = list(next(iter(payload["unsteered"].values())))
+    with figures.style() as plt:
+        fig, axes = plt.subplots(
+            len(texts), len(models), figsize=(figures.PAGE, 1.1 + 1.5 * len(texts)), sharex="col", sharey="row",
+            squeeze=False,
+        )  # fmt: skip
+        for (i, text), (j, (name, rows)) in itertools.product(enumerate(texts), enumerate(models.items())):
+            axis = axes[i, j]
+            bars(axis, {way: row[text] for way, row in by_way(rows)})
+            if i == 0:
+                axis.set_title("base" if name == routing.BASE else f"step {name}")
+            if j == 0:
+                axis.set_ylabel(f"change of the loss on\n{figures.language(text)}\n(nats per byte)")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figures.save(fig, path)
+
+
+def bars(axis, cells: dict[str, dict]) -> None:
+    """The change of each way with its interval, beside it those of the controls."""
+    axis.axhline(0, color="0.6", linewidth=0.6)
+    places, own = range(len(cells)), list(cells.values())
+    means = np.array([cell["mean"] for cell in own])
+    ends = [means - [cell["ci_low"] for cell in own], [cell["ci_high"] for cell in own] - means]
+    look = {"color": figures.colour("target"), "fmt": "s", "markersize": 4, "label": "the language's experts"}
+    axis.errorbar(places, means, np.maximum(ends, 0), **look)
+    for kind, marker, words, by in (("random", "o", "random experts", -0.2), ("shifted", "x", "other layers", 0.2)):
+        dots = [(at + by, value) for at, cell in enumerate(own) for value in cell[kind]]
+        look = {"color": figures.colour("random"), "markersize": 3, "label": words}
+        axis.plot(*(zip(*dots, strict=True) if dots else ([], [])), marker, **look)
+    axis.set_xticks(places, list(cells), rotation=35, ha="right")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("--base", metavar="B", help="base model; default: the study's base")
+    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints, of which the last; default: the study's run")
+    add("--routing", metavar="F", help="result of moe-routing/routing.py; default: the study's")
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
+    text = f"standard deviations by which soft raises logits; default: the study's routing.strengths, else {STRENGTH}"
+    add("--strengths", nargs="+", type=float, metavar="X", help=text)
+    text = f"random sets of experts, and at most as many shifts; default: the study's routing.random, else {RANDOM}"
+    add("--random", type=cli.positive, metavar="N", help=text)
+    add("--output", metavar="OUT", help="JSON to write; default: the study's moe-routing/steering.json")
+    cli.add_run_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed, args.arm)
+    models, homes = routing.models_of(args, study)
+    last = list(models)[-1]
+    models = {name: models[name] for name in (routing.BASE, last)}
+    layers, arch = routing.layers_of(models[last]), archs.for_config(models[last].config())
+    file = study.input(args.routing, "--routing", "routing")
+    experts = experts_of(file, models, layers)
+    texts, facts = language_loss.heldout(args, study)
+    strengths = study.value(args.strengths, "--strengths", "routing.strengths", [STRENGTH])
+    n_random = int(study.value(args.random, "--random", "routing.random", RANDOM))
+    other = beside.name(study, args.base, args.run, args.steps, args.limit, last=True)
+    output = study.output(args.output, "--output", "router_steering", other)
+
+    process, dtype = processes.from_arguments(args, study)
+    request = {
+        "models": {name: ref.describe() for name, ref in models.items()},
+        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
+        **facts, "experts": experts, "seed": study.seed, "dtype": str(dtype).removeprefix("torch."),
+        "device": process.device.type, "batch_size": args.batch_size,
+    }  # fmt: skip
+
+    def load(name: str):
+        return loading.load_for(process, models[name], dtype)
+
+    def measured(model, one: Condition) -> dict:
+        tokenizer = tokenization.load_tokenizer(models[one.of], *homes)
+        return {"units": language_loss.losses(model, models[one.of], tokenizer, texts, args.batch_size)}
+
+    n_experts = arch.experts(models[last].config(), layers[0])
+    wanted = [
+        one for name in models
+        for one in wanted_of(name, arch, experts[name], layers, n_experts, strengths, n_random, study.seed)
+    ]  # fmt: skip
+    conditions.measure(
+        output, SCHEMA, request, wanted, load, measured, functools.partial(write, output, texts, file), process,
+        args.overwrite, "another --output", estimate=True,
+    )  # fmt: skip
+
+
+def experts_of(file: Path, models: dict, layers: list[int]) -> dict[str, dict[str, Experts]]:
+    """Of each model and language the experts that it uses more, at most k in a layer, by what routing.py found.
+
+    Raises:
+        InputError: it was found in other models.
+    """
+    payload, header = results.read_json(file, routing.SCHEMA, allow_limited=True)
+    known = {routing.BASE: header["models"][routing.BASE], **header["models"]["checkpoints"]}
+    found: dict[str, dict[str, Experts]] = {}
+    for name, ref in models.items():
+        if name not in known or not relatives.same_model(known[name], ref.describe()):
+            raise InputError(f"{file} is not of {ref.spec} as it is now; run moe-routing/routing.py again")
+        rows = payload["checkpoints"][name]["layers"]
+        k = round(header["top_k"])
+        found[name] = {
+            code: {layer: own[:k] for layer in layers if (own := rows[f"layer_{layer}"]["experts"][code])}
+            for code in payload["languages"].values()
+        }
+        for code, own in found[name].items():
+            if not own:
+                cli.warn(f"{ref.spec} has no experts that it uses more in {code}: nothing to steer there")
+    if not any(own for experts in found.values() for own in experts.values()):
+        raise InputError(f"{file} found no expert that either language uses more: there is nothing to steer")
+    return found
+
+
+def write(output: Path, texts: dict, file: Path, records: list[dict], request: dict) -> None:
+    """Everything that is written, the JSON last."""
+    unsteered = {
+        one["model"]: {lang: math.fsum(own) / len(own) for lang, own in one["units"].items()}
+        for one in records if one["name"] == "none"
+    }  # fmt: skip
+    payload = {"unsteered": unsteered, "steered": summarize(records, request["seed"])}
+    draw(output.with_suffix(""), payload)
+    described = dict(request["models"])
+    models = {routing.BASE: described.pop(routing.BASE), "checkpoints": described}
+    facts = {key: request[key] for key in ("heldout", "lines", "limit", "seed", "dtype", "device")}
+    names = {lang: languages.canonical(lang, any_tag=True) for lang in texts}
+    head = results.header(SCHEMA, models=models, languages=names, routing=file, **facts, request=request)
+    results.write_json(output, payload, head)
+    for name, rows in payload["steered"].items():
+        for way, row in by_way(rows):
+            changes = (f"{lang} {cell['mean']:+.4f} (random {cell['random_mean']:+.4f})" for lang, cell in row.items())
+            cli.say(f"{name if name == routing.BASE else f'step {name}'}, {way}: {'; '.join(changes)}")
+    cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
