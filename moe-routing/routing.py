@@ -33,11 +33,12 @@ RESULTS = {"routing": "moe-routing/routing.json"}
 ASKED = {"routing": "Which experts do the two languages share, and does continued pre-training move either?"}
 CAPTIONS = {
     "routing": """Part V: 5. Mixture-of-experts routing
-        Left: how far apart the languages are routed, by layer (0: alike, 1: no expert in common), with 95 % intervals
-        over sentences, and dashed what random swaps of the languages of pairs leave. Middle: the share of their experts
-        that two tokens have in common, of one sentence and of a sentence and its translation, over what chance gives.
-        Right: by how much more an expert is used in the new language than in the base's, at the last checkpoint; dots
-        are experts beyond all but 5 % of the random swaps, whichever expert these favour.""",
+        Where a mixture of experts sends two languages, by layer. Left: how far apart they are routed (0: alike, 1: as
+        far as their entropies allow), with 95 % intervals over sentences; dashed, what random swaps of the languages of
+        pairs leave. Middle: the share of their experts that two tokens have in common, of one sentence and of a
+        sentence and its translation, minus what chance gives. Right: by how much more an expert is used in the new
+        language than in the base's, at the last checkpoint; dots are experts beyond all but 5 % of the random swaps,
+        whichever expert these favour.""",
 }
 BASE, SIDES = "base", ("base", "target")
 DRAWS = 1000  # of swaps, and of sentences
@@ -207,8 +208,8 @@ def draw(path: Path, payload: dict) -> None:
         image = draw_use(axes[2], list(payload["checkpoints"].values())[-1]["layers"])
         base, target = map(figures.language, payload["languages"].values())
         fig.colorbar(image, ax=axes[2], label=f"use: {target}\nminus {base}")
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
-        title = "two tokens of (dotted: base)"
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, title="languages apart at")
+        title = "in common: two tokens of (dotted: base)"
         fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", title=title)
         figures.save(fig, path)
 
@@ -238,7 +239,7 @@ def draw_divergence(axis, models: dict) -> None:
         axis.fill_between(layers, *ends, color=colour, alpha=0.15, linewidth=0)
     null = over_layers(models[names[-1]], "divergence", "null_mean")
     axis.plot(layers, null, "--", color=figures.colour("chance"), label="pairs swapped")
-    axis.set_ylabel("divergence of the languages' routing")
+    axis.set_ylabel("divergence of\nthe languages' routing")
     axis.set_ylim(bottom=0)
 
 
@@ -252,7 +253,7 @@ def draw_in_common(axis, models: dict, base: str, target: str) -> None:
             look = {"color": figures.colour(meaning), "marker": marker, "label": words if line == "-" else None}
             axis.plot(layer_ticks(axis, model), beyond, line, **look)
     axis.axhline(0, color=figures.colour("chance"), linewidth=0.6)
-    axis.set_ylabel("experts in common, beyond chance")
+    axis.set_ylabel("share of experts in common,\nminus chance")
 
 
 def draw_use(axis, model: dict):
