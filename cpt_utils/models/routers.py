@@ -62,7 +62,7 @@ def read(model: torch.nn.Module, arch: Arch, input_ids, attention_mask, keep) ->
         input_ids, attention_mask, keep: [batch, tokens]; tokens that do not enter are read all the same.
     """
     layers, keep = layers_with(arch, model.config), keep.bool()
-    at, n_experts = arch.experts_at, arch.experts(model.config, layers_with(arch, model.config)[0])
+    at, n_experts = arch.experts_at, arch.experts(model.config, layers[0])
     found: dict[str, dict[int, torch.Tensor]] = {"share": {}, "chosen": {}, "entropy": {}}
 
     def total(values: torch.Tensor) -> torch.Tensor:
