@@ -25,6 +25,7 @@ SOUNDS = (
 )
 NAME_SOUNDS = ("b d f g k l m n p r s t v z", "a e i o u", "n r s l k m")
 # Initial mutation of the noun after a verb, in the manner of Irish eclipsis; other consonants stay as they are.
+FUNCTION_WORDS = ("the", "in", "of", "is", "did", "does", "not", "will")  # of English
 MUTATION = {"b": "mb", "c": "gc", "d": "nd", "f": "bhf", "g": "ng", "k": "gk", "p": "bp", "t": "dt", "v": "fv"}
 
 
@@ -53,11 +54,28 @@ def with_s(word: str) -> str:
     return word + ("es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
+def past(word: str) -> str:
+    return word + ("d" if word.endswith("e") else "ed")
+
+
 class Language:
     """What English and the invented languages share; each adds `clause` (words) and `question` (text) of its own."""
 
     order: str
     lexicon: dict[str, str]  # concept -> word
+    function_words: set[str]
+    negation = "not"
+
+    def forms(self) -> dict[str, str]:
+        """Whatever the language can say of a concept, inflected or not -> that concept; "not" is one, too.
+
+        A word that stands in the lexicon is no other word's inflected form, whatever it looks like.
+        """
+        found = {word: concept for concept, word in self.lexicon.items()}
+        for concept, word in self.lexicon.items():
+            for form in self.inflected(word):
+                found.setdefault(form, concept)
+        return found | {self.negation: "not"}
 
     def word(self, concept: str, borrow: Borrow | None = None) -> str:
         return (borrow(concept) if borrow else None) or self.lexicon.get(concept, concept)
@@ -87,12 +105,15 @@ class English(Language):
 
     def __init__(self, concepts: list[str]):
         self.lexicon = {concept: concept for concept in concepts}
-        self.contact = set(concepts)
+        self.contact, self.function_words = set(concepts), {*FUNCTION_WORDS}
+
+    def inflected(self, word: str) -> list[str]:
+        return [with_s(word), past(word)]
 
     def clause(self, c: meanings.Clause, borrow: Borrow | None = None) -> list[str]:
         verb, thing = self.word(c.action, borrow), self.word(c.thing, borrow)
         plain, negated = {
-            "past": ([verb + ("d" if verb.endswith("e") else "ed")], ["did", "not", verb]),
+            "past": ([past(verb)], ["did", "not", verb]),
             "present": ([with_s(verb)], ["does", "not", verb]),
             "future": (["will", verb], ["will", "not", verb]),
         }[c.tense]
@@ -122,6 +143,7 @@ class Invented(Language):
         self.adjective, self.mutation, self.time = grammar["adjective"], grammar["mutation"], grammar["time"]
         draw = random.Random(f"{seed}/{code}/lexicon")
         self.particles = {name: coin(draw, sounds, 1, taken, closed=False) for name in ("the", "not", "in", "of")}
+        self.negation, self.function_words = self.particles["not"], {*self.particles.values()}
         endings = draw.sample([n + c for n in sounds[1].split() for c in sounds[2].split()], 4)
         self.endings = dict(zip(("past", "present", "future", "plural"), endings, strict=True))
         self.lexicon = {concept: coin(draw, sounds, 1 if draw.random() < 0.4 else 2, taken) for concept in concepts}
@@ -150,6 +172,11 @@ class Invented(Language):
         time = self.words(c.time, borrow)
         return time + said if self.time == "first" else said + time
 
+    def inflected(self, word: str) -> list[str]:
+        plural, *tenses = self.endings["plural"], *(self.endings[tense] for tense in ("past", "present", "future"))
+        nouns = [mutate(word), word + plural, mutate(word) + plural]
+        return [*(nouns if self.mutation else nouns[1:2]), *(word + ending for ending in tenses)]
+
     def _noun(self, noun: str, quality: str | None, borrow: Borrow | None) -> list[str]:
         qualities = self.words(quality, borrow)
         return [noun, *qualities] if self.adjective == "after" else [*qualities, noun]
@@ -165,7 +192,7 @@ def _front(concepts: list[str], share: float, seed: str) -> set[str]:
 
 def make_languages(grammars: dict[str, dict], concepts: list[str], seed: int) -> dict[str, Language]:
     """English under the first code, an invented language under each other one."""
-    taken = {*concepts, "the", "in", "of", "is", "did", "does", "not", "will"}
+    taken = {*concepts, *FUNCTION_WORDS}
     languages: dict[str, Language] = {}
     for number, (code, grammar) in enumerate(grammars.items()):
         sounds = SOUNDS[(len(grammars) - 1 - number) % len(SOUNDS)]  # the new language, the last, has the first sounds

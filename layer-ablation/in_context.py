@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +57,14 @@ class Translation:
         sources_ = getattr(self, given)
         return [shown + sources_[i if own else self.other[i]] for i in range(len(sources_))]
 
-    def nlls(self, model, tokenizer, batch_size: int | None) -> dict[str, list[float]]:
-        """Perception and production with the own source and, `_shuffled`, with another: NLL of each sentence over the
-        mean bytes of a sentence, so that the mean is all nats over all bytes."""
+    def nlls(
+        self, model, tokenizer, batch_size: int | None, functions: Iterable[str] = FUNCTIONS
+    ) -> dict[str, list[float]]:
+        """Perception and production (of `functions`) with the own source and, `_shuffled`, with another: NLL of
+        each sentence over the mean bytes of a sentence, so that the mean is all nats over all bytes."""
         found = {}
-        for name, (given, scored) in FUNCTIONS.items():
+        for name in functions:
+            given, scored = FUNCTIONS[name]
             texts = getattr(self, scored)
             mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
             for suffix, own in (("", True), ("_shuffled", False)):
@@ -86,15 +89,19 @@ class Translation:
                         "positions; give fewer --shots"
                     )
 
-    def translate(self, model, tokenizer, batch_size: int | None) -> dict[str, list[str]]:
+    def translate(
+        self, model, tokenizer, batch_size: int | None, functions: Iterable[str] = FUNCTIONS,
+        at_least: int | None = None,
+    ) -> dict[str, list[str]]:  # fmt: skip
         """Greedy translations of every sentence, by function: up to a line's end and, of the form "pairs", as many
-        sentences as the reference has."""
+        sentences as the reference has; no text ends before `at_least` tokens."""
         found = {}
-        for name, (given, scored) in FUNCTIONS.items():
+        for name in functions:
+            given, scored = FUNCTIONS[name]
             inside, references = FORMS[self.form][0], getattr(self, scored)
             prompts = [context + inside.rstrip(" ") for context in self.contexts(given)]
             longest = max(map(len, encoding.of_texts(tokenizer, references).ids))
-            texts = _greedy(model, tokenizer, prompts, int(LONGER * longest) + SPARE, batch_size)
+            texts = _greedy(model, tokenizer, prompts, int(LONGER * longest) + SPARE, batch_size, at_least)
             found[name] = [self._cut(text, reference) for text, reference in zip(texts, references, strict=True)]
         return found
 
@@ -148,14 +155,15 @@ def _other(i: int, following: dict[int, int], pairs: list[tuple[str, str]]) -> i
 
 
 def _greedy(
-    model: transformers.PreTrainedModel, tokenizer, prompts: list[str], tokens: int, batch_size: int | None
-) -> list[str]:
+    model: transformers.PreTrainedModel, tokenizer, prompts: list[str], tokens: int, batch_size: int | None,
+    at_least: int | None = None,
+) -> list[str]:  # fmt: skip
     """The most likely next `tokens` tokens after each prompt, one by one, or up to the end of the text."""
     sequences = scoring.beginnings(tokenizer, prompts)
     limit, texts = positions(model), [""] * len(prompts)
     if limit and max(map(len, sequences)) + tokens > limit:
         tokens = max(1, limit - max(map(len, sequences)))
-    how = scoring.greedily(model, tokenizer, tokens)
+    how = scoring.greedily(model, tokenizer, tokens, at_least)
 
     def step(rows: list[int]) -> None:
         given, mask = (t.to(loading.input_device(model)) for t in

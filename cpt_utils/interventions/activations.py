@@ -1,4 +1,4 @@
-"""A model whose activations are edited while it runs: without some of its FFN neurons."""
+"""A model whose activations are edited while it runs: FFN neurons without effect, or held at a value."""
 
 from __future__ import annotations
 
@@ -39,6 +39,38 @@ def silenced(model: torch.nn.Module, arch: Arch, mask: Mask) -> Iterator[torch.n
                 else:
                     stack.enter_context(trace((arch.down_module(model, layer), "input", _zeros(index))))
         yield model
+
+
+@contextlib.contextmanager
+def held(model: torch.nn.Module, arch: Arch, values: Mapping[int, Mapping[int, float]]) -> Iterator[torch.nn.Module]:
+    """The model with what neurons of dense FFNs give to the down projection held at `values`, until the block ends.
+
+    Args:
+        values: layer -> neuron -> value.
+
+    Raises:
+        InputError: a neuron of an expert, which has no module where that could be done.
+    """
+    points, config = [], ffn.decoder_config(model)
+    for layer, wanted in values.items():
+        for group in arch.neurons(config, layer) if wanted else ():
+            own = {
+                neuron - group.first: value for neuron, value in wanted.items() if group.first <= neuron < group.stop
+            }
+            if own and group.experts:
+                raise InputError(
+                    f"layer {layer} has its neurons in experts: they can be silenced, but held at no value"
+                )
+            if own:
+                index, fixed = torch.tensor([*own]), torch.tensor([*own.values()], dtype=torch.float64)
+                points.append((arch.down_module(model, layer), "input", functools.partial(_put, index, fixed)))
+    with trace(*points):
+        yield model
+
+
+def _put(index: torch.Tensor, fixed: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` [.., neurons] with `fixed` at the entries `index` of the last dimension."""
+    return value.index_copy(-1, index.to(value.device), fixed.to(value).expand(*value.shape[:-1], -1))
 
 
 def _zeros(index: torch.Tensor) -> Callable:

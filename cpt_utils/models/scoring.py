@@ -84,12 +84,14 @@ def beginnings(tokenizer: transformers.PreTrainedTokenizerBase, prompts: list[st
     return [ids[: scored_from(tokenizer, prompt)] for prompt, ids in made]
 
 
-def greedily(model: transformers.PreTrainedModel, tokenizer, tokens: int) -> transformers.GenerationConfig:
+def greedily(
+    model: transformers.PreTrainedModel, tokenizer, tokens: int, at_least: int | None = None
+) -> transformers.GenerationConfig:
     """How `model.generate` writes at most `tokens` of the most likely tokens, whatever the model's folder says of
-    penalties and temperatures, which `generate` would fill in."""
+    penalties and temperatures, which `generate` would fill in; it does not end a text before `at_least` of them."""
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id, min_new_tokens=at_least,
     )  # fmt: skip
     return model.generation_config
 
