@@ -179,6 +179,7 @@ DRAWN = {
     "connect": of(plain, "connect", "spectral/connect.py"),
     "routing": of(plain, "routing", "moe-routing/routing.py"),
     "router_steering": of(plain, "router_steering", "moe-routing/steering.py"),
+    "steering": of(plain, "steering", "steering/steer.py", module="steering/steer_report.py"),
     "claims": claims,
     "fig1_retrieval": paper.retrieval,
     "fig2_change": paper.change,

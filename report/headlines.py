@@ -312,6 +312,11 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
                   "importance:energy", "random:energy", "energy"),
     "truncate": cut("share of the singular values that can go, smallest first", "a random update of that size",
                     "svd", "as_random", "at"),
+    "steering": (
+        Spec("score of the best direction, last checkpoint", "score/best", {"condition": "diffmean"}),
+        Spec("the same of the best random direction", "score/best", {"condition": "random"}),
+        Spec("score of a prompt with translations, nothing steered", "score/whole", {"condition": "prompt"}),
+    ),
     "connect": (
         Spec("largest barrier of all languages, as a share of the gain in loss (below 0: none)", f"worst/{LOSS}",
              {"language": ANY}, "max"),

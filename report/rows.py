@@ -177,6 +177,10 @@ READERS: dict[str, list] = {
         "matrices/layer_{layer}.{component}/steps/{step}/{measure}", "pooled/{step}/{measure}",
         ("matrices/layer_{layer}.{component}/{measure}", {"step": 0}),
     ],
+    "steering": [
+        "sweep/{step}/layer_{layer}/{condition:\\w+/[^/]+}/{measure}", "{also:beyond}/{step}/{condition}",
+        "{also:whole|best}/{step}/{condition}/{measure}", "{also:residual}/{step}/{measure}/layer_{layer}",
+    ],
     "swap-controls": [
         "sets/{component}/{condition}/{measure:\\w+_accuracy}/{hidden_state}", *SETS,
         "additive/{measure}/{also:per_layer}/{layer}", "{also:matched}/{condition}/{measure}",

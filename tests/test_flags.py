@@ -27,6 +27,7 @@ RUN_AND_BASE = (
     "alignment/bigram.py",
     "moe-routing/routing.py",
     "moe-routing/steering.py",
+    "steering/steer.py",
 )
 # The published --base of sentence retrieval is a language.
 RUN_ALONE = ("sentence-retrieval/sr_experiment.py", "lsn/activation.py")

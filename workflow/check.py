@@ -47,9 +47,10 @@ class Plan:
     ablation: bool  # of layers: where the study asks for it
     spectral: bool  # the update itself: the same
     alignment: bool  # gradients and bigrams: the same
+    steering: bool  # by a direction: the same
     bigram: bool
+    routing: bool  # of a mixture of experts: the same
     left_out: list[str] = field(default_factory=list)
-    routing: bool = False  # of a mixture of experts: the same
 
 
 def plan(study: Study) -> Plan:
@@ -81,19 +82,22 @@ def plan(study: Study) -> Plan:
         )
     if study.get("spectral") is not None and not study.get("runs"):
         left_out.append("the line between two runs (D6), and contrast of heads: the study has no other run (runs)")
-    parts = {"ablation": "Part III, layer ablation", "spectral": "Part IV, the update itself"}
-    parts["alignment"] = "cosines of gradients and correlations with bigrams"
-    asked = [study.get(key) is not None for key in parts]
+    parts = {
+        "ablation": "Part III, layer ablation", "spectral": "Part IV, the update itself",
+        "alignment": "cosines of gradients and correlations with bigrams", "steering": "steering by a direction",
+    }  # fmt: skip
+    asked = {key: study.get(key) is not None for key in parts}
     left_out += [
-        f"{part}: the study has no {key} (`{key}: {{}}` will do)"
-        for (key, part), wanted in zip(parts.items(), asked, strict=True) if not wanted
-    ]  # fmt: skip
+        f"{part}: the study has no {key} (`{key}: {{}}` will do)" for key, part in parts.items() if not asked[key]
+    ]
     counted = study.get("alignment.bigram.text") or study.get("data.lsn_text", {})
-    bigram = asked[-1] and any(heldout[c] and counted.get(languages.find(counted, c, default=None)) for c in heldout)
+    bigram = asked["alignment"] and any(
+        heldout[c] and counted.get(languages.find(counted, c, default=None)) for c in heldout
+    )
     more = "correlations with bigrams: no language has data.heldout and other text (alignment.bigram.text)"
-    left_out += [more] * (asked[-1] and not bigram)
-    asked = [*asked, bigram, left_out, study.get("routing") is not None]
-    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, *asked)
+    left_out += [more] * (asked["alignment"] and not bigram)
+    asked |= {"bigram": bigram, "routing": study.get("routing") is not None}
+    return Plan(bool(study.get("data.task")), lsn, bool(lsn) and not silent, loss, losses, **asked, left_out=left_out)
 
 
 # ---------------------------------------------------------------- the report
@@ -353,6 +357,13 @@ def passes(
         yield "routing of tokens to experts", (n_checkpoints + 1) * pairs
         ways, sets = len(study.get("routing.strengths") or "1") + 2, 1 + 2 * (study.get("routing.random") or 5)
         yield "steering of routers", 2 * (1 + 2 * ways * sets) * sizes["heldout"]
+    if chosen.steering:
+        asked = study.get("steering", {})
+        points = len(asked.get("layers") or range(n_layers)) * len(asked.get("alphas") or range(4))
+        models = 2 * (2 + points * (1 + (asked.get("draws") or 3)))
+        scored = min(asked.get("sentences") or 100, sizes["n_pairs"] / 2) / max(1, sizes["n_pairs"])
+        # What is written is as long as a pair, and its reference is scored behind two sources.
+        yield f"steering, {models} conditions", models * 3.5 * scored * pairs
     if chosen.lsn:
         each = sizes["neurons"] / len(chosen.lsn)
         yield f"neuron counts, {each:,.0f} tokens a language", sizes["neurons"]
@@ -378,6 +389,7 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
     # Of each model its retrieval; of each part its scripts, as the Snakefile has them.
     steps = len(found) + 14 + 3 * chosen.task + 2 * chosen.losses + 12 * bool(chosen.lsn) + chosen.deactivation
     steps += chosen.ablation + 5 * chosen.spectral + chosen.alignment + chosen.bigram + 2 * chosen.routing
+    steps += chosen.steering
     report.say(
         f"beside them the start of about {steps} steps: {_time(START * steps)}, longer where models are loaded slowly"
     )

@@ -156,6 +156,20 @@ class Routing(Keys):
     random: Count = key("random sets of experts, and at most as many shifts to other layers", 10, "5")
 
 
+class Steering(Keys):
+    """The defaults of steering/steer.py; that the key is there asks the workflow for it."""
+
+    alphas: Annotated[
+        list[Annotated[float, Field(strict=False, description="it must be a number")]] | None,
+        Field(min_length=1, description="it must be a list of numbers"),
+    ] = key("multiples of the difference between the languages' means", [1, 2], "0.5, 1, 1.5, 2")
+    layers: Annotated[list[int] | None, Field(min_length=1, description="it must be a list of layers")] = key(
+        "layers that are steered, one at a time", [0, 4, 8], "all"
+    )
+    draws: Count = key("random directions, and random neurons", 2, "3")
+    sentences: Count = key("sentences to go on from; directions come from the others", 60, "100, at most half")
+
+
 class Lora(Keys):
     """LoRA beside the weights of some layers; `parameters_of` layers whose number of parameters it is to have."""
 
@@ -255,6 +269,7 @@ class Study(Keys):
     routing: Routing | None = key(
         "of a mixture of experts: asks where tokens are routed; `{}` will do (moe-routing/README.md)", {}, "left out"
     )
+    steering: Steering | None = key("asks for steering; `{}` will do (steering/README.md)", {}, "left out")
 
     @model_validator(mode="after")
     def _arms_and_runs_have_names_of_their_own(self):

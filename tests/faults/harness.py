@@ -80,6 +80,8 @@ COMMANDS = (
              "--output moe/routing.json"),
     _command("router_steering", "moe-routing/steering.py", "--base models/moe/base --run models/moe/run --random 1 "
              "--routing moe/routing.json --output moe/steering.json"),
+    _command("steering", "steering/steer.py",
+             "--no-generate --layers 2 --alphas 1 --draws 1 --sentences 6 --shots 1"),
     _command("claims", "report/claims.py"),
     _command("figures", "report/figures.py"),
     _command("export", "report/export.py"),

@@ -1,0 +1,414 @@
+"""Can a direction in the residual stream make a model write the new language, and does it then say what it should?
+
+The model goes on from a sentence of the source language, the base's; what it should write is the translation into the
+target language, of which nothing in the prompt says so. DiffMean: v is the mean residual of the target's tokens minus
+that of the source's at one layer's output, on other sentences than those that are written from; alpha v is added to
+that output at every position, one layer at a time. Beside it: as much of a random direction, the neurons of the source
+off and those of the target at their mean (LAPE), and a prompt that shows translations, with nothing steered.
+
+In:   B and RUN (default: the study's base and the last checkpoint of its run; --steps: these checkpoints), parallel
+      sentences, and for the neurons MASK (default: the study's).
+Out:  OUT (default: the study's steering/steering.json): `sweep`, `whole`, `best`, `beyond`, `directions`, `samples`;
+      beside it .pt (every sentence) and a figure.
+
+A killed run goes on with the next condition. On several GPUs: accelerate launch steering/steer.py ...
+
+Full: python steering/steer.py --base meta-llama/Llama-2-7b-hf --run runs/eus --base-lang eng_Latn --target-lang eus_Latn --source flores --output steering.json
+Tiny: python steering/steer.py --study demo/tiny.yaml --alphas 2 --draws 1 --sentences 6
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, languages, processes, results, sources
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.study import Study
+from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
+from cpt_utils.interventions import activations
+from cpt_utils.interventions.condition import Condition
+from cpt_utils.measures import conditions, evaluation, masks
+from cpt_utils.models import batching, loading
+from cpt_utils.models.trace import trace
+
+in_context, judges = cli.sibling("layer-ablation/in_context.py"), cli.sibling("steering/judges.py")
+deactivate, shown = cli.sibling("lsn/deactivate.py"), cli.sibling("steering/steer_report.py")
+
+SCHEMA = "steering"
+RESULTS = {"steering": "steering/steering.json"}
+ASKED = {"steering": "Does a direction make the model write the new language before and after CPT, and what it should?"}
+CAPTIONS = {
+    "steering": """Part V: 2. Steering
+        The model goes on from sentences of the base's language while a multiple of the difference between the
+        languages' mean residuals (DiffMean) is added to one layer's output: how many continuations are in the new
+        language, how far they say what they should (relevance), and the harmonic mean of both (score), by layer, at
+        the base and at the checkpoint. Grey: random directions of equal norm, mean and range over multiples.
+        Lines across: nothing done, a prompt with translations and nothing steered, and neurons of the base's language
+        off with those of the new one at their mean.""",
+}
+BASE, WRITTEN = "base", "production"  # what in_context calls the sentence of the target after that of the base
+ALPHAS, DRAWS, SENTENCES, SHOTS = (0.5, 1.0, 1.5, 2.0), 3, 100, 4
+ESTIMATED = 500  # pairs at most that means are taken over
+
+
+# ---------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True)
+class Means:
+    """Over the tokens of a language's text at each layer, in float64.
+
+    Attributes:
+        residual: [layers, hidden], the mean of what a layer puts out; norm: [layers], the mean of its length.
+        neurons: layer -> [neurons], the mean of what goes into the down projection, of the layers asked for.
+    """
+
+    residual: torch.Tensor
+    norm: torch.Tensor
+    neurons: dict[int, torch.Tensor]
+
+
+def means(model, arch, tokenizer, texts: Sequence[str], layers: Iterable[int] = (), batch_size=None) -> Means:
+    """`Means` of all tokens of `texts` together, but for the first of each, which draws the massive activations of
+    pre-trained models, and those that the tokenizer adds. Padding never enters.
+
+    Args:
+        layers: those of whose dense FFN the inputs of the down projection are wanted.
+    """
+    made, device = batching.encode(tokenizer, list(texts), batching.positions(model)), loading.input_device(model)
+    parts: list[dict] = []
+
+    def step(rows: list[int]) -> None:
+        ids, mask = batching.padded([made.ids[i] for i in rows], tokenizer.pad_token_id)
+        text = [[int(at > 0 and not flag) for at, flag in enumerate(made.special[i])] for i in rows]
+        keep, found = batching.padded(text, 0)[0].bool().flatten(), {}
+
+        def see(name: str, layer: int, value: torch.Tensor) -> None:
+            value = value[0] if arch.streams and value.dim() == 4 else value
+            tokens = value.reshape(-1, value.shape[-1])[keep.to(value.device)].double()
+            found[name, layer] = tokens.sum(0).cpu()
+            found[f"{name} norm", layer] = torch.linalg.vector_norm(tokens, dim=1).sum().cpu()
+
+        points = [(one, "output", functools.partial(see, "residual", i)) for i, one in enumerate(arch.layers(model))]
+        points += [(arch.down_module(model, i), "input", functools.partial(see, "neurons", i)) for i in layers]
+        with trace(*points), torch.inference_mode():
+            arch.decoder(model)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        parts.append(found)  # whole batches only: where memory ends, a batch is cut and run again
+
+    batching.for_each(model, "means", [len(row) for row in made.ids], step, batch_size)
+    total = sum(not flag for row in made.special for flag in row[1:])
+    if not total:
+        raise InputError("the sentences that the direction is estimated on have one token each; give others")
+
+    def mean(name: str, layer: int) -> torch.Tensor:
+        return sum(part[name, layer] for part in parts) / total
+
+    every = range(len(arch.layers(model)))
+    stacked = (torch.stack([mean(name, i) for i in every]) for name in ("residual", "residual norm"))
+    return Means(*stacked, {i: mean("neurons", i) for i in layers})
+
+
+def random_like(vector: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
+    """A random direction, as long as `vector` [hidden]."""
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal(len(vector)))
+    return drawn * (vector.norm() / drawn.norm())
+
+
+def steered(model, arch, layer: int, vector: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The model with `vector` [hidden] added to a layer's output at every position; of 0 the model as it is."""
+    if not vector.any():
+        return contextlib.nullcontext()
+
+    def add(hidden: torch.Tensor) -> torch.Tensor:
+        moved = hidden + vector.to(hidden)
+        return torch.cat([moved[:1], hidden[1:]]) if arch.streams and hidden.dim() == 4 else moved
+
+    return trace((arch.layers(model)[layer], "output", add))
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The neurons of the source language and of the target, by layer, or as many random ones (`draw` is not None)."""
+
+    source: masks.Layers
+    target: masks.Layers
+    draw: int | None = None
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for layer, neurons in self.target.items() if neurons]
+
+    @contextlib.contextmanager
+    def switched(self, model, arch, mean: dict[int, torch.Tensor]):
+        """The source's neurons off and the target's at their `mean`; a neuron of both is at it."""
+        values = {i: {neuron: float(mean[i][neuron]) for neuron in self.target[i]} for i in self.layers}
+        with activations.silenced(model, arch, self.source), activations.held(model, arch, values):
+            yield
+
+
+@dataclass
+class Bench:
+    """Everything that conditions need of a loaded model: its languages' means, and what is measured on it.
+
+    Attributes:
+        bare, shots: sentences of the source to go on from, alone and behind translated pairs.
+        estimate: (source, target) sentences that means are taken over, none of them scored.
+        judge: of written texts; None: nothing is written.
+        known: model -> (means of the source, of the target), and its `tokenizer`: of the one that is loaded.
+    """
+
+    bare: in_context.Translation
+    shots: in_context.Translation
+    estimate: tuple[list[str], list[str]]
+    judge: judges.Judge | None
+    seed: int
+    batch_size: int | None = None
+    known: dict[str, tuple[Means, Means]] = field(default_factory=dict)
+    tokenizer: object = None
+
+    def learn(self, name: str, model, arch, tokenizer, layers: Sequence[int] = ()) -> None:
+        """What conditions need of a model that was loaded; `layers`: those with neurons of the target."""
+        self.shots.refuse_long(model, tokenizer)
+        self.tokenizer, (source, target) = tokenizer, self.estimate
+        self.known = {name: (means(model, arch, tokenizer, source, (), self.batch_size),
+                             means(model, arch, tokenizer, target, layers, self.batch_size))}  # fmt: skip
+
+    def direction(self, name: str, layer: int, draw: int | None = None) -> torch.Tensor:
+        """DiffMean at a layer's output [hidden], or a random direction as long."""
+        source, target = self.known[name]
+        found = target.residual[layer] - source.residual[layer]
+        return found if draw is None else random_like(found, [self.seed, layer, draw])
+
+    def along(self, name: str, layer: int, alpha: float, draw: int | None, arch, model):
+        return steered(model, arch, layer, alpha * self.direction(name, layer, draw))
+
+    def switch(self, name: str, neurons: Neurons, arch, model):
+        return neurons.switched(model, arch, self.known[name][1].neurons)
+
+    def on(self, model, one: Condition) -> dict:
+        """Units of every sentence: `nll_reference` (nats over the mean bytes of a reference), `relevance`, and of what
+        is written `language` and, in a world, `exact`; the texts."""
+        translation = self.shots if one.name == "prompt" else self.bare
+        how = model, self.tokenizer, self.batch_size, [WRITTEN]
+        losses = translation.nlls(*how)
+        own, other = losses[WRITTEN], losses[f"{WRITTEN}_shuffled"]
+        units = {
+            "nll_reference": own,
+            "relevance": [float(np.sign(round(b - a, 6))) for a, b in zip(own, other, strict=True)],
+        }
+        texts = None
+        if self.judge:
+            texts = translation.translate(*how, at_least=1)[WRITTEN]  # nothing at all is in no language
+            units["language"] = self.judge.language(texts)
+        if self.judge and self.judge.meaning:
+            units["relevance"] = self.judge.meaning(texts, translation.base)
+            units["exact"] = [float(a == b) for a, b in zip(texts, translation.target, strict=True)]
+        return {**evaluation.record(units, f"{one.facts['model']}, {one.name}"), "texts": texts}
+
+
+def conditions_of(
+    names: Sequence[str], bench: Bench, arch, layers: Sequence[int], alphas: Sequence[float], draws: int,
+    neurons: Sequence[Neurons] = (),
+) -> list[Condition]:  # fmt: skip
+    """Of every model: nothing done, the prompt, the neurons, and at each layer and alpha DiffMean and random ones."""
+    found = []
+    for name in names:
+
+        def one(what: str, apply=contextlib.nullcontext, more: dict | None = None, name=name, **facts) -> None:
+            facts = {"model": name, "layer": None, "alpha": None, "draw": None} | facts
+            found.append(Condition(what, facts | (more or {}), apply, facts, of=name))
+
+        one("none")
+        one("prompt")
+        for each in neurons:
+            kind = "lape" if each.draw is None else "lape_random"
+            more = {"off": each.source, "at_mean": each.target}
+            one(kind, functools.partial(bench.switch, name, each, arch), more, draw=each.draw)
+        for layer in layers:
+            for alpha in alphas:
+                for draw in (None, *range(draws)):
+                    apply = functools.partial(bench.along, name, layer, alpha, draw, arch)
+                    kind = "diffmean" if draw is None else "random"
+                    one(kind, apply, layer=layer, alpha=alpha, draw=draw)
+    return found
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def sentences(pairs: sources.ParallelText, n_shots: int, n_scored: int, form: str, seed: int):
+    """What is written from (alone, and behind shots), and the sentences of both sides that means are taken over.
+
+    Raises:
+        InputError: too few pairs.
+    """
+    shots = in_context.draw(pairs, n_shots, n_scored, form, seed)
+    used = {*shots.base, *shots.target, *(text for pair in shots.shots for text in pair)}
+    rest = [i for i in range(len(pairs)) if not {pairs.base[i], pairs.target[i]} & used][:ESTIMATED]
+    if len(rest) < 2:
+        raise InputError(
+            f"{len(pairs)} sentence pairs leave {len(rest)} beside those that are scored or shown, and the direction "
+            "is estimated on others; give fewer --sentences or --shots, or more pairs"
+        )
+    return replace(shots, shots=[]), shots, ([pairs.base[i] for i in rest], [pairs.target[i] for i in rest])
+
+
+def bench_from_arguments(args, study: Study, codes: dict[str, str]) -> tuple[Bench, dict]:
+    """What is measured, and what a header says of it; before any model is loaded."""
+    pairs = sources.from_arguments(argparse.Namespace(**vars(args) | {"limit": None}), study, *codes.values())
+    trains = "pairs" if study.get("train.base") else "lines"
+    form = study.value(args.prompt, "--prompt", "ablation.prompt", trains)
+    n_shots = int(study.value(args.shots, "--shots", "ablation.shots", SHOTS))
+    most = min(SENTENCES, len(pairs) // 2)
+    n = min(int(study.value(args.sentences, "--sentences", "steering.sentences", most)), args.limit or len(pairs))
+    bare, shots, estimate = sentences(pairs, n_shots, n, form, study.seed)
+    judge = None if args.no_generate else judges.judge_of(study, codes["target"])
+    facts = {"in_context": shots.facts, "estimated_on": len(estimate[0]), "limit": args.limit, "seed": study.seed}
+    facts |= {f"{side}_lang": languages.canonical(code, any_tag=True) for side, code in codes.items()}
+    facts["judge"] = judge.name if judge else None
+    cli.say(
+        f"{len(bare.base)} sentences to go on from, directions from {len(estimate[0])} other pairs (prompt: {form})"
+    )
+    return Bench(bare, shots, estimate, judge, study.seed, args.batch_size), facts
+
+
+def neurons_from_arguments(args, study: Study, ref: refs.ModelRef, codes: dict, homes: tuple, draws: int):
+    """The neurons of both languages and random ones, and the mask file; none, and said, where the study has none.
+
+    Raises:
+        InputError: --mask_file without the languages, or neurons that are experts'.
+    """
+    file = Path(args.mask_file) if args.mask_file else study.result("lsn_mask")
+    why = None if file and file.is_file() else f"{file or 'no mask file'} is not there"
+    there = [] if why else masks.languages_in(file)
+    why = why or next((f"{file} lacks {code}" for code in codes.values()
+                       if languages.find(there, code, default=None) is None), None)  # fmt: skip
+    if not why:
+        found = deactivate.masks_of(ref, file, [*codes.values()], *homes)
+        arch, config = archs.for_config(ref.config()), ref.config()
+        expert = [i for i in range(len(found.widths)) if any(group.experts for group in arch.neurons(config, i))]
+        why = f"neurons of experts (layer {expert[0]}) cannot be held at their mean" if expert else None
+    if why and args.mask_file:
+        raise InputError(f"--mask_file: {why}; leave it out")
+    if why:
+        cli.say(f"no neurons are switched: {why}")
+        return [], None
+    drawn = [masks.random_control(found.everyone, len(found.widths), found.widths, f"{study.seed}/{k}")
+             for k in range(draws)]  # fmt: skip
+    named = [languages.find(found.everyone, code) for code in codes.values()]
+    own = Neurons(*(found.own[code] for code in codes.values()))
+    return [own, *(Neurons(*(one[name] for name in named), k) for k, one in enumerate(drawn))], file
+
+
+def layers_from_arguments(args, study: Study, n_layers: int) -> list[int]:
+    chosen = sorted({*study.value(args.layers, "--layers", "steering.layers", range(n_layers))})
+    wrong = [layer for layer in chosen if not 0 <= layer < n_layers]
+    if wrong:
+        raise InputError(f"--layers {wrong[0]}: the model has layers 0 to {n_layers - 1}")
+    return chosen
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("--base", metavar="B", help="base model; default: the study's base")
+    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints, of which the last; default: the study's run")
+    add("--output", metavar="OUT", help="JSON to write; default: the study's steering/steering.json")
+    add("--base-lang", metavar="LANG", help="the source: default: the study's languages.base")
+    add("--target-lang", metavar="LANG", help="the language to be written; default: the study's languages.target")
+    add("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's, if there")
+    text = "multiples of the difference between the means; default: the study's steering.alphas, else "
+    add("--alphas", nargs="+", type=float, metavar="A", help=text + " ".join(f"{a:g}" for a in ALPHAS))
+    add("--layers", nargs="+", type=int, metavar="L", help="steered one at a time; default: the study's, else all")
+    text = f"random directions, and random neurons; default: the study's steering.draws, else {DRAWS}"
+    add("--draws", type=cli.positive, metavar="N", help=text)
+    text = f"pairs to score; default: the study's steering.sentences, else {SENTENCES}, or half of them"
+    add("--sentences", type=cli.positive, metavar="N", help=text)
+    text = f"pairs in the prompt that is not steered; default: the study's ablation.shots, else {SHOTS}"
+    add("--shots", type=cli.positive, metavar="N", help=text)
+    text = "sentences one after the other, or a line each; default: as in layer-ablation/"
+    add("--prompt", choices=tuple(in_context.FORMS), help=text)
+    add("--no-generate", action="store_true", help="write nothing: the loss of references alone, and no score")
+    cli.add_run_flags(p)
+    sources.add_flags(p)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed, args.arm)
+    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
+    run = refs.run(home, args.steps) if args.steps else refs.run(home)[-1:]
+    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in run}
+    other = beside.name(study, args.base, args.run, args.steps, args.limit, last=not args.steps)
+    output = study.output(args.output, "--output", "steering", other)
+    codes = evaluation.languages_from_arguments(args, study, {})
+    if not all(codes.values()):
+        raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
+    opening.look_over(models.values())
+    bench, facts = bench_from_arguments(args, study, codes)
+    homes = beside.run_asked_for(study, args.run), models[BASE]
+    draws = int(study.value(args.draws, "--draws", "steering.draws", DRAWS))
+    neurons, file = neurons_from_arguments(args, study, run[-1], codes, (base, homes[0]), draws)
+    alphas = study.value(args.alphas, "--alphas", "steering.alphas", ALPHAS)
+    arch = archs.for_config(run[-1].config())
+    n_layers = arch.n_layers(run[-1].config())
+    layers = layers_from_arguments(args, study, n_layers)
+    wanted = conditions_of([*models], bench, arch, layers, sorted({*map(float, alphas)} - {0.0}), draws, neurons)
+    facts |= {"mask": file, "n_layers": n_layers}
+    measure(output, models, homes, bench, wanted, facts, neurons, args, study)
+
+
+def measure(output: Path, models: dict, homes: tuple, bench: Bench, wanted, facts: dict, neurons, args, study) -> None:
+    """Every condition measured once, and the result written."""
+    process, dtype = processes.from_arguments(args, study)
+    request = {
+        "models": {name: ref.describe() for name, ref in models.items()},
+        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
+        **facts, "mask": None, "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
+        "batch_size": args.batch_size,
+    }  # fmt: skip
+    of_neurons = sorted({layer for each in neurons for layer in each.layers})
+
+    def load(name: str):
+        model = loading.load_for(process, models[name], dtype)
+        tokenizer = tokenization.load_tokenizer(models[name], *homes)
+        bench.learn(name, model, archs.for_config(models[name].config()), tokenizer, of_neurons)
+        return model
+
+    def measured(model, one: Condition) -> dict:
+        found = bench.on(model, one)
+        if one.name == "none":
+            apart = [float(bench.direction(one.of, i).norm()) for i in range(facts["n_layers"])]
+            found["residual"] = {"difference": apart, "norm": bench.known[one.of][0].norm.tolist()}
+        return found
+
+    def write(records: list[dict], request: dict) -> None:
+        payload, tensors = shown.summarize(records, bench.bare, study.seed)
+        payload["n_neurons"] = {side: sum(map(len, getattr(neurons[0], side).values())) for side in ("source", "target")
+                                } if neurons else None  # fmt: skip
+        results.write_tensors(output.with_suffix(".pt"), tensors)
+        shown.draw(output.with_suffix(""), payload)
+        described = dict(request["models"])
+        told = {"base": described.pop(BASE), "checkpoints": described}
+        more = {key: request[key] for key in ("dtype", "device")}
+        results.write_json(output, payload, results.header(SCHEMA, models=told, **facts, **more, request=request))
+        shown.say(payload)
+        cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
+
+    conditions.measure(
+        output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite, "another --output",
+        estimate=True,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,172 @@
+"""What steering/steer.py says: rates and their harmonic mean with intervals, the best layer on other sentences, figure.
+
+A score is the harmonic mean of two means, never the mean of harmonic means. Layer and alpha are chosen on the sentences
+0, 2, .. and reported on 1, 3, .., of random directions, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt_utils.base import cli, figures, stats
+from cpt_utils.base.lazy import np, torch
+
+DRAWS = 2000
+CONTROLS = ("random", "lape", "prompt", "none")
+SHOWN = 5  # sentences whose continuations stand in the result
+WORDS = {"score": "score", "language": "in the new\nlanguage", "relevance": "relevance",
+         "nll_reference": "NLL of the reference\n(nats per byte)"}  # fmt: skip
+LINES = {"none": ("nothing done", ":", "base"), "prompt": ("prompt alone", "-.", "base"),
+         "lape": ("neurons (grey: random ones)", "--", "ffn"), "lape_random": (None, "--", "random")}  # fmt: skip
+
+
+def harmonic(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The harmonic mean of two arrays of shares, 0 where both are 0."""
+    total = one + other
+    return np.divide(2 * one * other, total, out=np.zeros_like(total), where=total > 0)
+
+
+class Scores:
+    """Means over the sentences `part` of `n`, and over resamples of these, the same for all records."""
+
+    def __init__(self, n: int, seed: int, part: slice):
+        self.part, count = part, len(range(n)[part])
+        self.weights = np.vstack([np.ones(count), stats.resample_weights(count, seed, DRAWS)]).T / count
+
+    def of(self, records: Sequence[dict]) -> dict[str, np.ndarray]:
+        """Measure -> [1 + DRAWS], the mean over records; of the sentences themselves first. A relevance below that of
+        another's source is none; `score` is each record's own."""
+        found = {
+            name: np.array([record["units"][name] for record in records], dtype=np.float64)[:, self.part] @ self.weights
+            for name in records[0]["units"]
+        }
+        found["relevance"] = found["relevance"].clip(min=0)
+        if "language" in found:
+            found["score"] = harmonic(found["language"], found["relevance"])
+        return {name: values.mean(0) for name, values in found.items()}
+
+
+def told(values: dict[str, np.ndarray]) -> dict[str, dict]:
+    return {name: stats.with_interval(drawn[0], drawn[1:]) for name, drawn in values.items()}
+
+
+def summarize(records: list[dict], translation, seed: int) -> tuple[dict, dict]:
+    """The result of the records of all conditions, and the tensors beside it (measure -> [conditions, sentences]).
+
+    Args:
+        translation: whose `base` and `target` are the sentences.
+    """
+    n, units = len(translation.base), list(records[0]["units"])
+    every, chosen, held = (Scores(n, seed, slice(*part)) for part in ((None,), (0, None, 2), (1, None, 2)))
+    decides = "score" if "language" in units else "nll_reference"
+    sign = 1 if decides == "score" else -1
+    payload: dict = {key: {} for key in ("sweep", "whole", "best", "beyond", "residual", "samples")}
+    payload |= {"decides": decides, "n": n, "n_layers": len(records[0]["residual"]["norm"])}
+    payload["what"] = [[record[key] for key in ("model", "name", "layer", "alpha", "draw")] for record in records]
+    for model in dict.fromkeys(record["model"] for record in records):
+        groups: dict[tuple, list[dict]] = {}
+        for record in records:
+            if record["model"] == model:
+                groups.setdefault((record["name"], record["layer"], record["alpha"]), []).append(record)
+        sweep, whole = payload["sweep"].setdefault(model, {}), payload["whole"].setdefault(model, {})
+        for (name, layer, alpha), own in groups.items():
+            if layer is None:
+                whole[name] = told(every.of(own))
+            else:
+                sweep.setdefault(f"layer_{layer}", {}).setdefault(name, {})[f"{alpha:g}"] = told(every.of(own))
+        first = {name: own[0] for (name, layer, _), own in groups.items() if layer is None}
+        for name in ("diffmean", "random"):
+            rows = [record for (kind, *_), own in groups.items() if kind == name for record in own]
+            if rows:
+                first[name] = max(rows, key=lambda record: sign * chosen.of([record])[decides][0])
+        payload["best"][model] = {
+            name: {"layer": first[name]["layer"], "alpha": first[name]["alpha"]} | told(held.of([first[name]]))
+            for name in ("diffmean", "random") if name in first
+        }  # fmt: skip
+        values = {name: held.of([record])[decides] for name, record in first.items()}
+        payload["beyond"][model] = {
+            name: stats.with_interval(*_split(sign * (values["diffmean"] - values[name])))
+            for name in CONTROLS if {name, "diffmean"} <= {*values}
+        }  # fmt: skip
+        payload["residual"][model] = {
+            key: {f"layer_{i}": value for i, value in enumerate(row)} for key, row in first["none"]["residual"].items()
+        }
+        if first["none"]["texts"]:
+            payload["samples"][model] = _samples(first, translation)
+    return payload, {name: torch.tensor([record["units"][name] for record in records]) for name in units}
+
+
+def _split(drawn: np.ndarray) -> tuple:
+    return drawn[0], drawn[1:]
+
+
+def _samples(first: dict[str, dict], translation) -> list[dict]:
+    """What was written from the first sentences: as it is, by the prompt, by the best direction."""
+    pairs = zip(translation.base[:SHOWN], translation.target[:SHOWN], strict=True)
+    named = [name for name in ("none", "prompt", "diffmean") if name in first]
+    return [
+        {"source": source, "reference": reference} | {name: first[name]["texts"][i] for name in named}
+        for i, (source, reference) in enumerate(pairs)
+    ]
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def draw(path: Path, payload: dict) -> None:
+    """Score, language and relevance over layers, a column for the base and each of the last two checkpoints."""
+    models = [*payload["sweep"]]
+    models = models[:1] + models[1:][-2:]
+    rows = [name for name in WORDS if name in payload["whole"][models[0]]["none"]]
+    rows = [name for name in rows if name != "nll_reference"] if len(rows) == len(WORDS) else rows
+    with figures.style() as plt:
+        size = figures.PAGE, 0.9 + 1.3 * len(rows)
+        fig, axes = plt.subplots(len(rows), len(models), figsize=size, sharex=True, sharey="row", squeeze=False)
+        for column, model in enumerate(models):
+            axes[0][column].set_title("base" if model == "base" else f"step {model}")
+            for axis, measure in zip(axes[:, column], rows, strict=True):
+                _panel(axis, payload["sweep"][model], payload["whole"][model], measure)
+            figures.layer_axis(axes[-1][column], payload["n_layers"])
+        for axis, measure in zip(axes[:, 0], rows, strict=True):
+            axis.set_ylabel(WORDS[measure])
+            if measure != "nll_reference":
+                axis.set_ylim(-0.03, 1.03)
+        fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figures.save(fig, path)
+
+
+def _panel(axis, sweep: dict, whole: dict, measure: str) -> None:
+    layers = [int(layer.removeprefix("layer_")) for layer in sweep]
+    by = {name: {alpha: [row[name][alpha][measure]["value"] for row in sweep.values()] for alpha in one}
+          for name, one in (next(iter(sweep.values())) if sweep else {}).items()}  # fmt: skip
+    if "random" in by:
+        random = np.array(list(by["random"].values()))
+        look = {"color": figures.colour("random"), "linewidth": 0}
+        axis.fill_between(layers, random.min(0), random.max(0), alpha=0.3, **look)
+        axis.plot(layers, random.mean(0), color=figures.colour("random"), label="random directions")
+    along = by.get("diffmean", {})
+    named = {*along} if len(along) <= 4 else {[*along][i] for i in (0, len(along) // 2, -1)}
+    for (alpha, values), shade, mark in zip(
+        along.items(), figures.colours(len(along), ordered=True), figures.MARKERS * len(along), strict=False
+    ):
+        axis.plot(layers, values, marker=mark, color=shade, label=f"DiffMean × {alpha}" if alpha in named else None)
+    for name, (label, line, colour) in LINES.items():
+        if name in whole:
+            axis.axhline(whole[name][measure]["value"], linestyle=line, linewidth=1, color=figures.colour(colour),
+                         label=label)  # fmt: skip
+
+
+def say(payload: dict) -> None:
+    """Of every model what it writes as it is, by the prompt, and with the best direction on sentences that did not
+    choose it."""
+    decides = payload["decides"]
+    for model, whole in payload["whole"].items():
+        found = {name: row[decides]["value"] for name, row in whole.items()}
+        words = [f"{name} {found[name]:.3f}" for name in LINES if name in found]
+        for name, row in payload["best"][model].items():
+            words.append(f"{name} {row[decides]['value']:.3f} (layer {row['layer']}, × {row['alpha']:g})")
+        beyond = payload["beyond"][model].get("random")
+        if beyond:
+            words.append(f"beyond random {beyond['value']:+.3f} [{beyond['ci_low']:+.3f}, {beyond['ci_high']:+.3f}]")
+        cli.say(f"{'base' if model == 'base' else f'step {model}'}, {decides}: {', '.join(words)}")
