@@ -1,7 +1,8 @@
 """What a text that a model wrote is worth: is it in the language that was wanted, and does it say what its source says?
 
 In a study that makes its own world both are exact, by the words of the world's grammar. Elsewhere py3langid tells the
-language, and what a text says is not judged. Used by steering/steer.py.
+language, and a text says what it should where it is more like its own reference than like another's. Used by
+steering/steer.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from cpt_utils.base import cli, languages, results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 
 in_context, world = cli.sibling("layer-ablation/in_context.py"), cli.sibling("demo/world.py")
@@ -27,12 +29,13 @@ class Judge:
     Attributes:
         name: "world" or "py3langid".
         language: (texts) -> of each 1 where it is in the language that is wanted, else 0.
-        meaning: (texts, sources) -> of each how much it has in common with what its source says, 0 to 1; None: unknown.
+        relevance: (texts, translation) -> of each how far it says what its source says, 1 at most; a mean below 0 is
+            none at all.
     """
 
     name: str
     language: Callable[[list[str]], list[float]]
-    meaning: Callable[[list[str], list[str]], list[float]] | None = None
+    relevance: Callable[[list[str], in_context.Translation], list[float]]
 
 
 def judge_of(study: Study, code: str) -> Judge:
@@ -46,11 +49,28 @@ def judge_of(study: Study, code: str) -> Judge:
         config = world.read_config(Path(study.get("train.world")))
         file = Path(config["out"].replace("{seed}", str(study.get("seed", config["seed"])))) / "world.json"
         made = World(results.read_json(file, world.SCHEMA)[0]["config"])
-        return Judge("world", made.language_judge(languages.find(made.languages, code, what=str(file))), made.meaning)
-    labels = foreign.langid_labels(code, "steering/steer.py", "give --no-generate")
-    other = foreign.language_judge(labels)
-    return Judge("py3langid", lambda texts: [float(bool(text.strip()) and not label)
-                                             for text, label in zip(texts, other(texts), strict=True)])  # fmt: skip
+        language = made.language_judge(languages.find(made.languages, code, what=str(file)))
+        return Judge("world", language, lambda texts, of: made.meaning(texts, of.base))
+    other = foreign.language_judge(foreign.langid_labels(code, "steering/steer.py", "give --no-generate"))
+
+    def in_language(texts: list[str]) -> list[float]:
+        return [float(bool(text.strip()) and not label) for text, label in zip(texts, other(texts), strict=True)]
+
+    return Judge("py3langid", in_language, like_own)
+
+
+def like_own(texts: list[str], translation) -> list[float]:
+    """Of each text the share of other references that it is less like than its own, minus the share that it is more
+    like, by the cosine of character trigrams: over texts that say nothing of their sources the mean is 0, whatever they
+    have in common with the references; of one text that is always the same it is 0 exactly."""
+    grams = [Counter(t[i : i + 3] for i in range(len(t) - 2)) for t in map(str.lower, [*texts, *translation.target])]
+    columns = {gram: i for i, gram in enumerate(dict.fromkeys(gram for one in grams for gram in one))}
+    counts = np.zeros((len(grams), len(columns)))
+    for row, one in enumerate(grams):
+        counts[row, [columns[gram] for gram in one]] = [*one.values()]
+    counts /= np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1)
+    alike = (counts[: len(texts)] @ counts[len(texts) :].T).round(9)
+    return (np.sign(alike.diagonal()[:, None] - alike).sum(1) / max(1, len(texts) - 1)).tolist()
 
 
 class World:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ SCHEMA = "steering"
 RESULTS = {"steering": "steering/steering.json"}
 ASKED = {"steering": "Does a direction make the model write the new language before and after CPT, and what it should?"}
 CAPTIONS = {
-    "steering": """Part V: 2. Steering
+    "steering": """Part V: 4. Steering
         The model goes on from sentences of the base's language while a multiple of the difference between the
         languages' mean residuals (DiffMean) is added to one layer's output: how many continuations are in the new
         language, how far they say what they should (relevance), and the harmonic mean of both (score), by layer, at
@@ -193,22 +194,22 @@ class Bench:
         return neurons.switched(model, arch, self.known[name][1].neurons)
 
     def on(self, model, one: Condition) -> dict:
-        """Units of every sentence: `nll_reference` (nats over the mean bytes of a reference), `relevance`, and of what
-        is written `language` and, in a world, `exact`; the texts."""
+        """Units of every sentence: `nll_reference` (nats over the mean bytes of a reference), `likelier` (1 where the
+        reference is likelier behind its own source than behind another's, -1 where it is not), and of what is written
+        `language`, `relevance` and, in a world, `exact`; the texts."""
         translation = self.shots if one.name == "prompt" else self.bare
         how = model, self.tokenizer, self.batch_size, [WRITTEN]
         losses = translation.nlls(*how)
         own, other = losses[WRITTEN], losses[f"{WRITTEN}_shuffled"]
         units = {
             "nll_reference": own,
-            "relevance": [float(np.sign(round(b - a, 6))) for a, b in zip(own, other, strict=True)],
+            "likelier": [float(np.sign(round(b - a, 6))) for a, b in zip(own, other, strict=True)],
         }
         texts = None
         if self.judge:
             texts = translation.translate(*how, at_least=1)[WRITTEN]  # nothing at all is in no language
-            units["language"] = self.judge.language(texts)
-        if self.judge and self.judge.meaning:
-            units["relevance"] = self.judge.meaning(texts, translation.base)
+            units |= {"language": self.judge.language(texts), "relevance": self.judge.relevance(texts, translation)}
+        if self.judge and self.judge.name == "world":
             units["exact"] = [float(a == b) for a, b in zip(texts, translation.target, strict=True)]
         return {**evaluation.record(units, f"{one.facts['model']}, {one.name}"), "texts": texts}
 
@@ -286,7 +287,7 @@ def neurons_from_arguments(args, study: Study, ref: refs.ModelRef, codes: dict, 
         InputError: --mask_file without the languages, or neurons that are experts'.
     """
     file = Path(args.mask_file) if args.mask_file else study.result("lsn_mask")
-    why = None if file and file.is_file() else f"{file or 'no mask file'} is not there"
+    why = None if file and file.is_file() else f"{file} is not there" if file else "no mask is given"
     there = [] if why else masks.languages_in(file)
     why = why or next((f"{file} lacks {code}" for code in codes.values()
                        if languages.find(there, code, default=None) is None), None)  # fmt: skip
@@ -307,12 +308,16 @@ def neurons_from_arguments(args, study: Study, ref: refs.ModelRef, codes: dict, 
     return [own, *(Neurons(*(one[name] for name in named), k) for k, one in enumerate(drawn))], file
 
 
-def layers_from_arguments(args, study: Study, n_layers: int) -> list[int]:
-    chosen = sorted({*study.value(args.layers, "--layers", "steering.layers", range(n_layers))})
-    wrong = [layer for layer in chosen if not 0 <= layer < n_layers]
+def sweep_from_arguments(args, study: Study, n_layers: int) -> tuple[list[int], list[float]]:
+    """The layers that are steered, and the alphas."""
+    layers = sorted({*study.value(args.layers, "--layers", "steering.layers", range(n_layers))})
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
     if wrong:
         raise InputError(f"--layers {wrong[0]}: the model has layers 0 to {n_layers - 1}")
-    return chosen
+    alphas = sorted({*map(float, study.value(args.alphas, "--alphas", "steering.alphas", ALPHAS))} - {0.0})
+    if not alphas or not all(map(math.isfinite, alphas)):
+        raise InputError("--alphas: give finite numbers, others than 0, which leaves the model as it is")
+    return layers, alphas
 
 
 def build_parser():
@@ -358,12 +363,11 @@ def main(argv=None) -> None:
     homes = beside.run_asked_for(study, args.run), models[BASE]
     draws = int(study.value(args.draws, "--draws", "steering.draws", DRAWS))
     neurons, file = neurons_from_arguments(args, study, run[-1], codes, (base, homes[0]), draws)
-    alphas = study.value(args.alphas, "--alphas", "steering.alphas", ALPHAS)
     arch = archs.for_config(run[-1].config())
-    n_layers = arch.n_layers(run[-1].config())
-    layers = layers_from_arguments(args, study, n_layers)
-    wanted = conditions_of([*models], bench, arch, layers, sorted({*map(float, alphas)} - {0.0}), draws, neurons)
-    facts |= {"mask": file, "n_layers": n_layers}
+    facts |= {"mask": file, "n_layers": arch.n_layers(run[-1].config())}
+    wanted = conditions_of(
+        [*models], bench, arch, *sweep_from_arguments(args, study, facts["n_layers"]), draws, neurons
+    )
     measure(output, models, homes, bench, wanted, facts, neurons, args, study)
 
 
@@ -376,7 +380,7 @@ def measure(output: Path, models: dict, homes: tuple, bench: Bench, wanted, fact
         **facts, "mask": None, "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
         "batch_size": args.batch_size,
     }  # fmt: skip
-    of_neurons = sorted({layer for each in neurons for layer in each.layers})
+    of_neurons = sorted({layer for each in neurons for layer in each.layers})  # whose means are needed
 
     def load(name: str):
         model = loading.load_for(process, models[name], dtype)

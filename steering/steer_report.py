@@ -41,14 +41,15 @@ class Scores:
             name: np.array([record["units"][name] for record in records], dtype=np.float64)[:, self.part] @ self.weights
             for name in records[0]["units"]
         }
-        found["relevance"] = found["relevance"].clip(min=0)
         if "language" in found:
+            found["relevance"] = found["relevance"].clip(min=0)
             found["score"] = harmonic(found["language"], found["relevance"])
         return {name: values.mean(0) for name, values in found.items()}
 
 
-def told(values: dict[str, np.ndarray]) -> dict[str, dict]:
-    return {name: stats.with_interval(drawn[0], drawn[1:]) for name, drawn in values.items()}
+def in_words(drawn: np.ndarray) -> dict:
+    """A number and its interval, as results have them, of [1 + DRAWS]."""
+    return stats.with_interval(drawn[0], drawn[1:])
 
 
 def summarize(records: list[dict], translation, seed: int) -> tuple[dict, dict]:
@@ -58,57 +59,51 @@ def summarize(records: list[dict], translation, seed: int) -> tuple[dict, dict]:
         translation: whose `base` and `target` are the sentences.
     """
     n, units = len(translation.base), list(records[0]["units"])
-    every, chosen, held = (Scores(n, seed, slice(*part)) for part in ((None,), (0, None, 2), (1, None, 2)))
-    decides = "score" if "language" in units else "nll_reference"
-    sign = 1 if decides == "score" else -1
-    payload: dict = {key: {} for key in ("sweep", "whole", "best", "beyond", "residual", "samples")}
-    payload |= {"decides": decides, "n": n, "n_layers": len(records[0]["residual"]["norm"])}
+    payload = {"decides": "score" if "language" in units else "nll_reference", "n": n}
+    payload |= {"n_layers": len(records[0]["residual"]["norm"])}
     payload["what"] = [[record[key] for key in ("model", "name", "layer", "alpha", "draw")] for record in records]
+    parts = [Scores(n, seed, slice(*part)) for part in ((None,), (0, None, 2), (1, None, 2))]
     for model in dict.fromkeys(record["model"] for record in records):
-        groups: dict[tuple, list[dict]] = {}
-        for record in records:
-            if record["model"] == model:
-                groups.setdefault((record["name"], record["layer"], record["alpha"]), []).append(record)
-        sweep, whole = payload["sweep"].setdefault(model, {}), payload["whole"].setdefault(model, {})
-        for (name, layer, alpha), own in groups.items():
-            if layer is None:
-                whole[name] = told(every.of(own))
-            else:
-                sweep.setdefault(f"layer_{layer}", {}).setdefault(name, {})[f"{alpha:g}"] = told(every.of(own))
-        first = {name: own[0] for (name, layer, _), own in groups.items() if layer is None}
-        for name in ("diffmean", "random"):
-            rows = [record for (kind, *_), own in groups.items() if kind == name for record in own]
-            if rows:
-                first[name] = max(rows, key=lambda record: sign * chosen.of([record])[decides][0])
-        payload["best"][model] = {
-            name: {"layer": first[name]["layer"], "alpha": first[name]["alpha"]} | told(held.of([first[name]]))
-            for name in ("diffmean", "random") if name in first
-        }  # fmt: skip
-        values = {name: held.of([record])[decides] for name, record in first.items()}
-        payload["beyond"][model] = {
-            name: stats.with_interval(*_split(sign * (values["diffmean"] - values[name])))
-            for name in CONTROLS if {name, "diffmean"} <= {*values}
-        }  # fmt: skip
-        payload["residual"][model] = {
-            key: {f"layer_{i}": value for i, value in enumerate(row)} for key, row in first["none"]["residual"].items()
-        }
-        if first["none"]["texts"]:
-            payload["samples"][model] = _samples(first, translation)
+        own = [record for record in records if record["model"] == model]
+        for key, found in of_model(own, translation, payload["decides"], *parts).items():
+            payload.setdefault(key, {})[model] = found
     return payload, {name: torch.tensor([record["units"][name] for record in records]) for name in units}
 
 
-def _split(drawn: np.ndarray) -> tuple:
-    return drawn[0], drawn[1:]
-
-
-def _samples(first: dict[str, dict], translation) -> list[dict]:
-    """What was written from the first sentences: as it is, by the prompt, by the best direction."""
-    pairs = zip(translation.base[:SHOWN], translation.target[:SHOWN], strict=True)
-    named = [name for name in ("none", "prompt", "diffmean") if name in first]
-    return [
-        {"source": source, "reference": reference} | {name: first[name]["texts"][i] for name in named}
-        for i, (source, reference) in enumerate(pairs)
-    ]
+def of_model(records: list[dict], translation, decides: str, every: Scores, chosen: Scores, held: Scores) -> dict:
+    """What the result says of one model: of `every` sentence, and of those `held` out of the choice on the `chosen`."""
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["name"], record["layer"], record["alpha"]), []).append(record)
+    found: dict = {"sweep": {}, "whole": {}}
+    for (name, layer, alpha), own in groups.items():
+        values = {measure: in_words(drawn) for measure, drawn in every.of(own).items()}
+        if layer is None:
+            found["whole"][name] = values
+        else:
+            found["sweep"].setdefault(f"layer_{layer}", {}).setdefault(name, {})[f"{alpha:g}"] = values
+    sign, first = 1 if decides == "score" else -1, {name: own[0] for (name, *_), own in groups.items()}
+    for name in ("diffmean", "random"):
+        rows = [record for record in records if record["name"] == name]
+        first[name] = max(rows, key=lambda record: sign * chosen.of([record])[decides][0])
+    values = {name: held.of([record]) for name, record in first.items()}
+    found["best"] = {
+        name: {key: first[name][key] for key in ("layer", "alpha")} | {m: in_words(d) for m, d in values[name].items()}
+        for name in ("diffmean", "random")
+    }  # fmt: skip
+    found["beyond"] = {
+        name: in_words(sign * (values["diffmean"][decides] - values[name][decides]))
+        for name in CONTROLS if name in values
+    }  # fmt: skip
+    of_layers = first["none"]["residual"].items()
+    found["residual"] = {key: {f"layer_{i}": value for i, value in enumerate(row)} for key, row in of_layers}
+    pairs = enumerate(zip(translation.base[:SHOWN], translation.target[:SHOWN], strict=True))
+    found["samples"] = [
+        {"source": source, "reference": reference}
+        | {name: first[name]["texts"][i] for name in ("none", "prompt", "diffmean")}
+        for i, (source, reference) in (pairs if first["none"]["texts"] else ())
+    ]  # fmt: skip
+    return found
 
 
 # ---------------------------------------------------------------- what is shown
@@ -119,7 +114,7 @@ def draw(path: Path, payload: dict) -> None:
     models = [*payload["sweep"]]
     models = models[:1] + models[1:][-2:]
     rows = [name for name in WORDS if name in payload["whole"][models[0]]["none"]]
-    rows = [name for name in rows if name != "nll_reference"] if len(rows) == len(WORDS) else rows
+    rows = rows[:-1] if len(rows) > 1 else rows  # losses alone where nothing was written
     with figures.style() as plt:
         size = figures.PAGE, 0.9 + 1.3 * len(rows)
         fig, axes = plt.subplots(len(rows), len(models), figsize=size, sharex=True, sharey="row", squeeze=False)
@@ -131,7 +126,7 @@ def draw(path: Path, payload: dict) -> None:
         for axis, measure in zip(axes[:, 0], rows, strict=True):
             axis.set_ylabel(WORDS[measure])
             if measure != "nll_reference":
-                axis.set_ylim(-0.03, 1.03)
+                axis.set_ylim(bottom=-0.03)
         fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figures.save(fig, path)
 

@@ -45,6 +45,7 @@ def study(models, tmp_path):
             "lsn_text": {code: str(tmp_path / "c.txt") for code in ("eng_Latn", "deu_Latn")},
         },
         "tokens": str(tmp_path / "ids"), "lsn": {"tokens": 2000}, "results": str(tmp_path / "results"),
+        "steering": {},
     }  # fmt: skip
 
     def write(**changes) -> Path:
@@ -62,7 +63,7 @@ def test_a_whole_study_is_ready(study, capsys):
     assert check.main([str(study(ablation={}, spectral={}, alignment={}, runs={"again": run}))]) == 0
     out = capsys.readouterr().out
     assert f"runs.again {run}: checkpoints of step 5, 10, 20, 40 (4)" in out
-    assert "the start of about 45 steps: 3.0 min" in out
+    assert "the start of about 46 steps: 3.1 min" in out
     assert "llama, 3 layers" in out and "checkpoints of step 5, 10, 20, 40 (4)" in out
     assert "tokenizers: all alike" in out and "30 sentence pairs eng_Latn-deu_Latn" in out
     assert "nothing is left out" in out and "on the CPU (" in out and "GB free" in out and "ready to run" in out
@@ -131,8 +132,13 @@ def test_other_tokenizers_are_said(study, models, tmp_path, capsys):
         ({"languages": {"base": "eng_Latn", "target": "deu_Latn"}}, ["no languages.lsn"]),
         ({"controls": 10}, ["with 10 random sets"]),
         (
-            {},
-            ["Part III, layer ablation: the study has no ablation (`ablation: {}` will do)", "Part IV", "no spectral"],
+            {"steering": None},
+            [
+                "Part III, layer ablation: the study has no ablation (`ablation: {}` will do)",
+                "Part IV",
+                "no spectral",
+                "Part V, steering: the study has no steering",
+            ],
         ),
     ],
 )

@@ -207,9 +207,29 @@ def test_py3langid_judges_where_no_world_is_made():
     pytest.importorskip("py3langid", reason="py3langid is not installed (pip install -e '.[langid]')")
     judge = JUDGES.judge_of(Study(), "gle_Latn")
     texts = ["Tá na páistí ag súgradh sa pháirc tar éis na scoile.", "The children play in the park after school.", ""]
-    assert judge.language(texts) == [1, 0, 0] and judge.meaning is None and judge.name == "py3langid"
+    assert judge.language(texts) == [1, 0, 0] and judge.relevance is JUDGES.like_own and judge.name == "py3langid"
     with pytest.raises(InputError, match="py3langid does not know qaa_Latn; give --no-generate"):
         JUDGES.judge_of(Study(), "qaa_Latn")
+
+
+def test_what_is_repeated_says_nothing_of_its_source():
+    named = ("red cat", "old dog", "sad fox", "big hen", "shy pig")
+    references = [f"the {name} walks" for name in named]
+    translation = SimpleNamespace(target=references)
+    assert JUDGES.like_own(references, translation) == [1] * 5
+    assert sum(JUDGES.like_own(references[1:] + references[:1], translation)) < -1
+    for text in ("", "walks walks walks walks", "the fox the fox the fox"):
+        assert sum(JUDGES.like_own([text] * 5, translation)) == pytest.approx(0, abs=1e-12)
+
+    def alike(one: str, other: str) -> float:  # slowly
+        one, other = ([t[i : i + 3] for i in range(len(t) - 2)] for t in (one, other))
+        norms = np.sqrt([sum(t.count(g) ** 2 for g in {*t}) for t in (one, other)])
+        return round(sum(one.count(g) * other.count(g) for g in {*one}) / max(1, norms[0]) / norms[1], 9)
+
+    texts = ["a red cat", "the fox hen", "old dogs", "big big big", "the shy pig walks on"]
+    for i, found in enumerate(JUDGES.like_own(texts, translation)):
+        values = [alike(texts[i], reference) for reference in references]
+        assert found == (sum(v < values[i] for v in values) - sum(v > values[i] for v in values)) / 4
 
 
 # ---------------------------------------------------------------- what it says
@@ -318,7 +338,9 @@ def study(tmp_path, monkeypatch):
 
     def judge(_study, code):
         assert code == "ga"
-        return JUDGES.Judge("letters", lambda texts: [float(bool(t) and set(t) <= {*TARGET, " "}) for t in texts])
+        letters = {*TARGET, " "}
+        return JUDGES.Judge("letters", lambda texts: [float(bool(t) and set(t) <= letters) for t in texts],
+                            JUDGES.like_own)  # fmt: skip
 
     monkeypatch.setattr(STEER.judges, "judge_of", judge)
     return tmp_path
@@ -335,8 +357,7 @@ def test_a_planted_direction_is_found_and_random_ones_do_nothing(study, capsys):
         for row in layers.values():
             assert row["diffmean"]["1"]["language"]["value"] == row["diffmean"]["2"]["language"]["value"] == 1
             assert row["random"]["1"]["language"]["value"] < 0.2
-            # Relevance: the model has no memory of its source.
-            assert row["diffmean"]["1"]["relevance"]["value"] == 0 == row["diffmean"]["1"]["score"]["value"]
+            assert row["diffmean"]["1"]["likelier"]["value"] == 0  # the model has no memory of its source
             loss = found["whole"][model]["none"]["nll_reference"]["value"]
             assert row["diffmean"]["1"]["nll_reference"]["value"] < loss - 1 / 2
         apart = found["residual"][model]["difference"]["layer_0"]
@@ -361,7 +382,7 @@ def test_the_loss_of_a_reference_against_a_slow_loop(study):
     )
     found, _ = results.read_json(f"{OUT}.json", "steering")
     units = results.read_tensors(f"{OUT}.pt")
-    assert found["decides"] == "nll_reference" and {*units} == {"nll_reference", "relevance"}
+    assert found["decides"] == "nll_reference" and {*units} == {"nll_reference", "likelier"}
     args = STEER.build_parser().parse_args(["--sentences", "6", "--shots", "2", "--no-generate"])
     bench, _ = STEER.bench_from_arguments(args, Study.find(), {"base": "en", "target": "ga"})
     model, tokenizer = loading.load_model(refs.model("base"), torch.float64, torch.device("cpu")), tiny_tokenizer()
@@ -452,6 +473,8 @@ def fails(capsys, message: str, *argv: str) -> None:
 
 def test_bad_input_is_one_line(study, capsys):
     fails(capsys, "the model has layers 0 to 2", "--layers", "3")
+    for alphas in (["0"], ["1", "nan"]):
+        fails(capsys, "--alphas: give finite numbers, others than 0", "--alphas", *alphas)
     fails(
         capsys, "24 sentence pairs leave 0 beside those that are scored or shown", "--sentences", "22", "--shots", "2"
     )
