@@ -162,7 +162,7 @@ def agreement(a: dict[str, Layers], b: dict[str, Layers]) -> dict:
 def convergence(counts: list[Counts], full, select: Callable, **rates) -> dict | None:
     """How stable the mask is over tokens; None where the counts hold no snapshots, or not the same in every language.
 
-    `full` is the `Selection` from all tokens, `select` and `rates` what made it (see identify.py).
+    `full` is the `Selection` from all tokens, `select` and `rates` what made it (see lape.py).
 
     A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves share
     no position, and tell how well the mask of half the tokens repeats, unless the text itself repeats (`repeated`, the
@@ -188,9 +188,31 @@ def convergence(counts: list[Counts], full, select: Callable, **rates) -> dict |
     possible = [one.tokens() - before for one, before in zip(counts, possible, strict=True)]
     second = select([one.over_zero - one.snapshots[-1] for one in counts], possible, langs, exists=exists, **rates)
     halves = {"tokens_first": points[-1]["tokens"], "tokens_second": dict(zip(langs, rest, strict=True))}
-    halves |= agreement(first.mask, second.mask)
-    # Enough are the fewest tokens from which on the mask stays: one part that happens to agree is no convergence, and
-    # where the halves disagree the full mask itself is not settled.
+    return _settled(counts, points, halves | agreement(first.mask, second.mask))
+
+
+def of_halves(counts: list[Counts], scores: list[dict], first: list[int], *masks: dict[str, Layers]) -> dict:
+    """The same of a method that reads texts: of `first` of each language's one mask is made, of the rest another.
+
+    Args:
+        scores: what lsn/text_scores.py measured, by language.
+        masks: of all texts, of the first ones and of the rest.
+    """
+    n_tokens = [(one["header"]["n_used"], one["header"]["text_tokens"]) for one in scores]
+    parts = [at / n for (n, _), at in zip(n_tokens, first, strict=True)]
+    tokens = {one.lang: size * at for one, (_, size), at in zip(counts, n_tokens, first, strict=True)}
+    rest = {one.lang: size * (n - at) for one, (n, size), at in zip(counts, n_tokens, first, strict=True)}
+    point = {"share": sum(parts) / len(parts), "tokens": tokens, **agreement(masks[1], masks[0])}
+    halves = {"tokens_first": tokens, "tokens_second": rest, **agreement(masks[1], masks[2])}
+    return _settled(counts, [point], halves)
+
+
+def _settled(counts: list[Counts], points: list[dict], halves: dict) -> dict:
+    """What `convergence` says, from the masks of parts.
+
+    Enough are the fewest tokens from which on the mask stays: one part that happens to agree is no convergence, and
+    where the halves disagree the full mask itself is not settled.
+    """
     settled = (halves["jaccard"] or 0) >= ENOUGH
     unsettled = [k for k, point in enumerate(points) if (point["jaccard"] or 0) < ENOUGH]
     rest_of = points[unsettled[-1] + 1 :] if unsettled else points
@@ -217,7 +239,7 @@ def overlap(mask: dict[str, Layers]) -> dict:
 def describe(found, counts: list[Counts], richest: Callable) -> dict:
     """The report without convergence: counts per language and layer, overlap, and the numbers that decided.
 
-    `found` is a `Selection` of identify.py, and `richest` its function.
+    `found` is a `Selection` (see lape.py), and `richest` of identify.py.
     """
     sets = {lang: pairs(layers) for lang, layers in found.mask.items()}
     owners = Counter(pair for members in sets.values() for pair in members)
@@ -230,10 +252,7 @@ def describe(found, counts: list[Counts], richest: Callable) -> dict:
         "n_wanted": found.n_wanted,
         "n_selected": len(found.selected),
         "selected_by_n_languages": {str(k): n_owners[k] for k in range(len(sets) + 1)},
-        "filter_bar": found.filter_bar,
-        "bar": found.bar,
-        "entropy_cut": found.entropy_cut,
-        "entropy_max": math.log(len(sets)),
+        **found.numbers,
         "languages": {},
         "overlap": overlap(found.mask),
     }
@@ -277,12 +296,10 @@ def warn_about_tokens(counts: list[Counts]) -> None:
         )
 
 
-def say_found(report: dict) -> None:
-    n, wanted, cut = report["n_selected"], report["n_wanted"], report["entropy_cut"]
-    cli.say(
-        f"{n:,} of {report['n_neurons']:,} neurons selected from {report['n_candidates']:,} candidates; bar "
-        f"{report['bar']:.4f}" + (f", entropy up to {cut:.4f} of {report['entropy_max']:.4f}" if n else "")
-    )
+def say_found(report: dict, words: str) -> None:
+    """Print how many neurons there are; `words`: what decided."""
+    n, wanted = report["n_selected"], report["n_wanted"]
+    cli.say(f"{n:,} of {report['n_neurons']:,} neurons selected from {report['n_candidates']:,} candidates; {words}")
     if n < wanted:
         cli.warn(f"{wanted:,} neurons were to be selected, but only {n:,} are above the bar in any language")
     for lang, facts in report["languages"].items():

@@ -164,7 +164,7 @@ def test_neurons_beside_experts_and_layers_without_any(tmp_path, monkeypatch):
     assert one.over_zero[1, 96:].tolist() == (torch.cat(kept) > 0).sum(0).tolist()
     # LAPE takes rates over the tokens that a neuron could see, of neurons that there are.
     other = counts.Counts(**{**vars(one), "lang": "en", "over_zero": one.over_zero // 2})
-    chosen = IDENTIFY.of_counts([one, other], rate=0.1)
+    chosen = IDENTIFY.lape.of_counts([one, other], rate=0.1)
     assert chosen.n_wanted == 16 and all(i < one.width[layer] for layer, i in chosen.selected.tolist())
     control = masks.random_control(chosen.mask, 4, one.width.tolist())
     assert {layer: len(own) for layer, own in control["ga"].items()} == {

@@ -48,7 +48,7 @@ def by_definition(over_zero: dict, n: dict, rate: float = 0.01, quantile: float 
 
 
 def lape(over_zero: dict, n: dict, **rates):
-    return script.select([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
+    return script.lape.select([np.asarray(x) for x in over_zero.values()], list(n.values()), list(over_zero), **rates)
 
 
 @pytest.mark.figures
@@ -214,24 +214,26 @@ def test_a_language_without_neurons_and_neurons_that_never_fire():
     sparse = {lang: np.zeros((2, 50), int) for lang in ("en", "ga")}
     sparse["en"][1, 7] = 3
     found = lape(sparse, {"en": 10, "ga": 20}, rate=0.5)
-    assert found.bar == 0 and found.n_candidates == 1 and found.n_wanted == 50
+    assert found.numbers["bar"] == 0 and found.n_candidates == 1 and found.n_wanted == 50
     assert found.mask == {"en": {0: [], 1: [7]}, "ga": {0: [], 1: []}}
 
 
 def test_rates_are_decimals_and_ranks_are_floored():
     shares = ((0.29, 100, 29), (0.95, 20, 19), (0.01, 199, 1), (1.0, 7, 7), (1e-5, 200_000, 2))
-    assert all(script.share(rate, size) == found for rate, size, found in shares)
+    assert all(script.lape.share(rate, size) == found for rate, size, found in shares)
     values = np.arange(1.0, 11.0)
-    assert script.kth_smallest(values, 0.95, "--filter-rate") == 9 and script.kth_smallest(values, 1, "") == 10
+    assert (
+        script.lape.kth_smallest(values, 0.95, "--filter-rate") == 9 and script.lape.kth_smallest(values, 1, "") == 10
+    )
     with pytest.raises(InputError, match=r"--filter-rate 0.05 of 10 rates is rank 0"):
-        script.kth_smallest(values, 0.05, "--filter-rate")
+        script.lape.kth_smallest(values, 0.05, "--filter-rate")
     over_zero, n = some_counts(3)
     with pytest.raises(InputError, match=r"--rate 0.001 of 120 neurons is less than one; give --rate 0.0084 or more"):
         lape(over_zero, n, rate=0.001)
     # A bar of its own for belonging to a language: the same neurons, in fewer languages.
     one = lape(over_zero, n, rate=0.3, filter_rate=0.7)
     two = lape(over_zero, n, rate=0.3, filter_rate=0.7, bar_rate=0.95)
-    assert (one.selected == two.selected).all() and two.bar > one.bar
+    assert (one.selected == two.selected).all() and two.numbers["bar"] > one.numbers["bar"]
     assert all(set(two.mask[lang][i]) <= set(one.mask[lang][i]) for lang in n for i in range(3))
 
 
@@ -647,6 +649,6 @@ def test_one_part_that_agrees_is_no_convergence():
         counts = list(made(*parts))
         langs = [one.lang for one in counts]
         rates = {"rate": 0.5, "filter_rate": 0.5, "bar_rate": 0.5}
-        full = script.select([one.over_zero for one in counts], [one.n for one in counts], langs, **rates)
-        found = script.reporting.convergence(counts, full, script.select, **rates)
+        full = script.lape.select([one.over_zero for one in counts], [one.n for one in counts], langs, **rates)
+        found = script.reporting.convergence(counts, full, script.lape.select, **rates)
         assert (found["enough"] and found["enough"]["tokens"]["a"]) == expected

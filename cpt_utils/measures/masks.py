@@ -20,6 +20,7 @@ from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import relatives
 
 SCHEMA = "lsn-mask"
+LAPE = "lape"  # the method of finding neurons that is meant where none is named
 CLOSE = 5  # neurons nearest in rate, of which one is drawn: more of them differ in activity, fewer make sets alike
 
 Layers = dict[int, list[int]]
@@ -121,6 +122,16 @@ def is_control(path: str | os.PathLike) -> bool | None:
 def counted(path: str | os.PathLike) -> dict[str, dict]:
     """What the header of a mask says of the counts it was made from, by language; {} where it says nothing."""
     return _load(path)[1].get("tokens") or {}
+
+
+def of_method(place: Path | None, method: str) -> Path | None:
+    """Where the result of LAPE's neurons, at `place`, lies for those of another method: `<place>.<method>.json`."""
+    return place if place is None or method == LAPE else place.with_suffix(f".{method}.json")
+
+
+def how(method: str) -> str:
+    """The flag of lsn/identify.py and lsn/deactivate.py that means a method, with a space before it."""
+    return "" if method == LAPE else f" --method {method}"
 
 
 def control_beside(path: Path) -> Path | None:
