@@ -3,9 +3,12 @@
     --method lape       low entropy of the firing rates over languages (Tang et al., 2024), in lape.py
     --method ternary    entropy, less a share of the highest rate; specific, related, general (Zhang et al., 2026), in
                         ternary.py; three languages or more
+    --method ap         how well its mean activation tells texts of the language from others (Kojima et al., 2024), in
+                        average_precision.py
+    --method gradient   how far it pushes the next token of the language's text (CULNIG, 2026), in gradient_score.py
 
 In:   FOLDER/TAG.<lang>.pt for two or more languages, the counts of lsn/activation.py (or of the published scripts, or
-      LAPE's own activation.<lang>.train.TAG).
+      LAPE's own activation.<lang>.train.TAG). For ap and gradient also what lsn/text_scores.py measured (--scores).
 Out:  OUT/TAG.json, the mask {lang: {layer: [neurons]}}, every language and layer present; OUT/TAG.report.json with counts
       per layer, overlap between languages and how stable the mask is over tokens, and its figures (PDF, PNG);
       a random control mask of the same size, and the layers richest in one language's neurons (a bare list, with its
@@ -26,6 +29,8 @@ from cpt_utils.measures.masks import Layers
 
 lape = cli.sibling("lsn/lape.py")
 ternary = cli.sibling("lsn/ternary.py")
+average_precision = cli.sibling("lsn/average_precision.py")
+gradient_score = cli.sibling("lsn/gradient_score.py")
 files = cli.sibling("lsn/identify_files.py")
 reporting = cli.sibling("lsn/identify_report.py")
 
@@ -51,6 +56,8 @@ LAYERS, REPORT = "lsn-layers", "lsn-report"
 METHODS = {
     masks.LAPE: (lape, {"filter_rate": 0.95, "bar_rate": None}, ""),
     "ternary": (ternary, {"bar_rate": 0.95}, ""),
+    "ap": (average_precision, {}, "means"),
+    "gradient": (gradient_score, {}, "gradients"),
 }
 
 

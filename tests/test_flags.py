@@ -30,7 +30,7 @@ RUN_AND_BASE = (
     "steering/steer.py",
 )
 # The published --base of sentence retrieval is a language.
-RUN_ALONE = ("sentence-retrieval/sr_experiment.py", "lsn/activation.py")
+RUN_ALONE = ("sentence-retrieval/sr_experiment.py", "lsn/activation.py", "lsn/text_scores.py")
 OUTPUT = (
     "layer-specialize/layer_specialize.py",
     "downstream-correlation/downstream_correlation.py",

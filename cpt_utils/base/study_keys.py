@@ -77,6 +77,10 @@ class Lsn(Keys):
     )
     layers: Count = key("layers that count as rich in neurons", 8, "as many as are interface")
     tokens: Count = key("tokens of a language", 10_000_000, "100,000,000")
+    methods: list[Literal["ternary", "ap", "gradient"]] | None = key(
+        "other methods to find neurons, compared with LAPE (lsn/README.md)", ["ternary", "ap"], "LAPE alone"
+    )
+    texts: Count = key("texts of a language, for `ap` and `gradient`", 200, "500")
     block_size: Count = key("tokens of a block that is one forward pass", 1024, "4096, or 2048 (Qwen)")
 
 

@@ -63,6 +63,8 @@ COMMANDS = (
     _command("token_ids", "lsn/load_oscar.py", "--max-concurrent 1"),
     _command("counts", "lsn/activation.py", "--save-every 0"),
     _command("identify", "lsn/identify.py"),
+    _command("text_scores", "lsn/text_scores.py", "--texts 8 --text-tokens 16"),
+    _command("identify_ap", "lsn/identify.py", "--method ap"),
     _command("deactivate", "lsn/deactivate.py", "--random 5"),
     _command("lsn_activation", "lsn/lsn_activation_cpt.py"),
     _command("gate_lsn", "weight-diff/gate_lsn.py"),

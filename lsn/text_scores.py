@@ -1,0 +1,298 @@
+"""What every FFN neuron does on short texts, which counts do not hold: for `lsn/identify.py --method ap` and `gradient`.
+
+A text is --text-tokens token ids in a row, from the files of step 6. For each: the mean activation of every neuron; and,
+with the last token y of the text as the one to be predicted from those before, gradient times activation,
+max over positions of n dP(y)/dn, where n is what the neuron gives to the down projection.
+
+In:   -m a model (default: the last checkpoint of the study's run), -i one or more files of token ids from
+      lsn/load_oscar.py (default: those of the study's languages), --what means, gradients, or both.
+Out:  FOLDER/means/<name>.<language>.pt: `means` float32 [texts, layers, neurons]; FOLDER/gradients/<name>.<language>.pt:
+      `sums` float64 [2, layers, neurons] over the texts of each half, and `texts` [2]. Both with a `header`.
+
+A killed run goes on with the next texts. On several GPUs: accelerate launch lsn/text_scores.py ...; the numbers are the same.
+
+Full: python lsn/text_scores.py -m runs/eus/checkpoint-5000 -i oscar_ids/oscar.en.train.llama oscar_ids/oscar.eu.train.llama -s text_scores -n llama
+Tiny: python lsn/text_scores.py --study demo/tiny.yaml --texts 40
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.architectures import archs
+from cpt_utils.base import cli, code, languages, processes, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import torch
+from cpt_utils.base.study import Study, dotted
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.models import ffn, loading
+from cpt_utils.models.trace import trace
+
+counting = cli.sibling("lsn/activation.py")
+
+SCHEMA = "text-scores"
+RESULTS = {"lsn_text_scores": "lsn/text_scores"}
+TEXTS, TOKENS = 500, 32  # of a language; of a text
+SHARE = 64  # texts that are measured, and kept, at a time
+GRADIENT_BATCH = 16  # texts: what every layer's FFN was given is kept for the way back
+
+
+# ---------------------------------------------------------------- the method
+
+
+def mean_activations(model: torch.nn.Module, arch: archs.Arch, texts: torch.Tensor, batch: int) -> torch.Tensor:
+    """The mean of act(W_gate x) over the tokens of each text: float32 [texts, layers, neurons], on the CPU.
+
+    Of an expert's neuron it is over the tokens routed to the expert, and 0 where there are none.
+
+    Raises:
+        InputError: activations that are NaN or infinite.
+    """
+    config = ffn.decoder_config(model)
+    n_layers = arch.n_layers(config)
+    reader = ffn.Reader(model, arch, range(n_layers))
+    # Rows of experts do not say which text they are of: then a text is a pass.
+    parts = texts.split(1 if reader.experts else batch)
+    return torch.cat([_means(reader, part, (n_layers, arch.ffn_width(config))) for part in parts])
+
+
+def _means(reader: ffn.Reader, texts: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The same of one pass."""
+    sums = torch.zeros(len(texts), *shape, dtype=torch.float64)
+    tokens = torch.full(shape, texts.shape[1], dtype=torch.float64)
+    for layer, groups in reader.groups.items():
+        for group in groups:
+            tokens[layer, group.first : group.stop] *= not group.experts
+
+    def read(layer: int, group, value: torch.Tensor, experts: torch.Tensor | None) -> None:
+        here = slice(group.first, group.stop)
+        if experts is None:
+            sums[:, layer, here] += value.reshape(len(texts), -1, value.shape[-1]).sum(1, dtype=torch.float64).cpu()
+            return
+        chosen = (experts == torch.arange(group.experts, device=experts.device)[:, None]).double()
+        sums[0, layer, here] += (chosen @ value.double()).flatten().cpu()
+        tokens[layer, here] += chosen.sum(1).repeat_interleave(group.width).cpu()
+
+    reader.run(texts, read)
+    return _finite(sums / tokens.clamp(min=1)).float()
+
+
+def attributions(model: torch.nn.Module, arch: archs.Arch, texts: torch.Tensor, batch: int) -> torch.Tensor:
+    """max over positions of n dP(y)/dn, y the last token, summed over `texts`: float64 [layers, neurons], on the CPU.
+
+    With a gate it makes no difference whether n is act(W_gate x) or that times W_up x: one times its gradient is the
+    other times its own.
+
+    Raises:
+        InputError: a mixture of experts, whose neurons go through no module, or numbers that are NaN or infinite.
+    """
+    config = ffn.decoder_config(model)
+    layers = {layer: groups for layer in range(arch.n_layers(config)) if (groups := arch.neurons(config, layer))}
+    if any(group.experts for groups in layers.values() for group in groups):
+        raise InputError(
+            "gradients of the neurons of experts cannot be read, as they go through no module; leave --what gradients "
+            "out, and take another --method"
+        )
+    found = torch.zeros(arch.n_layers(config), arch.ffn_width(config), dtype=torch.float64)
+    for part in texts.split(batch):
+        given: dict[int, torch.Tensor] = {}
+
+        def keep(value: torch.Tensor, layer: int, given=given) -> torch.Tensor:
+            # Weights ask for no gradient, so what the first FFN gives begins the graph; all others are in it.
+            given[layer] = value if value.requires_grad else value.detach().requires_grad_()
+            return given[layer]
+
+        points = [
+            (arch.down_module(model, layer), "input", lambda value, layer=layer, keep=keep: keep(value, layer))
+            for layer in layers
+        ]
+        ids = part.to(loading.input_device(model), torch.long)
+        head = model.get_output_embeddings(), "input", lambda hidden: hidden[:, -1:]
+        with torch.enable_grad(), trace(*points, head):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            probability = logits.softmax(-1).gather(-1, ids[:, -1:].to(logits.device))
+        for (layer, value), gradient in zip(
+            given.items(), torch.autograd.grad(probability.sum(), list(given.values())), strict=True
+        ):
+            product = value.detach().to(logits.dtype) * gradient.to(logits.dtype)
+            best = product.view(len(part), -1, product.shape[-1]).amax(1)
+            found[layer, : product.shape[-1]] += best.sum(0, dtype=torch.float64).cpu()
+    return _finite(found)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("activations are not finite; try --dtype float32, or check the weights")
+    return values
+
+
+# ---------------------------------------------------------------- one file
+
+
+@dataclass(frozen=True)
+class Job:
+    """Texts [n, tokens] of a file of token ids, what is measured on them, and where it goes."""
+
+    what: str
+    path: Path
+    texts: torch.Tensor
+    request: dict
+    out: Path
+
+    def shares(self) -> list[tuple[int, range]]:
+        """(half, texts) of what is measured at a time: it depends on nothing but the number of texts."""
+        n, middle = len(self.texts), len(self.texts) // 2
+        ends = (0, range(0, middle)), (1, range(middle, n))
+        return [(half, rows[at : at + SHARE]) for half, rows in ends for at in range(0, len(rows), SHARE)]
+
+    def part(self, number: int) -> Path:
+        return self.out.with_name(f".{self.out.stem}.partial.{number}.pt")
+
+    def kept(self, number: int) -> torch.Tensor | None:
+        """What an earlier run found in a share; None where it did not, or was of another request or other code."""
+        path = self.part(number)
+        found = results.read_tensors(path) if path.is_file() else {}
+        mine = found.get("request") == json.dumps(self.request) and not code.is_other(found.get("code"))
+        return found["found"] if mine else None
+
+    def keep(self, number: int, found: torch.Tensor) -> None:
+        facts = {"request": json.dumps(self.request), "code": code.running() or ""}
+        results.write_tensors(self.part(number), {**facts, "found": found})
+
+    def remove_parts(self) -> None:
+        for path in self.out.parent.glob(f".{self.out.stem}.partial.*.pt"):
+            path.unlink(missing_ok=True)
+
+
+def measure(job: Job, measured: Callable, process: processes.Process, header: dict, anew: bool) -> None:
+    """Measure the shares of a file, each process some of them, and write the result; `anew`: those of before go."""
+    if process.is_main and anew:
+        job.remove_parts()
+    process.wait()
+    shares = list(enumerate(job.shares()))
+    for number, (_, rows) in cli.progress(process.share(shares), f"{job.what} {job.out.stem}", unit="share"):
+        if job.kept(number) is None:
+            job.keep(number, measured(job.texts[rows.start : rows.stop]))
+    process.wait()  # all have kept theirs
+    if process.is_main:
+        found = [(half, job.kept(number)) for number, (half, _) in shares]
+        if any(part is None for _, part in found):
+            raise InputError(f"parts of {job.out} are gone: was the same command running twice? Run it again")
+        content = {"means": torch.cat([part for _, part in found])}
+        if job.what == "gradients":
+            halves = [sum(part for half, part in found if half == wanted) for wanted in (0, 1)]
+            n = len(job.texts)
+            content = {"sums": torch.stack(halves), "texts": torch.tensor([n // 2, n - n // 2])}
+        results.write_tensors(job.out, content | {"header": json.dumps(results.plain(header), ensure_ascii=False)})
+        job.remove_parts()
+        cli.say(f"{job.out}: {len(job.texts)} texts of {job.texts.shape[1]} tokens")
+    process.wait()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("-m", "--model", metavar="M", help="model; default: the last checkpoint of the study's run")
+    cli.add_named_models(p, None, "M: its last checkpoint, or that of --steps")
+    add("-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages")
+    add("--what", nargs="+", choices=("means", "gradients"), metavar="W", help="means, gradients; default both")
+    text = "where results go; default: the study's lsn/text_scores"
+    add("-s", "--save_folder", "-o", "--output", metavar="FOLDER", help=text)
+    text = "first part of the files' names; default: the study's name, or that of another model"
+    add("-n", "--name", metavar="NAME", help=text)
+    text = f"texts of a language; default: the study's lsn.texts, else {TEXTS}"
+    add("--texts", type=cli.positive, metavar="N", help=text)
+    add("--text-tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens of a text; default {TOKENS}")
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    return p
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    study = Study.find(args.study, args.seed, args.arm)
+    ref = beside.model_or_last(study, args.model, args.named_run, "-m", args.steps)
+    process, dtype = processes.from_arguments(args, study)
+    todo = []
+    for job in jobs(args, study, ref, dtype, process.device):
+        if not counting.finished(job.out, job.request, args.overwrite):
+            todo.append(job)
+        elif process.is_main:
+            job.remove_parts()  # of a run that was killed between its result and this
+    process.wait()  # no process may see files that another is about to write
+    if not todo:
+        return
+    model, arch = loading.load_for(process, ref, dtype), archs.for_config(ref.config())
+    ways = {
+        "means": lambda texts: mean_activations(model, arch, texts, args.batch_size or SHARE),
+        "gradients": lambda texts: attributions(model, arch, texts, args.batch_size or GRADIENT_BATCH),
+    }
+    for job in todo:
+        measure(job, ways[job.what], process, header(job, ref, arch), args.overwrite)
+    if args.drop_revisions:
+        ref.drop()
+
+
+def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> list[Job]:
+    """What to measure; every file is checked before the model is loaded.
+
+    Raises:
+        InputError: nothing says which files or their names, two of one language, or too few texts or tokens.
+    """
+    paths = counting.id_files(args.id_path, study)
+    codes = [counting.language_of(path) for path in paths]
+    languages.refuse_twice(codes, "give one of their id files, or use another -n")
+    folder = study.output(args.save_folder, "-s", "lsn_text_scores")
+    model = cli.named(args.model, args.named_run, "-m and --run")
+    other = beside.name(study, run=model, steps=args.steps, limit=args.limit, last=True)
+    name = args.name or (dotted(study.name, other) if study else None)
+    if name is None:
+        raise InputError("nothing says what to call the files: give -n NAME, or run inside a study")
+    size, run = args.text_tokens, beside.run_asked_for(study, args.named_run)
+    most = ffn.block_size(ref.config())
+    if not 2 <= size <= most:
+        raise InputError(f"--text-tokens {size}: a text has a token to predict and one before it or more, up to {most}")
+    wanted = size * int(study.value(args.texts, "--texts", "lsn.texts", TEXTS))
+    found = []
+    for path, lang in zip(paths, codes, strict=True):
+        texts, facts = counting.read(path, ref, run, size, wanted, args.limit)
+        if len(texts) < 4:
+            raise InputError(
+                f"{path} gives {len(texts)} texts of {size} tokens, and four are needed; give more text, or less "
+                "--text-tokens"
+            )
+        asked = counting.request_of(ref, facts, size, args.batch_size, dtype, device)
+        for what in args.what or ("means", "gradients"):
+            request = results.plain(asked | {"what": what})
+            found.append(Job(what, path, texts, request, folder / what / f"{name}.{lang}.pt"))
+    return found
+
+
+def header(job: Job, ref: refs.ModelRef, arch: archs.Arch) -> dict:
+    request = job.request
+    return results.header(
+        SCHEMA,
+        what=job.what,
+        models={"model": ref.describe()},
+        n_layers=arch.n_layers(ref.config()),
+        ffn_width=arch.ffn_width(ref.config()),
+        language=request["ids"].get("language", counting.language_of(job.path)),
+        tokens={"file": str(job.path), **request["ids"]},
+        text_tokens=job.texts.shape[1],
+        n_used=len(job.texts),
+        limit=request["ids"]["limit"],
+        dtype=request["dtype"].removeprefix("torch."),
+        device=request["device"],
+        request=request,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
