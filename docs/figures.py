@@ -158,6 +158,7 @@ DRAWN = {
     "lsn_overlap": of(lsn, "overlap"),
     "lsn_convergence": of(lsn, "convergence"),
     "deactivation": paper.deactivation,
+    "lsn_methods": of(plain, "lsn_methods", "lsn/compare_methods.py", module="lsn/methods_shown.py"),
     "lsn_activation": paper.lsn_activation,
     "gate_lsn": of(plain, "gate_lsn", "weight-diff/gate_lsn.py"),
     "activation_correlation": paper.strengths,

@@ -235,6 +235,9 @@ def build_parser():
     cli.add_named_models(p, None, "MODEL: its last checkpoint, or that of --steps")
     add("--base", metavar="B", help="base of the model, for its mask and tokenizer; default: the study's")
     add("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's")
+    add(
+        "--method", default=masks.LAPE, metavar="M", help="the study's mask of lsn/identify.py --method M; default lape"
+    )
     add("--lang", metavar="L,L,..", help="languages; default: the study's languages.lsn, else all of the mask")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
     add("--id_path", nargs="+", metavar="IDS", help="token ids the neurons were found on; default: the study's")
@@ -260,9 +263,11 @@ def main(argv=None) -> None:
     run = cli.named(args.model, args.named_run, "MODEL and --run")
     ref = beside.model_or_last(study, args.model, args.named_run, "MODEL", args.steps)
     base, home = args.base or study.get("base"), beside.run_asked_for(study, args.named_run)
-    mask_file = study.input(args.mask_file, "--mask_file", "lsn_mask")
+    mask_file = args.mask_file or masks.of_method(study.result("lsn_mask"), args.method)
+    mask_file = study.input(mask_file, "--mask_file", "lsn_mask", masks.how(args.method))
     other = beside.name(study, args.base, run, steps=args.steps, limit=args.limit, last=True)
     output = study.output(args.output, "-o", "deactivation", other)
+    output = output if args.output else masks.of_method(output, args.method)
     neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), base, home)
     rates = firing_rates(args.activation, study, mask_file, neurons, relatives.of([ref], base, home))
     texts, facts = heldout_texts(args, study, list(neurons.own))

@@ -267,6 +267,12 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("the same beyond the harm to other languages", "selectivity/selectivity", {"condition": TARGET}),
         Spec("the latter with random neurons, mean", "selectivity/random_mean", {"condition": TARGET}),
     ),
+    "lsn_methods": (
+        Spec("selectivity of the most selective method, new language", "selectivity/selectivity", {"language": TARGET},
+             "max"),
+        Spec("the same of LAPE", "selectivity/selectivity", {"language": TARGET, "condition": "lape"}),
+        Spec("least agreement of two methods (Jaccard)", "agreement/jaccard", {"language": TARGET}, "min"),
+    ),
     "lsn_activation": (
         Spec("mean activation, last checkpoint", "activation/all_layers", {"condition": "lsn"}),
         Spec("mean activation, base", "activation/all_layers", {"condition": "lsn", "step": 0}),
@@ -382,5 +388,6 @@ def _fits(row: dict, study: Study):
 def _place(row: dict, usual: tuple) -> str:
     """Which of several a number is of: "hidden state 4"; of a run where it is not the `usual` one."""
     of_text = row["result"] in ("language_loss", "connect")
-    columns = ("language",) if of_text else ("run", "hidden_state", "layer")
+    of_method = row["result"] == "lsn_methods"
+    columns = ("language",) if of_text else ("condition",) if of_method else ("run", "hidden_state", "layer")
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in columns if row[name] not in usual)

@@ -154,6 +154,11 @@ READERS: dict[str, list] = {
         ("layers/{layer}", {"measure": "activation"}), ("{measure:all_layers}", {"measure": "activation"}),
     ],
     "lsn-layers": [("counts/{layer}", {"measure": "neurons"})],
+    "lsn-methods": [
+        "{measure:agreement}/{language}/{condition}/{also}", "{measure:overall|classes|base}/{condition}/{also:.+}",
+        ("by_layer/{condition}/{language}/{layer}", {"measure": "neurons"}),
+        "{measure:\\w+}/{condition}/{language}/{also:.+}", "{measure:\\w+}/{condition}/{language}",
+    ],
     "lsn-mask": [("{language}/{layer}", {"measure": "neurons"})],
     "lsn-report": [
         "languages/{language}/{measure:counts|own}/{layer}", "languages/{language}/{measure}",

@@ -1,0 +1,99 @@
+"""What lsn/compare_methods.py found, as a table, as a figure and in words."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from cpt_utils.base import cli, figures, results
+
+WORDS = {"lape": "LAPE", "ternary": "ternary", "ap": "average precision", "gradient": "gradient × activation"}
+
+
+def table(found: dict) -> str:
+    """A line for each language and method, then the agreement of every two methods, in Markdown."""
+    head = ["language", "method", "neurons", "agreement of the halves", "own language", "others", "selectivity",
+            "the same of neurons as active", "p"]  # fmt: skip
+    lines = []
+    for lang, name in itertools.product(found["languages"], found["methods"]):
+        own, row = found["diagonal"][name].get(lang), found["selectivity"][name].get(lang)
+        halves = (found["stability"][name] or {}).get(lang)
+        cells = [lang, WORDS.get(name, name), f"{found['neurons'][name][lang]:,}", _number(halves, ".2f")]
+        if own:
+            harm, beyond = (f"{part[key]:+.4f} [{part['ci_low']:+.4f}, {part['ci_high']:+.4f}]"
+                            for part, key in ((own, "harm"), (row, "selectivity")))  # fmt: skip
+            cells += [harm, f"{found['others'][name][lang]:+.4f}", beyond, _number(row["active_mean"], "+.4f")]
+            cells += [_number(row["p_value_active"], ".3f")]
+        lines.append([*cells, *[""] * (len(head) - len(cells))])
+    agreed = [
+        [lang, pair, row["shared"], _number(row["jaccard"], ".3f"), _number(row["chance"], ".3f")]
+        for lang, rows in found["agreement"].items() for pair, row in rows.items()
+    ]  # fmt: skip
+    both = results.markdown(["language", "methods", "shared", "Jaccard", "chance"], agreed)
+    return results.markdown(head, lines) + "\n" + both
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def draw(path: Path, found: dict) -> None:
+    """A row for each language: its neurons by layer, and what silencing them does, by method."""
+    langs, methods = found["languages"], found["methods"]
+    names = [WORDS.get(name, name) for name in methods]
+    looks = [{"color": shade, "marker": figures.MARKERS[i]} for i, shade in enumerate(figures.colours(len(methods)))]
+    with figures.style() as plt:
+        from matplotlib.lines import Line2D
+
+        size = figures.PAGE, 0.8 + 1.25 * len(langs)
+        fig, axes = plt.subplots(len(langs), 2, figsize=size, sharex="col", squeeze=False)
+        for lang, (by_layer, harm) in zip(langs, axes, strict=True):
+            for i, name in enumerate(methods):
+                counts = found["by_layer"][name][lang]
+                by_layer.plot(range(len(counts)), counts, **looks[i], linewidth=0.9, label=names[i])
+                _harm(harm, i, looks[i], found, name, lang)
+            figures.layer_axis(by_layer, len(counts))
+            by_layer.set_title(figures.language(lang), loc="left")
+            harm.axhline(0, color="#bbbbbb", linewidth=0.6)
+            harm.set_xticks(range(len(methods)), [name.replace(" ", "\n", 1) for name in names])
+            harm.set_xlim(-0.5, len(methods) - 0.5)
+        for axis in axes[:-1, 0]:
+            axis.set_xlabel("")
+        middle = (len(langs) - 1) // 2
+        axes[middle, 0].set_ylabel("neurons")
+        axes[middle, 1].set_ylabel("change in NLL (nats/token)")
+        kinds = (
+            ("on its own text", {"color": "0.3", "marker": "o"}),
+            ("on the others', mean", {"color": "0.3", "marker": "o", "markerfacecolor": "white"}),
+            ("on its own: random ones, as active", {"color": figures.colour("random"), "marker": "x"}),
+        )
+        lines = [Line2D([], [], linestyle="", label=words, **look) for words, look in kinds]
+        handles = axes[0, 0].get_legend_handles_labels()[0]
+        fig.legend(handles=[*handles, *lines], loc="outside upper center", ncols=4)
+        figures.save(fig, path)
+
+
+def _harm(axis, at: int, look: dict, found: dict, name: str, lang: str) -> None:
+    """What silencing a language's neurons by one method does to it, and to the others; nothing where it has none."""
+    own = found["diagonal"][name].get(lang)
+    if own is None:
+        return
+    around = [[max(0.0, own["harm"] - own["ci_low"])], [max(0.0, own["ci_high"] - own["harm"])]]
+    axis.errorbar(at - 0.15, own["harm"], around, capsize=2, linewidth=0.8, linestyle="", **look)
+    axis.plot(at + 0.15, found["others"][name][lang], linestyle="", markerfacecolor="white", **look)
+    if lang in found["controls"][name]:
+        axis.plot(at - 0.15, found["controls"][name][lang], "x", color=figures.colour("random"), zorder=1)
+
+
+def say(found: dict) -> None:
+    """Print, of each language and of all, whose neurons matter."""
+    for lang, row in found["best"].items():
+        of = "all languages together" if lang == "overall" else lang
+        if row["method"] is None:
+            cli.say(f"{of}: no method's neurons hurt it when they are silenced")
+            continue
+        own = found["overall"][row["method"]] if lang == "overall" else found["selectivity"][row["method"]][lang]
+        text = f"selectivity {own['selectivity']:+.4f} [{own['ci_low']:+.4f}, {own['ci_high']:+.4f}]"
+        sure = "above all others" if row["clear"] else "intervals of others overlap"
+        active = {None: "", True: "; more than neurons as active", False: "; no more than neurons as active"}
+        cli.say(f"{of}: {WORDS.get(row['method'], row['method'])}, {text}, {sure}{active[row['beyond_active']]}")

@@ -1,0 +1,174 @@
+"""lsn/compare_methods.py: numbers against plain loops, the winner's rule, base against checkpoint, refusals; and
+lsn/deactivate.py on the masks of other methods."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from helpers import load_script
+from test_deactivate import OWN, records_of, study  # noqa: F401
+
+from cpt_utils.base import cli, results
+from cpt_utils.base.errors import InputError
+from cpt_utils.checkpoints import refs
+from cpt_utils.measures import masks
+
+script = load_script("lsn/compare_methods.py")
+deactivate = load_script("lsn/deactivate.py")
+rows = cli.sibling("report/rows.py")
+LANGS = ("en", "ga", "sw")
+# What silencing a language's neurons does to each language, by method.
+HARM = {
+    "lape": {"en": {"en": 0.2, "ga": 0.1}, "ga": {"ga": 0.3}, "sw": {"sw": 0.1, "en": 0.1}},
+    "ternary": {"en": {"en": 0.9}, "ga": {"ga": -0.2, "en": -0.9}, "sw": {"sw": 0.1, "en": 0.2}},
+    "ap": {"en": {"en": 0.25}, "ga": {"ga": 0.2}, "sw": {}},
+}
+
+
+def write(method: str, seed: int, tag: str = "demo", **facts) -> dict:
+    """A drawn mask of a method, its report, and the made-up result of silencing it; the mask."""
+    draw = random.Random(seed)
+    mask = {lang: {layer: sorted(draw.sample(range(48), 6)) for layer in range(3)} for lang in LANGS}
+    path = masks.of_method(Path(f"results/lsn/result/{tag}.json"), method)
+    head = {"models": {"model": refs.model("run/checkpoint-30").describe()}, "n_layers": 3, "ffn_width": 48}
+    head |= {"languages": {lang: lang for lang in LANGS}} | facts
+    masks.write(path, mask, **head)
+    halves = {"jaccard": 0.5, "languages": dict.fromkeys(LANGS, 0.1 * seed)}
+    report = {"n_neurons": 144, "convergence": {"halves": halves} if method != "lape" else None}
+    if method == "ternary":
+        report |= {"classes": {"specific": seed, "related": 1, "without": 2, "general": 3}}
+        report |= {"by_n": [[seed, 1, 0, 0]] * 3, "classes_by_layer": {"general": [seed, 0, 1]}}
+    results.write_json(path.with_suffix(".report.json"), report, results.header("lsn-report", **head))
+    if tag == "demo":
+        changes = {d: dict.fromkeys(LANGS, 0.0) | HARM[method][d] for d in LANGS}
+        payload = deactivate.summarize(records_of(changes), list(LANGS), 0) | {"activity": None}
+        about = {"request": {"masks": mask}, "models": head["models"]}
+        place = masks.of_method(Path("results/lsn/deactivate.json"), method)
+        results.write_json(place, payload, results.header("deactivation", **about))
+    return mask
+
+
+@pytest.fixture
+def compared(study):  # noqa: F811
+    text = (study / "study.yaml").read_text()
+    (study / "study.yaml").write_text(text + "lsn: {methods: [ternary, ap]}\n")
+    return {method: write(method, seed) for seed, method in enumerate(HARM, 3)}
+
+
+@pytest.mark.figures
+def test_numbers_are_those_of_plain_loops(compared, capsys):
+    base = refs.model("run/checkpoint-30").model_id
+    before = write("ternary", 9, tag=f"demo.{base}")
+    script.main([])
+    found, head = results.read_json("results/lsn/methods.json", "lsn-methods")
+    assert found["methods"] == list(HARM) and found["languages"] == list(LANGS)
+    for lang in LANGS:
+        for pair, row in found["agreement"][lang].items():
+            a, b = ({(i, n) for i, own in compared[name][lang].items() for n in own} for name in pair.split(" and "))
+            assert (row["shared"], row["jaccard"]) == (len(a & b), len(a & b) / len(a | b))
+            draw, drawn = random.Random(0), []
+            for _ in range(400):
+                c, d = ({(i, n) for i in range(3) for n in draw.sample(range(48), 6)} for _ in range(2))
+                drawn.append(len(c & d) / len(c | d))
+            assert row["chance"] == pytest.approx(sum(drawn) / len(drawn), abs=0.01)
+        for name in HARM:
+            assert found["neurons"][name][lang] == 18 and found["by_layer"][name][lang] == [6, 6, 6]
+            changes = [HARM[name][lang].get(e, 0.0) for e in LANGS if e != lang]
+            assert found["others"][name][lang] == pytest.approx(sum(changes) / 2)
+            assert found["diagonal"][name][lang]["harm"] == pytest.approx(HARM[name][lang].get(lang, 0.0))
+            assert found["controls"][name][lang] == pytest.approx(0)
+    assert found["stability"] == {
+        "lape": None,
+        **{m: dict.fromkeys(LANGS, 0.1 * s) for m, s in (("ternary", 4), ("ap", 5))},
+    }
+    # ga is better without the ternary neurons, however selective they are; sw has harmful neurons of LAPE and ternary.
+    winners = {lang: row["method"] for lang, row in found["best"].items()}
+    assert winners == {"en": "ternary", "ga": "lape", "sw": "lape", "overall": "lape"}
+    assert found["best"]["en"]["clear"] and found["selectivity"]["ternary"]["ga"]["selectivity"] > 0.2
+    changed = found["base"]["ternary"]["languages"]["ga"]
+    now, then = ({(i, n) for i, own in one["ga"].items() for n in own} for one in (compared["ternary"], before))
+    assert changed["jaccard"] == len(now & then) / len(now | then) and changed["change"] == [0, 0, 0]
+    assert found["base"]["ternary"]["change_by_n"] == [[4 - 9, 0, 0, 0]] * 3
+    assert found["base"]["ternary"]["change_of_general"] == [4 - 9, 0, 0] and list(found["base"]) == ["ternary"]
+    assert head["models"]["model"]["spec"] == "run/checkpoint-30"
+    said = capsys.readouterr().out
+    assert "en: ternary, selectivity +0.9000" in said and "above all others" in said
+    table = Path("results/lsn/methods.md").read_text()
+    assert "| ga | average precision | 18 | 0.50 | +0.2000 [" in table and "| en | lape and ap |" in table
+    assert Path("results/lsn/methods.png").stat().st_size > 2000
+    script.main([])
+    assert "methods.json is finished" in capsys.readouterr().out
+
+
+def test_every_number_is_a_row_of_its_own(compared):
+    write("ternary", 9, tag=f"demo.{refs.model('run/checkpoint-30').model_id}")
+    script.main([])
+    table = list(rows.of_file(*results.read_json("results/lsn/methods.json")))
+    names = [tuple(str(row.get(key)) for key in ("measure", "condition", "language", "layer")) for row in table]
+    assert len(set(names)) == len(names)
+    of = {name: row["value"] for name, row in zip(names, table, strict=True)}
+    assert of["selectivity/selectivity", "ternary", "en", "None"] == pytest.approx(0.9)
+    assert of["neurons", "ap", "ga", "1"] == 6 and of["neurons", "ap", "ga", "None"] == 18
+    assert of["others", "lape", "sw", "None"] == pytest.approx(0.05)
+    assert 0 < of["agreement/jaccard", "lape and ap", "ga", "None"] < 1
+    assert of["base/languages/ga/jaccard", "ternary", "None", "None"] >= 0
+
+
+@pytest.mark.parametrize(
+    "rows_of, expected",
+    [
+        ({"a": (0.1, 0.05, 0.15, True, 19, 0.05), "b": (0.3, 0.2, 0.4, True, 19, 0.3)}, ("b", True, False)),
+        ({"a": (0.1, 0.05, 0.25, True, 19, 0.05), "b": (0.3, 0.2, 0.4, True, 19, 0.05)}, ("b", False, True)),
+        ({"a": (0.1, 0.05, 0.15, True, 18, 0.05), "b": (0.3, 0.2, 0.4, False, 19, 0.05)}, ("a", False, None)),
+        ({"a": (0.1, 0.05, 0.15, False, 19, 0.05)}, (None, False, None)),
+    ],
+)  # fmt: skip
+def test_the_winner_hurts_its_own_language(rows_of, expected):
+    keys = ("selectivity", "ci_low", "ci_high", "meaningful", "n_active", "p_value_active")
+    found = script.best({name: dict(zip(keys, row, strict=True)) for name, row in rows_of.items()})
+    assert (found["method"], found["clear"], found["beyond_active"]) == expected
+
+
+def test_what_does_not_go_together_is_refused(compared, study):  # noqa: F811
+    def fails(message: str, *argv: str) -> None:
+        with pytest.raises(InputError, match=message):
+            script.main([*argv, "-o", "out.json"])
+        assert not Path("out.json").exists()
+
+    fails("one method has no other to be compared with", "--masks", "ap=results/lsn/result/demo.ap.json")
+    fails("--masks ap: give METHOD=FILE", "--masks", "ap")
+    path = Path("results/lsn/deactivate.ap.json")
+    kept = path.read_text()
+
+    def change(**facts):
+        content = json.loads(kept)
+        path.write_text(json.dumps(content | facts))
+
+    change(documents=dict.fromkeys(LANGS, 3))
+    fails("deactivate.json and .*deactivate.ap.json were measured on different text; run lsn/deactivate.py again")
+    change(languages=["en", "ga"])
+    fails("are of different languages; test all methods on the same")
+    path.write_text(kept)
+    other = {"spec": "org/other", "model_id": "org__other", "revision": "c"}
+    write("ap", 5, models={"model": other})
+    fails("demo.json is of run/checkpoint-30, .*demo.ap.json of org/other: not one model")
+    write("ap", 6)
+    path.write_text(kept)
+    fails(r"deactivate.ap.json is about other neurons of en than .*demo.ap.json has now; run lsn/deactivate.py with")
+    path.unlink()
+    fails(r"deactivate.ap.json does not exist; run lsn/deactivate.py --method ap first, or give --deactivations")
+
+
+def test_deactivation_of_another_methods_mask_lies_beside_that_of_lape(study, capsys):  # noqa: F811
+    with pytest.raises(InputError, match=r"demo.ap.json does not exist; run lsn/identify.py --method ap first"):
+        deactivate.main(["--random", "5", "--method", "ap"])
+    facts = {"models": {"model": refs.model("run/checkpoint-30").describe()}, "n_layers": 3, "ffn_width": 48}
+    masks.write("results/lsn/result/demo.ap.json", OWN | {"sw": {0: [20], 1: [], 2: []}}, **facts)
+    deactivate.main(["--random", "5", "--method", "ap"])
+    deactivate.main(["--random", "5"])
+    made = {name: results.read_json(f"results/lsn/{name}.json")[0] for name in ("deactivate", "deactivate.ap")}
+    assert [one["n_neurons"]["sw"] for one in made.values()] == [0, 1]
+    assert made["deactivate"]["matrix"]["en"] == made["deactivate.ap"]["matrix"]["en"]
