@@ -88,6 +88,7 @@ def test_every_result_and_figure_is_there(finished):
         "lsn/result/tiny.report-convergence",
         "lsn/lsn_activation/tiny",
         "lsn/deactivate",
+        "lsn/methods",
         "activation-correlation/tiny_correlation_strength",
         "component-swap/attn_int_swap/controls",
         "component-swap/ffn_lsn_swap/controls",

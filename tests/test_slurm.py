@@ -26,7 +26,7 @@ FORWARD = {
     "downstream_task_swapped", "retrieval_swapped_figure", "layer_swap_controls", "language_loss", "activation_counts",
     "layer_ablation", "deactivate", "lsn_activation", "component_swap_controls", "retrieval_components_figure",
     "train_run_second", "samples", "spectrum", "rewind", "truncate", "connect", "gradients",
-    "bigram", "steering",
+    "bigram", "steering", "text_scores", "base_counts", "deactivate_method",
 }  # fmt: skip
 
 # Snakemake waits a second at least between its looks at the jobs; these are finished when they are sent.

@@ -370,7 +370,13 @@ def passes(
         yield "activation over CPT", (n_checkpoints + 1) * min(each, 98_304)
         yield f"component swaps, up to {sets} sets each", 2 * (sets + 11) * (pairs + heldout)
     if chosen.deactivation:
-        yield "deactivation", (1 + len(chosen.lsn) * (1 + 2 * min(12, max(5, sets)))) * sizes["heldout"]
+        methods, texts = study.get("lsn.methods") or [], 32 * len(chosen.lsn) * (study.get("lsn.texts") or 500)
+        texts *= ("ap" in methods) + 3 * ("gradient" in methods)  # with the way back
+        yield "neurons by other methods", texts + ("ternary" in methods) * sizes["neurons"]  # of the base
+        yield (
+            "deactivation",
+            (1 + len(methods)) * (1 + len(chosen.lsn) * (1 + 2 * min(12, max(5, sets)))) * sizes["heldout"],
+        )
 
 
 def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float], report: Report) -> None:
@@ -389,7 +395,7 @@ def cost(study: Study, chosen: Plan, found: list[Model], sizes: dict[str, float]
     # Of each model its retrieval; of each part its scripts, as the Snakefile has them.
     steps = len(found) + 14 + 3 * chosen.task + 2 * chosen.losses + 12 * bool(chosen.lsn) + chosen.deactivation
     steps += chosen.ablation + 5 * chosen.spectral + chosen.alignment + chosen.bigram + 2 * chosen.routing
-    steps += chosen.steering
+    steps += chosen.steering + 2 * len(study.get("lsn.methods") or [])
     report.say(
         f"beside them the start of about {steps} steps: {_time(START * steps)}, longer where models are loaded slowly"
     )

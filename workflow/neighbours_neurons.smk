@@ -1,0 +1,71 @@
+# Language neurons by other methods than LAPE, which `Snakefile` includes: names not defined here are its own.
+# Where the study has lsn.methods: their masks, the same causal test on each, and all of it side by side.
+
+METHODS = (STUDY.get("lsn.methods") or []) if LSN and PLAN.deactivation else []
+
+if METHODS:
+    METHOD_MASK = MASK.with_name(f"{STUDY.name}.{{method}}.json")
+    SILENCED = DEACTIVATION.with_suffix(".{method}.json")
+    OF_TEXTS = {"ap": "means", "gradient": "gradients"}  # method -> what lsn/text_scores.py measures for it
+    WHAT = [OF_TEXTS[method] for method in METHODS if method in OF_TEXTS]
+    SCORES = [STUDY.result("lsn_text_scores") / what / f"{STUDY.name}.{lang}.pt" for what in WHAT for lang in LSN]
+
+    if WHAT:
+
+        rule text_scores:
+            input: TOKEN_IDS, RUN_FILES, code=made_of("lsn/text_scores.py")
+            output: SCORES
+            log: LOGS / "text-scores.log"
+            threads: EACH
+            resources: gpu=1
+            shell: run("lsn/text_scores.py", f"--what {' '.join(WHAT)}")
+
+    rule identify_method:
+        input:
+            COUNTS, lambda wildcards: SCORES if wildcards.method in OF_TEXTS else [], code=made_of("lsn/identify.py"),
+        output: METHOD_MASK, beside(METHOD_MASK, ".report.json")
+        log: LOGS / "identify" / "{method}.log"
+        wildcard_constraints: method="ternary|ap|gradient"
+        shell: run("lsn/identify.py", "--method {wildcards.method}")
+
+    rule deactivate_method:
+        input: METHOD_MASK, COUNTS, TOKEN_IDS, code=made_of("lsn/deactivate.py")
+        output: SILENCED
+        log: LOGS / "deactivate" / "{method}.log"
+        wildcard_constraints: method="ternary|ap|gradient"
+        threads: EACH
+        resources: gpu=1
+        priority: 1
+        shell: run("lsn/deactivate.py", "--method {wildcards.method}")
+
+    # Ternary classes of the base, which change over continued pre-training.
+    BASE_TAG = f"{STUDY.name}.{model_id(BASE)}"
+    OF_BASE = [MASK.with_name(f"{BASE_TAG}.ternary.json")] if "ternary" in METHODS else []
+
+    if OF_BASE:
+
+        rule base_counts:
+            input: TOKEN_IDS, BASE_FILES, code=made_of("lsn/activation.py")
+            output: [STUDY.result("lsn_counts") / f"{BASE_TAG}.{lang}.pt" for lang in LSN]
+            log: LOGS / "base-counts.log"
+            threads: EACH
+            resources: gpu=1
+            shell: run("lsn/activation.py", f"--model {literal(BASE)}")
+
+        rule identify_base:
+            input: rules.base_counts.output, RUN_FILES, code=made_of("lsn/identify.py")
+            output: OF_BASE, beside(OF_BASE[0], ".report.json")
+            log: LOGS / "identify" / "base.log"
+            shell: run("lsn/identify.py", f"--method ternary --tag {literal(BASE_TAG)}")
+
+    METHODS_COMPARED = STUDY.result("lsn_methods")
+
+    rule compare_methods:
+        input:
+            MASK, REPORTED, DEACTIVATION, expand([METHOD_MASK, SILENCED], method=METHODS), OF_BASE,
+            code=made_of("lsn/compare_methods.py"),
+        output:
+            METHODS_COMPARED, beside(METHODS_COMPARED, ".md"),
+            figure(beside(METHODS_COMPARED, ".png"), "lsn_methods"),
+        log: LOGS / "compare-methods.log"
+        shell: run("lsn/compare_methods.py")
