@@ -17,6 +17,7 @@ Tiny: python lsn/text_scores.py --study demo/tiny.yaml --texts 40
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,41 +88,47 @@ def attributions(model: torch.nn.Module, arch: archs.Arch, texts: torch.Tensor, 
     other times its own.
 
     Raises:
-        InputError: a mixture of experts, whose neurons go through no module, or numbers that are NaN or infinite.
+        InputError: as `dense_layers`, or numbers that are NaN or infinite.
     """
     config = ffn.decoder_config(model)
-    layers = {layer: groups for layer in range(arch.n_layers(config)) if (groups := arch.neurons(config, layer))}
-    if any(group.experts for groups in layers.values() for group in groups):
-        raise InputError(
-            "gradients of the neurons of experts cannot be read, as they go through no module; leave --what gradients "
-            "out, and take another --method"
-        )
+    layers = dense_layers(arch, config)
     found = torch.zeros(arch.n_layers(config), arch.ffn_width(config), dtype=torch.float64)
     for part in texts.split(batch):
         given: dict[int, torch.Tensor] = {}
-
-        def keep(value: torch.Tensor, layer: int, given=given) -> torch.Tensor:
-            # Weights ask for no gradient, so what the first FFN gives begins the graph; all others are in it.
-            given[layer] = value if value.requires_grad else value.detach().requires_grad_()
-            return given[layer]
-
-        points = [
-            (arch.down_module(model, layer), "input", lambda value, layer=layer, keep=keep: keep(value, layer))
-            for layer in layers
-        ]
+        points = [(arch.down_module(model, layer), "input", functools.partial(_keep, given, layer)) for layer in layers]
         ids = part.to(loading.input_device(model), torch.long)
         head = model.get_output_embeddings(), "input", lambda hidden: hidden[:, -1:]
         with torch.enable_grad(), trace(*points, head):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
             logits = logits if logits.dtype == torch.float64 else logits.float()
             probability = logits.softmax(-1).gather(-1, ids[:, -1:].to(logits.device))
-        for (layer, value), gradient in zip(
-            given.items(), torch.autograd.grad(probability.sum(), list(given.values())), strict=True
-        ):
+        gradients = torch.autograd.grad(probability.sum(), list(given.values()))
+        for (layer, value), gradient in zip(given.items(), gradients, strict=True):
             product = value.detach().to(logits.dtype) * gradient.to(logits.dtype)
             best = product.view(len(part), -1, product.shape[-1]).amax(1)
             found[layer, : product.shape[-1]] += best.sum(0, dtype=torch.float64).cpu()
     return _finite(found)
+
+
+def dense_layers(arch: archs.Arch, config: dict) -> list[int]:
+    """The layers that have an FFN.
+
+    Raises:
+        InputError: a mixture of experts, whose neurons go through no module.
+    """
+    groups = {layer: arch.neurons(config, layer) for layer in range(arch.n_layers(config))}
+    if any(group.experts for of_layer in groups.values() for group in of_layer):
+        raise InputError(
+            "gradients of the neurons of experts cannot be read, as they go through no module: give --what means, and "
+            "take another --method than gradient"
+        )
+    return [layer for layer, of_layer in groups.items() if of_layer]
+
+
+def _keep(given: dict[int, torch.Tensor], layer: int, value: torch.Tensor) -> torch.Tensor:
+    """Keep what is given to a down projection. Weights ask for no gradient, so the first one begins the graph."""
+    given[layer] = value if value.requires_grad else value.detach().requires_grad_()
+    return given[layer]
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
@@ -260,7 +267,9 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
     if not 2 <= size <= most:
         raise InputError(f"--text-tokens {size}: a text has a token to predict and one before it or more, up to {most}")
     wanted = size * int(study.value(args.texts, "--texts", "lsn.texts", TEXTS))
-    found = []
+    kinds, found = args.what or ("means", "gradients"), []
+    if "gradients" in kinds:
+        dense_layers(archs.for_config(ref.config()), ref.config())
     for path, lang in zip(paths, codes, strict=True):
         texts, facts = counting.read(path, ref, run, size, wanted, args.limit)
         if len(texts) < 4:
@@ -269,7 +278,7 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
                 "--text-tokens"
             )
         asked = counting.request_of(ref, facts, size, args.batch_size, dtype, device)
-        for what in args.what or ("means", "gradients"):
+        for what in kinds:
             request = results.plain(asked | {"what": what})
             found.append(Job(what, path, texts, request, folder / what / f"{name}.{lang}.pt"))
     return found

@@ -32,6 +32,7 @@ USUAL = {
     "arms": 35, "lsn_activation": 27, "gradients": 26, "bigram": 19, "activation_counts": 16, "downstream_task": 14,
     "samples": 12,
     "language_loss": 12, "token_ids": 11, "downstream_task_swapped": 8, "retrieval": 8, "retrieval_figure": 7,
+    "deactivate_method": 95, "text_scores": 25, "base_counts": 16,
 }  # fmt: skip
 SHORT = 4
 
