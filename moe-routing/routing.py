@@ -32,7 +32,7 @@ SCHEMA = "moe-routing"
 RESULTS = {"routing": "moe-routing/routing.json"}
 ASKED = {"routing": "Which experts do the two languages share, and does continued pre-training move either?"}
 CAPTIONS = {
-    "routing": """Part V: 5. Mixture-of-experts routing
+    "routing": """Part V: 2. Mixture-of-experts routing
         Where a mixture of experts sends two languages, by layer. Left: how far apart they are routed (0: alike, 1: as
         far as their entropies allow), with 95 % intervals over sentences; dashed, what random swaps of the languages of
         pairs leave. Middle: the share of their experts that two tokens have in common, of one sentence and of a

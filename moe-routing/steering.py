@@ -39,7 +39,7 @@ SCHEMA = "router-steering"
 RESULTS = {"router_steering": "moe-routing/steering.json"}
 ASKED = {"router_steering": "What do the experts of a language matter to it, and to the other?"}
 CAPTIONS = {
-    "router_steering": """Part V: 5. Mixture-of-experts routing
+    "router_steering": """Part V: 2. Mixture-of-experts routing
         The change of the loss on held-out text when routers prefer the experts of a language, softly or before all
         others, or leave them out, with 95 % intervals over documents; grey dots are as many random experts, grey
         crosses the same experts in other layers. The experts of a language are its own where its loss rises without

@@ -1,8 +1,7 @@
 """Every number of a study's result files as rows of one table, found again by its columns instead of by its place.
 
-A result is read by the reader of its header's schema (`READERS`): patterns that say which parts of a number's place in
-the JSON are columns. What no pattern knows keeps its place as the name of its measure, so that no number is left out;
-a new experiment adds a line.
+A result is read by the reader of its header's schema (readers.py): patterns that say which parts of a number's place
+in the JSON are columns. What no pattern knows keeps its place as the name of its measure, and none is left out.
 """
 
 from __future__ import annotations
@@ -11,13 +10,15 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
+
+reading_of = cli.sibling("report/readers.py")
 
 # `hidden_state` i is what block i - 1 puts out, 0 the embeddings; a number about a block's weights has a `layer`.
 COLUMNS = (
@@ -55,147 +56,6 @@ ENTRIES = {
 TEMPLATE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 OTHER_LOSS = re.compile(r"(?P<measure>(.*/)?nll_per_byte):(?P<language>[^/]+)(?P<rest>.*)")  # than the target's
 KINDS = {"component": "[^/]*", "step": r"\d+|base", "layer": r"\d+", "hidden_state": r"\d+", "measure": ".+"}
-
-ABS = {"measure": "mean_abs"}  # mean |dW|
-SETS = [
-    "sets/{component}/{condition}/values/{measure}", "sets/{component}/{condition}/{measure}",
-]  # fmt: skip
-CURVES = [*SETS, "points/{condition}/values/{measure}", "points/{condition}/{measure}"]
-LAYER = "checkpoints/{step}/layers/layer_{layer}"
-
-
-def of_steps(payload: dict, header: dict) -> dict:
-    """Its series, lists over steps, by step."""
-    series = payload.get("series") or {}
-    lists = {key: values for key, values in series.items() if key != "steps" and isinstance(values, list)}
-    steps = enumerate(map(str, series.get("steps", [])))
-    found = {step: {key: values[i] for key, values in lists.items()} for i, step in steps}
-    return payload | {"series": found | {key: series[key] for key in series if key not in lists and key != "steps"}}
-
-
-def counted(payload: dict, header: dict) -> dict:
-    """A mask {language: {layer: neurons}} as the number of neurons."""
-    return {lang: {layer: len(neurons) for layer, neurons in own.items()} for lang, own in payload.items()}
-
-
-def tasks(payload: dict, header: dict) -> dict:
-    """Of an lm_eval result the scores, with the number of rows."""
-    rows = payload.get("n-samples") or {}
-    scores = payload.get("results") or {}
-    return {
-        task: {**own, "sample_len": None, "n": (rows.get(task) or {}).get("effective")} for task, own in scores.items()
-    }
-
-
-def compared(payload: dict, header: dict) -> dict:
-    """A comparison without what its figure shows, its numbers by run and name."""
-    return {
-        kind: {run: {row["name"]: row for row in numbers} for run, numbers in payload.get(kind, {}).items()}
-        for kind in ("values", "differences", "agreement")
-    }
-
-
-def by_measure(payload: dict, header: dict) -> dict:
-    """A comparison along a line, its worst gap below the measure that it is of."""
-    worst = payload.get("worst") or {}
-    return payload | {"worst": {worst.get("measure", ""): worst}}
-
-
-def with_groups(payload: dict, header: dict) -> dict:
-    """A split of the layers, with 1 for the layers of the hub and 0 for the others, and the gate."""
-    n, hub = len(payload.get("layer_accuracy") or []), payload.get("semantic_layers") or []
-    return payload | {"in_hub": [int(layer in hub) for layer in range(n)], "gate": header.get("gate")}
-
-
-# schema -> patterns of the place of a number, of which the first that fits counts: a name in braces is a column,
-# `{column:regex}` one that fits the regex, `also` the end of the measure. In a pair, what other columns are (of the
-# measure the beginning).
-READERS: dict[str, list] = {
-    "ablation-sweep": [
-        "conditions/{condition}/values/{measure}", "retention/{condition}/{measure}/{also}",
-        "summary/{measure}/{also:marginal_in|marginal_out}/{layer}", "summary/{measure}",
-    ],
-    "activation_correlation": ["series/{step}/{measure}", "series/{measure}"],
-    "arms": ["models/{run}/values/{measure}", "models/{run}/{measure}"],
-    "attn_vs_ffn": [
-        (LAYER + "/{component:attention|ffn}_{also:max|mean}", ABS),
-        LAYER + "/{measure:\\w+}/{component:attention|ffn}_{also:max|mean}",
-        LAYER + "/{measure:\\w+}/{component}", LAYER + "/{measure:delta_attn_ffn}", (LAYER + "/{component}", ABS),
-        "checkpoints/{step}/{measure:summary\\w*}/{component}", "checkpoints/{step}/{measure}",
-        ("pooled/{step}/{component}", {"measure": "pooled_relative"}),
-    ],
-    "bigram": ["{language}/{step}/{measure}"],
-    "claims": ["claims/{condition}/{measure}"],
-    "comparison": ["{measure:values|differences|agreement}/{run}/{also:.+}"],
-    "connect": [*CURVES, "distance/{layer}/{measure}", "distance/{component}/{measure}"],
-    "deactivation": [
-        "{also:matrix}/{condition}/{language}", "{measure:random|active}/{condition}/{also}/{language}",
-        "{measure:unmasked|tokens|documents}/{language}", "{measure:n_neurons|left_out}/{condition}",
-        "{measure:activity|selectivity|diagonal}/{condition}/{also:.+}",
-    ],
-    "downstream_correlation": [
-        ("values/{step}/{component:interface|semantic_hub}_avg", ABS), "values/{step}/{measure}",
-        "{component:interface|semantic_hub}/{measure}",
-    ],
-    "gate_lsn": [
-        ("checkpoints/{step}/layers/layer_{layer}/{component}", {**ABS, "condition": "lsn"}),
-        ("checkpoints/{step}/{condition:control}/layer_{layer}/{component}", ABS),
-        ("checkpoints/{step}/summary/{condition}", ABS), "{measure:neurons}/{layer}",
-    ],
-    "gradients": ["{step}/layers/layer_{layer}/{component}/{measure}", "{step}/{component}/{measure}"],
-    "heads": ["heads/layer_{layer}/{condition:unit_\\d+/head_\\d+|unit_\\d+}/{measure}", "steps/{step}/{measure}"],
-    "int_and_sem": [
-        ("checkpoints/{step}/{component:interface|semantic_hub}_avg", ABS), ("layers/{step}/{layer}", ABS),
-    ],
-    "language-loss": ["{language}/{step}/{measure}"],
-    "layer-specialize": ["{measure:layer_accuracy|label_stability|in_hub}/{layer}"],
-    "lm_eval": ["sib200_{language}/{measure}"],
-    "lsn-activation": [
-        ("layers/{layer}", {"measure": "activation"}), ("{measure:all_layers}", {"measure": "activation"}),
-    ],
-    "lsn-layers": [("counts/{layer}", {"measure": "neurons"})],
-    "lsn-methods": [
-        "{measure:agreement}/{language}/{condition}/{also}", "{measure:overall|classes|base}/{condition}/{also:.+}",
-        ("by_layer/{condition}/{language}/{layer}", {"measure": "neurons"}),
-        "{measure:\\w+}/{condition}/{language}/{also:.+}", "{measure:\\w+}/{condition}/{language}",
-    ],
-    "lsn-mask": [("{language}/{layer}", {"measure": "neurons"})],
-    "lsn-report": [
-        "languages/{language}/{measure:counts|own}/{layer}", "languages/{language}/{measure}",
-    ],
-    "moe-routing": [
-        LAYER + "/{measure:use_difference}/{component}", LAYER + "/{measure:divergence.*}",
-        LAYER + "/{measure:\\w+}/{language}", "checkpoints/{step}/{measure:n_experts}/{language}",
-        "checkpoints/{step}/{measure}",
-    ],
-    "rewind": [*CURVES, "{measure:largest|best|beyond}/{condition}/{also:.+}"],
-    "router-steering": [
-        ("steered/{step}/{condition}/{component}/{language}", {"measure": "change"}),
-        "steered/{step}/{condition}/{component}/{language}/{measure}",
-        ("unsteered/{step}/{language}", {"measure": "nll_per_byte"}),
-    ],
-    "rewind-singles": [*SETS, "single/layer_{layer}/{condition}/{measure}"],
-    "runs": ["runs/{run}/values/{measure}/mean", "runs/{run}/{measure}"],
-    "sentence-alignment": ["{measure:(?:published|unit_centred)/[^/]+}/{hidden_state}"],
-    "sentence-retrieval": ["{measure:[^/]+}/{hidden_state}"],
-    "spectrum": [
-        "matrices/layer_{layer}.{component}/steps/{step}/{measure}", "pooled/{step}/{measure}",
-        ("matrices/layer_{layer}.{component}/{measure}", {"step": 0}),
-    ],
-    "steering": [
-        "sweep/{step}/layer_{layer}/{condition:\\w+/[^/]+}/{measure}", "{also:beyond}/{step}/{condition}",
-        "{also:whole|best}/{step}/{condition}/{measure}", "{also:residual}/{step}/{measure}/layer_{layer}",
-    ],
-    "swap-controls": [
-        "sets/{component}/{condition}/{measure:\\w+_accuracy}/{hidden_state}", *SETS,
-        "additive/{measure}/{also:per_layer}/{layer}", "{also:matched}/{condition}/{measure}",
-    ],
-    "truncate": [*CURVES, "{measure:largest|beyond}/{condition}/{also:.+}"],
-}  # fmt: skip
-PREPARE: dict[str, Callable[[dict, dict], dict]] = {
-    "activation_correlation": of_steps, "comparison": compared, "connect": by_measure, "layer-specialize": with_groups,
-    "lm_eval": tasks, "lsn-mask": counted,
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------- one file
@@ -283,9 +143,9 @@ def _first(value: dict, names: tuple[str, ...]):
 def of_file(payload: dict, header: dict) -> Iterator[dict]:
     """The numbers of one result as rows of those columns that its JSON says."""
     schema = header["schema"]
-    readers = [(_pattern(template), fixed) for template, fixed in map(_entry, READERS.get(schema, []))]
+    readers = [(_pattern(template), fixed) for template, fixed in map(_entry, reading_of.READERS.get(schema, []))]
     usual = _of_header(header)
-    prepared = PREPARE[schema](payload, header) if schema in PREPARE else payload
+    prepared = reading_of.PREPARE[schema](payload, header) if schema in reading_of.PREPARE else payload
     for place, number in numbers(prepared):
         path = "/".join(place)
         matches = ((found, fixed) for pattern, fixed in readers if (found := pattern.fullmatch(path)))

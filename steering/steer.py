@@ -46,7 +46,7 @@ SCHEMA = "steering"
 RESULTS = {"steering": "steering/steering.json"}
 ASKED = {"steering": "Does a direction make the model write the new language before and after CPT, and what it should?"}
 CAPTIONS = {
-    "steering": """Part V: 4. Steering
+    "steering": """Part V: 1. Steering
         The model goes on from sentences of the base's language while a multiple of the difference between the
         languages' mean residuals (DiffMean) is added to one layer's output: how many continuations are in the new
         language, how far they say what they should (relevance), and the harmonic mean of both (score), by layer, at

@@ -17,6 +17,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 
 check = load_script("workflow/check.py")
+planning = check.planning
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_short_texts_are_no_hundred_million_tokens(study, tmp_path):
     texts = {"eng_Latn": str(tmp_path / "c.txt"), "deu_Latn": str(packed), "fra_Latn": None}  # the third is of mOSCAR
     path = study(lsn={}, languages=study.whole["languages"] | {"lsn": list(texts)}, data={"lsn_text": texts})
     here = Study.find(path)
-    found = check.files(here, check.plan(here), check.Report())
+    found = check.files(here, planning.plan(here), check.Report())
     text = (tmp_path / "c.txt").stat().st_size + check.PACKED * packed.stat().st_size
     assert found["neurons"] == pytest.approx(text / check.BYTES_PER_TOKEN + 99_999_744)
 
@@ -152,7 +153,7 @@ def test_the_plan_of_data_that_are_missing(study):
     data, asked = study.whole["data"], {"ablation": {}, "spectral": {}, "alignment": {}}
     asked["runs"] = {"again": study.whole["run"]}
     without = {key: value for key, value in data.items() if key not in ("heldout", "task")}
-    made = check.plan(Study.find(study(data=without, **asked)))
+    made = planning.plan(Study.find(study(data=without, **asked)))
     assert (made.task, made.loss, made.losses, made.deactivation) == (False,) * 4
     assert made.lsn == ["eng_Latn", "deu_Latn"]
     assert [text.partition(":")[0] for text in made.left_out] == [
@@ -161,7 +162,7 @@ def test_the_plan_of_data_that_are_missing(study):
         "deactivation (Figure 9)", "correlations with bigrams",
     ]  # fmt: skip
     assert made.alignment and not made.bigram
-    made = check.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}}, **asked)))
+    made = planning.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}}, **asked)))
     assert made.loss and made.losses and made.bigram and not made.deactivation
     assert made.left_out == ["deactivation (Figure 9): data.heldout has no text of eng_Latn"]
 
@@ -199,7 +200,7 @@ def test_other_runs_have_rules_of_their_own_and_must_be_somewhere(study, capsys)
     capsys.readouterr()
     assert check.main([str(study(runs={"ces": study.whole["run"]}, ablation={}, spectral={}, alignment={}))]) == 0
     assert "nothing is left out" in capsys.readouterr().out
-    left_out = check.plan(Study.find(study(ablation={}, spectral={}, alignment={}))).left_out
+    left_out = planning.plan(Study.find(study(ablation={}, spectral={}, alignment={}))).left_out
     assert left_out == ["the line between two runs (D6), and contrast of heads: the study has no other run (runs)"]
 
 

@@ -1,6 +1,7 @@
-# Language neurons by other methods than LAPE, which `Snakefile` includes: names not defined here are its own.
-# Where the study has lsn.methods: their masks, the same causal test on each, and all of it side by side.
+# Measures of neighbouring work, which `Snakefile` includes: names not defined here are its own.
 
+# Language neurons by other methods than LAPE, where the study has lsn.methods: their masks, the same causal test on
+# each, and all of it side by side.
 METHODS = (STUDY.get("lsn.methods") or []) if LSN and PLAN.deactivation else []
 
 if METHODS:
@@ -69,3 +70,57 @@ if METHODS:
             figure(beside(METHODS_COMPARED, ".png"), "lsn_methods"),
         log: LOGS / "compare-methods.log"
         shell: run("lsn/compare_methods.py")
+
+
+if PLAN.alignment:
+
+    rule gradients:
+        input: BASE_FILES, RUN_FILES, code=made_of("alignment/gradients.py")
+        output: STUDY.result("gradients"), figure(beside(STUDY.result("gradients"), ".png"), "gradients")
+        log: LOGS / "gradients.log"
+        threads: EACH
+        resources: gpu=1
+        shell: run("alignment/gradients.py")
+
+
+if PLAN.bigram:
+
+    rule bigram:
+        input: BASE_FILES, RUN_FILES, code=made_of("alignment/bigram.py")
+        output: STUDY.result("bigram"), figure(beside(STUDY.result("bigram"), ".png"), "bigram")
+        log: LOGS / "bigram.log"
+        threads: EACH
+        resources: gpu=1
+        shell: run("alignment/bigram.py")
+
+
+if PLAN.steering:
+    STEERING = STUDY.result("steering")
+
+    rule steering:
+        input: BASE_FILES, RUN_FILES, [MASK] if LSN else [], code=made_of("steering/steer.py")
+        output: STEERING, figure(beside(STEERING, ".png"), "steering")
+        log: LOGS / "steering.log"
+        threads: EACH
+        resources: gpu=1
+        shell: run("steering/steer.py")
+
+
+if PLAN.routing:
+    ROUTING, ROUTERS = STUDY.result("routing"), STUDY.result("router_steering")
+
+    rule routing:
+        input: BASE_FILES, RUN_FILES, code=made_of("moe-routing/routing.py")
+        output: ROUTING, beside(ROUTING, ".pt"), figure(beside(ROUTING, ".png"), "routing")
+        log: LOGS / "routing.log"
+        threads: EACH
+        resources: gpu=1
+        shell: run("moe-routing/routing.py")
+
+    rule router_steering:
+        input: ROUTING, code=made_of("moe-routing/steering.py")
+        output: ROUTERS, figure(beside(ROUTERS, ".png"), "router_steering")
+        log: LOGS / "router-steering.log"
+        threads: EACH
+        resources: gpu=1
+        shell: run("moe-routing/steering.py")
