@@ -63,7 +63,7 @@ def plan(study: Study) -> Plan:
         left_out.append("the line between two runs (D6), and contrast of heads: the study has no other run (runs)")
     parts = {
         "ablation": "Part III, layer ablation", "spectral": "Part IV, the update itself",
-        "alignment": "cosines of gradients and correlations with bigrams", "steering": "steering by a direction",
+        "alignment": "cosines of gradients and correlations with bigrams", "steering": "Part V, steering",
     }  # fmt: skip
     asked = {key: study.get(key) is not None for key in parts}
     left_out += [
