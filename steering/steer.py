@@ -14,7 +14,7 @@ Out:  OUT (default: the study's steering/steering.json): `sweep`, `whole`, `best
 A killed run goes on with the next condition. On several GPUs: accelerate launch steering/steer.py ...
 
 Full: python steering/steer.py --base meta-llama/Llama-2-7b-hf --run runs/eus --base-lang eng_Latn --target-lang eus_Latn --source flores --output steering.json
-Tiny: python steering/steer.py --study demo/tiny.yaml --alphas 2 --draws 1 --sentences 6
+Tiny: python steering/steer.py --study demo/tiny.yaml
 """  # noqa: E501
 
 from __future__ import annotations

@@ -506,3 +506,20 @@ def test_without_neurons_the_rest_is_measured(study, capsys):
     assert "no neurons are switched: results/lsn/result/demo.json is not there" in capsys.readouterr().out
     found, _ = results.read_json("out.json")
     assert [*found["whole"]["base"]] == ["none", "prompt"] and found["n_neurons"] is None
+
+
+def test_a_mixture_of_experts_has_no_arm_of_neurons(study, capsys):
+    for number, name in enumerate(("base", "run/checkpoint-20")):
+        save_tiny("mixtral", study / "moe" / name, seed=number)
+    ref = refs.model("moe/run/checkpoint-20")
+    neurons = {lang: {layer: [layer, 7 + n] for layer in range(3)} for n, lang in enumerate(("en", "ga"))}
+    width = archs.for_config(ref.config()).ffn_width(ref.config(), 0)
+    masks.write("moe.json", neurons, models={"model": ref.describe()}, n_layers=3, ffn_width=width)
+    flags = [*FAST, "--base", "moe/base", "--run", "moe/run", "--output", "moe/out.json"]
+    with pytest.raises(InputError, match=r"--mask_file: neurons of experts \(layer 0\) cannot be held at their mean"):
+        STEER.main([*flags, "--mask_file", "moe.json"])
+    masks.write("results/lsn/result/demo.json", neurons, models={"model": ref.describe()}, n_layers=3, ffn_width=width)
+    STEER.main(flags)
+    assert "no neurons are switched: neurons of experts (layer 0)" in capsys.readouterr().out
+    found, _ = results.read_json("moe/out.json")
+    assert [*found["whole"]["base"]] == ["none", "prompt"]
