@@ -15,8 +15,9 @@ from cpt_utils.measures import verdicts
 MINUS = "−"
 # What the numbers of one run say of a claim, in the column of that name.
 CONTRARY, CLAIMED, UNCLEAR, WITHOUT, UNMEASURED = "contrary", "as claimed", "not clear", "no interval", "not measured"
+UNDEFINED = "cannot be judged"  # measured, but there is no such number
 RANK = [
-    verdicts.YES, verdicts.NO, verdicts.OPEN, CLAIMED, CONTRARY, UNCLEAR, WITHOUT, UNMEASURED, verdicts.VOID,
+    verdicts.YES, verdicts.NO, verdicts.OPEN, CLAIMED, CONTRARY, UNCLEAR, WITHOUT, UNDEFINED, UNMEASURED, verdicts.VOID,
 ]  # fmt: skip
 ORDER = {"against": 0, "open": 1, "for": 2}  # the number that speaks most against a claim is the first one shown
 
@@ -34,13 +35,23 @@ def signed(value: float, places: int) -> str:
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("-")
 
 
-def in_digits(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    """ "0.058 [0.037, 0.080]": as many digits as the interval can bear; a whole number without an interval as it is."""
+def in_digits(
+    value: float | None, low: float | None = None, high: float | None = None, bound: float | None = None
+) -> str:
+    """ "0.058 [0.037, 0.080]": as many digits as the interval can bear; a whole number without an interval as it is.
+
+    With a `bound`, so many that no end of the interval looks as if it lay on it.
+    """
     if value is None:
         return "none"
     if low is None and float(value).is_integer() and abs(value) >= 1:
         return signed(value, 0)
     places = decimals(value, low, high)
+    while bound is not None and places < 6 and any(
+        abs(end) != abs(bound) and round(abs(end), places) == round(abs(bound), places)
+        for end in (low, high) if end is not None
+    ):  # fmt: skip
+        places += 1
     text = signed(value, places)
     return text if low is None or high is None else f"{text} [{signed(low, places)}, {signed(high, places)}]"
 
@@ -55,20 +66,28 @@ def deciding(numbers: list[dict]) -> dict | None:
 
 
 def _distance(row: dict) -> float:
-    """How far on the claim's side of its bound a number lies, in half widths of its interval; 0 without one."""
-    low, high, says = row["ci_low"], row["ci_high"], row["says"]
-    if low is None or high is None or high <= low:
-        return 0.0
-    value, bound = row["value"], says["bound"]
-    over = value - bound if says["side"] == "above" else bound - value
-    return (min(over, value + bound) if says["side"] == "within" else over) / ((high - low) / 2)
+    """How far on the claim's side of its bound a number lies: in half widths of its interval, without one as a share
+    of number and bound."""
+    low, high, says, value = row["ci_low"], row["ci_high"], row["says"], row["value"]
+    over = value - says["bound"] if says["side"] == "above" else says["bound"] - value
+    over = min(over, value + says["bound"]) if says["side"] == "within" else over
+    without = low is None or high is None or high <= low
+    return over / ((abs(value) + abs(says["bound"]) or 1.0) if without else (high - low) / 2)
 
 
-def outcome(numbers: list[dict]) -> str:
+def lacking(why: str) -> str:
+    """Why there is no number, in two words: a result is not there, which names the script that makes it, or it says
+    that there is none."""
+    return UNMEASURED if ".py" in why else UNDEFINED
+
+
+def outcome(claim: dict) -> str:
     """What the numbers of one run say of their claim together, in a word or two."""
+    numbers = claim["numbers"]
     known = [row for row in numbers if row["value"] is not None]
     if not known:
-        return UNMEASURED
+        why = [row.get("note") or "" for row in numbers] or [claim["reason"]]
+        return min(map(lacking, why), key=RANK.index)
     said = {verdicts.standing(row) for row in known}
     if "against" in said:
         return CONTRARY
@@ -82,6 +101,9 @@ def why(claim: dict) -> str:
     numbers = claim["numbers"]
     if not numbers or claim["verdict"] == verdicts.VOID or (claim["verdict"] == verdicts.OPEN and not decided(claim)):
         return sentence(claim["reason"].removeprefix("not measured: "))
+    notes = {row.get("note") for row in numbers}
+    if all(row["value"] is None for row in numbers) and len(notes) == 1 and None not in notes:
+        return sentence(notes.pop())
     text = counted(numbers)
     if claim["p_value"] is not None:
         text += f" ({verdicts.shown_p(claim['p_value'])} after Holm"
@@ -98,7 +120,8 @@ def decided(claim: dict) -> bool:
 def counted(numbers: list[dict]) -> str:
     """ "2 of 4 numbers are contrary to the claim, 1 is as claimed and 1 is not clear"."""
     words = {
-        "contrary to the claim": 0, "as claimed": 0, "not clear": 0, "without an interval": 0, "not measured": 0
+        "contrary to the claim": 0, "as claimed": 0, "not clear": 0, "without an interval": 0, "not defined": 0,
+        "not measured": 0,
     }  # fmt: skip
     for row in numbers:
         words[standing(row)] += 1
@@ -107,7 +130,7 @@ def counted(numbers: list[dict]) -> str:
         (word,) = found
         return {
             "not clear": f"its interval includes {numbers[0]['says']['bound']:g}",
-            "without an interval": "one number of all weights, which has an interval over seeds alone",
+            "without an interval": "one number over all weights: nothing to resample; several seeds give it an interval",
         }.get(word, f"the number is {word}")
     if len(found) == 1:
         if len(numbers) == 2 and "not clear" in found:
@@ -122,7 +145,7 @@ def counted(numbers: list[dict]) -> str:
 def standing(row: dict) -> str:
     """What a number says of its claim, in words."""
     if row["value"] is None:
-        return "not measured"
+        return "not defined" if lacking(row.get("note") or "") == UNDEFINED else "not measured"
     if row["ci_low"] is None:
         return "without an interval"
     return {"for": "as claimed", "against": "contrary to the claim", "open": "not clear"}[verdicts.standing(row)]

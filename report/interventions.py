@@ -189,8 +189,9 @@ class Arms:
                 if key and "layers" in row and self.refuse:
                     self.refuse(self.file.path, row["layers"], "layers", key)
                 return name
+        done = {"freeze": "freezes", "train_only": "trains only"}.get(mode, mode)
         raise evidence.Missing(
-            f"{self.file.path.name} has no arm of {what.strip(':')} (study: arms; made by {self.file.made_by})"
+            f"no arm of the study {done} {part.strip(':')} (arms: in the study file; {self.file.made_by} measures it)"
         )
 
     def number(

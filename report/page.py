@@ -151,11 +151,12 @@ def claims(runs: list[parts.Run], over: dict | None) -> list[dict]:
 def entry(label: str, claim: dict, seeds: bool) -> dict:
     """One line on a claim: the number that speaks most against it, the verdict or what this run says, and why."""
     row = headlines.deciding(claim["numbers"])
-    word = claim["verdict"] if seeds or claim["verdict"] == verdicts.VOID else headlines.outcome(claim["numbers"])
+    word = claim["verdict"] if seeds or claim["verdict"] == verdicts.VOID else headlines.outcome(claim)
     shown = {"label": label, "word": word, "verdict": claim["verdict"], "why": headlines.why(claim), "number": ""}
     if row:
         shown |= {"about": row["name"], "says": f"claimed {claimed(row)}", "number": in_digits(row)}
-    return shown | {key: [a_number(one) for one in claim[key]] for key in ("numbers", "beside")}
+    beside = [row | {"says": None} for row in claim["beside"]]  # it decides nothing, and so has no word of the claim's
+    return shown | {"numbers": list(map(a_number, claim["numbers"])), "beside": list(map(a_number, beside))}
 
 
 def a_number(row: dict) -> dict:
@@ -173,7 +174,7 @@ def claimed(row: dict) -> str:
 
 
 def in_digits(row: dict) -> str:
-    return headlines.in_digits(row["value"], row["ci_low"], row["ci_high"])
+    return headlines.in_digits(row["value"], row["ci_low"], row["ci_high"], (row["says"] or {}).get("bound"))
 
 
 # ---------------------------------------------------------------- the page

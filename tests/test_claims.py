@@ -352,7 +352,7 @@ def test_results_of_before_say_which_step_to_run_again(made, no_figure):
         ("C2b", "has no retrieval_readout: run layer-swap/layer-swap.py --controls --overwrite again"),
         ("C3", "has no pooled: run weight-diff/attn_vs_ffn.py --overwrite again"),
         ("C5a", "has no retrieval_readout: run component-swap/attn_int_swap.py --controls --overwrite again"),
-        ("C7", "has no arm of train_only outer:0.25"),
+        ("C7", "no arm of the study trains only outer:0.25"),
     ):
         assert words in claims[name]["reason"], name
     assert claims["C2b"]["numbers"][0]["value"] is not None  # the loss is there

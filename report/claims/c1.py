@@ -45,6 +45,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
                 numbers.append(
                     over_units(name, units - hits[at], found.study.seed, "sentences", found.draws, says=says)
                 )
-        for name, value in (("first", hits[0]), ("last", hits[-1]), ("peak", best)):
+        peak_of = "peak (chosen on one half of the sentences, read on the other)"
+        for name, value in (("first", hits[0]), ("last", hits[-1]), (peak_of, best)):
             beside.append(number(f"accuracy, {name}, {curve}", float(value.mean()), n=len(value), of="sentences"))
     return numbers, beside

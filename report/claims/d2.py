@@ -32,6 +32,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
                       "permutations", says=above(BOUND), p_value=at("permuted", "p_value"))]  # fmt: skip
     # True of any update that grows with the heads' sizes, of any at all, and what else is to be known.
     beside = [number(f"{name}, beyond heads changed in proportion to their size", share - at("in_proportion"))]
-    beside += [number(f"{name}, beyond an even spread (never below 0)", share - at("even")), number(name, share)]
+    even = f"{name}, beyond as much in every head of a layer (never below 0)"
+    beside += [number(even, share - at("even")), number(name, share)]
     beside += [number("Gini coefficient of the update over heads", at("gini"))]
-    return numbers, [*beside, number("the same with features permuted", at("gini_permuted"))]
+    return numbers, [*beside, number("Gini coefficient with features permuted", at("gini_permuted"))]

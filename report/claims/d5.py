@@ -20,7 +20,9 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
         raise file.refused("cuts matrices head by head, or embeddings with them")
     own, beyond = payload["largest"].get("svd"), (payload["beyond"].get("svd") or {}).get("as_random")
     if not own or beyond is None or LOSS not in own:
-        raise evidence.Missing(f"{file.path.name} lacks the curves svd and as_random, or the loss")
+        raise evidence.Missing(
+            f"{file.path.name} lacks the curves svd and as_random, or the loss (made by {file.made_by})"
+        )
 
     def numbered(name: str, row: dict | None, measure: str, **more) -> dict:
         name, unclear = f"{name}, {interventions.words(measure)}", f"that CPT gained anything in {measure} is not clear"
