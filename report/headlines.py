@@ -130,7 +130,7 @@ def counted(numbers: list[dict]) -> str:
         (word,) = found
         return {
             "not clear": f"its interval includes {numbers[0]['says']['bound']:g}",
-            "without an interval": "one number over all weights: nothing to resample; several seeds give it an interval",
+            "without an interval": "one number over all weights: only several seeds give it an interval",
         }.get(word, f"the number is {word}")
     if len(found) == 1:
         if len(numbers) == 2 and "not clear" in found:
@@ -201,10 +201,11 @@ def lost(own: str) -> tuple[Spec, ...]:
     """What a swap costs among swaps of random layers, by the loss."""
     at = f"comparison/{LOSS}"
     return (
+        Spec(f"hub layers minus others of like depth and seams (claim C2b), {PER_BYTE}",
+             f"additive/{LOSS}/contrast_adjusted/semantic_hub"),
         Spec(f"{own} minus random layers, {PER_BYTE}", f"{at}/own_minus_random"),
         Spec(f"share of the gain in loss that {own} loses", f"{at}/own_gain_lost"),
-        Spec("share that random layers lose, mean", f"{at}/random_gain_lost"),
-    )
+    )  # fmt: skip
 
 
 def swapped(place: str, words: str) -> tuple[Spec, ...]:
@@ -226,7 +227,8 @@ def cut(words: str, control: str, condition: str, null: str, axis: str) -> tuple
 
 HEADLINES: dict[str, tuple[Spec, ...]] = {
     "retrieval": (
-        Spec("accuracy at the best hidden state, last checkpoint", "layer_accuracy", {"condition": None}, "max"),
+        Spec("accuracy (published measure) at the best hidden state, last checkpoint", "layer_accuracy",
+             {"condition": None}, "max"),
         Spec("the same of the base", "layer_accuracy", {"condition": None, "step": 0}, "max"),
         Spec("the same of an untrained model", "layer_accuracy", {"condition": "untrained"}, "max"),
     ),
@@ -260,6 +262,7 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("least share of the gain that an arm reaches, loss", f"share/{LOSS}", OF_ANY, "min"),
         Spec("the same in the task", "share/task_accuracy", {"run": ANY}, "min"),
         Spec("the same in retrieval, last hidden state", "share/retrieval_readout", {"run": ANY}, "min"),
+        Spec("least share of the plain run's change in LSN activation", "share/lsn_activation", {"run": ANY}, "min"),
     ),
     "compare": tuple(
         Spec(f"{words}: another run minus the first, the largest", f"differences/{measure}", {"run": ANY}, "max")
@@ -329,16 +332,22 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     ),
     "spectrum": (
         Spec("share of the change that lies in the singular values", "value_share", {"component": None}),
-        Spec("the same over that of random changes", "nulls/gaussian/ratio", {"component": None}),
+        Spec("that share over the share of a random change (bracket: where one more random draw would lie)",
+             "nulls/gaussian/ratio", {"component": None}),
         Spec("effective rank of the change over the size of the matrix, median", "effective_rank", {"component": None}),
     ),
     "heads": (
-        Spec("share of the update in the 10 % of the heads that changed most", "concentration/top_share"),
+        Spec("share of the update in the tenth of the heads (rounded up) that changed most", "concentration/top_share"),
         Spec("the same with features in heads by chance", "concentration/permuted"),
         Spec("the same if heads changed in proportion to their size", "concentration/in_proportion"),
+        Spec("how many heads that are", "concentration/k"),
     ),
-    "rewind": cut("share of the update that can go, least changed heads first", "heads in random order",
-                  "importance:energy", "random:energy", "energy"),
+    "rewind": (
+        *cut("share of the update that can go, least changed heads first", "heads in random order",
+             "importance:energy", "random:energy", "energy"),
+        Spec(f"better by with some of these heads put back (claim D4), {PER_BYTE}", f"best/{LOSS}",
+             {"condition": "importance", "language": TARGET}),
+    ),
     "truncate": cut("share of the singular values that can go, smallest first", "a random update of that size",
                     "svd", "as_random", "at"),
     "steering": (
@@ -349,8 +358,9 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     "connect": (
         Spec("largest barrier of all languages, as a share of the gain in loss (below 0: none)", f"worst/{LOSS}",
              {"language": ANY}, "max"),
-        Spec(f"barrier in the {PER_BYTE}, new language", f"measures/{LOSS}/barrier", {"language": TARGET}),
-        Spec("cosine of the two updates", "cosine", {"component": "all"}),
+        Spec(f"{PER_BYTE}, new language, the other run (a = 0)", LOSS, {"condition": "other", "language": TARGET}),
+        Spec("the same of this run (a = 1)", LOSS, {"condition": "target", "language": TARGET}),
+        Spec("the same of the base", LOSS, {"condition": "base", "language": TARGET, "step": 0}),
     ),
     "routing": (
         Spec("divergence of the languages' routing, last checkpoint, mean over layers", "divergence", {"layer": None}),

@@ -20,7 +20,9 @@ from cpt_utils.base import cli, experiments, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import relatives
+from cpt_utils.measures import verdicts
 
+answers = cli.sibling("report/answers.py")
 headlines = cli.sibling("report/headlines.py")
 numbers = cli.sibling("report/rows.py")
 
@@ -137,6 +139,13 @@ class Run:
             self.claims = payload.get("claims", {})
         self.judged = self.head.get("time", "")
 
+    def answer(self, step: str, numbers: list[dict | None]) -> str:
+        """What came out of a step in a sentence."""
+        n, counts = self.headers.get("lsn_layers", {}).get("n_layers_listed"), self.rows.get("lsn_layers", [])
+        counts = {row["layer"]: row["value"] for row in counts if row["measure"] == "neurons"}
+        rich = sorted(sorted(counts, key=lambda layer: (-counts[layer], layer))[: n or 0])
+        return answers.answer(step, numbers, self.rows.get(step, []), self.study, self.claims, rich)
+
     def files(self, step: str) -> list[str]:
         return list(dict.fromkeys(row["file"] for row in self.rows.get(step, ())))
 
@@ -194,11 +203,13 @@ class Run:
 def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
     """What the page says of a step: question, of each run its figures and what they rest on, and the three numbers."""
     of_runs = [shown_run(step, run, where, small=len(runs) > 1) for run in runs]
-    rows = table(step, runs)
+    columns = [headlines.three(step.name, run.rows.get(step.name, []), run.study) for run in runs]
+    rows = table(runs, columns)
     captions = list(dict.fromkeys(figure.caption for figure in step.figures))
     return {
         "id": step.name, "part": step.part, "section": step.section, "question": step.question, "script": step.script,
         "captions": captions, "runs": of_runs, "table": rows, "means": any(row["mean"] for row in rows),
+        "answers": answered(step, runs, columns),
         "claims": runs[0].claims_on(step.name), "measured": any(one["file"] for one in of_runs),
         "undefined": bool(headlines.HEADLINES.get(step.name)) and not rows,
     }  # fmt: skip
@@ -228,9 +239,24 @@ def undrawn(figure: Figure) -> dict:
     return {"what": what, "step": figure.step, "by": experiments.made_by(figure.step)}
 
 
-def table(step: Step, runs: list[Run]) -> list[dict]:
+def answered(step: Step, runs: list[Run], columns: list[list[tuple]]) -> list[tuple[str, str]]:
+    """(which runs, what came out of a step in a sentence); runs of which it is the same share it."""
+    said: dict[str, list[str]] = {}
+    for run, column in zip(runs, columns, strict=True):
+        with numbers.reading(run.chief.get(step.name, run.folder)):
+            sentence = run.answer(step.name, [row for _, row in column])
+        if sentence:
+            said.setdefault(sentence, []).append(run.label)
+    if len(runs) == 1:
+        return [("In this run", sentence) for sentence in said]
+    every = len(runs)
+    return [
+        ("In all" if len(labels) == every else f"In {verdicts.listed(labels)}", one) for one, labels in said.items()
+    ]
+
+
+def table(runs: list[Run], columns: list[list[tuple]]) -> list[dict]:
     """The numbers that matter, a row each: of every run, and of several seeds their mean with the interval of t."""
-    columns = [headlines.three(step.name, run.rows.get(step.name, []), run.study) for run in runs]
     if not any(row for column in columns for _, row in column):
         return []
     found = []

@@ -116,7 +116,10 @@ def claim(*numbers, verdict=verdicts.ONE, reason="why", p=None, needed=None):
 
 FOR, AGAINST, OPEN = (number(name, value, (value - 1, value + 1), says=above())
                       for name, value in (("for", 3.0), ("against", -2.0), ("open", 0.5)))  # fmt: skip
-BARE, NONE = number("bare", -1.0, says=above()), number("none", None, says=above(), note="not there")
+BARE, NONE = (number("bare", -1.0, says=above()),
+              number("none", None, says=above(), note="x.json is not there (it is made by a/x.py)"))  # fmt: skip
+FAR = number("far", -2.0, says={"side": "below", "bound": -0.2})
+NEAR, VAGUE = FAR | {"name": "near", "value": -0.3}, NONE | {"note": "CPT made perception worse"}
 
 
 @pytest.mark.parametrize("numbers, word, first, why", [
@@ -126,14 +129,29 @@ BARE, NONE = number("bare", -1.0, says=above()), number("none", None, says=above
     ([FOR, FOR], "as claimed", "for", "Both numbers are as claimed."),
     ([FOR, NONE], "not clear", "for", "1 of 2 numbers is as claimed, 1 not measured."),
     ([OPEN], "not clear", "open", "Its interval includes 0."),
-    ([BARE], "no interval", "bare", "One number of all weights, which has an interval over seeds alone."),
-    ([NONE], "not measured", None, "The number is not measured."),
-    ([], "not measured", None, "Why."),
+    ([BARE], "no interval", "bare", "One number over all weights: only several seeds give it an interval."),
+    ([FAR, NEAR], "no interval", "near", "Both numbers are without an interval."),
+    ([NONE], "not measured", None, "x.json is not there (it is made by a/x.py)."),
+    ([VAGUE], "cannot be judged", None, "CPT made perception worse."),
+    ([FOR, VAGUE], "not clear", "for", "1 of 2 numbers is as claimed, 1 not defined."),
+    ([NONE, VAGUE], "cannot be judged", None, "1 of 2 numbers is not defined, 1 not measured."),
+    ([], "cannot be judged", None, "Why."),
     ([number("in", 0.0, (-0.1, 0.01), says=within(0.03))], "not clear", "in", "Its interval includes 0.03."),
 ])  # fmt: skip
 def test_a_claim_is_told_by_the_number_that_speaks_most_against_it(numbers, word, first, why):
     shown = script.entry("", claim(*numbers), False)
     assert (shown["word"], shown.get("about"), shown["why"]) == (word, first, why)
+
+
+def test_an_end_that_is_not_the_bound_does_not_look_like_it():
+    row = number("x", 0.1364, (0.0137, 0.2519), says={"side": "below", "bound": 0.25})
+    assert script.entry("", claim(row), False)["number"] == "0.136 [0.014, 0.252]"
+    assert headlines.in_digits(0.1, 0.01, 0.25, 0.25) == "0.10 [0.01, 0.25]"
+
+
+def test_what_decides_nothing_has_no_word_of_the_claims():
+    found = script.entry("", claim(FOR) | {"beside": [AGAINST]}, False)
+    assert found["numbers"][0]["note"] == "as claimed" and not found["beside"][0]["note"] + found["beside"][0]["says"]
 
 
 def test_a_bound_has_the_digits_and_the_minus_of_the_numbers_beside_it():
@@ -174,9 +192,11 @@ def test_sweeps_and_lines_between_runs_are_told_by_their_numbers():
     measures = {
         f"nll_per_byte{code}": {"barrier": area | {"value": value}} for code, value in ((":fra_Latn", 5), ("", 6))
     }
-    payload = {"worst": {"measure": "nll_per_byte:fra_Latn", **area}, "measures": measures,
-               "distance": {"all": {"cosine": 0.7}}}  # fmt: skip
-    assert three("connect", "connect", payload) == [(0.2, "language fra_Latn"), (6, None), (0.7, None)]
+    losses = {"base": 5, "other": 7, "target": 4}
+    sets = [{"name": name, "values": {"nll_per_byte": value}} for name, value in losses.items()]
+    payload = {"worst": {"measure": "nll_per_byte:fra_Latn", **area}, "measures": measures, "sets": sets}
+    ends = [(7, None), (4, None), (5, None)]  # of the line, and the base
+    assert three("connect", "connect", payload) == [(0.2, "language fra_Latn"), *ends]
     assert three("connect", "connect", payload | {"worst": None})[0] is None
 
 
@@ -215,6 +235,86 @@ def test_several_runs_are_told_by_what_another_has_more_than_the_first():
     assert found == [(0.3, "run twice"), None, (0.3, "run twice")]
 
 
+# ---------------------------------------------------------------- what came out, in a sentence
+
+
+def row(value, low=None, high=None, **columns):
+    empty = dict.fromkeys(parts.numbers.COLUMNS) | {"run": "plain", "step": 9}
+    return empty | {"value": value, "ci_low": low, "ci_high": high} | columns
+
+
+def answer(step, numbers=(), rows=(row(0),), claims=None, rich=()):
+    study = script.Study({"name": "x", "languages": {"base": "eng_Latn", "target": "gle_Latn"}})
+    return parts.answers.answer(step, list(numbers), list(rows), study, claims or {}, list(rich))
+
+
+UP, DOWN, BOTH, FLAT = row(1, 0.5, 1.5), row(-1, -1.5, -0.5), row(0.1, -0.5, 0.7), row(0.1)
+
+
+@pytest.mark.parametrize("step, numbers, said", [
+    ("retrieval", [UP | {"where": "hidden state 4"}, DOWN, BOTH],
+     "best at hidden state 4, more than in the base and not clearly more than in an untrained model, each at its own"),
+    ("layer_swap", [UP, DOWN, None], "cost more loss than other layers of like depth and seams; the hub swap costs"),
+    ("layer_swap", [None, BOTH, None], "The hub swap costs neither clearly more nor clearly less loss than random"),
+    ("int_and_sem", [row(1), row(2), row(0.5)], "Hub layers change more than interface layers (numbers without an"),
+    ("downstream", [None, UP, BOTH], "Not clear: the intervals of both correlations overlap."),
+    ("downstream", [None, UP, DOWN], "It follows interface layers more closely than hub layers."),
+    ("activation_correlation", [BOTH, BOTH, None], "overlap, and both include 0."),
+    ("deactivation", [UP, BOTH, row(2)], "harms the new language, and not clearly more than the others; random neurons "
+     "do so as much or more on average."),
+    ("spectrum", [None, row(0.7, 0.6, 0.8), None], "Less of the change lies in the singular values than of a random"),
+    ("spectrum", [None, row(0.7), None], "Not clearly more or less of the change"),
+    ("rewind", [None, None, BOTH, DOWN], "Not clearly more of the update can go where the least changed heads go first "
+     "than in random order. The best share to put back, chosen on half of the items, makes the loss worse"),
+    ("layer_ablation", [UP, UP, DOWN], "What serves production comes earlier"),
+    ("layer_ablation", [UP, UP, None], ""), ("deactivation", [None, UP, UP], ""), ("spectrum", [None] * 3, ""),
+])  # fmt: skip
+def test_a_sentence_says_what_the_intervals_bear_and_no_more(step, numbers, said):
+    found = answer(step, numbers)
+    assert said in found if said else found == ""
+
+
+def test_a_line_whose_ends_are_bad_is_told_with_them():
+    ends = {"base": 2, "other": 5, "target": 1}
+    rows = [row(value, measure="nll_per_byte", condition=name, language="gle_Latn") for name, value in ends.items()]
+    found = answer("connect", [DOWN, None, None, None], rows)
+    assert found.startswith("The line is below the chord") and "the other run is worse than the base in Irish" in found
+    rows[1]["value"] = 1.5
+    assert "worse than the base" not in answer("connect", [DOWN, None, None, None], rows)
+
+
+def test_of_arms_and_languages_those_are_named_that_their_intervals_tell():
+    rows = [row(0.5, 0.4, high, run=run, measure="share/nll_per_byte") for run, high in (("hub", 0.6), ("other", 1.1))]
+    rows += [row(1, 0.9, 1.1, run="hub", measure="share/task_accuracy"), row(1, measure="share/nll_per_byte")]
+    assert answer("arms", rows=rows) == "Clearly short of the plain run: in loss hub. No arm clearly in the task."
+    changes = {"fra_Latn": UP, "gle_Latn": DOWN}
+    rows = [change | {"measure": "change", "language": code} for code, change in changes.items()]
+    found = answer("language_loss", rows=[*rows, BOTH | {"measure": "change", "language": "eng_Latn"}])
+    assert "falls in Irish (gle_Latn), rises in French (fra_Latn) and does not clearly change in English" in found
+    rows = [row(n, layer=layer, measure="neurons", language="gle_Latn") for layer, n in ((0, 1), (1, 5), (2, 6))]
+    found = answer("lsn_mask", rows=rows, rich=[1, 2])
+    assert found == "Half of the new language's neurons or more lie in layer 2. As LSN-rich count layers 1 and 2."
+    split = [row(value, layer=layer, measure="in_hub") for layer, value in enumerate((0, 1, 0))]
+    found = answer("layers", [None, None, row(0.6, where="layer 2")], split)
+    assert found == "The hub is layer 1, the interface layers 0 and 2. Layer 2 is the least sure of its side."
+
+
+def test_what_a_claim_decides_is_told_by_its_number():
+    def told(step, name, *numbers):
+        return answer(step, [None] * 3, claims={name: {"numbers": list(numbers)}})
+
+    assert told("heads", "D2", AGAINST).startswith("No: ") and told("heads", "D2", FOR).startswith("Yes: ")
+    assert "not clear" in told("heads", "D2", OPEN) and told("heads", "D2", NONE) == "" == told("heads", "D1", FOR)
+    assert told("layer_ablation", "C8", VAGUE) == "It cannot be said: CPT made perception worse."
+    row = AGAINST | {"name": "attention minus FFN, interface, loss"}
+    assert "costs less loss than its FFN" in told("attn_int_swap", "C5a", row)
+    assert told("ffn_lsn_swap", "C5a", row) == ""
+
+
+def test_answers_are_those_of_steps_that_ask():
+    assert {*parts.answers.ANSWERS} <= {step.name for step in parts.steps()}
+
+
 # ---------------------------------------------------------------- the page
 
 
@@ -223,7 +323,7 @@ def test_a_step_that_is_not_the_last_is_said_and_the_base_is_none(page):
         (results / f"sentence-retrieval/eng_Latn-gle_Latn/run__checkpoint-{STEPS[-1]}.json").unlink()
 
     def best(text):
-        return text[text.index("accuracy at the best hidden state") : text.index("the same of an untrained")]
+        return text[text.index("accuracy (published measure) at the best") : text.index("the same of an untrained")]
 
     assert "the run has" not in best(text_of(page()))
     assert f"step {STEPS[-2]}, the run has {STEPS[-1]}" in best(text_of(page(spoil)))
@@ -233,7 +333,7 @@ def test_a_step_that_is_not_the_last_is_said_and_the_base_is_none(page):
             (results / f"sentence-retrieval/eng_Latn-gle_Latn/run__checkpoint-{step}.json").unlink(missing_ok=True)
 
     found = best(text_of(page(keep_the_base)))
-    assert found.startswith("accuracy at the best hidden state, last checkpoint none the same of the base 0.")
+    assert "at the best hidden state, last checkpoint none the same of the base 0." in found
 
 
 def test_retrieval_between_other_languages_is_not_the_studys(page):
