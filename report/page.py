@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils.base import cli, languages, results
+from cpt_utils.base import cli, figures, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.measures import verdicts
@@ -25,7 +25,7 @@ headlines = cli.sibling("report/headlines.py")
 parts = cli.sibling("report/parts.py")
 
 RESULTS = {"page": "report.html"}
-TEMPLATE = "page.html.j2"
+TEMPLATE, RULES = "page.html.j2", "report/README.md"
 MARK = "report/page.py of cpt-utils"  # by which a page is known as one of ours
 PARTS = {
     "Part I": "Which layers learn the language",
@@ -40,8 +40,8 @@ PARTS = {
 
 
 def named(code: str | None) -> str:
-    """A language by its name with its code."""
-    return languages.named(code) if code else "?"
+    """A language by its name with its code; of one that is made up it says so."""
+    return figures.language(code).replace("invented (", "an invented language (") if code else "?"
 
 
 def briefly(place: str | None) -> str:
@@ -57,6 +57,8 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     layers = next((head["n_layers"] for head in heads.values() if head.get("n_layers")), None)
     of_runs = [(head.get("models") or {}).get("checkpoints") or {} for head in heads.values()]
     steps = max(of_runs, key=len, default={})  # some results are about a part of them
+    size = next((row["value"] for row in run.rows.get("cogsym", []) if row["measure"] == "parameters/model"), None)
+    made_of = (f", {layers} layers" if layers else "") + (f", {size / 1e6:,.3g} M parameters" if size else "")
     spec = study.get("run")
     spec = briefly(spec) if isinstance(spec, str) else f"{len(spec or [])} revisions"
     data = [f"{n:,} sentence pairs" for n in [(heads.get("retrieval", {}).get("data") or {}).get("n_used")] if n]
@@ -67,7 +69,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     base, target = (named(study.get(f"languages.{side}")) for side in ("base", "target"))
     of = f" (of {run.label})" if run.label else ""
     return [
-        ("Base model", f"{briefly(study.get('base'))}{of}" + (f", {layers} layers" if layers else "")),
+        ("Base model", f"{briefly(study.get('base'))}{of}{made_of}"),
         ("Continued as", f"{spec}" + (f", {len(steps)} checkpoints to step {max(map(int, steps)):,}" if steps else "")),
         ("Languages", f"{base}, continued on {target}"),
         ("Data", "; ".join(data) or "not known"),
@@ -77,6 +79,28 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
             " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not known",
         ),
     ]
+
+
+def outcome(run: parts.Run) -> str:
+    """Losses and accuracy on the task at the base and at the last checkpoint; empty where they were not measured."""
+
+    def both(step: str, measure: str) -> list[tuple[str | None, str]]:
+        rows = [row for row in run.rows.get(step, []) if row["measure"] == measure and row["component"] is None]
+        ends: dict[str | None, dict[int, float]] = {}
+        for row in rows:
+            ends.setdefault(row["language"], {})[row["step"] or 0] = row["value"]
+        return [
+            (lang, " \u2192 ".join(headlines.signed(one[step], 3) for step in (0, run.last)))
+            for lang, one in ends.items() if {0, run.last} <= {*one}
+        ]  # fmt: skip
+
+    losses, target = both("language_loss", headlines.LOSS), run.study.get("languages.target")
+    losses.sort(key=lambda one: not (one[0] and target and languages.same(one[0], target)))  # the new language first
+    losses = [f"{figures.language(lang)} {told}" for lang, told in losses if lang]
+    told = [f"loss (nats a byte) {', '.join(losses)}"] * bool(losses)
+    told += [f"accuracy on the task {one}" for _, one in both("downstream", "acc")[:1]]
+    of = f" of {run.label}" if run.label else ""
+    return f"Base \u2192 last checkpoint{of}: {'; '.join(told)}." if told and run.last else ""
 
 
 def side_by_side(runs: list[parts.Run]) -> tuple[str, str]:
@@ -90,7 +114,7 @@ def gate_words(runs: list[parts.Run]) -> str:
     """Whether the model retrieves better than an untrained one, and what follows."""
     gates = [run.head.get("gate") or run.headers.get("layers", {}).get("gate") for run in runs]
     passed = [gate for gate in gates if gate and gate["passed"]]
-    layers = "the hub (layers at which translations are found) and the interface (the others)"
+    layers = "hub (layers that find translations) and interface (the others)"
     if not any(gates):
         return f"Not checked, as no untrained model was measured: whether {layers} mean anything is not known."
     follows = f"So {layers} can be read." if len(passed) == len(runs) else f"Without it {layers} mean nothing."
@@ -101,8 +125,8 @@ def gate_words(runs: list[parts.Run]) -> str:
     model = briefly(gate["model"]) if gate.get("model") else "the last checkpoint"  # that the layers are from
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
     return (
-        f"{passed}: at its best layer {model} finds {than} translations than an untrained model. "
-        f"The difference is {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
+        f"{passed}: at its best layer {model} finds {than} translations than an untrained model, "
+        f"by {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
     )
 
 
@@ -114,8 +138,8 @@ def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
     if over:
         return f"{len(over['seeds'])} seeds: no verdict on any claim.", f"A verdict takes {verdicts.SEEDS} or more."
     why = (
-        f"A run is one sample of what training does; a verdict takes {verdicts.SEEDS} seeds or more. Intervals say how "
-        "sure the numbers of this run are, not what another would give."
+        f"A run is one sample of what training does; a verdict takes {verdicts.SEEDS} seeds or more. Intervals "
+        "are about this run, not about another."
     )
     if parts.of_seeds(runs):
         why += " report/claims.py --seeds, with the same --output, judges them over seeds."
@@ -187,15 +211,20 @@ def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
     claims_at = where / "claims_seeds.json" if over else study.result("claims")
     with parts.numbers.reading(claims_at):
         rows = claims(runs, over)
+        for row in rows:  # the sections whose results it rests on
+            read = {(step["label"], step["id"]): None for step in steps if row["name"] in step["claims"]}
+            row["evidence"] = list({label: (label, at) for label, at in reversed(read)}.values())[::-1]
     with parts.numbers.reading(study.result("layers")):
         gate = gate_words(runs)
+    with parts.numbers.reading(study.result("language_loss")):
+        shown_outcome = outcome(runs[0])
     return template().render(
         title=study.name + (f", arm {study.arm}" if study.arm else ""), target=named(study.get("languages.target")),
-        facts=facts(runs), gate=gate, sure_words=sure(runs, over), counts=counted(rows), claims=rows,
+        facts=facts(runs), gate=gate, outcome=shown_outcome, sure_words=sure(runs, over), counts=counted(rows),
         parts=[(name, PARTS.get(name, ""), [step for step in steps if step["part"] == name]) for name in names],
         folders=[(run.label, run.folder, parts.link(run.folder, where)) for run in runs], runs=runs, over=over,
-        claims_file=parts.link(claims_at, where), study_file=study.path, mark=MARK, n_steps=len(steps),
-        n_measured=sum(step["measured"] for step in steps),
+        claims=rows, claims_file=parts.link(claims_at, where), study_file=study.path, mark=MARK, n_steps=len(steps),
+        n_measured=sum(step["measured"] for step in steps), rules=parts.link(cli.REPOSITORY / RULES, where),
     )  # fmt: skip
 
 

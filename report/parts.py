@@ -208,6 +208,7 @@ def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
     captions = list(dict.fromkeys(figure.caption for figure in step.figures))
     return {
         "id": step.name, "part": step.part, "section": step.section, "question": step.question, "script": step.script,
+        "label": f"{step.part.removeprefix('Part ')}.{_first_number(step.section)}",
         "captions": captions, "runs": of_runs, "table": rows, "means": any(row["mean"] for row in rows),
         "answers": answered(step, runs, columns),
         "claims": runs[0].claims_on(step.name), "measured": any(one["file"] for one in of_runs),
@@ -293,6 +294,10 @@ def rests(head: dict) -> str:
     steps, step = models.get("checkpoints"), next((ref.get("step") for ref in models.values() if ref.get("step")), None)
     said = [f"{len(steps)} checkpoints" if steps else f"the checkpoint of step {step}" if step is not None else ""]
     said += [f"{data['n_used']:,} sentence pairs" if data.get("n_used") else "", *texts(head)]
+    scored = (head.get("in_context") or {}).get("scored")
+    said.append(f"{scored:,} sentences translated in context" if scored else "")
+    other = (models.get("other") or {}).get("spec")
+    said.append(f"the other run is {other}" if other else "")
     said += [f"{key} {head[key]}" for key in ("seed", "dtype") if head.get(key) is not None]
     said = "; ".join(filter(None, said))
     return headlines.capital("; ".join(filter(None, [said and f"rests on {said}", made(head)])))

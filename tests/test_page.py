@@ -243,9 +243,9 @@ def row(value, low=None, high=None, **columns):
     return empty | {"value": value, "ci_low": low, "ci_high": high} | columns
 
 
-def answer(step, numbers=(), rows=(row(0),), claims=None, rich=()):
+def answer(step, numbers=(), rows=None, claims=None, rich=()):
     study = script.Study({"name": "x", "languages": {"base": "eng_Latn", "target": "gle_Latn"}})
-    return parts.answers.answer(step, list(numbers), list(rows), study, claims or {}, list(rich))
+    return parts.answers.answer(step, list(numbers), rows or [row(0)], study, claims or {}, list(rich))
 
 
 UP, DOWN, BOTH, FLAT = row(1, 0.5, 1.5), row(-1, -1.5, -0.5), row(0.1, -0.5, 0.7), row(0.1)
@@ -414,6 +414,9 @@ def test_the_page_says_what_was_asked_what_came_out_how_sure_and_where(page, stu
         "English (eng_Latn), continued on Irish (gle_Latn)", "Where the numbers are",
     ):  # fmt: skip
         assert said in text, said
+    for name, section, step in (("C2a", "I.4", "layer_swap"), ("D4", "IV.3", "rewind")):  # at the top, and by number
+        assert made.count(f'Evidence: <a href="#{step}">{section}</a>') >= 2 and f'id="{name}"' in made
+    assert text.count("In this run: ") > 8 and "These decide:" in text and "These decide nothing:" in text
     payload = json.loads((study.results / "report/claims.json").read_text())["claims"]
     for name, row in payload.items():
         assert headlines.capital(row["text"]) in text
@@ -448,6 +451,22 @@ def test_what_is_missing_leaves_a_sentence(page):
     assert (
         "or those that change most? Not measured in this study. This measures it: python layer-ablation/cogsym.py"
         in text
+    )
+
+
+def test_losses_and_task_are_told_from_base_to_last_checkpoint(page):
+    def spoil(results):
+        head = {"schema": "language-loss", "version": 1, "heldout": {}}
+        losses = {"base": {"nll_per_byte": 0.5}, str(STEPS[-1]): {"nll_per_byte": 0.25}}
+        (results / "language-loss").mkdir(exist_ok=True)
+        (results / "language-loss/language_loss.json").write_text(
+            json.dumps({"_header": head, "eng_Latn": losses, "qaa_Latn": losses})
+        )
+
+    assert "In short." not in text_of(page(lambda results: shutil.rmtree(results / "downstream-correlation", True)))
+    text = text_of(page(spoil))
+    assert (
+        "last checkpoint: loss (nats a byte) English (eng_Latn) 0.500 \u2192 0.250, invented (qaa_Latn) 0.500" in text
     )
 
 
