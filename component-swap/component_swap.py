@@ -30,9 +30,9 @@ SCHEMA = "component-swap"
 CAPTIONS = {
     "component_swap": """Part II: 4. Component swaps
         What putting one component of the base back into the last checkpoint costs: attention or FFN, in interface
-        layers or in those richest in the new language's neurons, with and without embeddings, and random layers of
-        the same number; squares are sets of a swap's shape. Claim C5 compares attention with the FFN of the same
-        layers, in both places.""",
+        layers or in those richest in the new language's neurons (LSN-rich), with and without embeddings. Grey dots are
+        random layers of the same number, of the one swap that this figure is about; squares are sets of a swap's shape.
+        Claim C5 compares attention with the FFN of the same layers, in both places.""",
 }
 IMAGES = {"component_swap": "controls.png"}
 # What these scripts leave in OUT, finished or not.

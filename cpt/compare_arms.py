@@ -43,7 +43,8 @@ CAPTIONS = {
     "arms": """Part I: 6. Arms
         The same continued pre-training with a part of the model frozen: the share of the plain run's gain that each arm
         reached, 0 where it stayed at the base and 1 where it did as well, with 95 % intervals over sentences
-        (documents, rows, blocks of tokens). No point where it is not clear that the plain run gained anything.""",
+        (documents, rows, blocks of tokens; a narrow one hides behind its point). No point where it is not clear that
+        the plain run gained anything. Of LSN activation it is the share of its change, whichever way that goes.""",
 }
 LSN = evaluation.Measure("LSN activation, change as in the plain run", True, "lsn")
 
@@ -302,7 +303,7 @@ def panels(
                 place = {"transform": axis.transAxes, "ha": "center", "va": "center", "fontsize": 6.5}
                 axis.text(0.5, 0.5, "no clear gain\nof the plain run", **place)
             axis.set_title(figures.measure(measure, what["label"], 18))
-            axis.set_xlabel(axis_label)
+            axis.set_xlabel(axis_label.replace("the gain", "change") if measure == "lsn_activation" else axis_label)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 named.setdefault(label, handle)
         axes[0, 0].set_yticks(range(len(names)), names)

@@ -30,9 +30,10 @@ ASKED = {
 }
 CAPTIONS = {
     "downstream": """Part I: 3. Downstream task and weight change
-        Downstream accuracy of the checkpoints against the weight change of interface and hub layers. Curves that both
-        grow over training correlate for no other reason, and on first differences with few checkpoints, too: claim C6
-        is decided by training with a part frozen. Error bars are the binomial standard error of the accuracy.""",
+        Downstream accuracy of the checkpoints against the weight change of interface and hub layers, with the
+        correlation of their steps (first differences), and of the curves as they are. Curves that both grow over
+        training correlate for no other reason, and on first differences with few checkpoints, too: claim C6 is decided
+        by training with a part frozen. Error bars are the binomial standard error of the accuracy.""",
 }
 LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}
 DRAWS = 4000  # of the accuracies, for the error of measurement
@@ -206,9 +207,11 @@ def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], cha
             x = [changes[step][kind] for step in steps]
             axis.errorbar(x, values, yerr=errors, fmt="none", ecolor=figures.colour("random"), elinewidth=0.6, zorder=1)
             colours = figures.colours(len(steps), ordered=True)
-            axis.scatter(x, values, c=colours, marker="o" if name == "interface" else "s", s=14, zorder=2)
-            r = found[kind]["correlation"]
-            title = f"{kind.replace('_', ' ')}: {'no r' if r is None else f'r = {r:.2f}'}\n({len(steps)} checkpoints)"
+            axis.scatter(x, values, c=colours, marker="s" if name == "interface" else "o", s=14, zorder=2)
+            curves, own = found[kind], found[kind].get("first_differences") or {}
+            r = ["none" if one.get("correlation") is None else f"{one['correlation']:.2f}" for one in (own, curves)]
+            title = f"{kind.replace('_', ' ')}, {len(steps)} checkpoints\n"
+            title += f"r of first differences {r[0]}\nr of the curves {r[1]}"
             axis.set_title(title, color=figures.colour(name))
             axis.locator_params(axis="x", nbins=4)
             axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)

@@ -51,8 +51,10 @@ CAPTIONS = {
         blocks put in from the input side (left) and from the output side (right), for perception (the loss of the
         translation after a sentence of the target language) and production (the other way round); below, for what the
         own source saves against another sentence's; at the bottom what is lost of the first two when a window of blocks
-        is put back. Lines: the base (0) and the checkpoint (1). Bands: 95 % bootstrap intervals over sentences. Claim
-        C8, perception early and production late, is decided by the difference of the areas.""",
+        is put back. Lines: the base (0) and the checkpoint (1); with no block put in embeddings and head are still the
+        checkpoint's (unless --io says otherwise), so that curves need not begin at 0. Bands: 95 % bootstrap intervals
+        over sentences. Claim C8, perception early and production late, is decided by the difference of the areas, where
+        CPT made both better.""",
 }
 KINDS = ("translation", *evaluation.KINDS)
 COMPONENTS = ("all", *components.COMPONENTS)

@@ -35,9 +35,10 @@ ASKED = {"layers": "Which layers find translations (the semantic hub), and which
 CAPTIONS = {
     "layers": """Part I: 2. Layer specialization
         The layers of the last checkpoint split by two-means on their retrieval accuracy: the cluster with the lower
-        centre is the interface, the other the semantic hub. The line is the threshold between them. A layer's
-        stability is how often it keeps its label when sentences are resampled; a split with unstable layers says
-        little about those layers.""",
+        centre is the interface, the other the semantic hub. The line is the threshold between them. A layer's stability
+        is how often it keeps its label when sentences are resampled; a split with unstable layers says little about
+        those layers. The strips at the bottom are the same split by each measure of retrieval: where they differ, so
+        does the hub, which need not lie in one piece.""",
 }
 # Accuracies are counts of sentences over n; differences below a millionth of a sentence share are float rounding.
 EQUAL = 1e-6

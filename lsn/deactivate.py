@@ -47,8 +47,9 @@ ASKED = {"deactivation": "Does silencing a language's neurons harm that language
 CAPTIONS = {
     "deactivation": """Part II: 2. Language-specific neurons
         The change of the loss per token when the neurons of one language (row) are silenced, on text of each language
-        (column), beside the same for random neurons, as many in each layer, and for as many that fire as often. Neurons
-        are a language's own where the diagonal is a harm, stands out, and more than it does at random.""",
+        (column), beside the same for random neurons, as many in each layer, and for as many that fire as often. Below
+        the name of a row stands what it does to the language itself. Neurons are a language's own where the diagonal is
+        a harm, stands out, and more than it does at random.""",
 }
 RANDOM = 19  # random sets a language, and as many of equal activity: with them p can be .05
 COUNTS = "activation_count"  # where the published README has activation.py write

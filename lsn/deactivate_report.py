@@ -32,7 +32,7 @@ def draw(path: Path, payload: dict) -> None:
     down = len(names) > 4  # then the maps stand below one another
     join, row = (", ", 0.2) if len(names) > 8 else ("\n", 0.36)
     side, height = 0.45 * len(names) + 0.5, row * len(rows) + 1.2
-    verdicts = {d: join + VERDICTS[one["verdict"]][0] for d, one in payload.get("diagonal", {}).items()}
+    verdicts = {d: f"{join}to itself: {VERDICTS[one['verdict']][0]}" for d, one in payload.get("diagonal", {}).items()}
     with figures.style() as plt:
         size = (min(figures.PAGE, side + 2.2), height * len(maps)) if down else (len(maps) * side + 2.2, height)
         layout = {"nrows": len(maps), "sharex": True} if down else {"ncols": len(maps), "sharey": True}

@@ -42,9 +42,9 @@ RESULTS = {
 ASKED = {"lsn_mask": "Which neurons fire for one language and hardly for the others, and in which layers do they lie?"}
 CAPTIONS = {
     "lsn_counts": """Part II: 2. Language-specific neurons
-        How many neurons of each language there are in each layer (LAPE). What decides is little here: compare the
-        layers richest in the new language's neurons with the interface layers, and read the report beside it for how
-        stable the mask is when half the tokens are taken.""",
+        How many neurons of each language there are in each layer (LAPE). Counts decide no claim: compare the layers
+        that have most of the new language's neurons with the interface layers. How stable they are with fewer tokens
+        stands in the next figure.""",
     "lsn_convergence": """Part II: 2. Language-specific neurons
         How much of the mask a part of the tokens already gives (Jaccard with the full mask), and the agreement of two
         parts without a common token. Where the curve is flat near one, fewer tokens would have been enough.""",

@@ -57,6 +57,7 @@ def draw_counts(path: Path, by_language: dict[str, dict], n_layers: int) -> None
             figures.zeros(axis, range(n_layers), facts["counts"], label="none in this layer")
             title = f"{figures.language(lang)}: {facts['n_neurons']:,}"
             axis.set_title(textwrap.fill(title, 100 // columns), pad=2)
+            axis.margins(y=0.12)  # bars end below the title
             axis.set_xticks(range(0, n_layers, -(-n_layers // (12 if columns == 1 else 5))))
         for axis in axes.ravel()[n:]:
             axis.set_visible(False)

@@ -15,8 +15,8 @@ from cpt_utils.measures.verdicts import number, over_units
 evidence, freezing = cli.sibling("report/evidence.py"), cli.sibling("cpt/freezing.py")
 
 WORDS = {
-    "retrieval_readout": "retrieval", "retrieval_mean": "retrieval over layers", "nll_per_byte": "loss",
-    "task_accuracy": "task", "lsn_activation": "LSN",
+    "retrieval_readout": "retrieval at the last hidden state", "retrieval_mean": "retrieval over layers",
+    "nll_per_byte": "loss", "task_accuracy": "task", "lsn_activation": "LSN activation",
 }  # fmt: skip
 LESS_IS_BETTER = "nll_per_byte"
 CONTROLS = ("random", "matched")  # names of sets that are compared with

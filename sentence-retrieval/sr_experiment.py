@@ -54,9 +54,11 @@ CAPTIONS = {
         for the first and the last model. Published: mean of the tokens' hidden states. Unit: every token scaled to
         length 1 first. Centred: each language's mean vector taken off. MEXA: share of pairs whose cosine is above all
         others of both sentences. The last two panels say what the published curve may rest on: the share of the norm in
-        the largest token, and how far cosines follow the length of sentences. Grey: there it measures length. Dashed:
-        an untrained model of the same configuration. Claim C1, low accuracy in outer layers and high accuracy in middle
-        ones, is decided by the profile above the untrained line.""",
+        the largest token, and how far cosines follow the length of sentences. Shaded grey, where any is: states at
+        which it measures length. Dashed: an untrained model of the same configuration. Claim C1, low accuracy in outer
+        layers and high accuracy in middle ones, is decided on the published and on the unit, centred curve, by the peak
+        and the mean of the inner states against both ends; the peak is chosen on one half of the sentences and read on
+        the other, and so may lie below the top of the curve.""",
     "alignment": """Part I: 1. Sentence retrieval
         How far both languages have one geometry, from the same sentences, models and colours; above for the published
         vectors, which one massive token may rule (then sentences differ in about one dimension, and the row says
@@ -67,8 +69,8 @@ CAPTIONS = {
         the last model; above the diagonal the language of the base, below it the other. Squares along the diagonal are
         blocks of layers.""",
     "retrieval_swapped": """Part I: 4. Layer swaps
-        Sentence retrieval accuracy of the two swapped models at every hidden state: the last checkpoint with the
-        semantic hub's layers of the base, and with as many layers drawn at random. One random draw decides nothing;
+        Sentence retrieval of the two swapped models at every hidden state, by every measure: the last checkpoint with
+        the semantic hub's layers of the base, and with as many layers drawn at random. One random draw decides nothing;
         the figure of the controls does.""",
     "retrieval_components": """Part II: 4. Component swaps
         Retrieval over hidden states of the last checkpoint and after its two component swaps.""",

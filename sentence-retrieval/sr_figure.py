@@ -12,6 +12,7 @@ PANELS = {curve.key: curve.label for curve in curves.MEASURES.values()} | curves
 ACCURACIES = {curve.key for name, curve in curves.MEASURES.items() if not name.startswith("mexa")}
 MEXA = {curve.key for curve in curves.MEASURES.values()} - ACCURACIES
 COLUMNS = 4
+MEANING = {"semantic_hub": "hub", "random": "random"}  # of swapped models, by the names of their folders
 Lines = list[tuple[refs.ModelRef, dict]]
 
 
@@ -63,7 +64,10 @@ def looks(lines: Lines, steps: list[int]) -> list[dict]:
         run = Path(ref.spec).parent.name
         if ref.step is None:
             base = number == 0 and bool(steps)
-            shade, label = figures.colour("base") if base else next(others), Path(ref.spec).name
+            label = Path(ref.spec).name
+            shade = (
+                figures.colour("base") if base else figures.colour(MEANING[label]) if label in MEANING else next(others)
+            )
             found.append({"linestyle": "-" if base else "--", "color": shade, "label": label})
             continue
         alone = len(runs) > 1 and len(steps) == 1  # a colour of its own, not of its step

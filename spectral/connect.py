@@ -45,8 +45,10 @@ CAPTIONS = {
         Scores along the straight line (1 - a) A + a C from another run A of continued pre-training of the same base to
         the study's C, and the chord, the straight line between the scores of the ends. Grey: the same chord with both
         ends moved in random directions as far as the point of the line is from them: where that costs nothing, either,
-        any two models so close are connected. Claim D6 is decided by the largest gap (barrier) in a loss as a share of
-        what the better end gained on the base.""",
+        any two models so close are connected. Claim D6 is decided by the largest gap (barrier) between line and chord
+        in a loss, as a share of what the better end gained on the base. Where the other run was trained on another
+        language, an end may be worse than the base (dotted): then the chord is high, and a line below it says little.
+        Bands are often narrower than the line.""",
 }
 LEAST = 0.1  # of the largest gain in a loss: less is no gain that a barrier is a share of
 AT = tuple(i / 10 for i in range(11))

@@ -240,8 +240,8 @@ def draw(
 ) -> None:  # fmt: skip
     """A panel a measure: every curve over its share, random ones as the mean and range of their draws.
 
-    Base and checkpoint are lines; a hollow marker is the largest harmless share of a curve. The farthest 3 % of the
-    points may lie outside the panel.
+    Base and checkpoint are lines; a ring is the largest harmless share of a curve. The farthest 3 % of the points may
+    lie outside the panel: an arrow at its edge.
 
     Args:
         looks: curve -> label, color, marker, linestyle.
@@ -275,7 +275,8 @@ def panels(path: Path, drawn: Sequence[Callable], xlabel: str) -> None:
 
 def label(measure: str) -> str:
     """What an axis says of a measure, in lines that fit a panel."""
-    return figures.measure(measure, evaluation.named(measure).label, 24)
+    own = ", the new language" * (measure == "nll_per_byte")
+    return figures.measure(measure, evaluation.named(measure).label + own, 24)
 
 
 def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str) -> None:
@@ -285,6 +286,7 @@ def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str
     for role, words in (("base", "base"), ("target", "checkpoint")):
         panel.axhline(sets[role], color=figures.colour(role), linewidth=0.8, linestyle=":", label=words)
     shown: list[float] = []
+    means: list[tuple] = []
     for curve, look in looks.items():
         rows = [row for row in payload["points"] if row["curve"] == curve]
         if not rows:
@@ -292,6 +294,7 @@ def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str
         xs = sorted({row[axis] for row in rows})
         ys = [[sets["target"] + sign * row["better"][measure]["mean"] for row in rows if row[axis] == x] for x in xs]
         shown += itertools.chain(*ys)
+        means += [(x, sum(y) / len(y), look["color"]) for x, y in zip(xs, ys, strict=True)]
         panel.plot(xs, [sum(y) / len(y) for y in ys], **look)
         if any(len(y) > 1 for y in ys):
             panel.fill_between(xs, [min(y) for y in ys], [max(y) for y in ys], color=look["color"], alpha=0.15, lw=0)
@@ -302,7 +305,13 @@ def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str
     # One far point (DARE at .95 scales by 20) would flatten all others: it leaves the panel.
     ends = [*np.quantile([*shown, *sets.values()], (0.03, 0.97)), *sets.values()]
     room = 0.08 * (max(ends) - min(ends)) or 1e-3
-    panel.set_ylim(min(ends) - room, max(ends) + room)
+    low, high = min(ends) - room, max(ends) + room
+    panel.set_ylim(low, high)
+    for x, y, shade in means:
+        if not low <= y <= high:
+            panel.plot(
+                x, high if y > high else low, "^" if y > high else "v", color=shade, ms=5, clip_on=False, zorder=5
+            )
 
 
 # ---------------------------------------------------------------- the command

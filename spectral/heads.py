@@ -41,7 +41,8 @@ CAPTIONS = {
         several share one, the query heads alone. Right: the share of the update in the units that changed most, over
         the number of units, and what it would be if the features of a layer lay in its heads by chance (band: 95 % of
         permutations), and if all heads of a layer had changed in proportion to their size (dotted). Claim D2 is decided
-        by the distance from the permutations at the top 10 %.""",
+        by the distance from the permutations at the top 10 % of the units, rounded up (the dot). The band is often
+        narrower than the line.""",
 }
 KINDS = ("relative", "rms", "per_layer")
 OF_QUERIES = ("q_proj", "o_proj")

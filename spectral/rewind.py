@@ -41,10 +41,12 @@ RESULTS = {"rewind": "spectral/rewind.json"}
 ASKED = {"rewind": "How much of the update of attention heads can be put back to the base before something is lost?"}
 CAPTIONS = {
     "rewind": """Part IV: 3. Rewinding heads
-        Loss, retrieval and task with a growing share of the checkpoint's heads set to the base's: least changed heads
-        first, most changed ones first, heads in the order of what each costs alone (on other sentences than those that
-        it is shown on), and random orders (mean and range of their draws). Hollow: the largest share that is not worse
-        than the checkpoint by more than one standard error.""",
+        What the checkpoint scores, in what the study asks for (loss in each language, retrieval, task), with a growing
+        share of its heads set to the base's: least changed heads first, most changed ones first, those first that
+        another run changed as much (least specific), heads in the order of what each costs alone (cheapest first; on
+        other sentences than those that it is shown on), and random orders, over all heads or within layers (mean and
+        range of their draws). Rings: the largest share that is not worse than the checkpoint by more than one standard
+        error.""",
     "rewind_energy": """Part IV: 3. Rewinding heads
         The same over the share of the update (its sum of squares over all heads) that is taken back: heads that hardly
         changed are harmless to put back by construction, which this axis allows for. Claim D3 is decided by it.""",

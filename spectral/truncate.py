@@ -44,8 +44,11 @@ CAPTIONS = {
         (SVD); the same update cut in random directions to the energy that a random update of equal norm would keep (as
         if random, the control of claim D5); entries dropped at random and the others scaled up (DARE); the smallest
         entries dropped (magnitude). At the end the share of the update's energy (squared norm) that is kept. Shaded:
-        the range of the draws; a point far from all others may lie outside its panel. Hollow markers: q*, the largest q
-        not worse than the checkpoint by more than one standard error of the paired difference.""",
+        the range of the draws, often narrower than the line; arrows at the edge: points beyond it. Rings: q*, the
+        largest q not worse than the checkpoint by more than one standard error of the paired difference, which is
+        small: q* can be 0 where most of the gain outlasts large cuts. Embeddings and head stay the checkpoint's, so
+        that q = 1 is not the base. Low rank is meant here by what a cut costs beside a random update: the effective
+        rank of the update, which counts every direction by its energy, may be high all the same.""",
 }
 DRAWS = 2  # of each random curve
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -207,7 +207,10 @@ def test_selectivity_means_nothing_where_the_language_itself_is_not_hurt(tmp_pat
         SCRIPT.report.figures.save = own
     assert [len(fig.axes) for fig in drawn] == [4, 3]  # the last is the colour bar
     labels = [[text.get_text() for text in fig.axes[0].get_yticklabels()] for fig in drawn]
-    assert labels == [["aa\nharm", "bb\nno harm", "cc\nharm in reverse"], ["aa", "bb", "cc"]]
+    assert labels == [
+        ["aa\nto itself: harm", "bb\nto itself: no harm", "cc\nto itself: harm in reverse"],
+        ["aa", "bb", "cc"],
+    ]
 
 
 def test_a_killed_run_goes_on(study, capsys):

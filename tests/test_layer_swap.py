@@ -461,7 +461,7 @@ def test_a_gain_that_may_be_nothing_has_no_share(capsys):
     assert [row["gain_lost"]["nll_per_byte"] for row in rows] == pytest.approx([1, 0, 0.4, 0.8])
     controls.say(rows, compared)
     said = capsys.readouterr().out
-    assert "retrieval accuracy, mean over layers: that CPT gained anything is not clear (+0.0200 [-0.0" in said
+    assert "retrieval (published), mean over layers: that CPT gained anything is not clear (+0.0200 [-0.0" in said
     assert "nll_per_byte 1.694" in said and said.count("of the gain lost") == 1 and "(40% of the gain lost)" in said
     ends = {"base": target, "target": target - 0.2, "semantic_hub": target, "random": target}
     worse = [record(name, units) for name, units in ends.items()]

@@ -29,9 +29,9 @@ class Measure:
 
 
 MEASURES = {
-    "retrieval_mean": Measure("retrieval accuracy, mean over layers", True, "retrieval"),
-    "retrieval_best": Measure("retrieval accuracy, best layer", True, "retrieval", units=False),
-    "retrieval_readout": Measure("retrieval accuracy, last hidden state", True, "retrieval"),
+    "retrieval_mean": Measure("retrieval (published), mean over layers", True, "retrieval"),
+    "retrieval_best": Measure("retrieval (published), best layer", True, "retrieval", units=False),
+    "retrieval_readout": Measure("retrieval (unit, centred), last hidden state", True, "retrieval"),
     "nll_per_byte": Measure("NLL of held-out text (nats per byte)", False, "nll"),
     "task_accuracy": Measure("task accuracy", True, "task"),
 }
