@@ -16,6 +16,7 @@ from cpt_utils.measures import verdicts
 headlines = cli.sibling("report/headlines.py")
 
 BARE = "numbers without an interval"
+FEW = 4  # names in a sentence; of more it says how many there are
 MEASURES = {
     "nll_per_byte": "loss", "task_accuracy": "the task", "retrieval_readout": "retrieval", "lsn_activation":
     "LSN activation",
@@ -155,8 +156,9 @@ def arms(found: Found) -> str:
     for measure, words in MEASURES.items():
         rows = [row for row in found.at(f"share/{measure}") if row["run"] != "plain"]
         names = [row["run"] for row in rows if side(row, 1.0) < 0]
+        who = listed(names) if len(names) <= FEW else f"{len(names)} of {len(rows)} arms"
         if rows:
-            (short if names else none).append(f"in {words} {listed(names)}" if names else words)
+            (short if names else none).append(f"in {words} {who}" if names else words)
     text = f"Clearly short of the plain run: {'; '.join(short)}." if short else ""
     return f"{text} {f'No arm clearly in {listed(none)}.' if none else ''}".strip()
 
@@ -223,16 +225,17 @@ def ablation(found: Found) -> str:
 
 
 def cogsym(found: Found) -> str:
-    told = []
+    told: dict[str, list[str]] = {}
     for name, words in (("interface", "the interface"), ("change", "the layers that change most")):
         for p in found.at(f"overlaps/{name}/p_value"):
-            told.append(f"{'more' if p['value'] <= verdicts.ALPHA else 'not clearly more'} than by chance with {words}")
-    return f"Its layers overlap {listed(told)}." if told else ""
+            told.setdefault("more" if p["value"] <= verdicts.ALPHA else "not clearly more", []).append(words)
+    parts = [f"{how} than by chance with {listed(names)}" for how, names in told.items()]
+    return f"Its layers overlap {listed(parts)}." if parts else ""
 
 
 def runs(found: Found) -> str:
-    margin, told = 0.03, {1: [], -1: [], 0: []}
-    for measure, words in MEASURES.items():
+    margin, told = 0.03, {-1: [], 1: [], 0: []}
+    for measure, words in list(MEASURES.items())[:3]:
         rows = [row for row in found.rows if row["measure"] == f"short_of_full/{measure}/short"]
         if rows:
             best = min(rows, key=lambda row: row["value"])
@@ -308,7 +311,7 @@ ANSWERS: dict[str, Callable[[Found], str | None]] = {
     "lsn_mask": lsn_mask,
     "deactivation": deactivation,
     "lsn_activation": more_active,
-    "gate_lsn": larger("the weights of these neurons", "those of random neurons", "change more"),
+    "gate_lsn": larger("the weights of these neurons", "the weights of random neurons", "change more"),
     "activation_correlation": lambda found: followed(found, (0, 1), ("attention", "the neurons' own weights")),
     "attn_int_swap": less_loss("interface", "interface layers"),
     "ffn_lsn_swap": less_loss("LSN-rich layers", "LSN-rich layers"),

@@ -1,4 +1,4 @@
-"""What a reader must see first: of every claim the number that decides it and a sentence, of every step three numbers.
+"""What a reader must see first: of every claim the number that decides it and a sentence, of every step a few numbers.
 
 report/page.py shows them. Nothing is measured here: claims are those of claims.json, numbers those of report/rows.py.
 """
@@ -160,7 +160,7 @@ def sentence(text: str) -> str:
     return capital(text) + ("" if text.endswith(".") else ".")
 
 
-# ---------------------------------------------------------------- three numbers of a step
+# ---------------------------------------------------------------- the numbers of a step
 
 TARGET, BASE, ANY = "languages.target", "languages.base", object()  # the study's language of that side; whatever it is
 LOSS = "nll_per_byte"

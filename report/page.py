@@ -207,7 +207,13 @@ def in_digits(row: dict) -> str:
 def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
     """The page as it will lie in the folder `where`."""
     steps, study = [parts.shown_step(step, runs, where) for step in parts.steps()], runs[0].study
-    names = dict.fromkeys(step["part"] for step in steps)
+    names, seen = dict.fromkeys(step["part"] for step in steps), set()
+    for step in steps:  # a caption that stands under another figure already is told in short
+        step["told"] = {
+            caption: f"{parts.first_sentence(caption).rstrip('.:')}, as above." if caption in seen else caption
+            for caption in step["captions"]
+        }
+        seen |= {figure["caption"] for run in step["runs"] for figure in run["figures"]}
     claims_at = where / "claims_seeds.json" if over else study.result("claims")
     with parts.numbers.reading(claims_at):
         rows = claims(runs, over)
@@ -225,6 +231,7 @@ def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
         folders=[(run.label, run.folder, parts.link(run.folder, where)) for run in runs], runs=runs, over=over,
         claims=rows, claims_file=parts.link(claims_at, where), study_file=study.path, mark=MARK, n_steps=len(steps),
         n_measured=sum(step["measured"] for step in steps), rules=parts.link(cli.REPOSITORY / RULES, where),
+        outcomes={row["name"]: row["entries"][0]["word"] for row in rows if len(row["entries"]) == 1},
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the report shows of each experiment: its question, figures, three numbers, and what they rest on.
+"""What the report shows of each experiment: its question, the answer, figures, a few numbers, and what they rest on.
 
 Questions, captions and places of figures are those that the scripts say of themselves (cpt_utils/base/experiments.py),
 numbers those of report/rows.py that report/headlines.py picks.
@@ -201,7 +201,7 @@ class Run:
 
 
 def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
-    """What the page says of a step: question, of each run its figures and what they rest on, and the three numbers."""
+    """What the page says of a step: question and answer, of each run figures and what they rest on, the numbers."""
     of_runs = [shown_run(step, run, where, small=len(runs) > 1) for run in runs]
     columns = [headlines.three(step.name, run.rows.get(step.name, []), run.study) for run in runs]
     rows = table(runs, columns)
@@ -250,10 +250,15 @@ def answered(step: Step, runs: list[Run], columns: list[list[tuple]]) -> list[tu
             said.setdefault(sentence, []).append(run.label)
     if len(runs) == 1:
         return [("In this run", sentence) for sentence in said]
-    every = len(runs)
-    return [
-        ("In all" if len(labels) == every else f"In {verdicts.listed(labels)}", one) for one, labels in said.items()
-    ]
+
+    def within(labels: list[str]) -> str:
+        if len(labels) == len(runs):
+            return "In all"
+        seeds = len(labels) > 1 and all(label.startswith("seed ") for label in labels)
+        names = [label.removeprefix("seed ") if seeds else label for label in labels]
+        return f"In {'seeds ' * seeds}{verdicts.listed(names)}"
+
+    return [(within(labels), sentence) for sentence, labels in said.items()]
 
 
 def table(runs: list[Run], columns: list[list[tuple]]) -> list[dict]:

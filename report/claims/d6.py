@@ -31,7 +31,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
             beside.append(of_row(f"random directions minus the line, {words}", row["apart"], says=above()))
     whole = file.payload["distance"]["all"]
     beside += [number("||A - C|| / ||B||", whole["distance"]), number("cosine of the two updates", whole["cosine"])]
-    name = "barrier, share of the gain"
+    name = "barrier between the study's run and another run, share of the gain"
     if worst is None:
         return [number(name, None, note="that CPT bettered any loss is not clear", says=below(BOUND))], beside
     return [of_row(name, worst, says=below(BOUND))], beside
