@@ -90,7 +90,7 @@ def outcome(run: parts.Run) -> str:
         for row in rows:
             ends.setdefault(row["language"], {})[row["step"] or 0] = row["value"]
         return [
-            (lang, " \u2192 ".join(headlines.signed(one[step], 3) for step in (0, run.last)))
+            (lang, "\u00a0\u2192\u00a0".join(headlines.signed(one[step], 3) for step in (0, run.last)))
             for lang, one in ends.items() if {0, run.last} <= {*one}
         ]  # fmt: skip
 
