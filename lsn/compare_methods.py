@@ -5,7 +5,7 @@ same causal test with random controls of equal size per layer and of equal activ
 whose neurons hurt their own language most and the others least (selectivity), among those that hurt it at all.
 
 In:   of every method the mask, its report beside it, and the result of lsn/deactivate.py (default: the study's, of LAPE
-      and of lsn.methods); masks of the base by the same methods, where there are some.
+      and of lsn.methods, else of those that were measured); masks of the base by the same methods, where there are some.
 Out:  OUT (default: the study's lsn/methods.json), beside it a table (.md) and a figure.
 
 Full: python lsn/compare_methods.py --masks lape=result/llama.json ternary=result/llama.ternary.json --deactivations lape=deactivate.json ternary=deactivate.ternary.json -o methods.json
@@ -27,7 +27,7 @@ from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import masks
 from cpt_utils.measures.masks import Layers
 
-reporting = cli.sibling("lsn/identify_report.py")
+identify, reporting = cli.sibling("lsn/identify.py"), cli.sibling("lsn/identify_report.py")
 shown = cli.sibling("lsn/methods_shown.py")
 
 SCHEMA = "lsn-methods"
@@ -170,7 +170,7 @@ def compare(found: dict[str, Method], langs: list[str], widths: list[int] | None
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    text = "masks by method (lsn/identify.py); default: the study's, of lape and of lsn.methods"
+    text = "masks by method (lsn/identify.py); default: the study's, of lape and of lsn.methods, or of those measured"
     add("--masks", nargs="+", metavar="METHOD=FILE", help=text)
     text = "what lsn/deactivate.py measured on each of them; default: the study's"
     add("--deactivations", nargs="+", metavar="METHOD=FILE", help=text)
@@ -211,9 +211,12 @@ def main(argv=None) -> None:
 def wanted_files(args, study: Study) -> dict[str, tuple[Path, Path, Path | None]]:
     """method -> its mask, the result of deactivation, and the base's mask or None; of two methods or more."""
     given = {flag: named(getattr(args, flag), flag) for flag in ("masks", "deactivations", "base_masks")}
-    names = list(given["masks"]) or ([masks.LAPE, *study.get("lsn.methods", [])] if study else [])
+    names = list(given["masks"]) or ([masks.LAPE, *(study.get("lsn.methods") or measured(study))] if study else [])
     if len(names) < 2:
-        raise InputError("one method has no other to be compared with: give --masks, or the study key lsn.methods")
+        raise InputError(
+            "one method has no other to be compared with: give --masks, or run lsn/identify.py and lsn/deactivate.py "
+            "with --method ternary, too"
+        )
     found = {}
     for name in names:
         mask, silenced = (
@@ -230,6 +233,12 @@ def wanted_files(args, study: Study) -> dict[str, tuple[Path, Path, Path | None]
             base = base if base.is_file() else None
         found[name] = mask, silenced, base and Path(base)
     return found
+
+
+def measured(study: Study) -> list[str]:
+    """The methods beside LAPE of whose neurons there is a result of lsn/deactivate.py in the study's results."""
+    others = [method for method in identify.METHODS if method != masks.LAPE]
+    return [method for method in others if masks.of_method(study.result("deactivation"), method).is_file()]
 
 
 def named(given: list[str] | None, flag: str) -> dict[str, str]:

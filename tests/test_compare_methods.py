@@ -132,6 +132,13 @@ def test_the_winner_hurts_its_own_language(rows_of, expected):
     assert (found["method"], found["clear"], found["beyond_active"]) == expected
 
 
+def test_without_the_key_those_that_were_measured_are_compared(compared, study):  # noqa: F811
+    text = (study / "study.yaml").read_text()
+    (study / "study.yaml").write_text(text.replace("lsn: {methods: [ternary, ap]}\n", ""))
+    script.main(["-o", "out.json"])
+    assert results.read_json("out.json", "lsn-methods")[0]["methods"] == list(HARM)
+
+
 def test_what_does_not_go_together_is_refused(compared, study):  # noqa: F811
     def fails(message: str, *argv: str) -> None:
         with pytest.raises(InputError, match=message):
