@@ -250,7 +250,8 @@ def draw_in_common(axis, models: dict, base: str, target: str) -> None:
             model = models[name]
             words = "a sentence and its translation" if what == "across" else figures.language(what)
             beyond = over_layers(model, "in_common", what) - over_layers(model, "in_common_chance", what)
-            look = {"color": figures.colour(meaning), "marker": marker, "label": words if line == "-" else None}
+            look = {"color": figures.colour(meaning), "label": words if line == "-" else None}
+            look |= {"marker": marker} if len(beyond) <= 16 else {}
             axis.plot(layer_ticks(axis, model), beyond, line, **look)
     axis.axhline(0, color=figures.colour("chance"), linewidth=0.6)
     axis.set_ylabel("share of experts in common,\nminus chance")
@@ -264,6 +265,7 @@ def draw_use(axis, model: dict):
     if dots:
         axis.plot(*zip(*dots, strict=True), "o", color="black", markersize=1.5)
     layer_ticks(axis, {"layers": model}, places=True)
+    axis.set_yticks(range(0, more.shape[1], -(-more.shape[1] // 8)))
     axis.set_ylabel("expert")
     return image
 
