@@ -110,8 +110,8 @@ def passes(
         yield "gradients, bigrams", (n_checkpoints + 1) * (4 * share * pairs + chosen.bigram * sizes["heldout"])
     if chosen.routing:
         yield "routing of tokens to experts", (n_checkpoints + 1) * pairs
-        ways, sets = len(study.get("routing.strengths") or "1") + 2, 1 + 2 * (study.get("routing.random") or 5)
-        yield "steering of routers", 2 * (1 + 2 * ways * sets) * sizes["heldout"]
+        ways, experts = len(study.get("routing.strengths") or "1") + 2, 1 + 2 * (study.get("routing.random") or 5)
+        yield "steering of routers", 2 * (1 + 2 * ways * experts) * sizes["heldout"]
     if chosen.steering:
         asked = study.get("steering", {})
         points = len(asked.get("layers") or range(n_layers)) * len(asked.get("alphas") or range(4))
