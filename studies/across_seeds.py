@@ -18,6 +18,7 @@ from cpt_utils.checkpoints import refs
 from cpt_utils.measures import controls, swap_figure
 
 part_two, part_three = cli.sibling("studies/part_two.py"), cli.sibling("studies/part_three.py")
+part_five = cli.sibling("studies/part_five.py")
 shown = cli.sibling("report/shown.py")
 STEPS = 6  # of a run, evenly chosen, where there are more
 
@@ -210,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         parts["Layer ablation: gain; area of what blocks keep from the input side minus from the output side"] = (
             part_three.sweep_rows(sweeps)
         )
+    parts |= part_five.tables(studies)
     with results.replacing(out / "tables.md") as temporary:
         text = "\n\n".join(f"## {title}\n\n{table(*part)}" for title, part in parts.items() if part[1])
         temporary.write_text(text + "\n", encoding="utf-8")
