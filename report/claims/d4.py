@@ -11,15 +11,16 @@ TEXT = "putting heads back to the base helps (Diffract)"
 ON_LAYERS = False
 PANEL = Panel("putting heads back helps", "better than the checkpoint, held-out items")
 MEASURES = ("nll_per_byte", "task_accuracy")
+BETTER = "better by, with some of these put back:"
 
 
 def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     file, beside = rewound.Rewound(found), []
-    numbers = [file.best("least changed heads first", "importance", one, says=above()) for one in MEASURES]
+    numbers = [file.best(f"{BETTER} least changed heads", "importance", one, says=above()) for one in MEASURES]
     for measure in file.measures:
         if measure not in MEASURES:
-            beside.append(file.best("least changed heads first", "importance", measure))
+            beside.append(file.best(f"{BETTER} least changed heads", "importance", measure))
         # Where random heads help as much, it is less of the update that helps, whatever its heads.
-        others = {"greedy": "cheapest heads first", "random": "random heads"}
+        others = {"greedy": f"{BETTER} cheapest heads", "random": f"{BETTER} random heads"}
         beside += [file.best(words, curve, measure) for curve, words in others.items() if curve in file.curves]
     return numbers, beside
