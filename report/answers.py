@@ -298,6 +298,82 @@ def connect(found: Found) -> str:
     return f"{text} But {listed(bad)}: {high}" if bad else text
 
 
+def alignment(found: Found) -> str:
+    best, *others = found.numbers
+    words = {1: "more alike than", -1: "less alike than", 0: "not clearly more alike than"}
+    told = [
+        f"{words[apart(best, one)]} in {what}"
+        for one, what in zip(others, ("the base", "an untrained model"), strict=True) if best and one
+    ]  # fmt: skip
+    return f"The two geometries are {listed(told, '')}, each at its own best state." if told else ""
+
+
+def gradients(found: Found) -> str:
+    _, beyond, apart_ = found.numbers
+    if not beyond:
+        return ""
+    more = {1: "more alike than", -1: "less alike than", 0: "not clearly more alike than"}[side(beyond)]
+    text = f"A sentence and its translation ask for changes {more} a sentence and another one's translation do"
+    where = {1: "more so in attention", -1: "more so in the FFN", 0: "not clearly more in attention or in the FFN"}
+    return f"{text}{f', {where[side(apart_)]}' if apart_ else ''}."
+
+
+def bigram(found: Found) -> str:
+    now, base, beyond = found.numbers
+    if not now or not base:
+        return ""
+    words = {1: "more closely than the base's", -1: "less closely than the base's",
+             0: "not clearly more or less closely than the base's"}[apart(now, base)]  # fmt: skip
+    more = {1: "and goes with bigrams beyond unigrams", -1: "and less with bigrams than with unigrams",
+            0: "and not clearly more with bigrams than with unigrams"}[side(beyond)]  # fmt: skip
+    return f"The new language's surprisal follows its bigrams {words}, {more}."
+
+
+def lsn_methods(found: Found) -> str:
+    rows = [row for row in found.at("selectivity/selectivity") if found.target(row)]
+    if not rows:
+        return ""
+    ahead = max(rows, key=lambda row: row["value"])
+    rest = [row for row in rows if row is not ahead]
+    clear = bool(rest) and all(apart(ahead, row) > 0 for row in rest)
+    harm = {1: "", -1: " (which is below 0)", 0: " (not clearly above 0)"}[side(ahead)]
+    return (
+        f"For the new language the neurons of {ahead['condition']} are {'clearly ' * clear}the most selective{harm}"
+        f"{'' if clear else ', not clearly ahead of all others'}."
+    )
+
+
+def steering(found: Found) -> str:
+    rows = {row["step"] or 0: row for row in found.rows if (row["measure"], row["condition"]) == ("beyond", "random")}
+    words = {1: "beats", -1: "falls behind", 0: "does not clearly beat"}
+    told = [
+        f"{'after CPT' if step else 'in the base'} the best direction {words[side(rows[step])]} random ones"
+        for step in sorted({0, max(rows, default=0)} & rows.keys())
+    ]
+    return f"{headlines.capital(listed(told))}." if told else ""
+
+
+def routing(found: Found) -> str:
+    now, change, _ = found.numbers
+    layers_ = found.at("divergence/p_value")
+    if not now or not layers_:
+        return ""
+    clear = sum(row["value"] <= verdicts.ALPHA for row in layers_)
+    where = "all layers" if clear == len(layers_) else f"{clear} of {len(layers_)} layers"
+    moved = {1: "further apart than in the base", -1: "less far apart than in the base",
+             0: "not clearly further apart or nearer than in the base"}[side(change)]  # fmt: skip
+    return f"The languages are routed further apart than by chance in {where}, and on the whole {moved}."
+
+
+def router_steering(found: Found) -> str:
+    own, random, _ = found.numbers
+    if not own:
+        return ""
+    worse = {1: "is predicted worse", -1: "is predicted better", 0: "is not clearly predicted worse"}[side(own)]
+    more = random and f", {'more' if own['value'] > random['value'] else 'no more'} than without random ones on average"
+    return f"Without its experts the new language {worse}{more or ''}."
+
+
 ANSWERS: dict[str, Callable[[Found], str | None]] = {
     "retrieval": retrieval,
     "layers": split,
@@ -331,4 +407,11 @@ ANSWERS: dict[str, Callable[[Found], str | None]] = {
         "Not clearly more of its singular values can go than of a random update of that size.",
     )),
     "connect": connect,
+    "alignment": alignment,
+    "gradients": gradients,
+    "bigram": bigram,
+    "lsn_methods": lsn_methods,
+    "steering": steering,
+    "routing": routing,
+    "router_steering": router_steering,
 }  # fmt: skip

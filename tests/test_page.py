@@ -267,6 +267,12 @@ UP, DOWN, BOTH, FLAT = row(1, 0.5, 1.5), row(-1, -1.5, -0.5), row(0.1, -0.5, 0.7
     ("rewind", [None, None, BOTH, DOWN], "Not clearly more of the update can go where the least changed heads go first "
      "than in random order. The best share to put back, chosen on half of the items, makes the loss worse"),
     ("layer_ablation", [UP, UP, DOWN], "What serves production comes earlier"),
+    ("alignment", [row(3, 2.9, 3.1), UP, BOTH], "more alike than in the base and more alike than in an untr"),
+    ("gradients", [UP, BOTH, DOWN], "not clearly more alike than a sentence and another one's translation do, more so "
+     "in the FFN."),
+    ("bigram", [UP, DOWN, UP], "its bigrams more closely than the base's, and goes with bigrams beyond unigrams"),
+    ("router_steering", [UP, row(2), None], "Without its experts the new language is predicted worse, no more than "),
+    ("alignment", [UP, None, None], ""), ("gradients", [UP, None, None], ""), ("bigram", [UP, None, UP], ""),
     ("layer_ablation", [UP, UP, None], ""), ("deactivation", [None, UP, UP], ""), ("spectrum", [None] * 3, ""),
 ])  # fmt: skip
 def test_a_sentence_says_what_the_intervals_bear_and_no_more(step, numbers, said):
@@ -299,6 +305,29 @@ def test_of_arms_and_languages_those_are_named_that_their_intervals_tell():
     assert found == "The hub is layer 1, the interface layers 0 and 2. Layer 2 is the least sure of its side."
 
 
+def test_of_methods_directions_and_layers_those_are_named_that_their_intervals_tell():
+    rows = [(UP if name == "ap" else DOWN) | {"measure": "selectivity/selectivity", "language": "gle_Latn",
+                                              "condition": name} for name in ("lape", "ap")]  # fmt: skip
+    assert answer("lsn_methods", rows=rows) == "For the new language the neurons of ap are clearly the most selective."
+    rows[0] |= {"ci_high": 0.9}
+    assert answer("lsn_methods", rows=rows).endswith("ap are the most selective, not clearly ahead of all others.")
+    rows = [
+        UP | {"measure": "beyond", "condition": "random", "step": 0},
+        BOTH | {"measure": "beyond", "condition": "random"},
+        DOWN | {"measure": "beyond", "condition": "prompt"},
+    ]
+    said = (
+        "In the base the best direction beats random ones and after CPT the best direction does not clearly beat random"
+    )
+    assert answer("steering", rows=rows).startswith(said)
+    rows = [row(p, measure="divergence/p_value", layer=i) for i, p in enumerate((0.01, 0.3))]
+    said = answer("routing", [UP, DOWN, None], rows)
+    assert (
+        said == "The languages are routed further apart than by chance in 1 of 2 layers, and on the whole less far "
+        "apart than in the base."
+    )
+
+
 def test_what_a_claim_decides_is_told_by_its_number():
     def told(step, name, *numbers):
         return answer(step, [None] * 3, claims={name: {"numbers": list(numbers)}})
@@ -312,7 +341,7 @@ def test_what_a_claim_decides_is_told_by_its_number():
 
 
 def test_answers_are_those_of_steps_that_ask():
-    assert {*parts.answers.ANSWERS} <= {step.name for step in parts.steps()}
+    assert {*parts.answers.ANSWERS} <= {step.name for step in parts.steps()} and "steering" in parts.answers.ANSWERS
 
 
 # ---------------------------------------------------------------- the page
