@@ -128,16 +128,16 @@ def cell(values: Iterable[float | None], form: str = "{:+.2f}") -> str:
 
 
 def of_neurons(one: dict, method: str, lang: str) -> dict[str, float | None]:
-    """What one seed's comparison says of a language's neurons by a method."""
+    """What one seed's comparison says of a language's neurons by a method; None where it has none there."""
     agreed = one["agreement"][lang].get(f"lape and {method}") or {}
     return {
         "neurons": one["neurons"][method][lang],
         "stability": (one["stability"][method] or {}).get(lang),
         "shared with LAPE, times chance": agreed["jaccard"] / agreed["chance"] if agreed.get("chance") else None,
-        "harm to its language": one["diagonal"][method][lang]["harm"],
+        "harm to its language": (one["diagonal"][method].get(lang) or {}).get("harm"),
         "of as active neurons": one["controls"][method].get(lang),
-        "harm to the others": one["others"][method][lang],
-        "selectivity": one["selectivity"][method][lang]["selectivity"],
+        "harm to the others": one["others"][method].get(lang),
+        "selectivity": (one["selectivity"][method].get(lang) or {}).get("selectivity"),
     }
 
 

@@ -67,6 +67,22 @@ def test_rank_correlations(seed):
     assert dict(zip(script.MEASURES, [cells[1] for cells in body], strict=True))["CKA"] == "+1.00 [+1.00, +1.00]"
 
 
+def test_a_method_without_neurons_of_a_language_has_no_harm_there():
+    empty = {"lape": {}, "ap": {"ga": {"harm": 0.5, "selectivity": 0.25}}}
+    one = {
+        "languages": ["ga"], "methods": list(empty), "neurons": {"lape": {"ga": 0}, "ap": {"ga": 6}},
+        "stability": {"lape": None, "ap": {"ga": 0.5}}, "diagonal": empty, "selectivity": empty,
+        "controls": {"lape": {}, "ap": {"ga": 0.1}}, "others": {"lape": {}, "ap": {"ga": -0.2}},
+        "agreement": {"ga": {"lape and ap": {"jaccard": 0.0, "chance": 0.1}}}, "best": {"ga": {"method": "ap"}},
+    }  # fmt: skip
+    seed = type("Seed", (), {"methods": one})
+    head, (lape, ap) = script.neuron_rows({1: seed, 2: seed})
+    assert head[2:] == [*script.of_neurons(one, "ap", "ga"), "best in"]
+    assert lape == ["ga", "lape", "0, 0", *["-"] * 6, "0 of 2"]
+    assert ap[2:] == ["6, 6", "0.50, 0.50", "0.0, 0.0", *(", ".join([x] * 2) for x in
+                      ("+0.5000", "+0.1000", "-0.2000", "+0.2500")), "2 of 2"]  # fmt: skip
+
+
 def test_a_cell_is_mean_and_interval_over_seeds():
     assert script.cell([0.1, 0.2]) == "+0.10, +0.20" and script.cell([0.1, None, 0.3]) == "-" and script.cell([]) == "-"
     assert script.cell([1.0, 2.0, 3.0]) == "+2.00 [-0.48, +4.48]"  # t of 2 degrees of freedom: 4.303 / sqrt(3)
