@@ -72,8 +72,10 @@ def participation(k: torch.Tensor) -> torch.Tensor:
     n, own, squares = len(k), k.diagonal(), (k * k).sum(1)
     more = n / max(1, n - 1)  # a sentence that goes moves the mean, too
     trace, square = own.sum(), squares.sum()
-    whole = trace**2 / square
-    return torch.cat([whole[None], (trace - more * own) ** 2 / (square - 2 * more * squares + (more * own) ** 2)])
+    whole, left = trace**2 / square, trace - more * own
+    without = left**2 / (square - 2 * more * squares + (more * own) ** 2)
+    # Where one sentence is all the difference, what is left without it is rounding.
+    return torch.cat([whole[None], without.masked_fill(left <= 1e-7 * trace, float("nan"))])
 
 
 def jackknifed(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,26 +85,23 @@ def jackknifed(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return whole, whole + (len(without) - 1) * (without.mean() - without)
 
 
-def cosine_gap(a: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean cosine of translations minus that of all other pairs, and what each sentence adds to it [n].
-
-    Args:
-        a: cosines [n, n], translations on the diagonal; `others`: 1 for the pairs that are none, else 0.
-    """
-    own, apart, count = a.diagonal(), a * others, others.sum()
-    mean = apart.sum() / count
-    moved = apart.sum(0) + apart.sum(1) - mean * (others.sum(0) + others.sum(1))
-    gap = own.mean() - mean
-    return gap, gap + own - own.mean() - len(a) / count * moved
+def cosine_gap(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of the cosines [n, n] of translations, on the diagonal, minus that of all other pairs, and what each
+    sentence adds to it [n]."""
+    own, n = a.diagonal(), len(a)
+    apart = a - own.diag()
+    mean = apart.sum() / (n * (n - 1))
+    gap, moved = own.mean() - mean, apart.sum(0) + apart.sum(1) - 2 * (n - 1) * mean
+    return gap, gap + own - own.mean() - moved / (n - 1)
 
 
-def at_state(x: torch.Tensor, y: torch.Tensor, others: torch.Tensor, centred: bool) -> dict[str, tuple]:
+def at_state(x: torch.Tensor, y: torch.Tensor, centred: bool) -> dict[str, tuple]:
     """All MEASURES of two languages' sentences [n, hidden], paired by row: (number, what each sentence adds); of a
     participation ratio the logarithm, so that its interval stays above 0."""
     middle = x - x.mean(0), y - y.mean(0)
     grams = [each @ each.T for each in middle]
     found = {"cka": jackknifed(cka(*grams))}
-    found["cosine_gap"] = cosine_gap(scoring.cosine(*(middle if centred else (x, y))), others)
+    found["cosine_gap"] = cosine_gap(scoring.cosine(*(middle if centred else (x, y))))
     logs = [jackknifed(participation(k).log()) for k in grams]
     return found | {f"participation_ratio_{side}": log for side, log in zip(SIDES, logs, strict=True)}
 
@@ -156,13 +155,17 @@ def similarity(states: torch.Tensor) -> torch.Tensor:
 
 def measure(found: scoring.Retrieval, seed: int) -> tuple[dict, dict[str, torch.Tensor]]:
     """Of each of VECTORS the MEASURES by hidden state with 95 % intervals, and the similarity of neighbouring states;
-    for the .pt that of all states, by vector and side."""
-    asks, answers = (each[:, None] != each for each in found.copies)
-    others = (asks & answers).double()  # a copy of a sentence is no other one
+    for the .pt that of all states, by vector and side.
+
+    Of pairs with a sentence that stood before nothing enters: a copy of a sentence is no other one, and to CKA, from
+    which a sentence's product with itself is left out, one is that product again.
+    """
+    asks, answers = found.copies
+    alone = (asks == (own := torch.arange(len(asks)))) & (answers == own)
     content, maps = {}, {}
     for name, (pooled, centred) in VECTORS.items():
-        sides = [getattr(each, pooled) for each in (found.base, found.target)]
-        rows = [at_state(x.double(), y.double(), others, centred) for x, y in zip(*sides, strict=True)]
+        sides = [getattr(each, pooled)[:, alone] for each in (found.base, found.target)]
+        rows = [at_state(x.double(), y.double(), centred) for x, y in zip(*sides, strict=True)]
         units = np.stack([[row[key][1].numpy() for row in rows] for key in MEASURES])
         units[~np.isfinite(units)] = np.nan
         ends = np.stack(stats.bootstrap_means(units, seed), -1)
