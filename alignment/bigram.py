@@ -140,7 +140,8 @@ def correlations(sums: np.ndarray) -> np.ndarray:
     of = dict(zip(SUMS, np.moveaxis(np.asarray(sums), -1, 0), strict=True))
 
     def spread(one: str) -> np.ndarray:
-        return of[f"{one}_sq"] - of[one] ** 2 / of["n"]
+        found = of[f"{one}_sq"] - of[one] ** 2 / of["n"]
+        return np.where(found > 1e-10 * of[f"{one}_sq"], found, np.nan)  # below is rounding
 
     with np.errstate(invalid="ignore", divide="ignore"):
         both = [

@@ -140,6 +140,9 @@ def test_a_model_that_is_the_table_goes_with_it_and_one_that_is_not_does_not(mon
     assert alone == pytest.approx(1) and local < 0.9
     assert abs(correlated(lambda own: draw.random(len(own) - 1))[0]) < 0.3
     assert np.isnan(SCRIPT.correlations(np.asarray([4.0, 8, 4, 4, 16, 5, 5, 8, 8]))[0])  # it does not vary
+    logs = -np.log(np.full(1000, 1 / 301))
+    sums = [1000, *[(logs**power).sum() for power in (1, 1, 1, 2, 2, 2, 2, 2)]]
+    assert np.isnan(SCRIPT.correlations(np.asarray(sums))).all()  # nor here, but for rounding
 
 
 def test_context_is_read_and_not_scored(study):
