@@ -248,10 +248,11 @@ def experts_of(file: Path, models: dict, layers: list[int]) -> dict[str, dict[st
         InputError: it was found in other models.
     """
     payload, header = results.read_json(file, routing.SCHEMA, allow_limited=True)
-    known = {routing.BASE: header["models"][routing.BASE], **header["models"]["checkpoints"]}
+    found_in = header.get("models", {})  # none in a file without a header
+    known = {routing.BASE: found_in.get(routing.BASE), **found_in.get("checkpoints", {})}
     found: dict[str, dict[str, Experts]] = {}
     for name, ref in models.items():
-        if name not in known or not relatives.same_model(known[name], ref.describe()):
+        if not known.get(name) or not relatives.same_model(known[name], ref.describe()):
             raise InputError(f"{file} is not of {ref.spec} as it is now; run moe-routing/routing.py again")
         rows = payload["checkpoints"][name]["layers"]
         k = round(header["top_k"])
