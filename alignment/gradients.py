@@ -157,12 +157,7 @@ def draw_pairs(pairs: sources.ParallelText, n: int, seed: int) -> list[int]:
     Raises:
         InputError: fewer than two pairs.
     """
-    seen: set[str] = set()
-    alone = []
-    for i, both in enumerate(zip(pairs.base, pairs.target, strict=True)):
-        if seen.isdisjoint(both):
-            alone.append(i)
-        seen.update(both)
+    alone = pairs.alone
     if min(n, len(alone)) < 2:
         raise InputError(f"gradients need two pairs of different sentences or more, not {min(n, len(alone))}")
     return random.Random(f"{seed}/gradients").sample(alone, min(n, len(alone)))

@@ -145,7 +145,7 @@ def summarize(sides: list[routers.Routed], seed: int) -> dict:
     apart, null = divergence(*shares), divergence(*null_shares)
     weights = stats.resample_weights(n, seed, DRAWS)
     drawn = divergence(*(over_tokens(side, weights)[0] for side in sides))  # [draws, layers]
-    ends, most = stats.interval(drawn, 0), np.log(shares[0].shape[-1])
+    ends, most = stats.interval(drawn, 0), max(np.log(shares[0].shape[-1]), NOTHING)  # of one expert 0
     base, target = sides
     common = {"base": in_common(base, base), "target": in_common(target, target), "across": in_common(base, target)}
     by_layer = {
@@ -294,12 +294,16 @@ def main(argv=None) -> None:
     codes = {side: study.value(getattr(args, f"{side}_lang"), f"--{side}-lang", f"languages.{side}") for side in SIDES}
     pairs = sources.from_arguments(args, study, *codes.values())
     cli.say(pairs.summary())
+    alone = pairs.alone  # copies of a pair go the same way, so that swaps of each would leave less than there is
+    sides = [[texts[i] for i in alone] for texts in (pairs.base, pairs.target)]
+    if len(alone) < len(pairs):
+        cli.say(f"{len(pairs) - len(alone)} pairs with a sentence that stood before are left out")
     other = beside.name(study, args.base, args.run, args.steps, args.limit)
     output = study.output(args.output, "--output", "routing", other)
 
     process, dtype = processes.from_arguments(args, study)
     facts = {f"{side}_lang": languages.canonical(code, any_tag=True) for side, code in codes.items()}
-    facts |= {"data": pairs.describe(), "n_used": len(pairs), "n_available": pairs.n_available}
+    facts |= {"data": pairs.describe(), "n_used": len(alone), "n_available": pairs.n_available}
     facts |= {"limit": pairs.facts["limit"], "seed": study.seed, "dtype": str(dtype).removeprefix("torch.")}
     request = facts | {
         "models": {name: ref.describe() for name, ref in models.items()},
@@ -313,10 +317,10 @@ def main(argv=None) -> None:
     def measured(model, one: Condition) -> dict:
         ref = models[one.of]
         arch, tokenizer = archs.for_config(ref.config()), tokenization.load_tokenizer(ref, *homes)
-        sides = [routed(model, arch, tokenizer, list(texts), args.batch_size) for texts in (pairs.base, pairs.target)]
+        found = [routed(model, arch, tokenizer, texts, args.batch_size) for texts in sides]
         if args.drop_revisions and one.of != BASE:
             ref.drop()
-        return summarize(sides, study.seed)
+        return summarize(found, study.seed)
 
     def write_all(records: list[dict], request: dict) -> None:
         layers = layers_of(models[BASE])

@@ -77,6 +77,7 @@ def test_repeated_sentences_are_counted(tmp_path):
         (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in own))
     pairs = sources.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt")
     assert pairs.repeated == pairs.describe()["repeated"] == {"base": 4}  # another case or a space is another sentence
+    assert pairs.alone == [0, 1, 3, 4, 6]
     assert pairs.summary().endswith("; 4 sentences of eng_Latn stand more than once, and finding any copy counts")
     few = sources.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt", limit=2)
     assert "repeated" not in few.describe() and few.summary().endswith("aligned by line")

@@ -159,6 +159,10 @@ def test_divergence_is_zero_of_itself_one_apart_and_defined_for_uniform_routers(
     halves = np.repeat(np.eye(2), 4, 1) / 4
     assert SCRIPT.divergence(*halves) == pytest.approx(1)
     assert SCRIPT.divergence(np.ones(1), np.ones(1)) == 0  # one expert
+    one = routers.Routed(np.full((4, 2, 1), 5.0), np.full((4, 2, 1), 5.0), np.zeros((4, 2)), np.full(4, 5.0))
+    with np.errstate(all="raise"):
+        found = SCRIPT.summarize([one, one], seed=0)
+    assert found["entropy"] == found["token_entropy"] == {"base": [0, 0], "target": [0, 0]}
     for x, y, found in zip(a, b, SCRIPT.divergence(a, b), strict=True):
         m = [(p + q) / 2 for p, q in zip(x, y, strict=True)]
         jsd = sum(p * math.log(p / r) + q * math.log(q / r) for p, q, r in zip(x, y, m, strict=True)) / 2
@@ -286,6 +290,16 @@ def test_both_results_say_what_was_found(study, capsys):
     assert "experts are used more in ga" in capsys.readouterr().out
 
 
+def test_copies_of_pairs_count_once(study, capsys):
+    SCRIPT.main([])
+    for lang, lines in TEXTS.items():
+        (study / f"{lang}.txt").write_text("\n".join([*lines, *lines[:3]]) + "\n")
+    SCRIPT.main(["--output", "again.json"])
+    (one, head), (two, again) = (results.read_json(path) for path in (f"{OUT}/routing.json", "again.json"))
+    assert one == two and head["n_used"] == again["n_used"] == 6 and again["n_available"] == 9
+    assert "3 pairs with a sentence that stood before are left out" in capsys.readouterr().out
+
+
 def killed(run, module, inside: str, n: int) -> None:
     """`run` in a fork that is killed when a function of a module is called once more than `n` times."""
     own, calls = getattr(module, inside), iter(range(999))
@@ -330,6 +344,11 @@ def test_bad_input_is_one_line(study):
     save_tiny("olmoe", "run/checkpoint-20", seed=7, tokenizer=True)
     with pytest.raises(InputError, match=r"routing.json is not of run/checkpoint-20 as it is now; run moe-routing/rou"):
         STEERING.main([])
+    content = json.loads((study / OUT / "routing.json").read_text())
+    del content["_header"]
+    (study / "bare.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"bare.json is not of base as it is now; run moe-routing/routing.py again"):
+        STEERING.main(["--routing", "bare.json"])
     save_tiny("llama", "dense", seed=1, tokenizer=True)
     with pytest.raises(InputError, match="dense is a llama without experts, so that nothing is routed in it"):
         SCRIPT.main(["--base", "dense"])

@@ -57,6 +57,13 @@ class ParallelText:
         several = {side: sum(n for n in count.values() if n > 1) for side, count in counts.items()}
         return {side: n for side, n in several.items() if n}
 
+    @property
+    def alone(self) -> list[int]:
+        """The pairs of which neither sentence stood before on its side: a copy is no further draw."""
+        sides = self.base, self.target
+        first = [{text: i for i, text in reversed([*enumerate(texts)])} for texts in sides]
+        return [i for i in range(len(self)) if all(own[texts[i]] == i for own, texts in zip(first, sides, strict=True))]
+
     def describe(self) -> dict:
         """What a result's header says of the data; `pairs_sha256` is over the sentences used, in order.
 
