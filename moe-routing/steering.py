@@ -210,7 +210,9 @@ def main(argv=None) -> None:
     file = study.input(args.routing, "--routing", "routing")
     experts = experts_of(file, models, layers)
     texts, facts = language_loss.heldout(args, study)
-    strengths = study.value(args.strengths, "--strengths", "routing.strengths", [STRENGTH])
+    strengths = [*dict.fromkeys(study.value(args.strengths, "--strengths", "routing.strengths", [STRENGTH]))]
+    if not all(map(math.isfinite, strengths)):
+        raise InputError("--strengths: give finite numbers")
     n_random = int(study.value(args.random, "--random", "routing.random", RANDOM))
     other = beside.name(study, args.base, args.run, args.steps, args.limit, last=True)
     output = study.output(args.output, "--output", "router_steering", other)

@@ -274,7 +274,7 @@ def test_both_results_say_what_was_found(study, capsys):
     last, before = (found["checkpoints"][name]["divergence"]["value"] for name in ("20", "base"))
     change = found["checkpoints"]["20"]["change"]
     assert change["value"] == pytest.approx(last - before) and change["ci_low"] <= change["ci_high"]
-    STEERING.main(["--strengths", "0", "1"])
+    STEERING.main(["--strengths", "0", "1", "1.0"])
     steered, _ = results.read_json(f"{OUT}/steering.json", STEERING.SCHEMA)
     assert list(steered["unsteered"]) == ["base", "20"]
     cells = {
@@ -341,6 +341,8 @@ def test_bad_input_is_one_line(study):
     SCRIPT.main(["--limit", "4"])
     assert (study / OUT / "routing.limit-4.json").is_file()
     SCRIPT.main([])
+    with pytest.raises(InputError, match="--strengths: give finite numbers"):
+        STEERING.main(["--strengths", "nan"])
     save_tiny("olmoe", "run/checkpoint-20", seed=7, tokenizer=True)
     with pytest.raises(InputError, match=r"routing.json is not of run/checkpoint-20 as it is now; run moe-routing/rou"):
         STEERING.main([])
