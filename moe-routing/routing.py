@@ -110,7 +110,8 @@ def swapped(sides: list[routers.Routed], swaps: np.ndarray) -> tuple:
 
 
 def in_common(one: routers.Routed, other: routers.Routed) -> tuple[np.ndarray, np.ndarray]:
-    """[layers]: the share of its k experts that a token has in common with another one, and that of unlike sentences.
+    """[layers]: the share of its k experts that a token has in common with another one, and that of unlike sentences
+    (NaN of a single one).
 
     Over all pairs of tokens of one sentence, or where `other` is another language of a sentence and its translation:
     sums of c_e (c_e - 1), or c_e c'_e, over experts and sentences, c_e the tokens of a sentence that e was called for.
@@ -119,8 +120,9 @@ def in_common(one: routers.Routed, other: routers.Routed) -> tuple[np.ndarray, n
     k = one.chosen.sum((0, 2)) / one.tokens.sum()
     pairs = (one.tokens * (other.tokens - same)).sum()
     shared = (one.chosen * (other.chosen - same)).sum((0, 2))
-    chance = (over_tokens(one)[1] * over_tokens(other)[1]).sum(-1) / k
-    return shared / max(pairs, 1) / k, chance
+    apart = one.tokens.sum() * other.tokens.sum() - (one.tokens * other.tokens).sum()
+    chance = (one.chosen.sum(0) * other.chosen.sum(0) - (one.chosen * other.chosen).sum(0)).sum(-1)
+    return shared / max(pairs, 1) / k, chance / (apart or np.nan) / k
 
 
 def experts_apart(delta: np.ndarray, null: np.ndarray) -> np.ndarray:

@@ -195,10 +195,13 @@ def test_experts_in_common_are_those_of_all_pairs_of_tokens():
     pairs = [len({*x} & {*y}) / k for one in sentences[0] for x, y in itertools.permutations(one, 2)]
     assert SCRIPT.in_common(a, a)[0] == pytest.approx(sum(pairs) / len(pairs))
     across = [len({*x} & {*y}) / k for one, other in zip(*sentences, strict=True) for x in one for y in other]
-    found, chance = SCRIPT.in_common(a, b)
-    assert found == pytest.approx(sum(across) / len(across))
-    every = [len({*x} & {*y}) / k for x in itertools.chain(*sentences[0]) for y in itertools.chain(*sentences[1])]
-    assert chance == pytest.approx(sum(every) / len(every))
+    assert SCRIPT.in_common(a, b)[0] == pytest.approx(sum(across) / len(across))
+    for here, there, chance in ((0, 1, SCRIPT.in_common(a, b)[1]), (0, 0, SCRIPT.in_common(a, a)[1])):
+        unlike = itertools.product(enumerate(sentences[here]), enumerate(sentences[there]))
+        every = [len({*x} & {*y}) / k for (i, one), (j, other) in unlike if i != j for x in one for y in other]
+        assert chance == pytest.approx(sum(every) / len(every))
+    alone = routers.Routed(*(part[:1] for part in (a.share, a.chosen)), None, a.tokens[:1])
+    assert np.isnan(SCRIPT.in_common(alone, alone)[1]).all()
 
 
 def test_a_planted_expert_is_found_and_a_permuted_language_has_none():
