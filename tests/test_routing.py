@@ -101,7 +101,7 @@ def test_routers_of_every_type_are_read_and_steered(model_type):
     plain = routers.read(model, arch, ids, mask, mask)
     assert plain.tokens.tolist() == [9, 6] and plain.share.shape == (2, len(layers), n_experts)
     tokens = plain.tokens[:, None].expand(2, len(layers))
-    assert torch.allclose(plain.share.sum(-1), tokens, atol=1e-4)
+    assert torch.allclose(plain.share.sum(-1), tokens, rtol=0, atol=1e-9)  # near-uniform routers need that
     k = plain.chosen.sum(-1) / tokens
     assert torch.equal(k, k[:1, :1].expand_as(k)) and 1 <= k[0, 0] < n_experts
     logits = model(input_ids=ids, attention_mask=mask).logits

@@ -71,7 +71,7 @@ def read(model: torch.nn.Module, arch: Arch, input_ids, attention_mask, keep) ->
         return values.masked_fill(~keep.to(values.device)[:, :, None], 0).sum(1, dtype=torch.float64).cpu()
 
     def of_logits(layer: int, logits: torch.Tensor) -> None:
-        shares = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).softmax(-1)
+        shares = logits.double().softmax(-1)  # what divides a divergence is all but 0 where routers are all but uniform
         found["share"][layer] = total(shares)
         found["entropy"][layer] = total(torch.special.entr(shares).sum(-1))[:, 0]
 
