@@ -62,7 +62,8 @@ def judge_of(study: Study, code: str) -> Judge:
 def like_own(texts: list[str], translation) -> list[float]:
     """Of each text the share of other references that it is less like than its own, minus the share that it is more
     like, by the cosine of character trigrams: over texts that say nothing of their sources the mean is 0, whatever they
-    have in common with the references; of one text that is always the same it is 0 exactly."""
+    have in common with the references; of one text that is always the same it is 0 exactly. The others are those of
+    its half, the sentences 0, 2, .. or 1, 3, ..: of which a layer is chosen on one and reported on the other."""
     grams = [Counter(t[i : i + 3] for i in range(len(t) - 2)) for t in map(str.lower, [*texts, *translation.target])]
     columns = {gram: i for i, gram in enumerate(dict.fromkeys(gram for one in grams for gram in one))}
     counts = np.zeros((len(grams), len(columns)))
@@ -70,7 +71,9 @@ def like_own(texts: list[str], translation) -> list[float]:
         counts[row, [columns[gram] for gram in one]] = [*one.values()]
     counts /= np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1)
     alike = (counts[: len(texts)] @ counts[len(texts) :].T).round(9)
-    return (np.sign(alike.diagonal()[:, None] - alike).sum(1) / max(1, len(texts) - 1)).tolist()
+    half = np.arange(len(texts)) % 2
+    beside = half[:, None] == half
+    return ((np.sign(alike.diagonal()[:, None] - alike) * beside).sum(1) / np.maximum(1, beside.sum(1) - 1)).tolist()
 
 
 class World:
