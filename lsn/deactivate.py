@@ -270,6 +270,7 @@ def main(argv=None) -> None:
     output = study.output(args.output, "-o", "deactivation", other)
     output = output if args.output else masks.of_method(output, args.method)
     neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), base, home)
+    refuse_empty(neurons.own, mask_file)
     rates = firing_rates(args.activation, study, mask_file, neurons, relatives.of([ref], base, home))
     texts, facts = heldout_texts(args, study, list(neurons.own))
     id_files = id_paths(args, study)
@@ -346,7 +347,7 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home)
     """The mask file's neurons, for this model.
 
     Raises:
-        InputError: a mask of another model, or no neuron of any of the languages.
+        InputError: a mask of another model, or without one of the languages.
     """
     widths = ffn.widths(archs.for_config(ref.config()), ref.config())
     described = relatives.of([ref], base, home)
@@ -355,12 +356,16 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home)
         for lang in masks.languages_in(mask_file)
     }
     own = {lang: everyone[languages.find(everyone, lang, what=str(mask_file))] for lang in chosen}
-    empty = [lang for lang in chosen if not any(own[lang].values())]
+    return Masks(everyone, own, widths)
+
+
+def refuse_empty(own: dict[str, masks.Layers], mask_file: Path) -> None:
+    """Say which of the languages have no neuron, and refuse a mask where none has any."""
+    empty = [lang for lang, layers in own.items() if not any(layers.values())]
+    if len(empty) == len(own):
+        raise InputError(f"{mask_file} has no neuron of any of these languages")
     if empty:
         cli.warn(f"{mask_file} has no neuron of {', '.join(empty)}: nothing to deactivate there, a column only")
-    if len(empty) == len(chosen):
-        raise InputError(f"{mask_file} has no neuron of any of these languages")
-    return Masks(everyone, own, widths)
 
 
 def firing_rates(

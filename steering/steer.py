@@ -284,7 +284,8 @@ def neurons_from_arguments(args, study: Study, ref: refs.ModelRef, codes: dict, 
     """The neurons of both languages and random ones, and the mask file; none, and said, where the study has none.
 
     Raises:
-        InputError: --mask_file without the languages, or neurons that are experts'.
+        InputError: --mask_file without the languages or their neurons, or neurons that are experts'; the study's mask
+            is of another model than the study's.
     """
     file = Path(args.mask_file) if args.mask_file else study.result("lsn_mask")
     why = None if file and file.is_file() else f"{file} is not there" if file else "no mask is given"
@@ -292,10 +293,21 @@ def neurons_from_arguments(args, study: Study, ref: refs.ModelRef, codes: dict, 
     why = why or next((f"{file} lacks {code}" for code in codes.values()
                        if languages.find(there, code, default=None) is None), None)  # fmt: skip
     if not why:
-        found = deactivate.masks_of(ref, file, [*codes.values()], *homes)
+        try:
+            found = deactivate.masks_of(ref, file, [*codes.values()], *homes)
+        except InputError as error:
+            if args.mask_file or not (args.base or args.run):
+                raise
+            why = str(error)  # the study's mask is of its own models, and others are asked for
+    if not why:
         arch, config = archs.for_config(ref.config()), ref.config()
         expert = [i for i in range(len(found.widths)) if any(group.experts for group in arch.neurons(config, i))]
+        empty = [code for code, layers in found.own.items() if not any(layers.values())]
         why = f"neurons of experts (layer {expert[0]}) cannot be held at their mean" if expert else None
+        if len(empty) == len(found.own):
+            why = f"{file} has no neurons of {' and '.join(empty)}"
+        elif empty and not why:
+            cli.warn(f"{file} has no neurons of {empty[0]}: those of the other language alone are switched")
     if why and args.mask_file:
         raise InputError(f"--mask_file: {why}; leave it out")
     if why:

@@ -548,6 +548,36 @@ def test_without_neurons_the_rest_is_measured(study, capsys):
     assert [*found["whole"]["base"]] == ["none", "prompt"] and found["n_neurons"] is None
 
 
+def test_languages_without_neurons_and_masks_of_other_models(study, capsys):
+    path, facts = "results/lsn/result/demo.json", {"n_layers": 3, "ffn_width": 48}
+    own = facts | {"models": {"model": refs.model("run/checkpoint-20").describe()}}
+    none, some = (dict.fromkeys(range(3), neurons) for neurons in ([], [5]))
+    masks.write(path, {"en": none, "ga": none, "eu": some}, **own)
+    with pytest.raises(InputError, match=r"--mask_file: .*demo.json has no neurons of en and ga; leave it out"):
+        STEER.main([*FAST, "--mask_file", path, "--output", "out.json"])
+    STEER.main([*FAST, "--output", "none.json"])
+    assert (
+        "no neurons are switched: results/lsn/result/demo.json has no neurons of en and ga" in capsys.readouterr().out
+    )
+    assert results.read_json("none.json")[0]["n_neurons"] is None
+    masks.write(path, {"en": some, "ga": none}, **own)
+    STEER.main([*FAST, "--output", "one.json"])
+    assert "has no neurons of ga: those of the other language alone are switched" in capsys.readouterr().err
+    found = results.read_json("one.json")[0]
+    assert found["n_neurons"] == {"source": 3, "target": 0} and "lape" in found["whole"]["base"]
+    # Another run than the study's, whose mask is none of its business; the study's own is refused.
+    planted(study / "other/checkpoint-5", 7)
+    STEER.main([*FAST, "--run", "other", "--output", "other.json"])
+    assert (
+        "no neurons are switched: results/lsn/result/demo.json was made for run/checkpoint-20"
+        in capsys.readouterr().out
+    )
+    planted(study / "run/checkpoint-20", 8)
+    with pytest.raises(InputError, match="was made for run/checkpoint-20, which is none of the models asked for"):
+        STEER.main([*FAST, "--output", "again.json"])
+    assert not (study / "again.json").exists() and not (study / "out.json").exists()
+
+
 def test_a_mixture_of_experts_has_no_arm_of_neurons(study, capsys):
     for number, name in enumerate(("base", "run/checkpoint-20")):
         save_tiny("mixtral", study / "moe" / name, seed=number)
