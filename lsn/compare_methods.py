@@ -231,6 +231,8 @@ def wanted_files(args, study: Study) -> dict[str, tuple[Path, Path, Path | None]
                 f"{study.name}.{refs.model(study.value(None, '--base', 'base')).model_id}.{name}.json"
             )
             base = base if base.is_file() else None
+            if base:
+                refuse_old(base, study)
         found[name] = mask, silenced, base and Path(base)
     return found
 
@@ -239,6 +241,16 @@ def measured(study: Study) -> list[str]:
     """The methods beside LAPE of whose neurons there is a result of lsn/deactivate.py in the study's results."""
     others = [method for method in identify.METHODS if method != masks.LAPE]
     return [method for method in others if masks.of_method(study.result("deactivation"), method).is_file()]
+
+
+def refuse_old(base: Path, study: Study) -> None:
+    """InputError where a mask of the study's base is not of the base as it is now."""
+    made_for = (_mask(base)[1]["models"] or {}).get("model")
+    if made_for and not relatives.same_model(made_for, refs.model(study.get("base")).describe()):
+        raise InputError(
+            f"{base} is of {made_for['spec']}, which was trained again since or is not the study's base; run "
+            "lsn/activation.py and lsn/identify.py on the base again, with --overwrite"
+        )
 
 
 def named(given: list[str] | None, flag: str) -> dict[str, str]:
@@ -256,11 +268,17 @@ def read(mask: Path, silenced: Path, base: Path | None) -> tuple[Method, dict]:
     """What a method found, and the header of its mask.
 
     Raises:
-        InputError: a file that is missing or of another kind, or a deactivation of other neurons than the mask's.
+        InputError: a file that is missing, of another kind or without what newer ones have, a deactivation of other
+            neurons than the mask's, or a mask of a base that is not like the model.
     """
     neurons, head = _mask(mask)
     report, _ = results.read_json(mask.with_suffix(".report.json"), "lsn-report")
     found, about = results.read_json(silenced, "deactivation")
+    if not {"meaningful", "n_active"} <= found.get("overall", {}).keys():
+        raise InputError(
+            f"{silenced} does not say whether a language itself is hurt, or has no sets of equal activity: it was made "
+            "before these were measured; run lsn/deactivate.py again with --overwrite"
+        )
     tested = (about.get("request") or {}).get("masks") or {}
     for lang, layers in tested.items():
         if {int(layer): row for layer, row in layers.items()} != neurons[languages.find(neurons, lang, what=str(mask))]:
@@ -268,9 +286,17 @@ def read(mask: Path, silenced: Path, base: Path | None) -> tuple[Method, dict]:
                 f"{silenced} is about other neurons of {lang} than {mask} has now; run lsn/deactivate.py with "
                 f"--mask_file {mask} and --overwrite"
             )
-    before = _mask(base)[0] if base else None
-    of_base = results.read_json(base.with_suffix(".report.json"), "lsn-report")[0] if base else None
-    return Method(neurons, report, found, before, of_base), {**head, "tested_on": about.get("heldout"), "file": mask}
+    head |= {"file": mask, "tested": (about.get("models") or {}).get("model")}
+    if base is None:
+        return Method(neurons, report, found), head
+    (before, other), (of_base, _) = _mask(base), results.read_json(base.with_suffix(".report.json"), "lsn-report")
+    if any(head[key] != other[key] for key in ("n_layers", "ffn_width")):
+        raise InputError(f"{base} has other layers or widths than {mask}: it is of no base of that model")
+    if {languages.canonical(x, any_tag=True) for x in before} != {
+        languages.canonical(x, any_tag=True) for x in neurons
+    }:
+        raise InputError(f"{base} and {mask} are of different languages; identify both with the same -l")
+    return Method(neurons, report, found, before, of_base), head
 
 
 def _mask(path: Path) -> tuple[dict[str, Layers], dict]:
@@ -290,9 +316,10 @@ def same_languages(files: dict, found: dict[str, Method], heads: dict[str, dict]
     (first, head), *rest = heads.items()
     langs = found[first].silenced["languages"]
     for name, other in rest:
-        ours, theirs = (one["models"]["model"] for one in (head, other))
-        if ours and theirs and not relatives.same_model(ours, theirs):
-            raise InputError(f"{head['file']} is of {ours['spec']}, {other['file']} of {theirs['spec']}: not one model")
+        for about, places in (("", (head["file"], other["file"])), ("tested", (files[first][1], files[name][1]))):
+            ours, theirs = (one["tested"] if about else one["models"]["model"] for one in (head, other))
+            if ours and theirs and not relatives.same_model(ours, theirs):
+                raise InputError(f"{places[0]} is of {ours['spec']}, {places[1]} of {theirs['spec']}: not one model")
         if found[name].silenced["languages"] != langs or not set(langs) <= set(found[name].mask):
             raise InputError(
                 f"{files[first][1]} and {files[name][1]} are of different languages; test all methods on the same"

@@ -28,10 +28,10 @@ HARM = {
 }
 
 
-def write(method: str, seed: int, tag: str = "demo", **facts) -> dict:
+def write(method: str, seed: int, tag: str = "demo", langs=LANGS, **facts) -> dict:
     """A drawn mask of a method, its report, and the made-up result of silencing it; the mask."""
     draw = random.Random(seed)
-    mask = {lang: {layer: sorted(draw.sample(range(48), 6)) for layer in range(3)} for lang in LANGS}
+    mask = {lang: {layer: sorted(draw.sample(range(48), 6)) for layer in range(3)} for lang in langs}
     path = masks.of_method(Path(f"results/lsn/result/{tag}.json"), method)
     head = {"models": {"model": refs.model("run/checkpoint-30").describe()}, "n_layers": 3, "ffn_width": 48}
     head |= {"languages": {lang: lang for lang in LANGS}} | facts
@@ -158,6 +158,12 @@ def test_what_does_not_go_together_is_refused(compared, study):  # noqa: F811
     fails("deactivate.json and .*deactivate.ap.json were measured on different text; run lsn/deactivate.py again")
     change(languages=["en", "ga"])
     fails("are of different languages; test all methods on the same")
+    for key in ("meaningful", "n_active"):  # results of an earlier version
+        change(overall={name: value for name, value in json.loads(kept)["overall"].items() if name != key})
+        fails("deactivate.ap.json does not say whether a language itself is hurt.*run lsn/deactivate.py again")
+    elsewhere = {"spec": "run/checkpoint-20", "model_id": "run__checkpoint-20", "revision": None}
+    change(_header=json.loads(kept)["_header"] | {"models": {"model": elsewhere}})
+    fails("deactivate.json is of run/checkpoint-30, .*deactivate.ap.json of run/checkpoint-20: not one model")
     path.write_text(kept)
     other = {"spec": "org/other", "model_id": "org__other", "revision": "c"}
     write("ap", 5, models={"model": other})
@@ -167,6 +173,23 @@ def test_what_does_not_go_together_is_refused(compared, study):  # noqa: F811
     fails(r"deactivate.ap.json is about other neurons of en than .*demo.ap.json has now; run lsn/deactivate.py with")
     path.unlink()
     fails(r"deactivate.ap.json does not exist; run lsn/deactivate.py --method ap first, or give --deactivations")
+
+
+def test_a_mask_of_another_base_is_refused(compared, study):  # noqa: F811
+    tag = f"demo.{refs.model('run/checkpoint-30').model_id}"
+
+    def fails(message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            script.main(["-o", "out.json"])
+        assert not Path("out.json").exists()
+
+    old = {"spec": "run/checkpoint-30", "model_id": "run__checkpoint-30", "revision": None, "weights_sample": "0"}
+    write("ternary", 9, tag=tag, models={"model": old})
+    fails(rf"{tag}.ternary.json is of run/checkpoint-30, which was trained again since or is not the study's base")
+    write("ternary", 9, tag=tag, ffn_width=64)
+    fails(rf"{tag}.ternary.json has other layers or widths than .*demo.ternary.json: it is of no base of that model")
+    write("ternary", 9, tag=tag, langs=LANGS[:2])
+    fails(rf"{tag}.ternary.json and .*demo.ternary.json are of different languages; identify both with the same -l")
 
 
 def test_deactivation_of_another_methods_mask_lies_beside_that_of_lape(study, capsys):  # noqa: F811
