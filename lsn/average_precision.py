@@ -71,6 +71,11 @@ def select(
 def find(counts: list[Counts], scores: list[dict], rate: float) -> tuple[lape.Selection, dict | None]:
     """The mask of all texts, and how far those of its halves agree."""
     langs, means = [one.lang for one in counts], [one["means"].numpy() for one in scores]
+    if len(langs) == 2:
+        cli.warn(
+            f"of two languages, what fires for {langs[0]} switches off for {langs[1]}: by average precision both get "
+            "nearly the same neurons, which silencing cannot tell apart; add a language, or use another --method"
+        )
     middles = [len(one) // 2 for one in means]
     pairs = list(zip(means, middles, strict=True))
     parts = means, [one[:at] for one, at in pairs], [one[at:] for one, at in pairs]

@@ -90,7 +90,8 @@ def say(found: dict) -> None:
     for lang, row in found["best"].items():
         of = "all languages together" if lang == "overall" else lang
         if row["method"] is None:
-            cli.say(f"{of}: no method's neurons hurt it when they are silenced")
+            hurt = "every language" if lang == "overall" else "it"
+            cli.say(f"{of}: no method's neurons hurt {hurt} when they are silenced")
             continue
         own = found["overall"][row["method"]] if lang == "overall" else found["selectivity"][row["method"]][lang]
         text = f"selectivity {own['selectivity']:+.4f} [{own['ci_low']:+.4f}, {own['ci_high']:+.4f}]"

@@ -63,8 +63,8 @@ def select(
     factor, n_left = largest(n_general)
     if n_left:
         cli.warn(
-            f"whatever lambda is, some selected neurons are general: with lambda 0 {n_left} of {size}, which belong to "
-            "every language; a lower --rate leaves them out"
+            f"lambda {LARGEST} selects general neurons, and so does the least: with lambda 0 {n_left} of {size} belong "
+            "to every language; a lower --rate leaves them out"
         )
     best = order(factor)
     selected = np.sort(candidates[best])

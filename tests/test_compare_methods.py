@@ -117,6 +117,17 @@ def test_every_number_is_a_row_of_its_own(compared):
     assert of["base/languages/ga/jaccard", "ternary", "None", "None"] >= 0
 
 
+def test_all_languages_together_have_a_winner_where_each_is_hurt(compared, capsys, monkeypatch):
+    for method in HARM:
+        monkeypatch.setitem(HARM[method], "sw", {"sw": -0.1})
+    for seed, method in enumerate(HARM, 3):
+        write(method, seed)
+    script.main([])
+    said = capsys.readouterr().out
+    assert "all languages together: no method's neurons hurt every language when they are silenced" in said
+    assert "sw: no method's neurons hurt it" in said
+
+
 @pytest.mark.parametrize(
     "rows_of, expected",
     [

@@ -286,6 +286,9 @@ def test_masks_reports_and_refusals(counted, capsys):
     assert report["convergence"]["halves"]["tokens_first"] == dict.fromkeys(LANGS, 65 * 16) and report["k"] == 2
     head = results.read_json("out/tiny.ap.json", "lsn-mask")[1]
     assert head["method"] == "ap" and set(head["scores"]) == set(LANGS) and head["rates"] == {"rate": 0.1}
+    capsys.readouterr()
+    identify.main(["--method", "ap", *texts, "-l", "en,ga", "-o", "two"])
+    assert "both get nearly the same neurons, which silencing cannot tell apart" in capsys.readouterr().err
     identify.main(["--method", "gradient", *texts, "--control-lang", "ga"])
     score = {lang: row["sums"].sum(0).numpy() / 130 for lang, row in tensors["gradients"].items()}
     controls = {"en": "ga", "ga": "en", "eu": "ga"}
