@@ -165,6 +165,20 @@ def test_the_plan_of_data_that_are_missing(study):
     made = planning.plan(Study.find(study(data=data | {"heldout": {"de": "x.txt"}}, **asked)))
     assert made.loss and made.losses and made.bigram and not made.deactivation
     assert made.left_out == ["deactivation (Figure 9): data.heldout has no text of eng_Latn"]
+    made = planning.plan(Study.find(study(data=without, lsn={"methods": ["ap"]})))
+    assert any(text.startswith("deactivation (Figure 9), the comparison of methods (lsn.") for text in made.left_out)
+
+
+def test_methods_that_the_study_cannot_have_are_said_before_anything_is_counted(study, tmp_path, capsys):
+    with pytest.raises(
+        InputError, match=r"ternary, .* three languages or more, and languages.lsn has eng_Latn and deu"
+    ):
+        check.main([str(study(lsn={"methods": ["ternary"]}))])
+    for name in ("base", "run/checkpoint-5"):
+        save_tiny("mixtral", tmp_path / "moe" / name)
+    moe = {"base": str(tmp_path / "moe/base"), "run": str(tmp_path / "moe/run")}
+    with pytest.raises(InputError, match="gradients of the neurons of experts cannot be read"):
+        check.main([str(study(**moe, lsn={"methods": ["gradient"]}))])
 
 
 def test_what_is_trained_first_is_no_problem(study, tmp_path, capsys):

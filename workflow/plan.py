@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cpt_utils.base import cli, languages
+from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study
 from cpt_utils.measures import matched
@@ -33,12 +34,22 @@ class Plan:
 
 
 def plan(study: Study) -> Plan:
-    """Which parts the study's keys allow, and in words which they do not and why."""
+    """Which parts the study's keys allow, and in words which they do not and why.
+
+    Raises:
+        InputError: neurons by a method that needs more languages than there are.
+    """
     heldout, target = study.get("data.heldout", {}), study.get("languages.target")
     codes = [str(code) for code in study.get("languages.lsn", [])]
     lacking = [key for key, value in (("tokens", study.get("tokens")), ("languages.lsn", codes)) if not value]
     lsn = [] if lacking else codes
     silent = [code for code in lsn if languages.find(heldout, code, default=None) is None]
+    methods = study.get("lsn.methods") or []
+    if "ternary" in methods and 0 < len(lsn) < 3:
+        raise InputError(
+            f"lsn.methods has ternary, which needs three languages or more, and languages.lsn has {' and '.join(lsn)}; "
+            "add one, or leave ternary out"
+        )
     loss = bool(target) and languages.find(heldout, target, default=None) is not None
     left_out = []
     if not study.get("data.task"):
@@ -51,7 +62,8 @@ def plan(study: Study) -> Plan:
             f"the neurons of Part II and what rests on them (C4, C5, Figures 5 to 9): no {' and no '.join(lacking)}"
         )
     elif silent:
-        left_out.append(f"deactivation (Figure 9): data.heldout has no text of {', '.join(silent)}")
+        also = ", the comparison of methods (lsn.methods)" if methods else ""
+        left_out.append(f"deactivation (Figure 9){also}: data.heldout has no text of {', '.join(silent)}")
     if study.get("arms") and not study.get("train.cpt"):
         left_out.append("the arms: the study trains nothing (train.cpt)")
     controls = study.get("controls", "all")
