@@ -16,7 +16,7 @@ from cpt_utils.measures.counts import Counts
 lape = cli.sibling("lsn/lape.py")
 reporting = cli.sibling("lsn/identify_report.py")
 
-CHUNK = 1 << 24  # activations that are sorted at a time
+CHUNK = 1 << 22  # activations that are sorted at a time
 
 
 def average_precision(means: np.ndarray, labels: np.ndarray, n_languages: int) -> np.ndarray:
@@ -26,21 +26,18 @@ def average_precision(means: np.ndarray, labels: np.ndarray, n_languages: int) -
         means: mean activation on each text, [texts, neurons]; texts that have the same are taken together.
         labels: the language of each text, [texts], from 0.
     """
-    n_texts, n_neurons = means.shape
-    found = np.empty((n_languages, n_neurons))
+    n_texts = len(means)
     rank = np.arange(1, n_texts + 1)[:, None]
-    for start in range(0, n_neurons, step := max(1, CHUNK // n_texts)):
-        part = means[:, start : start + step]
-        order = np.argsort(-part, axis=0, kind="stable")
-        ordered, languages = np.take_along_axis(part, order, 0), labels[order]
-        ends = np.ones(part.shape, dtype=bool)  # the last of equal activations: precision is taken there
-        ends[:-1] = ordered[:-1] != ordered[1:]
-        last = np.minimum.accumulate(np.where(ends, rank, n_texts)[::-1], axis=0)[::-1] - 1
-        for g in range(n_languages):
-            own = languages == g
-            precision = np.take_along_axis(own.cumsum(0) / rank, last, 0)
-            found[g, start : start + step] = (precision * own).sum(0) / own.sum(0)
-    return found
+    order = np.argsort(-means, axis=0, kind="stable")
+    ordered, languages = np.take_along_axis(means, order, 0), labels[order]
+    ends = np.ones(means.shape, dtype=bool)  # the last of equal activations: precision is taken there
+    ends[:-1] = ordered[:-1] != ordered[1:]
+    last = np.minimum.accumulate(np.where(ends, rank, n_texts)[::-1], axis=0)[::-1] - 1
+    found = []
+    for g in range(n_languages):
+        own = languages == g
+        found.append((np.take_along_axis(own.cumsum(0) / rank, last, 0) * own).sum(0) / own.sum(0))
+    return np.stack(found)
 
 
 def select(
@@ -55,10 +52,13 @@ def select(
     shape = means[0].shape[1:]
     there = np.flatnonzero(np.ones(shape, dtype=bool) if exists is None else exists)
     labels = np.repeat(np.arange(len(langs)), [len(one) for one in means])
-    every = np.concatenate([one.reshape(len(one), -1)[:, there] for one in means])
     k = lape.wanted(rate, len(there), 2 * len(langs))
+    every, step = [one.reshape(len(one), -1) for one in means], max(1, CHUNK // len(labels))
+    # A part of the neurons at a time: of all texts together there is no copy.
+    parts = (np.concatenate([one[:, there[at : at + step]] for one in every]) for at in range(0, len(there), step))
+    found = np.concatenate([average_precision(part, labels, len(langs)) for part in parts], axis=1)
     mask, numbers = {}, {}
-    for lang, ap in zip(langs, average_precision(every, labels, len(langs)), strict=True):
+    for lang, ap in zip(langs, found, strict=True):
         top, bottom = lape.lowest(-ap, k), lape.lowest(ap, k)
         chosen = np.union1d(top, bottom)
         mask[lang] = lape.by_layer(np.stack(np.unravel_index(there[chosen], shape), -1), shape[0])
