@@ -88,8 +88,9 @@ def test_a_line_for_each_step_and_what_failed_and_going_on(tmp_path):
 def test_an_interrupted_run_has_not_failed(tmp_path):
     (tmp_path / "Snakefile").write_text(SNAKEFILE.replace("REPOSITORY", str(ROOT)).replace("sleep 0.1", "sleep 100"))
     run = subprocess.Popen(
-        [SNAKEMAKE, "--cores", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [SNAKEMAKE, "--cores", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 100
         while not list(tmp_path.glob("logs/*.log")) and time.monotonic() < deadline:
