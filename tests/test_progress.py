@@ -95,6 +95,7 @@ def test_an_interrupted_run_has_not_failed(tmp_path):
         deadline = time.monotonic() + 100
         while not list(tmp_path.glob("logs/*.log")) and time.monotonic() < deadline:
             time.sleep(0.1)
+        time.sleep(1)  # Snakemake waits for the job
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
         _, said = run.communicate(timeout=100)
     finally:
