@@ -19,13 +19,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, processes, results, sources, stats
+from cpt_utils.base import cli, figures, languages, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
-from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions
+from cpt_utils.checkpoints import beside, refs
+from cpt_utils.measures import over_run
 from cpt_utils.models import batching, loading, routers
 
 SCHEMA = "moe-routing"
@@ -40,7 +39,7 @@ CAPTIONS = {
         language than in the base's, at the last checkpoint; dots are experts beyond all but 5 % of the random swaps,
         whichever expert these favour.""",
 }
-BASE, SIDES = "base", ("base", "target")
+BASE, SIDES = over_run.BASE, ("base", "target")
 DRAWS = 1000  # of swaps, and of sentences
 ALPHA = 0.05
 OF_DIVERGENCE = ("ci_low", "ci_high", "null_mean", "p_value")
@@ -278,21 +277,17 @@ def draw_use(axis, model: dict):
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("--base", metavar="B", help="base model; default: the study's base")
-    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
     add("--base-lang", metavar="LANG", help="language of the base; default: the study's languages.base")
     add("--target-lang", metavar="LANG", help="language of CPT; default: the study's languages.target")
-    add("--output", metavar="OUT", help="JSON to write; default: the study's moe-routing/routing.json")
-    cli.add_run_flags(p, drop=True)
+    over_run.add_flags(p, "moe-routing/routing.json")
     sources.add_flags(p)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    models, homes = models_of(args, study)
+    models = models_of(args, study)
     codes = {side: study.value(getattr(args, f"{side}_lang"), f"--{side}-lang", f"languages.{side}") for side in SIDES}
     pairs = sources.from_arguments(args, study, *codes.values())
     cli.say(pairs.summary())
@@ -303,53 +298,37 @@ def main(argv=None) -> None:
     other = beside.name(study, args.base, args.run, args.steps, args.limit)
     output = study.output(args.output, "--output", "routing", other)
 
-    process, dtype = processes.from_arguments(args, study)
     facts = {f"{side}_lang": languages.canonical(code, any_tag=True) for side, code in codes.items()}
     facts |= {"data": pairs.describe(), "n_used": len(alone), "n_available": pairs.n_available}
-    facts |= {"limit": pairs.facts["limit"], "seed": study.seed, "dtype": str(dtype).removeprefix("torch.")}
-    request = facts | {
-        "models": {name: ref.describe() for name, ref in models.items()},
-        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
-        "device": process.device.type, "batch_size": args.batch_size,
-    }  # fmt: skip
+    facts |= {"limit": pairs.facts["limit"]}
 
-    def load(name: str):
-        return loading.load_for(process, models[name], dtype)
+    def measured(model, ref: refs.ModelRef, tokenizer) -> dict:
+        arch = archs.for_config(ref.config())
+        return summarize([routed(model, arch, tokenizer, texts, args.batch_size) for texts in sides], study.seed)
 
-    def measured(model, one: Condition) -> dict:
-        ref = models[one.of]
-        arch, tokenizer = archs.for_config(ref.config()), tokenization.load_tokenizer(ref, *homes)
-        found = [routed(model, arch, tokenizer, texts, args.batch_size) for texts in sides]
-        if args.drop_revisions and one.of != BASE:
-            ref.drop()
-        return summarize(found, study.seed)
-
-    def write_all(records: list[dict], request: dict) -> None:
-        layers = layers_of(models[BASE])
+    def write_all(units: dict[str, dict], request: dict) -> None:
+        records, layers = [{"name": name, **found} for name, found in units.items()], layers_of(models[BASE])
         payload = {"languages": codes, "checkpoints": payload_of(records, layers, codes)}
-        write(output, payload, records, layers, facts, request)
+        write(output, payload, records, layers, facts | {key: request[key] for key in ("seed", "dtype")}, request)
 
-    wanted = [Condition(name, {}, of=name) for name in models]
-    conditions.measure(
-        output, SCHEMA, request, wanted, load, measured, write_all, process, args.overwrite, "another --output"
-    )
+    over = over_run.OverRun(args, study, models, output)
+    over.measure(SCHEMA, facts | {"batch_size": args.batch_size}, measured, write_all)
 
 
-def models_of(args, study: Study) -> tuple[dict[str, refs.ModelRef], tuple]:
-    """Base and checkpoints by name, and where a tokenizer may be; before anything is loaded.
+def models_of(args, study: Study) -> dict[str, refs.ModelRef]:
+    """Base and checkpoints by name; before anything is looked over or loaded.
 
     Raises:
         InputError: a model that has no experts, or others than the base.
     """
     base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
     models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
-    opening.look_over(models.values())
     shapes = {ref.spec: (layers_of(ref), archs.for_config(ref.config()).experts(ref.config(), layers_of(ref)[0]))
               for ref in models.values()}  # fmt: skip
     for spec, shape in shapes.items():
         if shape != shapes[models[BASE].spec]:
             raise InputError(f"{spec} has other experts than {models[BASE].spec}: they are not a pair")
-    return models, (beside.run_asked_for(study, args.run), models[BASE])
+    return models
 
 
 def layers_of(ref: refs.ModelRef) -> list[int]:

@@ -27,7 +27,7 @@ from cpt_utils.base import cli, figures, languages, processes, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, relatives, tokenization, tokenizer_id
+from cpt_utils.checkpoints import beside, opening, relatives, tokenization, tokenizer_id
 from cpt_utils.interventions.condition import Condition
 from cpt_utils.measures import conditions
 from cpt_utils.models import loading, routers
@@ -203,7 +203,9 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    models, homes = routing.models_of(args, study)
+    models = routing.models_of(args, study)
+    opening.look_over(models.values())
+    homes = beside.run_asked_for(study, args.run), models[routing.BASE]
     last = list(models)[-1]
     models = {name: models[name] for name in (routing.BASE, last)}
     layers, arch = routing.layers_of(models[last]), archs.for_config(models[last].config())
