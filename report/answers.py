@@ -372,7 +372,8 @@ def routing(found: Found) -> str:
 def router_steering(found: Found) -> str:
     own, random, _ = found.numbers
     if not own:
-        return ""
+        none = not any(row["measure"] == "change" for row in found.rows)
+        return "No expert is used more in one language than in the other: there is nothing to steer." if none else ""
     worse = {1: "is predicted worse", -1: "is predicted better", 0: "is not clearly predicted worse"}[side(own)]
     more = random and f", {'more' if own['value'] > random['value'] else 'no more'} than without random ones on average"
     return f"Without its experts the new language {worse}{more or ''}."

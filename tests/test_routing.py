@@ -17,6 +17,7 @@ from launch import launch
 from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 from cpt_utils.models import batching, routers
 
 SCRIPT, STEERING = load_script("moe-routing/routing.py"), load_script("moe-routing/steering.py")
@@ -291,6 +292,32 @@ def test_both_results_say_what_was_found(study, capsys):
         assert (way == "soft 0") == all(cell["mean"] == cell["random_mean"] == 0 for cell in row.values())
     assert all((study / OUT / f"{name}.png").is_file() for name in ("routing", "steering"))
     assert "experts are used more in ga" in capsys.readouterr().out
+
+
+@pytest.mark.figures
+def test_no_expert_of_a_language_is_a_finding(study, capsys):
+    own = (study / "ga.txt").read_text()
+    (study / "ga.txt").write_text((study / "en.txt").read_text())  # of the same text no expert is a language's own
+    SCRIPT.main([])
+    STEERING.main([])
+    found, head = results.read_json(f"{OUT}/steering.json", STEERING.SCHEMA)
+    assert found["finding"] == "no expert" and found["steered"] == {"base": {}, "20": {}}
+    assert set(found["unsteered"]["20"]) == {"en", "ga"} and head["models"]["checkpoints"]["20"]
+    assert (study / OUT / "steering.png").stat().st_size > 2000 and STEERING.NO_EXPERT in capsys.readouterr().out
+    table = list(load_script("report/rows.py").of_file(found, head))
+    answers = load_script("report/answers.py")
+    told = answers.answer("router_steering", [None] * 3, table, Study({"languages": {"target": "ga"}}), {}, [])
+    assert told.startswith("No expert is used more in one language than in the other")
+    (study / "ga.txt").write_text(own)
+    content = json.loads((study / OUT / "routing.json").read_text())
+    content["checkpoints"]["20"]["layers"]["layer_1"]["experts"]["ga"] = [2]
+    (study / "one.json").write_text(json.dumps(content))
+    STEERING.main(["--routing", "one.json", "--output", "one-steered.json"])
+    found, _ = results.read_json("one-steered.json")
+    assert "finding" not in found and found["steered"]["base"] == {}
+    assert {(way, lang) for way, rows in found["steered"]["20"].items() for lang in rows} == {
+        ("soft 1", "ga"), ("hard", "ga"), ("suppressed", "ga")
+    }  # fmt: skip
 
 
 def test_copies_of_pairs_count_once(study, capsys):

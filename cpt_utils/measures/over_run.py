@@ -37,11 +37,12 @@ class OverRun:
     output: Path
 
     @classmethod
-    def of(cls, args, study: Study, step: str) -> OverRun:
-        """`step`: the result, by its name in RESULTS."""
+    def of(cls, args, study: Study, step: str, last: bool = False) -> OverRun:
+        """`step`: the result, by its name in RESULTS; `last`: of the run its last checkpoint alone."""
         base, run = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
-        models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(run, args.steps)}
-        other = beside.name(study, args.base, args.run, args.steps, getattr(args, "limit", None))
+        checkpoints = refs.run(run, args.steps)[-1 if last else 0 :]
+        models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in checkpoints}
+        other = beside.name(study, args.base, args.run, args.steps, getattr(args, "limit", None), last=last)
         return cls(args, study, models, study.output(args.output, "--output", step, other))
 
     @property
@@ -56,12 +57,31 @@ class OverRun:
     def measure(
         self, schema: str, facts: dict, measured: Callable[..., dict], write: Callable[[dict, dict], None]
     ) -> None:
-        """Measure every model that is not measured yet (`conditions.measure`), and write the result.
+        """Measure every model that is not measured yet as it is, and write the result: arguments as of `changed`, but
+        `write` is ({model: what was found}, whole request) -> None."""
+
+        def as_it_is(model, ref: refs.ModelRef, tokenizer) -> dict:
+            found = measured(model, ref, tokenizer)
+            if self.args.drop_revisions and ref is not self.models[BASE]:
+                ref.drop()
+            return found
+
+        def write_all(records: list[dict], request: dict) -> None:
+            write({one["name"]: one["units"] for one in records}, request)
+
+        wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in self.models.items()]
+        self.changed(schema, facts, wanted, as_it_is, write_all, estimate=False)
+
+    def changed(
+        self, schema: str, facts: dict, wanted: list[Condition], measured: Callable[..., dict],
+        write: Callable[[list[dict], dict], None], estimate: bool = True,
+    ) -> None:  # fmt: skip
+        """Measure the models under conditions (`conditions.measure`), and write the result.
 
         Args:
-            facts: what the numbers depend on beside models, seed, dtype and device.
-            measured: (model, its reference, its tokenizer) -> what is kept of it, as JSON can hold it.
-            write: ({model: that}, whole request) -> None.
+            facts: what the numbers depend on beside models, conditions, seed, dtype and device.
+            measured: (model, its reference, its tokenizer) -> what is kept of it, as JSON can hold it: `units`.
+            write: (records, whole request) -> None.
         """
         opening.look_over(self.models.values())
         process, dtype = processes.from_arguments(self.args, self.study)
@@ -77,18 +97,11 @@ class OverRun:
 
         def measured_one(model, one: Condition) -> dict:
             ref = self.models[one.of]
-            found = measured(model, ref, tokenization.load_tokenizer(ref, *self._homes))
-            if self.args.drop_revisions and one.of != BASE:
-                ref.drop()
-            return {"units": found}
+            return {"units": measured(model, ref, tokenization.load_tokenizer(ref, *self._homes))}
 
-        def write_all(records: list[dict], request: dict) -> None:
-            write({one["name"]: one["units"] for one in records}, request)
-
-        wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in self.models.items()]
         conditions.measure(
-            self.output, schema, request, wanted, load, measured_one, write_all, process, self.args.overwrite,
-            "another --output",
+            self.output, schema, request, wanted, load, measured_one, write, process, self.args.overwrite,
+            "another --output", estimate,
         )  # fmt: skip
 
 
