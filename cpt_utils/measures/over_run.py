@@ -1,4 +1,4 @@
-"""The base and every checkpoint of its run, each measured as it is: the frame of scripts that do so."""
+"""The base and the checkpoints of its run, as they are or under conditions: the frame of scripts that measure them."""
 
 from __future__ import annotations
 
