@@ -13,7 +13,7 @@ from cpt_utils.base import cli, figures, languages
 from cpt_utils.base.study import Study
 from cpt_utils.measures import verdicts
 
-headlines = cli.sibling("report/headlines.py")
+headlines, methods = cli.sibling("report/headlines.py"), cli.sibling("lsn/methods_shown.py")
 
 BARE = "numbers without an interval"
 FEW = 4  # names in a sentence; of more it says how many there are
@@ -341,8 +341,9 @@ def lsn_methods(found: Found) -> str:
     clear = bool(rest) and side(ahead) > 0 and all(apart(ahead, row) > 0 for row in rest)
     harm = {1: "", -1: " (its selectivity is below 0)", 0: " (its selectivity is not clearly above 0)"}[side(ahead)]
     where = "half of the text, and on the other half" if halves else "the text, and on the same text"
+    method = methods.WORDS.get(ahead["condition"], ahead["condition"])
     return (
-        f"For the new language the neurons of {ahead['condition']} are the most selective on {where} "
+        f"For the new language the neurons of {method} are the most selective on {where} "
         f"{'' if clear else 'not '}clearly ahead of all others{harm}."
     )
 
@@ -350,11 +351,11 @@ def lsn_methods(found: Found) -> str:
 def steering(found: Found) -> str:
     rows = {row["step"] or 0: row for row in found.rows if (row["measure"], row["condition"]) == ("beyond", "random")}
     words = {1: "beats", -1: "falls behind", 0: "does not clearly beat"}
-    told = [
-        f"{'after CPT' if step else 'in the base'} the best direction {words[side(rows[step])]} random ones"
-        for step in sorted({0, max(rows, default=0)} & rows.keys())
-    ]
-    return f"{headlines.capital(listed(told))}." if told else ""
+    said: dict[str, list[str]] = {}
+    for step in sorted({0, max(rows, default=0)} & rows.keys()):
+        said.setdefault(words[side(rows[step])], []).append("after CPT" if step else "in the base")
+    told = [f"{word} random ones {' and '.join(where)}" for word, where in said.items()]
+    return f"The best direction {listed(told)}." if told else ""
 
 
 def routing(found: Found) -> str:

@@ -26,7 +26,8 @@ ORDER = {"against": 0, "open": 1, "for": 2}  # the number that speaks most again
 
 def decimals(value: float, low: float | None, high: float | None) -> int:
     """So many that the interval has two digits, of a number without one three."""
-    width = (high - low) / 2 if low is not None and high is not None and high > low else abs(value) / 10
+    width = (high - low) / 2 if low is not None and high is not None else 0.0
+    width = width if width > 1e-9 * abs(value) else abs(value) / 10  # of draws that differ by rounding alone
     return min(8, max(0, 1 - math.floor(math.log10(width)))) if 0 < width < math.inf else 3
 
 
@@ -346,7 +347,7 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     "rewind": (
         *cut("share of the update that can go, least changed heads first", "heads in random order",
              "importance:energy", "random:energy", "energy"),
-        Spec(f"better by with some of these heads put back (claim D4), {PER_BYTE}", f"best/{LOSS}",
+        Spec(f"how much better with some of these heads put back (claim D4), {PER_BYTE}", f"best/{LOSS}",
              {"condition": "importance", "language": TARGET}),
     ),
     "truncate": cut("share of the singular values that can go, smallest first", "a random update of that size",

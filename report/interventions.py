@@ -166,6 +166,9 @@ class Arms:
 
     @classmethod
     def of_study(cls, found: evidence.Results) -> Arms:
+        trains = found.study.get("arms") and found.study.get("train.cpt")
+        if not trains and not found.study.result("arms").is_file():
+            raise evidence.Missing("the study trains no arms (keys arms and train.cpt; cpt/train.py trains them)")
         file = found.file("arms", "arms")
         for name in found.study.get("arms", {}):
             run, measured = found.study.of_arm(name).get("run"), file.header["models"].get(name)
@@ -190,9 +193,7 @@ class Arms:
                     self.refuse(self.file.path, row["layers"], "layers", key)
                 return name
         done = {"freeze": "freezes", "train_only": "trains only"}.get(mode, mode)
-        raise evidence.Missing(
-            f"no arm of the study {done} {part.strip(':')} (arms: in the study file; {self.file.made_by} measures it)"
-        )
+        raise evidence.Missing(f"no arm of the study {done} {part.strip(':')} (key arms; cpt/train.py trains it)")
 
     def number(
         self, name: str, measure: str, arms: dict[str, str], value: Callable, gained: bool = True, **more

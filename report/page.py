@@ -66,6 +66,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     told |= {"heldout": heads["language_loss"]["heldout"]} if "language_loss" in heads else {}
     data += parts.texts(told)
     dates = sorted(head["time"] for one in runs for head in one.headers.values() if head.get("time"))
+    days = " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not known"
     base, target = (named(study.get(f"languages.{side}")) for side in ("base", "target"))
     of = f" (of {run.label})" if run.label else ""
     return [
@@ -73,11 +74,8 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
         ("Continued as", f"{spec}" + (f", {len(steps)} checkpoints to step {max(map(int, steps)):,}" if steps else "")),
         ("Languages", f"{base}, continued on {target}"),
         ("Data", "; ".join(data) or "not known"),
-        ("Seed", str(study.seed)) if len(runs) == 1 else side_by_side(runs),
-        (
-            "Measured",
-            " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not known",
-        ),
+        *([side_by_side(runs)] if len(runs) > 1 else []),
+        ("Measured", days + (f", seed {study.seed}" if len(runs) == 1 else "")),
     ]
 
 
@@ -95,8 +93,11 @@ def outcome(run: parts.Run) -> str:
         ]  # fmt: skip
 
     losses, target = both("language_loss", headlines.LOSS), run.study.get("languages.target")
-    losses.sort(key=lambda one: not (one[0] and target and languages.same(one[0], target)))  # the new language first
-    losses = [f"{figures.language(lang)} {told}" for lang, told in losses if lang]
+    new = {lang for lang, _ in losses if lang and target and languages.same(lang, target)}
+    losses.sort(key=lambda one: one[0] not in new)
+    losses = [
+        f"{told} in {'the new language, ' * (lang in new)}{figures.language(lang)}" for lang, told in losses if lang
+    ]
     told = [f"loss (nats a byte) {', '.join(losses)}"] * bool(losses)
     told += [f"accuracy on the task {one}" for _, one in both("downstream", "acc")[:1]]
     of = f" of {run.label}" if run.label else ""
@@ -114,15 +115,19 @@ def gate_words(runs: list[parts.Run]) -> str:
     """Whether the model retrieves better than an untrained one, and what follows."""
     gates = [run.head.get("gate") or run.headers.get("layers", {}).get("gate") for run in runs]
     passed = [gate for gate in gates if gate and gate["passed"]]
-    layers = "hub (layers that find translations) and interface (the others)"
+    hub = [row["layer"] for row in runs[0].rows.get("layers", []) if row["measure"] == "in_hub" and row["value"]]
+    which = f"layers {verdicts.listed([*map(str, hub)])} find" if hub and len(runs) == 1 else "layers that find"
+    layers = f"hub ({which} translations) and interface (the others)"
     if not any(gates):
-        return f"Not checked, as no untrained model was measured: whether {layers} mean anything is not known."
-    follows = f"So {layers} can be read." if len(passed) == len(runs) else f"Without it {layers} mean nothing."
+        needs = "it takes an untrained model's retrieval, and layer-specialize/layer_specialize.py"
+        return f"Not checked ({needs}): whether {layers} mean anything is not known."
+    follows = f"So {layers} mean something." if len(passed) == len(runs) else f"Without it {layers} mean nothing."
     if len(runs) > 1:
         return f"Passed in {len(passed)} of {len(runs)} runs. {follows}"
     (gate,) = gates
     passed, than = ("Passed", "more") if gate["passed"] else ("Not passed", "not clearly more")
-    model = briefly(gate["model"]) if gate.get("model") else "the last checkpoint"  # that the layers are from
+    # The model that the layers are from.
+    model = "/".join(gate["model"].split("/")[-2:]) if gate.get("model") else "the last checkpoint"
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
     return (
         f"{passed}: at its best layer {model} finds {than} translations than an untrained model, "
@@ -139,7 +144,7 @@ def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
         return f"{len(over['seeds'])} seeds: no verdict on any claim.", f"A verdict takes {verdicts.SEEDS} or more."
     why = (
         f"A run is one sample of what training does; a verdict takes {verdicts.SEEDS} seeds or more. Intervals "
-        "are about this run, not about another."
+        "are about this run alone."
     )
     if parts.of_seeds(runs):
         why += " report/claims.py --seeds, with the same --output, judges them over seeds."
@@ -224,6 +229,13 @@ def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
         gate = gate_words(runs)
     with parts.numbers.reading(study.result("language_loss")):
         shown_outcome = outcome(runs[0])
+
+    def address(step: str) -> str:
+        """Where a file lies that is read as it is; empty where it was not made, or where there are several."""
+        file = study.result(step)
+        file = file.with_suffix(".html") if step == "samples" else file
+        return parts.link(file, where) if len(runs) == 1 and file.is_file() else ""
+
     return template().render(
         title=study.name + (f", arm {study.arm}" if study.arm else ""), target=named(study.get("languages.target")),
         facts=facts(runs), gate=gate, outcome=shown_outcome, sure_words=sure(runs, over), counts=counted(rows),
@@ -231,6 +243,7 @@ def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
         folders=[(run.label, run.folder, parts.link(run.folder, where)) for run in runs], runs=runs, over=over,
         claims=rows, claims_file=parts.link(claims_at, where), study_file=study.path, mark=MARK, n_steps=len(steps),
         n_measured=sum(step["measured"] for step in steps), rules=parts.link(cli.REPOSITORY / RULES, where),
+        samples=address("samples"), table=address("numbers"),
         outcomes={row["name"]: row["entries"][0]["word"] for row in rows if len(row["entries"]) == 1},
     )  # fmt: skip
 

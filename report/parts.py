@@ -29,6 +29,15 @@ numbers = cli.sibling("report/rows.py")
 OTHERS = ("Claims", "Figures of the paper")  # sections of captions that the page shows otherwise
 CONTROLS = ("layer_swap", "attn_int_swap", "ffn_lsn_swap")  # steps whose numbers are made with --controls
 WIDE, SMALL = 1350, 900  # pixels: of a figure over both columns; of one among many
+ARMS, NEURONS = ("arms", "train.cpt"), ("languages.lsn", "tokens")
+# Keys of a study without which nobody can measure a step: then the page names these, and no command that would fail.
+NEEDS = {
+    "arms": ARMS, "runs": ARMS, "compare": ("runs",), "connect": ("runs",), "routing": ("routing",),
+    "router_steering": ("routing",), "downstream": ("data.task",), "language_loss": ("data.heldout",),
+    "bigram": ("data.heldout",), "lsn_mask": NEURONS, "lsn_activation": NEURONS, "gate_lsn": NEURONS,
+    "activation_correlation": NEURONS, "ffn_lsn_swap": NEURONS, "deactivation": (*NEURONS, "data.heldout"),
+    "lsn_methods": (*NEURONS, "lsn.methods"),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- what the scripts say
@@ -176,7 +185,33 @@ class Run:
         said = self.headers.get(step.name, {}).get("command")
         if said:
             return f"python {step.script} {said.partition(' ')[2]}".rstrip()
-        return f"python {step.script} {self.flags}{' --controls' if step.name in CONTROLS else ''}"
+        command = f"python {step.script} {self.flags}{' --controls' if step.name in CONTROLS else ''}"
+        others = self.study.get("runs", {}) if step.name == "compare" else {}
+        others = [name for name in others if not self.study.of_arm(name).result("claims").is_file()]
+        seed = f" SEED={self.study.seed}" if "--seed" in self.flags else ""
+        first = [f"make reproduce STUDY={self.study.path}{seed} ARM={name}" for name in others]
+        return "\n".join([*first, command])
+
+    def lacking(self, step: Step) -> tuple[str, str]:
+        """Why there is no result of a step, and the command that makes it; no command where none can."""
+        why = f"Not measured in {self.label or 'this study'}"
+        if self.study.arm and step.name in ("arms", "runs", "compare"):
+            return f"{why}: it is asked of the study's own run, not of {self.study.arm}.", ""
+        keys = [key for key in NEEDS.get(step.name, ()) if not _has(self.study.values, key)]
+        if keys:
+            return f"{why}, whose file lacks {verdicts.listed(keys)} (docs/study.md).", ""
+        if step.name == "runs" and not any({"train_only", "lora"} & {*arm} for arm in self.study.get("arms").values()):
+            return f"{why}, none of whose arms trains a part alone (train_only or lora, cpt/README.md).", ""
+        return f"{why}.", self.command(step)
+
+    @functools.cached_property
+    def failed(self) -> dict:
+        """What the workflow's status.json says where its last run failed: when, and at which steps; else empty."""
+        file = self.folder / "status.json"
+        said, _ = results.read_json(file, "status") if file.is_file() else ({}, {})
+        if said.get("state") != "failed" or not said.get("failed"):
+            return {}
+        return {"steps": said["failed"], "day": day(said["updated"])}
 
     @functools.cached_property
     def flags(self) -> str:
@@ -226,13 +261,20 @@ def _shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
     name = chief and Path(chief).relative_to(run.folder)
     file = chief and {"name": name, "address": link(chief, where), "more": len(files) - 1}
     figures = [(figure, run.figure(figure)) for figure in step.figures]
-    lacking = "" if files else f"Not measured{f' in {run.label}' if run.label else ' in this study'}."
+    lacking, command = ("", run.command(step)) if files else run.lacking(step)
     return {
-        "label": run.label, "lacking": lacking, "command": run.command(step), "rests": rests(head),
+        "label": run.label, "lacking": lacking, "command": command, "rests": rests(head),
         "doubts": doubts(head, run.head, run.study), "file": file,
         "figures": [image(path, figure.caption, small) for figure, path in figures if path and files],
         "undrawn": [undrawn(figure) for figure, path in figures if not path and files],
     }  # fmt: skip
+
+
+def _has(values, key: str) -> bool:
+    """Whether a study says anything at a dotted key, though a variable in it may not be set here."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values is not None
 
 
 def undrawn(figure: Figure) -> dict:
@@ -297,7 +339,9 @@ def rests(head: dict) -> str:
     """What a result rests on, by its header: models, data, settings, and when it was made with which code."""
     models, data = head.get("models") or {}, head.get("data") or {}
     steps, step = models.get("checkpoints"), next((ref.get("step") for ref in models.values() if ref.get("step")), None)
-    said = [f"{len(steps)} checkpoints" if steps else f"the checkpoint of step {step}" if step is not None else ""]
+    step = next(iter(steps)) if steps and len(steps) == 1 else step
+    said = [f"the checkpoint of step {step}" if step is not None else ""]
+    said = [f"{len(steps)} checkpoints"] if steps and len(steps) > 1 else said
     said += [f"{data['n_used']:,} sentence pairs" if data.get("n_used") else "", *texts(head)]
     scored = (head.get("in_context") or {}).get("scored")
     said.append(f"{scored:,} sentences translated in context" if scored else "")

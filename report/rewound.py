@@ -32,7 +32,7 @@ class Rewound:
         for key in keys:
             there, row = row is not None, (row or {}).get(key)
         if row is None:
-            lacking = f"{self.file.path.name} has none for {measure} (made by {self.file.made_by})"
+            lacking = f"{self.file.path.name} has none for {interventions.words(measure)} (made by {self.file.made_by})"
             if there and keys[-1] == "kept":
                 lacking = f"that CPT gained anything in {interventions.words(measure)} is not clear"
             return number(name, None, note=lacking, **more)

@@ -324,12 +324,15 @@ def test_what_is_missing_is_said(made, no_figure):
         (PARTS, "C3", "made by weight-diff/attn_vs_ffn.py"),
         (ATTENTION, "C5b", "made by component-swap/attn_int_swap.py"),
         (CHANGE, "C6", "made by weight-diff/int_and_sem.py"),
-        ("arms.json", "C7", "made by cpt/compare_arms.py"),
+        ("arms.json", "C7", "the study trains no arms (keys arms and train.cpt"),
         (LAST, "C1", "sr_experiment.py"),
     ):
         (made.results / place).unlink()
         row = run(made)[name]
         assert row["verdict"] == ONE and words in row["reason"] and not row["numbers"]
+    with made.study.open("a") as file:
+        file.write("\narms: {outer: {train_only: outer:0.25}}\ntrain: {cpt: cpt.yaml}\n")
+    assert "made by cpt/compare_arms.py" in run(made)["C7"]["reason"]
     shutil.rmtree(made.results)
     with pytest.raises(InputError, match="holds no result that a claim needs"):
         run(made)

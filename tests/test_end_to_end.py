@@ -211,6 +211,22 @@ def test_nothing_is_left_to_do_until_a_method_is_edited(finished, warm, tmp_path
     assert "is finished" in (clone / "results/tiny/logs/train-base.log").read_text()
 
 
+def test_a_step_that_fails_leaves_the_page_of_the_others(finished, warm, tmp_path):
+    clone = shutil.copytree(finished, tmp_path / "clone", symlinks=True)
+    shutil.rmtree(clone / "results/tiny/report")
+    for name in ("report.html", "layer-ablation/cogsym.json", "layer-ablation/cogsym.png"):
+        (clone / "results/tiny" / name).unlink()
+    script = clone / "layer-ablation/cogsym.py"
+    begins = "def main(argv=None) -> None:\n"
+    script.write_text(script.read_text().replace(begins, f"{begins}    raise SystemExit(3)\n"))
+    done = subprocess.run([warm, SNAKEMAKE, *STUDY, "--cores", "1"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 1 and "the report of what there is: results/tiny/report.html" in done.stderr
+    page = (clone / "results/tiny/report.html").read_text()
+    assert "the workflow failed at cogsym (<code>results/tiny/logs/cogsym.log</code> says why)" in page
+    assert page.count("Not measured in this study") == 5 and page.count("<img ") > 24 and "One run: no verdict" in page
+    assert (clone / "results/tiny/report/numbers.csv").stat().st_size > 100_000
+
+
 def test_an_arm_waits_for_the_layers_of_cogsym(clone, warm, tmp_path):
     text = re.sub(r"^arms:.*\n(  .*\n)*", "", (clone / "demo/tiny.yaml").read_text(), flags=re.M)
     arms = "arms:\n  outer: {train_only: results/tiny/layer-ablation/cogsym.json}\n"

@@ -104,6 +104,8 @@ def test_a_figure_of_another_section_stands_in_its_own():
     ((-0.00001, -0.02, 0.02), "0.000 [−0.020, 0.020]"),
     ((2048.0, None, None), "2,048"), ((0.10462, None, None), "0.105"), ((None, None, None), "none"),
     ((0.0, None, None), "0.000"), ((0.5, 0.5, 0.5), "0.500 [0.500, 0.500]"),
+    ((0.00408817, 0.00408817 - 1e-15, 0.00408817), "0.00409 [0.00409, 0.00409]"),
+    ((0.0, 0.0, 0.0), "0.000 [0.000, 0.000]"),
 ])  # fmt: skip
 def test_numbers_have_the_digits_that_their_interval_bears(numbers, told):
     assert headlines.in_digits(*numbers) == told
@@ -309,7 +311,8 @@ def test_of_methods_directions_and_layers_those_are_named_that_their_intervals_t
     of = {"lape": DOWN, "ap": UP}
     rows = [of[name] | {"measure": measure, "language": "gle_Latn", "condition": name} for name, measure in (
         ("ap", "reported/selectivity"), *((name, "reports/selectivity/selectivity") for name in of))]  # fmt: skip
-    said = "For the new language the neurons of ap are the most selective on half of the text, and on the other half "
+    said = "the neurons of average precision are the most selective on half of the text, and on the other half "
+    said = f"For the new language {said}"
     assert answer("lsn_methods", rows=rows) == f"{said}clearly ahead of all others."
     rows[1] |= {"ci_high": 0.9}
     assert answer("lsn_methods", rows=rows) == f"{said}not clearly ahead of all others."
@@ -320,10 +323,10 @@ def test_of_methods_directions_and_layers_those_are_named_that_their_intervals_t
         BOTH | {"measure": "beyond", "condition": "random"},
         DOWN | {"measure": "beyond", "condition": "prompt"},
     ]
-    said = (
-        "In the base the best direction beats random ones and after CPT the best direction does not clearly beat random"
-    )
-    assert answer("steering", rows=rows).startswith(said)
+    said = "The best direction beats random ones in the base and does not clearly beat random ones after CPT."
+    assert answer("steering", rows=rows) == said
+    rows[1] = UP | {"measure": "beyond", "condition": "random"}
+    assert answer("steering", rows=rows) == "The best direction beats random ones in the base and after CPT."
     rows = [row(p, measure="divergence/p_value", layer=i) for i, p in enumerate((0.01, 0.3))]
     said = answer("routing", [UP, DOWN, None], rows)
     assert (
@@ -487,6 +490,51 @@ def test_what_is_missing_leaves_a_sentence(page):
     )
 
 
+def test_where_no_command_could_measure_it_the_page_says_what_the_study_lacks(study, page):
+    def lacking(step, **changes):
+        run.study.values = values | changes
+        return run.lacking(next(one for one in parts.steps() if one.name == step))
+
+    run = parts.Run(claims.Study.find(study.study))
+    values, trained = run.study.values, {"cpt": "cpt.yaml"}
+    frozen, outer = {"hub": {"freeze": "hub"}}, {"outer": {"train_only": "outer:0.25"}}
+    assert lacking("arms", arms=None) == (
+        "Not measured in this study, whose file lacks arms and train.cpt (docs/study.md).", ""
+    )  # fmt: skip
+    assert lacking("arms", arms=frozen)[0].endswith("lacks train.cpt (docs/study.md).")  # a run that nobody trains here
+    assert lacking("arms", arms=frozen, train=trained)[1].startswith("python cpt/compare_arms.py")
+    assert "none of whose arms trains a part" in lacking("runs", arms=frozen, train=trained)[0]
+    assert lacking("runs", arms=outer, train=trained)[1].startswith("python layer-ablation/compare_runs.py")
+    assert lacking("routing") == ("Not measured in this study, whose file lacks routing (docs/study.md).", "")
+    assert lacking("routing", routing={})[1].startswith("python moe-routing/routing.py")
+    first, second = lacking("compare", runs={"second": "runs/second"})[1].splitlines()
+    assert first.startswith("make reproduce STUDY=") and first.endswith(" ARM=second") and "report/compare.py" in second
+    run.study.arm = "second"
+    assert lacking("arms", arms=frozen, train=trained)[0].endswith("the study's own run, not of second.")
+
+
+def test_the_page_of_a_workflow_that_failed_says_so_first(page):
+    def spoil(state):
+        said = {"state": state, "failed": [{"step": "cogsym", "log": "logs/cogsym.log"}], "updated": "2026-11-30T10:00"}
+        head = {"_header": {"schema": "status", "version": 1}}
+        return lambda results: (results / "status.json").write_text(json.dumps(head | said))
+
+    text = text_of(page(spoil("failed")))
+    said = "Not all of it ran: on 30 November 2026 the workflow failed at cogsym ( logs/cogsym.log says why)."
+    assert text.index("Gate.") < text.index(said) < text.index("One run: no verdict")
+    assert "Not all of it ran" not in text_of(page(spoil("running")))
+
+
+def test_samples_and_the_table_are_linked_where_they_are(page):
+    def write(results):
+        (results / "samples.html").write_text("texts")
+        (results / "report/numbers.csv").write_text("numbers")
+
+    assert 'href="samples.html"' not in page() and 'href="report/numbers.csv"' not in page()
+    made = page(write)
+    assert made.count('href="samples.html"') == 2 and 'href="report/numbers.csv"' in made
+
+
 def test_losses_and_task_are_told_from_base_to_last_checkpoint(page):
     def spoil(results):
         head = {"schema": "language-loss", "version": 1, "heldout": {}}
@@ -499,7 +547,7 @@ def test_losses_and_task_are_told_from_base_to_last_checkpoint(page):
     assert "In short." not in text_of(page(lambda results: shutil.rmtree(results / "downstream-correlation", True)))
     text = text_of(page(spoil))
     assert (
-        "last checkpoint: loss (nats a byte) English (eng_Latn) 0.500 \u2192 0.250, invented (qaa_Latn) 0.500" in text
+        "loss (nats a byte) 0.500 \u2192 0.250 in English (eng_Latn), 0.500 \u2192 0.250 in invented (qaa_Latn)" in text
     )
 
 

@@ -399,7 +399,7 @@ def test_the_claims_read_equal_energy_and_held_out_items(made, tmp_path, monkeyp
     assert any(each["name"].endswith("random heads, loss") for each in beside)
     del payload["beyond"]["importance:energy"]["random:energy"]["nll_per_byte"]
     path.write_text(json.dumps(payload))
-    assert "has none for nll_per_byte (made by" in measure("d3")[0][0]["note"]
+    assert "has none for loss (made by" in measure("d3")[0][0]["note"]
     payload["points"] = [row for row in payload["points"] if row["curve"] != "random"]
     path.write_text(json.dumps(payload))
     with pytest.raises(evidence.Missing, match="no random one"):

@@ -14,6 +14,7 @@ import datetime
 import logging
 import os
 import platform
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -176,6 +177,21 @@ class Progress(logging.Handler):
             self._say(f"done after {after}" if state == "done" else rest)
             self.running.clear()
             self.write(state)
+
+    def page(self, flags: str, page: Path) -> None:
+        """After a failure the claims, the table and the page of the results that there are; not after Ctrl-C.
+
+        What they say is in logs/after-failure.log. The next run makes them again: what they read will be newer.
+        """
+        if not self.failures or self.interrupted:
+            return
+        log = self.file.parent / "logs/after-failure.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as said:
+            for script in ("claims", "export", "page"):  # the page, too, where one before it has nothing to say
+                command = f'"$PYTHON" "$REPOSITORY"/report/{script}.py {flags}'
+                done = subprocess.run(command, shell=True, stdout=said, stderr=subprocess.STDOUT)
+        self._say(f"no report could be made, see {log}" if done.returncode else f"the report of what there is: {page}")
 
     # ------------------------------------------------------------ what is known
 

@@ -25,10 +25,10 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
         )
 
     def numbered(name: str, row: dict | None, measure: str, **more) -> dict:
-        name, unclear = f"{name}, {interventions.words(measure)}", f"that CPT gained anything in {measure} is not clear"
+        of = interventions.words(measure)
         if row is None:
-            return number(name, None, note=unclear, **more)
-        return of_row(name, row, **more)
+            return number(f"{name}, {of}", None, note=f"that CPT gained anything in {of} is not clear", **more)
+        return of_row(f"{name}, {of}", row, **more)
 
     kept = "share cut off that keeps 95 % of the gain, minus that of the update as if random"
     beside = []
@@ -42,6 +42,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
         beside.append(numbered("q*", row["at"], measure))
         beside.append(numbered("share cut off that keeps 95 % of the gain", row["at"]["kept"], measure))
         more = row["at"]["value"] - file.at("at_equal_energy", measure)
-        beside.append(number(f"q* minus the share at which a random update has its energy, {measure}", more))
+        of = interventions.words(measure)
+        beside.append(number(f"q* minus the share at which a random update has its energy, {of}", more))
     beside.append(number("parameters of the matrices in millions", file.at("parameters") / 1e6))
     return [numbered(kept, beyond[LOSS]["at"]["kept"], LOSS, says=above())], beside
