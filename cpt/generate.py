@@ -42,7 +42,8 @@ table {{ border-collapse: collapse; width: 100%; table-layout: fixed }}
 th, td {{ border-top: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: .35rem .6rem .35rem 0;
   text-align: start; vertical-align: top; overflow-wrap: anywhere; white-space: pre-wrap }}
 th:first-child {{ width: 6.5rem }}
-@media (max-width: 40rem) {{ th:first-child {{ width: 4rem }} }}
+@media (max-width: 40rem) {{ body {{ font-size: 12.5px; margin-top: .5rem }} h1 {{ font-size: 1.3rem }}
+  th:first-child {{ width: 3.2rem }} }}
 @media print {{ section {{ break-inside: avoid }} }}
 </style></head><body><h1>{title}</h1><p>{note}</p>
 {tables}

@@ -39,7 +39,8 @@ CAPTIONS = {
         Language-specific neurons by method, a row for each language. Left: how many there are in each layer. Right:
         what silencing them does to the loss per token on the language's own text, with 95 % intervals, and on that of
         the others (mean), beside as many random neurons that fire as often. A method found neurons that matter where
-        the first is above 0, and above both others.""",
+        the first is above 0, and above both others. Between the dotted lines the axis is linear, beyond them
+        logarithmic.""",
 }
 LEVEL = 0.05  # p among the controls of equal activity from which neurons are more than such neurons are
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from cpt_utils.base import cli, figures, results
 
 WORDS = {"lape": "LAPE", "ternary": "ternary", "ap": "average precision", "gradient": "gradient × activation"}
+LINEAR = 0.01  # nats a token up to which the axis of harm is linear; beyond it is logarithmic
 
 
 def table(found: dict) -> str:
@@ -48,6 +49,8 @@ def draw(path: Path, found: dict) -> None:
         size = figures.PAGE, 0.8 + 1.25 * len(langs)
         fig, axes = plt.subplots(len(langs), 2, figsize=size, sharex="col", squeeze=False)
         for lang, (by_layer, harm) in zip(langs, axes, strict=True):
+            harm.set_yscale("symlog", linthresh=LINEAR)  # one method's harm may be a hundred times another's
+            harm.margins(y=0.12)
             for i, name in enumerate(methods):
                 counts = found["by_layer"][name][lang]
                 by_layer.plot(range(len(counts)), counts, **looks[i], linewidth=0.9, label=names[i])
@@ -55,6 +58,8 @@ def draw(path: Path, found: dict) -> None:
             figures.layer_axis(by_layer, len(counts))
             by_layer.set_title(figures.language(lang), loc="left")
             harm.axhline(0, color="#bbbbbb", linewidth=0.6)
+            for at in (-LINEAR, LINEAR):
+                harm.axhline(at, color="#dddddd", linewidth=0.5, linestyle=":", zorder=0)
             harm.set_xticks(range(len(methods)), [name.replace(" ", "\n", 1) for name in names])
             harm.set_xlim(-0.5, len(methods) - 0.5)
         for axis in axes[:-1, 0]:

@@ -71,7 +71,11 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     of = f" (of {run.label})" if run.label else ""
     return [
         ("Base model", f"{briefly(study.get('base'))}{of}{made_of}"),
-        ("Continued as", f"{spec}" + (f", {len(steps)} checkpoints to step {max(map(int, steps)):,}" if steps else "")),
+        (
+            "Continued as",
+            f"{spec}"
+            + (f", {len(steps)} checkpoint{'s' * (len(steps) > 1)} to step {max(map(int, steps)):,}" if steps else ""),
+        ),
         ("Languages", f"{base}, continued on {target}"),
         ("Data", "; ".join(data) or "not known"),
         *([side_by_side(runs)] if len(runs) > 1 else []),
@@ -125,12 +129,12 @@ def gate_words(runs: list[parts.Run]) -> str:
     if len(runs) > 1:
         return f"Passed in {len(passed)} of {len(runs)} runs. {follows}"
     (gate,) = gates
-    passed, than = ("Passed", "more") if gate["passed"] else ("Not passed", "not clearly more")
+    passed, finds = ("Passed", "finds more") if gate["passed"] else ("Not passed", "does not find clearly more")
     # The model that the layers are from.
     model = "/".join(gate["model"].split("/")[-2:]) if gate.get("model") else "the last checkpoint"
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
     return (
-        f"{passed}: at its best layer {model} finds {than} translations than an untrained model, "
+        f"{passed}: at its best layer {model} {finds} translations than an untrained model, "
         f"by {apart} ({100 * gate['level']:.0f}\u00a0% interval). {follows}"
     )
 

@@ -13,6 +13,10 @@ ACCURACIES = {curve.key for name, curve in curves.MEASURES.items() if not name.s
 MEXA = {curve.key for curve in curves.MEASURES.values()} - ACCURACIES
 COLUMNS = 4
 MEANING = {"semantic_hub": "hub", "random": "random"}  # of swapped models, by the names of their folders
+WORDS = {
+    "semantic_hub": "hub of the base", "random": "random layers of the base", "attn_int_swap": "interface attention of "
+    "the base", "ffn_lsn_swap": "LSN-rich FFN of the base",
+}  # fmt: skip
 Lines = list[tuple[refs.ModelRef, dict]]
 
 
@@ -68,12 +72,13 @@ def looks(lines: Lines, steps: list[int]) -> list[dict]:
             shade = (
                 figures.colour("base") if base else figures.colour(MEANING[label]) if label in MEANING else next(others)
             )
-            found.append({"linestyle": "-" if base else "--", "color": shade, "label": label})
+            found.append({"linestyle": "-" if base else "--", "color": shade, "label": WORDS.get(label, label)})
             continue
+        name = WORDS.get(run, run)
         alone = len(runs) > 1 and len(steps) == 1  # a colour of its own, not of its step
-        label = f"{run}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
+        label = f"{name}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
         if len(steps) > 1:
-            label = run if len(runs) > 1 and ref.step == steps[-1] else None
+            label = name if len(runs) > 1 and ref.step == steps[-1] else None
         style = ("-", "--", ":", "-.")[runs.index(run) % 4]
         found.append({"linestyle": style, "color": next(others) if alone else shades[ref.step], "label": label})
     return found

@@ -39,7 +39,7 @@ def test_a_study_without_results_leaves_a_sentence():
 def test_a_picture_becomes_small_enough(tmp_path):
     noise = Image.effect_noise((1200, 900), 80).convert("RGB")
     noise.save(tmp_path / "noise.png")
-    with pytest.raises(InputError, match="more than 60,000"):
+    with pytest.raises(InputError, match="more than 90,000"):
         GALLERY.small((tmp_path / "noise.png").read_bytes())
     plain = Image.linear_gradient("L").resize((1350, 900)).convert("RGB")
     plain.save(tmp_path / "plain.png")
