@@ -101,7 +101,7 @@ def test_every_result_and_figure_is_there(finished):
     page = (results / "report.html").read_text()
     # All but the two comparisons of runs and the routing of experts, of which this study has none.
     assert page.count("<img ") > 25 and page.count("Not measured") == 4 and "figure is missing" not in page
-    assert "step 40" in (results / "samples.html").read_text()
+    assert "step 40" in (results / "samples.html").read_text() and 'href="samples.html"' in page
     report = (finished / "results/tiny.html").read_text()
     for section in (
         "1. Sentence retrieval", "2. Layer specialization", "3. Downstream task", "4. Layer swaps",
@@ -225,6 +225,10 @@ def test_a_step_that_fails_leaves_the_page_of_the_others(finished, warm, tmp_pat
     assert "the workflow failed at cogsym (<code>results/tiny/logs/cogsym.log</code> says why)" in page
     assert page.count("Not measured in this study") == 5 and page.count("<img ") > 24 and "One run: no verdict" in page
     assert (clone / "results/tiny/report/numbers.csv").stat().st_size > 100_000
+    script.write_text((ROOT / "layer-ablation/cogsym.py").read_text())
+    run([warm, SNAKEMAKE, *STUDY, "--cores", "1"], clone)
+    page = (clone / "results/tiny/report.html").read_text()
+    assert "the workflow failed" not in page and page.count("Not measured in this study") == 4
 
 
 def test_an_arm_waits_for_the_layers_of_cogsym(clone, warm, tmp_path):

@@ -181,7 +181,7 @@ class Progress(logging.Handler):
     def page(self, flags: str, page: Path) -> None:
         """After a failure the claims, the table and the page of the results that there are; not after Ctrl-C.
 
-        What they say is in logs/after-failure.log. The next run makes them again: what they read will be newer.
+        What they say is in logs/after-failure.log. The page is as old as the run, so that the next one makes it again.
         """
         if not self.failures or self.interrupted:
             return
@@ -191,6 +191,8 @@ class Progress(logging.Handler):
             for script in ("claims", "export", "page"):  # the page, too, where one before it has nothing to say
                 command = f'"$PYTHON" "$REPOSITORY"/report/{script}.py {flags}'
                 done = subprocess.run(command, shell=True, stdout=said, stderr=subprocess.STDOUT)
+        if not done.returncode:
+            os.utime(page, (self.started, self.started))
         self._say(f"no report could be made, see {log}" if done.returncode else f"the report of what there is: {page}")
 
     # ------------------------------------------------------------ what is known
