@@ -50,8 +50,8 @@ make reproduce STUDY=basque.yaml
 `make check` says before anything runs what is left out and which key would add it. `make reproduce` says a line for
 each step with the time left for the whole (`results/basque/status.json`: the same for scripts; `VERBOSE=1`:
 Snakemake's own words); what a step is at is in its log in `results/basque/logs/`. Interrupted, it goes on where it was
-(after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first), and after a step that failed, whose name and log
-are on the report of what there is by then. A single step is
+(after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first), and after a step that failed, whose name and
+log are on the report of what there is by then. A single step is
 `python <script> --study basque.yaml`, where flags win over the study's keys.
 
 The study file and the texts are not watched: after a change, remove the results that it concerns (after one of

@@ -84,7 +84,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
 
 
 def outcome(run: parts.Run) -> str:
-    """Losses and accuracy on the task at the base and at the last checkpoint; empty where they were not measured."""
+    """Losses and accuracy on the task at the base and at the last checkpoint; without these retrieval, or nothing."""
 
     def both(step: str, measure: str) -> list[tuple[str | None, str]]:
         rows = [row for row in run.rows.get(step, []) if row["measure"] == measure and row["component"] is None]
@@ -104,6 +104,11 @@ def outcome(run: parts.Run) -> str:
     ]
     told = [f"loss (nats a byte) {', '.join(losses)}"] * bool(losses)
     told += [f"accuracy on the task {one}" for _, one in both("downstream", "acc")[:1]]
+    if not told:
+        last, base, _ = (row for _, row in headlines.three("retrieval", run.rows.get("retrieval", []), run.study))
+        if last and base and last["step"] == run.last:
+            ends = "\u00a0\u2192\u00a0".join(headlines.signed(row["value"], 3) for row in (base, last))
+            told = [f"share of translations found, each at its best hidden state, {ends}"]
     of = f" of {run.label}" if run.label else ""
     return f"Base \u2192 last checkpoint{of}: {'; '.join(told)}." if told and run.last else ""
 
