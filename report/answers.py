@@ -13,7 +13,7 @@ from cpt_utils.base import cli, figures, languages
 from cpt_utils.base.study import Study
 from cpt_utils.measures import verdicts
 
-headlines, methods = cli.sibling("report/headlines.py"), cli.sibling("lsn/methods_shown.py")
+headlines = cli.sibling("report/headlines.py")
 
 BARE = "numbers without an interval"
 FEW = 4  # names in a sentence; of more it says how many there are
@@ -341,7 +341,7 @@ def lsn_methods(found: Found) -> str:
     clear = bool(rest) and side(ahead) > 0 and all(apart(ahead, row) > 0 for row in rest)
     harm = {1: "", -1: " (its selectivity is below 0)", 0: " (its selectivity is not clearly above 0)"}[side(ahead)]
     where = "half of the text, and on the other half" if halves else "the text, and on the same text"
-    method = methods.WORDS.get(ahead["condition"], ahead["condition"])
+    method = headlines.methods.WORDS.get(ahead["condition"], ahead["condition"])
     return (
         f"For the new language the neurons of {method} are the most selective on {where} "
         f"{'' if clear else 'not '}clearly ahead of all others{harm}."

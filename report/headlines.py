@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from cpt_utils.base import languages
+from cpt_utils.base import cli, languages
 from cpt_utils.base.study import Study
 from cpt_utils.measures import verdicts
+
+methods = cli.sibling("lsn/methods_shown.py")
 
 MINUS = "−"
 # What the numbers of one run say of a claim, in the column of that name.
@@ -423,6 +425,7 @@ def _fits(row: dict, study: Study):
 def _place(row: dict, usual: tuple) -> str:
     """Which of several a number is of: "hidden state 4"; of a run where it is not the `usual` one."""
     of_text = row["result"] in ("language_loss", "connect")
-    of_method = row["result"] == "lsn_methods"
-    columns = ("language",) if of_text else ("condition",) if of_method else ("run", "hidden_state", "layer")
+    if row["result"] == "lsn_methods" and row["condition"]:
+        return " and ".join(methods.WORDS.get(name, name) for name in row["condition"].split(" and "))
+    columns = ("language",) if of_text else ("run", "hidden_state", "layer")
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in columns if row[name] not in usual)

@@ -318,6 +318,11 @@ def test_of_methods_directions_and_layers_those_are_named_that_their_intervals_t
     assert answer("lsn_methods", rows=rows) == f"{said}not clearly ahead of all others."
     assert "no method finds neurons whose silencing harms the new language" in answer("lsn_methods", rows=rows[1:])
     assert answer("lsn_methods", rows=[row | {"measure": "selectivity/selectivity"} for row in rows[1:]]) == ""
+    least = row(0.1, measure="agreement/jaccard", language="gle_Latn", condition="ap and gradient")
+    shown = headlines.three(
+        "lsn_methods", [least | {"result": "lsn_methods"}], claims.Study({"languages": {"target": "gle_Latn"}})
+    )[2][1]
+    assert shown["where"] == "average precision and gradient × activation"
     rows = [
         UP | {"measure": "beyond", "condition": "random", "step": 0},
         BOTH | {"measure": "beyond", "condition": "random"},
