@@ -19,6 +19,7 @@ for name, value in {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
+    "CPT_FIGURES": "go through",  # what forks do with theirs (figure_faults.py)
 }.items():
     os.environ.setdefault(name, value)
 # No test cuts the power: what is written need not reach the disk, for which each file waits milliseconds.
@@ -108,25 +109,15 @@ def _nothing_said_before():
 
 
 @pytest.fixture(autouse=True)
-def _figures_not_drawn(request, monkeypatch):
-    """Figures are gone through, but neither laid out nor drawn, half a second each; tests marked `figures` do it, and
-    fail where text is cut off, lies on other text, or a legend is too long."""
-    from cpt_utils.base import figures, results
-
-    own = figures.save
+def _figures(request, monkeypatch):
+    """Tests marked `figures` draw theirs and look for faults, all others go through them (figure_faults.py)."""
+    from cpt_utils.base import figures
 
     def save(figure, path) -> None:
-        own(figure, path)
-        from figure_faults import faults
+        from figure_faults import saving
 
-        assert not faults(figure), f"{path.name}: {'; '.join(faults(figure))}"
+        wish = "look" if request.node.get_closest_marker("figures") else "go through"
+        saving(wish, own)(figure, path)
 
-    def go_through(figure, path) -> None:
-        figure.set_layout_engine("none")
-        figure.draw_without_rendering()
-        for suffix in (".pdf", ".png"):
-            with results.replacing(Path(path).with_name(Path(path).name + suffix)) as temporary:
-                temporary.write_text("gone through\n")
-
-    drawn = request.node.get_closest_marker("figures")
-    monkeypatch.setattr(figures, "save", save if drawn else go_through)
+    own = figures.save
+    monkeypatch.setattr(figures, "save", save)

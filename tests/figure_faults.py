@@ -1,12 +1,18 @@
-"""What is wrong with a figure that can be told without looking at it: text cut off, text on text, too long a legend."""
+"""What is wrong with a figure that can be told without looking at it: text cut off, text on text, too long a legend.
+
+Drawing takes half a second a figure, so most tests, and the scripts that they start as forks, only go through theirs.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 from matplotlib.axis import Axis
 from matplotlib.legend import Legend
 from matplotlib.text import Text
+from PIL import Image
 
 LEGEND = 8  # entries; more nobody reads: training steps have a colour bar
 SLACK = 2.0  # pixels by which boxes may touch: letters do not fill theirs
@@ -44,3 +50,28 @@ def faults(figure) -> list[str]:
         if len(legend.get_texts()) > LEGEND:
             found.append(f"a legend has {len(legend.get_texts())} entries")
     return found
+
+
+def saving(wish: str, own: Callable) -> Callable:
+    """What stands in for `figures.save`, which is `own`.
+
+    Args:
+        wish: "look": drawn, and an AssertionError says what is wrong with it; "go through": neither laid out nor drawn,
+            but the files are there; "": drawn.
+    """
+    return {"look": lambda figure, path: _look(own, figure, path), "go through": _go_through, "": own}[wish]
+
+
+def _look(own: Callable, figure, path) -> None:
+    own(figure, path)
+    assert not (found := faults(figure)), f"{Path(path).name}: {'; '.join(found)}"
+
+
+def _go_through(figure, path) -> None:
+    from cpt_utils.base import results
+
+    figure.set_layout_engine("none")
+    figure.draw_without_rendering()
+    for suffix in (".pdf", ".png"):
+        with results.replacing(Path(path).with_name(Path(path).name + suffix)) as temporary:
+            Image.new("L", (1, 1)).save(temporary, "png")

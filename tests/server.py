@@ -8,6 +8,8 @@ given, until its stdin ends; every connection to it gets a fork (launch.py), whi
     {"root": a copy of the repository, "socket": path}    to listen there for commands of that copy
     {"env": {..}}                                         to answer requests on the connection
 
+CPT_FIGURES in `env` says what becomes of figures (figure_faults.py).
+
 The first is answered with the exit status, the second with a line once it listens. Requests and answers of the third
 are lines of JSON:
 
@@ -45,6 +47,8 @@ import tempfile
 import time
 import types
 from pathlib import Path
+
+import figure_faults
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the scripts import that takes long; where one is not installed, the command that needs it says so.
@@ -319,6 +323,7 @@ def answer_one(connection: socket.socket) -> None:
     os.environ.update(job["env"])
     tempfile.tempdir = None
     if "command" not in job:
+        figures_are(job["env"])
         serve(connection.makefile("r"), connection.makefile("w"))
         os._exit(0)
     os.chdir(job["cwd"])
@@ -329,9 +334,16 @@ def answer_one(connection: socket.socket) -> None:
     place = argv[argv.index("--snakefile") + 1] if "--snakefile" in argv else script
     if place != "-c" and Path(place).resolve().parents[1] != ROOT:
         forget()
+    figures_are(job["env"])
     code = run_script(script, argv)
     connection.sendall(f"{code}\n".encode())
     os._exit(code)
+
+
+def figures_are(env: dict[str, str]) -> None:
+    """Drawn, looked at or gone through; drawn by a package that is not imported yet."""
+    if figures := sys.modules.get("cpt_utils.base.figures"):
+        figures.save = figure_faults.saving(env.get("CPT_FIGURES", ""), figures.save)
 
 
 def forget() -> None:

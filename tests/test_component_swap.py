@@ -221,7 +221,6 @@ def test_a_part_of_the_run_grows(shared, tmp_path):
     assert results.read_json(tmp_path / "out" / "metadata.json")[0]["steps"] == [5, 20]
 
 
-@pytest.mark.figures
 def test_controls_against_written_folders(shared, study):
     """Every condition's numbers are those of the folder it would write, and of the folder's own retrieval run."""
     ATTENTION.main(["--controls", "all"])

@@ -263,7 +263,6 @@ def plain(path) -> dict:
     return result
 
 
-@pytest.mark.figures
 def test_both_results_say_what_was_found(study, capsys):
     SCRIPT.main([])
     found, head = results.read_json(f"{OUT}/routing.json", SCRIPT.SCHEMA, base_lang="en", target_lang="ga")

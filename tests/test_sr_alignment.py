@@ -262,7 +262,6 @@ def project(tmp_path):
     return tmp_path
 
 
-@pytest.mark.figures
 def test_every_model_has_its_file_and_the_run_its_figure(sr, alignment, project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     sr.main(["--model_path", "run/checkpoint-5", "--no-untrained"])  # as the workflow calls it

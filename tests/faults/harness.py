@@ -8,18 +8,16 @@ may name it), makes the command fail, and asks `harm` and `differences`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import os
 import random
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import helpers
 import launch
+from folders import disk, header, temporary, tree
 
 LONG = os.environ.get("CPT_FAULTS") == "full"
 SEED = 20
@@ -153,95 +151,6 @@ def make_world(folder: Path) -> None:
     (folder / "cpt.yaml").write_text(TRAINING)
 
 
-# ---------------------------------------------------------------- folders as values
-
-VOLATILE = ("time", "command", "git_commit", "code")
-# What lm_eval writes of the moment and the machine.
-LM_EVAL = ("date", "start_time", "end_time", "total_evaluation_time_seconds", "git_hash", "pretty_env_info")
-TEMPORARY = re.compile(r"(^|/)\.[^/]|\.(partial|replaced|tmp)($|[./])|\.tmp")
-RESULT_NAME = re.compile(r"results_\d{4}-[^/]*\.json$")
-
-
-def content(path: Path) -> bytes:
-    """What a file says, without the moment and the command that wrote it."""
-    data = path.read_bytes()
-    if path.suffix == ".json":
-        try:
-            value = json.loads(data)
-        except ValueError:
-            return b"damaged: " + data
-        if isinstance(value, dict):
-            for key in VOLATILE:
-                value.get("_header", {}).pop(key, None) if isinstance(value.get("_header"), dict) else None
-            for key in ("timestamp", *(LM_EVAL if RESULT_NAME.search(path.name) else ())):
-                value.pop(key, None)
-            for task in value.get("configs", {}).values() if RESULT_NAME.search(path.name) else ():
-                task.get("metadata", {}).pop("config_source", None)  # a scratch folder's name
-        if path.name == "timing.json":
-            value = {key: told for key, told in value.items() if not key.startswith("seconds")}
-        return json.dumps(value).encode()
-    if path.suffix == ".pt":
-        return _tensors(data)
-    return data
-
-
-def _tensors(data: bytes) -> bytes:
-    import torch
-
-    def plain(value):
-        if isinstance(value, torch.Tensor):
-            raw = bytes(value.contiguous().flatten().view(torch.uint8).tolist()) if value.numel() else b""
-            return [str(value.dtype), list(value.shape), hashlib.sha256(raw).hexdigest()]
-        if isinstance(value, dict):
-            return {str(key): plain(below) for key, below in value.items() if key not in VOLATILE}
-        return [plain(below) for below in value] if isinstance(value, list | tuple) else value
-
-    try:
-        value = torch.load(io.BytesIO(data), weights_only=True)
-    except Exception:
-        return b"damaged: " + data
-    if isinstance(value, torch.Tensor):
-        return data
-    if isinstance(value, dict) and isinstance(value.get("header"), str):
-        try:
-            value["header"] = json.loads(value["header"])
-        except ValueError:
-            return b"damaged: " + data
-    return json.dumps(plain(value)).encode()
-
-
-def header(path: Path) -> dict:
-    """What a result says of its inputs; {} for other files."""
-    if path.suffix != ".json":
-        return {}
-    value = json.loads(content(path))
-    return value.get("_header", {}) if isinstance(value, dict) else {}
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file and empty folder below `folder` with a hash of its content; names of moments are made one."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = RESULT_NAME.sub("results_<time>.json", path.relative_to(folder).as_posix())
-        if path.is_file() or path.is_symlink():
-            found[name] = hashlib.sha256(content(path)).hexdigest() if path.is_file() else "link"
-        elif not any(path.iterdir()):
-            found[name + "/"] = ""
-    return found
-
-
-def temporary(name: str) -> bool:
-    """Whether a name says that a file is not finished."""
-    return bool(TEMPORARY.search(name))
-
-
-def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    """In words, how the tree `one` differs from the expected tree `other`."""
-    lines = [f"left over: {name}" for name in one.keys() - other.keys()]
-    lines += [f"missing: {name}" for name in other.keys() - one.keys()]
-    return sorted(lines + [f"differs: {name}" for name in one.keys() & other.keys() if one[name] != other[name]])
-
-
 # ---------------------------------------------------------------- commands that fail
 
 
@@ -275,8 +184,9 @@ class Forks:
 
     def __init__(self, logs: Path):
         self.logs = logs
+        environment = {**os.environ, "CPT_FIGURES": "" if LONG else "go through", "TMPDIR": str(logs)}
         with open(os.devnull) as nothing, (logs / "server.log").open("ab") as log:
-            self.connection = launch.connect({"env": {**os.environ, "TMPDIR": str(logs)}}, nothing, log, log)
+            self.connection = launch.connect({"env": environment}, nothing, log, log)
         self.connection.settimeout(None)
         self.requests, self.answers = self.connection.makefile("w"), self.connection.makefile("r")
 
@@ -372,18 +282,19 @@ class Bench:
 
     def _chain(self) -> None:
         make_world(self.case)
+        after = tree(self.case)
         for command in COMMANDS:
             before = self.folder / "before" / command.name
             shutil.copytree(self.case, before, symlinks=True)
-            inputs, size = tree(self.case), disk(self.case)
+            inputs, size = after, disk(self.case)
             report = self.logs / "watch.json"
             (done,) = self.forks.run([(command, {"kind": "watch", "report": str(report)})], self.case)
             if done.code:
                 raise RuntimeError(f"{command.name} failed unbroken ({done.code}):\n{done.output[-3000:]}")
-            seen = json.loads(report.read_text())
+            seen, after = json.loads(report.read_text()), tree(self.case)
             new = [path for path in self.case.rglob("*") if path.is_file() and _is_new(path, self.case, before)]
             self.known[command.name] = Known(
-                before, tree(self.case), inputs, _read(seen["read"], before), seen["changes"],
+                before, after, inputs, _read(seen["read"], before), seen["changes"],
                 disk(self.case) - size, max((path.stat().st_size for path in new), default=0), done.seconds,
                 {path.relative_to(self.case).as_posix(): found for path in new if (found := header(path))},
             )  # fmt: skip
@@ -428,11 +339,6 @@ class Bench:
         self.forks.close()
 
 
-def disk(folder: Path) -> int:
-    """Bytes of all files in blocks of 4096, and one for each folder."""
-    return sum(-(-path.stat().st_size // 4096) * 4096 if path.is_file() else 4096 for path in folder.rglob("*"))
-
-
 def _is_new(path: Path, now: Path, before: Path) -> bool:
     old = before / path.relative_to(now)
     return not old.is_file() or old.stat().st_mtime_ns != path.stat().st_mtime_ns
@@ -447,7 +353,9 @@ def _read(read: list[str], before: Path) -> list[str]:
 
 
 def new_folder() -> Path:
-    """A folder of our own that other users may pass through."""
-    folder = Path(tempfile.mkdtemp(prefix="cpt-faults-"))
+    """A folder of our own that other users may pass through; in memory where there is room, since it changes a lot."""
+    memory = Path("/dev/shm")
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**31
+    folder = Path(tempfile.mkdtemp(prefix="cpt-faults-", dir=memory if roomy else None))
     folder.chmod(0o755)
     return folder

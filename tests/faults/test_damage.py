@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import folders
 import harness
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_damaged_input_is_refused_or_used(bench, tally, name):
         file = draw.choice(files)
         damage = (cut, flip)[(number + harness.NAMES.index(name)) % 2]
         what = f"{file}: {damage(bench.case / file, draw)}"
-        before = harness.tree(bench.case)
+        before = folders.tree(bench.case)
         outcome = bench.run(name)
         now = bench.tree()
         if outcome.code:
@@ -64,7 +65,7 @@ def test_a_damaged_input_is_refused_or_used(bench, tally, name):
         changed = [other for other, value in known.inputs.items()
                    if known.after.get(other) == value and now.get(other) != before[other]]  # fmt: skip
         assert not changed, (what, changed)
-        new = [other for other in now if other not in before and not harness.temporary(other)]
+        new = [other for other in now if other not in before and not folders.temporary(other)]
         unlike = [other for other in new if not other.endswith("/") and now[other] != known.after.get(other)]
         if (
             damage is cut and file.endswith(BINARY) and Path(file).name not in SIDE
@@ -76,7 +77,7 @@ def test_a_damaged_input_is_refused_or_used(bench, tally, name):
         elif not unlike:
             tally[kind + "of no effect"] += 1
         elif all(
-            harness.header(bench.case / other) != known.headers[other] for other in unlike if other in known.headers
+            folders.header(bench.case / other) != known.headers[other] for other in unlike if other in known.headers
         ):
             tally[kind + "other results, and their headers show it"] += 1
         else:

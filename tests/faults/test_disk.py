@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 
+import folders
 import harness
 import pytest
 
@@ -47,14 +48,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(bench, small, tally, name):
         assert not bench.harm(name, now), (room, bench.harm(name, now), outcome.output[-1500:])
         if outcome.code:
             assert not outcome.refused(), (room, outcome.refused(), outcome.output[-1500:])
-            left = [file for file in now if harness.temporary(file) and not any(part in file for part in KEPT)]
+            left = [file for file in now if folders.temporary(file) and not any(part in file for part in KEPT)]
             assert not small or not left, (room, left)
             tally[kind] += 1
         if small:
             small.empty()
         rerun = bench.run(name, None, small)
         assert rerun.code == 0, (room, rerun.output[-1500:])
-        differs = harness.differences(bench.tree(small), known.after)
+        differs = folders.differences(bench.tree(small), known.after)
         assert not differs, (room, differs)
 
 
@@ -72,5 +73,5 @@ def test_a_failing_disk_is_one_line_and_harms_nothing(bench, tally, name):
             tally["failing disk (EIO from a change of the file system on)"] += 1
         rerun = bench.run(name)
         assert rerun.code == 0, (fault, rerun.output[-1500:])
-        differs = harness.differences(bench.tree(), known.after)
+        differs = folders.differences(bench.tree(), known.after)
         assert not differs, (fault, differs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import folders
 import harness
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_killed_command_leaves_nothing_half_finished_and_goes_on(bench, tally,
                 assert not harm, (what, again, harm)
             rerun = bench.run(name)
             assert rerun.code == 0 and "Traceback" not in rerun.output, (what, rerun.output[-2000:])
-            differs = harness.differences(bench.tree(), known.after)
+            differs = folders.differences(bench.tree(), known.after)
             assert not differs, (what, differs)
             killed += 1
             tally[NAMES_OF_KINDS[kind]] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import folders
 import harness
 import pytest
 
@@ -20,6 +21,6 @@ def test_two_of_the_same_leave_one_whole_result(bench, tally, name):
         for outcome in both:
             assert outcome.code == 0 or not outcome.refused(), (outcome.refused(), outcome.output[-1500:])
             assert "Traceback" not in outcome.output, outcome.output[-1500:]
-        differs = harness.differences(bench.tree(), bench.known[name].after)
+        differs = folders.differences(bench.tree(), bench.known[name].after)
         assert not differs, (differs, [outcome.output[-800:] for outcome in both])
         tally["the same command twice at once"] += 1
