@@ -406,9 +406,8 @@ def compare_seeds(args, output: Path) -> None:
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="set the results of these seeds side by side")
-    p.add_argument(
-        "-o", "--output", metavar="OUT", help="JSON to write; default: the study's arms.json; needed with --seeds"
-    )
+    text = "JSON to write; default: the study's arms.json; needed with --seeds"
+    p.add_argument("-o", "--output", metavar="OUT", help=text)
     evaluation.add_flags(p)
     sources.add_flags(p)
     cli.add_forward_flags(p, batch_size=None, device_map=True)

@@ -230,9 +230,8 @@ def build_parser():
     p.add_argument("studies", nargs="*", metavar="FILE", help="study files, instead of --study")
     text = "seeds whose results are there; default: the study's"
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help=text)
-    p.add_argument(
-        "-o", "--output", metavar="OUT", help="folder to write to, of several seeds or studies; default: the study's"
-    )
+    text = "folder to write to, of several seeds or studies; default: the study's"
+    p.add_argument("-o", "--output", metavar="OUT", help=text)
     return p
 
 

@@ -248,9 +248,8 @@ def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--output", metavar="OUT", help="HTML file; of several a folder; default: the study's report.html")
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="these seeds of the study, side by side")
-    p.add_argument(
-        "--beside", nargs="+", default=[], metavar="FILE", help="other study files, whose results stand beside"
-    )
+    text = "other study files, whose results stand beside"
+    p.add_argument("--beside", nargs="+", default=[], metavar="FILE", help=text)
     return p
 
 

@@ -398,7 +398,7 @@ def measure(run: over_run.OverRun, bench: Bench, wanted: list[Condition], facts:
         cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
     asked = facts | {"batch_size": bench.batch_size}
-    run.conditions(SCHEMA, asked, wanted, measured, write, ready, estimate=True)
+    run.changed(SCHEMA, asked, wanted, measured, write, ready)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,9 @@ UNNAMED = ("base", "target", "random", "matched")  # records that are no treatme
 
 def add_flag(p, treatment: str) -> None:
     """The flag --controls; `wanted` reads it. `treatment` says in its help what is compared with the random sets."""
-    p.add_argument(
-        "--controls",
-        nargs="?",
-        const="study",
-        type=_number_of_sets,
-        metavar="all|N",
-        help=f"compare {treatment} with random sets of its size: all of them where they are 300 or fewer (else 300), "
-        "or N seeded draws, and beside these the sets of its shape; without a value the study's `controls`, else all",
-    )
+    text = f"compare {treatment} with random sets of its size: all of them where they are 300 or fewer (else 300), or "
+    text += "N seeded draws, and beside these the sets of its shape; without a value the study's `controls`, else all"
+    p.add_argument("--controls", nargs="?", const="study", type=_number_of_sets, metavar="all|N", help=text)
 
 
 def _number_of_sets(text: str) -> str:

@@ -80,13 +80,13 @@ class OverRun:
             write({one["name"]: one["units"] for one in records}, request)
 
         wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in self.models.items()]
-        self.conditions(schema, facts, wanted, measured_one, write_all)
+        self.changed(schema, facts, wanted, measured_one, write_all, estimate=False)
 
-    def conditions(
+    def changed(
         self, schema: str, facts: dict, wanted: Sequence[Condition], measured: Callable[..., dict],
-        write: Callable[[list[dict], dict], None], ready: Callable | None = None, estimate: bool = False,
+        write: Callable[[list[dict], dict], None], ready: Callable | None = None, estimate: bool = True,
     ) -> None:  # fmt: skip
-        """Measure conditions of the models, which they name, and write the result (`conditions.measure`).
+        """Measure the models under conditions (`conditions.measure`), and write the result.
 
         Args:
             facts: what the numbers depend on beside models, seed, dtype, device and conditions.
