@@ -205,7 +205,7 @@ def test_a_limit_that_cuts_nothing_is_none(place):
 def test_two_files_of_one_language_are_refused(place):
     one, _ = write_ids(place, "ga")
     other, _ = write_ids(place, "gle_Latn")
-    with pytest.raises(InputError, match="ga and gle_Latn are one language; count one of their id files"):
+    with pytest.raises(InputError, match="ga and gle_Latn are one language; take one of their id files"):
         count("-i", str(one), str(other))
 
 
