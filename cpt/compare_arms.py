@@ -263,7 +263,7 @@ def table(payload: dict) -> str:
         row = [name, told(model["what"]) if is_arm else "", trained]
         for measure, value in model["values"].items():
             share = model["share"][measure] if is_arm else None
-            interval = f" ({share['value']:.2f} [{share['ci_low']:.2f}, {share['ci_high']:.2f}])" if share else ""
+            interval = f" ({stats.told(share, '.2f')})" if share else ""
             row.append(f"{value:.4f}" + (interval or " (no clear gain)" if is_arm else ""))
         rows.append(row)
     return results.markdown(["model", "arm", "trained", *(f"{m['label']}" for m in payload["measures"].values())], rows)

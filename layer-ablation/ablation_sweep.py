@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import cli, languages, sources
+from cpt_utils.base import cli, languages, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, tokenizer_id
@@ -297,7 +297,7 @@ def say(payload: dict) -> None:
         said, gain = f"{name}: {base['values'][name]:.4f} base, {target['values'][name]:.4f} checkpoint", row["gain"]
         if row["A"]:
             areas = f"area from the input {row['auc_in']:.2f}, from the output {row['auc_out']:.2f}"
-            said += f"; {areas}, A {_shown(row['A'])}"
+            said += f"; {areas}, A {stats.told(row['A'], '+.3f')}"
         elif gain["ci_low"] <= 0 <= gain["ci_high"]:
             said += "; that CPT changed it is not clear, so no share of the gain is given"
         cli.say(said)
@@ -309,12 +309,8 @@ def say(payload: dict) -> None:
         cli.say(
             f"{words}: none, {row['why']}"
             if row["value"] is None
-            else f"{words}: {_shown(row)} (above 0: perception early, production late)"
+            else f"{words}: {stats.told(row, '+.3f')} (above 0: perception early, production late)"
         )
-
-
-def _shown(row: dict) -> str:
-    return f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
 
 
 if __name__ == "__main__":

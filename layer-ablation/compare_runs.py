@@ -309,8 +309,7 @@ def main(argv=None) -> None:
     output, seeds = study.output(args.output, "--output", "runs"), args.seeds or [study.seed]
     if output.suffix != ".json":
         raise InputError(f"--output {output}: give the name of a JSON file")
-    if output.exists() and not args.overwrite and not results.read_json(output, SCHEMA, allow_limited=True)[1]:
-        raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another --output")
+    results.refuse_stranger(output, SCHEMA, args.overwrite, "another --output")
     read = of_runs(args, seeds, output) if runs else of_study(args, seeds)
     if read is None:
         return

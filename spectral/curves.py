@@ -217,12 +217,9 @@ def say(found: dict, words: dict[str, str], symbol: str) -> None:
     for curve, name in words.items():
         for measure, axes in found["largest"].get(curve, {}).items():
             row = axes["at"]
-            said = f"{name}, {evaluation.named(measure).label}: {symbol} {_shown(row)}"
-            cli.say(said + (f"; {KEPT:.0%} of the gain is kept up to {_shown(row['kept'])}" if row["kept"] else ""))
-
-
-def _shown(row: dict) -> str:
-    return f"{row['value']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+            said = f"{name}, {evaluation.named(measure).label}: {symbol} {stats.told(row, '.2f')}"
+            kept = f"; {KEPT:.0%} of the gain is kept up to {stats.told(row['kept'], '.2f')}" if row["kept"] else ""
+            cli.say(said + kept)
 
 
 # ---------------------------------------------------------------- the figure

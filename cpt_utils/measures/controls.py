@@ -278,10 +278,7 @@ def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict 
         label, gain = named(name).label, row["gain"]
         if gain and not gain["ci_low"] > 0:
             what = "CPT lost, and gained nothing" if gain["ci_high"] < 0 else "that CPT gained anything is not clear"
-            cli.say(
-                f"{label}: {what} ({gain['gain']:+.4f} [{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]), so no share "
-                "of it is given"
-            )
+            cli.say(f"{label}: {what} ({stats.told(gain, '+.4f', 'gain')}), so no share of it is given")
         interval = f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" if "ci_low" in row else ""
         shared = f" (with {row['n_equal']} others)" if row["n_equal"] else ""
         cli.say(
