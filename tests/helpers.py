@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -78,6 +81,32 @@ def load_script(path: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up while it is being executed
     spec.loader.exec_module(module)
     return module
+
+
+def killed(run: Callable[[], object], place, name: str, after: int) -> None:
+    """`run` in a fork that is killed when the function `name` of a module or class is called once more than that."""
+    child = os.fork()
+    if child == 0:
+        own, calls = getattr(place, name), itertools.count()
+
+        def deadly(*args, **kwargs):
+            if next(calls) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args, **kwargs)
+
+        setattr(place, name, deadly)
+        run()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def same_results(*paths: Path) -> dict:
+    """What results say that are the same but for when, how and by which code they were made."""
+    first, *others = (json.loads(path.read_text()) for path in paths)
+    for result in (first, *others):
+        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
+    assert all(other == first for other in others)
+    return first
 
 
 def nonlinearity(arch, model, layer: int):

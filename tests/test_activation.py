@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 
 import pytest
 import torch
-from helpers import load_script, save_tiny, tiny_tokenizer
+from helpers import killed, load_script, save_tiny, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -96,21 +95,9 @@ def test_finished_files_are_kept_and_others_refused(place, capsys):
         count("-i", str(path))
 
 
-def killed(argv: list[str], after: int) -> None:
+def killed_in_pass(argv: list[str], after: int) -> None:
     """Run the command in a child that is killed in the forward pass number `after`, each pass having been saved."""
-    child = os.fork()
-    if child == 0:
-        own, calls = ACTIVATION.Counter.add, iter(range(1000))
-
-        def deadly(self, ids):
-            if next(calls) == after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            own(self, ids)
-
-        ACTIVATION.Counter.add = deadly
-        ACTIVATION.main([*argv, "--save-every", "0"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: ACTIVATION.main([*argv, "--save-every", "0"]), ACTIVATION.Counter, "add", after)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -118,9 +105,9 @@ def test_killed_twice_gives_the_same_counts(place, capsys, dtype):
     path, _ = write_ids(place, n=1500)
     flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--dtype", dtype, "--batch-size", "2", "-i", str(path)]
     ACTIVATION.main([*flags, "-s", "unbroken"])
-    killed([*flags, "-s", "broken"], after=5)
+    killed_in_pass([*flags, "-s", "broken"], after=5)
     assert not os.path.exists("broken/tiny.ga.pt")
-    killed([*flags, "-s", "broken"], after=7)
+    killed_in_pass([*flags, "-s", "broken"], after=7)
     capsys.readouterr()
     ACTIVATION.main([*flags, "-s", "broken"])
     assert "blocks were counted before" in capsys.readouterr().out
@@ -135,7 +122,7 @@ def test_experts_routed_tokens_and_widths(place):
     save_tiny("qwen3_moe", "model", seed=1)
     path, ids = write_ids(place, n=700)
     flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--batch-size", "2", "-i", str(path)]
-    killed([*flags, "-s", "counts"], after=6)
+    killed_in_pass([*flags, "-s", "counts"], after=6)
     ACTIVATION.main([*flags, "-s", "counts"])
     found = results.read_tensors("counts/tiny.ga.pt")
     assert found["width"].tolist() == [96, 48, 96] and found["over_zero"].shape == (3, 96)
@@ -158,7 +145,7 @@ def test_two_processes_count_what_one_does(place):
     flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--batch-size", "2", "-i", str(path)]
     ACTIVATION.main([*flags, "-s", "one", "--device", "cpu"])
     # A run that one process began goes on with two.
-    killed([*flags, "-s", "two", "--device", "cpu"], after=4)
+    killed_in_pass([*flags, "-s", "two", "--device", "cpu"], after=4)
     launch("lsn/activation.py", *flags, "-s", "two")
     one, two = (results.read_tensors(f"{folder}/tiny.ga.pt") for folder in ("one", "two"))
     for key in ("over_zero", "snapshots", "snapshots_n"):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import bits, failed_gate, load_script, read_tensors, save_tiny
+from helpers import bits, failed_gate, killed, load_script, read_tensors, same_results, save_tiny
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -310,28 +308,13 @@ def test_controls_go_on_after_a_kill(study, capsys):
     """Killed after the second set, then run again: the same result as an unbroken run, measured sets not repeated."""
     flags = ["--controls", "2", "--measures", "nll"]
     FFN.main([*flags, "--output-dir", "unbroken"])
-    child = os.fork()
-    if child == 0:
-        own, count = evaluation.Test.on, iter(range(9))
-
-        def deadly(*args, **kwargs):
-            if next(count) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args, **kwargs)
-
-        evaluation.Test.on = deadly
-        FFN.main([*flags, "--output-dir", "out"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: FFN.main([*flags, "--output-dir", "out"]), evaluation.Test, "on", 3)
     assert not (study / "out" / "controls.json").exists()
     capsys.readouterr()
     FFN.main([*flags, "--output-dir", "out"])
     assert "3 of 13 sets were measured before" in capsys.readouterr().out
-    one, other = (json.loads((study / name / "controls.json").read_text()) for name in ("unbroken", "out"))
-    for result in (one, other):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == other
-    assert [row["name"] for row in one["sets"][2:6]] == [
+    found = same_results(study / "unbroken/controls.json", study / "out/controls.json")
+    assert [row["name"] for row in found["sets"][2:6]] == [
         "ffn_lsn_rich", "ffn_interface", "attention_lsn_rich", "attention_interface",
     ]  # fmt: skip
     assert (study / "unbroken" / "controls.pt").read_bytes() == (study / "out" / "controls.pt").read_bytes()
@@ -347,10 +330,7 @@ def test_two_processes_measure_what_one_does(study):
     for script, name in ((ATTENTION, "attn_int_swap"), (FFN, "ffn_lsn_swap")):
         script.main([*flags, f"{name}.one"])
         launch(f"component-swap/{name}.py", *flags, f"{name}.two")
-        one, two = (json.loads((study / f"{name}.{n}" / "controls.json").read_text()) for n in ("one", "two"))
-        for result in (one, two):
-            del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-        assert one == two
+        same_results(study / f"{name}.one/controls.json", study / f"{name}.two/controls.json")
         assert (study / f"{name}.one/controls.pt").read_bytes() == (study / f"{name}.two/controls.pt").read_bytes()
 
 
