@@ -19,7 +19,6 @@ Tiny: python steering/steer.py --study demo/tiny.yaml
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import math
@@ -54,7 +53,7 @@ CAPTIONS = {
         off with those of the new one at their mean.""",
 }
 WRITTEN = "production"  # what in_context calls the sentence of the target after that of the base
-ALPHAS, DRAWS, SENTENCES, SHOTS = (0.5, 1.0, 1.5, 2.0), 3, 100, 4
+ALPHAS, DRAWS, SENTENCES = (0.5, 1.0, 1.5, 2.0), 3, 100
 ESTIMATED = 500  # pairs at most that means are taken over
 
 
@@ -262,10 +261,7 @@ def sentences(pairs: sources.ParallelText, n_shots: int, n_scored: int, form: st
 
 def bench_from_arguments(args, study: Study, codes: dict[str, str]) -> tuple[Bench, dict]:
     """What is measured, and what a header says of it; before any model is loaded."""
-    pairs = sources.from_arguments(argparse.Namespace(**vars(args) | {"limit": None}), study, *codes.values())
-    trains = "pairs" if study.get("train.base") else "lines"
-    form = study.value(args.prompt, "--prompt", "ablation.prompt", trains)
-    n_shots = int(study.value(args.shots, "--shots", "ablation.shots", SHOTS))
+    pairs, form, n_shots = in_context.asked_for(args, study, codes)
     most = min(SENTENCES, len(pairs) // 2)
     n = min(int(study.value(args.sentences, "--sentences", "steering.sentences", most)), args.limit or len(pairs))
     bare, shots, estimate = sentences(pairs, n_shots, n, form, study.seed)
@@ -345,7 +341,7 @@ def build_parser():
     add("--draws", type=cli.positive, metavar="N", help=text)
     text = f"pairs to score; default: the study's steering.sentences, else {SENTENCES}, or half of them"
     add("--sentences", type=cli.positive, metavar="N", help=text)
-    text = f"pairs in the prompt that is not steered; default: the study's ablation.shots, else {SHOTS}"
+    text = f"pairs in the prompt that is not steered; default: the study's ablation.shots, else {in_context.SHOTS}"
     add("--shots", type=cli.positive, metavar="N", help=text)
     text = "sentences one after the other, or a line each; default: as in layer-ablation/"
     add("--prompt", choices=tuple(in_context.FORMS), help=text)
@@ -360,8 +356,6 @@ def main(argv=None) -> None:
     study = Study.find(args.study, args.seed, args.arm)
     run = over_run.OverRun.of(args, study, "steering", last=not args.steps)
     codes = evaluation.languages_from_arguments(args, study, {})
-    if not all(codes.values()):
-        raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
     bench, facts = bench_from_arguments(args, study, codes)
     draws = int(study.value(args.draws, "--draws", "steering.draws", DRAWS))
     neurons, file = neurons_from_arguments(args, run, codes, draws)
