@@ -12,12 +12,13 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -171,6 +172,36 @@ def save_tiny(model_type: str, folder: str | Path, seed: int = 0, dtype="float32
     elif new:
         _kept[asked] = None
     return folder
+
+
+def save_run(model_type: str, folder: str | Path, steps: Iterable[int], **more) -> list[Path]:
+    """Checkpoints of a run, the weights of each by its step."""
+    return [save_tiny(model_type, Path(folder) / f"checkpoint-{step}", seed=step, **more) for step in steps]
+
+
+def save_study(root: Path) -> Callable[[int], str]:
+    """A base and a run of 4 layers, 12 sentence pairs, 6 documents; returns what draws a line of so many words."""
+    save_tiny("llama", root / "base", seed=0, layers=4)
+    for step, seed in ((5, 1), (20, 2)):
+        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=seed, layers=4, shards=2)
+    draw = random.Random(0)
+    words = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri"]
+
+    def line(n: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(n))
+
+    for name, n, length in (("eng", 12, 4), ("qaa", 12, 4), ("heldout", 6, 9)):
+        (root / f"{name}.txt").write_text("".join(line(length) + "\n" for _ in range(n)))
+    return line
+
+
+def assert_drawn_again(stem: Path, draw: Callable[[], object]) -> None:
+    """`draw` writes the same figure as the one that is there, byte by byte."""
+    drawn = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
+    before = [figure.read_bytes() for figure in drawn]
+    assert all(len(figure) > 1000 for figure in before)
+    draw()
+    assert [figure.read_bytes() for figure in drawn] == before
 
 
 def put_tensors(folder: Path, **tensors) -> Path:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from helpers import killed, load_script, save_tiny, tiny_tokenizer
+from helpers import killed, load_script, save_run, save_tiny, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -42,8 +42,7 @@ def count(*more) -> dict:
 
 def test_of_a_run_the_last_checkpoint_is_counted(place):
     path, _ = write_ids(place)
-    for step in (10, 20):
-        save_tiny("llama", f"run/checkpoint-{step}", seed=step)
+    save_run("llama", "run", (10, 20))
     with pytest.raises(InputError, match="-m and --run name the same twice"):
         count("-i", str(path), "--run", "run")
     ACTIVATION.main(["--run", "run", "-n", "tiny", "-s", "counts", "--block-size", "32", "-i", str(path)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, load_script, save_tiny
+from helpers import ROOT, load_script, save_run, save_tiny
 from launch import SNAKEMAKE, shim
 
 from cpt_utils.base.errors import InputError
@@ -24,8 +24,7 @@ planning = check.planning
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     save_tiny("llama", root / "base")
-    for step in (5, 10, 20, 40):
-        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=step)
+    save_run("llama", root / "run", (5, 10, 20, 40))
     return root
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import bits, failed_gate, killed, load_script, read_tensors, same_results, save_tiny
+from helpers import bits, failed_gate, killed, load_script, read_tensors, same_results, save_run, save_study, save_tiny
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -36,14 +35,7 @@ NAMED = [
 def shared(tmp_path_factory):
     """A base and a run of 4 layers, 12 sentence pairs, 6 documents."""
     root = tmp_path_factory.mktemp("study")
-    save_tiny("llama", root / "base", seed=0, layers=4)
-    for step, seed in ((5, 1), (20, 2)):
-        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=seed, layers=4, shards=2)
-    draw = random.Random(0)
-    words = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri"]
-    for name, n, length in (("eng", 12, 4), ("qaa", 12, 4), ("heldout", 6, 9)):
-        lines = (" ".join(draw.choice(words) for _ in range(length)) for _ in range(n))
-        (root / f"{name}.txt").write_text("".join(line + "\n" for line in lines))
+    save_study(root)
     (root / "interface.json").write_text(json.dumps({"interface_layers": INTERFACE}))
     (root / "rich.json").write_text(json.dumps(RICH))
     return root
@@ -437,8 +429,7 @@ def test_outside_a_study_and_another_vocabulary(shared, tmp_path, monkeypatch, c
     payload, _ = results.read_json("alone/controls.json", allow_limited=True)
     assert [row["name"] for row in payload["sets"]] == ["base", "target", "attention_interface", "random"]
 
-    for step in (3, 4):
-        save_tiny("llama", tmp_path / "wide" / f"checkpoint-{step}", seed=step, layers=4, vocab_size=280)
+    save_run("llama", tmp_path / "wide", (3, 4), layers=4, vocab_size=280)
     arguments = attention(shared, "wider", *measured, "--layer-list", shared / "rich.json")
     arguments[arguments.index("--checkpoint-dir") + 1] = str(tmp_path / "wide")
     ATTENTION.main(arguments)

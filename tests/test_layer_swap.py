@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from helpers import failed_gate, killed, load_script, read_tensors, same_results, save_tiny
+from helpers import failed_gate, killed, load_script, read_tensors, same_results, save_study, save_tiny
 from launch import launch
 
 from cpt_utils.base import cli, results, sources, stats
@@ -30,18 +30,8 @@ LAYERS = {"interface_layers": [0, 3], "semantic_layers": [1, 2]}
 def shared(tmp_path_factory):
     """A base and a run of 4 layers, 12 sentence pairs, 6 documents, 9 task rows."""
     root = tmp_path_factory.mktemp("study")
-    save_tiny("llama", root / "base", seed=0, layers=4)
-    for step, seed in ((5, 1), (20, 2)):
-        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=seed, layers=4, shards=2)
+    line = save_study(root)
     (root / "layers.json").write_text(json.dumps(LAYERS))
-    draw = random.Random(0)
-    words = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri"]
-
-    def line(n):
-        return " ".join(draw.choice(words) for _ in range(n))
-
-    for name, n, length in (("eng", 12, 4), ("qaa", 12, 4), ("heldout", 6, 9)):
-        (root / f"{name}.txt").write_text("".join(line(length) + "\n" for _ in range(n)))
     choices = cli.sibling("lm_eval_sib200/generate.py").CHOICES
     rows = [f"{i}\t{choices[i % 7]}\t{line(3)}" for i in range(9)]
     (root / "task" / "qaa_Latn").mkdir(parents=True)
