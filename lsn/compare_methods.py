@@ -2,7 +2,8 @@
 
 No model is run: masks of lsn/identify.py --method M, and what lsn/deactivate.py --method M measured on each, one and the
 same causal test with random controls of equal size per layer and of equal activity, are set side by side. The method wins
-whose neurons hurt their own language most and the others least (selectivity), among those that hurt it at all.
+whose neurons hurt their own language most and the others least (selectivity), among those that hurt it at all: on one
+half of the documents, and how it does is told on the other.
 
 In:   of every method the mask, its report beside it, and the result of lsn/deactivate.py (default: the study's, of LAPE
       and of lsn.methods, else of those that were measured); masks of the base by the same methods, where there are some.
@@ -81,28 +82,43 @@ def controls_of(silenced: dict) -> dict[str, float]:
     return {lang: math.fsum(row[lang] for row in sets) / len(sets) for lang, sets in rows.items()}
 
 
-def best(selective: dict[str, dict]) -> dict:
+def best(chooses: dict[str, dict], reports: dict[str, dict]) -> dict:
     """The method whose neurons hurt their language most and the others least.
 
     Args:
-        selective: method -> its selectivity, as lsn/deactivate.py has it: `selectivity`, `ci_low`, `ci_high`,
-            `meaningful` (the language itself is hurt), `n_active`, `p_value_active`.
+        chooses: method -> its selectivity on the text that decides, as lsn/deactivate.py has it: `selectivity`,
+            `ci_low`, `ci_high`, `meaningful` (the language itself is hurt), `n_active`, `p_value_active`.
+        reports: the same on the text that all the rest is told on.
 
     Returns:
-        `method` (None where no method's neurons hurt their language), `clear` (its interval is above those of all other
-        methods) and `beyond_active` (it is more selective than neurons that fire as often; None where too few such sets
-        were drawn to say).
+        `method` (None where no method's neurons hurt their language), `reported` (its row of `reports`, by its name),
+        `clear` (by it they do so there, too, and its interval is above those of all other methods) and `beyond_active`
+        (there they are more selective than neurons that fire as often; None where too few such sets were drawn to say).
     """
-    harmful = {name: row for name, row in selective.items() if row["meaningful"]}
+    harmful = {name: row for name, row in chooses.items() if row["meaningful"]}
     if not harmful:
-        return {"method": None, "clear": False, "beyond_active": None}
+        return {"method": None, "clear": False, "beyond_active": None, "reported": {}}
     name = max(harmful, key=lambda one: harmful[one]["selectivity"])
-    rest = [row["ci_high"] for other, row in selective.items() if other != name]
-    n, p = (harmful[name][key] for key in ("n_active", "p_value_active"))
+    own, rest = reports[name], [row["ci_high"] for other, row in reports.items() if other != name]
+    n, p = (own[key] for key in ("n_active", "p_value_active"))
     return {
         "method": name,
-        "clear": all(high < harmful[name]["ci_low"] for high in rest),
+        "clear": own["meaningful"] and all(high < own["ci_low"] for high in rest),
         "beyond_active": p <= LEVEL if n and 1 / (1 + n) <= LEVEL else None,
+        "reported": {name: own},
+    }
+
+
+def chosen(silenced: dict[str, dict], halves: dict[str, dict | None], langs: list[str]) -> dict[str, dict]:
+    """The `best` of each language and `overall`, from the two halves of the documents, or twice from all of them where
+    the result of a method has no halves."""
+    parts = []
+    for half in ("chooses", "reports"):
+        rows = {name: own[half] for name, own in halves.items()} if all(halves.values()) else silenced
+        parts.append({name: row["selectivity"] | {"overall": row["overall"]} for name, row in rows.items()})
+    return {
+        lang: best(*({name: row[lang] for name, row in part.items() if lang in row} for part in parts))
+        for lang in (*langs, "overall")
     }
 
 
@@ -130,7 +146,6 @@ def against_base(found: Method) -> dict:
 def compare(found: dict[str, Method], langs: list[str], widths: list[int] | None) -> dict:
     """Everything the result says. `widths`: the neurons of each layer; None: not known, and no chance level."""
     silenced = {name: one.silenced for name, one in found.items()}
-    selective = {name: one["selectivity"] for name, one in silenced.items()}
     pairs = list(itertools.combinations(found, 2))
     agreed = {
         lang: {f"{a} and {b}": agreement(found[a].mask[lang], found[b].mask[lang], widths) for a, b in pairs}
@@ -139,6 +154,7 @@ def compare(found: dict[str, Method], langs: list[str], widths: list[int] | None
     counts = {
         name: {lang: [len(row) for row in one.mask[lang].values()] for lang in langs} for name, one in found.items()
     }
+    halves = {name: one.get("halves") for name, one in silenced.items()}
     stable = {name: (one.report.get("convergence") or {}).get("halves") for name, one in found.items()}
     return {
         "languages": langs,
@@ -153,13 +169,11 @@ def compare(found: dict[str, Method], langs: list[str], widths: list[int] | None
             name: {lang: others(row, lang) for lang, row in one["matrix"].items()} for name, one in silenced.items()
         },
         "controls": {name: controls_of(one) for name, one in silenced.items()},
-        "selectivity": selective,
+        "selectivity": {name: one["selectivity"] for name, one in silenced.items()},
         "overall": {name: one["overall"] for name, one in silenced.items()},
         "activity": {name: one.get("activity") for name, one in silenced.items()},
-        "best": {
-            **{lang: best({name: rows[lang] for name, rows in selective.items() if lang in rows}) for lang in langs},
-            "overall": best({name: one["overall"] for name, one in silenced.items()}),
-        },
+        "halves": halves if all(halves.values()) else None,
+        "best": chosen(silenced, halves, langs),
         "base": {name: against_base(one) for name, one in found.items() if one.base},
     }
 
@@ -200,6 +214,11 @@ def main(argv=None) -> None:
     n_layers, width = head["n_layers"], head["ffn_width"]
     whole = next(iter(found.values())).report["n_neurons"] == n_layers * width
     payload = compare(found, langs, [width] * n_layers if whole else None)
+    if whole_text := [str(files[name][1]) for name, one in found.items() if not one.silenced.get("halves")]:
+        cli.warn(
+            f"{' and '.join(whole_text)}: no halves of the documents (a single one, or an earlier result: run "
+            "lsn/deactivate.py --overwrite); the winner is chosen on the text that it is told on, which flatters it"
+        )
     shown.draw(output.with_suffix(""), payload)
     results.write_text(output.with_suffix(".md"), shown.table(payload))
     facts = {"models": head["models"], "n_layers": n_layers, "ffn_width": width, "languages": head["languages"]}

@@ -10,7 +10,7 @@ In:   MODEL (default: the last checkpoint of the study's run), --mask_file of ls
       default the study's): text that stands in both is left out, so that the two are disjoint. How often neurons fire is
       read from the counts of lsn/activation.py (--activation; default the study's).
 Out:  OUT (default: the study's lsn/deactivate.json): `unmasked`, `matrix`, `diagonal`, `selectivity` with interval and
-      p, `random`, `active`; a heat map beside it.
+      p, `random`, `active`, `halves` of the documents; a heat map beside it.
 
 A killed run goes on with the next set. On several GPUs: accelerate launch lsn/deactivate.py ...; each process measures
 whole sets, and the numbers are the same.
@@ -94,25 +94,13 @@ def deactivations(
     return found
 
 
-@dataclass(frozen=True)
-class Loss:
-    """NLL in nats and scored tokens of every document of a language."""
-
-    nll: list[float]
-    tokens: list[int]
-
-    @property
-    def mean(self) -> float:
-        """Mean NLL per token."""
-        return math.fsum(self.nll) / sum(self.tokens)
-
-
-def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int | None) -> dict[str, list]:
-    """The `scoring.TextScore` of every document, by language."""
+def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int | None) -> dict[str, dict]:
+    """`nll` in nats and scored `tokens` of every document, by language."""
     found = {}
     for lang, documents in texts.items():
         contexts, own = zip(*documents, strict=True)
-        found[lang] = scoring.text_nlls(model, tokenizer, list(own), batch_size, list(contexts))
+        scores = scoring.text_nlls(model, tokenizer, list(own), batch_size, list(contexts))
+        found[lang] = {"nll": [s.nll for s in scores], "tokens": [s.tokens for s in scores]}
     return found
 
 
@@ -139,19 +127,20 @@ def resampled(changes: dict, tokens: dict, seed: int, draws: int = 2000) -> dict
 
 
 def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
-    """Everything the result says, from the record of each of `deactivations`.
+    """Everything the result says but `halves`, from the record of each of `deactivations`.
 
     Their `losses` are: evaluated -> {"nll": [documents], "tokens": [documents]}.
     """
     silenced = [record for record in records if record.get("name") != "active"]
     by = {(record["lang"], record["number"]): record["losses"] for record in silenced}
-    plain = {e: Loss(**by[None, None][e]) for e in languages_}
+    plain = by[None, None]
+    tokens = {e: sum(plain[e]["tokens"]) for e in languages_}
 
     def per_document(losses: dict) -> dict[str, list[float]]:
-        return {e: [a - b for a, b in zip(losses[e]["nll"], plain[e].nll, strict=True)] for e in languages_}
+        return {e: [a - b for a, b in zip(losses[e]["nll"], plain[e]["nll"], strict=True)] for e in languages_}
 
     def means(changes: dict[str, list[float]]) -> dict[str, float]:
-        return {e: math.fsum(changes[e]) / sum(plain[e].tokens) for e in languages_}
+        return {e: math.fsum(changes[e]) / tokens[e] for e in languages_}
 
     def sets(drawn: list[dict]) -> dict[str, list[dict]]:
         ordered = sorted((r for r in drawn if r["number"] is not None), key=lambda r: r["number"])
@@ -159,7 +148,7 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
 
     changes = {d: per_document(by[d, None]) for d in languages_ if (d, None) in by}
     matrix = {d: means(row) for d, row in changes.items()}
-    draws = resampled(changes, {e: plain[e].tokens for e in languages_}, seed)
+    draws = resampled(changes, {e: plain[e]["tokens"] for e in languages_}, seed)
     random, active = sets(silenced), sets([record for record in records if record.get("name") == "active"])
     intervals = {
         d: {e: [float(q) for q in np.quantile(draws[d][e], (0.025, 0.975))] for e in languages_} for d in matrix
@@ -168,9 +157,9 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
     rows, overall = places(matrix, draws, random, active, own_text)
     return {
         "languages": languages_,
-        "unmasked": {e: plain[e].mean for e in languages_},
-        "tokens": {e: sum(plain[e].tokens) for e in languages_},
-        "documents": {e: len(plain[e].tokens) for e in languages_},
+        "unmasked": {e: math.fsum(plain[e]["nll"]) / tokens[e] for e in languages_},
+        "tokens": tokens,
+        "documents": {e: len(plain[e]["tokens"]) for e in languages_},
         "matrix": matrix,
         "intervals": intervals,
         "diagonal": own_text,
@@ -179,6 +168,22 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
         "random": random,
         "active": active if any(active.values()) else None,
     }
+
+
+def halves(records: list[dict], languages_: list[str], seed: int) -> dict | None:
+    """`selectivity` and `overall` on the documents 0, 2, .. (`chooses`) and on 1, 3, .. (`reports`) of each language:
+    what is best is chosen on other text than it is told on. None where a half of a language has no tokens."""
+    found = {}
+    for part, name in enumerate(("chooses", "reports")):
+        own = [
+            one | {"losses": {e: {key: row[key][part::2] for key in row} for e, row in one["losses"].items()}}
+            for one in records
+        ]
+        if not all(sum(row["tokens"]) for row in own[0]["losses"].values()):
+            return None
+        whole = summarize(own, languages_, seed)
+        found[name] = {key: whole[key] for key in ("selectivity", "overall")}
+    return found
 
 
 def diagonal(harm: float, low: float, high: float) -> dict:
@@ -193,7 +198,8 @@ def diagonal(harm: float, low: float, high: float) -> dict:
 
 def places(matrix: dict, draws: dict, random: dict, active: dict, own_text: dict) -> tuple[dict, dict]:
     """The selectivity of each language, and their mean: interval, place among both kinds of control, `meaningful`."""
-    own, resampled_own = selectivity(matrix), selectivity_draws(draws)
+    own = selectivity(matrix)
+    resampled_own = {d: row[d] - sum(row[e] for e in row if e != d) / (len(row) - 1) for d, row in draws.items()}
     chance, as_active = (
         {d: [selectivity({d: row})[d] for row in rows] for d, rows in sets.items()} for sets in (random, active)
     )
@@ -212,11 +218,6 @@ def places(matrix: dict, draws: dict, random: dict, active: dict, own_text: dict
     rows = {d: place(own[d], resampled_own[d], chance[d], as_active[d], [own_text[d]]) for d in matrix}
     mean, drawn = math.fsum(own.values()) / len(own), sum(resampled_own.values()) / len(resampled_own)
     return rows, place(mean, drawn, means(chance), means(as_active), list(own_text.values()))
-
-
-def selectivity_draws(draws: dict) -> dict:
-    """`selectivity` of every bootstrap sample: deactivated -> float64 [draws]."""
-    return {d: row[d] - sum(v for e, v in row.items() if e != d) / (len(row) - 1) for d, row in draws.items()}
 
 
 def among_random(own: float, others: list[float]) -> dict:
@@ -287,16 +288,16 @@ def main(argv=None) -> None:
         return loading.load_for(process, ref, dtype)
 
     def measured(model, what: Condition) -> dict:
-        scores = losses(model, tokenizer, texts, args.batch_size)
-        found = {e: {"nll": [s.nll for s in row], "tokens": [s.tokens for s in row]} for e, row in scores.items()}
+        found = losses(model, tokenizer, texts, args.batch_size)
         if not all(math.isfinite(value) for row in found.values() for value in row["nll"]):
             raise InputError(f"{ref.spec}: the loss with {what.name} deactivated is not finite; try --dtype float32")
         return {"losses": found}
 
     def write(records: list[dict], request: dict) -> None:
-        payload = summarize(records, list(neurons.own), study.seed) | {"left_out": left_out}
+        langs = list(neurons.own)
+        payload = summarize(records, langs, study.seed) | {"halves": halves(records, langs, study.seed)}
         payload["n_neurons"] = {lang: sum(map(len, own.values())) for lang, own in neurons.own.items()}
-        payload["activity"] = activity(wanted, rates) if rates else None
+        payload |= {"activity": activity(wanted, rates) if rates else None, "left_out": left_out}
         head = results.header(
             SCHEMA, models={"model": ref.describe()}, n_layers=len(neurons.widths), ffn_width=max(neurons.widths),
             mask=mask_file, languages={lang: languages.canonical(lang, any_tag=True) for lang in neurons.own},

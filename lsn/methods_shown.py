@@ -86,15 +86,15 @@ def _harm(axis, at: int, look: dict, found: dict, name: str, lang: str) -> None:
 
 
 def say(found: dict) -> None:
-    """Print, of each language and of all, whose neurons matter."""
+    """Print, of each language and of all, whose neurons matter, and how on the documents that did not choose them."""
     for lang, row in found["best"].items():
         of = "all languages together" if lang == "overall" else lang
         if row["method"] is None:
             hurt = "every language" if lang == "overall" else "it"
             cli.say(f"{of}: no method's neurons hurt {hurt} when they are silenced")
             continue
-        own = found["overall"][row["method"]] if lang == "overall" else found["selectivity"][row["method"]][lang]
+        own = row["reported"][row["method"]]
         text = f"selectivity {own['selectivity']:+.4f} [{own['ci_low']:+.4f}, {own['ci_high']:+.4f}]"
-        sure = "above all others" if row["clear"] else "intervals of others overlap"
+        sure = "clearly above all others" if row["clear"] else "not clearly above all others"
         active = {None: "", True: "; more than neurons as active", False: "; no more than neurons as active"}
         cli.say(f"{of}: {WORDS.get(row['method'], row['method'])}, {text}, {sure}{active[row['beyond_active']]}")

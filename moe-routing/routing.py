@@ -23,7 +23,7 @@ from cpt_utils.base import cli, figures, languages, results, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, refs
+from cpt_utils.checkpoints import refs
 from cpt_utils.measures import over_run
 from cpt_utils.models import batching, loading, routers
 
@@ -287,7 +287,8 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    models = models_of(args, study)
+    run = over_run.OverRun.of(args, study, "routing")
+    layers = layers_of(run.models)
     codes = {side: study.value(getattr(args, f"{side}_lang"), f"--{side}-lang", f"languages.{side}") for side in SIDES}
     pairs = sources.from_arguments(args, study, *codes.values())
     cli.say(pairs.summary())
@@ -295,9 +296,6 @@ def main(argv=None) -> None:
     sides = [[texts[i] for i in alone] for texts in (pairs.base, pairs.target)]
     if len(alone) < len(pairs):
         cli.say(f"{len(pairs) - len(alone)} pairs with a sentence that stood before are left out")
-    other = beside.name(study, args.base, args.run, args.steps, args.limit)
-    output = study.output(args.output, "--output", "routing", other)
-
     facts = {f"{side}_lang": languages.canonical(code, any_tag=True) for side, code in codes.items()}
     facts |= {"data": pairs.describe(), "n_used": len(alone), "n_available": pairs.n_available}
     facts |= {"limit": pairs.facts["limit"]}
@@ -307,54 +305,39 @@ def main(argv=None) -> None:
         return summarize([routed(model, arch, tokenizer, texts, args.batch_size) for texts in sides], study.seed)
 
     def write_all(units: dict[str, dict], request: dict) -> None:
-        records, layers = [{"name": name, **found} for name, found in units.items()], layers_of(models[BASE])
+        records = [{"name": name, **found} for name, found in units.items()]
         payload = {"languages": codes, "checkpoints": payload_of(records, layers, codes)}
-        write(output, payload, records, layers, facts | {key: request[key] for key in ("seed", "dtype")}, request)
+        write(run.output, payload, records, layers, over_run.header_facts(request, *facts))
 
-    over = over_run.OverRun(args, study, models, output)
-    over.measure(SCHEMA, facts | {"batch_size": args.batch_size}, measured, write_all)
+    run.measure(SCHEMA, facts | {"batch_size": args.batch_size}, measured, write_all)
 
 
-def models_of(args, study: Study) -> dict[str, refs.ModelRef]:
-    """Base and checkpoints by name; before anything is looked over or loaded.
+def layers_of(models: dict[str, refs.ModelRef]) -> list[int]:
+    """The layers that have experts, in all models the same; told before any is loaded.
 
     Raises:
         InputError: a model that has no experts, or others than the base.
     """
-    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
-    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
-    shapes = {ref.spec: (layers_of(ref), archs.for_config(ref.config()).experts(ref.config(), layers_of(ref)[0]))
-              for ref in models.values()}  # fmt: skip
-    for spec, shape in shapes.items():
-        if shape != shapes[models[BASE].spec]:
-            raise InputError(f"{spec} has other experts than {models[BASE].spec}: they are not a pair")
-    return models
+    shapes = []
+    for ref in models.values():
+        arch = archs.for_config(ref.config())
+        layers = routers.layers_with(arch, ref.config())
+        if not layers:
+            raise InputError(f"{ref.spec} is a {arch.model_type} without experts, so that nothing is routed in it")
+        shapes.append((layers, arch.experts(ref.config(), layers[0])))
+        if shapes[-1] != shapes[0]:
+            raise InputError(f"{ref.spec} has other experts than {models[BASE].spec}: they are not a pair")
+    return shapes[0][0]
 
 
-def layers_of(ref: refs.ModelRef) -> list[int]:
-    """The layers of a model that have experts.
-
-    Raises:
-        InputError: none has.
-    """
-    arch = archs.for_config(ref.config())
-    layers = routers.layers_with(arch, ref.config())
-    if not layers:
-        raise InputError(f"{ref.spec} is a {arch.model_type} without experts, so that nothing is routed in it")
-    return layers
-
-
-def write(output: Path, payload: dict, records: list[dict], layers: list[int], facts: dict, request: dict) -> None:
+def write(output: Path, payload: dict, records: list[dict], layers: list[int], facts: dict) -> None:
     """Everything that is written, the JSON last."""
     draw(output.with_suffix(""), payload)
     tensors = {f"{key}.{one['name']}": torch.tensor(one[key], dtype=torch.float64)
                for one in records for key in ("share", "use", "p")}  # fmt: skip
     results.write_tensors(output.with_suffix(".pt"), tensors)
-    described = dict(request["models"])
-    models = {BASE: described.pop(BASE), "checkpoints": described}
     top_k = round(sum(records[0]["use"][0][0]))  # experts of a token
-    head = results.header(SCHEMA, models=models, layers=layers, top_k=top_k, **facts, request=request)
-    results.write_json(output, payload, head)
+    results.write_json(output, payload, results.header(SCHEMA, layers=layers, top_k=top_k, **facts))
     for name, model in payload["checkpoints"].items():
         said = " ".join(f"{n} experts are used more in {code}," for code, n in model["n_experts"].items())
         shown = "divergence {value:.4f} [{ci_low:.4f}, {ci_high:.4f}]".format(**model["divergence"])

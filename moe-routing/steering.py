@@ -23,14 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, figures, languages, processes, results, stats
+from cpt_utils.base import cli, figures, languages, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, relatives, tokenization, tokenizer_id
+from cpt_utils.checkpoints import relatives
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions
-from cpt_utils.models import loading, routers
+from cpt_utils.measures import over_run
+from cpt_utils.models import routers
 
 routing = cli.sibling("moe-routing/routing.py")
 language_loss = cli.sibling("language-loss/language_loss.py")
@@ -46,6 +46,7 @@ CAPTIONS = {
         them, and more than with either control.""",
 }
 STRENGTH, RANDOM = 1.0, 5
+NO_EXPERT = "No expert is used more in one language than in the other: there is nothing to steer."
 Experts = dict[int, list[int]]  # layer -> experts
 
 
@@ -148,6 +149,12 @@ def by_way(rows: dict) -> list[tuple[str, dict]]:
 def draw(path: Path, payload: dict) -> None:
     """A column for each model, a row for each language of the text; a bar for each way and language of the experts."""
     models = payload["steered"]
+    if not any(models.values()):
+        with figures.style() as plt:
+            fig = plt.figure(figsize=(figures.PAGE, 0.8))
+            fig.text(0.5, 0.5, NO_EXPERT, ha="center", va="center")
+            figures.save(fig, path)
+        return
     texts = list(next(iter(payload["unsteered"].values())))
     with figures.style() as plt:
         fig, axes = plt.subplots(
@@ -168,6 +175,8 @@ def draw(path: Path, payload: dict) -> None:
 def bars(axis, cells: dict[str, dict]) -> None:
     """The change of each way with its interval, beside it those of the controls."""
     axis.axhline(0, color="0.6", linewidth=0.6)
+    if not cells:
+        axis.text(0.5, 0.6, "no expert", ha="center", transform=axis.transAxes)
     places, own = range(len(cells)), list(cells.values())
     means = np.array([cell["mean"] for cell in own])
     ends = [means - [cell["ci_low"] for cell in own], [cell["ci_high"] for cell in own] - means]
@@ -186,63 +195,41 @@ def bars(axis, cells: dict[str, dict]) -> None:
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("--base", metavar="B", help="base model; default: the study's base")
-    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints, of which the last; default: the study's run")
     add("--routing", metavar="F", help="result of moe-routing/routing.py; default: the study's")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
     text = f"standard deviations by which soft raises logits; default: the study's routing.strengths, else {STRENGTH}"
     add("--strengths", nargs="+", type=float, metavar="X", help=text)
     text = f"random sets of experts, and at most as many shifts; default: the study's routing.random, else {RANDOM}"
     add("--random", type=cli.positive, metavar="N", help=text)
-    add("--output", metavar="OUT", help="JSON to write; default: the study's moe-routing/steering.json")
-    cli.add_run_flags(p)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    over_run.add_flags(p, RESULTS["router_steering"], part=", of which the last", drop=False)
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    models = routing.models_of(args, study)
-    opening.look_over(models.values())
-    homes = beside.run_asked_for(study, args.run), models[routing.BASE]
-    last = list(models)[-1]
-    models = {name: models[name] for name in (routing.BASE, last)}
-    layers, arch = routing.layers_of(models[last]), archs.for_config(models[last].config())
+    run = over_run.OverRun.of(args, study, "router_steering", last=True)
+    layers, config = routing.layers_of(run.models), run.models[routing.BASE].config()
+    arch = archs.for_config(config)
     file = study.input(args.routing, "--routing", "routing")
-    experts = experts_of(file, models, layers)
+    experts = experts_of(file, run.models, layers)
     texts, facts = language_loss.heldout(args, study)
     strengths = [*dict.fromkeys(study.value(args.strengths, "--strengths", "routing.strengths", [STRENGTH]))]
     if not all(map(math.isfinite, strengths)):
         raise InputError("--strengths: give finite numbers")
     n_random = int(study.value(args.random, "--random", "routing.random", RANDOM))
-    other = beside.name(study, args.base, args.run, args.steps, args.limit, last=True)
-    output = study.output(args.output, "--output", "router_steering", other)
 
-    process, dtype = processes.from_arguments(args, study)
-    request = {
-        "models": {name: ref.describe() for name, ref in models.items()},
-        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
-        **facts, "experts": experts, "seed": study.seed, "dtype": str(dtype).removeprefix("torch."),
-        "device": process.device.type, "batch_size": args.batch_size,
-    }  # fmt: skip
+    def measured(model, one: Condition, tokenizer) -> dict:
+        losses = language_loss.losses(model, run.models[one.of], tokenizer, texts, args.batch_size)
+        return {"units": losses}
 
-    def load(name: str):
-        return loading.load_for(process, models[name], dtype)
-
-    def measured(model, one: Condition) -> dict:
-        tokenizer = tokenization.load_tokenizer(models[one.of], *homes)
-        return {"units": language_loss.losses(model, models[one.of], tokenizer, texts, args.batch_size)}
-
-    n_experts = arch.experts(models[last].config(), layers[0])
+    n_experts = arch.experts(config, layers[0])
     wanted = [
-        one for name in models
+        one for name in run.models
         for one in wanted_of(name, arch, experts[name], layers, n_experts, strengths, n_random, study.seed)
     ]  # fmt: skip
-    conditions.measure(
-        output, SCHEMA, request, wanted, load, measured, functools.partial(write, output, texts, file), process,
-        args.overwrite, "another --output", estimate=True,
-    )  # fmt: skip
+    facts |= {"experts": experts, "batch_size": args.batch_size}
+    run.changed(SCHEMA, facts, wanted, measured, functools.partial(write, run.output, texts, file))
 
 
 def experts_of(file: Path, models: dict, layers: list[int]) -> dict[str, dict[str, Experts]]:
@@ -267,8 +254,6 @@ def experts_of(file: Path, models: dict, layers: list[int]) -> dict[str, dict[st
         for code, own in found[name].items():
             if not own:
                 cli.warn(f"{ref.spec} has no experts that it uses more in {code}: nothing to steer there")
-    if not any(own for experts in found.values() for own in experts.values()):
-        raise InputError(f"{file} found no expert that either language uses more: there is nothing to steer")
     return found
 
 
@@ -279,13 +264,13 @@ def write(output: Path, texts: dict, file: Path, records: list[dict], request: d
         for one in records if one["name"] == "none"
     }  # fmt: skip
     payload = {"unsteered": unsteered, "steered": summarize(records, request["seed"])}
+    if not any(payload["steered"].values()):
+        payload["finding"] = "no expert"
+        cli.say(NO_EXPERT)
     draw(output.with_suffix(""), payload)
-    described = dict(request["models"])
-    models = {routing.BASE: described.pop(routing.BASE), "checkpoints": described}
-    facts = {key: request[key] for key in ("heldout", "lines", "limit", "seed", "dtype", "device")}
     names = {lang: languages.canonical(lang, any_tag=True) for lang in texts}
-    head = results.header(SCHEMA, models=models, languages=names, routing=file, **facts, request=request)
-    results.write_json(output, payload, head)
+    facts = over_run.header_facts(request, "heldout", "lines", "limit")
+    results.write_json(output, payload, results.header(SCHEMA, languages=names, routing=file, **facts))
     for name, rows in payload["steered"].items():
         for way, row in by_way(rows):
             changes = (f"{lang} {cell['mean']:+.4f} (random {cell['random_mean']:+.4f})" for lang, cell in row.items())

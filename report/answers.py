@@ -330,16 +330,20 @@ def bigram(found: Found) -> str:
 
 
 def lsn_methods(found: Found) -> str:
-    rows = [row for row in found.at("selectivity/selectivity") if found.target(row)]
-    if not rows:
-        return ""
-    ahead = max(rows, key=lambda row: row["value"])
-    rest = [row for row in rows if row is not ahead]
-    clear = bool(rest) and all(apart(ahead, row) > 0 for row in rest)
-    harm = {1: "", -1: " (which is below 0)", 0: " (not clearly above 0)"}[side(ahead)]
+    def of(measure: str) -> list[dict]:
+        return [row for row in found.at(f"{measure}/selectivity") if found.target(row)]
+
+    ahead, halves = next(iter(of("reported")), None), of("reports/selectivity")
+    if not ahead:
+        none = "On the half of the text that chooses, no method finds neurons whose silencing harms the new language."
+        return none if halves else ""
+    rest = [row for row in halves or of("selectivity") if row["condition"] != ahead["condition"]]
+    clear = bool(rest) and side(ahead) > 0 and all(apart(ahead, row) > 0 for row in rest)
+    harm = {1: "", -1: " (its selectivity is below 0)", 0: " (its selectivity is not clearly above 0)"}[side(ahead)]
+    where = "half of the text, and on the other half" if halves else "the text, and on the same text"
     return (
-        f"For the new language the neurons of {ahead['condition']} are {'clearly ' * clear}the most selective{harm}"
-        f"{'' if clear else ', not clearly ahead of all others'}."
+        f"For the new language the neurons of {ahead['condition']} are the most selective on {where} "
+        f"{'' if clear else 'not '}clearly ahead of all others{harm}."
     )
 
 
@@ -368,7 +372,8 @@ def routing(found: Found) -> str:
 def router_steering(found: Found) -> str:
     own, random, _ = found.numbers
     if not own:
-        return ""
+        none = not any(row["measure"] == "change" for row in found.rows)
+        return "No expert is used more in one language than in the other: there is nothing to steer." if none else ""
     worse = {1: "is predicted worse", -1: "is predicted better", 0: "is not clearly predicted worse"}[side(own)]
     more = random and f", {'more' if own['value'] > random['value'] else 'no more'} than without random ones on average"
     return f"Without its experts the new language {worse}{more or ''}."

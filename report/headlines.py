@@ -294,9 +294,10 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("the latter with random neurons, mean", "selectivity/random_mean", {"condition": TARGET}),
     ),
     "lsn_methods": (
-        Spec("selectivity of the most selective method, new language", "selectivity/selectivity", {"language": TARGET},
-             "max"),
-        Spec("the same of LAPE", "selectivity/selectivity", {"language": TARGET, "condition": "lape"}),
+        Spec("selectivity of the most selective method, chosen on the other half of the text, new language",
+             "reported/selectivity", {"language": TARGET}, "max"),
+        Spec("the same of LAPE, on all of the text", "selectivity/selectivity",
+             {"language": TARGET, "condition": "lape"}),
         Spec("least agreement of two methods (Jaccard)", "agreement/jaccard", {"language": TARGET}, "min"),
     ),
     "lsn_activation": (

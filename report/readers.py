@@ -82,7 +82,7 @@ READERS: dict[str, list] = {
     "deactivation": [
         "{also:matrix}/{condition}/{language}", "{measure:random|active}/{condition}/{also}/{language}",
         "{measure:unmasked|tokens|documents}/{language}", "{measure:n_neurons|left_out}/{condition}",
-        "{measure:activity|selectivity|diagonal}/{condition}/{also:.+}",
+        "{measure:activity|(?:halves/\\w+/)?selectivity|diagonal}/{condition}/{also:.+}",
     ],
     "downstream_correlation": [
         ("values/{step}/{component:interface|semantic_hub}_avg", ABS), "values/{step}/{measure}",
@@ -107,6 +107,8 @@ READERS: dict[str, list] = {
     "lsn-layers": [("counts/{layer}", {"measure": "neurons"})],
     "lsn-methods": [
         "{measure:agreement}/{language}/{condition}/{also}", "{measure:overall|classes|base}/{condition}/{also:.+}",
+        "best/{measure:overall/reported}/{condition}/{also}", "best/{language}/{measure:reported}/{condition}/{also}",
+        "halves/{condition}/{measure:\\w+/selectivity}/{language}/{also:.+}", "halves/{condition}/{measure}",
         ("by_layer/{condition}/{language}/{layer}", {"measure": "neurons"}),
         "{measure:\\w+}/{condition}/{language}/{also:.+}", "{measure:\\w+}/{condition}/{language}",
     ],

@@ -8,7 +8,7 @@ off and those of the target at their mean (LAPE), and a prompt that shows transl
 
 In:   B and RUN (default: the study's base and the last checkpoint of its run; --steps: these checkpoints), parallel
       sentences, and for the neurons MASK (default: the study's).
-Out:  OUT (default: the study's steering/steering.json): `sweep`, `whole`, `best`, `beyond`, `directions`, `samples`;
+Out:  OUT (default: the study's steering/steering.json): `sweep`, `whole`, `best`, `beyond`, `residual`, `samples`;
       beside it .pt (every sentence) and a figure.
 
 A killed run goes on with the next condition. On several GPUs: accelerate launch steering/steer.py ...

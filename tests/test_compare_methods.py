@@ -44,7 +44,9 @@ def write(method: str, seed: int, tag: str = "demo", langs=LANGS, **facts) -> di
     results.write_json(path.with_suffix(".report.json"), report, results.header("lsn-report", **head))
     if tag == "demo":
         changes = {d: dict.fromkeys(LANGS, 0.0) | HARM[method][d] for d in LANGS}
-        payload = deactivate.summarize(records_of(changes), list(LANGS), 0) | {"activity": None}
+        records = records_of(changes)
+        payload = deactivate.summarize(records, list(LANGS), 0) | {"activity": None}
+        payload["halves"] = deactivate.halves(records, list(LANGS), 0)
         about = {"request": {"masks": mask}, "models": head["models"]}
         place = masks.of_method(Path("results/lsn/deactivate.json"), method)
         results.write_json(place, payload, results.header("deactivation", **about))
@@ -95,7 +97,7 @@ def test_numbers_are_those_of_plain_loops(compared, capsys):
     assert found["base"]["ternary"]["change_of_general"] == [4 - 9, 0, 0] and list(found["base"]) == ["ternary"]
     assert head["models"]["model"]["spec"] == "run/checkpoint-30"
     said = capsys.readouterr().out
-    assert "en: ternary, selectivity +0.9000" in said and "above all others" in said
+    assert "en: ternary, selectivity +0.9000" in said and "clearly above all others" in said
     table = Path("results/lsn/methods.md").read_text()
     assert "| ga | average precision | 18 | 0.50 | +0.2000 [" in table and "| en | lape and ap |" in table
     assert Path("results/lsn/methods.png").stat().st_size > 2000
@@ -128,6 +130,9 @@ def test_all_languages_together_have_a_winner_where_each_is_hurt(compared, capsy
     assert "sw: no method's neurons hurt it" in said
 
 
+KEYS = ("selectivity", "ci_low", "ci_high", "meaningful", "n_active", "p_value_active")
+
+
 @pytest.mark.parametrize(
     "rows_of, expected",
     [
@@ -138,9 +143,60 @@ def test_all_languages_together_have_a_winner_where_each_is_hurt(compared, capsy
     ],
 )  # fmt: skip
 def test_the_winner_hurts_its_own_language(rows_of, expected):
-    keys = ("selectivity", "ci_low", "ci_high", "meaningful", "n_active", "p_value_active")
-    found = script.best({name: dict(zip(keys, row, strict=True)) for name, row in rows_of.items()})
+    rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in rows_of.items()}
+    found = script.best(rows, rows)
     assert (found["method"], found["clear"], found["beyond_active"]) == expected
+
+
+def test_a_winner_that_harms_on_the_text_that_chose_it_alone_is_not_clear():
+    rows = dict(zip(KEYS, (0.3, 0.2, 0.4, True, 19, 0.05), strict=True))
+    found = script.best({"a": rows}, {"a": rows | {"meaningful": False, "p_value_active": 0.5}})
+    assert (found["method"], found["clear"], found["beyond_active"]) == ("a", False, False)
+
+
+def test_the_winner_is_told_on_documents_that_did_not_choose_it(compared, capsys):
+    """ap is the best on the documents 0, 2, .. alone; whatever it does to 1, 3, .. chooses nothing."""
+    changes = {d: dict.fromkeys(LANGS, 0.0) | HARM["ap"][d] for d in LANGS}
+    file, every = Path("results/lsn/deactivate.ap.json"), []
+    for odd in (0.0, 5.0):
+        records = records_of(changes)
+        own = next(one for one in records if one["name"] == "en")["losses"]["en"]["nll"]
+        own[:] = [nll + (odd if i % 2 else 2.0) for i, nll in enumerate(own)]
+        content = json.loads(file.read_text()) | deactivate.summarize(records, list(LANGS), 0)
+        file.write_text(json.dumps(content | {"halves": deactivate.halves(records, list(LANGS), 0)}))
+        script.main(["--overwrite"])
+        every.append(results.read_json("results/lsn/methods.json")[0])
+        means = [sum(one["losses"]["en"]["nll"][1::2]) / 10 for one in records if one["name"] in ("none", "en")]
+        reported = every[-1]["best"]["en"]["reported"]["ap"]
+        others = sum(sum(records[1]["losses"][e]["nll"][1::2]) - sum(records[0]["losses"][e]["nll"][1::2])
+                     for e in ("ga", "sw")) / 20  # fmt: skip
+        assert reported["selectivity"] == pytest.approx(means[1] - means[0] - others)
+        assert every[-1]["halves"]["ap"]["reports"]["selectivity"]["en"] == reported
+    assert [one["best"]["en"]["method"] for one in every] == ["ap", "ap"]
+    assert [one["best"]["en"]["clear"] for one in every] == [False, True]  # ternary: .9 there, ap .25 and 5.25
+    assert "en: average precision, selectivity +0.2500" in capsys.readouterr().out
+    first, second = (one["halves"]["ap"]["chooses"] for one in every)
+    assert first == second
+    table = list(rows.of_file(*results.read_json("results/lsn/methods.json")))
+    found = {(row["measure"], row.get("condition"), row.get("language")): row["value"] for row in table}
+    assert found["reported/selectivity", "ap", "en"] == found["reports/selectivity/selectivity", "ap", "en"] > 5
+
+
+def test_results_without_halves_choose_on_all_documents_and_say_so(compared, capsys):
+    file = Path("results/lsn/deactivate.ap.json")
+    content = json.loads(file.read_text())
+    del content["halves"]  # of an earlier version
+    file.write_text(json.dumps(content))
+    script.main([])
+    said = capsys.readouterr().err
+    assert "deactivate.ap.json: no halves of the documents" in said and "told on, which flatters it" in said
+    found, _ = results.read_json("results/lsn/methods.json")
+    assert found["best"]["en"]["reported"] == {"ternary": found["selectivity"]["ternary"]["en"]}
+    assert found["halves"] is None
+    single = [{"name": name, "lang": lang, "number": number,
+               "losses": {e: {"nll": [1.0] * n, "tokens": [1] * n} for e, n in (("en", 2), ("ga", 1))}}
+              for name, lang, number in (("none", None, None), ("en", "en", None), ("random", "en", 0))]  # fmt: skip
+    assert deactivate.halves(single, ["en", "ga"], 0) is None
 
 
 def test_without_the_key_those_that_were_measured_are_compared(compared, study):  # noqa: F811

@@ -122,7 +122,7 @@ def test_sets_of_equal_activity_stand_beside_the_random_ones(study, capsys):
             SCRIPT.main(["--random", "5", "--dtype", "float64", "-o", "without.json"])
     SCRIPT.main(["--random", "5", "--dtype", "float64", "--batch-size", "2"])
     found, _ = results.read_json("results/lsn/deactivate.json")
-    new = ("active", "activity", "diagonal", "selectivity", "overall")
+    new = ("active", "activity", "diagonal", "selectivity", "overall", "halves")
     assert {key: value for key, value in found.items() if key not in new} == {
         key: value for key, value in without.items() if key not in new
     }

@@ -306,11 +306,15 @@ def test_of_arms_and_languages_those_are_named_that_their_intervals_tell():
 
 
 def test_of_methods_directions_and_layers_those_are_named_that_their_intervals_tell():
-    rows = [(UP if name == "ap" else DOWN) | {"measure": "selectivity/selectivity", "language": "gle_Latn",
-                                              "condition": name} for name in ("lape", "ap")]  # fmt: skip
-    assert answer("lsn_methods", rows=rows) == "For the new language the neurons of ap are clearly the most selective."
-    rows[0] |= {"ci_high": 0.9}
-    assert answer("lsn_methods", rows=rows).endswith("ap are the most selective, not clearly ahead of all others.")
+    of = {"lape": DOWN, "ap": UP}
+    rows = [of[name] | {"measure": measure, "language": "gle_Latn", "condition": name} for name, measure in (
+        ("ap", "reported/selectivity"), *((name, "reports/selectivity/selectivity") for name in of))]  # fmt: skip
+    said = "For the new language the neurons of ap are the most selective on half of the text, and on the other half "
+    assert answer("lsn_methods", rows=rows) == f"{said}clearly ahead of all others."
+    rows[1] |= {"ci_high": 0.9}
+    assert answer("lsn_methods", rows=rows) == f"{said}not clearly ahead of all others."
+    assert "no method finds neurons whose silencing harms the new language" in answer("lsn_methods", rows=rows[1:])
+    assert answer("lsn_methods", rows=[row | {"measure": "selectivity/selectivity"} for row in rows[1:]]) == ""
     rows = [
         UP | {"measure": "beyond", "condition": "random", "step": 0},
         BOTH | {"measure": "beyond", "condition": "random"},

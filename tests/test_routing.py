@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ARCHITECTURE, load_script, save_tiny, tiny_model, tiny_tokenizer
+from helpers import EVERY_ARCHITECTURE, killed, load_script, same_results, save_tiny, tiny_model, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 from cpt_utils.models import batching, routers
 
 SCRIPT, STEERING = load_script("moe-routing/routing.py"), load_script("moe-routing/steering.py")
@@ -256,12 +255,6 @@ def study(tmp_path, monkeypatch):
     return tmp_path
 
 
-def plain(path) -> dict:
-    result = json.loads(path.read_text())
-    del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    return result
-
-
 @pytest.mark.figures
 def test_both_results_say_what_was_found(study, capsys):
     SCRIPT.main([])
@@ -293,6 +286,32 @@ def test_both_results_say_what_was_found(study, capsys):
     assert "experts are used more in ga" in capsys.readouterr().out
 
 
+@pytest.mark.figures
+def test_no_expert_of_a_language_is_a_finding(study, capsys):
+    own = (study / "ga.txt").read_text()
+    (study / "ga.txt").write_text((study / "en.txt").read_text())  # of the same text no expert is a language's own
+    SCRIPT.main([])
+    STEERING.main([])
+    found, head = results.read_json(f"{OUT}/steering.json", STEERING.SCHEMA)
+    assert found["finding"] == "no expert" and found["steered"] == {"base": {}, "20": {}}
+    assert set(found["unsteered"]["20"]) == {"en", "ga"} and head["models"]["checkpoints"]["20"]
+    assert (study / OUT / "steering.png").stat().st_size > 2000 and STEERING.NO_EXPERT in capsys.readouterr().out
+    table = list(load_script("report/rows.py").of_file(found, head))
+    answers = load_script("report/answers.py")
+    told = answers.answer("router_steering", [None] * 3, table, Study({"languages": {"target": "ga"}}), {}, [])
+    assert told.startswith("No expert is used more in one language than in the other")
+    (study / "ga.txt").write_text(own)
+    content = json.loads((study / OUT / "routing.json").read_text())
+    content["checkpoints"]["20"]["layers"]["layer_1"]["experts"]["ga"] = [2]
+    (study / "one.json").write_text(json.dumps(content))
+    STEERING.main(["--routing", "one.json", "--output", "one-steered.json"])
+    found, _ = results.read_json("one-steered.json")
+    assert "finding" not in found and found["steered"]["base"] == {}
+    assert {(way, lang) for way, rows in found["steered"]["20"].items() for lang in rows} == {
+        ("soft 1", "ga"), ("hard", "ga"), ("suppressed", "ga")
+    }  # fmt: skip
+
+
 def test_copies_of_pairs_count_once(study, capsys):
     SCRIPT.main([])
     for lang, lines in TEXTS.items():
@@ -301,17 +320,6 @@ def test_copies_of_pairs_count_once(study, capsys):
     (one, head), (two, again) = (results.read_json(path) for path in (f"{OUT}/routing.json", "again.json"))
     assert one == two and head["n_used"] == again["n_used"] == 6 and again["n_available"] == 9
     assert "3 pairs with a sentence that stood before are left out" in capsys.readouterr().out
-
-
-def killed(run, module, inside: str, n: int) -> None:
-    """`run` in a fork that is killed when a function of a module is called once more than `n` times."""
-    own, calls = getattr(module, inside), iter(range(999))
-    child = os.fork()
-    if child == 0:
-        setattr(module, inside, lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == n else own(*args))
-        run()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def test_a_killed_run_goes_on_and_finds_the_same(study, capsys):
@@ -324,8 +332,8 @@ def test_a_killed_run_goes_on_and_finds_the_same(study, capsys):
     STEERING.main(["--output", "two.json"])
     said = capsys.readouterr().out
     assert "2 of 3 sets were measured before" in said and "9 of " in said
-    assert plain(study / "again.json") == plain(study / f"{OUT}/routing.json")
-    assert plain(study / "one.json") == plain(study / "two.json")
+    same_results(study / "again.json", study / f"{OUT}/routing.json")
+    same_results(study / "one.json", study / "two.json")
 
 
 @pytest.mark.slow

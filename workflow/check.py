@@ -97,7 +97,7 @@ def models(study: Study, report: Report) -> list[Model]:
     if first:
         report.say(f"base {base.spec}: {described(first)}")
     if first and study.get("routing") is not None:
-        report.tried(cli.sibling("moe-routing/routing.py").layers_of, base)
+        report.tried(cli.sibling("moe-routing/routing.py").layers_of, {"base": base})
     if first and "gradient" in (study.get("lsn.methods") or []):
         report.tried(cli.sibling("lsn/text_scores.py").dense_layers, archs.for_config(first.config), first.config)
     run = report.tried(refs.run, study.get("run") or "") if _is_there(study, "run", report) else None

@@ -1,4 +1,4 @@
-"""The base and checkpoints of its run, each measured as it is or under conditions: the frame of scripts that do so."""
+"""The base and the checkpoints of its run, as they are or under conditions: the frame of scripts that measure them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class OverRun:
 
     @classmethod
     def of(cls, args, study: Study, step: str, last: bool = False) -> OverRun:
-        """`step`: the result, by its name in RESULTS. `last`: of the run the last checkpoint alone."""
+        """`step`: the result, by its name in RESULTS; `last`: of the run its last checkpoint alone."""
         base, run = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
-        models = {str(ref.step): ref for ref in refs.run(run, args.steps)[-1 if last else 0 :]}
-        models = {BASE: refs.model(base)} | models
+        checkpoints = refs.run(run, args.steps)[-1 if last else 0 :]
+        models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in checkpoints}
         other = beside.name(study, args.base, args.run, args.steps, getattr(args, "limit", None), last=last)
         return cls(args, study, models, study.output(args.output, "--output", step, other))
 
@@ -61,7 +61,7 @@ class OverRun:
     def measure(
         self, schema: str, facts: dict, measured: Callable[..., dict], write: Callable[[dict, dict], None]
     ) -> None:
-        """Measure every model that is not measured yet (`conditions.measure`), and write the result.
+        """Measure every model that is not measured yet as it is, and write the result.
 
         Args:
             facts: what the numbers depend on beside models, seed, dtype and device.
@@ -90,7 +90,8 @@ class OverRun:
 
         Args:
             facts: what the numbers depend on beside models, seed, dtype, device and conditions.
-            measured: (model, condition, tokenizer) -> what is found while the condition holds.
+            measured: (model, condition, tokenizer) -> what is found while the condition holds, as a part of its record.
+            write: (records, whole request) -> None.
             ready: (name, model, tokenizer), once a model is loaded.
         """
         opening.look_over(self.models.values())
