@@ -212,9 +212,7 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
-    text = (
-        "text that bigrams are counted in, as that of the training; default: alignment.bigram.text, else data.lsn_text"
-    )
+    text = "text that bigrams are counted in, as that of training; default: alignment.bigram.text, else data.lsn_text"
     add("--text", nargs="+", metavar="LANG=FILE", help=text)
     text = f"tokens of a language that are counted, at most; default: alignment.bigram.tokens, else {TOKENS:,}"
     add("--tokens", type=cli.positive, metavar="N", help=text)

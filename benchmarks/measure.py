@@ -253,5 +253,4 @@ def between_markers(path: Path, name: str, text: str) -> None:
     if whole.count(first) != 1 or whole.count(last) != 1:
         raise InputError(f"{path} lacks the markers {first.strip()} and {last}, between which the table belongs")
     head, rest = whole.split(first)
-    with results.replacing(path) as temporary:
-        temporary.write_text(head + first + text + last + rest.split(last)[1], encoding="utf-8")
+    results.write_text(path, head + first + text + last + rest.split(last)[1])

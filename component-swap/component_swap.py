@@ -329,20 +329,12 @@ def add_flags(p, own_file: str) -> None:
     ):
         when = "" if place == own_file else "; only for the crossed controls"
         add(layer_lists.FILES[place].flag, metavar="F", help=f"{words}; default: the study's{when}")
-    add(
-        "--output-dir",
-        "--output",
-        metavar="OUT",
-        help="folder for the swapped run; default: the study's folder of this script",
-    )
+    words = "folder for the swapped run; default: the study's folder of this script"
+    add("--output-dir", "--output", metavar="OUT", help=words)
     controls.add_flag(p, "this swap, in memory on the last checkpoint,")
-    add(
-        "--crossed-folders",
-        nargs="*",
-        metavar="CONDITION",
-        help="beside OUT also write OUT.<condition>/ for these crossed controls; without a value all of them that "
-        "leave the embeddings alone",
-    )
+    words = "beside OUT also write OUT.<condition>/ for these crossed controls; without a value all of them that "
+    words += "leave the embeddings alone"
+    add("--crossed-folders", nargs="*", metavar="CONDITION", help=words)
     cli.add_run_flags(p)
     evaluation.add_flags(p)
     sources.add_flags(p)

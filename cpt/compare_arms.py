@@ -263,7 +263,7 @@ def table(payload: dict) -> str:
         row = [name, told(model["what"]) if is_arm else "", trained]
         for measure, value in model["values"].items():
             share = model["share"][measure] if is_arm else None
-            interval = f" ({share['value']:.2f} [{share['ci_low']:.2f}, {share['ci_high']:.2f}])" if share else ""
+            interval = f" ({stats.told(share, '.2f')})" if share else ""
             row.append(f"{value:.4f}" + (interval or " (no clear gain)" if is_arm else ""))
         rows.append(row)
     return results.markdown(["model", "arm", "trained", *(f"{m['label']}" for m in payload["measures"].values())], rows)
@@ -406,9 +406,8 @@ def compare_seeds(args, output: Path) -> None:
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="set the results of these seeds side by side")
-    p.add_argument(
-        "-o", "--output", metavar="OUT", help="JSON to write; default: the study's arms.json; needed with --seeds"
-    )
+    text = "JSON to write; default: the study's arms.json; needed with --seeds"
+    p.add_argument("-o", "--output", metavar="OUT", help=text)
     evaluation.add_flags(p)
     sources.add_flags(p)
     cli.add_forward_flags(p, batch_size=None, device_map=True)

@@ -77,12 +77,10 @@ def items(sentences: list[str], choices: int, seed: int) -> list[dict]:
 def write(out: Path, name: str, made: list[dict], source: str, choices: int, seed: int) -> Path:
     """The task file and its rows. lm_eval reads the rows by an absolute path, so the folder is not to be moved."""
     data = out / f"{name}.jsonl"
-    with results.replacing(data) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+    results.write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
     task = out / f"{name}.yaml"
     facts = {"source": source, "n": len(made), "choices": choices, "seed": seed}
-    with results.replacing(task) as temporary:
-        temporary.write_text(TASK.format(name=name, data=json.dumps(str(data.resolve())), **facts), encoding="utf-8")
+    results.write_text(task, TASK.format(name=name, data=json.dumps(str(data.resolve())), **facts))
     return task
 
 

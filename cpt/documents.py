@@ -23,6 +23,7 @@ from pathlib import Path
 from cpt_utils.base import cli, keys, languages, results, study, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
+from cpt_utils.measures import curves
 
 packing = cli.sibling("cpt/packing.py")
 runs = cli.sibling("cpt/runs.py")
@@ -34,13 +35,7 @@ NULL = ""  # the empty word of IBM model 1: source of target words that translat
 @functools.lru_cache(maxsize=1)
 def word_pattern() -> re.Pattern:
     """Words: the longest runs of letters, marks and digits of any script (marks are why `\\w` will not do)."""
-    ranges: list[list[int]] = []
-    for code in range(sys.maxunicode + 1):
-        if unicodedata.category(chr(code))[0] in "LMN":
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1][1] = code
-            else:
-                ranges.append([code, code])
+    ranges = curves.blocks([code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] in "LMN"])
     return re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges) + "]+")
 
 
@@ -221,13 +216,7 @@ def read_parallel(files: dict) -> tuple[dict[str, list[str]], list[int]]:
 
 def as_ranges(numbers: list[int]) -> str:
     """Sorted numbers as text: `[0, 1, 2, 5]` -> `"0-2,5"`."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in curves.blocks(numbers))
 
 
 def read_config(path: Path | None, given: dict, seed: int | None) -> dict:
@@ -368,28 +357,17 @@ def language_files(items: list[str] | None, flag: str) -> dict[str, str] | None:
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument(
-        "--config", metavar="FILE", help="documents file (YAML); default: the study's train.documents, if any"
-    )
+    text = "documents file (YAML); default: the study's train.documents, if any"
+    p.add_argument("--config", metavar="FILE", help=text)
     p.add_argument("--parallel", nargs="+", metavar="LANG=FILE", help="line-aligned files, two languages or more")
-    p.add_argument(
-        "--monolingual",
-        nargs="+",
-        metavar="LANG=FILE",
-        help="more text of one language each; default: the lines not used as parallel",
-    )
-    p.add_argument(
-        "--parallel-lines", type=cli.positive, metavar="N", help="lines used as parallel text; default: half of them"
-    )
-    p.add_argument(
-        "--monolingual-lines",
-        type=cli.positive,
-        metavar="N",
-        help="of the other lines, how many are used; default: all",
-    )
-    p.add_argument(
-        "--output-dir", "--output", metavar="OUT", help="folder of the documents; default: output of the documents file"
-    )
+    text = "more text of one language each; default: the lines not used as parallel"
+    p.add_argument("--monolingual", nargs="+", metavar="LANG=FILE", help=text)
+    text = "lines used as parallel text; default: half of them"
+    p.add_argument("--parallel-lines", type=cli.positive, metavar="N", help=text)
+    text = "of the other lines, how many are used; default: all"
+    p.add_argument("--monolingual-lines", type=cli.positive, metavar="N", help=text)
+    text = "folder of the documents; default: output of the documents file"
+    p.add_argument("--output-dir", "--output", metavar="OUT", help=text)
     return p
 
 
@@ -400,13 +378,8 @@ def main(argv=None) -> None:
         found = study.Study.find(args.study, args.seed, args.arm)
         path = found.value(None, "--config or --parallel", "train.documents")
         args.seed = args.seed if args.seed is not None else found.get("seed")
-    given = {
-        "parallel": language_files(args.parallel, "--parallel"),
-        "monolingual": language_files(args.monolingual, "--monolingual"),
-        "parallel_lines": args.parallel_lines,
-        "monolingual_lines": args.monolingual_lines,
-        "output": args.output_dir,
-    }
+    given = {key: language_files(getattr(args, key), f"--{key}") for key in ("parallel", "monolingual")}
+    given |= {key: getattr(args, key) for key in ("parallel_lines", "monolingual_lines")} | {"output": args.output_dir}
     config = read_config(Path(path) if path else None, given, args.seed)
     record = Path(config["output"]) / "documents.json"
     settings = settings_of(config)

@@ -19,13 +19,11 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from cpt_utils.base import cli, languages, processes, results, textfiles
+from cpt_utils.base import cli, languages, results, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch, transformers
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
-from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions
+from cpt_utils.measures import over_run
 from cpt_utils.models import batching, loading, scoring
 
 SCHEMA = "samples"
@@ -196,8 +194,6 @@ def prompts_of(args, study: Study) -> tuple[list[dict], dict]:
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("--base", metavar="B", help="base model; default: the study's base")
-    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
     add("--prompt", nargs="+", metavar="TEXT", help="prompts; default: halves of held-out lines")
     add("--prompts", metavar="FILE", help="prompts, one a line")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text whose lines are cut in half; default: the study's")
@@ -206,9 +202,7 @@ def build_parser():
     add("--samples", type=int, default=2, metavar="N", help="drawn continuations beside the greedy one; default 2")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the draws; default 1, the model's own")
     add("--top-p", type=float, default=0.95, metavar="P", help="draws among the likeliest tokens with P; default 0.95")
-    add("--output", metavar="OUT", help="JSON to write; default: the study's samples.json")
-    cli.add_run_flags(p, drop=True)
-    cli.add_forward_flags(p, batch_size=0, device_map=True)
+    over_run.add_flags(p, RESULTS["samples"], batch_size=0)
     return p
 
 
@@ -222,38 +216,18 @@ def main(argv=None) -> None:
     ):
         if wrong:
             raise InputError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: it must be {must}")
-    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
-    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in refs.run(home, args.steps)}
+    run = over_run.OverRun.of(args, study, "samples")
     prompts, facts = prompts_of(args, study)
-    output = study.output(args.output, "--output", "samples", beside.name(study, args.base, args.run, args.steps))
-    opening.look_over(models.values())
-
-    process, dtype = processes.from_arguments(args, study)
-    homes = beside.run_asked_for(study, args.run), models[BASE]
     settings = {"tokens": args.tokens, "samples": args.samples, "seed": study.seed, "temperature": args.temperature,
                 "top_p": args.top_p}  # fmt: skip
-    request = {
-        "models": {name: ref.describe() for name, ref in models.items()},
-        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
-        "prompts": prompts, "heldout": facts, **settings, "dtype": str(dtype).removeprefix("torch."),
-        "device": process.device.type,
-    }  # fmt: skip
 
-    def measured(model, one: Condition) -> dict:
-        tokenizer = tokenization.load_tokenizer(models[one.of], *homes)
-        found = continued(model, tokenizer, [prompt["text"] for prompt in prompts], **settings)
-        if args.drop_revisions and one.of != BASE:
-            models[one.of].drop()
-        return {"texts": found}
+    def measured(model, _ref, tokenizer) -> list:
+        return continued(model, tokenizer, [prompt["text"] for prompt in prompts], **settings)
 
-    def write_all(records: list[dict], request: dict) -> None:
-        write(output, {"prompts": prompts, "models": {one["name"]: one["texts"] for one in records}}, request)
+    def write_all(found: dict[str, list], request: dict) -> None:
+        write(run.output, {"prompts": prompts, "models": found}, request)
 
-    wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in models.items()]
-    conditions.measure(
-        output, SCHEMA, request, wanted, lambda name: loading.load_for(process, models[name], dtype), measured,
-        write_all, process, args.overwrite, "another --output",
-    )  # fmt: skip
+    run.measure(SCHEMA, {"prompts": prompts, "heldout": facts, **settings}, measured, write_all)
 
 
 if __name__ == "__main__":

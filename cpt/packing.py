@@ -7,6 +7,7 @@ the training has the wanted token shares, joined with an end-of-text token behin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -203,7 +204,8 @@ def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.nda
     nulls: Counter = Counter()
     special = 0
     with open(path, "wb") as out:
-        for batch in _batches(source.documents(nulls), BATCH):
+        documents = source.documents(nulls)
+        while batch := list(itertools.islice(documents, BATCH)):
             made = encoding.of_texts(tokenizer, batch, add_special_tokens=False)
             special += made.n_split
             pieces = [[*ids, eos] for ids in made.ids]
@@ -217,17 +219,6 @@ def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.nda
     bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     counts = {"null_texts": nulls[source.name], "special_documents": special}
     return np.memmap(path, dtype=ID, mode="r"), bounds, counts
-
-
-def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def plan(lengths: list[np.ndarray], weights: list[float], total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -39,6 +39,8 @@ freezing = cli.sibling("cpt/freezing.py")
 
 # These change how a run is carried out, not what it computes; a run may be continued with other values of them.
 FREE = ("output", "state_every")
+# Keys of a training file that flags of their names are laid over.
+GIVEN = ("steps", "save_steps", "learning_rate", "batch_size", "block_size", "state_every", *freezing.MODES, "io")
 
 
 def read_config(path: Path, given: dict, seed: int | None) -> dict:
@@ -251,37 +253,28 @@ def key_values(text: str) -> dict:
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--config", metavar="FILE", help="training file (YAML); default: the study's train.<stage>")
-    p.add_argument(
-        "--stage", choices=("base", "cpt"), help="take config and folders from the study: its base or its run"
-    )
-    p.add_argument(
-        "--output-dir", "--output", metavar="RUN", help="folder of the run; default: output of the training file"
-    )
+    text = "take config and folders from the study: its base or its run"
+    p.add_argument("--stage", choices=("base", "cpt"), help=text)
+    text = "folder of the run; default: output of the training file"
+    p.add_argument("--output-dir", "--output", metavar="RUN", help=text)
     p.add_argument("--from", dest="start", metavar="MODEL", help="model to go on training; default: from of the file")
-    p.add_argument(
-        "--steps", "--max-steps", type=cli.positive, metavar="N", help="optimizer steps; save_steps beyond are dropped"
-    )
+    text = "optimizer steps; save_steps beyond are dropped"
+    p.add_argument("--steps", "--max-steps", type=cli.positive, metavar="N", help=text)
     p.add_argument("--save-steps", type=step_list, metavar="S,S,..", help="steps of the checkpoint folders")
     p.add_argument("--learning-rate", type=float, metavar="X", help="peak learning rate")
     p.add_argument("--batch-size", type=cli.positive, metavar="N", help="blocks per step, over all processes")
     p.add_argument("--block-size", type=cli.positive, metavar="N", help="tokens per block")
-    p.add_argument(
-        "--state-every", type=cli.positive, metavar="N", help="steps between states to go on from; default 200"
-    )
+    text = "steps between states to go on from; default 200"
+    p.add_argument("--state-every", type=cli.positive, metavar="N", help=text)
     words = "hub, interface, outer:0.25, last:2, random:4:0, all/attention, lsn, .. (cpt/README.md)"
     p.add_argument("--freeze", metavar="PART", help=f"leave this part of the layers as it is: {words}")
     p.add_argument("--train-only", metavar="PART", help="train this part of the layers alone")
-    p.add_argument(
-        "--lora", type=key_values, metavar="KEY=X,..",
-        help="train products of rank r beside these layers: r=8,layers=outer:0.25,targets=attention (cpt/README.md)",
-    )  # fmt: skip
-    p.add_argument(
-        "--io", choices=("trained", "frozen"),
-        help="embeddings, final norm and head; default: trained with freeze, frozen with train_only",
-    )  # fmt: skip
-    p.add_argument(
-        "--device", default="auto", choices=("auto", "cpu"), help="auto: a GPU when there is one; default auto"
-    )
+    text = "train products of rank r beside these layers: r=8,layers=outer:0.25,targets=attention (cpt/README.md)"
+    p.add_argument("--lora", type=key_values, metavar="KEY=X,..", help=text)
+    text = "embeddings, final norm and head; default: trained with freeze, frozen with train_only"
+    p.add_argument("--io", choices=("trained", "frozen"), help=text)
+    text = "auto: a GPU when there is one; default auto"
+    p.add_argument("--device", default="auto", choices=("auto", "cpu"), help=text)
     return p
 
 
@@ -305,20 +298,7 @@ def main(argv=None) -> None:
     if config_path is None:
         raise InputError("nothing says what to train: give --config FILE, or --stage base|cpt inside a study")
     path = Path(config_path)
-    given = {
-        "output": output,
-        "from": start,
-        "steps": args.steps,
-        "save_steps": args.save_steps,
-        "learning_rate": args.learning_rate,
-        "batch_size": args.batch_size,
-        "block_size": args.block_size,
-        "state_every": args.state_every,
-        "freeze": args.freeze,
-        "train_only": args.train_only,
-        "lora": args.lora,
-        "io": args.io,
-    }
+    given = {"output": output, "from": start} | {key: getattr(args, key) for key in GIVEN}
     config = read_config(path, given, args.seed)
     if args.arm and args.save_steps is None:
         config["save_steps"] = [config["steps"]]  # arms are compared at their end

@@ -299,12 +299,8 @@ def build_parser():
     p = cli.parser(__doc__)  # "ours": the value in demo/world.yaml, which holds where no other world file changes it
     p.add_argument("--config", metavar="FILE", help="world file; default: train.world of the study, else ours")
     p.add_argument("--out", "--output", metavar="FOLDER", help="folder to write; default: out of the world file")
-    p.add_argument(
-        "--languages",
-        metavar="C,C,..",
-        type=lambda text: text.split(","),
-        help="language codes, the base language first, the new one last; default: those of the world file",
-    )
+    text = "language codes, the base language first, the new one last; default: those of the world file"
+    p.add_argument("--languages", metavar="C,C,..", type=lambda text: text.split(","), help=text)
     p.add_argument("--order", choices=grammar.ORDERS, help="word order of the new language; ours VSO")
     p.add_argument("--shared", type=float, metavar="X", help="share of its words that are English, 0 to 1; ours 0")
     p.add_argument("--contact", type=float, metavar="X", help="share of its words in bilingual base texts; ours 0.6")

@@ -162,7 +162,7 @@ DRAWN = {
     "lsn_activation": paper.lsn_activation,
     "gate_lsn": of(plain, "gate_lsn", "weight-diff/gate_lsn.py"),
     "activation_correlation": paper.strengths,
-    "component_swap": paper.ffn_swap,
+    "component_swap": paper.component_swap,
     "retrieval_components": of(retrieval, models="*_swap__checkpoint-*"),
     "layer_ablation": lambda found, path: plain(
         "layer_ablation", "layer-ablation/ablation_sweep.py", found, path, "n_layers",

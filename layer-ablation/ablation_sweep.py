@@ -19,13 +19,12 @@ Tiny: python layer-ablation/ablation_sweep.py --study demo/tiny.yaml --stride 2
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import cli, languages, sources
+from cpt_utils.base import cli, languages, sources, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, tokenizer_id
@@ -58,7 +57,6 @@ CAPTIONS = {
 }
 KINDS = ("translation", *evaluation.KINDS)
 COMPONENTS = ("all", *components.COMPONENTS)
-SHOTS = 4
 
 
 # ---------------------------------------------------------------- the method
@@ -191,13 +189,7 @@ def bench_from_arguments(args, study: Study) -> Bench:
 
 
 def translation_from_arguments(args, study: Study, codes: dict) -> in_context.Translation:
-    if not all(codes.values()):
-        raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
-    # All pairs, so that a smaller --limit leaves shots and scored sentences as they are.
-    pairs = sources.from_arguments(argparse.Namespace(**vars(args) | {"limit": None}), study, *codes.values())
-    trains = "pairs" if study.get("train.base") else "lines"
-    form = study.value(args.prompt, "--prompt", "ablation.prompt", trains)
-    n_shots = int(study.value(args.shots, "--shots", "ablation.shots", SHOTS))
+    pairs, form, n_shots = in_context.asked_for(args, study, codes)
     wanted = [n for n in (study.value(args.sentences, "--sentences", "ablation.sentences", None), args.limit) if n]
     drawn = in_context.draw(pairs, n_shots, min(wanted, default=None), form, study.seed)
     cli.say(f"translation of {len(drawn.base)} pairs after {len(drawn.shots)} others (prompt: {form})")
@@ -238,7 +230,7 @@ def build_parser():
     text = "whose embeddings, final norm and head; default cpt (the checkpoint's)"
     g.add_argument("--io", choices=("cpt", "base"), default="cpt", help=text)
     g = p.add_argument_group("translation in context")
-    text = f"pairs in the prompt; default: the study's ablation.shots, else {SHOTS}"
+    text = f"pairs in the prompt; default: the study's ablation.shots, else {in_context.SHOTS}"
     g.add_argument("--shots", type=cli.positive, metavar="N", help=text)
     text = "pairs: sentences one after the other; lines: a line each; default: the study's ablation.prompt, else pairs "
     text += "where the study trains its base (cpt/ and demo/ show it pairs), lines elsewhere"
@@ -297,7 +289,7 @@ def say(payload: dict) -> None:
         said, gain = f"{name}: {base['values'][name]:.4f} base, {target['values'][name]:.4f} checkpoint", row["gain"]
         if row["A"]:
             areas = f"area from the input {row['auc_in']:.2f}, from the output {row['auc_out']:.2f}"
-            said += f"; {areas}, A {_shown(row['A'])}"
+            said += f"; {areas}, A {stats.told(row['A'], '+.3f')}"
         elif gain["ci_low"] <= 0 <= gain["ci_high"]:
             said += "; that CPT changed it is not clear, so no share of the gain is given"
         cli.say(said)
@@ -309,12 +301,8 @@ def say(payload: dict) -> None:
         cli.say(
             f"{words}: none, {row['why']}"
             if row["value"] is None
-            else f"{words}: {_shown(row)} (above 0: perception early, production late)"
+            else f"{words}: {stats.told(row, '+.3f')} (above 0: perception early, production late)"
         )
-
-
-def _shown(row: dict) -> str:
-    return f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -271,17 +271,14 @@ def what_of(trained: dict) -> dict:
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     add = p.add_argument
-    add(
-        "runs", nargs="*", metavar="RUN", help="run, or NAME=RUN, to measure, the full one first; default: study's arms"
-    )
+    text = "run, or NAME=RUN, to measure, the full one first; default: study's arms"
+    add("runs", nargs="*", metavar="RUN", help=text)
     add("--full", metavar="RUN", help="the full run, where RUN does not begin with it")
     add("--base", metavar="B", help="the base of the runs; default: the study's base")
     add("--arms", nargs="+", metavar="NAME", help="arms of the study; default: those with train_only or lora")
     add("--seeds", type=cli.seeds, metavar="S,S,..", help="over these seeds, five or more for verdicts; default: one")
-    add(
-        "-o", "--output", metavar="OUT",
-        help="JSON to write; default: the study's layer-ablation/runs.json; needed with RUN and --seeds",
-    )  # fmt: skip
+    text = "JSON to write; default: the study's layer-ablation/runs.json; needed with RUN and --seeds"
+    add("-o", "--output", metavar="OUT", help=text)
     evaluation.add_flags(p)
     sources.add_flags(p)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
@@ -312,8 +309,7 @@ def main(argv=None) -> None:
     output, seeds = study.output(args.output, "--output", "runs"), args.seeds or [study.seed]
     if output.suffix != ".json":
         raise InputError(f"--output {output}: give the name of a JSON file")
-    if output.exists() and not args.overwrite and not results.read_json(output, SCHEMA, allow_limited=True)[1]:
-        raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another --output")
+    results.refuse_stranger(output, SCHEMA, args.overwrite, "another --output")
     read = of_runs(args, seeds, output) if runs else of_study(args, seeds)
     if read is None:
         return

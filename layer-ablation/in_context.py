@@ -7,6 +7,7 @@ source in the place of the own says what the text costs without its translation.
 
 from __future__ import annotations
 
+import argparse
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from pathlib import Path
 from cpt_utils.base import cli, languages, sources, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch, transformers
+from cpt_utils.base.study import Study
 from cpt_utils.models import encoding, loading, scoring
 from cpt_utils.models.batching import for_each, padded, positions
 
@@ -25,6 +27,7 @@ foreign = cli.sibling("lsn/foreign_text.py")
 # demo/, which a base model that was trained on them knows. "lines": a pair is two lines.
 FORMS = {"pairs": (" ", " "), "lines": ("\n", "\n\n")}
 FUNCTIONS = {"perception": ("target", "base"), "production": ("base", "target")}  # given, scored
+SHOTS = 4
 LONGER = 1.5  # times the tokens of the reference that a translation may have, and
 SPARE = 8  # so many more
 SENTENCE_END = re.compile(r"(?<=[.!?。！？।።])(\s|$)")
@@ -110,6 +113,19 @@ class Translation:
         ends = [match.start() for match in SENTENCE_END.finditer(text)] if self.form == "pairs" else []
         wanted = max(1, len(SENTENCE_END.findall(reference)))
         return text[: ends[wanted - 1]] if len(ends) >= wanted else text
+
+
+def asked_for(args, study: Study, codes: dict[str, str]) -> tuple[sources.ParallelText, str, int]:
+    """All pairs (a smaller --limit leaves shots and scored sentences as they are), the prompt's form, how many shots.
+
+    Raises:
+        InputError: nothing says between which languages, or no such pairs.
+    """
+    if not all(codes.values()):
+        raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
+    pairs = sources.from_arguments(argparse.Namespace(**vars(args) | {"limit": None}), study, *codes.values())
+    form = study.value(args.prompt, "--prompt", "ablation.prompt", "pairs" if study.get("train.base") else "lines")
+    return pairs, form, int(study.value(args.shots, "--shots", "ablation.shots", SHOTS))
 
 
 def draw(pairs: sources.ParallelText, n_shots: int, n_scored: int | None, form: str, seed: int) -> Translation:

@@ -310,7 +310,7 @@ def main(argv=None) -> None:
             split = splitting(path, measure, sentences, sides, study, args.draws)[0]
         print(json.dumps({key: split[key] for key in ("interface_layers", "semantic_layers")}, indent=4))
         return
-    refuse_stranger(output, args.overwrite)
+    results.refuse_stranger(output, SCHEMA, args.overwrite, "another -o")  # one of ours takes a second to make anew
     split, facts = splitting(path, measure, sentences, sides, study, args.draws)
     title = path.stem.replace("__", "/")
     draw(output.with_suffix(""), split, facts, title)
@@ -412,12 +412,6 @@ def base_split(study: Study, beside: Path, measure: str, sentences: str) -> dict
         cli.say(f"the base has no split of its own: {error}")
         return None
     return {key: split[key] for key in ("interface_layers", "semantic_layers", "silhouette")}
-
-
-def refuse_stranger(output: Path, overwrite: bool) -> None:
-    """An older result of this step is made anew, which takes a second; any other file is replaced on request only."""
-    if output.exists() and not overwrite and not results.read_json(output, SCHEMA, allow_limited=True)[1]:
-        raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another -o")
 
 
 def say_split(path: Path, split: dict, measure: str) -> None:

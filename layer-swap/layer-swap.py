@@ -137,12 +137,8 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("base", nargs="?", metavar="BASE", help="base model; default: the study's base")
-    add(
-        "target",
-        nargs="?",
-        metavar="TARGET",
-        help="checkpoint of CPT; default: the last of the study's run, or of --steps",
-    )
+    text = "checkpoint of CPT; default: the last of the study's run, or of --steps"
+    add("target", nargs="?", metavar="TARGET", help=text)
     add("layers", nargs="?", metavar="LAYERS.json", help="file of step 2; default: the study's")
     add("-o", "--output", metavar="OUT", help="folder for all results; default: the study's layer-swap folder")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: semantic_hub random")

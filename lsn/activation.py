@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,46 +240,48 @@ def count_file(
 
 
 def header_of(job: Job, ref: refs.ModelRef, shape: tuple[int, int]) -> dict:
-    request = job.request
-    return results.header(
-        SCHEMA,
-        models={"model": ref.describe()},
-        n_layers=shape[0],
-        ffn_width=shape[1],
-        language=request["ids"].get("language", language_of(job.path)),
-        tokens={"file": str(job.path), "repeated": tokenids.repeated(job.blocks.flatten()), **request["ids"]},
-        block_size=request["block_size"],
-        n_used=job.blocks.numel(),
-        limit=request["ids"]["limit"],
-        dtype=request["dtype"].removeprefix("torch."),
-        device=request["device"],
-        request=request,
-    )
+    ids = job.request["ids"]
+    facts = header_facts(job.request, job.path, repeated=tokenids.repeated(job.blocks.flatten()))
+    facts |= {"language": ids.get("language", language_of(job.path)), "block_size": job.request["block_size"]}
+    facts |= {"n_layers": shape[0], "ffn_width": shape[1], "n_used": job.blocks.numel()}
+    return results.header(SCHEMA, models={"model": ref.describe()}, **facts)
+
+
+def header_facts(request: dict, path: Path, **of_tokens) -> dict:
+    """What a header says of a request (`request_of`) on the token ids of a file."""
+    facts = {"tokens": {"file": str(path), **of_tokens, **request["ids"]}, "limit": request["ids"]["limit"]}
+    return facts | {"dtype": request["dtype"].removeprefix("torch."), "device": request["device"], "request": request}
 
 
 # ---------------------------------------------------------------- the command
 
 
-def build_parser():
-    p = cli.parser(__doc__)
+def add_flags(p, place: str) -> None:
+    """The flags of scripts that run one model on files of token ids; results go into the study's `place`."""
     add = p.add_argument
     add("-m", "--model", metavar="M", help="model; default: the last checkpoint of the study's run")
     cli.add_named_models(p, None, "M: its last checkpoint, or that of --steps")
     add("-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages")
-    text = "blocks of 4096 (llama) or 2048 tokens; default: from the model"
-    add("-t", "--type", choices=("llama", "qwen"), help=text)
-    text = "where counts go; default: the study's lsn/activation_count"
+    text = f"where results go; default: the study's {place}"
     add("-s", "--save_folder", "-o", "--output", metavar="FOLDER", help=text)
     text = "first part of the files' names; default: the study's name, or that of another model"
     add("-n", "--name", metavar="NAME", help=text)
+    cli.add_run_flags(p, drop=True)
+    cli.add_forward_flags(p, batch_size=None, device_map=True)
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    text = "blocks of 4096 (llama) or 2048 tokens; default: from the model"
+    add("-t", "--type", choices=("llama", "qwen"), help=text)
     text = "tokens a block; default: that of -t, at most the model's positions"
     add("--block-size", type=cli.positive, metavar="N", help=text)
     text = f"use at most N tokens a language; default: the study's lsn.tokens, else {TOKENS:,}"
     add("--tokens", type=cli.positive, metavar="N", help=text)
     text = "seconds between saves of partial counts; default 180"
     add("--save-every", type=float, default=180, metavar="S", help=text)
-    cli.add_run_flags(p, drop=True)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    add_flags(p, RESULTS["lsn_counts"])
     return p
 
 
@@ -287,13 +290,8 @@ def main(argv=None) -> None:
     study = Study.find(args.study, args.seed, args.arm)
     ref = beside.model_or_last(study, args.model, args.named_run, "-m", args.steps)
     process, dtype = processes.from_arguments(args, study)
-    todo = []
-    for job in jobs(args, study, ref, dtype, process.device):
-        if not finished(job.out, job.request, args.overwrite):
-            todo.append(job)
-        elif process.is_main:
-            unfinished.remove_partial(job.out)  # of a run that was killed between its result and this
-    process.wait()  # no process may see files that another is about to write
+    found = jobs(args, study, ref, dtype, process.device)
+    todo = left(found, args.overwrite, process, lambda job: unfinished.remove_partial(job.out))
     if not todo:
         return
 
@@ -304,26 +302,43 @@ def main(argv=None) -> None:
         ref.drop()
 
 
-def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> list[Job]:
-    """What to count; every file is checked before the model is loaded.
+def left(found: list, overwrite: bool, process: processes.Process, remove: Callable) -> list:
+    """The jobs that are yet to be done; of the others `remove` takes away what a killed run left beside its result."""
+    todo = []
+    for job in found:
+        if not finished(job.out, job.request, overwrite):
+            todo.append(job)
+        elif process.is_main:
+            remove(job)
+    process.wait()  # no process may see files that another is about to write
+    return todo
+
+
+def asked_for(args, study: Study, step: str) -> tuple[list[tuple[Path, str]], Path, str]:
+    """(file of token ids, language) of each, the folder of results, and how the names of these begin.
 
     Raises:
-        InputError: nothing says which files or their names, two of one language, or what `read` refuses.
+        InputError: nothing says which files or their names, or two are of one language.
     """
-    files = id_files(args.id_path, study)
-    codes = [language_of(path) for path in files]
-    languages.refuse_twice(codes, "count one of their id files, or use another -n")
-    folder = study.output(args.save_folder, "-s", "lsn_counts")
+    files = [(path, language_of(path)) for path in id_files(args.id_path, study)]
+    languages.refuse_twice([code for _, code in files], "take one of their id files, or use another -n")
+    folder = study.output(args.save_folder, "-s", step)
     model = cli.named(args.model, args.named_run, "-m and --run")
     other = beside.name(study, run=model, steps=args.steps, limit=args.limit, last=True)
     name = args.name or (dotted(study.name, other) if study else None)
     if name is None:
         raise InputError("nothing says what to call the files: give -n NAME, or run inside a study")
+    return files, folder, name
+
+
+def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: torch.device) -> list[Job]:
+    """What to count; every file is checked before the model is loaded."""
+    files, folder, name = asked_for(args, study, "lsn_counts")
     size = ffn.block_size(ref.config(), args.type, args.block_size or study.get("lsn.block_size"))
     wanted = int(study.value(args.tokens, "--tokens", "lsn.tokens", TOKENS))
     run = beside.run_asked_for(study, args.named_run)
     found = []
-    for path, code in zip(files, codes, strict=True):
+    for path, code in files:
         blocks, facts = read(path, ref, run, size, wanted, args.limit)
         request = request_of(ref, facts, size, args.batch_size, dtype, device)
         found.append(Job(path, blocks, results.plain(request), folder / f"{name}.{code}.pt"))

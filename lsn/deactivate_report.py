@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils.base import cli, figures
+from cpt_utils.base import cli, figures, stats
 from cpt_utils.base.lazy import np
 
 # What silencing a language's neurons does to the language itself; anything but a harm leaves selectivity no meaning.
@@ -69,7 +69,7 @@ def say(payload: dict) -> None:
 
 def _place(found: dict) -> str:
     """A selectivity, with its interval, among the random sets of both kinds."""
-    words = f"selectivity {found['selectivity']:+.4f} [{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
+    words = f"selectivity {stats.told(found, '+.4f', 'selectivity')}"
     for kind, name, p in (("random", "random", "p_value"), ("active", "as active", "p_value_active")):
         if found[f"n_{kind}"]:
             words += f", {found[f'n_{kind}']} {name} {found[f'{kind}_mean']:+.4f} (p = {found[p]:.3f})"

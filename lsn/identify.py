@@ -116,26 +116,19 @@ def identify(counts: list[Counts], scores: list[dict], outputs: dict[str, tuple]
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add(
-        "--method", choices=METHODS, default=masks.LAPE, metavar="M", help=f"{', '.join(METHODS)}; default {masks.LAPE}"
-    )
+    text = f"{', '.join(METHODS)}; default {masks.LAPE}"
+    add("--method", choices=METHODS, default=masks.LAPE, metavar="M", help=text)
     add("-t", "--tag", metavar="TAG", help="counts TAG.<lang>.pt are read; default: the study's name")
     text = "two languages or more; default: the study's languages.lsn"
     add("-l", "--lang", "--langs", metavar="en,ga,..", help=text)
-    add(
-        "-o",
-        "--output",
-        "--outdir",
-        metavar="OUT",
-        help="folder to write to; default: the study's lsn/result, else result",
-    )
+    text = "folder to write to; default: the study's lsn/result, else result"
+    add("-o", "--output", "--outdir", metavar="OUT", help=text)
     text = f"folder of the counts; default: the study's lsn/activation_count, else {files.BY_HAND}"
     add("-a", "--activation", metavar="FOLDER", help=text)
     text = "what lsn/text_scores.py measured, for ap and gradient; default: the study's lsn/text_scores"
     add("--scores", metavar="FOLDER", help=text)
-    text = (
-        "gradient: language whose score is subtracted, from its own the target's; default: the study's languages.base"
-    )
+    text = "gradient: language whose score is subtracted, from its own the target's; default: the study's "
+    text += "languages.base"
     add("--control-lang", metavar="LANG", help=text)
     text = "share of all neurons to select; default: the study's lsn.rate, else 0.01"
     add("--rate", type=float, metavar="R", help=text)

@@ -376,23 +376,11 @@ def measure_all(
 
 
 def header(job: Job, mask: str, chosen: Masks) -> dict:
-    request = job.requests[mask]
-    return results.header(
-        SCHEMA,
-        models={"model": job.ref.describe()},
-        step=job.step,
-        n_layers=len(chosen.widths),
-        ffn_width=max(chosen.widths),
-        language=languages.canonical(chosen.lang, any_tag=True),
-        control=mask == "control",
-        mask=chosen.files[mask],
-        tokens={"file": job.ids, **request["ids"]},
-        block_size=request["block_size"],
-        limit=request["ids"]["limit"],
-        dtype=request["dtype"].removeprefix("torch."),
-        device=request["device"],
-        request=request,
-    )
+    facts = counting.header_facts(job.requests[mask], job.ids)
+    facts |= {"n_layers": len(chosen.widths), "ffn_width": max(chosen.widths), "step": job.step}
+    facts |= {"language": languages.canonical(chosen.lang, any_tag=True), "control": mask == "control"}
+    facts |= {"mask": chosen.files[mask], "block_size": job.requests[mask]["block_size"]}
+    return results.header(SCHEMA, models={"model": job.ref.describe()}, **facts)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, code, languages, processes, results
+from cpt_utils.base import cli, code, processes, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
-from cpt_utils.base.study import Study, dotted
+from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import beside, refs
 from cpt_utils.models import ffn, loading
 from cpt_utils.models.trace import trace
@@ -206,19 +206,11 @@ def measure(job: Job, measured: Callable, process: processes.Process, header: di
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("-m", "--model", metavar="M", help="model; default: the last checkpoint of the study's run")
-    cli.add_named_models(p, None, "M: its last checkpoint, or that of --steps")
-    add("-i", "--id_path", nargs="+", metavar="IDS", help="files of token ids; default: the study's, all languages")
     add("--what", nargs="+", choices=("means", "gradients"), metavar="W", help="means, gradients; default both")
-    text = "where results go; default: the study's lsn/text_scores"
-    add("-s", "--save_folder", "-o", "--output", metavar="FOLDER", help=text)
-    text = "first part of the files' names; default: the study's name, or that of another model"
-    add("-n", "--name", metavar="NAME", help=text)
     text = f"texts of a language; default: the study's lsn.texts, else {TEXTS}"
     add("--texts", type=cli.positive, metavar="N", help=text)
     add("--text-tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens of a text; default {TOKENS}")
-    cli.add_run_flags(p, drop=True)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    counting.add_flags(p, RESULTS["lsn_text_scores"])
     return p
 
 
@@ -227,13 +219,8 @@ def main(argv=None) -> None:
     study = Study.find(args.study, args.seed, args.arm)
     ref = beside.model_or_last(study, args.model, args.named_run, "-m", args.steps)
     process, dtype = processes.from_arguments(args, study)
-    todo = []
-    for job in jobs(args, study, ref, dtype, process.device):
-        if not counting.finished(job.out, job.request, args.overwrite):
-            todo.append(job)
-        elif process.is_main:
-            job.remove_parts()  # of a run that was killed between its result and this
-    process.wait()  # no process may see files that another is about to write
+    found = jobs(args, study, ref, dtype, process.device)
+    todo = counting.left(found, args.overwrite, process, Job.remove_parts)
     if not todo:
         return
     model, arch = loading.load_for(process, ref, dtype), archs.for_config(ref.config())
@@ -251,17 +238,9 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
     """What to measure; every file is checked before the model is loaded.
 
     Raises:
-        InputError: nothing says which files or their names, two of one language, or too few texts or tokens.
+        InputError: see `asked_for` of lsn/activation.py; or too few texts or tokens.
     """
-    paths = counting.id_files(args.id_path, study)
-    codes = [counting.language_of(path) for path in paths]
-    languages.refuse_twice(codes, "give one of their id files, or use another -n")
-    folder = study.output(args.save_folder, "-s", "lsn_text_scores")
-    model = cli.named(args.model, args.named_run, "-m and --run")
-    other = beside.name(study, run=model, steps=args.steps, limit=args.limit, last=True)
-    name = args.name or (dotted(study.name, other) if study else None)
-    if name is None:
-        raise InputError("nothing says what to call the files: give -n NAME, or run inside a study")
+    files, folder, name = counting.asked_for(args, study, "lsn_text_scores")
     size, run = args.text_tokens, beside.run_asked_for(study, args.named_run)
     most = ffn.block_size(ref.config())
     if not 2 <= size <= most:
@@ -270,7 +249,7 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
     kinds, found = args.what or ("means", "gradients"), []
     if "gradients" in kinds:
         dense_layers(archs.for_config(ref.config()), ref.config())
-    for path, lang in zip(paths, codes, strict=True):
+    for path, lang in files:
         texts, facts = counting.read(path, ref, run, size, wanted, args.limit)
         if len(texts) < 4:
             raise InputError(
@@ -285,22 +264,11 @@ def jobs(args, study: Study, ref: refs.ModelRef, dtype: torch.dtype, device: tor
 
 
 def header(job: Job, ref: refs.ModelRef, arch: archs.Arch) -> dict:
-    request = job.request
-    return results.header(
-        SCHEMA,
-        what=job.what,
-        models={"model": ref.describe()},
-        n_layers=arch.n_layers(ref.config()),
-        ffn_width=arch.ffn_width(ref.config()),
-        language=request["ids"].get("language", counting.language_of(job.path)),
-        tokens={"file": str(job.path), **request["ids"]},
-        text_tokens=job.texts.shape[1],
-        n_used=len(job.texts),
-        limit=request["ids"]["limit"],
-        dtype=request["dtype"].removeprefix("torch."),
-        device=request["device"],
-        request=request,
-    )
+    facts = counting.header_facts(job.request, job.path)
+    facts |= {"language": job.request["ids"].get("language", counting.language_of(job.path))}
+    facts |= {"n_layers": arch.n_layers(ref.config()), "ffn_width": arch.ffn_width(ref.config())}
+    facts |= {"what": job.what, "text_tokens": job.texts.shape[1], "n_used": len(job.texts)}
+    return results.header(SCHEMA, models={"model": ref.describe()}, **facts)
 
 
 if __name__ == "__main__":

@@ -195,17 +195,13 @@ def bars(axis, cells: dict[str, dict]) -> None:
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("--base", metavar="B", help="base model; default: the study's base")
-    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints, of which the last; default: the study's run")
     add("--routing", metavar="F", help="result of moe-routing/routing.py; default: the study's")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
     text = f"standard deviations by which soft raises logits; default: the study's routing.strengths, else {STRENGTH}"
     add("--strengths", nargs="+", type=float, metavar="X", help=text)
     text = f"random sets of experts, and at most as many shifts; default: the study's routing.random, else {RANDOM}"
     add("--random", type=cli.positive, metavar="N", help=text)
-    add("--output", metavar="OUT", help="JSON to write; default: the study's moe-routing/steering.json")
-    cli.add_run_flags(p)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
+    over_run.add_flags(p, RESULTS["router_steering"], part=", of which the last", drop=False)
     return p
 
 
@@ -223,8 +219,9 @@ def main(argv=None) -> None:
         raise InputError("--strengths: give finite numbers")
     n_random = int(study.value(args.random, "--random", "routing.random", RANDOM))
 
-    def measured(model, ref, tokenizer) -> dict:
-        return language_loss.losses(model, ref, tokenizer, texts, args.batch_size)
+    def measured(model, one: Condition, tokenizer) -> dict:
+        losses = language_loss.losses(model, run.models[one.of], tokenizer, texts, args.batch_size)
+        return {"units": losses}
 
     n_experts = arch.experts(config, layers[0])
     wanted = [

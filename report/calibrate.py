@@ -410,14 +410,9 @@ def table(rows: list[list[str]]) -> str:
     names = list(claims.claims())
     false = [f"false {letter}" for letter in sorted({name[0] for name in names})]
     heads = ["world", "studies", "seeds", *false, *names]
-    lines = [
-        "In %: *false* is the share of studies with any false decision on claims of that letter; below a claim stands "
-        "how often it is decided.",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|---" * len(heads) + "|",
-    ]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    words = "In %: *false* is the share of studies with any false decision on claims of that letter; below a claim "
+    words += "stands how often it is decided."
+    return f"{words}\n\n{results.markdown(heads, rows)}"
 
 
 def build_parser():
@@ -439,7 +434,7 @@ def main(argv=None) -> None:
     before, after = (re.escape(mark) for mark in MARKS)
     text = Path(args.output).read_text(encoding="utf-8")
     pattern = re.compile(f"(?<={before}\n).*?(?={after})", re.S)
-    results.write_text(args.output, pattern.sub(lambda _: f"\n{made}\n\n", text))
+    results.write_text(args.output, pattern.sub(lambda _: f"\n{made}\n", text))
     cli.say(f"wrote the table to {args.output}")
 
 

@@ -126,11 +126,9 @@ def read_seeds(
         InputError: seeds that share a checkpoint or their results, or were measured in different ways.
     """
     runs: dict[int, tuple] = {}
-    for seed in seeds:
-        found = evidence.Results(Study.find(study_file, seed, arm), draws)
+    for seed, study in zip(seeds, Study.of_seeds(study_file, seeds, arm), strict=True):
+        found = evidence.Results(study, draws)
         for other, (before, _) in runs.items():
-            if before.folder == found.folder:
-                raise InputError(f"the seeds share {found.folder}: the study's results must hold {{seed}}")
             if relatives.same_model(before.last, found.last):
                 raise InputError(f"seeds {other} and {seed} have the same weights, {found.last['spec']}; train again")
         runs[seed] = found, one_run(made, found)
@@ -163,8 +161,7 @@ def main(argv=None) -> None:
         output = study.output(args.output, "--output", "claims")
     if output.suffix != ".json":
         raise InputError(f"--output {output}: give the name of a JSON file, or --seeds with it")
-    if output.exists() and not args.overwrite and not results.read_json(output, SCHEMA)[1]:
-        raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another --output")
+    results.refuse_stranger(output, SCHEMA, args.overwrite, "another --output")
     payload: dict = {"study": study.name, "alpha": verdicts.ALPHA}
     if args.seeds:
         runs = read_seeds(args.study, args.seeds, made, arm=args.arm)

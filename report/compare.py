@@ -18,7 +18,7 @@ from pathlib import Path
 from cpt_utils.base import cli, results, stats
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
-from cpt_utils.base.study import Study
+from cpt_utils.base.study import Study, refuse_shared
 from cpt_utils.checkpoints import relatives
 from cpt_utils.measures import curves, evaluation, gate, verdicts
 
@@ -257,10 +257,6 @@ def agreement(first: Run, other: Run) -> list[dict]:
     return found
 
 
-def _failed(run: Run) -> bool:
-    return bool(run.found.gate) and not run.found.gate["passed"]
-
-
 def of_seed(studies: dict[str, Study]) -> dict:
     """Everything of one seed: `values` and `differences` {run: numbers}, `agreement`, `missing`, `gate` (of runs that
     fail it, why), `models`, `curves`."""
@@ -270,7 +266,7 @@ def of_seed(studies: dict[str, Study]) -> dict:
         quantities[name], missing[name] = measured(run)
     refuse_strangers(runs)
     seed, (first, *others) = next(iter(studies.values())).seed, runs
-    agreed = {}
+    agreed, gates = {}, {name: run.found.gate for name, run in runs.items()}
     for name in others:
         with runs[name].found.reading("agreement"):
             agreed[name] = agreement(runs[first], runs[name])
@@ -285,7 +281,7 @@ def of_seed(studies: dict[str, Study]) -> dict:
         },
         "agreement": agreed,
         "missing": missing,
-        "gate": {name: gate.words(run.found.gate) for name, run in runs.items() if _failed(run)},
+        "gate": {name: gate.words(own) for name, own in gates.items() if own and not own["passed"]},
         "models": {"base": runs[first].found.base} | {name: run.found.last for name, run in runs.items()},
         "curves": {name: shown.curves_of(run.table) for name, run in runs.items()},
     }  # fmt: skip
@@ -357,8 +353,7 @@ def main(argv=None) -> None:
     output = study.output(args.output, "--output", "compare")
     if output.suffix != ".json":
         raise InputError(f"--output {output}: give the name of a JSON file")
-    if len({first_of.result("compare") for one in seeds for first_of in [*one.values()][:1]}) < len(seeds):
-        raise InputError(f"the seeds share {first.result('compare').parent}: the study's results must hold {{seed}}")
+    refuse_shared([next(iter(one.values())) for one in seeds])
     read = {next(iter(one.values())).seed: of_seed(one) for one in seeds}
     payload = over_seeds(read) if several else next(iter(read.values()))
     models = payload.pop("models")

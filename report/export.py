@@ -38,20 +38,6 @@ def views(study: Study) -> list[Study]:
     return [study, *(one for one in others if one.result("claims").parent.parent.is_dir())]
 
 
-def of_seeds(file, seeds: list[int | None], arm: str | None = None) -> list[Study]:
-    """The studies of several seeds.
-
-    Raises:
-        InputError: two seeds share their results.
-    """
-    found = [Study.find(file, seed, arm) for seed in seeds]
-    places = [str(study.result("numbers")) for study in found if study]
-    if len(set(places)) < len(found):
-        what = f"the seeds share {places[0]}: the study's results must hold {{seed}}" if places else "give --study FILE"
-        raise InputError(f"{file or 'no study'}: {what}")
-    return found
-
-
 def table(studies: list[Study]) -> list[dict]:
     """The rows of all studies, with their arms and other runs.
 
@@ -230,9 +216,8 @@ def build_parser():
     p.add_argument("studies", nargs="*", metavar="FILE", help="study files, instead of --study")
     text = "seeds whose results are there; default: the study's"
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help=text)
-    p.add_argument(
-        "-o", "--output", metavar="OUT", help="folder to write to, of several seeds or studies; default: the study's"
-    )
+    text = "folder to write to, of several seeds or studies; default: the study's"
+    p.add_argument("-o", "--output", metavar="OUT", help=text)
     return p
 
 
@@ -241,7 +226,8 @@ def main(argv=None) -> None:
     if args.studies and args.study:
         raise InputError("give study files or --study, not both")
     files = args.studies or [args.study]
-    studies = [study for file in files for study in of_seeds(file, args.seeds or [args.seed], args.arm)]
+    seeds = args.seeds or [args.seed]
+    studies = [study for file in files for study in Study.of_seeds(file, seeds, args.arm)]
     if not all(studies):
         raise InputError("the numbers are those of a study: give --study FILE, or run where study.yaml is")
     if len(studies) > 1 and args.output is None:

@@ -12,6 +12,7 @@ Tiny: python report/figures.py --study demo/tiny.yaml
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from cpt_utils.base import cli, figures
@@ -226,12 +227,8 @@ def strengths(found: Results, path: Path) -> None:
     cli.sibling("activation-correlation/activation-correlation.py").draw(path, payload)
 
 
-def attention_swap(found: Results, path: Path) -> None:
-    component_controls.draw(path, _swap(found, "attn_int_swap")[0])
-
-
-def ffn_swap(found: Results, path: Path) -> None:
-    component_controls.draw(path, _swap(found, "ffn_lsn_swap")[0])
+def component_swap(found: Results, path: Path, step: str = "ffn_lsn_swap") -> None:
+    component_controls.draw(path, _swap(found, step)[0])
 
 
 def deactivation(found: Results, path: Path) -> None:
@@ -248,8 +245,8 @@ FIGURES = {
     "fig5_lsn_counts": lsn_counts,
     "fig6_lsn_activation": lsn_activation,
     "fig7_strengths": strengths,
-    "fig8a_attention_swap": attention_swap,
-    "fig8b_ffn_swap": ffn_swap,
+    "fig8a_attention_swap": functools.partial(component_swap, step="attn_int_swap"),
+    "fig8b_ffn_swap": component_swap,
     "fig9_deactivation": deactivation,
 }
 

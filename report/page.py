@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cpt_utils.base import cli, figures, languages, results
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.study import Study
+from cpt_utils.base.study import Study, refuse_shared
 from cpt_utils.measures import verdicts
 
 headlines = cli.sibling("report/headlines.py")
@@ -270,9 +270,8 @@ def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--output", metavar="OUT", help="HTML file; of several a folder; default: the study's report.html")
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="these seeds of the study, side by side")
-    p.add_argument(
-        "--beside", nargs="+", default=[], metavar="FILE", help="other study files, whose results stand beside"
-    )
+    text = "other study files, whose results stand beside"
+    p.add_argument("--beside", nargs="+", default=[], metavar="FILE", help=text)
     return p
 
 
@@ -297,9 +296,7 @@ def main(argv=None) -> None:
         and MARK not in output.read_text(encoding="utf-8", errors="replace")[:2000]
     ):
         raise InputError(f"{output} was not made by this script; give --overwrite to replace it, or another --output")
-    folders = [one.result("page").parent for one in studies]
-    if len({*folders}) < len(folders):
-        raise InputError(f"several share {folders[0]}: a seed's results need {{seed}} in the study's results")
+    refuse_shared(studies, "several")
     runs = [parts.Run(one, label) for one, label in zip(studies, labels(studies, args.seeds), strict=True)]
     if not any(run.rows for run in runs):
         raise InputError(f"{runs[0].folder} holds no result; run the steps of the README first")

@@ -237,7 +237,10 @@ class Run:
 
 def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
     """What the page says of a step: question and answer, of each run figures and what they rest on, the numbers."""
-    of_runs = [shown_run(step, run, where, small=len(runs) > 1) for run in runs]
+    of_runs = []
+    for run in runs:
+        with numbers.reading(run.chief.get(step.name, run.folder)):
+            of_runs.append(shown_run(step, run, where, small=len(runs) > 1))
     columns = [headlines.three(step.name, run.rows.get(step.name, []), run.study) for run in runs]
     rows = table(runs, columns)
     captions = list(dict.fromkeys(figure.caption for figure in step.figures))
@@ -252,11 +255,6 @@ def shown_step(step: Step, runs: list[Run], where: Path) -> dict:
 
 
 def shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
-    with numbers.reading(run.chief.get(step.name, run.folder)):
-        return _shown_run(step, run, where, small)
-
-
-def _shown_run(step: Step, run: Run, where: Path, small: bool) -> dict:
     files, head, chief = run.files(step.name), run.headers.get(step.name, {}), run.chief.get(step.name)
     name = chief and Path(chief).relative_to(run.folder)
     file = chief and {"name": name, "address": link(chief, where), "more": len(files) - 1}

@@ -17,6 +17,7 @@ from pathlib import Path
 from cpt_utils.base import cli, experiments, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
+from cpt_utils.measures.lm_eval_results import is_number
 
 reading_of = cli.sibling("report/readers.py")
 
@@ -70,7 +71,7 @@ def numbers(value, place: tuple[str, ...] = (), around=None) -> Iterator[tuple[t
     value, around = _by_name(value, place[-1] if place else ""), _by_name(around, "")
     if isinstance(value, dict):
         yield from _in_mapping(value, place, around if isinstance(around, dict) else {})
-    elif _is_number(value):
+    elif is_number(value):
         low, high = around.values() if isinstance(around, dict) and len(around) == 2 else (None, None)
         yield place, {"value": value, "ci_low": low, "ci_high": high}
 
@@ -78,8 +79,8 @@ def numbers(value, place: tuple[str, ...] = (), around=None) -> Iterator[tuple[t
 def _in_mapping(value: dict, place: tuple[str, ...], around: dict) -> Iterator[tuple[tuple[str, ...], dict]]:
     facts = {"n": _first(value, UNITS), "controls": _first(value, CONTROLS)}
     about = "ci_low" in value or any(fact is not None for fact in facts.values())
-    main = next((key for key in MAIN if about and _is_number(value.get(key))), None)
-    said = [name for name in (*UNITS, *CONTROLS) if main and _is_number(value.get(name))]
+    main = next((key for key in MAIN if about and is_number(value.get(key))), None)
+    said = [name for name in (*UNITS, *CONTROLS) if main and is_number(value.get(name))]
     ends = {key: value.get(key) for key in ("ci_low", "ci_high")}
     if main:
         own = {"value": value[main], **ends, **facts}
@@ -99,7 +100,7 @@ def _by_name(value, called: str):
     """A list as a mapping: of pairs [x, number] by x, of mappings by what they are called, of others by place."""
     if not isinstance(value, list):
         return value
-    firsts = [one[0] for one in value if isinstance(one, list) and len(one) in (2, 3, 4) and _is_number(one[0])]
+    firsts = [one[0] for one in value if isinstance(one, list) and len(one) in (2, 3, 4) and is_number(one[0])]
     if len(firsts) == len(value) > 0 and all(a < b for a, b in itertools.pairwise(firsts)):
         return {str(one[0]): _beyond_first(one[1:]) for one in value}
     if called not in ENTRIES:
@@ -129,12 +130,8 @@ def _is_label(key: str, below) -> bool:
     return key in SETTINGS or (key in LABELS and isinstance(below, list))
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _first(value: dict, names: tuple[str, ...]):
-    return next((value[name] for name in names if _is_number(value.get(name))), None)
+    return next((value[name] for name in names if is_number(value.get(name))), None)
 
 
 # ---------------------------------------------------------------- columns

@@ -232,14 +232,7 @@ def draw(path: Path, lines: Lines, untrained: dict | None, languages: tuple[str,
                 axis.set_xlabel("")
             row[0].set_ylabel(curves.MEASURES[name].label)
         _maps(figure, axes[2], lines)
-        figure.suptitle(f"{' and '.join(languages)}, n = {n} sentences; bands: 95 % intervals", fontsize=8)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        named = {label: handle for handle, label in zip(handles, labels, strict=True) if label[:1] != "_"}
-        look = {"ncols": min(5, len(named)), "title": figures.HIDDEN_STATE}
-        figure.legend(named.values(), named, loc="outside lower center", **look)
-        if len(steps) > 1:
-            figures.steps_bar(figure, axes[:2], steps)
-        figures.save(figure, path)
+        looking.finish(path, figure, axes[:2], f"{' and '.join(languages)}, n = {n} sentences", steps)
 
 
 def _maps(figure, axes, lines: Lines) -> None:

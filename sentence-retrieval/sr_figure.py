@@ -49,14 +49,19 @@ def draw(path: Path, lines: Lines, untrained: dict | None, n: int, title: str) -
             figures.chance_line(cells[key], n)
         for state in curves.measuring_length(lines[-1][1]):
             axes[0, 0].axvspan(state - 0.5, state + 0.5, color="0.9", linewidth=0, label="measures length", zorder=0)
-        figure.suptitle(f"{title}, n = {n} sentences; bands: 95 % intervals", fontsize=8)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        named = {label: handle for handle, label in zip(handles, labels, strict=True) if label[:1] != "_"}
-        look = {"ncols": min(5, len(named)), "title": figures.HIDDEN_STATE}
-        figure.legend(named.values(), named, loc="outside lower center", **look)
-        if len(steps) > 1:
-            figures.steps_bar(figure, axes, steps)
-        figures.save(figure, path)
+        finish(path, figure, axes, f"{title}, n = {n} sentences", steps)
+
+
+def finish(path: Path, figure, axes, title: str, steps: list[int]) -> None:
+    """One title and legend for all panels, beside `axes` a bar of the steps, where there are several; saved."""
+    figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    named = {label: handle for handle, label in zip(handles, labels, strict=True) if label[:1] != "_"}
+    look = {"ncols": min(5, len(named)), "title": figures.HIDDEN_STATE}
+    figure.legend(named.values(), named, loc="outside lower center", **look)
+    if len(steps) > 1:
+        figures.steps_bar(figure, axes, steps)
+    figures.save(figure, path)
 
 
 def looks(lines: Lines, steps: list[int]) -> list[dict]:

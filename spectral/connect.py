@@ -263,18 +263,15 @@ def say(payload: dict) -> None:
     cosine = "" if whole["cosine"] is None else f", cosine of the updates {whole['cosine']:.3f}"
     cli.say(f"||A - C|| / ||B|| {whole['distance']:.4f}{cosine}")
     for name, row in payload["measures"].items():
-        said = f"{evaluation.named(name).label}: barrier {_shown(row['barrier'])} at a = {row['barrier']['at']:g}"
+        said = f"{evaluation.named(name).label}: barrier {stats.told(row['barrier'], '.4f')}"
+        said += f" at a = {row['barrier']['at']:g}"
         if row["barrier"]["share"]:
             said += f", {row['barrier']['share']['value']:.1%} of the gain"
         if "random" in row:
             random = row["random"]
-            said += f"; random directions {_shown(random)}"
+            said += f"; random directions {stats.told(random, '.4f')}"
             said += f", {random['share']['value']:.1%} of the gain" if random["share"] else ""
         cli.say(said)
-
-
-def _shown(row: dict) -> str:
-    return f"{row['value']:.4f} [{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
 
 
 # ---------------------------------------------------------------- the figure

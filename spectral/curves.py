@@ -27,7 +27,7 @@ from cpt_utils.base.study import Study, dotted
 from cpt_utils.checkpoints import beside, refs
 from cpt_utils.interventions import on_disk, surgery
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import controls, evaluation
+from cpt_utils.measures import controls, evaluation, over_run
 from cpt_utils.measures.trial import Trial
 
 retrieval, documents = cli.sibling("sentence-retrieval/sr_experiment.py"), cli.sibling("cpt/documents.py")
@@ -217,12 +217,9 @@ def say(found: dict, words: dict[str, str], symbol: str) -> None:
     for curve, name in words.items():
         for measure, axes in found["largest"].get(curve, {}).items():
             row = axes["at"]
-            said = f"{name}, {evaluation.named(measure).label}: {symbol} {_shown(row)}"
-            cli.say(said + (f"; {KEPT:.0%} of the gain is kept up to {_shown(row['kept'])}" if row["kept"] else ""))
-
-
-def _shown(row: dict) -> str:
-    return f"{row['value']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+            said = f"{name}, {evaluation.named(measure).label}: {symbol} {stats.told(row, '.2f')}"
+            kept = f"; {KEPT:.0%} of the gain is kept up to {stats.told(row['kept'], '.2f')}" if row["kept"] else ""
+            cli.say(said + kept)
 
 
 # ---------------------------------------------------------------- the figure
@@ -320,16 +317,11 @@ def _panel(panel, payload: dict, measure: str, looks: dict[str, dict], axis: str
 def parser(doc: str, output: str):
     """A parser with the flags that scripts of curves share; `output`: where results go without --output."""
     p = cli.parser(doc)
-    p.add_argument("--base", metavar="B", help="base model; default: the study's base")
-    text = "its run of checkpoints, or one checkpoint: the last, or that of --steps, is measured; default: the study's"
-    p.add_argument("--run", nargs="+", metavar="RUN", help=text)
-    p.add_argument("--output", metavar="OUT", help=f"JSON to write; default: the study's {output}")
-    cli.add_run_flags(p)
+    over_run.add_flags(p, output, part=", or one checkpoint: the last, or that of --steps, is measured", drop=False)
     evaluation.add_flags(p)
     text = "the same in other languages, for the loss in each; default: the study's"
     p.add_argument("--heldout-others", nargs="+", metavar="LANG=FILE", help=text)
     sources.add_flags(p)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 

@@ -44,8 +44,7 @@ CAPTIONS = {
         by the distance from the permutations at the top 10 % of the units, rounded up (the dot). The band is often
         narrower than the line.""",
 }
-KINDS = ("relative", "rms", "per_layer")
-OF_QUERIES = ("q_proj", "o_proj")
+KINDS, OF_QUERIES = ("relative", "rms", "per_layer"), ("q_proj", "o_proj")
 TOP, DRAWS = 0.1, 1000
 
 
@@ -317,19 +316,18 @@ def agreement(runs: dict[str, Heads], share: float) -> dict:
 
 def rows_of(found: Heads, kinds: dict[str, np.ndarray]) -> list[dict]:
     """A row a unit: place, importance by kind, share of the update, its query heads alone."""
-    update, queries = sums(found)[0], importance(found, by_query=True)
-    of_query = sums(found, by_query=True)[0]
+    shares = {by_query: sums(found, by_query)[0] / (sums(found)[0].sum() or 1.0) for by_query in (False, True)}
     at_query = {place: i for i, place in enumerate(places(found, by_query=True))}
-    rows, total = [], update.sum() or 1.0
+    queries, rows = importance(found, by_query=True), []
+
+    def told(by_query: bool, at: int) -> dict:
+        values = {kind: float(each[at]) for kind, each in (queries if by_query else kinds).items()}
+        return {"importance": values, "share": float(shares[by_query][at])}
+
     for i, (layer, unit) in enumerate(places(found)):
-        group, own = found[layer].heads // found[layer].units, []
-        for head in range(unit * group, (unit + 1) * group):
-            at = at_query[layer, head]
-            values = {kind: float(each[at]) for kind, each in queries.items()}
-            own.append({"head": head, "importance": values, "share": float(of_query[at] / total)})
-        values = {kind: float(each[i]) for kind, each in kinds.items()}
-        row = {"layer": layer, "unit": unit, "importance": values, "share": float(update[i] / total)}
-        rows.append(row | {"query_heads": own})
+        group = found[layer].heads // found[layer].units
+        own = [{"head": head} | told(True, at_query[layer, head]) for head in range(unit * group, (unit + 1) * group)]
+        rows.append({"layer": layer, "unit": unit} | told(False, i) | {"query_heads": own})
     return rows
 
 

@@ -270,7 +270,7 @@ def say(payload: dict) -> None:
             row = found[measure]
             cli.say(
                 f"{NAMES[name]}, {measure}: best share {row['at']:.2f} on half of the items; on the others better than "
-                f"the checkpoint by {row['value']:+.5f} [{row['ci_low']:+.5f}, {row['ci_high']:+.5f}]"
+                f"the checkpoint by {stats.told(row, '+.5f')}"
             )
 
 

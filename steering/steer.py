@@ -19,7 +19,6 @@ Tiny: python steering/steer.py --study demo/tiny.yaml
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import math
@@ -28,14 +27,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, languages, processes, results, sources
+from cpt_utils.base import cli, languages, results, sources
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np, torch
 from cpt_utils.base.study import Study
-from cpt_utils.checkpoints import beside, opening, refs, tokenization, tokenizer_id
 from cpt_utils.interventions import activations
 from cpt_utils.interventions.condition import Condition
-from cpt_utils.measures import conditions, evaluation, masks
+from cpt_utils.measures import evaluation, masks, over_run
 from cpt_utils.models import batching, loading
 from cpt_utils.models.trace import trace
 
@@ -54,8 +52,8 @@ CAPTIONS = {
         Lines across: nothing done, a prompt with translations and nothing steered, and neurons of the base's language
         off with those of the new one at their mean.""",
 }
-BASE, WRITTEN = "base", "production"  # what in_context calls the sentence of the target after that of the base
-ALPHAS, DRAWS, SENTENCES, SHOTS = (0.5, 1.0, 1.5, 2.0), 3, 100, 4
+WRITTEN = "production"  # what in_context calls the sentence of the target after that of the base
+ALPHAS, DRAWS, SENTENCES = (0.5, 1.0, 1.5, 2.0), 3, 100
 ESTIMATED = 500  # pairs at most that means are taken over
 
 
@@ -263,10 +261,7 @@ def sentences(pairs: sources.ParallelText, n_shots: int, n_scored: int, form: st
 
 def bench_from_arguments(args, study: Study, codes: dict[str, str]) -> tuple[Bench, dict]:
     """What is measured, and what a header says of it; before any model is loaded."""
-    pairs = sources.from_arguments(argparse.Namespace(**vars(args) | {"limit": None}), study, *codes.values())
-    trains = "pairs" if study.get("train.base") else "lines"
-    form = study.value(args.prompt, "--prompt", "ablation.prompt", trains)
-    n_shots = int(study.value(args.shots, "--shots", "ablation.shots", SHOTS))
+    pairs, form, n_shots = in_context.asked_for(args, study, codes)
     most = min(SENTENCES, len(pairs) // 2)
     n = min(int(study.value(args.sentences, "--sentences", "steering.sentences", most)), args.limit or len(pairs))
     bare, shots, estimate = sentences(pairs, n_shots, n, form, study.seed)
@@ -280,13 +275,14 @@ def bench_from_arguments(args, study: Study, codes: dict[str, str]) -> tuple[Ben
     return Bench(bare, shots, estimate, judge, study.seed, args.batch_size), facts
 
 
-def neurons_from_arguments(args, study: Study, ref: refs.ModelRef, codes: dict, homes: tuple, draws: int):
+def neurons_from_arguments(args, run: over_run.OverRun, codes: dict[str, str], draws: int):
     """The neurons of both languages and random ones, and the mask file; none, and said, where the study has none.
 
     Raises:
         InputError: --mask_file without the languages or their neurons, or neurons that are experts'; the study's mask
             is of another model than the study's.
     """
+    study, ref = run.study, run.last
     file = Path(args.mask_file) if args.mask_file else study.result("lsn_mask")
     why = None if file and file.is_file() else f"{file} is not there" if file else "no mask is given"
     there = [] if why else masks.languages_in(file)
@@ -294,7 +290,7 @@ def neurons_from_arguments(args, study: Study, ref: refs.ModelRef, codes: dict, 
                        if languages.find(there, code, default=None) is None), None)  # fmt: skip
     if not why:
         try:
-            found = deactivate.masks_of(ref, file, [*codes.values()], *homes)
+            found = deactivate.masks_of(ref, file, [*codes.values()], run.models[over_run.BASE].spec, run.homes[0])
         except InputError as error:
             if args.mask_file or not (args.base or args.run):
                 raise
@@ -335,9 +331,6 @@ def sweep_from_arguments(args, study: Study, n_layers: int) -> tuple[list[int], 
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("--base", metavar="B", help="base model; default: the study's base")
-    add("--run", nargs="+", metavar="RUN", help="its run of checkpoints, of which the last; default: the study's run")
-    add("--output", metavar="OUT", help="JSON to write; default: the study's steering/steering.json")
     add("--base-lang", metavar="LANG", help="the source: default: the study's languages.base")
     add("--target-lang", metavar="LANG", help="the language to be written; default: the study's languages.target")
     add("--mask_file", metavar="MASK", help="neurons by language (lsn/identify.py); default: the study's, if there")
@@ -348,59 +341,38 @@ def build_parser():
     add("--draws", type=cli.positive, metavar="N", help=text)
     text = f"pairs to score; default: the study's steering.sentences, else {SENTENCES}, or half of them"
     add("--sentences", type=cli.positive, metavar="N", help=text)
-    text = f"pairs in the prompt that is not steered; default: the study's ablation.shots, else {SHOTS}"
+    text = f"pairs in the prompt that is not steered; default: the study's ablation.shots, else {in_context.SHOTS}"
     add("--shots", type=cli.positive, metavar="N", help=text)
     text = "sentences one after the other, or a line each; default: as in layer-ablation/"
     add("--prompt", choices=tuple(in_context.FORMS), help=text)
     add("--no-generate", action="store_true", help="write nothing: the loss of references alone, and no score")
-    cli.add_run_flags(p)
+    over_run.add_flags(p, RESULTS["steering"], part=", of which the last", drop=False)
     sources.add_flags(p)
-    cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
 
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    base, home = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
-    run = refs.run(home, args.steps) if args.steps else refs.run(home)[-1:]
-    models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in run}
-    other = beside.name(study, args.base, args.run, args.steps, args.limit, last=not args.steps)
-    output = study.output(args.output, "--output", "steering", other)
+    run = over_run.OverRun.of(args, study, "steering", last=not args.steps)
     codes = evaluation.languages_from_arguments(args, study, {})
-    if not all(codes.values()):
-        raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
-    opening.look_over(models.values())
     bench, facts = bench_from_arguments(args, study, codes)
-    homes = beside.run_asked_for(study, args.run), models[BASE]
     draws = int(study.value(args.draws, "--draws", "steering.draws", DRAWS))
-    neurons, file = neurons_from_arguments(args, study, run[-1], codes, (base, homes[0]), draws)
-    arch = archs.for_config(run[-1].config())
-    facts |= {"mask": file, "n_layers": arch.n_layers(run[-1].config())}
-    wanted = conditions_of(
-        [*models], bench, arch, *sweep_from_arguments(args, study, facts["n_layers"]), draws, neurons
-    )
-    measure(output, models, homes, bench, wanted, facts, neurons, args, study)
+    neurons, file = neurons_from_arguments(args, run, codes, draws)
+    arch = archs.for_config(run.last.config())
+    facts["n_layers"] = arch.n_layers(run.last.config())
+    sweep = sweep_from_arguments(args, study, facts["n_layers"])
+    measure(run, bench, conditions_of([*run.models], bench, arch, *sweep, draws, neurons), facts, neurons, file)
 
 
-def measure(output: Path, models: dict, homes: tuple, bench: Bench, wanted, facts: dict, neurons, args, study) -> None:
+def measure(run: over_run.OverRun, bench: Bench, wanted: list[Condition], facts: dict, neurons, file) -> None:
     """Every condition measured once, and the result written."""
-    process, dtype = processes.from_arguments(args, study)
-    request = {
-        "models": {name: ref.describe() for name, ref in models.items()},
-        "tokenizers": {name: tokenizer_id.tokenizer_used(ref, *homes) for name, ref in models.items()},
-        **facts, "mask": None, "dtype": str(dtype).removeprefix("torch."), "device": process.device.type,
-        "batch_size": args.batch_size,
-    }  # fmt: skip
     of_neurons = sorted({layer for each in neurons for layer in each.layers})  # whose means are needed
 
-    def load(name: str):
-        model = loading.load_for(process, models[name], dtype)
-        tokenizer = tokenization.load_tokenizer(models[name], *homes)
-        bench.learn(name, model, archs.for_config(models[name].config()), tokenizer, of_neurons)
-        return model
+    def ready(name: str, model, tokenizer) -> None:
+        bench.learn(name, model, archs.for_config(run.models[name].config()), tokenizer, of_neurons)
 
-    def measured(model, one: Condition) -> dict:
+    def measured(model, one: Condition, _tokenizer) -> dict:
         found = bench.on(model, one)
         if one.name == "none":
             apart = [float(bench.direction(one.of, i).norm()) for i in range(facts["n_layers"])]
@@ -408,22 +380,19 @@ def measure(output: Path, models: dict, homes: tuple, bench: Bench, wanted, fact
         return found
 
     def write(records: list[dict], request: dict) -> None:
-        payload, tensors = shown.summarize(records, bench.bare, study.seed)
+        payload, tensors = shown.summarize(records, bench.bare, bench.seed)
         payload["n_neurons"] = {side: sum(map(len, getattr(neurons[0], side).values())) for side in ("source", "target")
                                 } if neurons else None  # fmt: skip
+        output = run.output
         results.write_tensors(output.with_suffix(".pt"), tensors)
         shown.draw(output.with_suffix(""), payload)
-        described = dict(request["models"])
-        told = {"base": described.pop(BASE), "checkpoints": described}
-        more = {key: request[key] for key in ("dtype", "device")}
-        results.write_json(output, payload, results.header(SCHEMA, models=told, **facts, **more, request=request))
+        head = over_run.header_facts(request, *facts) | {"mask": file}
+        results.write_json(output, payload, results.header(SCHEMA, **head))
         shown.say(payload)
         cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
-    conditions.measure(
-        output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite, "another --output",
-        estimate=True,
-    )  # fmt: skip
+    asked = facts | {"batch_size": bench.batch_size}
+    run.changed(SCHEMA, asked, wanted, measured, write, ready)
 
 
 if __name__ == "__main__":

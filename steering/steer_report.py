@@ -163,5 +163,5 @@ def say(payload: dict) -> None:
             words.append(f"{name} {row[decides]['value']:.3f} (layer {row['layer']}, × {row['alpha']:g})")
         beyond = payload["beyond"][model].get("random")
         if beyond:
-            words.append(f"beyond random {beyond['value']:+.3f} [{beyond['ci_low']:+.3f}, {beyond['ci_high']:+.3f}]")
+            words.append(f"beyond random {stats.told(beyond, '+.3f')}")
         cli.say(f"{'base' if model == 'base' else f'step {model}'}, {decides}: {', '.join(words)}")

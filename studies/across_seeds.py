@@ -212,9 +212,8 @@ def main(argv: list[str] | None = None) -> None:
             part_three.sweep_rows(sweeps)
         )
     parts |= part_five.tables(studies)
-    with results.replacing(out / "tables.md") as temporary:
-        text = "\n\n".join(f"## {title}\n\n{table(*part)}" for title, part in parts.items() if part[1])
-        temporary.write_text(text + "\n", encoding="utf-8")
+    text = "\n\n".join(f"## {title}\n\n{table(*part)}" for title, part in parts.items() if part[1])
+    results.write_text(out / "tables.md", text + "\n")
     draw_retrieval(seeds, out / "retrieval")
     draw_change(seeds, out / "weight_change")
     draw_swaps(seeds, out / "swaps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt_utils.base import cli, figures, results
+from cpt_utils.base import cli, figures, results, stats
 from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 
@@ -27,7 +27,7 @@ def sweep_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = []
     for seed, found in seeds.items():
         areas = [found["summary"][name]["A"] for name in names]
-        cells = [f"{a['value']:+.2f} [{a['ci_low']:+.2f}, {a['ci_high']:+.2f}]" if a else "-" for a in areas]
+        cells = [stats.told(a, "+.2f") if a else "-" for a in areas]
         gains = [found["summary"][name]["gain"]["value"] for name in names]
         rows.append([seed, *(f"{gain:+.3f}; {cell}" for gain, cell in zip(gains, cells, strict=True))])
     return ["seed", *names], rows

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -80,6 +84,32 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
+def killed(run: Callable[[], object], place, name: str, after: int) -> None:
+    """`run` in a fork that is killed when the function `name` of a module or class is called once more than that."""
+    child = os.fork()
+    if child == 0:
+        own, calls = getattr(place, name), itertools.count()
+
+        def deadly(*args, **kwargs):
+            if next(calls) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args, **kwargs)
+
+        setattr(place, name, deadly)
+        run()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def same_results(*paths: Path) -> dict:
+    """What results say that are the same but for when, how and by which code they were made."""
+    first, *others = (json.loads(path.read_text()) for path in paths)
+    for result in (first, *others):
+        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
+    assert all(other == first for other in others)
+    return first
+
+
 def nonlinearity(arch, model, layer: int):
     """The module whose output is act(W_gate x) of a layer's FFN, or act(W_up x) where there is no gate."""
     return arch.in_layer(model, layer, arch.neurons(model.config, layer)[0].activation)
@@ -142,6 +172,36 @@ def save_tiny(model_type: str, folder: str | Path, seed: int = 0, dtype="float32
     elif new:
         _kept[asked] = None
     return folder
+
+
+def save_run(model_type: str, folder: str | Path, steps: Iterable[int], **more) -> list[Path]:
+    """Checkpoints of a run, the weights of each by its step."""
+    return [save_tiny(model_type, Path(folder) / f"checkpoint-{step}", seed=step, **more) for step in steps]
+
+
+def save_study(root: Path) -> Callable[[int], str]:
+    """A base and a run of 4 layers, 12 sentence pairs, 6 documents; returns what draws a line of so many words."""
+    save_tiny("llama", root / "base", seed=0, layers=4)
+    for step, seed in ((5, 1), (20, 2)):
+        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=seed, layers=4, shards=2)
+    draw = random.Random(0)
+    words = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri"]
+
+    def line(n: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(n))
+
+    for name, n, length in (("eng", 12, 4), ("qaa", 12, 4), ("heldout", 6, 9)):
+        (root / f"{name}.txt").write_text("".join(line(length) + "\n" for _ in range(n)))
+    return line
+
+
+def assert_drawn_again(stem: Path, draw: Callable[[], object]) -> None:
+    """`draw` writes the same figure as the one that is there, byte by byte."""
+    drawn = [stem.with_suffix(suffix) for suffix in (".pdf", ".png")]
+    before = [figure.read_bytes() for figure in drawn]
+    assert all(len(figure) > 1000 for figure in before)
+    draw()
+    assert [figure.read_bytes() for figure in drawn] == before
 
 
 def put_tensors(folder: Path, **tensors) -> Path:

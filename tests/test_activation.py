@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 
 import pytest
 import torch
-from helpers import load_script, save_tiny, tiny_tokenizer
+from helpers import killed, load_script, save_run, save_tiny, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -43,8 +42,7 @@ def count(*more) -> dict:
 
 def test_of_a_run_the_last_checkpoint_is_counted(place):
     path, _ = write_ids(place)
-    for step in (10, 20):
-        save_tiny("llama", f"run/checkpoint-{step}", seed=step)
+    save_run("llama", "run", (10, 20))
     with pytest.raises(InputError, match="-m and --run name the same twice"):
         count("-i", str(path), "--run", "run")
     ACTIVATION.main(["--run", "run", "-n", "tiny", "-s", "counts", "--block-size", "32", "-i", str(path)])
@@ -96,21 +94,9 @@ def test_finished_files_are_kept_and_others_refused(place, capsys):
         count("-i", str(path))
 
 
-def killed(argv: list[str], after: int) -> None:
+def killed_in_pass(argv: list[str], after: int) -> None:
     """Run the command in a child that is killed in the forward pass number `after`, each pass having been saved."""
-    child = os.fork()
-    if child == 0:
-        own, calls = ACTIVATION.Counter.add, iter(range(1000))
-
-        def deadly(self, ids):
-            if next(calls) == after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            own(self, ids)
-
-        ACTIVATION.Counter.add = deadly
-        ACTIVATION.main([*argv, "--save-every", "0"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: ACTIVATION.main([*argv, "--save-every", "0"]), ACTIVATION.Counter, "add", after)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -118,9 +104,9 @@ def test_killed_twice_gives_the_same_counts(place, capsys, dtype):
     path, _ = write_ids(place, n=1500)
     flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--dtype", dtype, "--batch-size", "2", "-i", str(path)]
     ACTIVATION.main([*flags, "-s", "unbroken"])
-    killed([*flags, "-s", "broken"], after=5)
+    killed_in_pass([*flags, "-s", "broken"], after=5)
     assert not os.path.exists("broken/tiny.ga.pt")
-    killed([*flags, "-s", "broken"], after=7)
+    killed_in_pass([*flags, "-s", "broken"], after=7)
     capsys.readouterr()
     ACTIVATION.main([*flags, "-s", "broken"])
     assert "blocks were counted before" in capsys.readouterr().out
@@ -135,7 +121,7 @@ def test_experts_routed_tokens_and_widths(place):
     save_tiny("qwen3_moe", "model", seed=1)
     path, ids = write_ids(place, n=700)
     flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--batch-size", "2", "-i", str(path)]
-    killed([*flags, "-s", "counts"], after=6)
+    killed_in_pass([*flags, "-s", "counts"], after=6)
     ACTIVATION.main([*flags, "-s", "counts"])
     found = results.read_tensors("counts/tiny.ga.pt")
     assert found["width"].tolist() == [96, 48, 96] and found["over_zero"].shape == (3, 96)
@@ -158,7 +144,7 @@ def test_two_processes_count_what_one_does(place):
     flags = ["-m", "model", "-n", "tiny", "--block-size", "32", "--batch-size", "2", "-i", str(path)]
     ACTIVATION.main([*flags, "-s", "one", "--device", "cpu"])
     # A run that one process began goes on with two.
-    killed([*flags, "-s", "two", "--device", "cpu"], after=4)
+    killed_in_pass([*flags, "-s", "two", "--device", "cpu"], after=4)
     launch("lsn/activation.py", *flags, "-s", "two")
     one, two = (results.read_tensors(f"{folder}/tiny.ga.pt") for folder in ("one", "two"))
     for key in ("over_zero", "snapshots", "snapshots_n"):
@@ -205,7 +191,7 @@ def test_a_limit_that_cuts_nothing_is_none(place):
 def test_two_files_of_one_language_are_refused(place):
     one, _ = write_ids(place, "ga")
     other, _ = write_ids(place, "gle_Latn")
-    with pytest.raises(InputError, match="ga and gle_Latn are one language; count one of their id files"):
+    with pytest.raises(InputError, match="ga and gle_Latn are one language; take one of their id files"):
         count("-i", str(one), str(other))
 
 

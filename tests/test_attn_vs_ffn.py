@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import load_script, read_tensors, save_tiny
+from helpers import assert_drawn_again, load_script, read_tensors, save_run, save_tiny
 
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
@@ -59,8 +59,7 @@ def no_figure(monkeypatch):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
     base = save_tiny(model_type, tmp_path / "base")
-    for step in (5, 10, 100):
-        save_tiny(model_type, tmp_path / "run" / f"checkpoint-{step}", seed=step, shards=2)
+    save_run(model_type, tmp_path / "run", (5, 10, 100), shards=2)
     command(base, tmp_path / "run", tmp_path / "out.json")
     found, header = results.read_json(tmp_path / "out.json", "attn_vs_ffn", n_layers=3)
     assert list(found["checkpoints"]) == ["5", "10", "100"] and header["n_used"] == header["n_available"] == 3
@@ -139,8 +138,7 @@ def test_details_of_heads_and_neurons(model_type, tmp_path, capsys, no_figure):
 
 def test_details_are_made_afterwards_and_never_of_other_models(tmp_path, capsys, no_figure):
     base = save_tiny("llama", tmp_path / "base", layers=1)
-    for step in (1, 2):
-        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step, layers=1)
+    save_run("llama", tmp_path / "run", (1, 2), layers=1)
     command(base, tmp_path / "run", tmp_path / "out.json")
     without, _ = results.read_json(tmp_path / "out.json")
     assert not (tmp_path / "out.pt").exists()
@@ -199,8 +197,7 @@ def test_a_base_of_zeros_has_no_relative_change():
 
 def test_steps_limits_and_finished_results(tmp_path, capsys, no_figure):
     base = save_tiny("llama", tmp_path / "base")
-    for step in (9, 80):
-        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step, vocab_size=300)
+    save_run("llama", tmp_path / "run", (9, 80), vocab_size=300)
     command(base, tmp_path / "run", tmp_path / "one.json", "--steps", "80")
     said = capsys.readouterr().out
     assert "step 80: attention" in said and "of 3 layers" in said and "(relative mean)" in said
@@ -242,8 +239,7 @@ def test_what_is_refused_leaves_nothing(tmp_path):
 def test_one_checkpoint_outside_a_study_and_a_run_inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny("gpt2", tmp_path / "build" / "base")
-    for step in (2, 10):
-        save_tiny("gpt2", tmp_path / "build" / "run" / f"checkpoint-{step}", seed=step)
+    save_run("gpt2", tmp_path / "build" / "run", (2, 10))
     script.main(["--base-model", "build/base", "--ckpt-model", "build/run/checkpoint-10"])
     found, _ = results.read_json("weight_diff/checkpoint-10.json", "attn_vs_ffn")
     assert list(found["checkpoints"]) == ["10"] and found["target_model"] == "build/run/checkpoint-10"
@@ -252,11 +248,8 @@ def test_one_checkpoint_outside_a_study_and_a_run_inside(tmp_path, monkeypatch):
     script.main([])
     found, _ = results.read_json("results/weight-diff/attn_vs_ffn.json", "attn_vs_ffn")
     assert list(found["checkpoints"]) == ["2", "10"]
-    drawn = [tmp_path / "results" / "weight-diff" / f"attn_vs_ffn{suffix}" for suffix in (".pdf", ".png")]
-    before = [figure.read_bytes() for figure in drawn]
-    assert all(len(figure) > 1000 for figure in before)
-    script.draw(drawn[0].with_suffix(""), found)  # from the file alone
-    assert [figure.read_bytes() for figure in drawn] == before
+    figure = tmp_path / "results/weight-diff/attn_vs_ffn"
+    assert_drawn_again(figure, lambda: script.draw(figure, found))  # from the file alone
 
 
 def test_base_and_checkpoint_the_wrong_way_round(tmp_path, monkeypatch, capsys):

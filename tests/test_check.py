@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, load_script, save_tiny
+from helpers import ROOT, load_script, save_run, save_tiny
 from launch import SNAKEMAKE, shim
 
 from cpt_utils.base.errors import InputError
@@ -24,8 +24,7 @@ planning = check.planning
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     save_tiny("llama", root / "base")
-    for step in (5, 10, 20, 40):
-        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=step)
+    save_run("llama", root / "run", (5, 10, 20, 40))
     return root
 
 
@@ -64,7 +63,7 @@ def test_a_whole_study_is_ready(study, capsys):
     assert check.main([str(study(ablation={}, spectral={}, alignment={}, runs={"again": run}))]) == 0
     out = capsys.readouterr().out
     assert f"runs.again {run}: checkpoints of step 5, 10, 20, 40 (4)" in out
-    assert "the start of about 46 steps: 3.1 min" in out
+    assert "the start of about 46 steps: 3 min" in out
     assert "llama, 3 layers" in out and "checkpoints of step 5, 10, 20, 40 (4)" in out
     assert "tokenizers: all alike" in out and "30 sentence pairs eng_Latn-deu_Latn" in out
     assert "nothing is left out" in out and "on the CPU (" in out and "GB free" in out and "ready to run" in out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, read_tensors, save_tiny, tiny_model
+from helpers import ARCHITECTURES, read_tensors, save_run, save_tiny, tiny_model
 from safetensors.torch import save_file
 
 from cpt_utils.architectures import archs
@@ -187,8 +187,7 @@ def plain(found) -> dict:
 def test_threads_and_their_timing_change_no_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "CHUNK", 32 * 7)
     base = save_tiny("phi3", tmp_path / "base", dtype="bfloat16")
-    for step in (1, 2):
-        save_tiny("phi3", tmp_path / "run" / f"checkpoint-{step}", seed=step, dtype="float16")
+    save_run("phi3", tmp_path / "run", (1, 2), dtype="float16")
     fill, at_work, read = compare._Reader.fill, set(), []
 
     def uneven(reader, buffer, position):

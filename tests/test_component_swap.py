@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import bits, failed_gate, load_script, read_tensors, save_tiny
+from helpers import bits, failed_gate, killed, load_script, read_tensors, same_results, save_run, save_study, save_tiny
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -38,14 +35,7 @@ NAMED = [
 def shared(tmp_path_factory):
     """A base and a run of 4 layers, 12 sentence pairs, 6 documents."""
     root = tmp_path_factory.mktemp("study")
-    save_tiny("llama", root / "base", seed=0, layers=4)
-    for step, seed in ((5, 1), (20, 2)):
-        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=seed, layers=4, shards=2)
-    draw = random.Random(0)
-    words = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri"]
-    for name, n, length in (("eng", 12, 4), ("qaa", 12, 4), ("heldout", 6, 9)):
-        lines = (" ".join(draw.choice(words) for _ in range(length)) for _ in range(n))
-        (root / f"{name}.txt").write_text("".join(line + "\n" for line in lines))
+    save_study(root)
     (root / "interface.json").write_text(json.dumps({"interface_layers": INTERFACE}))
     (root / "rich.json").write_text(json.dumps(RICH))
     return root
@@ -309,28 +299,13 @@ def test_controls_go_on_after_a_kill(study, capsys):
     """Killed after the second set, then run again: the same result as an unbroken run, measured sets not repeated."""
     flags = ["--controls", "2", "--measures", "nll"]
     FFN.main([*flags, "--output-dir", "unbroken"])
-    child = os.fork()
-    if child == 0:
-        own, count = evaluation.Test.on, iter(range(9))
-
-        def deadly(*args, **kwargs):
-            if next(count) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args, **kwargs)
-
-        evaluation.Test.on = deadly
-        FFN.main([*flags, "--output-dir", "out"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: FFN.main([*flags, "--output-dir", "out"]), evaluation.Test, "on", 3)
     assert not (study / "out" / "controls.json").exists()
     capsys.readouterr()
     FFN.main([*flags, "--output-dir", "out"])
     assert "3 of 13 sets were measured before" in capsys.readouterr().out
-    one, other = (json.loads((study / name / "controls.json").read_text()) for name in ("unbroken", "out"))
-    for result in (one, other):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == other
-    assert [row["name"] for row in one["sets"][2:6]] == [
+    found = same_results(study / "unbroken/controls.json", study / "out/controls.json")
+    assert [row["name"] for row in found["sets"][2:6]] == [
         "ffn_lsn_rich", "ffn_interface", "attention_lsn_rich", "attention_interface",
     ]  # fmt: skip
     assert (study / "unbroken" / "controls.pt").read_bytes() == (study / "out" / "controls.pt").read_bytes()
@@ -346,10 +321,7 @@ def test_two_processes_measure_what_one_does(study):
     for script, name in ((ATTENTION, "attn_int_swap"), (FFN, "ffn_lsn_swap")):
         script.main([*flags, f"{name}.one"])
         launch(f"component-swap/{name}.py", *flags, f"{name}.two")
-        one, two = (json.loads((study / f"{name}.{n}" / "controls.json").read_text()) for n in ("one", "two"))
-        for result in (one, two):
-            del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-        assert one == two
+        same_results(study / f"{name}.one/controls.json", study / f"{name}.two/controls.json")
         assert (study / f"{name}.one/controls.pt").read_bytes() == (study / f"{name}.two/controls.pt").read_bytes()
 
 
@@ -456,8 +428,7 @@ def test_outside_a_study_and_another_vocabulary(shared, tmp_path, monkeypatch, c
     payload, _ = results.read_json("alone/controls.json", allow_limited=True)
     assert [row["name"] for row in payload["sets"]] == ["base", "target", "attention_interface", "random"]
 
-    for step in (3, 4):
-        save_tiny("llama", tmp_path / "wide" / f"checkpoint-{step}", seed=step, layers=4, vocab_size=280)
+    save_run("llama", tmp_path / "wide", (3, 4), layers=4, vocab_size=280)
     arguments = attention(shared, "wider", *measured, "--layer-list", shared / "rich.json")
     arguments[arguments.index("--checkpoint-dir") + 1] = str(tmp_path / "wide")
     ATTENTION.main(arguments)

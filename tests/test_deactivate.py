@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, save_tiny, tiny_tokenizer
+from helpers import killed, load_script, same_results, save_tiny, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -215,38 +213,20 @@ def test_selectivity_means_nothing_where_the_language_itself_is_not_hurt(tmp_pat
 
 def test_a_killed_run_goes_on(study, capsys):
     SCRIPT.main(["--random", "5", "-o", "one.json"])
-    child = os.fork()
-    if child == 0:
-        own, calls = SCRIPT.losses, iter(range(99))
-
-        def deadly(*args):
-            if next(calls) == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args)
-
-        SCRIPT.losses = deadly
-        SCRIPT.main(["--random", "5", "-o", "two.json"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: SCRIPT.main(["--random", "5", "-o", "two.json"]), SCRIPT, "losses", 4)
     capsys.readouterr()
     SCRIPT.main(["--random", "5", "-o", "two.json"])
     assert "4 of 13 sets were measured before" in capsys.readouterr().out
-    one, two = (json.loads((study / f"{name}.json").read_text()) for name in ("one", "two"))
-    for result in (one, two):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == two and not list(study.glob("*.partial*"))
+    same_results(study / "one.json", study / "two.json")
+    assert not list(study.glob("*.partial*"))
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does_and_go_on(study):
     flags = ["--random", "5", "-o"]
     SCRIPT.main(["--device", "cpu", *flags, "one.json"])
-    child = os.fork()
-    if child == 0:  # begun by one process, ended by two
-        own, calls = SCRIPT.losses, iter(range(99))
-        SCRIPT.losses = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 3 else own(*args)
-        SCRIPT.main(["--device", "cpu", *flags, "two.json"])
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # Begun by one process, ended by two.
+    killed(lambda: SCRIPT.main(["--device", "cpu", *flags, "two.json"]), SCRIPT, "losses", 3)
     assert len((study / "two.partial.jsonl").read_text().splitlines()) == 1 + 3
     launch("lsn/deactivate.py", *flags, "two.json")
     (one, _), (two, _) = (results.read_json(study / name) for name in ("one.json", "two.json"))

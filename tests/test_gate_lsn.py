@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import load_script, read_tensors, save_tiny
+from helpers import assert_drawn_again, load_script, read_tensors, save_run, save_tiny
 from test_attn_vs_ffn import on_disk
 
 from cpt_utils.base import results
@@ -41,8 +41,7 @@ def no_figure(monkeypatch):
 @pytest.mark.parametrize("model_type", ["qwen2", "phi3", "gpt_neox", "gpt2"])
 def test_equals_a_slow_loop_over_the_tensors(model_type, tmp_path, no_figure):
     base = save_tiny(model_type, tmp_path / "base")
-    for step in (5, 10):
-        save_tiny(model_type, tmp_path / "run" / f"checkpoint-{step}", seed=step, shards=2)
+    save_run(model_type, tmp_path / "run", (5, 10), shards=2)
     write_masks(tmp_path)
     command(tmp_path, "--control-mask", tmp_path / "control.json")
     found, header = results.read_json(tmp_path / "out.json", "gate_lsn", n_layers=3)
@@ -86,8 +85,7 @@ def test_rows_of_experts_are_those_of_their_neurons(tmp_path, no_figure):
 
 def test_without_a_control_and_in_another_spelling(tmp_path, capsys, no_figure):
     save_tiny("llama", tmp_path / "base")
-    for step in (1, 2):
-        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step)
+    save_run("llama", tmp_path / "run", (1, 2))
     write_masks(tmp_path)
     command(tmp_path, "--limit", "1", lang="ga")
     assert "no control mask" in capsys.readouterr().out
@@ -145,8 +143,7 @@ def test_masks_that_are_refused(tmp_path, no_figure):
 def test_without_arguments_in_a_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny("qwen3", tmp_path / "build" / "base")
-    for step in (2, 10):
-        save_tiny("qwen3", tmp_path / "build" / "run" / f"checkpoint-{step}", seed=step)
+    save_run("qwen3", tmp_path / "build" / "run", (2, 10))
     (tmp_path / "study.yaml").write_text(
         "name: trial\nbase: build/base\nrun: build/run\nlanguages: {target: gle_Latn}\nresults: results\n"
     )
@@ -159,8 +156,5 @@ def test_without_arguments_in_a_study(tmp_path, monkeypatch):
     found, header = results.read_json("results/weight-diff/gate_lsn.json", "gate_lsn")
     assert list(found["checkpoints"]) == ["2", "10"] and found["has_control"]
     assert header["control_file"].endswith("trial.control.json")
-    drawn = [tmp_path / "results" / "weight-diff" / f"gate_lsn{suffix}" for suffix in (".pdf", ".png")]
-    before = [figure.read_bytes() for figure in drawn]
-    assert all(len(figure) > 1000 for figure in before)
-    script.draw(drawn[0].with_suffix(""), found)  # from the file alone
-    assert [figure.read_bytes() for figure in drawn] == before
+    figure = tmp_path / "results/weight-diff/gate_lsn"
+    assert_drawn_again(figure, lambda: script.draw(figure, found))  # from the file alone

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, load_script, save_tiny, tiny_tokenizer
+from helpers import ARCHITECTURES, killed, load_script, save_tiny, tiny_tokenizer
 
 from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
@@ -124,13 +122,7 @@ def test_prompts_of_one_s_own_and_a_killed_run(study):
     (study / "p.txt").write_text("first\n\nsecond\n")
     more = ["--prompts", "p.txt", "--prompt", "zeroth", "--tokens", "4", "--samples", "0"]
     SCRIPT.main([*more, "--output", "one.json"])
-    child = os.fork()
-    if child == 0:
-        own, calls = SCRIPT.continued, iter(range(9))
-        SCRIPT.continued = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 2 else own(*a, **k)
-        SCRIPT.main([*more, "--output", "two.json"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: SCRIPT.main([*more, "--output", "two.json"]), SCRIPT, "continued", 2)
     assert not (study / "two.json").exists() and (study / "two.partial.jsonl").exists()
     calls, own = [], SCRIPT.continued
     try:

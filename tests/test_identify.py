@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, failed_gate, load_script, save_tiny, shared_dir
+from helpers import ROOT, failed_gate, load_script, save_run, save_tiny, shared_dir
 
 from cpt_utils.base import experiments, figures, results
 from cpt_utils.base.errors import InputError
@@ -460,8 +460,7 @@ def study(tmp_path, monkeypatch) -> dict:
     """A study in the current folder with a base, a run of two checkpoints, counts of the last one, and its layers."""
     monkeypatch.chdir(tmp_path)
     save_tiny("llama", tmp_path / "base", tokenizer=False)
-    for step in (1, 2):
-        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step, tokenizer=False)
+    save_run("llama", tmp_path / "run", (1, 2), tokenizer=False)
     last = refs.model("run/checkpoint-2").describe()
     over_zero, n = some_counts(4, width=48)
     write_counts(

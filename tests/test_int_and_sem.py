@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import ARCHITECTURES, failed_gate, load_script, read_tensors, save_tiny
+from helpers import ARCHITECTURES, assert_drawn_again, failed_gate, load_script, read_tensors, save_run, save_tiny
 from test_compare import load, reference
 
 from cpt_utils.base import results
@@ -52,8 +52,7 @@ def no_figure(monkeypatch):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_equals_whole_models_in_a_loop(model_type, tmp_path, no_figure):
     base = save_tiny(model_type, tmp_path / "base")
-    for step in (5, 10, 100):
-        save_tiny(model_type, tmp_path / "run" / f"checkpoint-{step}", seed=step, dtype="bfloat16")
+    save_run(model_type, tmp_path / "run", (5, 10, 100), dtype="bfloat16")
     command(base, tmp_path / "run", layers_file(tmp_path / "layers.json"), tmp_path / "out" / "diff.json")
     found, header = results.read_json(tmp_path / "out" / "diff.json", "int_and_sem", n_layers=3)
     assert list(found["checkpoints"]) == ["5", "10", "100"]
@@ -124,7 +123,7 @@ def test_layers_in_two_files_with_the_published_key(tmp_path, capsys, monkeypatc
 
 def test_steps_lists_and_finished_results(tmp_path, capsys, no_figure):
     base = save_tiny("llama", tmp_path / "base")
-    run = [save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step) for step in (9, 80)]
+    run = save_run("llama", tmp_path / "run", (9, 80))
     layers = layers_file(tmp_path / "layers.json")
     command(base, tmp_path / "run", layers, tmp_path / "one.json", "--steps", "80")
     found, header = results.read_json(tmp_path / "one.json")
@@ -152,8 +151,7 @@ def test_steps_lists_and_finished_results(tmp_path, capsys, no_figure):
 
 def test_a_limited_run_is_marked(tmp_path, no_figure):
     base = save_tiny("llama", tmp_path / "base", tokenizer=False)
-    for step in (1, 2):
-        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step, tokenizer=False)
+    save_run("llama", tmp_path / "run", (1, 2), tokenizer=False)
     layers = layers_file(tmp_path / "layers.json")
     command(base, tmp_path / "run", layers, tmp_path / "out.json", "--limit", "1", "--device", "auto")
     with pytest.raises(InputError, match="--limit 1"):
@@ -230,8 +228,7 @@ def test_models_that_are_refused_leave_nothing(tmp_path):
 def test_without_arguments_in_a_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny("qwen3", tmp_path / "build" / "base")
-    for step in (2, 10):
-        save_tiny("qwen3", tmp_path / "build" / "run" / f"checkpoint-{step}", seed=step)
+    save_run("qwen3", tmp_path / "build" / "run", (2, 10))
     (tmp_path / "study.yaml").write_text("base: build/base\nrun: build/run\nresults: results\n")
     with pytest.raises(InputError, match=r"layers.json does not exist; run layer-specialize/layer_specialize.py first"):
         script.main([])
@@ -241,8 +238,4 @@ def test_without_arguments_in_a_study(tmp_path, monkeypatch):
     found, _ = results.read_json("results/weight-diff/int_and_sem.json", "int_and_sem")
     assert list(found["checkpoints"]) == ["2", "10"]
     assert (found["base_model"], found["target_model"]) == ("build/base", "build/run")
-    figures = [tmp_path / "results" / "weight-diff" / f"int_and_sem{suffix}" for suffix in (".pdf", ".png")]
-    before = [figure.read_bytes() for figure in figures]
-    assert all(len(figure) > 1000 for figure in before)
-    script.main(["--overwrite"])
-    assert [figure.read_bytes() for figure in figures] == before
+    assert_drawn_again(tmp_path / "results/weight-diff/int_and_sem", lambda: script.main(["--overwrite"]))

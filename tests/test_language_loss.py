@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, save_tiny, tiny_tokenizer
+from helpers import killed, load_script, same_results, save_tiny, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -101,21 +98,13 @@ def test_a_change_is_paired_and_its_interval_is_of_the_documents():
 
 def test_a_killed_run_goes_on_with_the_next_model(study, capsys):
     SCRIPT.main(["--output", "one.json"])
-    child = os.fork()
-    if child == 0:
-        own, calls = SCRIPT.losses, iter(range(9))
-        SCRIPT.losses = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 2 else own(*args)
-        SCRIPT.main(["--output", "two.json"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: SCRIPT.main(["--output", "two.json"]), SCRIPT, "losses", 2)
     assert not (study / "two.json").exists()
     capsys.readouterr()
     SCRIPT.main(["--output", "two.json"])
     assert "2 of 3 sets were measured before" in capsys.readouterr().out
-    one, two = (json.loads((study / f"{name}.json").read_text()) for name in ("one", "two"))
-    for result in (one, two):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == two and not list(study.glob("*.partial*"))
+    same_results(study / "one.json", study / "two.json")
+    assert not list(study.glob("*.partial*"))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, save_tiny, tiny_tokenizer
+from helpers import load_script, same_results, save_tiny, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.base import cli, results, sources
@@ -541,11 +541,9 @@ def test_two_processes_measure_what_one_does(study):
     flags = ["--sentences", "4", "--sweeps", "insert_in", "insert_out", "window:2"]
     SWEEP.main([*flags, "-o", "one/sweep.json"])
     said = launch("layer-ablation/ablation_sweep.py", *flags, "-o", "two/sweep.json").stdout
-    one, two = (json.loads((study / name / "sweep.json").read_text()) for name in ("one", "two"))
-    assert f"{len(one['conditions'])} models to measure" in said
-    for result in (one, two):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == two and (study / "one/sweep.pt").read_bytes() == (study / "two/sweep.pt").read_bytes()
+    found = same_results(study / "one/sweep.json", study / "two/sweep.json")
+    assert f"{len(found['conditions'])} models to measure" in said
+    assert (study / "one/sweep.pt").read_bytes() == (study / "two/sweep.pt").read_bytes()
 
 
 @pytest.mark.parametrize("head_dim", [8, 20])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from helpers import failed_gate, load_script, read_tensors, save_tiny
+from helpers import failed_gate, killed, load_script, read_tensors, same_results, save_study, save_tiny
 from launch import launch
 
 from cpt_utils.base import cli, results, sources, stats
@@ -31,18 +30,8 @@ LAYERS = {"interface_layers": [0, 3], "semantic_layers": [1, 2]}
 def shared(tmp_path_factory):
     """A base and a run of 4 layers, 12 sentence pairs, 6 documents, 9 task rows."""
     root = tmp_path_factory.mktemp("study")
-    save_tiny("llama", root / "base", seed=0, layers=4)
-    for step, seed in ((5, 1), (20, 2)):
-        save_tiny("llama", root / "run" / f"checkpoint-{step}", seed=seed, layers=4, shards=2)
+    line = save_study(root)
     (root / "layers.json").write_text(json.dumps(LAYERS))
-    draw = random.Random(0)
-    words = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri"]
-
-    def line(n):
-        return " ".join(draw.choice(words) for _ in range(n))
-
-    for name, n, length in (("eng", 12, 4), ("qaa", 12, 4), ("heldout", 6, 9)):
-        (root / f"{name}.txt").write_text("".join(line(length) + "\n" for _ in range(n)))
     choices = cli.sibling("lm_eval_sib200/generate.py").CHOICES
     rows = [f"{i}\t{choices[i % 7]}\t{line(3)}" for i in range(9)]
     (root / "task" / "qaa_Latn").mkdir(parents=True)
@@ -287,19 +276,7 @@ def test_controls_go_on_after_a_kill(study, capsys):
     """Killed after the second set, then run again: the same bytes as an unbroken run, measured sets not repeated."""
     flags = ["--controls", "3", "--measures", "retrieval", "nll"]
     SWAP.main([*flags, "-o", "unbroken"])
-    child = os.fork()
-    if child == 0:
-        own, count = evaluation.Test.on, iter(range(9))
-
-        def deadly(*args, **kwargs):
-            if next(count) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args, **kwargs)
-
-        evaluation.Test.on = deadly
-        SWAP.main([*flags, "-o", "out"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: SWAP.main([*flags, "-o", "out"]), evaluation.Test, "on", 3)
     partial = study / "out" / "controls.partial.jsonl"
     lines = partial.read_text().splitlines()
     assert len(lines) == 4 and not (study / "out" / "controls.json").exists()
@@ -308,10 +285,7 @@ def test_controls_go_on_after_a_kill(study, capsys):
     SWAP.main([*flags, "-o", "out"])
     assert "2 of 6 sets were measured before" in capsys.readouterr().out
     assert not partial.exists()
-    one, other = (json.loads((study / name / "controls.json").read_text()) for name in ("unbroken", "out"))
-    for result in (one, other):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == other
+    same_results(study / "unbroken/controls.json", study / "out/controls.json")
     assert (study / "unbroken" / "controls.png").read_bytes() == (study / "out" / "controls.png").read_bytes()
     SWAP.main([*flags, "-o", "out"])
     assert "kept" in capsys.readouterr().out
@@ -326,25 +300,11 @@ def test_two_processes_measure_what_one_does(study):
     """Begun by one process and killed, gone on with by two."""
     flags = ["--controls", "4", "--measures", "retrieval", "nll"]
     SWAP.main([*flags, "-o", "one"])
-    child = os.fork()
-    if child == 0:
-        own, count = evaluation.Test.on, iter(range(9))
-
-        def deadly(*args, **kwargs):
-            if next(count) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args, **kwargs)
-
-        evaluation.Test.on = deadly
-        SWAP.main([*flags, "-o", "two"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: SWAP.main([*flags, "-o", "two"]), evaluation.Test, "on", 2)
     said = launch("layer-swap/layer-swap.py", *flags, "-o", "two").stdout
     assert said.count("2 of 7 sets were measured before") == said.count("of the 5 other sets") == 1
-    one, two = (json.loads((study / name / "controls.json").read_text()) for name in ("one", "two"))
-    for result in (one, two):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == two and sorted(os.listdir("one")) == sorted(os.listdir("two"))
+    same_results(study / "one/controls.json", study / "two/controls.json")
+    assert sorted(os.listdir("one")) == sorted(os.listdir("two"))
     assert (study / "one" / "controls.pt").read_bytes() == (study / "two" / "controls.pt").read_bytes()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import save_tiny
+from helpers import save_run, save_tiny
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import refs
@@ -82,7 +82,7 @@ def test_masks_that_are_refused_in_one_line(tmp_path):
 
 def test_a_mask_of_another_model_is_refused(tmp_path):
     base, run = save_tiny("llama", tmp_path / "base", tokenizer=False), tmp_path / "run"
-    steps = [save_tiny("llama", run / f"checkpoint-{s}", seed=s, tokenizer=False) for s in (1, 2)]
+    steps = save_run("llama", run, (1, 2), tokenizer=False)
     stranger = refs.model(save_tiny("llama", tmp_path / "stranger", seed=9, tokenizer=False)).describe()
     models = [refs.model(folder).describe() for folder in (base, *steps)]
     path = written(tmp_path / "mask.json", models={"model": models[2]})

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, load_script, save_tiny
+from helpers import ARCHITECTURES, killed, load_script, save_tiny
 from launch import launch
 from test_activation import write_ids
 from test_identify import without_header
@@ -151,13 +150,7 @@ def test_files_hold_both_halves_and_a_killed_run_goes_on(place, capsys):
     assert torch.allclose(found["gradients/tiny.ga.pt"]["sums"], torch.stack(halves), rtol=1e-9, atol=1e-15)
     assert found["gradients/tiny.ga.pt"]["texts"].tolist() == [65, 65]
     assert not list(place.rglob(".*.pt"))
-    child = os.fork()
-    if child == 0:
-        own, calls = script.attributions, iter(range(99))
-        script.attributions = lambda *given: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 5 else own(*given)
-        script.main(command("two"))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: script.main(command("two")), script, "attributions", 5)
     kept = {path: path.stat().st_mtime_ns for path in Path("two").rglob("*.pt")}
     assert any(".partial." in path.name for path in kept)
     script.main(command("two"))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import save_tiny
+from helpers import save_run, save_tiny
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import identity, opening, refs, step_names, tokenization
@@ -85,8 +85,7 @@ def test_runs_of_other_names(tmp_path, name, capsys):
 
 def test_what_a_trainer_leaves_is_a_run(tmp_path, capsys):
     run = tmp_path / "run"
-    for step in (5, 10):
-        save_tiny("llama", run / f"checkpoint-{step}", seed=step, tokenizer=False)
+    save_run("llama", run, (5, 10), tokenizer=False)
     save_tiny("llama", run, seed=10)
     for name in ("tmp-checkpoint-15", "checkpoint-best", "runs/May01", "checkpoint-10/global_step10"):
         (run / name).mkdir(parents=True)
@@ -271,8 +270,7 @@ def test_checkpoints_with_the_same_weights_are_said(tmp_path, capsys):
     import shutil
 
     run = tmp_path / "run"
-    for step in (1, 20, 300):
-        save_tiny("llama", run / f"checkpoint-{step}", seed=step)
+    save_run("llama", run, (1, 20, 300))
     opening.look_over(refs.run(run))
     assert capsys.readouterr().out == ""
     shutil.copytree(run / "checkpoint-20", run / "checkpoint-1000")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import EVERY_ARCHITECTURE, load_script, save_tiny, tiny_model, tiny_tokenizer
+from helpers import EVERY_ARCHITECTURE, killed, load_script, same_results, save_tiny, tiny_model, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -257,12 +255,6 @@ def study(tmp_path, monkeypatch):
     return tmp_path
 
 
-def plain(path) -> dict:
-    result = json.loads(path.read_text())
-    del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    return result
-
-
 def test_both_results_say_what_was_found(study, capsys):
     SCRIPT.main([])
     found, head = results.read_json(f"{OUT}/routing.json", SCRIPT.SCHEMA, base_lang="en", target_lang="ga")
@@ -329,17 +321,6 @@ def test_copies_of_pairs_count_once(study, capsys):
     assert "3 pairs with a sentence that stood before are left out" in capsys.readouterr().out
 
 
-def killed(run, module, inside: str, n: int) -> None:
-    """`run` in a fork that is killed when a function of a module is called once more than `n` times."""
-    own, calls = getattr(module, inside), iter(range(999))
-    child = os.fork()
-    if child == 0:
-        setattr(module, inside, lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == n else own(*args))
-        run()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
 def test_a_killed_run_goes_on_and_finds_the_same(study, capsys):
     SCRIPT.main([])
     STEERING.main(["--output", "one.json"])
@@ -350,8 +331,8 @@ def test_a_killed_run_goes_on_and_finds_the_same(study, capsys):
     STEERING.main(["--output", "two.json"])
     said = capsys.readouterr().out
     assert "2 of 3 sets were measured before" in said and "9 of " in said
-    assert plain(study / "again.json") == plain(study / f"{OUT}/routing.json")
-    assert plain(study / "one.json") == plain(study / "two.json")
+    same_results(study / "again.json", study / f"{OUT}/routing.json")
+    same_results(study / "one.json", study / "two.json")
 
 
 @pytest.mark.slow

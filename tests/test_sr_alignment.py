@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, save_tiny
+from helpers import load_script, save_run, save_tiny
 
 from cpt_utils.base import cli, figures, results
 from cpt_utils.base.errors import InputError
@@ -251,8 +251,7 @@ def test_a_language_with_copies_alone_has_no_other_pairs(sr, alignment):
 @pytest.fixture
 def project(tmp_path):
     save_tiny("llama", tmp_path / "base", seed=0)
-    for step in (5, 10):
-        save_tiny("llama", tmp_path / "run" / f"checkpoint-{step}", seed=step)
+    save_run("llama", tmp_path / "run", (5, 10))
     for name, lines in TEXTS.items():
         (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
     (tmp_path / "study.yaml").write_text(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_script, save_tiny, tiny_model, tiny_tokenizer
+from helpers import ROOT, killed, load_script, same_results, save_tiny, tiny_model, tiny_tokenizer
 from launch import launch
 
 from cpt_utils.architectures import archs
@@ -467,21 +465,13 @@ FAST = ["--no-generate", "--alphas", "1", "--layers", "1", "--draws", "1", "--sh
 
 def test_a_killed_run_goes_on_with_the_next_condition(study, capsys):
     STEER.main([*FAST, "--output", "one.json"])
-    child = os.fork()
-    if child == 0:
-        own, calls = STEER.Bench.on, iter(range(99))
-        STEER.Bench.on = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 7 else own(*args)
-        STEER.main([*FAST, "--output", "two.json"])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed(lambda: STEER.main([*FAST, "--output", "two.json"]), STEER.Bench, "on", 7)
     assert not (study / "two.json").exists()
     capsys.readouterr()
     STEER.main([*FAST, "--output", "two.json"])
     assert "7 of 12 sets were measured before" in capsys.readouterr().out
-    one, two = (json.loads((study / f"{name}.json").read_text()) for name in ("one", "two"))
-    for result in (one, two):
-        del result["_header"]["time"], result["_header"]["command"], result["_header"]["code"]
-    assert one == two and not list(study.glob("*.partial*"))
+    same_results(study / "one.json", study / "two.json")
+    assert not list(study.glob("*.partial*"))
 
 
 @pytest.mark.slow

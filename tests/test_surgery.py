@@ -6,11 +6,10 @@ import errno
 import json
 import os
 import re
-import signal
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, bits, read_tensors, save_tiny, tiny_model
+from helpers import ARCHITECTURES, bits, killed, read_tensors, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
 from cpt_utils.architectures import archs
@@ -393,24 +392,6 @@ def test_foreign_content_is_refused(tmp_path, two):
     assert (tmp_path / "out.partial" / "thesis.tex").is_file() and not (tmp_path / "out").exists()
 
 
-def killed_at(module, name, work, after=0):
-    """Run `work` in a child process that is killed at the entry of the `after`-th call of module.name."""
-    child = os.fork()
-    if child == 0:
-        count = iter(range(after + 1))
-        own = getattr(module, name)
-
-        def deadly(*args, **kwargs):
-            if next(count) == after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args, **kwargs)
-
-        setattr(module, name, deadly)
-        work()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
 @pytest.mark.parametrize(
     ("name", "after"),
     [
@@ -429,7 +410,7 @@ def test_killed_and_run_again(tmp_path, two, name, after):
     with surgery.Pair(*two) as pair:
         recipe = surgery.layers_from_base(pair, [0, 2])
         on_disk.write_model(pair, recipe, tmp_path / "unbroken")
-        killed_at(folders, name, lambda: on_disk.write_model(pair, recipe, out), after)
+        killed(lambda: on_disk.write_model(pair, recipe, out), folders, name, after)
         assert not out.exists() and (tmp_path / "out.partial").is_dir()
         on_disk.write_model(pair, recipe, out)
     assert entries(tmp_path) == ["base", "out", "target", "unbroken"]
@@ -449,7 +430,7 @@ def test_killed_while_an_old_swap_is_replaced(tmp_path, two, after):
         on_disk.write_model(pair, old, out)
         module, name = ((os, "rename"), (os, "rename"), (folders, "_discard"), (folders, "_sync"))[after]
         calls = (0, 1, 0, 9)[after]
-        killed_at(module, name, lambda: on_disk.write_model(pair, new, out, overwrite=True), calls)
+        killed(lambda: on_disk.write_model(pair, new, out, overwrite=True), module, name, calls)
         on_disk.write_model(pair, new, out, overwrite=True)
         assert json.loads((out / "swap.json").read_text())["recipe"] == "layers 1 of the base"
     assert entries(tmp_path) == ["base", "out", "target"]

@@ -116,24 +116,30 @@ def test_swaps(pair, tmp_path, sides):
         assert (out / "config.json").read_bytes() == (target / "config.json").read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_an_adapter_of_the_language_model_whose_base_has_a_tower(tmp_path):
-    """As PEFT writes it where the text class was loaded from the whole model: names without the tower's."""
+def adapt(trained: Path, named: Path, folder: Path, vocabulary: int | None = None, **settings) -> dict:
+    """An adapter as PEFT writes it for `trained`, which names `named` as its base; the merged model's tensors."""
     import peft
     from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
+    if vocabulary:
+        model.resize_token_embeddings(vocabulary)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(named)}))
+    return model.merge_and_unload().state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_language_model_whose_base_has_a_tower(tmp_path):
+    """As PEFT writes it where the text class was loaded from the whole model: names without the tower's."""
     base = save_tiny("gemma3", tmp_path / "base", dtype="bfloat16", tokenizer=False)
-    text = text_only(base, tmp_path / "text")
-    model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.bfloat16)
-    model.resize_token_embeddings(290)
-    wanted = ["embed_tokens", "lm_head"]
-    settings = {"target_modules": "all-linear", "modules_to_save": wanted, "init_lora_weights": False}
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
-    model.save_pretrained(tmp_path / "adapter")
-    file = tmp_path / "adapter/adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    text, saved = text_only(base, tmp_path / "text"), ["embed_tokens", "lm_head"]
+    merged = adapt(text, base, tmp_path / "adapter", 290, target_modules="all-linear", modules_to_save=saved)
     arch, of_text = archs.ARCHS["gemma3"], archs.ARCHS["gemma3_text"]
-    truth = {of_text.canonical(name): tensor for name, tensor in model.merge_and_unload().state_dict().items()}
+    truth = {of_text.canonical(name): tensor for name, tensor in merged.items()}
     held = read_tensors(base)
     with opening.open_folder(tmp_path / "adapter") as stored:
         assert set(stored.names()) == {*held, "lm_head.weight"} and len(stored.changes) == 3 * 7 + 2
@@ -149,19 +155,11 @@ def test_an_adapter_of_the_language_model_whose_base_has_a_tower(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_of_the_whole_model_on_its_language_model(tmp_path):
     """Its base is not here any more, but its language model is: the names of the adapter are the whole model's."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
     base = save_tiny("gemma3", tmp_path / "base", dtype="bfloat16", tokenizer=False)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    settings = {"target_modules": r".*language_model.*(q_proj|down_proj)", "init_lora_weights": False}
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
-    model.save_pretrained(tmp_path / "adapter")
     text = text_only(base, tmp_path / "text")
-    file = tmp_path / "adapter/adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(text)}))
+    merged = adapt(base, text, tmp_path / "adapter", target_modules=r".*language_model.*(q_proj|down_proj)")
     arch, of_text = archs.ARCHS["gemma3"], archs.ARCHS["gemma3_text"]
-    truth = {arch.canonical(name): tensor for name, tensor in model.merge_and_unload().state_dict().items()}
+    truth = {arch.canonical(name): tensor for name, tensor in merged.items()}
     with opening.open_folder(tmp_path / "adapter") as stored:
         assert len(stored.changes) == 3 * 2
         for name in stored.names():

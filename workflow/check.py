@@ -25,6 +25,7 @@ from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import folders, identity, opening, refs, tokenizer_id
 
 planning = cli.sibling("workflow/plan.py")
+_time = cli.sibling("workflow/progress.py").words
 
 BYTES_PER_TOKEN = 3.5
 START = 4  # seconds that a step takes on the demo before its first forward pass
@@ -286,13 +287,6 @@ def cost(study: Study, chosen: planning.Plan, found: list[Model], sizes: dict[st
         + (f"; {fetched / 1e9:.1f} GB to be fetched from the hub" if fetched else "")
     )
     report.tried(folders.refuse_full_disk, out, int(written))
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 # ---------------------------------------------------------------- the command

@@ -17,11 +17,7 @@ QKV = ATTENTION[:3]
 GATE_UP = {**fused("mlp.gate_up_proj", "gate_proj", "up_proj"), "down_proj": Slot("mlp.down_proj")}
 UP_DOWN = named("mlp", "up_proj", "down_proj")
 FAIRSEQ = named("self_attn", "q_proj", "k_proj", "v_proj", "out_proj") | named("", "fc1", "fc2")
-BLOOM = {
-    **fused("self_attention.query_key_value", *QKV, by_group=True),
-    "o_proj": Slot("self_attention.dense"),
-    **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
-}
+GPT2 = {**fused("attn.c_attn", *QKV), "o_proj": Slot("attn.c_proj"), **named("mlp", "c_fc", "c_proj")}
 GPT = {"decoder_path": "transformer", "prefixes": ("transformer.",), "layers_name": "h", "norm": "ln_f"}
 # A latent attention: queries and what keys and values share go through a narrow layer first. What both come from counts
 # with the keys, so that every entry of a matrix belongs to one projection.
@@ -55,6 +51,15 @@ SHARED_KV = LLAMA_ATTENTION | {
     "v_proj": Slot("self_attn.v_proj", when=lambda c, layer: has_keys(c, layer) and not keys_are_values(c, layer)),
 }
 UNUSED_KV = r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
+
+
+def neox(attention: str) -> dict[str, Slot]:
+    """The projections of GPT-NeoX and its like, which call their attention otherwise."""
+    return {
+        **fused(f"{attention}.query_key_value", *QKV, by_group=True),
+        "o_proj": Slot(f"{attention}.dense"),
+        **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    }
 
 
 def narrow_queries(config) -> bool:
@@ -100,7 +105,8 @@ def beside(stem: str, width, activation: str = "act_fn") -> dict:
 
 def as_experts(config, _layer: int) -> int:
     """As wide as so many experts."""
-    return config.moe_intermediate_size * config.n_shared_experts
+    of = "n_shared_experts" if hasattr(config, "n_shared_experts") else "num_shared_experts"
+    return config.moe_intermediate_size * getattr(config, of)
 
 
 def convolutions(stem: str) -> dict[str, tuple[str, ...]]:
@@ -161,11 +167,6 @@ def mimo_heads(config, layer: int) -> tuple[int, int, int]:
     )
 
 
-def as_shared_experts(config, _layer: int) -> int:
-    """As wide as so many experts."""
-    return config.moe_intermediate_size * config.num_shared_experts
-
-
 def silu(_experts, gate):
     """SiLU, where it is no module."""
     return gate * gate.sigmoid()
@@ -221,11 +222,7 @@ ARCHS: dict[str, Arch] = {
         examples=("microsoft/Phi-3-mini-4k-instruct", "microsoft/phi-4"),
     ),
     "gpt_neox": Arch(
-        projections_at={
-            **fused("attention.query_key_value", *QKV, by_group=True),
-            "o_proj": Slot("attention.dense"),
-            **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        },
+        projections_at=neox("attention"),
         decoder_path="gpt_neox",
         prefixes=("gpt_neox.",),
         norm="final_layer_norm",
@@ -253,11 +250,7 @@ ARCHS: dict[str, Arch] = {
         notes="The output matrix has a bias.",
     ),
     "gpt2": Arch(
-        projections_at={
-            **fused("attn.c_attn", *QKV),
-            "o_proj": Slot("attn.c_proj"),
-            **named("mlp", "c_fc", "c_proj"),
-        },
+        projections_at=GPT2,
         **GPT,
         embeddings=("wte", "wpe"),
         activation="mlp.act",
@@ -266,11 +259,7 @@ ARCHS: dict[str, Arch] = {
         notes="Weights are stored [in, out].",
     ),
     "gpt_bigcode": Arch(
-        projections_at={
-            **fused("attn.c_attn", *QKV, by_group=True),
-            "o_proj": Slot("attn.c_proj"),
-            **named("mlp", "c_fc", "c_proj"),
-        },
+        projections_at=GPT2 | fused("attn.c_attn", *QKV, by_group=True),
         **GPT,
         embeddings=("wte", "wpe"),
         activation="mlp.act",
@@ -278,7 +267,7 @@ ARCHS: dict[str, Arch] = {
         notes="With one KV head (`multi_query`) or as many as query heads.",
     ),
     "bloom": Arch(
-        projections_at=BLOOM,
+        projections_at=neox("self_attention"),
         **GPT,
         embeddings=("word_embeddings", "word_embeddings_layernorm"),
         activation="mlp.gelu_impl",
@@ -286,7 +275,7 @@ ARCHS: dict[str, Arch] = {
         notes="Layers return tuples; a norm follows the embeddings.",
     ),
     "falcon": Arch(
-        projections_at=BLOOM,
+        projections_at=neox("self_attention"),
         **GPT,
         embeddings=("word_embeddings",),
         activation="mlp.act",
@@ -456,11 +445,7 @@ ARCHS: dict[str, Arch] = {
     "minicpm3": Arch(projections_at=LATENT_FFN, examples=("openbmb/MiniCPM3-4B",), notes=LATENT_NOTE),
     "youtu": Arch(projections_at=LATENT_FFN, examples=("tencent/Youtu-LLM-2B",), notes=LATENT_NOTE),
     "persimmon": Arch(
-        projections_at={
-            **fused("self_attn.query_key_value", *QKV, by_group=True),
-            "o_proj": Slot("self_attn.dense"),
-            **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        },
+        projections_at=neox("self_attn"),
         norm="final_layernorm",
         activation="mlp.act",
         examples=("adept/persimmon-8b-base",),
@@ -480,11 +465,7 @@ ARCHS: dict[str, Arch] = {
         notes="q, v, k alternate in four groups. The output matrix has a bias.",
     ),
     "gpt_neox_japanese": Arch(
-        projections_at={
-            **fused("attention.query_key_value", *QKV, by_group=True),
-            "o_proj": Slot("attention.dense"),
-            **named("mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        },
+        projections_at=neox("attention"),
         decoder_path="gpt_neox_japanese",
         prefixes=("gpt_neox_japanese.",),
         norm="final_layer_norm",
@@ -515,11 +496,7 @@ ARCHS: dict[str, Arch] = {
         notes="The output matrix has a bias.",
     ),
     "openai-gpt": Arch(
-        projections_at={
-            **fused("attn.c_attn", *QKV),
-            "o_proj": Slot("attn.c_proj"),
-            **named("mlp", "c_fc", "c_proj"),
-        },
+        projections_at=GPT2,
         **GPT | {"norm": ""},
         embeddings=("tokens_embed", "positions_embed"),
         activation="",  # all layers have the same module
@@ -658,7 +635,7 @@ ARCHS: dict[str, Arch] = {
         examples=("baidu/ERNIE-4.5-21B-A3B-PT",),
     ),
     "exaone_moe": Arch(
-        experts_at=Experts(sparse=by_kind, **beside("mlp.shared_experts", as_shared_experts)),
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
         inner=((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
         beyond=AHEAD,
         notes="Norms on q and k.",
@@ -667,7 +644,7 @@ ARCHS: dict[str, Arch] = {
         experts_at=Experts(
             router="router.gate",
             sparse=lambda c, layer: layer >= c.num_dense_layers,
-            **beside("mlp.shared_experts", as_shared_experts),
+            **SHARED_EXPERTS,
         ),
         with_heads={"o_proj": ("self_attn.gate_proj.weight",)},
         norms=SANDWICH,
@@ -688,7 +665,7 @@ ARCHS: dict[str, Arch] = {
     ),
     "solar_open": Arch(experts_at=Experts(**SHARED_EXPERTS), examples=("upstage/Solar-Open-100B",)),
     "hy_v3": Arch(
-        experts_at=Experts(sparse=by_kind, **beside("mlp.shared_experts", as_shared_experts)),
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
         inner=(
             (".mlp.router.gate.", ".mlp.gate."),
             (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
@@ -875,7 +852,7 @@ ARCHS: dict[str, Arch] = {
     ),
     "bailing_hybrid": Arch(
         projections_at=LATENT_FFN,
-        experts_at=Experts(sparse=by_kind, **beside("mlp.shared_experts", as_shared_experts)),
+        experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
         mixers={"linear_attention": "self_attn"},
         inner=(
             (".attention.", ".self_attn."),

@@ -61,11 +61,8 @@ def parser(doc: str, study: bool = True) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=doc, formatter_class=_Help)
     if not study:
         return p
-    p.add_argument(
-        "--study",
-        metavar="FILE",
-        help="study file (YAML) for every value not given here; default: ./study.yaml, if any",
-    )
+    text = "study file (YAML) for every value not given here; default: ./study.yaml, if any"
+    p.add_argument("--study", metavar="FILE", help=text)
     p.add_argument("--seed", type=int, metavar="N", help="seed of all random draws; default: the study's, else 42")
     p.add_argument("--arm", metavar="NAME", help="one of the study's `arms` or `runs`: its run, and results of its own")
     p.add_argument("--overwrite", action="store_true", help="redo and replace finished results")
@@ -76,20 +73,16 @@ def add_run_flags(p: argparse.ArgumentParser, drop: bool = False) -> None:
     """`drop`: the script reads weights, one checkpoint after the other, and takes --drop-revisions."""
     p.add_argument("--steps", metavar="S,S,..", type=_steps, help="only these checkpoints of a run; default: all")
     if drop:
-        p.add_argument(
-            "--drop-revisions",
-            action="store_true",
-            help="of a run on the hub, keep one checkpoint's weights on disk at a time: fetch, use, drop (docs/hub.md)",
-        )
+        text = "of a run on the hub, keep one checkpoint's weights on disk at a time: fetch, use, drop (docs/hub.md)"
+        p.add_argument("--drop-revisions", action="store_true", help=text)
 
 
 def add_named_models(p: argparse.ArgumentParser, base: str | None, run: str) -> None:
     """--base and --run, for scripts that take their models by place: the arguments `base` and `run` are those."""
     if base:
         p.add_argument("--base", dest="named_base", metavar="B", help=f"the same as {base}")
-    p.add_argument(
-        "--run", nargs="+", dest="named_run", metavar="RUN", help=f"run of checkpoints in the place of {run}"
-    )
+    text = f"run of checkpoints in the place of {run}"
+    p.add_argument("--run", nargs="+", dest="named_run", metavar="RUN", help=text)
 
 
 def named(by_place, by_name, words: str):
@@ -106,32 +99,19 @@ def named(by_place, by_name, words: str):
 def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32, device_map: bool = False) -> None:
     """`batch_size` None: the script works it out; 0: it has no batches and no --limit. `device_map`: it takes
     --device-map."""
-    p.add_argument(
-        "--device", default="auto", help="auto (CUDA when it is there, else CPU), cpu, cuda, cuda:1; default auto"
-    )
-    p.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the model's arithmetic; default: the study's, else bfloat16 on CUDA and float32 on CPU",
-    )
+    text = "auto (CUDA when it is there, else CPU), cpu, cuda, cuda:1; default auto"
+    p.add_argument("--device", default="auto", help=text)
+    text = "of the model's arithmetic; default: the study's, else bfloat16 on CUDA and float32 on CPU"
+    p.add_argument("--dtype", choices=DTYPES, help=text)
     if batch_size != 0:
-        p.add_argument(
-            "--batch-size",
-            type=positive,
-            default=batch_size,
-            metavar="N",
-            help=f"sequences a batch; default {batch_size or 'by their length, on a GPU also by its memory'}",
-        )
+        text = f"sequences a batch; default {batch_size or 'by their length, on a GPU also by its memory'}"
+        p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=text)
     if device_map:
-        p.add_argument(
-            "--device-map",
-            choices=("auto",),
-            help="auto: spread a model that is too big for one GPU over all GPUs, then memory, then the disk",
-        )
+        text = "auto: spread a model that is too big for one GPU over all GPUs, then memory, then the disk"
+        p.add_argument("--device-map", choices=("auto",), help=text)
     if batch_size != 0:
-        p.add_argument(
-            "--limit", type=positive, metavar="N", help="use only the first N items (for a try; marked in the result)"
-        )
+        text = "use only the first N items (for a try; marked in the result)"
+        p.add_argument("--limit", type=positive, metavar="N", help=text)
 
 
 def positive(text: str) -> int:

@@ -344,6 +344,12 @@ def finished(
     return True
 
 
+def refuse_stranger(path: Path, schema: str, overwrite: bool, hint: str) -> None:
+    """InputError where there is a file without a header, which is replaced on request only; `hint`: see `finished`."""
+    if path.exists() and not overwrite and not read_json(path, schema, allow_limited=True)[1]:
+        raise InputError(f"{path} was not made by this script; give --overwrite to replace it, or {hint}")
+
+
 def refuse_other(path: str | os.PathLike, before: dict | None, request: dict, hint: str) -> None:
     """InputError where what `path` holds was made as `before` says, and that is another request; `hint`: `finished`."""
     if not same(before, request):

@@ -55,6 +55,11 @@ def with_interval(value, drawn) -> dict:
     return {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
 
 
+def told(row: dict, form: str, key: str = "value") -> str:
+    """ "0.65 [0.41, 0.80]": a number of a result and its interval, each in this form (".2f")."""
+    return f"{row[key]:{form}} [{row['ci_low']:{form}}, {row['ci_high']:{form}}]"
+
+
 def t_mean(values) -> tuple[float, float, float, float]:
     """Mean of `values` [n >= 2], its interval, and the two-sided p that it is not 0, all by Student's t.
 

@@ -67,6 +67,13 @@ class Study:
         found = cls(keys.read(file, missing, empty), file, seed)
         return found if arm is None else found.of_arm(arm)
 
+    @classmethod
+    def of_seeds(cls, path, seeds: list[int | None], arm: str | None = None) -> list[Study]:
+        """The study of each seed, see `find` and `refuse_shared`."""
+        found = [cls.find(path, seed, arm) for seed in seeds]
+        refuse_shared(found)
+        return found
+
     def of_arm(self, name: str) -> Study:
         """The study read as one of its arms, or of its other runs.
 
@@ -176,6 +183,13 @@ class Study:
 
     def _where(self) -> str:
         return f"({self.path} has none)" if self else "(--study FILE, or study.yaml in this folder)"
+
+
+def refuse_shared(studies: list[Study], who: str = "the seeds") -> None:
+    """InputError where two of several studies, mostly the seeds of one, have their results in one folder."""
+    folders = [study.result("claims").parent.parent for study in studies if study]
+    if len({*folders}) < len(folders):
+        raise InputError(f"{who} share {folders[0]}: the study's results must hold {{seed}}")
 
 
 def dotted(*parts: str) -> str:

@@ -25,15 +25,9 @@ UNNAMED = ("base", "target", "random", "matched")  # records that are no treatme
 
 def add_flag(p, treatment: str) -> None:
     """The flag --controls; `wanted` reads it. `treatment` says in its help what is compared with the random sets."""
-    p.add_argument(
-        "--controls",
-        nargs="?",
-        const="study",
-        type=_number_of_sets,
-        metavar="all|N",
-        help=f"compare {treatment} with random sets of its size: all of them where they are 300 or fewer (else 300), "
-        "or N seeded draws, and beside these the sets of its shape; without a value the study's `controls`, else all",
-    )
+    text = f"compare {treatment} with random sets of its size: all of them where they are 300 or fewer (else 300), or "
+    text += "N seeded draws, and beside these the sets of its shape; without a value the study's `controls`, else all"
+    p.add_argument("--controls", nargs="?", const="study", type=_number_of_sets, metavar="all|N", help=text)
 
 
 def _number_of_sets(text: str) -> str:
@@ -284,10 +278,7 @@ def say(sets: list[dict], compared: dict[str, dict] | None = None, passed: dict 
         label, gain = named(name).label, row["gain"]
         if gain and not gain["ci_low"] > 0:
             what = "CPT lost, and gained nothing" if gain["ci_high"] < 0 else "that CPT gained anything is not clear"
-            cli.say(
-                f"{label}: {what} ({gain['gain']:+.4f} [{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]), so no share "
-                "of it is given"
-            )
+            cli.say(f"{label}: {what} ({stats.told(gain, '+.4f', 'gain')}), so no share of it is given")
         interval = f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" if "ci_low" in row else ""
         shared = f" (with {row['n_equal']} others)" if row["n_equal"] else ""
         cli.say(

@@ -141,11 +141,7 @@ def add_flags(p, kinds: tuple[str, ...] = KINDS) -> None:
     g.add_argument("--measures", nargs="+", choices=kinds, metavar="M", help=text)
     g.add_argument("--base-lang", metavar="LANG", help="default: the study's languages.base, else that of LAYERS.json")
     g.add_argument("--target-lang", metavar="LANG", help="the same for the language that CPT brought")
-    g.add_argument(
-        "--heldout",
-        metavar="FILE",
-        help="text in the target language, a document a line; default: study's",
-    )
+    g.add_argument("--heldout", metavar="FILE", help="text in the target language, a document a line; default: study's")
     g.add_argument("--task", metavar="FILE", help="rows in the form of SIB-200 (test.tsv); default: the study's")
 
 

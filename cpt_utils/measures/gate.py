@@ -26,6 +26,20 @@ ALIKE = ("n_layers", "base_lang", "target_lang", "margin_variant", "k", "special
 # --- the test ---
 
 
+def at_best(hits: np.ndarray, seed: int) -> np.ndarray:
+    """Hits [sentences] at the best of the states behind the first, chosen on the half that a sentence is not in.
+
+    Args:
+        hits: 0/1 [states, sentences].
+    """
+    n = hits.shape[1]
+    order, own = np.random.default_rng(seed).permutation(n), np.zeros(n)
+    halves = (order[: n // 2], order[n // 2 :]) if n > 1 else (order, order)
+    for choose, read in (halves, halves[::-1]):
+        own[read] = hits[1 + hits[1:, choose].mean(1).argmax(), read]
+    return own
+
+
 def compare(hits: np.ndarray, untrained: np.ndarray, seed: int = 42) -> dict:
     """Hits of a model at its best layer minus those of its untrained twin at its best hidden state.
 
@@ -46,12 +60,7 @@ def compare(hits: np.ndarray, untrained: np.ndarray, seed: int = 42) -> dict:
         `passed` (the interval is above 0), `difference, ci_low, ci_high, level`, and what was subtracted: `accuracy`
         and `untrained_accuracy`; `n` sentences.
     """
-    n = hits.shape[1]
-    order = np.random.default_rng(seed).permutation(n)
-    halves = (order[: n // 2], order[n // 2 :]) if n > 1 else (order, order)
-    own = np.zeros(n)
-    for choose, read in (halves, halves[::-1]):
-        own[read] = hits[1 + hits[1:, choose].mean(1).argmax(), read]
+    own = at_best(hits, seed)
     twin = untrained[untrained.mean(1).argmax()]
     low, high = stats.bootstrap_mean(own - twin, seed, level=LEVEL)
     return {
@@ -62,7 +71,7 @@ def compare(hits: np.ndarray, untrained: np.ndarray, seed: int = 42) -> dict:
         "level": LEVEL,
         "accuracy": float(own.mean()),
         "untrained_accuracy": float(twin.mean()),
-        "n": n,
+        "n": len(own),
     }
 
 

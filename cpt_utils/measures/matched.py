@@ -301,7 +301,7 @@ def say(found: dict, treatment: str | None, passed: dict | None) -> None:
     for name in (name for name in DECIDING if name in among):
         row, fit, label = among[name], found["additive"][name], named(name).label
         if row["n_matched"]:
-            told = f"difference {row['own_minus_matched']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+            told = f"difference {stats.told(row, '+.4f', 'own_minus_matched')}"
             told += f", rank {row['rank']} of {row['n_matched'] + 1} among sets of its shape"
         else:
             told = "no other set has its shape"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from cpt_utils.models import loading
 BASE = "base"
 
 
-def add_flags(p, place: str, batch_size: int | None = None) -> None:
+def add_flags(p, place: str, batch_size: int | None = None, part: str = "", drop: bool = True) -> None:
     """--base, --run, --output (default: the study's `place`), and all flags of running models (`batch_size`: see
-    `cli.add_forward_flags`)."""
+    `cli.add_forward_flags`, `drop`: `cli.add_run_flags`). `part` says in the help what of the run is measured."""
     p.add_argument("--base", metavar="B", help="base model; default: the study's base")
-    p.add_argument("--run", nargs="+", metavar="RUN", help="its run of checkpoints; default: the study's run")
+    p.add_argument("--run", nargs="+", metavar="RUN", help=f"its run of checkpoints{part}; default: the study's run")
     p.add_argument("--output", metavar="OUT", help=f"JSON to write; default: the study's {place}")
-    cli.add_run_flags(p, drop=True)
+    cli.add_run_flags(p, drop)
     cli.add_forward_flags(p, batch_size, device_map=True)
 
 
@@ -46,42 +46,53 @@ class OverRun:
         return cls(args, study, models, study.output(args.output, "--output", step, other))
 
     @property
-    def _homes(self) -> tuple:
+    def last(self) -> refs.ModelRef:
+        return list(self.models.values())[-1]
+
+    @property
+    def homes(self) -> tuple:
         """Where else a tokenizer may be: the run, and the base."""
         return beside.run_asked_for(self.study, self.args.run), self.models[BASE]
 
     def tokenizer_of(self, ref: refs.ModelRef) -> str:
         """A hash that is the same for models with one tokenizer."""
-        return tokenizer_id.tokenizer_used(ref, *self._homes)
+        return tokenizer_id.tokenizer_used(ref, *self.homes)
 
     def measure(
         self, schema: str, facts: dict, measured: Callable[..., dict], write: Callable[[dict, dict], None]
     ) -> None:
-        """Measure every model that is not measured yet as it is, and write the result: arguments as of `changed`, but
-        `write` is ({model: what was found}, whole request) -> None."""
+        """Measure every model that is not measured yet as it is, and write the result.
 
-        def as_it_is(model, ref: refs.ModelRef, tokenizer) -> dict:
+        Args:
+            facts: what the numbers depend on beside models, seed, dtype and device.
+            measured: (model, its reference, its tokenizer) -> what is kept of it, as JSON can hold it.
+            write: ({model: that}, whole request) -> None.
+        """
+
+        def measured_one(model, one: Condition, tokenizer) -> dict:
+            ref = self.models[one.of]
             found = measured(model, ref, tokenizer)
-            if self.args.drop_revisions and ref is not self.models[BASE]:
+            if self.args.drop_revisions and one.of != BASE:
                 ref.drop()
-            return found
+            return {"units": found}
 
         def write_all(records: list[dict], request: dict) -> None:
             write({one["name"]: one["units"] for one in records}, request)
 
         wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in self.models.items()]
-        self.changed(schema, facts, wanted, as_it_is, write_all, estimate=False)
+        self.changed(schema, facts, wanted, measured_one, write_all, estimate=False)
 
     def changed(
-        self, schema: str, facts: dict, wanted: list[Condition], measured: Callable[..., dict],
-        write: Callable[[list[dict], dict], None], estimate: bool = True,
+        self, schema: str, facts: dict, wanted: Sequence[Condition], measured: Callable[..., dict],
+        write: Callable[[list[dict], dict], None], ready: Callable | None = None, estimate: bool = True,
     ) -> None:  # fmt: skip
         """Measure the models under conditions (`conditions.measure`), and write the result.
 
         Args:
-            facts: what the numbers depend on beside models, conditions, seed, dtype and device.
-            measured: (model, its reference, its tokenizer) -> what is kept of it, as JSON can hold it: `units`.
+            facts: what the numbers depend on beside models, seed, dtype, device and conditions.
+            measured: (model, condition, tokenizer) -> what is found while the condition holds, as a part of its record.
             write: (records, whole request) -> None.
+            ready: (name, model, tokenizer), once a model is loaded.
         """
         opening.look_over(self.models.values())
         process, dtype = processes.from_arguments(self.args, self.study)
@@ -91,17 +102,18 @@ class OverRun:
             **facts, "seed": self.study.seed, "dtype": str(dtype).removeprefix("torch."),
             "device": process.device.type,
         }  # fmt: skip
+        tokenizers: dict = {}
 
         def load(name: str):
-            return loading.load_for(process, self.models[name], dtype)
-
-        def measured_one(model, one: Condition) -> dict:
-            ref = self.models[one.of]
-            return {"units": measured(model, ref, tokenization.load_tokenizer(ref, *self._homes))}
+            model = loading.load_for(process, self.models[name], dtype)
+            tokenizers[name] = tokenization.load_tokenizer(self.models[name], *self.homes)
+            if ready:
+                ready(name, model, tokenizers[name])
+            return model
 
         conditions.measure(
-            self.output, schema, request, wanted, load, measured_one, write, process, self.args.overwrite,
-            "another --output", estimate,
+            self.output, schema, request, wanted, load, lambda model, one: measured(model, one, tokenizers[one.of]),
+            write, process, self.args.overwrite, "another --output", estimate,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cpt_utils.base import cli
 from cpt_utils.base.lazy import np
-from cpt_utils.measures import curves
+from cpt_utils.measures import curves, gate
 from cpt_utils.measures.verdicts import Panel, above, number, over_units
 
 evidence = cli.sibling("report/evidence.py")
@@ -21,11 +21,7 @@ def peak(hits: np.ndarray, seed: int) -> np.ndarray:
     Args:
         hits: 0/1 [L+1, sentences].
     """
-    order, own = np.random.default_rng(seed).permutation(hits.shape[1]), np.zeros(hits.shape[1])
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
-    for choose, read in (halves, halves[::-1]):
-        own[read] = hits[1 + hits[1:-1, choose].mean(1).argmax(), read]
-    return own
+    return gate.at_best(hits[:-1], seed)
 
 
 def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:

@@ -251,12 +251,8 @@ def add_flags(parser) -> None:
     p.add_argument("--base-file", metavar="F", help="sentences of the base language, for a source that takes files")
     p.add_argument("--target-file", metavar="F", help="the same for the target language")
     p.add_argument("--split", metavar="S", help="part of the source")
-    p.add_argument(
-        "--drop-empty",
-        action="store_true",
-        default=None,
-        help="leave out pairs with an empty side, as in verse-aligned text; default: the study's, else refuse them",
-    )
+    text = "leave out pairs with an empty side, as in verse-aligned text; default: the study's, else refuse them"
+    p.add_argument("--drop-empty", action="store_true", default=None, help=text)
 
 
 def from_arguments(args, study, base: str, target: str) -> ParallelText:
