@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
@@ -493,8 +494,7 @@ def test_killed_from_outside_a_base_ends_with_the_same_bits(base, texts, tmp_pat
     first.kill()
     first.join()
     finished = (tmp_path / "out" / "train.json").exists()
-    command = [sys.executable, str(ROOT / "cpt" / "train.py"), *args]
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    second = launch.run("cpt/train.py", *args)
     assert second.returncode == 0, second.stderr
     assert finished or "going on from step" in second.stdout
     stored, wanted = read_tensors(tmp_path / "out"), read_tensors(base)

@@ -92,7 +92,7 @@ CODES = [
 
 
 @pytest.mark.figures  # whose figures must have no faults
-@pytest.mark.parametrize("n", [5, 7, 14])
+@pytest.mark.parametrize("n", [5, 14])
 def test_figures_of_many_languages_are_legible(n, tmp_path):
     names, random = CODES[:n], np.random.default_rng(0)
     maps = [{d: {e: float(random.normal(0, 0.05)) for e in names} for d in names} for _ in range(2)]
@@ -118,7 +118,7 @@ def test_figures_of_many_languages_are_legible(n, tmp_path):
 
 
 @pytest.mark.figures
-@pytest.mark.parametrize("n_layers", [4, 12, 64])
+@pytest.mark.parametrize("n_layers", [4, 64])
 def test_gradients_of_many_layers_are_legible(n_layers, tmp_path):
     script, random = load_script("alignment/gradients.py"), np.random.default_rng(0)
     names = [f"layer_{layer}.{row}" for layer in range(n_layers) for row in ("q_proj", "o_proj", "up_proj", "router")]

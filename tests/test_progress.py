@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, load_script
-from launch import SNAKEMAKE
+from launch import SNAKEMAKE, shim
 
 from cpt_utils.base import results
 
@@ -48,8 +48,8 @@ rule last:
 
 def snakemake(place: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [SNAKEMAKE, "--cores", "1", *flags], cwd=place, env=os.environ | environment, capture_output=True, text=True,
-        timeout=200,
+        [shim(), SNAKEMAKE, "--cores", "1", *flags], cwd=place, env=os.environ | environment, capture_output=True,
+        text=True, timeout=200,
     )  # fmt: skip
 
 
