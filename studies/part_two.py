@@ -168,7 +168,7 @@ def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
             axis.set_title(f"seed {seed}")
         fig.supylabel("deactivated", fontsize=8)
         fig.supxlabel("evaluated on", fontsize=8)
-        fig.colorbar(image, ax=axes, label="change in NLL (nats/token)", shrink=0.95)
+        fig.colorbar(image, ax=axes, label="change in NLL\n(nats/token)", shrink=0.95)
         figures.save(fig, path)
 
 

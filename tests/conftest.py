@@ -19,7 +19,7 @@ for name, value in {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
-    "CPT_FIGURES": "go through",  # what forks do with theirs (figure_faults.py)
+    "CPT_FIGURES": "pass over",  # what forks do with theirs (figure_faults.py)
 }.items():
     os.environ.setdefault(name, value)
 # No test cuts the power: what is written need not reach the disk, for which each file waits milliseconds.
@@ -110,7 +110,7 @@ def _nothing_said_before():
 
 @pytest.fixture(autouse=True)
 def _figures(request, monkeypatch):
-    """Tests marked `figures` draw theirs and look for faults, all others go through them (figure_faults.py)."""
+    """Tests marked `figures` draw theirs and look for faults, all others go through a few (figure_faults.py)."""
     from cpt_utils.base import figures
 
     def save(figure, path) -> None:

@@ -65,7 +65,7 @@ def test_what_holds_without_a_key_is_what_the_scripts_take():
     assert [*load_script("spectral/connect.py").AT] == [i / 10 for i in range(11)]  # "0, 0.1, .., 1"
     steering = load_script("moe-routing/steering.py")
     assert float(usual["routing.strengths"]) == steering.STRENGTH and int(usual["routing.random"]) == steering.RANDOM
-    assert int(usual["ablation.shots"]) == load_script("layer-ablation/ablation_sweep.py").SHOTS
+    assert int(usual["ablation.shots"]) == load_script("layer-ablation/in_context.py").SHOTS
     assert int(usual["lsn.tokens"].replace(",", "")) == load_script("lsn/load_oscar.py").TOKENS
 
 

@@ -184,7 +184,7 @@ class Forks:
 
     def __init__(self, logs: Path):
         self.logs = logs
-        environment = {**os.environ, "CPT_FIGURES": "" if LONG else "go through", "TMPDIR": str(logs)}
+        environment = {**os.environ, "CPT_FIGURES": "" if LONG else "pass over", "TMPDIR": str(logs)}
         with open(os.devnull) as nothing, (logs / "server.log").open("ab") as log:
             self.connection = launch.connect({"env": environment}, nothing, log, log)
         self.connection.settimeout(None)
