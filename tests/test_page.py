@@ -35,8 +35,9 @@ def study(tmp_path_factory):
     from PIL import Image
 
     made = MadeUp(tmp_path_factory.mktemp("page")).all()
-    claims.shown.draw = lambda *_: None
-    claims.main(["--study", str(made.study)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(claims.shown, "draw", lambda *_: None)
+        claims.main(["--study", str(made.study)])
     run = parts.Run(claims.Study.find(made.study))
     for figure in (figure for step in parts.steps() for figure in step.figures):
         place = run.study.result(figure.step)
