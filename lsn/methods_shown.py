@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from cpt_utils.base import cli, figures, results
+from cpt_utils.base import cli, figures, results, stats
 
 WORDS = {"lape": "LAPE", "ternary": "ternary", "ap": "average precision", "gradient": "gradient × activation"}
 LINEAR = 0.01  # nats a token up to which the axis of harm is linear; beyond it is logarithmic
@@ -21,8 +21,7 @@ def table(found: dict) -> str:
         halves = (found["stability"][name] or {}).get(lang)
         cells = [lang, WORDS.get(name, name), f"{found['neurons'][name][lang]:,}", _number(halves, ".2f")]
         if own:
-            harm, beyond = (f"{part[key]:+.4f} [{part['ci_low']:+.4f}, {part['ci_high']:+.4f}]"
-                            for part, key in ((own, "harm"), (row, "selectivity")))  # fmt: skip
+            harm, beyond = stats.told(own, "+.4f", "harm"), stats.told(row, "+.4f", "selectivity")
             cells += [harm, f"{found['others'][name][lang]:+.4f}", beyond, _number(row["active_mean"], "+.4f")]
             cells += [_number(row["p_value_active"], ".3f")]
         lines.append([*cells, *[""] * (len(head) - len(cells))])
@@ -99,7 +98,7 @@ def say(found: dict) -> None:
             cli.say(f"{of}: no method's neurons hurt {hurt} when they are silenced")
             continue
         own = row["reported"][row["method"]]
-        text = f"selectivity {own['selectivity']:+.4f} [{own['ci_low']:+.4f}, {own['ci_high']:+.4f}]"
+        text = f"selectivity {stats.told(own, '+.4f', 'selectivity')}"
         sure = "clearly above all others" if row["clear"] else "not clearly above all others"
         active = {None: "", True: "; more than neurons as active", False: "; no more than neurons as active"}
         cli.say(f"{of}: {WORDS.get(row['method'], row['method'])}, {text}, {sure}{active[row['beyond_active']]}")

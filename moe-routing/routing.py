@@ -340,7 +340,7 @@ def write(output: Path, payload: dict, records: list[dict], layers: list[int], f
     results.write_json(output, payload, results.header(SCHEMA, layers=layers, top_k=top_k, **facts))
     for name, model in payload["checkpoints"].items():
         said = " ".join(f"{n} experts are used more in {code}," for code, n in model["n_experts"].items())
-        shown = "divergence {value:.4f} [{ci_low:.4f}, {ci_high:.4f}]".format(**model["divergence"])
+        shown = f"divergence {stats.told(model['divergence'], '.4f')}"
         cli.say(f"{name if name == BASE else f'step {name}'}: {said} {shown}, mean over layers")
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 

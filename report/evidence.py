@@ -74,7 +74,7 @@ class Results:
         self.study, self.draws = study, draws
         self.base, self.run = known_models(study)
         self.last = self.run[-1]
-        self.folder = study.result("claims").parent.parent
+        self.folder = study.folder
         self.gate = gate.carried(study.result("layers"))
         self.half = study.get("sentences") == "half"  # the layers were chosen on every second sentence
         self.read: list[str] = []

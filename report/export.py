@@ -35,7 +35,7 @@ def views(study: Study) -> list[Study]:
     """The study itself, and its arms and other runs of which there are results."""
     named = [*(study.get("arms") or {}), *(study.get("runs") or {})] if not study.arm else []
     others = [study.of_arm(name) for name in named]
-    return [study, *(one for one in others if one.result("claims").parent.parent.is_dir())]
+    return [study, *(one for one in others if one.folder.is_dir())]
 
 
 def table(studies: list[Study]) -> list[dict]:

@@ -61,6 +61,8 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     made_of = (f", {layers} layers" if layers else "") + (f", {size / 1e6:,.3g} M parameters" if size else "")
     spec = study.get("run")
     spec = briefly(spec) if isinstance(spec, str) else f"{len(spec or [])} revisions"
+    if steps:
+        spec += f", {len(steps)} checkpoint{'s' * (len(steps) > 1)} to step {max(map(int, steps)):,}"
     data = [f"{n:,} sentence pairs" for n in [(heads.get("retrieval", {}).get("data") or {}).get("n_used")] if n]
     told = {key: head[key] for head in heads.values() for key in ("task", "heldout") if head.get(key)}
     told |= {"heldout": heads["language_loss"]["heldout"]} if "language_loss" in heads else {}
@@ -71,11 +73,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     of = f" (of {run.label})" if run.label else ""
     return [
         ("Base model", f"{briefly(study.get('base'))}{of}{made_of}"),
-        (
-            "Continued as",
-            f"{spec}"
-            + (f", {len(steps)} checkpoint{'s' * (len(steps) > 1)} to step {max(map(int, steps)):,}" if steps else ""),
-        ),
+        ("Continued as", spec),
         ("Languages", f"{base}, continued on {target}"),
         ("Data", "; ".join(data) or "not known"),
         *([side_by_side(runs)] if len(runs) > 1 else []),

@@ -129,7 +129,7 @@ class Run:
 
     def __init__(self, study: Study, label: str = ""):
         self.study, self.label = study, label
-        self.folder = study.result("page").parent
+        self.folder = study.folder
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} does not exist: run the steps of the README on {study.path} first")
         self.rows: dict[str, list[dict]] = {}

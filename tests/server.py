@@ -8,8 +8,6 @@ given, until its stdin ends; every connection to it gets a fork (launch.py), whi
     {"root": a copy of the repository, "socket": path}    to listen there for commands of that copy
     {"env": {..}}                                         to answer requests on the connection
 
-CPT_FIGURES in `env` says what becomes of figures (figure_faults.py).
-
 The first is answered with the exit status, the second with a line once it listens. Requests and answers of the third
 are lines of JSON:
 
@@ -17,6 +15,8 @@ are lines of JSON:
     [{"code": exit status, negative for a signal, "seconds": .., "timed_out": ..}]
     {"mount": folder, "size": bytes, "requests": fifo, "answers": fifo}
     {"pid": process id} of a second server, which sees a small file system at that folder; or {"error": why not}
+
+CPT_FIGURES in `env` says what becomes of figures (`figure_faults.saving`).
 
 Faults of a job:
     {"kind": "time", "delay": seconds}       SIGKILL after a delay
@@ -341,7 +341,7 @@ def answer_one(connection: socket.socket) -> None:
 
 
 def figures_are(env: dict[str, str]) -> None:
-    """Drawn, looked at or gone through; drawn by a package that is not imported yet."""
+    """As CPT_FIGURES says; a package that is not imported yet draws them."""
     if figures := sys.modules.get("cpt_utils.base.figures"):
         figures.save = figure_faults.saving(env.get("CPT_FIGURES", ""), figures.save)
 

@@ -128,12 +128,14 @@ class Study:
             )
         return default
 
+    @property
+    def folder(self) -> Path:
+        """The folder of all results of the study."""
+        return Path(self.get("results") or f"results/{self.name}")
+
     def result(self, step: str) -> Path | None:
         """Where `step` leaves its result in this study (see `experiments`); None outside a study."""
-        if not self:
-            return None
-        folder = self.get("results") or f"results/{self.name}"
-        return Path(folder) / experiments.result(step).replace("{name}", self.name)
+        return self.folder / experiments.result(step).replace("{name}", self.name) if self else None
 
     def output(self, given, flag: str, step: str, other: str = "") -> Path:
         """The path to write to: `given`, else the study's place for `step`.
@@ -187,7 +189,7 @@ class Study:
 
 def refuse_shared(studies: list[Study], who: str = "the seeds") -> None:
     """InputError where two of several studies, mostly the seeds of one, have their results in one folder."""
-    folders = [study.result("claims").parent.parent for study in studies if study]
+    folders = [study.folder for study in studies if study]
     if len({*folders}) < len(folders):
         raise InputError(f"{who} share {folders[0]}: the study's results must hold {{seed}}")
 
