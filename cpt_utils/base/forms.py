@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from pydantic import TypeAdapter, ValidationError, create_model
+from typing_extensions import TypedDict  # pydantic takes no other below Python 3.12
 
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.lazy import pydantic
 
 
 def _keys(**keys):
     """A mapping with these keys, each of which may be missing or null, and any others."""
-    return create_model("Keys", **{key: (kind | None, None) for key, kind in keys.items()})
+    return TypedDict("Keys", {key: NotRequired[kind | None] for key, kind in keys.items()})
 
 
 Facts = dict[str, Any]
@@ -22,10 +23,10 @@ Numbers = dict[str, Number]
 Layers = list[int]
 Interval = _keys(value=Number, ci_low=Number, ci_high=Number)
 Set = _keys(name=str, layers=Layers, component=str, values=Numbers, layer_accuracy=list[Number])
-GATE = create_model(
-    "Gate", model=(str, ...), passed=(bool, ...), n=(int, ...), measure=(str, ""),
-    **dict.fromkeys(("difference", "ci_low", "ci_high", "level"), (float, ...)),
-)  # fmt: skip
+GATE = TypedDict("Gate", {
+    "model": str, "passed": bool, "n": int, "measure": NotRequired[str],
+    **dict.fromkeys(("difference", "ci_low", "ci_high", "level"), float),
+})  # fmt: skip
 HEADER = _keys(
     models=dict[str, Facts | None], n_layers=int, ffn_width=int, seed=int, gate=Facts, base_lang=str, target_lang=str,
     language=str, data=Facts, request=Facts, heldout=Facts, interface_layers=Layers,
@@ -62,7 +63,7 @@ PAYLOADS = {
     ),
 }  # fmt: skip
 MUST_BE = {
-    "dict_type": "a mapping", "model_type": "a mapping", "list_type": "a list", "int_type": "a whole number",
+    "dict_type": "a mapping", "list_type": "a list", "int_type": "a whole number",
     "float_type": "a number", "string_type": "text", "bool_type": "true or false",
 }  # fmt: skip
 
@@ -78,7 +79,7 @@ def conform(path: Path, value, form, name: str = "") -> None:
     """The same of `value`, which the file at `path` has under `name`."""
     try:
         _adapter(form).validate_python(value, strict=True)
-    except ValidationError as failed:
+    except pydantic.ValidationError as failed:
         error = failed.errors()[0]
         place = ".".join(str(part) for part in (name, *error["loc"]) if part != "")
         told, must = repr(error["input"]), MUST_BE.get(error["type"], error["msg"])
@@ -87,4 +88,6 @@ def conform(path: Path, value, form, name: str = "") -> None:
         raise InputError(f"{path}: {place} is {what}; run again the step that wrote the file") from None
 
 
-_adapter = lru_cache(maxsize=None)(TypeAdapter)
+@cache
+def _adapter(form):
+    return pydantic.TypeAdapter(form)

@@ -17,5 +17,6 @@ class Later(types.ModuleType):
 
 
 np = Later("numpy")
+pydantic = Later("pydantic")
 torch = Later("torch")
 transformers = Later("transformers")
