@@ -1,6 +1,6 @@
 # Commands on a fresh machine, each doing all its set-up in .venv:
 #   make reproduce    the whole demo study: models are made, measured, swapped; ends with figures and a report, one HTML page
-#   make plan         what would run, without setting up everything first
+#   make plan         what would run, without setting up everything first (VERBOSE=1: with files and reasons)
 #   make study        write a study file for models of your own, with questions (docs/study.md); STUDY=my-study.yaml
 #   make check        look at a study before hours are spent on it: models, files, what is left out, a rough cost
 #   make test         the tests, with a small end-to-end run included
@@ -59,7 +59,7 @@ check: .venv/installed
 PLANNER := $(firstword $(wildcard $(BIN)/snakemake) $(shell command -v snakemake) build/plan/bin/snakemake)
 
 plan: $(PLANNER)
-	$(PLANNER) $(WORKFLOW) --dry-run
+	$(PLANNER) $(WORKFLOW) --dry-run $(if $(VERBOSE),,--quiet rules host)
 
 build/plan/bin/snakemake:
 	$(PYTHON) -m venv build/plan

@@ -80,6 +80,7 @@ class Training(Keys):
     dtype_on_disk: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: Any = False
+    torch_compile: bool = False
     freeze: Part = None
     train_only: Part = None
     lora: Lora | None = None

@@ -164,6 +164,13 @@ def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -
             if main_process:
                 runs.withdraw(run)
             raise
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            if main_process:
+                runs.withdraw(run)
+            what = f"{path}: torch_compile: the model cannot be compiled here"
+            raise InputError(f"{what} ({runs.first_line(error)}); leave it out") from error
         if main_process:
             finish(run, config, settings, trainer, tokens)
 

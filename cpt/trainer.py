@@ -256,6 +256,7 @@ def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: 
             seed=config["seed"],
             bf16=half,
             activation_checkpointing=config["gradient_checkpointing"],
+            torch_compile=config["torch_compile"],
             use_cpu=device == "cpu",
             train_sampling_strategy="sequential",  # the blocks are in their final order already
             save_strategy="no",

@@ -440,6 +440,43 @@ def test_tokens_in_place_of_others_and_tokens_that_moved(initial, base, tmp_path
 # --- a run that is killed
 
 
+def die_when_there(name: str, args: list[str]) -> None:
+    """Train in this process, and kill it with SIGKILL once there is a folder that ends so."""
+    rename = os.replace
+
+    def replace(source, target):
+        rename(source, target)
+        if str(target).endswith(name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
+    load_script("cpt/train.py").main(args)
+
+
+@pytest.mark.slow
+def test_compiled_it_rounds_otherwise_and_goes_on_to_the_same_bits(train, base, texts, tmp_path, monkeypatch):
+    """Against the run that is not compiled, and killed after its first state; without a compiler one line says so."""
+    config = write(tmp_path / "c.yaml", settings(texts, torch_compile=True, save_steps=[12], state_every=5))
+    args = ["--config", config, "--output-dir", str(tmp_path / "killed")]
+    train.main(["--config", config, "--output-dir", str(tmp_path / "whole")])
+    whole, plain = (json.loads((run / "train.json").read_text())["losses"] for run in (tmp_path / "whole", base))
+    np.testing.assert_allclose(whole, plain, atol=2e-5)
+    assert read_tensors(tmp_path / "whole" / "checkpoint-12").keys() == read_tensors(base).keys()
+    child = multiprocessing.get_context("spawn").Process(target=die_when_there, args=(".state/state-5", args))
+    child.start()
+    child.join(300)
+    assert child.exitcode == -signal.SIGKILL and (tmp_path / "killed" / ".state" / "state-5").is_dir()
+    train.main(args)
+    same_files(tmp_path / "whole", tmp_path / "killed")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(InputError, match=r"torch_compile: the model cannot be compiled here \(.+\); leave it out"):
+        train.main(["--config", config, "--output-dir", str(tmp_path / "refused")])
+    assert not (tmp_path / "refused").exists()
+
+
 def die_at_replacement(count: int, args: list[str]) -> None:
     """Train in this process, and kill it with SIGKILL right after its `count`-th rename."""
     rename, seen = os.replace, 0

@@ -1,7 +1,7 @@
 """The split of the Swahili study: what is trained on, what neurons are found on, what losses are of, and none in two.
 
 LAFAND-MT English-Swahili (dev and test are held out, train gives Swahili documents of eight lines) and MasakhaNEWS
-articles in three languages: of twelve in a row one is held out for losses (its opening, of sixty of them), two for
+articles in three languages: of twelve in a row one is held out for losses (its opening, of --articles of them), two for
 neurons, and nine are trained on (of French none). A text that is trained on must not share thirteen words in a row with
 one that is not (Brown et al. 2020, appendix C, in the languages' own words), nor be one that is shorter; what did is
 left out and counted.
@@ -27,7 +27,7 @@ SCHEMA = "swahili-texts"
 LANGUAGES = {"swh": "swh_Latn", "eng": "eng_Latn", "fra": "fra_Latn"}
 RUN = 13  # words in a row that two texts must not share
 LINES = 8  # of LAFAND-MT, whose neighbours are mostly of one article, in a document
-HELD_OUT, LENGTH = 60, 600  # articles for losses, of each the sentences within so many characters
+LENGTH = 600  # characters of an article for losses, whose sentences are within them
 
 
 def role(article: int) -> str:
@@ -60,7 +60,7 @@ def without(texts: Iterable[str], taken: set[tuple[str, ...]]) -> tuple[list[str
     return list(kept), gone
 
 
-def split(news: Path, sib: Path) -> tuple[dict[str, list[str]], dict]:
+def split(news: Path, sib: Path, articles_held_out: int) -> tuple[dict[str, list[str]], dict]:
     """Documents by the name of their file, and what was left out of each."""
     articles = {lang: list(textfiles.texts(news / f"masakhanews.{lang}.txt.gz")) for lang in LANGUAGES}
     parts = {
@@ -79,7 +79,7 @@ def split(news: Path, sib: Path) -> tuple[dict[str, list[str]], dict]:
             name = f"{part}.{lang}"
             found[name], left_out[name] = without(parts[part, lang], taken)
             taken.update(*map(runs, found[name]))
-        found[f"heldout.{lang}"] = [opening(article) for article in found[f"heldout.{lang}"][:HELD_OUT]]
+        found[f"heldout.{lang}"] = [opening(article) for article in found[f"heldout.{lang}"][:articles_held_out]]
         if lang == "fra":
             continue
         name = f"cpt.{lang}"
@@ -95,6 +95,8 @@ def build_parser():
     p = cli.parser(__doc__, study=False)
     p.add_argument("--news", required=True, metavar="DIR", help="folder of LAFAND-MT and MasakhaNEWS")
     p.add_argument("--sib200", required=True, metavar="DIR", help="folder of SIB-200, <code>/{train,dev,test}.tsv")
+    text = "articles of a language whose openings are for losses, at most; default 60"
+    p.add_argument("--articles", type=cli.positive, default=60, metavar="N", help=text)
     p.add_argument("--output-dir", required=True, metavar="OUT", help="folder of the documents")
     return p
 
@@ -104,7 +106,7 @@ def main(argv=None) -> None:
     news, out = Path(args.news), Path(args.output_dir)
     if not news.is_dir():
         raise InputError(f"--news {news} is not a folder; it holds lafand.train.swh.gz and the others")
-    found, left_out = split(news, Path(args.sib200))
+    found, left_out = split(news, Path(args.sib200), args.articles)
     for name, texts in found.items():
         results.write_text(out / f"{name}.txt", "".join(f"{text}\n" for text in texts))
     sizes = {
