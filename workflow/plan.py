@@ -111,9 +111,7 @@ def passes(
         translated = 4 * (1 + shots) * pairs * scored / max(1, sizes["n_pairs"])  # both ways, and their floors
         yield f"layer ablation, {models:.0f} models", models * (translated + pairs + sizes["heldout"] + rows)
     if chosen.spectral:
-        draws, stride = study.get("spectral.rewind.draws") or 5, study.get("spectral.rewind.stride") or 5
-        shares = len(study.get("spectral.truncate.shares") or range(10))
-        models = (4 + 3 * draws) * 100 / stride + 2 * n_layers + 6 * shares + 20
+        models = changed_models(study, n_layers)
         kinds = study.get("spectral.measures") or ["retrieval", "nll", "task"]
         tokens = {"retrieval": pairs, "nll": sizes["heldout"], "task": rows}
         yield f"heads, truncation, connection, {models:.0f} models", models * sum(tokens.get(k, 0) for k in kinds)
@@ -144,6 +142,20 @@ def passes(
             "deactivation",
             (1 + len(methods)) * (1 + len(chosen.lsn) * (1 + 2 * min(12, max(5, sets)))) * sizes["heldout"],
         )
+
+
+def changed_models(study: Study, n_layers: int) -> float:
+    """How many models Part IV measures, roughly: heads put back, the update cut, the line between two runs."""
+    found, others = study.get("spectral", {}), bool(study.get("runs"))
+    heads, cut, line = (found.get(key) or {} for key in ("rewind", "truncate", "connect"))
+    orders = heads.get("orders") or ["importance", "most", "greedy", "random", "random_layer", *["contrast"] * others]
+    ways = cut.get("curves") or ["svd", "as_random", "magnitude", "dare"]
+    each = {"importance": 2, "random": 2 * (heads.get("draws") or 5), "random_layer": heads.get("draws") or 5}
+    points = sum(each.get(order, 1) for order in orders) * 100 / (heads.get("stride") or 5)
+    alone = 4 * n_layers * ("greedy" in orders)  # every head by itself
+    draws = {"as_random": cut.get("draws") or 2, "dare": cut.get("draws") or 2}
+    truncated = sum(draws.get(way, 1) for way in ways) * len(cut.get("shares") or range(10))
+    return points + alone + truncated + others * len(line.get("at") or range(11))
 
 
 def machine() -> tuple[float, str]:
