@@ -188,6 +188,23 @@ def test_what_is_trained_first_is_no_problem(study, tmp_path, capsys):
     assert "trained first, by demo/cpt.yaml" in out and "made first" in out and "not known before" in out
 
 
+@pytest.mark.parametrize(
+    ("spectral", "runs", "expected"),
+    [
+        # Heads: orders x points, those of BY_ENERGY twice; cuts: ways x shares.
+        ({"rewind": {"orders": ["importance", "random"], "stride": 50, "draws": 1},
+          "truncate": {"shares": [0.5, 0.9], "curves": ["svd"]}}, None, (2 + 2) * 2 + 2),
+        ({"rewind": {"orders": ["most", "random_layer"], "stride": 10, "draws": 3},
+          "truncate": {"shares": [0.5], "curves": ["svd", "dare"], "draws": 4}}, {"b": "runs/b"}, 4 * 10 + 5 + 11),
+        ({}, None, (2 + 1 + 1 + 10 + 5) * 20 + 4 * 6 + (1 + 2 + 1 + 2) * 10),
+    ],
+)  # fmt: skip
+def test_models_of_part_four_are_counted_by_what_is_asked_for(study, spectral, runs, expected):
+    """It was one number whatever the orders: a try of ten models was announced as one of a hundred."""
+    found = Study.find(study(spectral=spectral, runs=runs))
+    assert planning.changed_models(found, n_layers=6) == expected
+
+
 def dry_run(path: Path, *flags: str) -> subprocess.CompletedProcess:
     """The workflow's plan, asked for in the study's folder, which is none of the repository."""
     pytest.importorskip("snakemake")
