@@ -162,3 +162,21 @@ def test_many_models_are_told_in_one_line_for_each_outcome(capsys):
     ]
     (warning,) = said.err.splitlines()
     assert warning.startswith("warning: d does not retrieve clearly better") and warning.endswith("; likewise b, e")
+    gate.tell(*(found(f"checkpoint-{step}", -step / 100) for step in range(1, 22)))
+    assert capsys.readouterr().err.endswith("; likewise checkpoint-2, checkpoint-3, 18 more\n")
+
+
+def test_it_says_how_many_sentences_would_tell():
+    """Of planted hits: so many sentences show the difference in about four tries of five; none is named without one."""
+    rng = np.random.default_rng(0)
+    twin, own = rng.random((1, 60_000)) < 0.30, np.repeat(rng.random((1, 60_000)) < 0.38, 2, axis=0)
+    first = gate.compare(own[:, :200], twin[:, :200])
+    half = first["difference"] - first["ci_low"]
+    needed = gate.sentences_needed(first | {"difference": 0.08, "ci_low": 0.08 - half})
+    parts = [slice(start, start + needed) for start in range(0, 60_000 - needed, needed)]
+    passed = np.mean([gate.compare(own[:, part], twin[:, part])["passed"] for part in parts])
+    assert len(parts) > 50 and 0.65 < passed < 0.92
+    assert gate.sentences_needed(failed_gate("m")) is None
+    assert gate.sentences_needed(failed_gate("m") | {"difference": -0.1, "ci_low": -0.2}) is None
+    text = gate.words(failed_gate("m") | {"difference": 0.08, "ci_low": -0.01, "n": 200})
+    assert text.endswith("mean nothing; a difference of this size would be clear with some 450 sentences")

@@ -183,6 +183,12 @@ def once(text: str, how: Callable[[str], None] | None = None) -> None:
         (how or say)(text)
 
 
+def likewise(names: list[str]) -> str:
+    """What ends a line that holds of others, too: of many the first two and how many more there are."""
+    shown = names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]
+    return f"; likewise {', '.join(shown)}" if shown else ""
+
+
 def warn(text: str) -> None:
     if not _silent():
         print(f"warning: {_one_line(Exception(text))}", file=sys.stderr, flush=True)

@@ -67,12 +67,11 @@ def tell(*results: tuple[str, dict]) -> None:
         max(value for state, value in result[key] if state in states)
         for key in ("layer_accuracy", "unit_centred_accuracy", "length_spearman", "largest_norm_share")
     )
-    others = ", ".join(other for other, *_ in found[:-1])
     cli.warn(
         f"{model}: at hidden states {ranges(states)} the published curve measures the length of sentences: cosines "
         f"follow it (Spearman up to {length:.2f}), one token holds up to {share:.2f} of the norm, and at most "
         f"{published:.2f} are found; with every token of length 1 and languages centred (unit_centred) up to "
-        f"{centred:.2f} are" + (f"; likewise {others}" if others else "")
+        f"{centred:.2f} are" + cli.likewise([other for other, *_ in found[:-1]])
     )
 
 

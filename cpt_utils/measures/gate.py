@@ -8,8 +8,10 @@ reads the layers hands it on.
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
+import statistics
 from pathlib import Path
 
 from cpt_utils.base import cli, forms, results, stats
@@ -19,6 +21,7 @@ from cpt_utils.measures import curves
 
 RETRIEVAL = "sentence-retrieval"
 LEVEL = 0.99  # see `compare`
+POWER = 0.8416  # standard errors beyond the bound for four tries of five
 # In these a model and its twin must have been measured alike.
 ALIKE = ("n_layers", "base_lang", "target_lang", "margin_variant", "k", "special_tokens")
 
@@ -83,10 +86,24 @@ def words(found: dict) -> str:
     by += f", by {found['measure']}" if "measure" in found else ""
     if found["passed"]:
         return f"{model} retrieves better than its untrained twin ({by})"
-    return (
+    line = (
         f"{model} does not retrieve clearly better than its untrained twin ({by}): its layers, its hub and everything "
         "built on them mean nothing"
     )
+    needed = sentences_needed(found)
+    return line + (f"; a difference of this size would be clear with some {needed:,} sentences" if needed else "")
+
+
+def sentences_needed(found: dict) -> int | None:
+    """How many sentences would show a difference as large as the one found in four tries of five, to two digits; None
+    where it is not above 0, or the interval says nothing of its noise."""
+    difference, half = found["difference"], found["difference"] - found["ci_low"]
+    if not (difference > 0 and half > 0):
+        return None
+    ratio = half / difference * (1 + POWER / statistics.NormalDist().inv_cdf((1 + found["level"]) / 2))
+    needed = found["n"] * ratio**2
+    unit = 10 ** max(0, len(str(math.ceil(needed))) - 2)
+    return math.ceil(needed / unit) * unit
 
 
 def tell(*found: dict) -> None:
@@ -97,10 +114,7 @@ def tell(*found: dict) -> None:
             continue
         nearest = min(alike, key=lambda one: abs(one["ci_low"]))
         others = [one["model"] for one in alike if one is not nearest]
-        line = words(nearest)
-        if others:
-            line += f"; likewise {', '.join(others)}"
-        (cli.say if passed else cli.warn)(line)
+        (cli.say if passed else cli.warn)(words(nearest) + cli.likewise(others))
 
 
 # --- files ---
