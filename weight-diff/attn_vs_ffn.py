@@ -177,7 +177,8 @@ def draw(path: Path, payload: dict) -> None:
             n = len(pairs(rows, summary))
             axis.set_title(f"{title.format(n=count)}\nattention above FFN in {above} of {n} layers")
             figures.layer_axis(axis, len(rows))
-            axis.set_ylim(bottom=0)
+        # The usual room above is a share of the data's range, which may be small beside what lies below it.
+        axes[0].set_ylim(0, 1.06 * max(axis.dataLim.ymax for axis in axes))
         axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         axes[0].set_ylabel(f"mean |ΔW| from base, step {step}")
         axes[0].legend(loc="best")
