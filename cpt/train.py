@@ -165,12 +165,14 @@ def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -
                 runs.withdraw(run)
             raise
         except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+            if not compiling or "No space left" in str(error):
                 raise
             if main_process:
                 runs.withdraw(run)
-            what = f"{path}: torch_compile: the model cannot be compiled here"
-            raise InputError(f"{what} ({runs.first_line(error)}); leave it out") from error
+            what = f"{path}: torch_compile: the model cannot be compiled here ({runs.first_line(error)})"
+            do = "go on where it can" if found else "leave it out"  # without it the run would be another
+            raise InputError(f"{what}; {do}") from error
         if main_process:
             finish(run, config, settings, trainer, tokens)
 

@@ -20,6 +20,7 @@ from cpt_utils.base import cli, figures, languages, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, refuse_shared
 from cpt_utils.measures import verdicts
+from cpt_utils.measures.gate import sentences_needed
 
 headlines = cli.sibling("report/headlines.py")
 parts = cli.sibling("report/parts.py")
@@ -133,6 +134,8 @@ def gate_words(runs: list[parts.Run]) -> str:
         return f"Passed in {len(passed)} of {len(runs)} runs. {follows}"
     (gate,) = gates
     passed, finds = ("Passed", "finds more") if gate["passed"] else ("Not passed", "does not find clearly more")
+    needed = None if gate["passed"] else sentences_needed(gate)
+    follows += f" A difference of this size would be clear with some {needed:,} sentences." if needed else ""
     # The model that the layers are from.
     model = "/".join(gate["model"].split("/")[-2:]) if gate.get("model") else "the last checkpoint"
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])

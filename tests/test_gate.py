@@ -178,5 +178,13 @@ def test_it_says_how_many_sentences_would_tell():
     assert len(parts) > 50 and 0.65 < passed < 0.92
     assert gate.sentences_needed(failed_gate("m")) is None
     assert gate.sentences_needed(failed_gate("m") | {"difference": -0.1, "ci_low": -0.2}) is None
+    for wrong in (
+        {"level": 1.0},
+        {"level": float("nan")},
+        {"ci_low": float("-inf")},
+        {"n": -5},
+        {"difference": 1e-200},
+    ):
+        assert gate.sentences_needed(failed_gate("m") | {"difference": 0.08, "ci_low": -0.01} | wrong) is None
     text = gate.words(failed_gate("m") | {"difference": 0.08, "ci_low": -0.01, "n": 200})
     assert text.endswith("mean nothing; a difference of this size would be clear with some 450 sentences")

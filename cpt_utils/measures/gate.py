@@ -21,6 +21,7 @@ from cpt_utils.measures import curves
 
 RETRIEVAL = "sentence-retrieval"
 LEVEL = 0.99  # see `compare`
+MANY = 1000  # times the noise of now: no number of sentences is a remedy
 POWER = 0.8416  # standard errors beyond the bound for four tries of five
 # In these a model and its twin must have been measured alike.
 ALIKE = ("n_layers", "base_lang", "target_lang", "margin_variant", "k", "special_tokens")
@@ -97,10 +98,12 @@ def words(found: dict) -> str:
 def sentences_needed(found: dict) -> int | None:
     """How many sentences would show a difference as large as the one found in four tries of five, to two digits; None
     where it is not above 0, or the interval says nothing of its noise."""
-    difference, half = found["difference"], found["difference"] - found["ci_low"]
-    if not (difference > 0 and half > 0):
+    difference, half, level = found["difference"], found["difference"] - found["ci_low"], found["level"]
+    if not (difference > 0 and 0 < half < math.inf and 0 < level < 1 and found["n"] > 0):  # a file may say anything
         return None
-    ratio = half / difference * (1 + POWER / statistics.NormalDist().inv_cdf((1 + found["level"]) / 2))
+    ratio = half / difference * (1 + POWER / statistics.NormalDist().inv_cdf((1 + level) / 2))
+    if ratio > MANY:
+        return None
     needed = found["n"] * ratio**2
     unit = 10 ** max(0, len(str(math.ceil(needed))) - 2)
     return math.ceil(needed / unit) * unit
