@@ -195,7 +195,8 @@ def test_what_is_trained_first_is_no_problem(study, tmp_path, capsys):
         ({"rewind": {"orders": ["importance", "random"], "stride": 50, "draws": 1},
           "truncate": {"shares": [0.5, 0.9], "curves": ["svd"]}}, None, (2 + 2) * 2 + 2),
         ({"rewind": {"orders": ["most", "random_layer"], "stride": 10, "draws": 3},
-          "truncate": {"shares": [0.5], "curves": ["svd", "dare"], "draws": 4}}, {"b": "runs/b"}, 4 * 10 + 5 + 3 * (9 + 1)),
+          "truncate": {"shares": [0.5], "curves": ["svd", "dare"], "draws": 4}}, {"b": "runs/b"},
+         4 * 10 + 5 + 3 * (9 + 1)),
         ({}, None, (2 + 1 + 1 + 10 + 5) * 20 + 4 * 6 + (1 + 2 + 1 + 2) * 10),
     ],
 )  # fmt: skip
