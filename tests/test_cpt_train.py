@@ -440,17 +440,21 @@ def test_tokens_in_place_of_others_and_tokens_that_moved(initial, base, tmp_path
 # --- a run that is killed
 
 
-def die_when_there(name: str, args: list[str]) -> None:
-    """Train in this process, and kill it with SIGKILL once there is a folder that ends so."""
-    rename = os.replace
+def die_at_replacement(which: int | str, args: list[str]) -> None:
+    """Train in this process, and kill it with SIGKILL right after its `which`-th rename, or the one to that name."""
+    rename, seen = os.replace, 0
 
     def replace(source, target):
+        nonlocal seen
         rename(source, target)
-        if str(target).endswith(name):
+        seen += 1
+        if which in (seen, Path(target).name):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     load_script("cpt/train.py").main(args)
+    os._exit(0)
 
 
 @pytest.mark.slow
@@ -462,7 +466,7 @@ def test_compiled_it_rounds_otherwise_and_goes_on_to_the_same_bits(train, base, 
     whole, plain = (json.loads((run / "train.json").read_text())["losses"] for run in (tmp_path / "whole", base))
     np.testing.assert_allclose(whole, plain, atol=2e-5)
     assert read_tensors(tmp_path / "whole" / "checkpoint-12").keys() == read_tensors(base).keys()
-    child = multiprocessing.get_context("spawn").Process(target=die_when_there, args=(".state/state-5", args))
+    child = multiprocessing.get_context("spawn").Process(target=die_at_replacement, args=("state-5", args))
     child.start()
     child.join(300)
     assert child.exitcode == -signal.SIGKILL and (tmp_path / "killed" / ".state" / "state-5").is_dir()
@@ -475,23 +479,6 @@ def test_compiled_it_rounds_otherwise_and_goes_on_to_the_same_bits(train, base, 
     with pytest.raises(InputError, match=r"torch_compile: the model cannot be compiled here \(.+\); leave it out"):
         train.main(["--config", config, "--output-dir", str(tmp_path / "refused")])
     assert not (tmp_path / "refused").exists()
-
-
-def die_at_replacement(count: int, args: list[str]) -> None:
-    """Train in this process, and kill it with SIGKILL right after its `count`-th rename."""
-    rename, seen = os.replace, 0
-
-    def replace(source, target):
-        nonlocal seen
-        rename(source, target)
-        seen += 1
-        if seen == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = replace
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    load_script("cpt/train.py").main(args)
-    os._exit(0)
 
 
 @pytest.mark.slow

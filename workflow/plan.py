@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cpt_utils.base import cli, languages
 from cpt_utils.base.errors import InputError
-from cpt_utils.base.lazy import np, torch
+from cpt_utils.base.lazy import torch
 from cpt_utils.base.study import Study
 from cpt_utils.measures import matched
 
@@ -146,19 +146,22 @@ def passes(
 
 def changed_models(study: Study, n_layers: int) -> float:
     """How many models Part IV measures, roughly: heads put back, the update cut, the line between two runs."""
-    found, others = study.get("spectral", {}), bool(study.get("runs"))
-    heads, cut, line = (found.get(key) or {} for key in ("rewind", "truncate", "connect"))
-    orders = heads.get("orders") or ["importance", "most", "contrast", "greedy", "random", "random_layer"]
-    ways = cut.get("curves") or ["svd", "as_random", "magnitude", "dare"]
-    each = {"importance": 2, "random": 2 * (heads.get("draws") or 5), "random_layer": heads.get("draws") or 5}
-    points = (
-        sum(each.get(order, 1) for order in orders if others or order != "contrast") * 100 / (heads.get("stride") or 5)
-    )
+    rewind, truncate, connect = (cli.sibling(f"spectral/{name}.py") for name in ("rewind", "truncate", "connect"))
+    others = bool(study.get("runs"))
+
+    def orders_of(order: str) -> int:
+        drawn = (study.get("spectral.rewind.draws") or rewind.DRAWS) if order.startswith("random") else 1
+        return drawn * (2 if order in rewind.BY_ENERGY else 1) * (others or order != "contrast")
+
+    orders = study.get("spectral.rewind.orders") or rewind.ORDERS
+    points = sum(map(orders_of, orders)) * 100 / (study.get("spectral.rewind.stride") or rewind.STRIDE)
     alone = 4 * n_layers * ("greedy" in orders)  # every head by itself, were there four in a layer
-    draws = {"as_random": cut.get("draws") or 2, "dare": cut.get("draws") or 2}
-    truncated = sum(draws.get(way, 1) for way in ways) * len(cut.get("shares") or range(10))
-    between = sum(0 < at < 1 for at in line.get("at") or np.arange(11) / 10)
-    return points + alone + truncated + others * 3 * (between + 1)  # the line, two random ones, and the ends
+    draws = study.get("spectral.truncate.draws") or truncate.DRAWS
+    ways = study.get("spectral.truncate.curves") or truncate.LOOKS
+    shares = study.get("spectral.truncate.shares") or truncate.SHARES
+    cut = sum(draws if way in truncate.DRAWN else 1 for way in ways) * len(shares)
+    between = sum(0 < at < 1 for at in study.get("spectral.connect.at") or connect.AT)
+    return points + alone + cut + others * 3 * (between + 1)  # the line, two random ones, and the ends
 
 
 def machine() -> tuple[float, str]:
