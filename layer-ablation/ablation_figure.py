@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from cpt_utils.base import figures
@@ -18,12 +19,13 @@ def draw(path: Path, payload: dict, n: int) -> None:
     bottom the windows of the losses, as long as the stack.
 
     Of functions that CPT did not clearly change there is no curve; without any of both the other measures are drawn.
+    Where the own source saves neither more nor less than before, a line says so in place of panels.
     """
     windows = [name for name in payload["sweeps"] if name.startswith("window:")]
     saved = {f"{name}_saved": look for name, look in LOOKS.items()}
-    rows = [("", _looks(payload, LOOKS))]
-    if "perception_saved" in payload["summary"]:
-        rows.append(("\n(saved by the own source)", _looks(payload, saved)))
+    rows, translates = [("", _looks(payload, LOOKS))], "perception_saved" in payload["summary"]
+    if translates and (looks := _looks(payload, saved)):
+        rows.append(("\n(saved by the own source)", looks))
     with figures.style() as plt:
         fig = plt.figure(figsize=(figures.PAGE, 0.4 + 1.9 * (len(rows) + bool(windows))))
         grid, named = fig.add_gridspec(len(rows) + bool(windows), 2), []
@@ -39,15 +41,12 @@ def draw(path: Path, payload: dict, n: int) -> None:
                 axis.set_ylabel(f"share of the change kept{words}" if column == 0 else "")
                 axis.locator_params(axis="x", integer=True)
             named.append(axis.get_legend_handles_labels())
-            missing = [
-                _words(payload, name)
-                for name in (LOOKS, saved)[row]
-                if name not in looks and name in payload["summary"]
-            ]
-            if missing:
-                axis.set_title(f"not clearly changed by CPT: {' and '.join(missing)}", fontsize=6.5, color="0.4")
+            if missing := _missing(payload, (LOOKS, saved)[row], looks):
+                axis.set_title(missing, fontsize=6.5, color="0.4")
         if windows:
             _windows(fig.add_subplot(grid[-1, :]), payload, windows[0], rows[0][1], n)
+        if translates and len(rows) == 1:
+            fig.supxlabel(f"{_missing(payload, saved, {})} (saved by the own source)", fontsize=6.5, color="0.4")
         handles, labels = max(named, key=lambda both: len(both[0]))  # of the losses, where both are drawn
         if handles:
             title = "bands: 95 % intervals over sentences"
@@ -59,6 +58,12 @@ def _words(payload: dict, name: str) -> str:
     """A measure, and where it is so that CPT made it worse: then what is kept is a share of the loss."""
     worse = payload["summary"][name]["gain"]["ci_high"] < 0
     return name.replace("_saved", "").replace("_", " ") + " (made worse by CPT)" * worse
+
+
+def _missing(payload: dict, wanted: Iterable[str], drawn: Container[str]) -> str:
+    """That CPT did not clearly change what is asked for and not drawn; "" where all is."""
+    names = [_words(payload, name) for name in wanted if name not in drawn and name in payload["summary"]]
+    return f"not clearly changed by CPT: {' and '.join(names)}" if names else ""
 
 
 def _looks(payload: dict, wanted: dict[str, dict]) -> dict[str, dict]:

@@ -203,7 +203,7 @@ def test_what_is_trained_first_is_no_problem(study, tmp_path, capsys):
 def test_models_of_part_four_are_counted_by_what_is_asked_for(study, spectral, runs, expected):
     """It was one number whatever the orders: a try of ten models was announced as one of a hundred."""
     found = Study.find(study(spectral=spectral, runs=runs))
-    assert planning.changed_models(found, n_layers=6) == expected
+    assert planning.changed_models(found, n_heads=24) == expected
 
 
 def dry_run(path: Path, *flags: str) -> subprocess.CompletedProcess:

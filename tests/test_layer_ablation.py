@@ -363,6 +363,15 @@ def test_the_figure_shows_what_is_kept_and_what_is_not_known(monkeypatch, tmp_pa
         assert panel[name] == [r for _, r in payload["retention"][sweep][measure]]
 
 
+def test_the_figure_has_no_empty_panels_where_the_own_source_saves_what_it_saved_before(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(SWEEP.figure.figures, "save", lambda fig, path: drawn.append(fig))
+    payload = SWEEP.payload_of(made_up(lambda k: k / N, lambda k: k / N, saved=0.0), SIDES, N, seed=1)
+    SWEEP.figure.draw(tmp_path / "same", payload, N)
+    assert len([axis for axis in drawn[0].axes if axis.get_xlabel().startswith("blocks")]) == 2
+    assert drawn[0].get_supxlabel() == "not clearly changed by CPT: perception and production (saved by the own source)"
+
+
 def test_no_specialisation_where_there_is_nothing_to_place():
     def share(k):
         return k / N

@@ -73,6 +73,12 @@ class Model:
         arch = archs.for_config(self.config)
         return arch.model_type, arch.n_layers(self.config)
 
+    @property
+    def heads(self) -> int:
+        """Heads of all layers that can be put back alone: with keys and values of their own."""
+        arch = archs.for_config(self.config)
+        return sum(arch.head_counts(self.config, layer)[1] for layer in range(arch.n_layers(self.config)))
+
 
 def look_at(ref: refs.ModelRef, base: refs.ModelRef | None = None) -> Model:
     """Configuration, type and headers of the weights; of a hub model no weights are fetched.
@@ -266,7 +272,7 @@ def cost(study: Study, chosen: planning.Plan, found: list[Model], sizes: dict[st
         return
     each = 2 * found[0].parameters  # of a token, without attention between tokens
     speed, where = planning.machine()
-    wanted = planning.passes(study, chosen, len(found) - 1, sizes, found[0].shape[1])
+    wanted = planning.passes(study, chosen, len(found) - 1, sizes, found[0].shape[1], found[0].heads)
     parts = sorted(((each * tokens / speed, name) for name, tokens in wanted))
     total = sum(seconds for seconds, _ in parts)
     largest = "; ".join(f"{name}: {_time(seconds)}" for seconds, name in parts[:-4:-1])

@@ -92,9 +92,9 @@ def plan(study: Study) -> Plan:
 
 
 def passes(
-    study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, float], n_layers: int
+    study: Study, chosen: Plan, n_checkpoints: int, sizes: dict[str, float], n_layers: int, n_heads: int
 ) -> Iterator[tuple[str, float]]:
-    """(part, tokens that go through a model in it), roughly."""
+    """(part, tokens that go through a model in it), roughly; `n_heads` are those that can be put back alone."""
     controls = study.get("controls", "all")
     sets = 300 if controls == "all" else controls
     pairs, heldout = sizes["pairs"], sizes["target"]
@@ -111,7 +111,7 @@ def passes(
         translated = 4 * (1 + shots) * pairs * scored / max(1, sizes["n_pairs"])  # both ways, and their floors
         yield f"layer ablation, {models:.0f} models", models * (translated + pairs + sizes["heldout"] + rows)
     if chosen.spectral:
-        models = changed_models(study, n_layers)
+        models = changed_models(study, n_heads)
         kinds = study.get("spectral.measures") or ["retrieval", "nll", "task"]
         tokens = {"retrieval": pairs, "nll": sizes["heldout"], "task": rows}
         yield f"heads, truncation, connection, {models:.0f} models", models * sum(tokens.get(k, 0) for k in kinds)
@@ -144,7 +144,7 @@ def passes(
         )
 
 
-def changed_models(study: Study, n_layers: int) -> float:
+def changed_models(study: Study, n_heads: int) -> float:
     """How many models Part IV measures, roughly: heads put back, the update cut, the line between two runs."""
     rewind, truncate, connect = (cli.sibling(f"spectral/{name}.py") for name in ("rewind", "truncate", "connect"))
     others = bool(study.get("runs"))
@@ -155,7 +155,7 @@ def changed_models(study: Study, n_layers: int) -> float:
 
     orders = study.get("spectral.rewind.orders") or rewind.ORDERS
     points = sum(map(orders_of, orders)) * 100 / (study.get("spectral.rewind.stride") or rewind.STRIDE)
-    alone = 4 * n_layers * ("greedy" in orders)  # every head by itself, were there four in a layer
+    alone = n_heads * ("greedy" in orders)  # every head by itself
     draws = study.get("spectral.truncate.draws") or truncate.DRAWS
     ways = study.get("spectral.truncate.curves") or truncate.LOOKS
     shares = study.get("spectral.truncate.shares") or truncate.SHARES
