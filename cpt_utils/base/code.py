@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import ast
 import functools
-import gc
 import hashlib
 import os
 import sys
 from pathlib import Path
 
-from cpt_utils.base import cli
+from cpt_utils.base import cli, lazy
 from cpt_utils.base.errors import InputError
 
 PACKAGE = "cpt_utils"
@@ -41,17 +40,13 @@ def files(script: str) -> list[Path]:
 
 def digest(script: str) -> str:
     """The hash of all that `script` is made of, but for PLUMBING."""
-    whole, collecting = hashlib.sha256(), gc.isenabled()
-    gc.disable()  # syntax trees are a million small objects: beside torch's, each collection takes a tenth of a second
-    try:
+    whole = hashlib.sha256()
+    with lazy.uncollected():  # of the million objects of syntax trees: beside torch's a collection takes .1 s
         for path in sorted(files(script)):
             name = path.relative_to(cli.REPOSITORY).as_posix()
             if name not in PLUMBING:
                 whole.update(f"{name} {_digest(path)}\n".encode())
-    finally:
         _tree.cache_clear()  # or the process has them to take apart at its end
-        if collecting:
-            gc.enable()
     return whole.hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ import os
 from logging import getLogger
 from pathlib import Path
 
-from cpt_utils.base import cli
+from cpt_utils.base import cli, lazy
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import transformers
 from cpt_utils.checkpoints import formats, identity, refs, settings, step_names
@@ -115,8 +115,6 @@ def open_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
         InputError: files that are damaged, or that transformers does not know, or a SentencePiece model alone where
             what reads it is not installed.
     """
-    from transformers import AutoTokenizer
-
     getLogger("transformers.modeling_rope_utils").setLevel("ERROR")  # `load_model` says it
     formats.refuse_pointer_tokenizer(folder, formats.TOKENIZER_FILES)
     piece = next((folder / name for name in SENTENCEPIECE if (folder / name).is_file()), None)
@@ -131,7 +129,8 @@ def open_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     config_folder = configuration_of_tokenizer(folder)
     try:
         config = settings.read_configuration(config_folder) if config_folder not in (None, folder) else None
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        with lazy.uncollected():  # half a second of what transformers imports here
+            return transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         wrong = _wrong_configuration(folder)  # the tokenizer's class is found through it
         reason = " ".join(str(wrong or error).split())[:200] or type(error).__name__
