@@ -76,8 +76,8 @@ own, and `${MY_TEXTS}` for a variable of the environment.
 Each is a whole study. With more keys there is more of it: `data.heldout` adds losses and samples, `data.task` the
 downstream task, `tokens` and `languages.lsn` the neurons of Part II, `ablation` and `spectral` Parts III and IV,
 `alignment` cosines of gradients. A language without a benchmark gets a task of its held-out text, with four choices, by
-`train: {task: continuations}` and `data.task: {name: continuation_eus_Latn, dir: results/basque/task}`; swaps are
-measured by tasks in the form of SIB-200 alone.
+`train: {task: continuations}` and `data.task: {name: continuation_eus_Latn, dir: results/basque/task}`. Swaps, arms and
+other changed models are measured by SIB-200 or such a task where its files are local, not by other tasks of lm_eval.
 
 """
 ADVICE = """

@@ -67,7 +67,11 @@ class Swaps:
         if measure in self.sets[self.own]["values"]:
             return None
         place = f"{self.file.path.parent.name}/{self.file.path.name}"
-        form = "; swaps know tasks in the form of SIB-200 alone" if measure == "task_accuracy" else ""
+        form = (
+            "; it is measured on SIB-200 and continuations where they are local files"
+            if measure == "task_accuracy"
+            else ""
+        )
         return f"{place} has no {measure}: run {self.file.made_by} --overwrite again{form}"
 
     def measured(self, measure: str) -> tuple[np.ndarray, np.ndarray]:

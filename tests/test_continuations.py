@@ -1,12 +1,16 @@
 """The continuation task: the own half is the label, wrong halves are of like length, lm_eval runs it."""
 
+import argparse
+import dataclasses
 import json
 
 import pytest
 from helpers import load_script, save_tiny
 
 from cpt_utils.base.errors import InputError
+from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import tokenization
+from cpt_utils.measures import evaluation
 
 WORDS = "sun moon river stone tree bird cloud road house lamp door bread".split()  # noqa: SIM905
 
@@ -69,13 +73,36 @@ def test_lm_eval_runs_the_task(script, tmp_path, monkeypatch):
 
     import torch
 
+    from cpt_utils.architectures import archs
     from cpt_utils.checkpoints import refs
-    from cpt_utils.models import loading, scoring
+    from cpt_utils.models import loading
 
     loaded = loading.load_model(refs.model(model), torch.float32, torch.device("cpu"))
     tokenizer = tokenization.load_tokenizer(refs.model(model))
-    right = 0
-    for row in rows:
-        (values,) = scoring.choice_logliks(loaded, tokenizer, [row["context"]], row["choices"])
-        right += values.index(max(values)) == row["label"]
-    assert found["results"]["continuation_qaa_Latn"]["acc,none"] == right / len(rows)
+    values = {"data": {"task": {"name": "continuation_qaa_Latn", "dir": str(tmp_path / "task"), "rows": 20}}}
+    args = argparse.Namespace(measures=["task"], base_lang=None, target_lang=None, task=None, limit=None, batch_size=3)
+    test = evaluation.test_from_arguments(args, Study(values), {}, retrieve=None)
+    assert len(test.task) == 20 == test.facts["task"]["rows"]
+    test = dataclasses.replace(test, task=evaluation.items(tmp_path / "task/continuation_qaa_Latn.jsonl"))
+    own = test.on(loaded, archs.for_config(loaded.config), tokenizer, "m")["units"]["task_accuracy"]
+    assert len(own) == len(rows) and sum(own) / len(own) == found["results"]["continuation_qaa_Latn"]["acc,none"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "no JSON", "[]", '{"context": "a", "choices": ["b", "c"]}',
+        '{"context": "a", "choices": ["b", "c"], "label": 2}',
+        '{"context": "a", "choices": ["b", "c"], "label": true}', '{"context": " ", "choices": ["b", "c"], "label": 0}',
+        '{"context": "a", "choices": ["b"], "label": 0}', '{"context": "a", "choices": "bc", "label": 0}',
+        '{"context": "a", "choices": ["b", 1], "label": 0}', '{"context": 7, "choices": ["b", "c"], "label": 0}',
+    ],
+)  # fmt: skip
+def test_a_row_that_is_none_is_named_with_its_line(tmp_path, row):
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"context": "a", "choices": ["b", "c"], "label": 1}\n' + row + "\n")
+    with pytest.raises(InputError, match=r't.jsonl, line 2: not \{"context": text, "choices"'):
+        evaluation.items(file)
+    file.write_text("")
+    with pytest.raises(InputError, match="holds no rows"):
+        evaluation.items(file)

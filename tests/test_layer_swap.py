@@ -181,7 +181,7 @@ def test_controls_against_written_folders(shared, study):
             "text", "eng_Latn", "qaa_Latn", base_file=shared / "eng.txt", target_file=shared / "qaa.txt"
         ),
         heldout=[("", line) for line in (shared / "heldout.txt").read_text().splitlines()],
-        task=evaluation._task_rows(shared / "task" / "qaa_Latn" / "test.tsv"),
+        task=evaluation.items(shared / "task" / "qaa_Latn" / "test.tsv"),
         retrieve=SWAP.retrieval.of_pairs,
     )
     with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:

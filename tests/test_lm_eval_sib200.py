@@ -376,7 +376,9 @@ def test_choices_scored_in_batches_equal_the_direct_loop(data, models):
     model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(models / "base", pad_token="</s>")
     prompts = [f'The category of "{text}" is:' for _, _, text in read(test)]
-    scores = np.array(scoring.choice_logliks(model, tokenizer, prompts, list(generate.CHOICES), batch_size=5))
+    scores = np.array(
+        scoring.choice_logliks(model, tokenizer, prompts, [generate.CHOICES] * len(prompts), batch_size=5)
+    )
     plain, by_length, _ = direct(models / "base", models / "base", test)
     assert scores.argmax(1).tolist() == plain
     assert (scores / [len(choice) for choice in generate.CHOICES]).argmax(1).tolist() == by_length

@@ -212,7 +212,7 @@ def test_choices_equal_the_loop_over_tokens():
     prompts, choices = ["The category is:", "x"], ["sports", "sport", "science/technology", "s", "science"]
     read = []
     model.model.register_forward_pre_hook(lambda _, _args, given: read.append(given["input_ids"]), with_kwargs=True)
-    found = scoring.choice_logliks(model, tokenizer, prompts, choices, batch_size=3)
+    found = scoring.choice_logliks(model, tokenizer, prompts, [choices] * 2, batch_size=3)
     assert sum(map(len, read)) == 4  # those of sports and science/technology hold all others
     for row, prompt in zip(found, prompts, strict=True):
         for value, choice in zip(row, choices, strict=True):
@@ -226,7 +226,7 @@ def test_choices_equal_the_loop_over_tokens():
 def test_too_long_a_prompt_loses_its_beginning_for_each_choice_by_itself():
     model, tokenizer = tiny_model("llama", dtype="float64"), tiny_tokenizer()
     prompt, choices = "ab cd " * 90, ["sports", "science/technology", "s"]
-    (found,) = scoring.choice_logliks(model, tokenizer, [prompt], choices)
+    (found,) = scoring.choice_logliks(model, tokenizer, [prompt], [choices])
     for value, choice in zip(found, choices, strict=True):
         start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(f"{prompt} {choice}")["input_ids"]
         assert len(ids) > 513
@@ -235,7 +235,7 @@ def test_too_long_a_prompt_loses_its_beginning_for_each_choice_by_itself():
         ends = [(start - len(ids) + i, id) for i, id in enumerate(ids[start:])]
         assert math.isclose(value, sum(float(logits[at].log_softmax(-1)[id]) for at, id in ends), rel_tol=1e-12)
     with pytest.raises(InputError, match="no token is read before the choice 'ab ab"):
-        scoring.choice_logliks(model, tokenizer, ["x"], ["ab " * 600])
+        scoring.choice_logliks(model, tokenizer, ["x"], [["ab " * 600]])
 
 
 def test_the_head_runs_where_it_is_needed():
@@ -244,7 +244,7 @@ def test_the_head_runs_where_it_is_needed():
     rows = []
     model.lm_head.register_forward_hook(lambda _module, args, _output: rows.append(args[0].shape[:-1].numel()))
     prompts, choices = ["long " * 20, "x"], ["sports", "travel"]
-    scoring.choice_logliks(model, tokenizer, prompts, choices)
+    scoring.choice_logliks(model, tokenizer, prompts, [choices] * 2)
     expected = sum(
         len(tokenizer(f"{p} {c}")["input_ids"]) - len(tokenizer(p)["input_ids"]) for p in prompts for c in choices
     )
@@ -319,5 +319,5 @@ def test_special_tokens_in_a_text_are_scored_as_text():
     assert whole.tokens == len(own) and whole.nll == pytest.approx(sum(own), abs=1e-4)
     (part,) = scoring.text_nlls(model, tokenizer, ["<pad>x"], contexts=["</s>"])
     assert part.tokens == 7 and part.nll == pytest.approx(sum(own[4:]), abs=1e-4)
-    ((choice,),) = scoring.choice_logliks(model, tokenizer, ["</s>"], ["<pad>x"])
+    ((choice,),) = scoring.choice_logliks(model, tokenizer, ["</s>"], [["<pad>x"]])
     assert choice == pytest.approx(-sum(own[4:]), abs=1e-4)

@@ -1,10 +1,11 @@
-"""What is measured on a model that was changed: retrieval, loss on held-out text, accuracy on a classification task.
+"""What is measured on a model that was changed: retrieval, loss on held-out text, accuracy on a task with choices.
 
 The scripts that change models (layer and component swaps, deactivation) measure each change with one `Test`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -65,17 +66,26 @@ def record(units: dict[str, list[float]], name: str, **values: float) -> dict:
 
 
 @dataclass(frozen=True)
-class Test:
-    """What is measured on every model: parallel sentences, held-out text, rows of a classification task (any of them).
+class Item:
+    """A row of a task: which of the `choices` follows the prompt is number `right`."""
 
-    `heldout` holds (context, text) pairs, of which the text is scored, `others` those of other languages, `task` (text,
-    category) pairs; `facts` go into the header and identify the request. `retrieve` measures the sentences: that of
+    prompt: str
+    choices: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is measured on every model: parallel sentences, held-out text, rows of a task with choices (any of them).
+
+    `heldout` holds (context, text) pairs, of which the text is scored, `others` those of other languages; `facts` go
+    into the header and identify the request. `retrieve` measures the sentences: that of
     sentence-retrieval/sr_experiment.py.
     """
 
     pairs: sources.ParallelText | None = None
     heldout: list[tuple[str, str]] | None = None
-    task: list[tuple[str, str]] | None = None
+    task: list[Item] | None = None
     batch_size: int | None = None  # sequences; None: by tokens and memory
     seed: int = 42
     facts: dict = field(default_factory=dict)
@@ -127,11 +137,10 @@ class Test:
         return [score.nll / mean_bytes for score in scores]
 
     def _task(self, model, tokenizer) -> list[float]:
-        """1 for every row whose category is the most likely one after the prompt, as lm_eval's `acc`; else 0."""
-        prompts = [sib200.PROMPT.replace("{{text}}", text) for text, _ in self.task]
-        logliks = scoring.choice_logliks(model, tokenizer, prompts, list(sib200.CHOICES), self.batch_size)
-        best = [row.index(max(row)) for row in logliks]
-        return [float(sib200.CHOICES[at] == right) for at, (_, right) in zip(best, self.task, strict=True)]
+        """1 for every row whose right choice is the most likely one after the prompt, as lm_eval's `acc`; else 0."""
+        prompts, choices = [item.prompt for item in self.task], [item.choices for item in self.task]
+        logliks = scoring.choice_logliks(model, tokenizer, prompts, choices, self.batch_size)
+        return [float(row.index(max(row)) == item.right) for row, item in zip(logliks, self.task, strict=True)]
 
 
 def add_flags(p, kinds: tuple[str, ...] = KINDS) -> None:
@@ -142,7 +151,9 @@ def add_flags(p, kinds: tuple[str, ...] = KINDS) -> None:
     g.add_argument("--base-lang", metavar="LANG", help="default: the study's languages.base, else that of LAYERS.json")
     g.add_argument("--target-lang", metavar="LANG", help="the same for the language that CPT brought")
     g.add_argument("--heldout", metavar="FILE", help="text in the target language, a document a line; default: study's")
-    g.add_argument("--task", metavar="FILE", help="rows in the form of SIB-200 (test.tsv); default: the study's")
+    g.add_argument(
+        "--task", metavar="FILE", help="rows: SIB-200's test.tsv, or a .jsonl of cpt/continuations.py; default: study's"
+    )
 
 
 def languages_from_arguments(args, study, known: dict) -> dict[str, str]:
@@ -188,7 +199,7 @@ def test_from_arguments(
         if file is None and args.measures:
             raise InputError("--measures task: no rows; give --task FILE, or data.task with name and dir in the study")
         if file is not None:
-            task = limited(_task_rows(Path(file)), args.limit, facts)
+            task = limited(items(Path(file))[: study.get("data.task.rows")], args.limit, facts)
             facts["task"] = {"file": file, "sha256": results.file_sha256(file), "rows": len(task)}
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve, others)
 
@@ -260,17 +271,48 @@ def heldout_by_language(
 
 
 def _task_file(study) -> Path | None:
-    """The study's test rows, where its task is one on local files."""
-    folder, name = study.get("data.task.dir"), study.get("data.task.name")
-    if not folder or not name:
-        return None
-    name = name[0] if isinstance(name, list) else str(name).split(",")[0]
-    there = [path.name for path in Path(folder).iterdir() if path.is_dir()] if Path(folder).is_dir() else []
-    language = languages.find(there, name.removeprefix("sib200_"), default=None)
-    return Path(folder) / language / "test.tsv" if language else None
+    """The rows of the study's first task where they are local: of SIB-200, else those of a task of one's own."""
+    folders, names = study.get("data.task.dir") or [], study.get("data.task.name") or []
+    name = (names.split(",") if isinstance(names, str) else [*names, ""])[0].strip()
+    for folder in map(Path, [folders] if isinstance(folders, str) else folders):
+        there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        language = languages.find(there, name.removeprefix("sib200_"), default=None)
+        file = folder / language / "test.tsv" if language else folder / f"{name}.jsonl"
+        if name and (language or file.is_file()):
+            return file
+    return None
 
 
-def _task_rows(file: Path) -> list[tuple[str, str]]:
+def items(file: Path) -> list[Item]:
+    """The rows of a task file: of SIB-200 (.tsv), or of cpt/continuations.py (.jsonl).
+
+    Raises:
+        InputError: no such file, or a row that is none of these.
+    """
     if not file.is_file():
-        raise InputError(f"{file} does not exist; --task needs a file in the form of SIB-200's test.tsv")
-    return [(row["text"], row["category"]) for row in sib200.read_tsv(file)]
+        raise InputError(f"{file} does not exist; --task needs SIB-200's test.tsv, or a .jsonl of cpt/continuations.py")
+    if file.suffix != ".jsonl":
+        rows = sib200.read_tsv(file)
+        prompts = [sib200.PROMPT.replace("{{text}}", row["text"]) for row in rows]
+        return [
+            Item(prompt, sib200.CHOICES, sib200.CHOICES.index(row["category"]))
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+    found = []
+    for number, line in enumerate(textfiles.lines(file), start=1):
+        try:
+            row = json.loads(line)
+            item = Item(row["context"], tuple(row["choices"]), row["label"])
+            fits = isinstance(row["choices"], list) and all(text.strip() for text in (item.prompt, *item.choices))
+            fits = fits and type(item.right) is int and 0 <= item.right < len(item.choices) > 1
+        except (ValueError, TypeError, KeyError, AttributeError):
+            fits = False
+        if not fits:
+            raise InputError(
+                f'{file}, line {number}: not {{"context": text, "choices": [text, text, ..], "label": number of the '
+                "right one, from 0}; mend it or make the file again (cpt/continuations.py)"
+            )
+        found.append(item)
+    if not found:
+        raise InputError(f"{file} holds no rows")
+    return found

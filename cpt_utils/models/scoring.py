@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cpt_utils.base.errors import InputError
@@ -100,10 +102,10 @@ def choice_logliks(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: list[str],
-    choices: list[str],
+    choices: Sequence[Sequence[str]],
     batch_size: int | None = None,
 ) -> list[list[float]]:
-    """Log-likelihood of each choice after each prompt, [prompts][choices], joined by a space as lm_eval joins them.
+    """Log-likelihood of each choice of a prompt after it, [prompts][choices], joined by a space as lm_eval joins them.
 
     Prompt and choice are tokenized together and cut where the prompt's own tokens end, which is lm_eval's rule; too
     long an input loses its beginning. What is the beginning of another input is read with it: the last token is only
@@ -114,7 +116,8 @@ def choice_logliks(
     """
     limit = positions(model)
     contexts = encoding.of_texts(tokenizer, prompts).ids
-    wholes = encoding.of_texts(tokenizer, [f"{prompt} {choice}" for prompt in prompts for choice in choices]).ids
+    requests = [(at, choice) for at, own in enumerate(choices) for choice in own]
+    wholes = encoding.of_texts(tokenizer, [f"{prompts[at]} {choice}" for at, choice in requests]).ids
     reads = [tuple(whole[:-1][-limit:] if limit else whole[:-1]) for whole in wholes]
     inputs: list[tuple[int, ...]] = []
     number: dict[tuple[int, ...], int] = {}
@@ -125,10 +128,10 @@ def choice_logliks(
     asked: list[list[int]] = [[] for _ in inputs]
     for request, read in enumerate(reads):
         asked[number[read]].append(request)
-    targets = [whole[len(contexts[at // len(choices)]) :] for at, whole in enumerate(wholes)]
-    for at, (read, ids) in enumerate(zip(reads, targets, strict=True)):
+    targets = [whole[len(contexts[at]) :] for (at, _), whole in zip(requests, wholes, strict=True)]
+    for (_, choice), read, ids in zip(requests, reads, targets, strict=True):
         if len(read) < len(ids):
-            raise InputError(f"no token is read before the choice {choices[at % len(choices)]!r}, or it is too long")
+            raise InputError(f"no token is read before the choice {choice!r}, or it is too long")
     result = [0.0] * len(reads)
 
     def score(rows: list[int]) -> None:
@@ -143,8 +146,8 @@ def choice_logliks(
                 result[request] = -float(part.sum(dtype=torch.float64))
 
     for_each(model, "logits of choices", [len(s) for s in inputs], score, batch_size)
-    n = len(choices)
-    return [result[i : i + n] for i in range(0, len(result), n)]
+    told = iter(result)
+    return [list(itertools.islice(told, len(own))) for own in choices]
 
 
 def _read_once(model: transformers.PreTrainedModel, sequences: list[list[int]], most: int):
