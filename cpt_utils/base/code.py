@@ -21,7 +21,7 @@ PACKAGE = "cpt_utils"
 # What carries a method but is none: an edit there makes no number another.
 PLUMBING = {
     f"{PACKAGE}/base/{name}.py"
-    for name in ("cli", "code", "errors", "experiments", "journal", "lazy", "locks", "results")
+    for name in ("cli", "code", "errors", "experiments", "journal", "lazy", "locks", "results", "study_keys")
 }
 SAID = {"ASKED", "CAPTIONS", "IMAGES"}  # names whose values are words about a script: they decide nothing
 
