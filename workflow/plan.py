@@ -98,10 +98,10 @@ def passes(
     controls = study.get("controls", "all")
     sets = 300 if controls == "all" else controls
     pairs, heldout = sizes["pairs"], sizes["target"]
-    # Of SIB-200: prompts, whose seven choices are read together.
-    rows = min(204, study.get("data.task.rows") or 204) * 80 if chosen.task else 0
+    tested = 204 * 80 if chosen.task else 0  # of SIB-200: prompts, whose seven choices are read together
+    rows = min(204, study.get("data.task.rows") or 204) / 204 * tested
     yield "retrieval", (n_checkpoints + 4) * pairs
-    yield "the task", (n_checkpoints + 3) * 2 * rows  # lm_eval reads choices of several tokens apart
+    yield "the task", (n_checkpoints + 3) * 2 * tested  # lm_eval reads choices of several tokens apart
     yield "the loss of each language", (n_checkpoints + 1) * sizes["heldout"]
     if study.get("arms"):
         yield "arms", (len(study.get("arms")) + 2) * (pairs + sizes["heldout"] + rows)
