@@ -77,7 +77,7 @@ Each is a whole study. With more keys there is more of it: `data.heldout` adds l
 downstream task, `tokens` and `languages.lsn` the neurons of Part II, `ablation` and `spectral` Parts III and IV,
 `alignment` cosines of gradients. A language without a benchmark gets a task of its held-out text, with four choices, by
 `train: {task: continuations}` and `data.task: {name: continuation_eus_Latn, dir: results/basque/task}`. Swaps, arms and
-other changed models are measured by SIB-200 or such a task where its files are local, not by other tasks of lm_eval.
+other changed models are measured by SIB-200 or by such a task, not by other tasks of lm_eval.
 
 """
 ADVICE = """

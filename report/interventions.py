@@ -67,11 +67,7 @@ class Swaps:
         if measure in self.sets[self.own]["values"]:
             return None
         place = f"{self.file.path.parent.name}/{self.file.path.name}"
-        form = (
-            "; it is measured on SIB-200 and continuations where they are local files"
-            if measure == "task_accuracy"
-            else ""
-        )
+        form = "; swaps know SIB-200 and continuations alone" if measure == "task_accuracy" else ""
         return f"{place} has no {measure}: run {self.file.made_by} --overwrite again{form}"
 
     def measured(self, measure: str) -> tuple[np.ndarray, np.ndarray]:

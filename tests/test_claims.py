@@ -364,9 +364,7 @@ def test_results_of_before_say_which_step_to_run_again(made, no_figure):
 def test_swaps_without_the_task_say_which_tasks_they_know(made, no_figure):
     edit(made, LAYER_SWAP, lambda t: [row["values"].pop("task_accuracy", None) for row in t["sets"]])
     notes = [row["note"] for row in run(made)["C2a"]["numbers"] if row["name"].endswith("task")]
-    assert notes and all(
-        note.endswith("it is measured on SIB-200 and continuations where they are local files") for note in notes
-    )
+    assert notes and all(note.endswith("swaps know SIB-200 and continuations alone") for note in notes)
 
 
 def test_models_that_are_gone_are_known_from_the_results(made, no_figure, capsys):

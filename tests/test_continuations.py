@@ -10,7 +10,7 @@ from helpers import load_script, save_tiny
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import tokenization
-from cpt_utils.measures import evaluation
+from cpt_utils.measures import evaluation, tasks
 
 WORDS = "sun moon river stone tree bird cloud road house lamp door bread".split()  # noqa: SIM905
 
@@ -83,7 +83,7 @@ def test_lm_eval_runs_the_task(script, tmp_path, monkeypatch):
     args = argparse.Namespace(measures=["task"], base_lang=None, target_lang=None, task=None, limit=None, batch_size=3)
     test = evaluation.test_from_arguments(args, Study(values), {}, retrieve=None)
     assert len(test.task) == 20 == test.facts["task"]["rows"]
-    test = dataclasses.replace(test, task=evaluation.items(tmp_path / "task/continuation_qaa_Latn.jsonl"))
+    test = dataclasses.replace(test, task=tasks.from_file(tmp_path / "task/continuation_qaa_Latn.jsonl").items)
     own = test.on(loaded, archs.for_config(loaded.config), tokenizer, "m")["units"]["task_accuracy"]
     assert len(own) == len(rows) and sum(own) / len(own) == found["results"]["continuation_qaa_Latn"]["acc,none"]
 
@@ -102,7 +102,7 @@ def test_a_row_that_is_none_is_named_with_its_line(tmp_path, row):
     file = tmp_path / "t.jsonl"
     file.write_text('{"context": "a", "choices": ["b", "c"], "label": 1}\n' + row + "\n")
     with pytest.raises(InputError, match=r't.jsonl, line 2: not \{"context": text, "choices"'):
-        evaluation.items(file)
+        tasks.from_file(file)
     file.write_text("")
     with pytest.raises(InputError, match="holds no rows"):
-        evaluation.items(file)
+        tasks.from_file(file)

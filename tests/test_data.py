@@ -16,6 +16,8 @@ from cpt_utils.base import sources
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.sources import flores as flores_plus
 from cpt_utils.base.sources import sib200
+from cpt_utils.base.study import Study
+from cpt_utils.measures import tasks
 
 PAIRS = {"3": ("three", "trí"), "1": ("one", "aon"), "10": ("ten", "deich"), "2": ("two", "dó")}
 
@@ -503,6 +505,21 @@ def test_sib200_from_the_hub_joins_its_splits(hub):
     assert pairs.target == ["zho_Hans train", "zho_Hans validation", "zho_Hans test"]
     with pytest.raises(InputError, match="SIB-200 has no chv_Cyrl"):
         sources.parallel("sib200", "eng_Latn", "chv_Cyrl")
+
+
+def test_a_task_of_sib200_without_a_folder_is_that_of_the_hub(hub):
+    rows = [{"index_id": i, "category": c, "text": f"t{i}"} for i, c in enumerate(("travel", "sports"))]
+    hub.served[sib200.DATASET, "zho_Hans", "test"] = rows
+    found = tasks.of_study(Study({"data": {"task": {"name": ["sib200_cmn_Hans", "other"]}}}))
+    assert [(item.prompt, item.choices[item.right]) for item in found.items] == [
+        ('The category of "t0" is:', "travel"), ('The category of "t1" is:', "sports"),
+    ]  # fmt: skip
+    assert found.facts["revision"] == "c" * 40 and len(found.facts["sha256"]) == 64
+    assert hub.calls == [(sib200.DATASET, "zho_Hans", "test", "c" * 40)]
+    with pytest.raises(InputError, match=r"cannot be loaded .*leave the task out: --measures retrieval nll"):
+        tasks.of_study(Study({"data": {"task": {"name": "sib200_deu_Latn"}}}))
+    for task in ({"name": "belebele_deu_Latn"}, {"name": "sib200_deu_Latn", "dir": "nowhere"}, None):
+        assert tasks.of_study(Study({"data": {"task": task}})) is None
 
 
 def test_gated_data_say_what_to_do_and_load_nothing(hub):

@@ -18,7 +18,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study
 from cpt_utils.checkpoints import refs, tokenization
 from cpt_utils.interventions import in_memory, on_disk, surgery
-from cpt_utils.measures import controls, evaluation
+from cpt_utils.measures import controls, evaluation, tasks
 from cpt_utils.measures.trial import Trial
 from cpt_utils.models import loading
 
@@ -181,7 +181,7 @@ def test_controls_against_written_folders(shared, study):
             "text", "eng_Latn", "qaa_Latn", base_file=shared / "eng.txt", target_file=shared / "qaa.txt"
         ),
         heldout=[("", line) for line in (shared / "heldout.txt").read_text().splitlines()],
-        task=evaluation.items(shared / "task" / "qaa_Latn" / "test.tsv"),
+        task=tasks.from_file(shared / "task" / "qaa_Latn" / "test.tsv").items,
         retrieve=SWAP.retrieval.of_pairs,
     )
     with surgery.Pair(shared / "base", shared / "run/checkpoint-20") as pair:

@@ -45,7 +45,7 @@ class Task(Keys):
     dir: list[str] | MaybeText = key(
         "local data: SIB-200 (`<code>/test.tsv`), or tasks of one's own", "my-texts/sib200", "from the hub"
     )
-    rows: Count = key("rows of local data that changed models (swaps, arms) are measured on, the first", 300, "all")
+    rows: Count = key("rows that changed models (swaps, arms) are measured on, the first", 300, "all")
 
 
 class Data(Keys):

@@ -5,7 +5,6 @@ The scripts that change models (layer and component swaps, deactivation) measure
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from cpt_utils.architectures import archs
 from cpt_utils.base import cli, languages, results, sources, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import transformers
-from cpt_utils.measures import sib200
+from cpt_utils.measures import tasks
 from cpt_utils.models import scoring
 
 
@@ -66,15 +65,6 @@ def record(units: dict[str, list[float]], name: str, **values: float) -> dict:
 
 
 @dataclass(frozen=True)
-class Item:
-    """A row of a task: which of the `choices` follows the prompt is number `right`."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    right: int
-
-
-@dataclass(frozen=True)
 class Test:
     """What is measured on every model: parallel sentences, held-out text, rows of a task with choices (any of them).
 
@@ -85,7 +75,7 @@ class Test:
 
     pairs: sources.ParallelText | None = None
     heldout: list[tuple[str, str]] | None = None
-    task: list[Item] | None = None
+    task: list[tasks.Item] | None = None
     batch_size: int | None = None  # sequences; None: by tokens and memory
     seed: int = 42
     facts: dict = field(default_factory=dict)
@@ -195,12 +185,14 @@ def test_from_arguments(
     if "nll" in wanted:
         heldout, others = _heldout(args, study, target, files or {}, facts)
     if "task" in wanted:
-        file = args.task or _task_file(study)
-        if file is None and args.measures:
-            raise InputError("--measures task: no rows; give --task FILE, or data.task with name and dir in the study")
-        if file is not None:
-            task = limited(items(Path(file))[: study.get("data.task.rows")], args.limit, facts)
-            facts["task"] = {"file": file, "sha256": results.file_sha256(file), "rows": len(task)}
+        found = tasks.from_file(Path(args.task)) if args.task else tasks.of_study(study)
+        if found is None and args.measures:
+            raise InputError(
+                "--measures task: no rows; give --task FILE, or data.task in the study, of SIB-200 or of a local file"
+            )
+        if found is not None:
+            task = limited(found.items[: study.get("data.task.rows")], args.limit, facts)
+            facts["task"] = found.facts | {"rows": len(task)}
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve, others)
 
 
@@ -268,51 +260,3 @@ def heldout_by_language(
         texts[lang] = documents(path, together)[:limit]
         facts[lang] = {"file": str(path), "sha256": results.file_sha256(path), "documents": len(texts[lang])}
     return texts, facts
-
-
-def _task_file(study) -> Path | None:
-    """The rows of the study's first task where they are local: of SIB-200, else those of a task of one's own."""
-    folders, names = study.get("data.task.dir") or [], study.get("data.task.name") or []
-    name = (names.split(",") if isinstance(names, str) else [*names, ""])[0].strip()
-    for folder in map(Path, [folders] if isinstance(folders, str) else folders):
-        there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-        language = languages.find(there, name.removeprefix("sib200_"), default=None)
-        file = folder / language / "test.tsv" if language else folder / f"{name}.jsonl"
-        if name and (language or file.is_file()):
-            return file
-    return None
-
-
-def items(file: Path) -> list[Item]:
-    """The rows of a task file: of SIB-200 (.tsv), or of cpt/continuations.py (.jsonl).
-
-    Raises:
-        InputError: no such file, or a row that is none of these.
-    """
-    if not file.is_file():
-        raise InputError(f"{file} does not exist; --task needs SIB-200's test.tsv, or a .jsonl of cpt/continuations.py")
-    if file.suffix != ".jsonl":
-        rows = sib200.read_tsv(file)
-        prompts = [sib200.PROMPT.replace("{{text}}", row["text"]) for row in rows]
-        return [
-            Item(prompt, sib200.CHOICES, sib200.CHOICES.index(row["category"]))
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
-    found = []
-    for number, line in enumerate(textfiles.lines(file), start=1):
-        try:
-            row = json.loads(line)
-            item = Item(row["context"], tuple(row["choices"]), row["label"])
-            fits = isinstance(row["choices"], list) and all(text.strip() for text in (item.prompt, *item.choices))
-            fits = fits and type(item.right) is int and 0 <= item.right < len(item.choices) > 1
-        except (ValueError, TypeError, KeyError, AttributeError):
-            fits = False
-        if not fits:
-            raise InputError(
-                f'{file}, line {number}: not {{"context": text, "choices": [text, text, ..], "label": number of the '
-                "right one, from 0}; mend it or make the file again (cpt/continuations.py)"
-            )
-        found.append(item)
-    if not found:
-        raise InputError(f"{file} holds no rows")
-    return found

@@ -1,0 +1,104 @@
+"""Tasks with choices that changed models are measured on in memory: SIB-200, and those of cpt/continuations.py.
+
+lm_eval evaluates any task, on checkpoints and written models; a hundred swaps in memory are measured on these alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_utils.base import hub_data, languages, results, textfiles
+from cpt_utils.base.errors import InputError
+from cpt_utils.base.sources import sib200 as source
+from cpt_utils.measures import sib200
+
+SIB200 = "sib200_"  # what the names of its tasks begin with
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row of a task: which of the `choices` follows the prompt is number `right`."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """The rows of a task; `facts` say for a header where they are from."""
+
+    items: list[Item]
+    facts: dict
+
+
+def of_study(study) -> Task | None:
+    """The first task of `data.task`; None where it is neither SIB-200 nor a local file of cpt/continuations.py.
+
+    Raises:
+        InputError: what `from_file` refuses, or SIB-200 cannot be had from the hub.
+    """
+    folders, names = study.get("data.task.dir") or [], study.get("data.task.name") or []
+    name = (names.split(",") if isinstance(names, str) else [*names, ""])[0].strip()
+    if not name:
+        return None
+    language = name.removeprefix(SIB200)
+    for folder in map(Path, [folders] if isinstance(folders, str) else folders):
+        there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        spelt = languages.find(there, language, default=None)
+        file = folder / spelt / "test.tsv" if spelt else folder / f"{name}.jsonl"
+        if spelt or file.is_file():
+            return from_file(file)
+    return None if folders or language == name else _from_hub(language)
+
+
+def from_file(file: Path) -> Task:
+    """SIB-200's rows (`test.tsv`, or another table like it), or those of cpt/continuations.py (`.jsonl`).
+
+    Raises:
+        InputError: no such file, or a row that is none of these.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; --task needs SIB-200's test.tsv, or a .jsonl of cpt/continuations.py")
+    items = _continuations(file) if file.suffix == ".jsonl" else [_of_sib200(row) for row in sib200.read_tsv(file)]
+    return Task(items, {"file": str(file), "sha256": results.file_sha256(file)})
+
+
+def _of_sib200(row: dict[str, str]) -> Item:
+    prompt = sib200.PROMPT.replace("{{text}}", row["text"])
+    return Item(prompt, sib200.CHOICES, sib200.CHOICES.index(row["category"]))
+
+
+def _from_hub(language: str) -> Task:
+    name, revision = languages.spelling(language, "sib200"), hub_data.revision(source.DATASET)
+    try:
+        rows, revision = hub_data.rows(source.DATASET, name, "test", revision, source.COLUMNS)
+    except InputError as error:
+        raise InputError(f"{error}; or leave the task out: --measures retrieval nll") from None
+    told = json.dumps(rows, ensure_ascii=False).encode()
+    facts = {"dataset": source.DATASET, "config": name, "revision": revision}
+    return Task([_of_sib200(row) for row in rows], facts | {"sha256": hashlib.sha256(told).hexdigest()})
+
+
+def _continuations(file: Path) -> list[Item]:
+    found = []
+    for number, line in enumerate(textfiles.lines(file), start=1):
+        try:
+            row = json.loads(line)
+            item = Item(row["context"], tuple(row["choices"]), row["label"])
+            fits = isinstance(row["choices"], list) and all(text.strip() for text in (item.prompt, *item.choices))
+            fits = fits and type(item.right) is int and 0 <= item.right < len(item.choices) > 1
+        except (ValueError, TypeError, KeyError, AttributeError):
+            fits = False
+        if not fits:
+            raise InputError(
+                f'{file}, line {number}: not {{"context": text, "choices": [text, text, ..], "label": number of the '
+                "right one, from 0}; mend it or make the file again (cpt/continuations.py)"
+            )
+        found.append(item)
+    if not found:
+        raise InputError(f"{file} holds no rows")
+    return found
