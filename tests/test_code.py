@@ -8,7 +8,7 @@ import os
 import pytest
 from helpers import ROOT, load_script
 
-from cpt_utils.base import cli, code
+from cpt_utils.base import cli, code, journal
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.journal import Journal
 
@@ -117,7 +117,7 @@ def test_a_stamp_moves_with_the_hash_alone(repository, tmp_path):
     assert before.read_text() == was
 
 
-def test_what_other_code_measured_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_what_other_code_measured_is_kept_and_not_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(code, "running", lambda: "one")
     Journal(tmp_path / "j", {"a": 1}).add("set", 5)
     assert Journal(tmp_path / "j", {"a": 1}).done == {"set": 5}
@@ -128,6 +128,13 @@ def test_what_other_code_measured_is_not_gone_on_with(tmp_path, monkeypatch):
     assert partial(tmp_path / ".c.partial", 0, {"a": 1}, 4, (1, 1, 2, 0)).done.any()
     monkeypatch.setattr(code, "running", lambda: "another")
     assert Journal(tmp_path / "j", {"a": 1}).done == {}
+    assert "its record is kept in j.before" in capsys.readouterr().out
+    monkeypatch.setattr(code, "running", lambda: "one")
+    journal.before(tmp_path / "j").replace(tmp_path / "j")
+    assert Journal(tmp_path / "j", {"a": 1}).done == {"set": 5}
+    journal.remove(tmp_path / "j")
+    assert not list(tmp_path.glob("j*"))
+    monkeypatch.setattr(code, "running", lambda: "another")
     assert not partial(tmp_path / ".c.partial", 0, {"a": 1}, 4, (1, 1, 2, 0)).done.any()
 
 

@@ -15,7 +15,7 @@ from cpt_utils.base.processes import Process
 
 class Journal:
     """Records by key in a file of JSON lines. The first line is the request and the code that answers it; a file of
-    another one is started over, so that what two versions of a method found is never mixed.
+    another one is started over, so that what two versions of a method found is never mixed; it is kept as `.before`.
 
     The file is locked as long as the process lives, so that a measurement that is started twice runs once.
 
@@ -30,7 +30,8 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self._locked()
             whole = 0  # bytes up to the end of the last good line
-            for text in self.file.read().splitlines(keepends=True):
+            content = self.file.read()
+            for text in content.splitlines(keepends=True):
                 if not text.endswith(b"\n"):  # the line that was being written at the kill
                     break
                 try:
@@ -38,7 +39,7 @@ class Journal:
                     if whole:
                         self.done[line["key"]] = line["record"]
                     elif not results.same(line["request"], first["request"]) or code.is_other(line.get("code")):
-                        cli.say(f"{self.path} is of another request, or of other code: starting over")
+                        self._keep(content)
                         break
                 except (ValueError, LookupError, TypeError):
                     break
@@ -50,6 +51,15 @@ class Journal:
         if not whole:
             made_of = code.running()
             self._write(first | ({"code": made_of} if made_of else {}))
+
+    def _keep(self, content: bytes) -> None:
+        """Set aside what was measured for another request, or by other code: it may have taken a day."""
+        kept, n = before(self.path), content.count(b"\n") - 1
+        if n:
+            kept.write_bytes(content)
+        many = f"its {n} records are" if n > 1 else "its record is"
+        said = f"; {many} kept in {kept.name}: move it back to go on with that code" if n else ""
+        cli.say(f"{self.path} is of another request, or of other code: starting over{said}")
 
     def _locked(self):
         """The file, open and locked; of two processes the second is refused."""
@@ -84,6 +94,17 @@ class Journal:
             os.fsync(self.file.fileno())
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and go on") from error
+
+
+def before(path: Path) -> Path:
+    """Where a journal keeps what it could not go on with."""
+    return path.with_name(f"{path.name}.before")
+
+
+def remove(path: Path) -> None:
+    """Remove a journal whose result is written."""
+    for file in (path, before(path)):
+        file.unlink(missing_ok=True)
 
 
 def complete(

@@ -47,7 +47,7 @@ def measure(
     process.wait()  # no process may see a result that another is about to write
     if kept:
         if process.is_main:
-            partial.unlink(missing_ok=True)  # of a run that was killed between its result and this
+            journal.remove(partial)  # of a run that was killed between its result and this
         cli.say(f"{path} is finished, from the same request: kept (--overwrite redoes it)")
         return
     held: dict[str, Any] = {}
@@ -74,4 +74,4 @@ def measure(
     journal.complete(notes, process, by_id, record, "conditions")
     if notes:
         write([notes.done[key] for key in by_id], request)
-        partial.unlink(missing_ok=True)
+        journal.remove(partial)
