@@ -51,6 +51,7 @@ CAPTIONS = {
 }
 SIDES = {**dict.fromkeys(archs.ATTENTION, "head"), **dict.fromkeys(archs.FFN, "neuron"), archs.ROUTER: "expert"}
 INPUTS = ("o_proj", "down_proj")  # of which heads and neurons are the inputs
+TOLD = 0.1  # of the change in the singular values: where as much only scales the base, it is said
 
 
 # ---------------------------------------------------------------- the method
@@ -108,6 +109,10 @@ class Measured:
         sums = {key: float(value) for key, value in sums.items()}
         total, value = float(share.total), float(share.value)
         size = (sums["base_sq"] * sums["target_sq"]) ** 0.5
+        # What scales B moves all singular values and turns nothing: weight decay does, whatever is learnt.
+        inner = (sums["target_sq"] - sums["base_sq"] - total) / 2  # <dW, B>
+        scale = inner / sums["base_sq"] if sums["base_sq"] else 0.0
+        unscaled = target.values.double() - abs(1 + scale) * base.values.double()
         row = {
             "target": spectra.described(target), "update": spectra.described(update), "update_sq": total, **sums,
             "cosine": (sums["base_sq"] + sums["target_sq"] - total) / 2 / size if size else None,
@@ -115,6 +120,7 @@ class Measured:
             "shift": (value / sums["base_sq"]) ** 0.5 if sums["base_sq"] else None,
             "value_sq": value, "turned_sq": float(share.turned), "value_share": value / total if total else None,
             "identity_gap": float(share.gap) if total else None, "by_svd": share.by_svd,
+            "scale": scale, "scale_sq": scale * inner, "unscaled_value_sq": float(unscaled.square().sum()),
         }  # fmt: skip
         if total:
             row["nulls"] = self.nulls(place, base, update, row["value_share"], step)
@@ -215,12 +221,16 @@ def pooled(rows: list[dict], step: str) -> dict:
     steps = [row["steps"][step] for row in rows]
     moved = [row for row in steps if row["update_sq"]]
     total, base = (math.fsum(row[key] for row in steps) for key in ("update_sq", "base_sq"))
-    value = math.fsum(row["value_sq"] for row in moved)
+    value, scaled, unscaled = (
+        math.fsum(row[key] for row in moved) for key in ("value_sq", "scale_sq", "unscaled_value_sq")
+    )
+    turned = total - scaled  # of a change of scale alone nothing but rounding is left
     found = {
         "matrices": len(steps), "unchanged": len(steps) - len(moved),
         "median_cosine": _median([row["cosine"] for row in steps]),
         "relative": (total / base) ** 0.5 if base else None, "shift": (value / base) ** 0.5 if base else None,
-        "value_share": value / total if total else None, "nulls": {},
+        "value_share": value / total if total else None, "scale_share": scaled / total if total else None,
+        "unscaled_value_share": unscaled / turned if turned > 1e-9 * total else None, "nulls": {},
         "identity_gap": max((row["identity_gap"] for row in moved), default=None),
         "effective_rank": _median([row["update"]["effective_rank"] / min(one["shape"])
                                    for one, row in zip(rows, steps, strict=True) if row["update_sq"]]),
@@ -352,10 +362,15 @@ def described(row: dict) -> str:
         ends = [null["ci_low"], null["ci_high"]]
         ends = "" if None in ends else " [{:.2f}, {:.2f}]".format(*ends)
         nulls.append(f"{null['ratio']:.2f}{ends} times that of {kind} updates")
-    return (
+    said = (
         f"||dW|| / ||B|| = {row['relative']:.2e}; {row['value_share']:.2e} of the change lies in the singular values, "
-        + ", ".join(nulls)
     )
+    said += ", ".join(nulls)
+    rest = row["unscaled_value_share"]
+    if row["scale_share"] > TOLD * row["value_share"] and rest is not None:
+        said += f"; {row['scale_share']:.2e} of it only scales the base, as weight decay does, and of the rest "
+        said += f"{rest:.2e} lies in the singular values"
+    return said
 
 
 if __name__ == "__main__":

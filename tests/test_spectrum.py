@@ -89,6 +89,12 @@ def test_a_run_against_slow_numbers(study, capsys):
             assert pair["relative"] == pytest.approx((total / base.square().sum().item()) ** 0.5, rel=1e-9)
             cosine = torch.nn.functional.cosine_similarity(base.flatten(), target.flatten(), dim=0).item()
             assert pair["cosine"] == pytest.approx(cosine, rel=1e-9)
+            scale = ((difference * base).sum() / base.square().sum()).item()
+            assert pair["scale"] == pytest.approx(scale, rel=1e-9)
+            rest = (target - (1 + scale) * base).square().sum().item()
+            assert pair["scale_sq"] == pytest.approx(total - rest, rel=1e-6)
+            unscaled = slow_share(((1 + scale) * base).numpy(), target.numpy()) * rest
+            assert pair["unscaled_value_sq"] == pytest.approx(unscaled, rel=1e-5)
             own = np.linalg.svd(difference.numpy(), compute_uv=False)
             assert pair["update"]["nuclear"] == pytest.approx(own.sum(), rel=1e-5)  # dW is taken in float32
             assert pair["target"]["nuclear"] == pytest.approx(theirs.sum(), rel=1e-9)
@@ -135,6 +141,9 @@ def check_pooled(payload: dict) -> None:
         pairs = [one["steps"][step] for one in payload["matrices"]]
         total = sum(pair["update_sq"] for pair in pairs)
         assert row["value_share"] == pytest.approx(sum(pair["value_sq"] for pair in pairs) / total)
+        scaled, unscaled = (sum(pair[key] for pair in pairs) for key in ("scale_sq", "unscaled_value_sq"))
+        assert row["scale_share"] == pytest.approx(scaled / total)
+        assert row["unscaled_value_share"] == pytest.approx(unscaled / (total - scaled))
         for kind, null in row["nulls"].items():
             for draw, share in enumerate(null["value_share"]):
                 drawn = sum(pair["update_sq"] * pair["nulls"][kind]["value_share"][draw] for pair in pairs)
@@ -214,7 +223,9 @@ def test_a_planted_scaling_and_another_model(study, capsys):
     out = capsys.readouterr()
     payload, head = results.read_json(f"{OUT}.limit-1.json", "spectrum", allow_limited=True)
     assert head["limit"] == 1 and len(payload["matrices"]) == 7
-    assert payload["pooled"]["5"]["value_share"] == pytest.approx(1, abs=1e-4) and "warning" not in out.err
+    pooled = payload["pooled"]["5"]
+    assert pooled["value_share"] == pytest.approx(1, abs=1e-4) and "warning" not in out.err
+    assert pooled["scale_share"] == pytest.approx(1) and pooled["unscaled_value_share"] is None
     SCRIPT.main(["--run", str(save_tiny("llama", "other/checkpoint-5", 1)), "--draws", "1", "--output", "other.json"])
     assert "are hardly one run" in capsys.readouterr().err
     with warnings.catch_warnings(action="error"):  # a figure without an artist
