@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cpt_utils.base.keys import OF_TEXT, Keys, group
-from cpt_utils.base.study_keys import Lora, Part
+from cpt_utils.base.training_keys import Lora, Part
 
 FILE = "it becomes a file name; leave out the slash"
 MORE = "it must map languages to texts: {ga: more.txt}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_utils.architectures import archs
-from cpt_utils.base import cli, study_keys
+from cpt_utils.base import cli, training_keys
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import adapters, formats, refs
@@ -40,7 +40,7 @@ class Choice:
     """
 
     words: str
-    asked: study_keys.Lora
+    asked: training_keys.Lora
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     like: tuple[int, ...] = ()
@@ -66,7 +66,7 @@ def read(given: dict, place: layer_sets.Place) -> Choice:
     Raises:
         InputError: layers or targets that the model does not have.
     """
-    asked, layers = study_keys.Lora.model_validate(given), {}
+    asked, layers = training_keys.Lora.model_validate(given), {}
     for key, words in (("layers", asked.layers), ("parameters_of", asked.parameters_of)):
         try:
             part = layer_sets.read("all" if words is None else words, place)

@@ -21,6 +21,7 @@ ALIKE = {
     "sentences": ("data", "pairs_sha256"),
     "held-out text": ("heldout", "sha256"),
     "rows of the task": ("task", "sha256"),
+    "a number of rows of the task": ("task", "rows"),
     "a seed": ("seed",),
     "a dtype": ("dtype",),
     "a number of layers": ("n_layers",),
@@ -29,7 +30,7 @@ ALIKE = {
     "neighbours": ("k",),
     "special tokens": ("special_tokens",),
 }
-OVER_SEEDS = tuple(ALIKE)[4:]  # what results of several seeds must say alike, too
+OVER_SEEDS = tuple(ALIKE)[5:]  # what results of several seeds must say alike, too
 
 
 class Missing(Exception):

@@ -338,6 +338,8 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("share of the change that lies in the singular values", "value_share", {"component": None}),
         Spec("that share over the share of a random change (bracket: where one more random draw would lie)",
              "nulls/gaussian/ratio", {"component": None}),
+        Spec("share of it that only scales the base, as weight decay does", "scale_share", {"component": None}),
+        Spec("share of the rest that lies in the singular values", "unscaled_value_share", {"component": None}),
         Spec("effective rank of the change over the size of the matrix, median", "effective_rank", {"component": None}),
     ),
     "heads": (

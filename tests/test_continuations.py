@@ -83,6 +83,8 @@ def test_lm_eval_runs_the_task(script, tmp_path, monkeypatch):
     args = argparse.Namespace(measures=["task"], base_lang=None, target_lang=None, task=None, limit=None, batch_size=3)
     test = evaluation.test_from_arguments(args, Study(values), {}, retrieve=None)
     assert len(test.task) == 20 == test.facts["task"]["rows"]
+    args.task = str(tmp_path / "task/continuation_qaa_Latn.jsonl")  # a file that is asked for counts whole
+    assert len(evaluation.test_from_arguments(args, Study(values), {}, retrieve=None).task) == len(rows)
     test = dataclasses.replace(test, task=tasks.from_file(tmp_path / "task/continuation_qaa_Latn.jsonl").items)
     own = test.on(loaded, archs.for_config(loaded.config), tokenizer, "m")["units"]["task_accuracy"]
     assert len(own) == len(rows) and sum(own) / len(own) == found["results"]["continuation_qaa_Latn"]["acc,none"]
@@ -95,13 +97,14 @@ def test_lm_eval_runs_the_task(script, tmp_path, monkeypatch):
         '{"context": "a", "choices": ["b", "c"], "label": 2}',
         '{"context": "a", "choices": ["b", "c"], "label": true}', '{"context": " ", "choices": ["b", "c"], "label": 0}',
         '{"context": "a", "choices": ["b"], "label": 0}', '{"context": "a", "choices": "bc", "label": 0}',
+        '{"context": "a ", "choices": ["b", "c"], "label": 0}', "[" * 200_000,
         '{"context": "a", "choices": ["b", 1], "label": 0}', '{"context": 7, "choices": ["b", "c"], "label": 0}',
     ],
 )  # fmt: skip
 def test_a_row_that_is_none_is_named_with_its_line(tmp_path, row):
     file = tmp_path / "t.jsonl"
-    file.write_text('{"context": "a", "choices": ["b", "c"], "label": 1}\n' + row + "\n")
-    with pytest.raises(InputError, match=r't.jsonl, line 2: not \{"context": text, "choices"'):
+    file.write_text('{"context": "a", "choices": ["b", "c"], "label": 1}\n\n' + row + "\n")
+    with pytest.raises(InputError, match=r't.jsonl, line 3: not \{"context": text, "choices"'):
         tasks.from_file(file)
     file.write_text("")
     with pytest.raises(InputError, match="holds no rows"):

@@ -516,10 +516,21 @@ def test_a_task_of_sib200_without_a_folder_is_that_of_the_hub(hub):
     ]  # fmt: skip
     assert found.facts["revision"] == "c" * 40 and len(found.facts["sha256"]) == 64
     assert hub.calls == [(sib200.DATASET, "zho_Hans", "test", "c" * 40)]
-    with pytest.raises(InputError, match=r"cannot be loaded .*leave the task out: --measures retrieval nll"):
+    with pytest.raises(
+        InputError, match=r"the task sib200_deu_Latn: .*cannot be loaded .*give data.task.dir, or --task"
+    ):
         tasks.of_study(Study({"data": {"task": {"name": "sib200_deu_Latn"}}}))
-    for task in ({"name": "belebele_deu_Latn"}, {"name": "sib200_deu_Latn", "dir": "nowhere"}, None):
+
+
+def test_a_task_that_changed_models_are_not_measured_on_is_said(tmp_path, capsys):
+    write(tmp_path / "quiz_eus.jsonl", '{"context": "a", "choices": ["b", "c"], "label": 0}\n')  # of its own prompt
+    for task in ({"name": "quiz_eus", "dir": str(tmp_path)}, {"name": "belebele_deu_Latn"}):
         assert tasks.of_study(Study({"data": {"task": task}})) is None
+        assert f"the task {task['name']} is lm_eval's alone" in capsys.readouterr().out
+    assert tasks.of_study(Study({"data": {"task": None}})) is None and capsys.readouterr().out == ""
+    for name, why in (("sib200_deu_Latn", "has no folder of deu_Latn"), ("continuation_eus", "does not exist")):
+        with pytest.raises(InputError, match=why):
+            tasks.of_study(Study({"data": {"task": {"name": name, "dir": "nowhere"}}}))
 
 
 def test_gated_data_say_what_to_do_and_load_nothing(hub):

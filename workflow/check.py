@@ -75,7 +75,7 @@ class Model:
 
     @property
     def heads(self) -> int:
-        """Heads of all layers that can be put back alone: with keys and values of their own."""
+        """Heads of all layers that can be put back alone (KV heads with their queries)."""
         arch = archs.for_config(self.config)
         return sum(arch.head_counts(self.config, layer)[1] for layer in range(arch.n_layers(self.config)))
 

@@ -21,7 +21,7 @@ if DOCUMENTS:
 # `train: {task: continuations}`: the downstream task is made from the held-out text.
 TASK_FILES = []
 if STUDY.get("train.task") == "continuations":
-    TASK_FILES = [f"{TASK['dir']}/{TASK['name']}.yaml"]
+    TASK_FILES = [f"{TASK['dir']}/{TASK['name']}.{end}" for end in ("jsonl", "yaml")]
 
     rule continuations:
         input: code=made_of("cpt/continuations.py")

@@ -98,8 +98,9 @@ def passes(
     controls = study.get("controls", "all")
     sets = 300 if controls == "all" else controls
     pairs, heldout = sizes["pairs"], sizes["target"]
-    tested = 204 * 80 if chosen.task else 0  # of SIB-200: prompts, whose seven choices are read together
-    rows = min(204, study.get("data.task.rows") or 204) / 204 * tested
+    # Of SIB-200 204 prompts, whose seven choices are read together; of continuations about as much, each for itself.
+    known = 204 if chosen.task and str(study.get("data.task.name")).startswith("sib200_") else 1000 * chosen.task
+    tested, rows = known * 80, min(known, study.get("data.task.rows") or known) * 80
     yield "retrieval", (n_checkpoints + 4) * pairs
     yield "the task", (n_checkpoints + 3) * 2 * tested  # lm_eval reads choices of several tokens apart
     yield "the loss of each language", (n_checkpoints + 1) * sizes["heldout"]

@@ -18,7 +18,7 @@ from cpt_utils.base import cli, lazy
 from cpt_utils.base.errors import InputError
 
 PACKAGE = "cpt_utils"
-# What carries a method but is none: an edit there makes no number another.
+# What carries a method but is none: an edit there makes no number another. Scripts have the defaults of a study's keys.
 PLUMBING = {
     f"{PACKAGE}/base/{name}.py"
     for name in ("cli", "code", "errors", "experiments", "journal", "lazy", "locks", "results", "study_keys")

@@ -10,9 +10,9 @@ import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from cpt_utils.base.errors import InputError
@@ -28,6 +28,12 @@ def _of_text(value):
 
 
 OF_TEXT = BeforeValidator(_of_text)  # of a number: YAML reads 2e-3 as text
+REQUIRED: Any = ...
+
+
+def key(meaning: str, example, usual: str = "", default=None) -> Any:
+    """A field with what the reference says of it; `usual`: what holds where the key is left out, if not `default`."""
+    return Field(default, title=meaning, examples=[example], json_schema_extra={"usual": usual})
 
 
 class Keys(BaseModel):

@@ -276,7 +276,7 @@ def essential(request):
     elif "pairs_sha256" in kept:
         kept = {"pairs_sha256", "repeated"}
     elif request.get("sha256"):
-        kept -= {"file"}
+        kept -= {"file", "dataset", "config", "revision"}
     return {key: essential(part) for key, part in request.items() if key in kept and part is not None}
 
 

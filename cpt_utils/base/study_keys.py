@@ -10,25 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cpt_utils.base.keys import OF_TEXT, Keys
+from cpt_utils.base.keys import Keys, key
+from cpt_utils.base.training_keys import Lora, Part
 
 QUOTES = "put the code in quotes (no is false in YAML)"
 Text = Annotated[str, Field(description="it must be a text")]
 MaybeText = Annotated[str | None, Field(description="it must be a text")]
 Code = Annotated[str | None, Field(description=QUOTES)]
 Files = Annotated[dict[str, str | None] | None, Field(description="it must map language codes, as texts, to files")]
-Part = Annotated[
-    int | str | list[int] | None,
-    Field(description="it must say a part of the model: hub, outer:0.25, [0, 1] (cpt/README.md)"),
-]
 ArmName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", description="it becomes a folder: letters, digits, _ . -")]
 Count = Annotated[int | None, Field(ge=1, description="it must be a whole number above 0")]
-REQUIRED: Any = ...
-
-
-def key(meaning: str, example, usual: str = "", default=None) -> Any:
-    """A field with what the reference says of it; `usual`: what holds where the key is left out, if not `default`."""
-    return Field(default, title=meaning, examples=[example], json_schema_extra={"usual": usual})
 
 
 class Languages(Keys):
@@ -42,8 +33,10 @@ class Languages(Keys):
 
 class Task(Keys):
     name: list[str] | MaybeText = key("lm_eval's name of the task; of several, a list", "sib200_eus_Latn", "needed")
-    dir: list[str] | MaybeText = key(
-        "local data: SIB-200 (`<code>/test.tsv`), or tasks of one's own", "my-texts/sib200", "from the hub"
+    dir: MaybeText = key(
+        "local data: SIB-200 (`<code>/test.tsv`), continuations, or tasks of one's own",
+        "my-texts/sib200",
+        "from the hub",
     )
     rows: Count = key("rows that changed models (swaps, arms) are measured on, the first", 300, "all")
 
@@ -173,28 +166,6 @@ class Steering(Keys):
     )
     draws: Count = key("random directions, and random neurons", 2, "3")
     sentences: Count = key("sentences to go on from; directions come from the others", 60, "100, at most half")
-
-
-class Lora(Keys):
-    """LoRA beside the weights of some layers; `parameters_of` layers whose number of parameters it is to have."""
-
-    r: Annotated[int, Field(ge=1, description="it must be a rank, a whole number above 0")] = key(
-        "rank", 8, "needed", REQUIRED
-    )
-    alpha: Annotated[
-        float | None, Field(gt=0, allow_inf_nan=False, description="it must be a number above 0"), OF_TEXT
-    ] = key("the product's factor is alpha / r", 16, "2 r")
-    dropout: Annotated[float, Field(ge=0, lt=1, description="it must be 0 or more, and below 1"), OF_TEXT] = key(
-        "of the product's input", 0.05, default=0.0
-    )
-    targets: Annotated[
-        str | list[str], Field(min_length=1, description="it must be all, attention, ffn, or like [q_proj, v_proj]")
-    ] = key("`all`, `attention`, `ffn` or projections", ["q_proj", "v_proj"], default="all")
-    layers: Part = key("which layers", "outer:0.25", default="all")
-    parameters_of: Part = key("as many parameters as rank `r` has in these layers", "all", "every rank is `r`")
-    merge: Annotated[bool, Field(description="it must be true or false")] = key(
-        "checkpoints are merged models instead of adapters", True, default=False
-    )
 
 
 class Arm(Keys):

@@ -191,7 +191,8 @@ def test_from_arguments(
                 "--measures task: no rows; give --task FILE, or data.task in the study, of SIB-200 or of a local file"
             )
         if found is not None:
-            task = limited(found.items[: study.get("data.task.rows")], args.limit, facts)
+            rows = None if args.task else study.get("data.task.rows")
+            task = limited(found.items[:rows], args.limit, facts)
             facts["task"] = found.facts | {"rows": len(task)}
     return Test(pairs, heldout, task, args.batch_size, study.seed, facts, retrieve, others)
 

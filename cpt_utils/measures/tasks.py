@@ -10,12 +10,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_utils.base import hub_data, languages, results, textfiles
+from cpt_utils.base import cli, hub_data, languages, results, textfiles
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.sources import sib200 as source
 from cpt_utils.measures import sib200
 
-SIB200 = "sib200_"  # what the names of its tasks begin with
+SIB200, CONTINUATION = "sib200_", "continuation_"  # what the names of tasks begin with
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,27 @@ class Task:
 
 
 def of_study(study) -> Task | None:
-    """The first task of `data.task`; None where it is neither SIB-200 nor a local file of cpt/continuations.py.
+    """The first task of `data.task`; None where it is neither SIB-200 nor made by cpt/continuations.py, which is said.
 
     Raises:
         InputError: what `from_file` refuses, or SIB-200 cannot be had from the hub.
     """
-    folders, names = study.get("data.task.dir") or [], study.get("data.task.name") or []
+    names, folder = study.get("data.task.name") or [], study.get("data.task.dir")
     name = (names.split(",") if isinstance(names, str) else [*names, ""])[0].strip()
     if not name:
         return None
-    language = name.removeprefix(SIB200)
-    for folder in map(Path, [folders] if isinstance(folders, str) else folders):
-        there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-        spelt = languages.find(there, language, default=None)
-        file = folder / spelt / "test.tsv" if spelt else folder / f"{name}.jsonl"
-        if spelt or file.is_file():
-            return from_file(file)
-    return None if folders or language == name else _from_hub(language)
+    if name.startswith(CONTINUATION) and folder:
+        return from_file(Path(folder) / f"{name}.jsonl")
+    if not folder and name.startswith(SIB200):
+        return _from_hub(name.removeprefix(SIB200))
+    there = [path.name for path in Path(folder).iterdir() if path.is_dir()] if folder and Path(folder).is_dir() else []
+    language = languages.find(there, name.removeprefix(SIB200), default=None)
+    if language is None:
+        if name.startswith(SIB200):
+            raise InputError(f"{folder} has no folder of {name.removeprefix(SIB200)}: correct data.task.dir")
+        cli.say(f"the task {name} is lm_eval's alone: changed models are measured on SIB-200 and continuations")
+        return None
+    return from_file(Path(folder) / language / "test.tsv")
 
 
 def from_file(file: Path) -> Task:
@@ -73,11 +77,11 @@ def _of_sib200(row: dict[str, str]) -> Item:
 
 
 def _from_hub(language: str) -> Task:
-    name, revision = languages.spelling(language, "sib200"), hub_data.revision(source.DATASET)
     try:
+        name, revision = languages.spelling(language, "sib200"), hub_data.revision(source.DATASET)
         rows, revision = hub_data.rows(source.DATASET, name, "test", revision, source.COLUMNS)
     except InputError as error:
-        raise InputError(f"{error}; or leave the task out: --measures retrieval nll") from None
+        raise InputError(f"the task {SIB200}{language}: {error}; or give data.task.dir, or --task FILE") from None
     told = json.dumps(rows, ensure_ascii=False).encode()
     facts = {"dataset": source.DATASET, "config": name, "revision": revision}
     return Task([_of_sib200(row) for row in rows], facts | {"sha256": hashlib.sha256(told).hexdigest()})
@@ -86,12 +90,15 @@ def _from_hub(language: str) -> Task:
 def _continuations(file: Path) -> list[Item]:
     found = []
     for number, line in enumerate(textfiles.lines(file), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             item = Item(row["context"], tuple(row["choices"]), row["label"])
             fits = isinstance(row["choices"], list) and all(text.strip() for text in (item.prompt, *item.choices))
+            fits = fits and item.prompt == item.prompt.rstrip()  # lm_eval moves such spaces to the choice
             fits = fits and type(item.right) is int and 0 <= item.right < len(item.choices) > 1
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             fits = False
         if not fits:
             raise InputError(

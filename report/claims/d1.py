@@ -32,5 +32,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
         beside.append(
             number(f"value share of {kind} changes", math.fsum(null["value_share"]) / len(null["value_share"]))
         )
+    if row.get("unscaled_value_share") is not None:
+        beside.append(number("value share beyond what scales the base, as decay does", row["unscaled_value_share"]))
     beside.append(number("effective rank of the change / its size, median", row["effective_rank"]))
     return numbers, beside
