@@ -25,8 +25,6 @@ def run(main) -> None:
     """Call `main()` and end the process: input errors as one line with exit code 2, Ctrl-C as 130."""
     try:
         code = main()
-        # Libraries leave a million objects, through which Python goes several times at its end: a fifth of a short run.
-        gc.freeze()
     except InputError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -40,6 +38,9 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("interrupted: finished files are kept, the same command goes on from them", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        # Libraries leave a million objects, through which Python goes several times at its end: a fifth of a short run.
+        gc.freeze()
     raise SystemExit(code or 0)
 
 
