@@ -1,13 +1,13 @@
-"""What goes with the change of a language's neurons: interface attention, or the neurons' own weights (step 10)?
+"""Does the activation of a language's neurons change with interface attention, or with their own weights (step 10)?
 
 d_s = (mean activation of the language's neurons - that of their random control) at checkpoint C_s, minus the same at
-the base. Over checkpoints, |d_s| is correlated with (a) the mean over interface layers of the largest of q, k, v, o's
-mean |dW|, and (b) the mean over layers of the change of the neurons' gates.
+the base. Over checkpoints, |d_s| is correlated with (a) the mean over interface layers of the largest mean |dW| among
+q, k, v, o, and (b) the mean over layers of the mean |dW| of the neurons' gates.
 
 In:   the activation files of lsn/lsn_activation_cpt.py (run and base, mask and control), the files of
       weight-diff/attn_vs_ffn.py and weight-diff/gate_lsn.py, and the layers of layer-specialize/layer_specialize.py.
 Out:  <output-dir>/<model-name>_correlation_strength.json with `interface_attention_correlation_strength` and
-      `lsn_ffn_correlation_strength`, their intervals, first differences and comparison; beside it a figure (PDF, PNG).
+      `lsn_ffn_correlation_strength`, their intervals, first differences and comparison; and a figure (PDF, PNG).
 
 Full: python activation-correlation/activation-correlation.py --model-name cpt --lang eus_Latn --base-tag base --lsn-activation-path lsn_activation --all-weight-diff-path attn_vs_ffn.json --lsn-weight-diff-path gate_lsn.json --layer-selection-path layers.json --output-dir results
 Tiny: python activation-correlation/activation-correlation.py --study demo/tiny.yaml
@@ -35,12 +35,12 @@ ASKED = {
 }
 CAPTIONS = {
     "activation_correlation": """Part II: 3. Activation over CPT
-        How closely the change of LSN activation is followed by the change of attention in interface layers, and by
-        that of the neurons' own weights. Curves that grow correlate, on first differences, too; claim C4 is decided by
-        training with a part frozen.""",
+        How closely the change of LSN activation correlates with the change of attention in interface layers, and with
+        that of the neurons' own weights. Curves that grow correlate anyway, even on first differences; claim C4 is
+        decided by training with a part frozen.""",
 }
 IMAGES = {"activation_correlation": "{name}_correlation_strength.png"}
-# What is correlated with |d|, and how a figure shows it: label, colour and hatch.
+# What |d| is correlated with, and its label, colour and hatch in the figure.
 KINDS = {"interface_attention": ("interface attention", "attention", ""), "lsn_ffn": ("gates of neurons", "ffn", "///")}
 
 
@@ -48,15 +48,15 @@ KINDS = {"interface_attention": ("interface attention", "attention", ""), "lsn_f
 
 
 def deviation(lsn: list[float], control: list[float], base: tuple[float, float]) -> list[float]:
-    """d_s of every step: how far the neurons' activation above their control has moved from the base's."""
-    return [(specific - other) - (base[0] - base[1]) for specific, other in zip(lsn, control, strict=True)]
+    """d_s of every step: the change, from the base, of the neurons' activation minus their control's."""
+    return [(neurons - random) - (base[0] - base[1]) for neurons, random in zip(lsn, control, strict=True)]
 
 
 def attention_change(layers: dict[str, dict], interface: list[int]) -> float:
     """The mean over interface layers of the largest mean |dW| among the attention's projections.
 
-    A layer without attention (of a hybrid, whose `attention_max` is null) enters no mean; one that uses another's keys
-    and values has q and o.
+    A hybrid's layer without attention (`attention_max` is null) is left out; a layer that uses another layer's keys and
+    values has q and o only.
 
     Raises:
         InputError: no interface layer has attention.
@@ -76,40 +76,40 @@ def gate_change(layers: dict[str, dict]) -> float:
 
 def relate(change: list[float], d: list[float]) -> dict:
     """Pearson's and Spearman's correlation over checkpoints, and both on first differences."""
-    steps = stats.first_differences(change), stats.first_differences(d)
     raw, differences = (
-        {method: stats.correlation(x, y, method) for method in ("pearson", "spearman")} for x, y in ((change, d), steps)
+        {method: stats.correlation(x, y, method) for method in ("pearson", "spearman")}
+        for x, y in ((change, d), (stats.first_differences(change), stats.first_differences(d)))
     )
     return raw | {"first_differences": differences}
 
 
 def compare(attention: list[float], gate: list[float], d: list[float]) -> dict:
-    """r(attention, d) - r(gate, d), raw and on first differences, with intervals: both share d."""
-    steps = (stats.first_differences(series) for series in (attention, gate, d))
+    """r(attention, d) - r(gate, d), raw and on first differences, with intervals for correlations that share d."""
+    differences = (stats.first_differences(series) for series in (attention, gate, d))
     return {
         "raw": stats.correlation_difference(attention, gate, d),
-        "first_differences": stats.correlation_difference(*steps),
+        "first_differences": stats.correlation_difference(*differences),
     }
 
 
 def strengths(series: dict) -> dict:
-    """Everything that is correlated: `series` holds `d, attention, gate` and perhaps `gate_minus_control`."""
-    size = [abs(value) for value in series["d"]]
+    """All correlations of `series`, which holds `d`, `attention`, `gate` and `gate_minus_control` (may be None)."""
+    abs_d = [abs(value) for value in series["d"]]
     changes = {"interface_attention": series["attention"], "lsn_ffn": series["gate"]}
     if series["gate_minus_control"] is not None:
         changes["lsn_ffn_minus_control"] = series["gate_minus_control"]
-    found = {kind: relate(change, size) for kind, change in changes.items()}
+    related = {kind: relate(change, abs_d) for kind, change in changes.items()}
     return {
-        **{f"{kind}_correlation_strength": found[kind]["pearson"]["correlation"] for kind in KINDS},
-        **{kind: found.get(kind) for kind in (*KINDS, "lsn_ffn_minus_control")},
+        **{f"{kind}_correlation_strength": related[kind]["pearson"]["correlation"] for kind in KINDS},
+        **{kind: related.get(kind) for kind in (*KINDS, "lsn_ffn_minus_control")},
         "signed": {kind: relate(change, series["d"]) for kind, change in changes.items()},
-        "comparison": compare(series["attention"], series["gate"], size),
+        "comparison": compare(series["attention"], series["gate"], abs_d),
     }
 
 
 def series_of(found: earlier.Found, sources: earlier.Sources) -> dict:
-    """d over steps and what it is made of, and the changes that it is correlated with; the control's are None where
-    there is none.
+    """d over steps, the activations it is computed from, and the weight changes it is correlated with; those of the
+    control's gates are None if there is no control.
 
     Raises:
         InputError: a projection of an interface layer or a gate is missing.
@@ -125,8 +125,8 @@ def series_of(found: earlier.Found, sources: earlier.Sources) -> dict:
         ) from None
     try:
         gate = [gate_change(found.gates[step]["layers"]) for step in steps]
-        controlled = all(found.gates[step].get("control") for step in steps)
-        others = [gate_change(found.gates[step]["control"]) for step in steps] if controlled else None
+        has_control = all(found.gates[step].get("control") for step in steps)
+        gate_control = [gate_change(found.gates[step]["control"]) for step in steps] if has_control else None
     except (KeyError, TypeError):
         raise InputError(f"{sources.gates} lacks gate_proj of a layer; run weight-diff/gate_lsn.py again") from None
     return {
@@ -139,8 +139,8 @@ def series_of(found: earlier.Found, sources: earlier.Sources) -> dict:
         "base_activation_control": means[True, 0],
         "attention": attention,
         "gate": gate,
-        "gate_control": others,
-        "gate_minus_control": [a - b for a, b in zip(gate, others, strict=True)] if others else None,
+        "gate_control": gate_control,
+        "gate_minus_control": [a - b for a, b in zip(gate, gate_control, strict=True)] if gate_control else None,
     }
 
 
@@ -148,7 +148,7 @@ def series_of(found: earlier.Found, sources: earlier.Sources) -> dict:
 
 
 def draw(path: Path, payload: dict) -> None:
-    """The two strengths with their intervals, raw and on first differences, and the curves they come from."""
+    """The two correlations with their intervals, raw and on first differences, and the curves they come from."""
     with figures.style() as plt:
         figure, (bars, curves) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.5), width_ratios=[1, 1.3])
         _bars(bars, payload)
@@ -160,15 +160,15 @@ def _bars(axis, payload: dict) -> None:
     shown = False
     for i, (kind, (label, meaning, hatch)) in enumerate(KINDS.items()):
         for j, part in enumerate((payload[kind], payload[kind]["first_differences"])):
-            found = part["pearson"]
-            if found["correlation"] is None:
+            pearson = part["pearson"]
+            if pearson["correlation"] is None:
                 continue
-            r, x = found["correlation"], j + (i - 0.5) * 0.36
+            r, x = pearson["correlation"], j + (i - 0.5) * 0.36
             look = {"color": figures.colour(meaning), "hatch": hatch, "edgecolor": "white", "linewidth": 0}
             axis.bar(x, r, width=0.34, label=label if j == 0 else None, **look)
             shown = True
-            if found["ci_low"] is not None:
-                error = [[r - found["ci_low"]], [found["ci_high"] - r]]
+            if pearson["ci_low"] is not None:
+                error = [[r - pearson["ci_low"]], [pearson["ci_high"] - r]]
                 axis.errorbar(x, r, yerr=error, color="black", capsize=2, linewidth=0.8)
     n = len(payload["series"]["steps"])
     axis.axhline(0, color="black", linewidth=0.6)
@@ -183,7 +183,7 @@ def _bars(axis, payload: dict) -> None:
 
 
 def _curves(axis, series: dict) -> None:
-    """Each curve as a share of its largest value, because their units differ; the control on the scale of the gates."""
+    """Each curve as a share of its largest value, because units differ; the control's on the scale of the gates."""
     lines = {
         "abs_d": ("|d|, neurons' activation", figures.colour("target"), "D", "-", "abs_d"),
         "attention": ("interface attention", figures.colour("attention"), "s", "-", "attention"),
@@ -234,31 +234,31 @@ def main(argv=None) -> None:
         )
     )
     sources = earlier.Sources(folder, name, args.base_tag, *files)
-    folder = study.output(args.output_dir, "--output-dir", "activation_correlation")
-    found = earlier.read(sources, lang, args.steps)
-    series, n = series_of(found, sources), len(found.steps)
-    if not args.output_dir:  # what differs from the study goes beside its result
-        part = f"steps-{found.steps[0]}-to-{found.steps[-1]}.{n}" if n < found.facts["n_available"] else ""
+    output_folder = study.output(args.output_dir, "--output-dir", "activation_correlation")
+    inputs = earlier.read(sources, lang, args.steps)
+    series, n = series_of(inputs, sources), len(inputs.steps)
+    if not args.output_dir:  # variants get a name of their own beside the study's result
+        part = f"steps-{inputs.steps[0]}-to-{inputs.steps[-1]}.{n}" if n < inputs.facts["n_available"] else ""
         name = dotted(name, beside.name(study, lang=args.lang), part)
-    output = folder / f"{name}_correlation_strength.json"
+    output = output_folder / f"{name}_correlation_strength.json"
     refuse_other_output(output, lang, args.steps, args.overwrite)
     payload = strengths(series) | {"series": series, "note": None}
     if n < 3:
         payload["note"] = f"{n} checkpoint{'s are' if n > 1 else ' is'} too few for a correlation (3 or more)"
         cli.warn(f"the run is too short: {payload['note']}; two points always lie on a line, so none is given")
     draw(output.with_suffix(""), payload)
-    results.write_json(output, payload, results.header(SCHEMA, **found.facts, seed=study.seed))
+    results.write_json(output, payload, results.header(SCHEMA, **inputs.facts, seed=study.seed))
     cli.say("\n".join(summary(payload)))
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 
 def refuse_other_output(output: Path, lang: str, wanted: list[int] | None, overwrite: bool) -> None:
-    """An older result is made again, which takes a second; any other file is replaced on request only."""
+    """Refuse to replace a result of another request, unless `overwrite`; an older one of the same is made again."""
     request = {"language": languages.canonical(lang, any_tag=True), "steps": wanted and sorted(wanted)}
 
-    def asked(found: dict) -> dict:
-        steps = (found.get("series") or {}).get("steps") or request["steps"]
-        return {"language": languages.canonical(found["language"], any_tag=True), "steps": wanted and steps}
+    def asked(result: dict) -> dict:
+        steps = (result.get("series") or {}).get("steps") or request["steps"]
+        return {"language": languages.canonical(result["language"], any_tag=True), "steps": wanted and steps}
 
     results.finished(output, SCHEMA, request, "another --output-dir", overwrite, asked)
 

@@ -1,4 +1,4 @@
-"""What activation-correlation.py reads: the results of the steps before, all of one run, its neurons and its text."""
+"""Reads the results of earlier steps for activation-correlation.py, all of one run, its neurons and its text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import relatives
 from cpt_utils.measures import activation_files, gate, layer_lists
 
-AGAIN = "run again the step that wrote the older one"
+AGAIN = "rerun the step that wrote the older one"
 NAMES = {"mask": "masks", "control": "control masks", "text": "texts"}
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of the steps before: activations in `folder` below `name` and `base_tag`, and the three others."""
+    """The files of earlier steps: activations in `folder`/`name` (run) and `folder`/`base_tag`, and three others."""
 
     folder: Path
     name: str
@@ -28,8 +28,8 @@ class Sources:
 
 @dataclass(frozen=True)
 class Found:
-    """What they hold of `steps`: mean activations by (is control, step), the base at step 0; of each step the rows of
-    the weight-difference files; the interface layers; and what the header says of all this."""
+    """Their content for `steps`: mean activations by (is control, step), with the base as step 0; each step's row of
+    the weight-difference files; the interface layers; and what the result's header records."""
 
     steps: list[int]
     means: dict[tuple[bool, int], float]
@@ -40,7 +40,7 @@ class Found:
 
 
 def read(sources: Sources, lang: str, wanted: list[int] | None) -> Found:
-    """Everything that is correlated, of the steps `wanted`, or else of all.
+    """Everything to correlate, for the steps `wanted`, else for all.
 
     Raises:
         InputError: a file is missing, or is about other steps, models, neurons or languages than the others.
@@ -53,19 +53,19 @@ def read(sources: Sources, lang: str, wanted: list[int] | None) -> Found:
     gates, gate_header = read_changes(sources.gates, "gate_lsn", "weight-diff/gate_lsn.py")
     if not languages.same(gate_header.get("language", lang), lang):
         raise InputError(f"{sources.gates} is about {gate_header['language']}, not {lang}; run weight-diff/gate_lsn.py")
-    have = {str(sources.weights): set(attention), str(sources.gates): set(gates)}
+    available = {str(sources.weights): set(attention), str(sources.gates): set(gates)}
     for control, what in ((False, "activation"), (True, "activation of the control")):
-        have[f"{what} in {run_folder}"] = {step for kind, step in run[tokens] if kind == control and step}
-    steps = common_steps(have, wanted)
+        available[f"{what} in {run_folder}"] = {step for kind, step in run[tokens] if kind == control and step}
+    steps = common_steps(available, wanted)
 
-    kinds = [(control, step) for control in (False, True) for step in (0, *steps)]
-    measured = {key: (run if key[1] else base)[tokens][key] for key in kinds}
+    keys = [(control, step) for control in (False, True) for step in (0, *steps)]
+    paths = {key: (run if key[1] else base)[tokens][key] for key in keys}
     means, headers = {}, {}
-    for key, path in measured.items():
+    for key, path in paths.items():
         means[key], headers[path] = read_activation(path, lang)
     models = refuse_strangers(
         [(sources.weights, weight_models(attention_header)), (sources.gates, weight_models(gate_header))]
-        + [(path, activation_model(headers[path], step)) for (_, step), path in measured.items()]
+        + [(path, activation_model(headers[path], step)) for (_, step), path in paths.items()]
     )
     refuse_other_neurons(headers, sources.gates, gate_header)
     n_layers = len(attention[steps[0]]["layers"])
@@ -87,18 +87,18 @@ def read(sources: Sources, lang: str, wanted: list[int] | None) -> Found:
             "layers": sources.layers,
         },
         "n_used": len(steps),
-        "n_available": len(set.intersection(*have.values())),
+        "n_available": len(set.intersection(*available.values())),
     }
     return Found(steps, means, attention, gates, interface, facts)
 
 
 def choose_tokens(run: dict[str, dict], base: dict[str, dict], folder: Path) -> str:
-    """The number of tokens for which mask and control of the base and of checkpoints are there.
+    """The number of tokens over which mask and control were measured, for the base and for checkpoints.
 
     Raises:
-        InputError: there is none, or there are several; names them.
+        InputError: there is no such number, or more than one; names what is missing, or the numbers.
     """
-    missing, full = [] if run else ["everything of the run but tries with --limit"], []
+    missing, complete = [] if run else ["everything of the run except trials with --limit"], []
     for n in run:
         lacks = []
         for control, what in ((False, "activation"), (True, "control")):
@@ -107,13 +107,12 @@ def choose_tokens(run: dict[str, dict], base: dict[str, dict], folder: Path) -> 
             if control not in {kind for kind, _ in run[n]}:
                 lacks.append(f"the {what} of the checkpoints over {n} tokens")
         missing += lacks
-        full += [] if lacks else [n]
-    if len(full) == 1:
-        return full[0]
-    if full:
-        raise InputError(
-            f"{folder} has activations over {' and over '.join(sorted(full))} tokens; keep one kind, and move the other"
-        )
+        complete += [] if lacks else [n]
+    if len(complete) == 1:
+        return complete[0]
+    if complete:
+        numbers = " and over ".join(sorted(complete))
+        raise InputError(f"{folder} has activations over {numbers} tokens; keep one kind, and move the others")
     made_by = experiments.made_by("lsn_activation")
     raise InputError(f"{folder} lacks {', '.join(missing)}; run {made_by} with the mask and its control")
 
@@ -122,7 +121,7 @@ def read_activation(path: Path, lang: str) -> tuple[float, dict]:
     """The mean activation of a file, and its header.
 
     Raises:
-        InputError: no mean in it, or another language.
+        InputError: the file has no mean, or is about another language.
     """
     payload, header = results.read_json(path, "lsn-activation")
     value = payload.get("all_layers") if isinstance(payload, dict) else None
@@ -139,31 +138,31 @@ def read_changes(path: Path, schema: str, script: str) -> tuple[dict[int, dict],
     """`{step: row}` of a weight-difference file, without step 0, and its header.
 
     Raises:
-        InputError: it has no checkpoints with layers.
+        InputError: the file has no checkpoints with layers.
     """
     payload, header = results.read_json(path, schema)
     rows = payload.get("checkpoints") if isinstance(payload, dict) else None
     try:
-        found = {int(step): row for step, row in rows.items() if int(step)}
-        if not found or not all(row["layers"] for row in found.values()):
+        by_step = {int(step): row for step, row in rows.items() if int(step)}
+        if not by_step or not all(row["layers"] for row in by_step.values()):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{path} has no checkpoints with layers; give the file of {script}") from None
-    return dict(sorted(found.items())), header
+    return dict(sorted(by_step.items())), header
 
 
 def read_interface(path: Path, n_layers: int, models: list[dict]) -> list[int]:
-    """The interface layers of step 2's file; it must be about one of `models`, where they are known."""
-    if not models:  # files of the published scripts say of no model what it is
+    """The interface layers in step 2's file, which must be about one of `models`, if these are known."""
+    if not models:  # files of the published scripts do not name their models
         models = [ref for ref in (results.read_json(path)[1].get("models") or {}).values() if isinstance(ref, dict)]
     return layer_lists.read_layers(path, "interface", n_layers, models, averaged=True)[0]
 
 
 def common_steps(steps: dict[str, set[int]], wanted: list[int] | None) -> list[int]:
-    """The steps that all files share; `wanted` of them where given.
+    """The steps `wanted`, else all; `steps`: those of each file.
 
     Raises:
-        InputError: a file has a step that another has not, or lacks a wanted one; names the file and its steps.
+        InputError: a file lacks a wanted step, or one that another file has; names the file and the steps.
     """
     asked = set().union(*steps.values()) if wanted is None else set(wanted)
     lacking = {name: sorted(asked - have) for name, have in steps.items() if asked - have}
@@ -175,10 +174,10 @@ def common_steps(steps: dict[str, set[int]], wanted: list[int] | None) -> list[i
 
 
 def weight_models(header: dict) -> dict[str, dict]:
-    """The models of a weight file's header by what they are: `base`, `step 10`, .."""
+    """The models in a weight file's header: `{"base": .., "step 10": ..}`."""
     models = header.get("models") or {}
-    found = {f"step {step}": ref for step, ref in (models.get("checkpoints") or {}).items()}
-    return found | ({"base": models["base"]} if models.get("base") else {})
+    checkpoints = {f"step {step}": ref for step, ref in (models.get("checkpoints") or {}).items()}
+    return checkpoints | ({"base": models["base"]} if models.get("base") else {})
 
 
 def activation_model(header: dict, step: int) -> dict[str, dict]:
@@ -190,7 +189,7 @@ def refuse_strangers(files: list[tuple[Path, dict[str, dict]]]) -> dict[str, dic
     """The models that the files are about, `{"base": .., "step 10": ..}`, as far as their headers say.
 
     Raises:
-        InputError: two files mean different models by one of them, or one that was trained again in between.
+        InputError: two files name different models for one of them, or it was trained again in between.
     """
     known: dict[str, tuple[Path, dict]] = {}
     for path, models in files:
@@ -205,24 +204,23 @@ def refuse_strangers(files: list[tuple[Path, dict[str, dict]]]) -> dict[str, dic
 
 
 def refuse_other_neurons(activations: dict[Path, dict], gate_file: Path, gate_header: dict) -> None:
-    """Refuse activations (file -> header) over other texts or neurons than one another's, or other neurons than the
-    gates'.
+    """Refuse activations (file -> header) that differ in text or neurons, or whose neurons are not those of the gates.
 
     Raises:
-        InputError: names both files. Headers that do not say are taken on trust.
+        InputError: they do; names both files. Headers that do not say are taken on trust.
     """
     fingerprint = cli.sibling("weight-diff/gate_lsn.py").fingerprint
     known = {kind: (gate_file, gate_header[kind]) for kind in ("mask", "control") if gate_header.get(kind)}
     for path, header in activations.items():
-        said = {}
+        stated = {}
         neurons = (header.get("request") or {}).get("mask")
         if neurons:
             kind = "control" if header.get("control") else "mask"
-            said[kind] = fingerprint({int(layer): neurons[layer] for layer in neurons})
+            stated[kind] = fingerprint({int(layer): neurons[layer] for layer in neurons})
         text = header.get("tokens")
         if isinstance(text, dict) and text.get("sha256"):
-            said["text"] = text["sha256"]
-        for what, value in said.items():
+            stated["text"] = text["sha256"]
+        for what, value in stated.items():
             first, other = known.setdefault(what, (path, value))
             if value != other:
                 raise InputError(f"{path} and {first} were made with different {NAMES[what]}; {AGAIN}")

@@ -1,16 +1,16 @@
 """How much of what CPT learns is local? The correlation of a model's surprisal with that of a bigram table, by language.
 
-On every token of held-out text: the model's NLL given all that stands before it, and that of a table of bigrams of the
-same language, given the token before. Pearson's correlation over tokens, at the base and at every checkpoint, beside
-the same with a unigram table, which knows no neighbour: what is beyond that is local.
+For every token of held-out text: the model's NLL given all previous tokens, and that of a bigram table of the same
+language, given the previous token. Pearson's correlation over tokens, at the base and at every checkpoint, compared
+with the same for a unigram table, which uses no context: the excess is local.
 
 In:   B and RUN (default: the study's), held-out text and other text by language (--heldout, --text LANG=FILE; default:
       data.heldout, and alignment.bigram.text, else data.lsn_text).
 Out:  OUT (default: the study's alignment/bigram.json): {language: {"base" or step: {`bigram`, `unigram`, `beyond`, ..}}};
       a figure with a line for each language.
 
-It takes one forward pass over the held-out text a model, as language-loss/. A killed run goes on with the next model. On
-several GPUs: accelerate launch alignment/bigram.py ...; each process measures whole models, the numbers are the same.
+It takes one forward pass per model over the held-out text, like language-loss/. A killed run resumes with the next
+model. Several GPUs: accelerate launch alignment/bigram.py ...; each process measures whole models, with equal numbers.
 
 Full: python alignment/bigram.py --base meta-llama/Llama-2-7b-hf --run runs/eus --heldout eu=eu.held.txt --text eu=eu.txt --output bigram.json
 Tiny: python alignment/bigram.py --study demo/tiny.yaml
@@ -37,16 +37,16 @@ losses = cli.sibling("language-loss/language_loss.py")
 
 SCHEMA = "bigram"
 RESULTS = {"bigram": "alignment/bigram.json"}
-ASKED = {"bigram": "How much of what is learnt of a language is which token follows which?"}
+ASKED = {"bigram": "How much of what is learnt about a language is which token follows which?"}
 CAPTIONS = {
     "bigram": """Part I: 5. Loss by language
-        How closely a model's surprisal at the tokens of held-out text goes with that of a table of bigrams of the
-        language (Pearson's correlation over tokens), over training. Dashed: the same with a table of unigrams, which
-        knows no neighbour; at the right, what is beyond that, with 95 % bootstrap intervals over documents.""",
+        How closely a model's surprisal at the tokens of held-out text follows that of a bigram table of the language
+        (Pearson's correlation over tokens), over training. Dashed: the same with a unigram table, which uses no
+        context; right: the difference of the two, with 95 % bootstrap intervals over documents.""",
 }
 BASE = over_run.BASE
 TOKENS = 1_000_000
-BATCH = 1000  # texts that are tokenized at a time
+BATCH = 1000  # texts tokenized at a time
 SUMS = ("n", "model", "bigram", "unigram", "model_sq", "bigram_sq", "unigram_sq", "model_bigram", "model_unigram")
 
 
@@ -55,14 +55,14 @@ SUMS = ("n", "model", "bigram", "unigram", "model_sq", "bigram_sq", "unigram_sq"
 
 @dataclass(frozen=True)
 class Table:
-    """How often each token follows each other one in some text.
+    """How often each token follows each other token in some text.
 
-    Smoothed without a parameter (Witten and Bell 1991): p(y | x) = (c(xy) + k(x) p(y)) / (c(x) + k(x)), where k(x) is
-    how many different tokens follow x, and p(y) = (c(y) + 1) / (N + V) of all N tokens.
+    Smoothed without parameters (Witten and Bell 1991): p(y | x) = (c(xy) + k(x) p(y)) / (c(x) + k(x)), where k(x) is
+    the number of different tokens that follow x, and p(y) = (c(y) + 1) / (N + V) for N tokens in total.
 
     Attributes:
-        pairs: int64, sorted: x V + y of every bigram that there is; counts: c(xy) of each.
-        followed, kinds: c(x), how often a token is followed by any, and k(x): [V].
+        pairs: int64, sorted: x V + y of every bigram that occurs; counts: c(xy) of each.
+        followed, kinds: c(x), how often a token is followed by any other, and k(x): [V].
         unigram: p(y), [V].
     """
 
@@ -74,7 +74,7 @@ class Table:
 
     @classmethod
     def of(cls, texts: Iterable[list[int]], size: int) -> Table:
-        """From the token ids of texts, all below `size` (V); no bigram goes over the end of a text."""
+        """From the token ids of texts, all below `size` (V); no bigram crosses the end of a text."""
         texts = [np.asarray(ids, dtype=np.int64) for ids in texts]
         flat = np.concatenate(texts)
         pairs, counts = np.unique(np.concatenate([ids[:-1] * size + ids[1:] for ids in texts]), return_counts=True)
@@ -86,22 +86,22 @@ class Table:
         """-ln p(now | before) and -ln p(now), float64 [n] each."""
         wanted = before * len(self.unigram) + now
         at = np.searchsorted(self.pairs, wanted)
-        there = (
+        known = (
             self.pairs[np.minimum(at, len(self.pairs) - 1)] == wanted if len(self.pairs) else np.zeros(len(at), bool)
         )
         count = np.zeros(len(at))
-        count[there] = self.counts[at[there]]
+        count[known] = self.counts[at[known]]
         kinds, followed, alone = self.kinds[before], self.followed[before], self.unigram[now]
-        # Of a token that nothing follows there, the unigram: 0 / 0.
-        found = np.where(followed > 0, (count + kinds * alone) / np.maximum(followed + kinds, 1), alone)
-        return -np.log(found), -np.log(alone)
+        # For a token that nothing follows in the text (0 / 0), the unigram.
+        p = np.where(followed > 0, (count + kinds * alone) / np.maximum(followed + kinds, 1), alone)
+        return -np.log(p), -np.log(alone)
 
 
 def table_of(file: Path, tokenizer, most: int, held: set[str]) -> Table:
-    """The table of the first `most` tokens of a file, without the lines of the text that is scored.
+    """The table of the first `most` tokens of a file, without the scored lines `held`.
 
     Raises:
-        InputError: no text, or none but what is scored.
+        InputError: no text, or only scored text.
     """
     lines = (line for text in textfiles.texts(file) if (line := text.strip()) and line not in held)
     texts, n = [], 0
@@ -110,38 +110,38 @@ def table_of(file: Path, tokenizer, most: int, held: set[str]) -> Table:
             texts.append(ids[: max(0, most - n)])
             n += len(texts[-1])
     if n == 0:
-        raise InputError(f"{file} has no text but what is scored; give --text another file of the language")
+        raise InputError(f"{file} has no text except the scored lines; give --text another file of the language")
     return Table.of(texts, 1 + max(tokenizer.get_vocab().values()))  # ids may have gaps
 
 
 def document_sums(model, tokenizer, documents: list[tuple[str, str]], table: Table, batch_size: int | None) -> list:
     """SUMS over the tokens of each document (context, text), [documents][9]: surprisals in nats, squares and products.
 
-    The tokens are those that the loss of language-loss/ is of, but for special ones and what follows one.
+    The tokens are those of the loss in language-loss/, except special tokens and any token right after one.
     """
     contexts, texts = zip(*documents, strict=True)
     scores = scoring.text_nlls(model, tokenizer, list(texts), batch_size, list(contexts))
     whole = encode(tokenizer, [f"{c} {t}" if c else t for c, t in documents], positions(model))
-    found = []
+    sums = []
     for score, ids, special in zip(scores, whole.ids, whole.special, strict=True):
         ids, special = np.asarray(ids), np.asarray(special, dtype=bool)
         at = np.arange(len(ids) - score.tokens, len(ids))
         text = ~(special[at] | special[at - 1])
-        own = score.each.double().numpy()[text]
+        nll = score.each.double().numpy()[text]
         bigram, unigram = table.surprisal(ids[at - 1][text], ids[at][text])
-        columns = (np.ones_like(own), own, bigram, unigram, own**2, bigram**2, unigram**2, own * bigram, own * unigram)
-        found.append([float(column.sum()) for column in columns])
-    return found
+        columns = (np.ones_like(nll), nll, bigram, unigram, nll**2, bigram**2, unigram**2, nll * bigram, nll * unigram)
+        sums.append([float(column.sum()) for column in columns])
+    return sums
 
 
 def correlations(sums: np.ndarray) -> np.ndarray:
-    """SUMS [.., 9] -> [.., 3]: Pearson's correlation with bigrams, that with unigrams, and their difference; NaN where
-    one does not vary."""
+    """SUMS [.., 9] -> [.., 3]: Pearson's correlation with bigrams, with unigrams, and their difference; NaN where
+    either surprisal does not vary."""
     of = dict(zip(SUMS, np.moveaxis(np.asarray(sums), -1, 0), strict=True))
 
-    def spread(one: str) -> np.ndarray:
-        found = of[f"{one}_sq"] - of[one] ** 2 / of["n"]
-        return np.where(found > 1e-10 * of[f"{one}_sq"], found, np.nan)  # below is rounding
+    def spread(name: str) -> np.ndarray:
+        squares = of[f"{name}_sq"] - of[name] ** 2 / of["n"]
+        return np.where(squares > 1e-10 * of[f"{name}_sq"], squares, np.nan)  # anything smaller is rounding
 
     with np.errstate(invalid="ignore", divide="ignore"):
         both = [
@@ -152,13 +152,13 @@ def correlations(sums: np.ndarray) -> np.ndarray:
 
 
 def summarize(units: dict[str, dict[str, list]], seed: int) -> dict[str, dict[str, dict]]:
-    """What the result says, from `units`: language -> model -> SUMS of every document.
+    """The payload, from `units`: language -> model -> SUMS of every document.
 
-    Intervals: bootstrap over documents, the same draws for all models of a language.
+    Intervals: bootstrap over documents, with the same draws for all models of a language.
     """
-    found: dict[str, dict[str, dict]] = {}
+    by_language: dict[str, dict[str, dict]] = {}
     for lang, models in units.items():
-        found[lang], at_base = {}, None
+        by_language[lang], at_base = {}, None
         for name, documents in models.items():
             documents = np.asarray(documents)
             weights = stats.resample_weights(len(documents), seed, 2000)
@@ -177,8 +177,8 @@ def summarize(units: dict[str, dict[str, list]], seed: int) -> dict[str, dict[st
             n = math.fsum(documents[:, 0])
             for column, key in enumerate(("nll_per_token", "nll_bigram", "nll_unigram"), 1):
                 row[key] = math.fsum(documents[:, column]) / n
-            found[lang][name] = row | {"tokens": int(n), "documents": len(documents)}
-    return found
+            by_language[lang][name] = row | {"tokens": int(n), "documents": len(documents)}
+    return by_language
 
 
 def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
@@ -211,10 +211,10 @@ def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
 def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
-    text = "text that bigrams are counted in, as that of training; default: alignment.bigram.text, else data.lsn_text"
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="held-out text, a document per line; default: the study's")
+    text = "text to count bigrams in, such as training text; default: alignment.bigram.text, else data.lsn_text"
     add("--text", nargs="+", metavar="LANG=FILE", help=text)
-    text = f"tokens of a language that are counted, at most; default: alignment.bigram.tokens, else {TOKENS:,}"
+    text = f"most tokens to count per language; default: alignment.bigram.tokens, else {TOKENS:,}"
     add("--tokens", type=cli.positive, metavar="N", help=text)
     over_run.add_flags(p, RESULTS["bigram"])
     return p
@@ -238,52 +238,52 @@ def main(argv=None) -> None:
         used = run.tokenizer_of(ref)
         if used not in tables:
             tables[used] = {lang: table_of(counted[lang], tokenizer, facts["tokens"], held[lang]) for lang in texts}
-        own = tables[used]
-        return {lang: document_sums(model, tokenizer, texts[lang], own[lang], args.batch_size) for lang in texts}
+        table = tables[used]
+        return {lang: document_sums(model, tokenizer, texts[lang], table[lang], args.batch_size) for lang in texts}
 
-    def write_all(found: dict[str, dict], request: dict) -> None:
-        write(run.output, {lang: {name: one[lang] for name, one in found.items()} for lang in texts}, request)
+    def write_all(by_model: dict[str, dict], request: dict) -> None:
+        write(run.output, {lang: {name: units[lang] for name, units in by_model.items()} for lang in texts}, request)
 
     run.measure(SCHEMA, facts | {"batch_size": args.batch_size}, measured, write_all)
 
 
 def counted_files(args, study: Study, held: list[str]) -> dict[str, Path]:
-    """The file that the bigrams of each language in `held` are counted in; a language without one is left out.
+    """The file in which to count the bigrams of each language in `held`; a language without one is left out.
 
     Raises:
-        InputError: no language has one, or it is not there.
+        InputError: no language has one, or a file does not exist.
     """
     files = cli.sibling("cpt/documents.py").language_files(args.text, "--text")
     files = files or study.get("alignment.bigram.text") or study.get("data.lsn_text", {})
-    found = {}
+    by_language = {}
     for lang in held:
         key = languages.find(files, lang, default=None)
         if key is None or files[key] is None:
-            cli.warn(f"{lang} is left out: nothing says in which text its bigrams are counted (--text {lang}=FILE)")
+            cli.warn(f"{lang} is left out: it has no text to count bigrams in (--text {lang}=FILE)")
             continue
-        found[lang] = Path(files[key])
-        textfiles.check(found[lang])
-    if not found:
+        by_language[lang] = Path(files[key])
+        textfiles.check(by_language[lang])
+    if not by_language:
         raise InputError(
             "no text to count bigrams in: give --text LANG=FILE .., or alignment.bigram.text in the study, of "
             f"languages with held-out text ({', '.join(held)})"
         )
-    return found
+    return by_language
 
 
 def write(output: Path, units: dict[str, dict[str, list]], request: dict) -> None:
-    """The figure, and last the JSON, from the sums of each document by language and model."""
-    found = summarize(units, request["seed"])
-    draw(output.with_suffix(""), found)
+    """Write the figure and then the JSON, from the sums of each document by language and model."""
+    payload = summarize(units, request["seed"])
+    draw(output.with_suffix(""), payload)
     names = {lang: languages.canonical(lang, any_tag=True) for lang in units}
     facts = over_run.header_facts(request, "heldout", "lines", "limit", "text", "tokens")
-    results.write_json(output, found, results.header(SCHEMA, languages=names, **facts))
-    for lang, rows in found.items():
+    results.write_json(output, payload, results.header(SCHEMA, languages=names, **facts))
+    for lang, rows in payload.items():
         name, last = list(rows.items())[-1]
-        own, beyond = (last[key]["value"] for key in ("bigram", "beyond"))
+        bigram, beyond = (last[key]["value"] for key in ("bigram", "beyond"))
         cli.say(
-            f"{lang}: correlation with bigrams {rows[BASE]['bigram']['value']:.3f} at the base, {own:.3f} at step "
-            f"{name} ({beyond:+.3f} beyond unigrams); nats a token {last['nll_per_token']:.3f}, of bigrams "
+            f"{lang}: correlation with bigrams {rows[BASE]['bigram']['value']:.3f} at the base, {bigram:.3f} at step "
+            f"{name} ({beyond:+.3f} beyond unigrams); nats per token {last['nll_per_token']:.3f}, of bigrams "
             f"{last['nll_bigram']:.3f}"
         )
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")

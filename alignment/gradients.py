@@ -1,15 +1,15 @@
-"""Do two languages ask for the same change of a weight? The cosine of the gradients of a sentence and its translation.
+"""Do two languages call for the same weight changes? The cosine of the gradients of a sentence and its translation.
 
-Where it is high, what is learnt of one language moves the other along. For each projection of each layer, and for
-attention, the FFN and all of them as one vector: the cosine of the gradient of a sentence's loss with that of its
-translation, and with that of another sentence's translation, which is what the languages share whatever is said.
+Where it is high, learning one language also improves the other. For each projection of each layer, and for attention,
+the FFN and all weights as one vector: the cosine between the gradient of a sentence's loss and that of its
+translation, and of another sentence's translation, which shows what the languages share whatever is said.
 
 In:   B and RUN (default: the study's), parallel sentences.
 Out:  OUT (default: the study's alignment/gradients.json): {"base" or step: {layers: {layer_<l>: {q_proj, ..}},
-      attention, ffn, all, attention_minus_ffn}}, of each `cosine`, `shuffled` and `beyond`, their difference; a figure.
+      attention, ffn, all, attention_minus_ffn}}, each with `cosine`, `shuffled` and `beyond`, the difference; a figure.
 
-It takes the time of some four forward passes over the pairs, and the memory of the model and of two gradients as large
-as its layers. A killed run goes on with the next model. On several GPUs: accelerate launch alignment/gradients.py ...;
+It takes the time of about four forward passes over the pairs, and memory for the model and two gradients as large as
+its layers. A killed run resumes with the next model. On several GPUs: accelerate launch alignment/gradients.py ...;
 each process measures whole models, and the numbers are the same.
 
 Full: python alignment/gradients.py --base meta-llama/Llama-2-7b-hf --run runs/eus --base-lang eng_Latn --target-lang eus_Latn --output gradients.json
@@ -35,17 +35,17 @@ from cpt_utils.models.batching import encode, positions
 
 SCHEMA = "gradients"
 RESULTS = {"gradients": "alignment/gradients.json"}
-ASKED = {"gradients": "Where do a sentence and its translation ask for the same change of the weights?"}
+ASKED = {"gradients": "Where do a sentence and its translation call for the same change of the weights?"}
 CAPTIONS = {
     "gradients": """Part II: 1. Attention against FFN
-        The cosine of the loss gradients of a sentence and its translation, beyond that of a sentence and the
-        translation of another one: above, of every projection and layer in the base and in the last checkpoint; below,
-        of all weights of attention and of the FFN over training (left: both cosines, right: their difference, with
-        95 % bootstrap intervals over pairs). A view of attention and the FFN that knows no weight change.""",
+        The cosine between the loss gradients of a sentence and its translation, minus that of a sentence and another
+        sentence's translation. Top: every projection and layer, in the base and the last checkpoint. Bottom: all
+        weights of attention and of the FFN over training (left: both cosines, right: their difference, with 95 %
+        bootstrap intervals over pairs). A comparison of attention and the FFN that does not use weight changes.""",
 }
 BASE, ALL, DIFFERENCE = over_run.BASE, "all", "attention_minus_ffn"
 COMPONENTS = {"attention": archs.ATTENTION, "ffn": archs.FFN}
-WHOLE = (*COMPONENTS, ALL)  # of all layers
+WHOLE = (*COMPONENTS, ALL)  # over all layers
 PAIRS = 100
 
 
@@ -54,11 +54,11 @@ PAIRS = 100
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that gradients are taken of: those of every projection of every layer.
+    """The weights to take gradients with respect to: those of every projection of every layer.
 
     Attributes:
-        places: (layer, projection) -> its matrices, each as (number of the tensor in memory, location, part).
-        tensors: those in memory, each once.
+        places: (layer, projection) -> its matrices, each as (index of the tensor in memory, location, part).
+        tensors: the tensors in memory, each once.
     """
 
     places: dict[tuple[int, str], list[tuple[int, archs.Location, archs.WeightSlice]]]
@@ -66,12 +66,12 @@ class Weights:
 
     @classmethod
     def of(cls, model, ref: refs.ModelRef, base: refs.ModelRef) -> Weights:
-        """Of `model`, which is `ref`, and which has gradients from then on; `base` is the base of an adapter.
+        """The weights of `model`, loaded from `ref`, with gradients enabled; `base` is the base of an adapter.
 
         Raises:
-            InputError: weights that have none: quantised, or not in memory.
+            InputError: weights without gradients: quantised, or not in memory.
         """
-        known, numbers = dict(model.named_parameters(remove_duplicate=False)), {}
+        parameters, numbers = dict(model.named_parameters(remove_duplicate=False)), {}
         places: dict = {}
         with matrices.Side(ref, base) as side:
             located = side.arch.locations(side.names, model, side.stored.shape)
@@ -81,18 +81,16 @@ class Weights:
                         location = located[part.tensor]
                         number = numbers.setdefault(location.name, len(numbers))
                         places.setdefault((layer, projection), []).append((number, location, part))
-        tensors = [known[name] for name in numbers]
+        tensors = [parameters[name] for name in numbers]
         for tensor in tensors:
             if tensor.is_meta or not tensor.is_floating_point():
-                raise InputError(
-                    f"{ref.spec} is quantised, or does not fit into memory as a whole: it has no gradients"
-                )
+                raise InputError(f"{ref.spec} is quantised or does not fit into memory: it has no gradients")
             tensor.requires_grad_(True)
         return cls(places, tensors)
 
     def products(self, one: tuple, other: tuple) -> torch.Tensor:
-        """The inner products of two gradients, float64 [places]; an entry that is None is zero."""
-        found = []
+        """The inner products of two gradients, float64 [places]; an entry of None counts as zero."""
+        totals = []
         for pieces in self.places.values():
             total = 0.0
             for number, location, part in pieces:
@@ -100,123 +98,123 @@ class Weights:
                     a, b = (part.take(location.view(gradient[number])) for gradient in (one, other))
                     wide = torch.promote_types(a.dtype, torch.float32)  # rows in float32 or better, the rest in float64
                     total += float((a.to(wide) * b.to(wide)).sum(-1).sum(dtype=torch.float64))
-            found.append(total)
-        return torch.tensor(found, dtype=torch.float64)
+            totals.append(total)
+        return torch.tensor(totals, dtype=torch.float64)
 
     def regions(self) -> dict[str, list[int]]:
-        """`layer_0.q_proj`, `layer_0.attention`, `attention`, `all`: what is one vector -> the places in it."""
-        found: dict[str, list[int]] = {}
-        for at, (layer, projection) in enumerate(self.places):
-            component = next((name for name, own in COMPONENTS.items() if projection in own), None)
-            own = [f"layer_{layer}.{projection}", *([f"layer_{layer}.{component}", component] if component else [])]
-            for region in (*own, ALL):
-                found.setdefault(region, []).append(at)
-        return found
+        """Region treated as one vector (`layer_0.q_proj`, `layer_0.attention`, `attention`, `all`) -> its places."""
+        regions: dict[str, list[int]] = {}
+        for index, (layer, projection) in enumerate(self.places):
+            component = next((name for name, members in COMPONENTS.items() if projection in members), None)
+            names = [f"layer_{layer}.{projection}", *([f"layer_{layer}.{component}", component] if component else [])]
+            for region in (*names, ALL):
+                regions.setdefault(region, []).append(index)
+        return regions
 
 
 def gradient(model, ids: list[int], tensors: list[torch.Tensor]) -> tuple:
-    """The gradient of the mean NLL of the tokens of one sentence but the first, a tensor for each of `tensors`."""
-    given = torch.tensor([ids], device=loading.input_device(model))
+    """The gradient of a sentence's mean NLL over its tokens except the first, with respect to each of `tensors`."""
+    inputs = torch.tensor([ids], device=loading.input_device(model))
     with torch.enable_grad():
-        logits = model(input_ids=given, use_cache=False).logits[0, :-1]
+        logits = model(input_ids=inputs, use_cache=False).logits[0, :-1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = torch.nn.functional.cross_entropy(logits, given[0, 1:].to(logits.device))
+        loss = torch.nn.functional.cross_entropy(logits, inputs[0, 1:].to(logits.device))
         return torch.autograd.grad(loss, tensors, allow_unused=True)
 
 
 def cosines(model, weights: Weights, pairs: list[tuple[list[int], list[int]]]) -> dict[str, dict[str, list[float]]]:
-    """The cosines of every region, [pairs] each: "cosine" of pair i, "shuffled" of i's sentence and the translation of
-    i - 1 (of the first with the last one's). A gradient of zeros has the cosine 0 with all others.
+    """The cosines of every region, [pairs] each: "cosine" within pair i, "shuffled" between i's sentence and the
+    translation of i - 1 (of the last pair for the first). A zero gradient has cosine 0 with all others.
 
-    There are never more than two gradients: those of all sentences would be as many models.
+    No more than two gradients are held at a time: each is as large as the model.
     """
     last = gradient(model, pairs[-1][1], weights.tensors)
     last_size, rows = weights.products(last, last), []
     for source, translation in cli.progress(pairs, "gradients", unit="pair"):
-        own = gradient(model, source, weights.tensors)
-        size = weights.products(own, own)
-        shuffled = [weights.products(own, last), size, last_size]
+        current = gradient(model, source, weights.tensors)
+        size = weights.products(current, current)
+        shuffled = [weights.products(current, last), size, last_size]
         del last  # before the next one is made
         last = gradient(model, translation, weights.tensors)
         last_size = weights.products(last, last)
-        rows.append(torch.stack([weights.products(own, last), size, last_size, *shuffled]))
-        del own
+        rows.append(torch.stack([weights.products(current, last), size, last_size, *shuffled]))
+        del current
     sums = torch.stack(rows)  # [pairs, 6, places]
-    found: dict[str, dict[str, list[float]]] = {"cosine": {}, "shuffled": {}}
+    by_kind: dict[str, dict[str, list[float]]] = {"cosine": {}, "shuffled": {}}
     for region, places in weights.regions().items():
         of_region = sums[:, :, places].sum(-1)
-        for kind, (product, one, other) in zip(found, (of_region[:, :3].T, of_region[:, 3:].T), strict=True):
-            size = (one * other).sqrt()
-            found[kind][region] = torch.where(size == 0, 0.0, product / size).tolist()  # NaN stays NaN, and is refused
-    return found
+        for kind, (product, a, b) in zip(by_kind, (of_region[:, :3].T, of_region[:, 3:].T), strict=True):
+            size = (a * b).sqrt()
+            by_kind[kind][region] = torch.where(size == 0, 0.0, product / size).tolist()  # NaN stays, and is refused
+    return by_kind
 
 
 def draw_pairs(pairs: sources.ParallelText, n: int, seed: int) -> list[int]:
-    """`n` of the pairs in random order (all, where there are fewer), no sentence twice: the pair before is another one.
+    """`n` of the pairs (or all, if fewer) in random order, no sentence twice, so neighbouring pairs always differ.
 
     Raises:
         InputError: fewer than two pairs.
     """
     alone = pairs.alone
     if min(n, len(alone)) < 2:
-        raise InputError(f"gradients need two pairs of different sentences or more, not {min(n, len(alone))}")
+        raise InputError(f"gradients need at least two pairs of different sentences, not {min(n, len(alone))}")
     return random.Random(f"{seed}/gradients").sample(alone, min(n, len(alone)))
 
 
 def summarize(units: dict[str, dict[str, dict[str, list[float]]]], seed: int) -> dict[str, dict]:
-    """What the result says, from `units`: model -> "cosine" or "shuffled" -> region -> [pairs].
+    """The payload, from `units`: model -> "cosine" or "shuffled" -> region -> [pairs].
 
-    Intervals: bootstrap over pairs, the same draws for all regions and models, so that differences are paired.
+    Intervals: bootstrap over pairs, with the same draws for all regions and models, so differences are paired.
     """
-    found: dict[str, dict] = {}
+    by_model: dict[str, dict] = {}
     for name, kinds in units.items():
-        one: dict = {"layers": {}}
+        content: dict = {"layers": {}}
         beyond = {region: np.subtract(kinds["cosine"][region], kinds["shuffled"][region]) for region in kinds["cosine"]}
         for region, values in zip(beyond, _means(list(beyond.values()), seed), strict=True):
             row = {kind: float(np.mean(kinds[kind][region])) for kind in kinds} | {"beyond": values}
             layer, _, projection = region.rpartition(".")
-            (one["layers"].setdefault(layer, {}) if layer else one)[projection] = row
+            (content["layers"].setdefault(layer, {}) if layer else content)[projection] = row
         both = [beyond[component] for component in COMPONENTS if component in beyond]
         if len(both) == 2:
-            one[DIFFERENCE] = {"beyond": _means([both[0] - both[1]], seed)[0]}
+            content[DIFFERENCE] = {"beyond": _means([both[0] - both[1]], seed)[0]}
         if name == BASE:
             at_base = beyond
         else:
             whole = [region for region in WHOLE if region in beyond]
             for region, change in zip(whole, _means([beyond[r] - at_base[r] for r in whole], seed), strict=True):
-                one[region]["change"] = change
-        found[name] = one
-    return found
+                content[region]["change"] = change
+        by_model[name] = content
+    return by_model
 
 
 def _means(series: list, seed: int) -> list[dict]:
     low, high = stats.bootstrap_means(np.stack(series), seed)
     ends = zip(series, low, high, strict=True)
-    return [{"mean": float(np.mean(one)), "ci_low": float(a), "ci_high": float(b)} for one, a, b in ends]
+    return [{"mean": float(np.mean(values)), "ci_low": float(a), "ci_high": float(b)} for values, a, b in ends]
 
 
 # ---------------------------------------------------------------- the figure
 
 
 def draw(path: Path, found: dict[str, dict]) -> None:
-    """What is beyond shuffled pairs by projection and layer, of the base and the last checkpoint; both over steps."""
+    """The excess over shuffled pairs by projection and layer, in base and last checkpoint; both cosines over steps."""
     layers = found[BASE]["layers"]
-    n = 1 + max(int(layer.removeprefix("layer_")) for layer in layers)  # of these some may have no projection at all
+    n = 1 + max(int(layer.removeprefix("layer_")) for layer in layers)  # some layers may have no projections
     rows = [name for name in (*archs.PROJECTIONS, archs.ROUTER) if any(name in layer for layer in layers.values())]
     names = list(dict.fromkeys((BASE, list(found)[-1])))
 
     def values(name: str):
-        own = [found[name]["layers"].get(f"layer_{layer}", {}) for layer in range(n)]
-        return np.array([[layer[row]["beyond"]["mean"] if row in layer else np.nan for layer in own] for row in rows])
+        cells = [found[name]["layers"].get(f"layer_{layer}", {}) for layer in range(n)]
+        return np.array([[cell[row]["beyond"]["mean"] if row in cell else np.nan for cell in cells] for row in rows])
 
     maps = {name: values(name) for name in names}
-    bound = max(float(np.nanmax(np.abs(each))) for each in maps.values()) or 1.0
+    bound = max(float(np.nanmax(np.abs(cells))) for cells in maps.values()) or 1.0
     with figures.style() as plt:
         fig = plt.figure(figsize=(figures.PAGE, 2.2 + (0.6 + 0.16 * len(rows)) * len(names)))
         grid = fig.add_gridspec(len(names) + 1, 2, height_ratios=[*[0.6 + 0.16 * len(rows)] * len(names), 2.2])
         axes = [fig.add_subplot(grid[i, :]) for i in range(len(names))]
-        for axis, (name, each) in zip(axes, maps.items(), strict=True):
-            image = figures.heat_map(axis, each, rows, [str(i) for i in range(n)], bound)
+        for axis, (name, cells) in zip(axes, maps.items(), strict=True):
+            image = figures.heat_map(axis, cells, rows, [str(i) for i in range(n)], bound)
             figures.layer_axis(axis, n)
             axis.set_title("base" if name == BASE else f"step {name}")
         fig.colorbar(image, ax=axes, label="cosine beyond\nshuffled pairs", aspect=30, pad=0.01)
@@ -224,22 +222,22 @@ def draw(path: Path, found: dict[str, dict]) -> None:
         figures.save(fig, path)
 
 
-def _over_steps(left, right, found: dict[str, dict]) -> None:
-    steps = [0 if name == BASE else int(name) for name in found]
+def _over_steps(left, right, by_model: dict[str, dict]) -> None:
+    steps = [0 if name == BASE else int(name) for name in by_model]
     for component, marker in zip(COMPONENTS, "so", strict=True):
-        if component not in found[BASE]:
+        if component not in by_model[BASE]:
             continue
-        own, words = [one[component] for one in found.values()], {"attention": "attention", "ffn": "FFN"}[component]
+        rows, label = [row[component] for row in by_model.values()], {"attention": "attention", "ffn": "FFN"}[component]
         look = {"color": figures.colour(component), "marker": marker}
-        left.plot(steps, [row["cosine"] for row in own], label=words, **look)
-        left.plot(steps, [row["shuffled"] for row in own], "--", label=f"{words}, shuffled pairs", **look)
-        right.plot(steps, [row["beyond"]["mean"] for row in own], **look)
-        ends = [[row["beyond"][end] for row in own] for end in ("ci_low", "ci_high")]
+        left.plot(steps, [row["cosine"] for row in rows], label=label, **look)
+        left.plot(steps, [row["shuffled"] for row in rows], "--", label=f"{label}, shuffled pairs", **look)
+        right.plot(steps, [row["beyond"]["mean"] for row in rows], **look)
+        ends = [[row["beyond"][end] for row in rows] for end in ("ci_low", "ci_high")]
         right.fill_between(steps, *ends, color=look["color"], alpha=0.2, linewidth=0)
     right.axhline(0, color=figures.colour("chance"), linewidth=0.6)
-    for axis, words in ((left, "cosine of gradients"), (right, "beyond shuffled pairs")):
+    for axis, axis_label in ((left, "cosine of gradients"), (right, "beyond shuffled pairs")):
         axis.set_xlabel("training step (0 = base)")
-        axis.set_ylabel(words)
+        axis.set_ylabel(axis_label)
         axis.locator_params(axis="x", nbins=6)
     left.legend(loc="best")
 
@@ -267,25 +265,25 @@ def main(argv=None) -> None:
 
     def measured(model, ref: refs.ModelRef, tokenizer) -> dict:
         weights = Weights.of(model, ref, run.models[BASE])
-        found = cosines(model, weights, tokens(model, tokenizer, pairs))
-        for kind, regions in found.items():  # refuses what is not finite
+        by_kind = cosines(model, weights, tokens(model, tokenizer, pairs))
+        for kind, regions in by_kind.items():  # refuses values that are not finite
             evaluation.record(regions, f"{ref.spec}, {kind}")
-        return found
+        return by_kind
 
-    run.measure(SCHEMA, facts, measured, lambda found, request: write(run.output, found, request))
+    run.measure(SCHEMA, facts, measured, lambda units, request: write(run.output, units, request))
 
 
 def pairs_from_arguments(args, study: Study) -> tuple[list[tuple[str, str]], dict]:
-    """The sentences, and what a request says of them."""
+    """The sentence pairs, and the facts about them for a request."""
     codes = evaluation.languages_from_arguments(args, study, {})
     if not all(codes.values()):
-        raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
-    found = sources.from_arguments(argparse.Namespace(**vars(args), limit=None), study, *codes.values())
-    cli.say(found.summary())
-    drawn = draw_pairs(found, int(study.value(args.pairs, "--pairs", "alignment.gradients.pairs", PAIRS)), study.seed)
+        raise InputError("the languages are not given: give --base-lang and --target-lang, or a study file")
+    text = sources.from_arguments(argparse.Namespace(**vars(args), limit=None), study, *codes.values())
+    cli.say(text.summary())
+    drawn = draw_pairs(text, int(study.value(args.pairs, "--pairs", "alignment.gradients.pairs", PAIRS)), study.seed)
     facts = {f"{side}_lang": languages.canonical(code, any_tag=True) for side, code in codes.items()}
-    facts |= {"data": found.describe(), "pairs": [found.ids[i] for i in drawn]}
-    return [(found.base[i], found.target[i]) for i in drawn], facts
+    facts |= {"data": text.describe(), "pairs": [text.ids[i] for i in drawn]}
+    return [(text.base[i], text.target[i]) for i in drawn], facts
 
 
 def tokens(model, tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -303,15 +301,15 @@ def tokens(model, tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[in
 
 
 def write(output: Path, units: dict[str, dict[str, dict[str, list[float]]]], request: dict) -> None:
-    found = summarize(units, request["seed"])
-    draw(output.with_suffix(""), found)
+    payload = summarize(units, request["seed"])
+    draw(output.with_suffix(""), payload)
     facts = over_run.header_facts(request, "base_lang", "target_lang", "data", "pairs")
-    results.write_json(output, found, results.header(SCHEMA, **facts))
-    for name, one in found.items():
+    results.write_json(output, payload, results.header(SCHEMA, **facts))
+    for name, row in payload.items():
         shown = ", ".join(
-            f"{region} {one[region]['cosine']:.3f} ({one[region]['beyond']['mean']:+.3f} beyond shuffled pairs)"
+            f"{region} {row[region]['cosine']:.3f} ({row[region]['beyond']['mean']:+.3f} beyond shuffled pairs)"
             for region in WHOLE
-            if region in one
+            if region in row
         )
         cli.say(f"{'base' if name == BASE else f'step {name}'}: {shown}")
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")

@@ -1,11 +1,11 @@
-"""Measures every hot path against the obvious way and against the machine's limit, and writes the table of the README.
+"""Measure every hot path against the obvious way and against the machine's limit, and write the README's table.
 
-The limit is measured in the same run: reading the same files once (`cat`), copying the target's folder (`cp -r`), the
-bare forward pass of the decoder on the same batches. Ways take turns, so that a busy machine slows all of them.
+The limit is measured in the same run: reading the same files once (`cat`), copying the target's folder (`cp -r`), or
+the bare forward pass of the decoder on the same batches. Ways take turns, so a busy machine slows all of them.
 
-In:   nothing: models of random weights are made in --folder and removed again.
-Out:  --output, a JSON whose rows are written one by one (an interrupted run keeps them; --go-on measures the others),
-      and between the markers of --readme the table: targets, medians, ratios, memory, and the machine.
+In:   nothing: models with random weights are made in --folder and removed again.
+Out:  --output, a JSON whose rows are written one by one (an interrupted run keeps them; --go-on measures the rest),
+      and the table between the markers of --readme: targets, medians, ratios, memory, and the machine.
 
 Full: python benchmarks/bench.py --full
 Tiny: python benchmarks/bench.py --sizes 0.01 --forward 0.01 --repeats 1 -o build/try/benchmark.json --readme build/try/README.md
@@ -26,21 +26,21 @@ from cpt_utils.checkpoints import folders
 
 measure = cli.sibling("benchmarks/measure.py")
 
-JUDGED = 0.05  # GB; with smaller models only the code is tried
+JUDGED = 0.05  # GB; smaller models only test the code
 QUICK, FULL = (1.0,), (0.1, 0.5, 1.0, 2.0)  # GB of each model of a pair, in bfloat16
-FORWARD, FORWARD_FULL = (0.1,), (0.1, 0.25)  # the same of the models for forward passes, which a CPU runs in float32
+FORWARD, FORWARD_FULL = (0.1,), (0.1, 0.25)  # the same for forward passes, which a CPU runs in float32
 SHAPES = {"1B": (2048, 8192, 16, 16, 32000), "7B": (4096, 11008, 32, 32, 32000)}  # on a GPU, in bfloat16
 TABLE, OUTPUT, README = "benchmarks", "benchmarks/benchmark.json", "benchmarks/README.md"
 
 
-# ---------------------------------------------------------------- what is to be reached
+# ---------------------------------------------------------------- targets
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of one area's rows and its bound: `at` says on which rows, `why` what is in the way where it is missed.
+    """A figure of one area's rows and its bound: `at` selects the rows, `why` explains a miss.
 
-    `why` may take values of the row's ways: {name} is the median seconds of that way.
+    `why` may contain values of the row's ways: {name} is the median seconds of that way.
     """
 
     area: str
@@ -53,10 +53,10 @@ class Target:
     why: str = ""
 
     def worst(self, rows: list[dict]) -> tuple[float, dict] | None:
-        """The figure of the row that is furthest from the bound; None where nothing was measured."""
+        """The worst figure with its row; None if nothing was measured."""
         near = sorted((row for row in rows if row["area"] == self.area), key=lambda row: abs(row["gigabytes"] - 1))
-        found = [(self.figure(row["ways"]), row) for row in (near if self.at == "all" else near[:1])]
-        return (min if self.least else max)(found, key=lambda pair: pair[0], default=None)
+        figures = [(self.figure(row["ways"]), row) for row in (near if self.at == "all" else near[:1])]
+        return (min if self.least else max)(figures, key=lambda pair: pair[0], default=None)
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.least else value <= self.bound
@@ -72,19 +72,19 @@ def peak(way: str) -> Callable[[dict], float]:
 
 WHOLE = "comparison, whole process"
 AREAS = ("retrieval", "all curves", "counts", "activations", "deactivation")  # of forward passes
-WRITING = "it is flushed to the disk and read back, which `cp -r` is not"
+WRITING = "the result is flushed to disk and read back, which `cp -r` does not do"
 HOOKS = "the bare decoder takes {floor} s, ours {ours} s"
-LOSS = "the lm_head and its softmax on every token come on top of the decoder; with hooks alone {decoder only} s"
+LOSS = "also runs the lm_head and its softmax on every token; with hooks alone {decoder only} s"
 TARGETS = (
     Target(WHOLE, "times faster than the obvious way", over("obvious", "ours"), 10, True, "x", "1 GB",
-           "of {ours} s `import torch` takes {imports} s; the obvious way takes {obvious} s"),
+           "`import torch` takes {imports} of the {ours} s; the obvious way takes {obvious} s"),
     Target("comparison itself", "share of the rate of `cat`", over("floor", "ours"), 0.35, True, "", "1 GB",
-           "arithmetic on every weight takes {ours} s where reading takes {floor} s"),
+           "arithmetic on every weight takes {ours} s, reading {floor} s"),
     Target(WHOLE, "peak anonymous memory", peak("ours"), 600, False, "MB", "all"),
     Target("spectra", "times faster than the obvious way", over("obvious", "ours"), 3, True, "x", "1 GB",
-           "of one layer; ours takes {ours} s, with nulls and heads {everything} s, the obvious way {obvious} s"),
+           "for one layer, ours takes {ours} s, with nulls and heads {everything} s, the obvious way {obvious} s"),
     Target("spectra", "time over the flops of the SVD, as products", over("ours", "floor"), 3, False, "x", "1 GB",
-           "half of a tridiagonalisation is bound by memory; of one layer the floor takes {floor} s, ours {ours} s"),
+           "half of a tridiagonalisation is memory-bound; for one layer the floor takes {floor} s, ours {ours} s"),
     Target("layer swap", "time over `cp -r`", over("ours", "floor"), 1.3, False, "x", "1 GB", WRITING),
     Target("component swap", "time over `cp -r`", over("ours", "floor"), 1.3, False, "x", "1 GB", WRITING),
     Target("layer swap", "peak anonymous memory", peak("whole process"), 400, False, "MB", "all"),
@@ -100,7 +100,7 @@ TARGETS = (
 
 
 def table(store) -> str:
-    """The README's tables: for each machine the targets, and the rows they are judged by."""
+    """The README's tables: for each machine, the targets and the rows that decide them."""
     lines: list[str] = []
     for key, facts in store.machines.items():
         rows = sorted((row for row in store.rows.values() if row["machine"] == key), key=lambda row: row["gigabytes"])
@@ -153,7 +153,7 @@ def _rows(rows: list[dict]) -> list[str]:
 
 
 def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
-    """Comparison and spectra on the CPU and on the GPU, surgery; one pair of models on the disk at a time."""
+    """Comparison and spectra on CPU and GPU, and surgery; one pair of models on disk at a time."""
     script = cli.sibling("benchmarks/weights.py")
     folder = Path(args.folder) / "pair"
     for size in sizes:
@@ -163,7 +163,7 @@ def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folders.refuse_full_disk(folder.absolute(), round(3.2 * size * 1e9) + (1 << 28))
         say(f"a pair of {size:g} GB each")
-        judged = size == min(sizes, key=lambda other: abs(other - 1))  # by this size; the others are for slopes
+        judged = size == min(sizes, key=lambda other: abs(other - 1))  # targets use this size; the others give slopes
         repeats, slow = args.repeats or (5 if judged else 3), args.repeats or (2 if judged else 1)
         try:
             pair = script.RandomPair(folder, size)
@@ -182,14 +182,14 @@ def weights(store, args, sizes: tuple[float, ...], device: str) -> None:
 
 
 def forward(store, args, sizes: tuple[float, ...], device: str) -> None:
-    """Forward passes: on the CPU models of `sizes` in float32, on a GPU those of SHAPES that it holds in bfloat16."""
-    script, tried = cli.sibling("benchmarks/forward.py"), max(sizes) < JUDGED
-    dtype, amount = "float32", (8, 2, 32) if tried else (64, 2, 512)
+    """Forward passes: on a CPU, models of `sizes` in float32; on a GPU, those of SHAPES that fit, in bfloat16."""
+    script, trial = cli.sibling("benchmarks/forward.py"), max(sizes) < JUDGED
+    dtype, amount = "float32", (8, 2, 32) if trial else (64, 2, 512)
     shapes = [(size, measure.shape_of(size)) for size in sizes]
     if device != "cpu":
-        dtype, amount = "bfloat16", amount if tried else (1024, 16, 2048)
-        found = [shape for _, shape in shapes] if tried else [measure.Shape(*dims) for dims in SHAPES.values()]
-        shapes = [(round(2e-9 * shape.parameters, 2), shape) for shape in found]
+        dtype, amount = "bfloat16", amount if trial else (1024, 16, 2048)
+        on_gpu = [shape for _, shape in shapes] if trial else [measure.Shape(*dims) for dims in SHAPES.values()]
+        shapes = [(round(2e-9 * shape.parameters, 2), shape) for shape in on_gpu]
         shapes = [(size, shape) for size, shape in shapes if size * 1e9 * 1.5 < torch.cuda.mem_get_info()[0]]
     for size, shape in shapes:
         if args.go_on and all(store.has(area, size, device) for area in AREAS):
@@ -215,12 +215,10 @@ def build_parser():
     p.add_argument("--full", action="store_true", help="pairs of 0.1, 0.5, 1 and 2 GB each; default: 1 GB")
     p.add_argument("--sizes", metavar="G,G,..", type=_sizes, help="other sizes, in GB")
     p.add_argument("--forward", metavar="G,G,..", type=_sizes, help="sizes of the models for forward passes on a CPU")
-    p.add_argument("--only", choices=("weights", "forward", "table"), help="only these, or only the table again")
-    p.add_argument("--device", default="auto", help="auto (CUDA when it is there, else CPU), cpu, cuda; default auto")
-    p.add_argument(
-        "--repeats", type=cli.positive, metavar="N", help="rounds; default 5, fewer for what is slow or large"
-    )
-    p.add_argument("--go-on", action="store_true", help="keep rows that this machine measured with this very code")
+    p.add_argument("--only", choices=("weights", "forward", "table"), help="measure only these, or only write tables")
+    p.add_argument("--device", default="auto", help="auto (CUDA if available, else CPU), cpu, cuda; default auto")
+    p.add_argument("--repeats", type=cli.positive, metavar="N", help="rounds; default 5, fewer for slow or large cases")
+    p.add_argument("--go-on", action="store_true", help="keep rows that this machine measured with the same code")
     p.add_argument("--folder", default="build/benchmarks", metavar="DIR", help="scratch; default %(default)s")
     p.add_argument("-o", "--output", default=OUTPUT, metavar="FILE", help="default %(default)s")
     p.add_argument("--readme", default=README, metavar="FILE", help="where the table goes; default %(default)s")
@@ -236,7 +234,7 @@ def main(argv=None) -> None:
     readme = Path(args.readme)
     if not readme.is_file():
         if args.readme == README:
-            raise InputError(f"{README} is not there; run this from the root of the repository")
+            raise InputError(f"{README} does not exist; run this from the root of the repository")
         readme.parent.mkdir(parents=True, exist_ok=True)
         readme.write_text(f"<!-- {TABLE} -->\n<!-- /{TABLE} -->\n", encoding="utf-8")
     store = measure.Store(Path(args.output))
@@ -249,7 +247,7 @@ def main(argv=None) -> None:
     text = table(store)
     measure.between_markers(readme, TABLE, text)
     cli.say(text)
-    say(f"{args.output} and the table of {args.readme} are written")
+    say(f"the rows are in {args.output}, the table is in {args.readme}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Benchmarks of the forward-pass scripts: retrieval, counts, activations, and the loss with silenced neurons.
 
-The floor is the bare decoder on the same batches: no lm_head, no hooks. Ours is the code that the scripts run, from
-token ids (texts, for the loss) to sums.
+The floor is the bare decoder on the same batches, without lm_head and hooks. Ours is the code that the scripts run,
+from token ids (for the loss: texts) to sums.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ counting = cli.sibling("lsn/activation.py")
 followed = cli.sibling("lsn/lsn_activation_cpt.py")
 retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
-AT_ONCE = 32  # sentences
-SHARE = 0.01  # of the neurons in a mask, about as many as a language's
+AT_ONCE = 32  # sentences per batch
+SHARE = 0.01  # of the neurons are in the mask, about as many as a language has
 
 
 class Bench:
-    """A random model on `device`, and the same random sentences and blocks of text for every way.
+    """A random model on `device`, with the same random sentences and blocks of text for every way.
 
-    Sentences have 8 to 64 tokens, as those of FLORES+ and SIB-200 do; blocks have `size` tokens.
+    Sentences have 8 to 64 tokens, like those of FLORES+ and SIB-200; blocks have `size` tokens.
     """
 
     def __init__(self, shape, dtype: str, device: str, n_sentences: int, n_blocks: int, size: int):
@@ -47,13 +47,13 @@ class Bench:
         self.parameters = shape.parameters
 
     def decode(self, on: str) -> None:
-        """The bare decoder on the batches that retrieval makes of the sentences, or on blocks."""
+        """The bare decoder on retrieval's batches of the sentences, or on the blocks."""
         ids, pad = self.sentences.ids, self.tokenizer.pad_token_id
         if on == "blocks":
             batches = ((block, None) for block in self.blocks)
         else:
-            rows = batching.batches([len(each) for each in ids], AT_ONCE)
-            batches = (batching.padded([ids[i] for i in each], pad) for each in rows)
+            rows = batching.batches([len(sentence) for sentence in ids], AT_ONCE)
+            batches = (batching.padded([ids[i] for i in row], pad) for row in rows)
         with torch.inference_mode():
             for tokens, mask in batches:
                 more = {}
@@ -65,10 +65,10 @@ class Bench:
             torch.cuda.synchronize()
 
     def curves(self) -> dict:
-        """All curves, alignment and their intervals, of the sentences with themselves for another language."""
+        """All curves, alignment and their intervals, with the sentences themselves as the other language."""
         how = {"batch_size": AT_ONCE}
-        found = retrieval.measure(self.model, self.arch, self.tokenizer, self.sentences, self.sentences, **how)
-        return retrieval.payload(found, "", "", "", 42) | retrieval.alignment.measure(found, 42)[0]
+        measured = retrieval.measure(self.model, self.arch, self.tokenizer, self.sentences, self.sentences, **how)
+        return retrieval.payload(measured, "", "", "", 42) | retrieval.alignment.measure(measured, 42)[0]
 
     def counts(self):
         counter = counting.Counter(self.model, self.arch)
@@ -77,10 +77,10 @@ class Bench:
         return counter.counts
 
     def activations(self) -> float | None:
-        found = followed.Activations(self.model, self.arch, {"mask": self.mask})
+        sums = followed.Activations(self.model, self.arch, {"mask": self.mask})
         for block in self.blocks:
-            found.add(block)
-        return found.mean("mask")
+            sums.add(block)
+        return sums.mean("mask")
 
     def silenced(self, run: Callable):
         with activations.silenced(self.model, self.arch, self.mask):
@@ -90,7 +90,7 @@ class Bench:
         return [score.nll for score in scoring.text_nlls(self.model, self.tokenizer, self.texts, AT_ONCE)]
 
     def ways(self) -> dict[str, dict[str, Callable]]:
-        """area -> the ways to be timed."""
+        """Area -> the ways to be timed."""
         model, arch, ids, pad = self.model, self.arch, self.sentences.ids, self.tokenizer.pad_token_id
         sentences, blocks = (lambda: self.decode("sentences")), (lambda: self.decode("blocks"))
         return {
@@ -120,24 +120,24 @@ class Bench:
 
 
 def check(bench: Bench, tolerance: float) -> None:
-    """Ours and the obvious way agree; else their times would say nothing.
+    """Check that ours and the obvious way agree; otherwise their times mean nothing.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: they disagree.
     """
     for area, ways in bench.ways().items():
         if "obvious" not in ways:
             continue
-        one, other = (torch.as_tensor(ways[name](), dtype=torch.float64) for name in ("ours", "obvious"))
-        apart = (one - other).abs()
-        if area == "counts":  # of tokens; a few lie near the threshold
-            assert float(apart.mean()) <= tolerance * bench.tokens["blocks"], area
+        ours, slow = (torch.as_tensor(ways[name](), dtype=torch.float64) for name in ("ours", "obvious"))
+        difference = (ours - slow).abs()
+        if area == "counts":  # of tokens; a few activations are near the threshold
+            assert float(difference.mean()) <= tolerance * bench.tokens["blocks"], area
         else:
-            assert float(apart.max()) <= tolerance * float(other.abs().max()), area
+            assert float(difference.max()) <= tolerance * float(slow.abs().max()), area
 
 
 def measured(bench: Bench, repeats: int, slow: int) -> Iterator[tuple[str, dict, dict]]:
-    """The rows of one model: (area, ways, more facts)."""
+    """The rows of one model: (area, ways, further facts)."""
     for area, ways in bench.ways().items():
         kind = "blocks" if area in ("counts", "activations") else "sentences"
         times = dict.fromkeys(ways, repeats) | {"obvious": slow}
@@ -145,11 +145,11 @@ def measured(bench: Bench, repeats: int, slow: int) -> Iterator[tuple[str, dict,
 
 
 def _tokenizer():
-    """A token for each character, so that texts of random letters have as many tokens as letters, and one in front."""
+    """A tokenizer with one token per character, so that random letters give as many tokens plus <s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", *string.ascii_lowercase])}
-    made = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>")
+    fast = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", bos_token="<s>")

@@ -1,7 +1,7 @@
-"""What every benchmark shares: made-up models, time and memory of a way to do something, and the file of results.
+"""Shared by all benchmarks: random models, time and memory of a way to do something, and the results file.
 
-A way is a function, or the words of a command, whose memory is that of it and its children. A command that ends in a
-number has timed itself: the seconds after its imports.
+A way is a function, or the words of a command, whose memory includes that of its children. If a command's last output
+line is a number, the command has timed itself: the seconds after its imports.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch, transformers
 
-INTERVAL = 0.02  # seconds between two readings of memory; a shorter peak can be missed
+INTERVAL = 0.02  # seconds between two readings of memory; shorter peaks can be missed
 SCHEMA = "benchmark"
-PEAKS = ("peak_anonymous_bytes", "peak_rss_bytes")  # what must be kept; with the file pages that the kernel may drop
+PEAKS = ("peak_anonymous_bytes", "peak_rss_bytes")  # what must be kept; also file pages, which the kernel may drop
 Way = Callable[[], object] | list[str]
 
 
@@ -37,24 +37,24 @@ def memory(pid: int) -> tuple[int, int]:
     """(anonymous, resident) bytes of a process and all its descendants."""
     import psutil
 
-    found = []
+    infos = []
     with contextlib.suppress(psutil.NoSuchProcess):
         first = psutil.Process(pid)
         for process in (first, *first.children(recursive=True)):
             with contextlib.suppress(psutil.Error):  # it has just ended
-                found.append(process.memory_info())
-    return sum(each.rss - each.shared for each in found), sum(each.rss for each in found)
+                infos.append(process.memory_info())
+    return sum(info.rss - info.shared for info in infos), sum(info.rss for info in infos)
 
 
 @contextlib.contextmanager
 def sampled(pid: int, wanted: bool = True) -> Iterator[dict[str, int]]:
-    """Samples a process for the length of a block, where that is `wanted`; the peaks stand in the dict afterwards."""
-    found, ended = {}, threading.Event()
+    """Sample a process's memory during a block, if `wanted`; the dict holds the peaks afterwards."""
+    peaks, ended = {}, threading.Event()
 
     def sample() -> None:
         while True:
             for key, value in zip(PEAKS, memory(pid), strict=True):
-                found[key] = max(found.get(key, 0), value)
+                peaks[key] = max(peaks.get(key, 0), value)
             if ended.wait(INTERVAL):
                 return
 
@@ -62,7 +62,7 @@ def sampled(pid: int, wanted: bool = True) -> Iterator[dict[str, int]]:
     if wanted:
         thread.start()
     try:
-        yield found
+        yield peaks
     finally:
         ended.set()
         if wanted:
@@ -70,7 +70,7 @@ def sampled(pid: int, wanted: bool = True) -> Iterator[dict[str, int]]:
 
 
 def watch(command: list[str], sample: bool = True) -> dict:
-    """Run a command in the repository's root: seconds, peaks of its memory, its last line.
+    """Run a command in the repository's root: seconds, memory peaks, last line of output.
 
     Raises:
         InputError: the command failed.
@@ -86,13 +86,13 @@ def watch(command: list[str], sample: bool = True) -> dict:
 
 
 def once(way: Way, sample: bool) -> dict:
-    """Seconds of a way (of a function also this process's user CPU) and, with `sample`, peaks of memory; a function's
-    include what this process holds already."""
+    """Seconds of a way (for a function, also this process's user CPU time) and, with `sample`, memory peaks, which for
+    a function include what this process already holds."""
     if isinstance(way, list):
-        found = watch(way, sample)
+        record = watch(way, sample)
         with contextlib.suppress(ValueError):
-            found["seconds"] = float(found["last_line"])
-        return found
+            record["seconds"] = float(record["last_line"])
+        return record
     with sampled(os.getpid(), sample) as peaks:
         start, user = time.perf_counter(), os.times().user
         way()
@@ -101,33 +101,33 @@ def once(way: Way, sample: bool) -> dict:
 
 
 def interleaved(ways: dict[str, Way], repeats: dict[str, int], before: Callable[[], object] = lambda: None) -> dict:
-    """Every way by turns: first a round for the memory, then `repeats[name]` rounds for the seconds.
+    """Run the ways in turn: first a round to measure memory, then `repeats[name]` rounds to measure time.
 
-    With one repeat the round for the memory is timed, too: for a quick look. `before` runs before each way, untimed.
+    With a single repeat, for a quick look, the memory round is also timed. `before` runs before each way, untimed.
     """
-    found: dict[str, dict] = {name: {"seconds": []} for name in ways}
+    records: dict[str, dict] = {name: {"seconds": []} for name in ways}
     for number in range(max(repeats.values()) + 1):
         for name, way in ways.items():
             if number > repeats[name] or number == repeats[name] == 1:
                 continue
             before()
             taken = once(way, sample=number == 0)
-            found[name] |= {key: taken[key] for key in PEAKS if key in taken}
+            records[name] |= {key: taken[key] for key in PEAKS if key in taken}
             if number or repeats[name] == 1:
                 for key in taken.keys() & {"seconds", "user_seconds"}:
-                    found[name].setdefault(key, []).append(taken[key])
-    return found
+                    records[name].setdefault(key, []).append(taken[key])
+    return records
 
 
 def warm(size: int) -> None:
     """Touch `size` bytes of memory and free them.
 
-    A virtual machine gives free memory back to its host, and getting it again takes longer than copying a file: without
-    this, what is timed depends on what ran before.
+    A virtual machine returns free memory to its host, and getting it back takes longer than copying a file. Without
+    this, timings depend on what ran before.
     """
     with mmap.mmap(-1, max(size, mmap.PAGESIZE)) as held:
-        for at in range(0, len(held), mmap.PAGESIZE):
-            held[at] = 1
+        for offset in range(0, len(held), mmap.PAGESIZE):
+            held[offset] = 1
 
 
 def median(way: dict) -> float:
@@ -135,11 +135,11 @@ def median(way: dict) -> float:
 
 
 def ratio(one: dict, other: dict, key: str = "seconds") -> float:
-    """The median over the rounds that both took part in of the quotient of their seconds, a millisecond at least."""
+    """The median, over the rounds of both, of the ratio of their seconds; the denominator is at least a millisecond."""
     return statistics.median(a / max(b, 1e-3) for a, b in zip(one[key], other[key], strict=False))
 
 
-# ---------------------------------------------------------------- made-up models
+# ---------------------------------------------------------------- random models
 
 
 @dataclass(frozen=True)
@@ -171,14 +171,14 @@ class Shape:
         )
         torch.manual_seed(seed)
         with torch.device(device):
-            made = transformers.AutoModelForCausalLM.from_config(
+            model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
             )
-        return made.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
 
 
 def shape_of(gigabytes: float) -> Shape:
-    """A model of about so many bytes at two bytes a parameter."""
+    """A model of about this size at two bytes per parameter."""
     sizes = {0.75: (2048, 5632, 16), 0.25: (1024, 2816, 16), 0.05: (512, 1408, 8), 0.0: (128, 352, 4)}
     hidden, ffn, heads = next(dims for least, dims in sizes.items() if gigabytes >= least)
     vocab = 32000 if hidden > 512 else 16000 if hidden == 512 else 1024
@@ -187,7 +187,7 @@ def shape_of(gigabytes: float) -> Shape:
 
 
 def write_model(folder: Path, shape: Shape, seed: int, shard: str) -> int:
-    """A random model in bfloat16, in files of at most `shard` ("1GB"); returns its bytes."""
+    """Write a random model in bfloat16, in files of at most `shard` ("1GB"); returns its size in bytes."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -200,7 +200,7 @@ def write_model(folder: Path, shape: Shape, seed: int, shard: str) -> int:
 
 
 def machine() -> dict:
-    """The machine in facts that name no one's: processor, cores, memory, GPU, releases."""
+    """Anonymous facts about the machine: processor, cores, memory, GPU, software versions."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     facts = {
@@ -215,17 +215,17 @@ def machine() -> dict:
 
 
 class Store:
-    """The file of results: a row is written as soon as it is measured, and replaces the earlier one of its machine.
+    """The results file: a row is written as soon as it is measured, and replaces the machine's earlier one.
 
     Attributes:
         rows: key -> row; a row has `area`, `gigabytes`, `device`, `ways`, `machine` (key of `machines`), `commit`,
-            `date` and what else was measured.
+            `date` and further measurements.
     """
 
     def __init__(self, path: Path):
         self.path, facts = path, machine()
-        found = results.read_json(path, SCHEMA)[0] if path.is_file() else {}
-        self.rows, self.machines = found.get("rows", {}), found.get("machines", {})
+        earlier = results.read_json(path, SCHEMA)[0] if path.is_file() else {}
+        self.rows, self.machines = earlier.get("rows", {}), earlier.get("machines", {})
         self.here = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
         self.machines[self.here] = facts
 
@@ -233,7 +233,7 @@ class Store:
         return f"{area} {gigabytes:g} GB {device} {self.here}"
 
     def has(self, area: str, gigabytes: float, device: str) -> bool:
-        """Whether this row was measured on this machine with the code as it is."""
+        """Whether this row was measured on this machine with the current code."""
         row = self.rows.get(self.key(area, gigabytes, device))
         return row is not None and row["commit"] == results.git_commit()
 
@@ -247,10 +247,10 @@ class Store:
 
 
 def between_markers(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a document."""
+    """Replace the text between `<!-- name -->` and `<!-- /name -->` in a document."""
     whole = path.read_text(encoding="utf-8")
     first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if whole.count(first) != 1 or whole.count(last) != 1:
-        raise InputError(f"{path} lacks the markers {first.strip()} and {last}, between which the table belongs")
+        raise InputError(f"{path} lacks the markers {first.strip()} and {last} around the table")
     head, rest = whole.split(first)
     results.write_text(path, head + first + text + last + rest.split(last)[1])

@@ -1,6 +1,6 @@
-"""The obvious way to do what the scripts do, to measure them against: load everything with transformers, then loop.
+"""The obvious way to do what the scripts do, as a reference: load everything with transformers, then loop.
 
-The first two are commands, as a user would run them; the second prints the seconds that it took after its imports:
+Two are commands, as a user would run them; the second prints the seconds it took after its imports:
 
     python benchmarks/obvious.py compare BASE CHECKPOINT
     python benchmarks/obvious.py swap BASE CHECKPOINT OUT layers|ffn 1,3,5
@@ -26,18 +26,18 @@ def load(folder: str):
 
 
 def compare(base: str, checkpoint: str) -> dict[str, dict[str, float]]:
-    """Mean |dW|, Frobenius norm and largest |dW| of every projection of both models, mapped from their files."""
-    one, other = load(base).state_dict(), load(checkpoint).state_dict()
-    found = {}
-    for name, weight in one.items():
+    """Mean |dW|, Frobenius norm and largest |dW| of every projection; both models are mapped from their files."""
+    before, after = load(base).state_dict(), load(checkpoint).state_dict()
+    changes = {}
+    for name, weight in before.items():
         if any(part in name for part in PROJECTIONS):
-            difference = other[name].float() - weight.float()
-            found[name] = {
+            difference = after[name].float() - weight.float()
+            changes[name] = {
                 "mean_abs": difference.abs().double().mean().item(),
                 "norm": difference.double().norm().item(),
                 "max_abs": difference.abs().max().item(),
             }
-    return found
+    return changes
 
 
 def swap(base: str, checkpoint: str, out: str, component: str, layers: list[int]) -> None:
@@ -52,12 +52,12 @@ def swap(base: str, checkpoint: str, out: str, component: str, layers: list[int]
 
 
 def spectra(base: str, checkpoint: str, layers: list[int], device: str = "cpu") -> dict[str, list[torch.Tensor]]:
-    """Singular values of B, C and dW of every projection of `layers`: whole matrices by SVD, both models in memory."""
-    one, other = load(base).float().to(device).state_dict(), load(checkpoint).float().to(device).state_dict()
+    """Singular values of B, C and dW of every projection in `layers`: SVD of whole matrices, both models in memory."""
+    b, c = (load(folder).float().to(device).state_dict() for folder in (base, checkpoint))
     inside = [f".layers.{layer}." for layer in layers]
-    names = [name for name in one if any(part in name for part in PROJECTIONS) and any(at in name for at in inside)]
-    found = {name: (one[name], other[name], other[name] - one[name]) for name in names}
-    return {name: [torch.linalg.svd(each, full_matrices=False)[1] for each in both] for name, both in found.items()}
+    names = [name for name in b if any(part in name for part in PROJECTIONS) and any(layer in name for layer in inside)]
+    matrices = {name: (b[name], c[name], c[name] - b[name]) for name in names}
+    return {name: [torch.linalg.svd(w, full_matrices=False)[1] for w in three] for name, three in matrices.items()}
 
 
 # ---------------------------------------------------------------- forward passes
@@ -65,22 +65,22 @@ def spectra(base: str, checkpoint: str, layers: list[int], device: str = "cpu") 
 
 def states(model, sequences: list[list[int]], pad: int, batch_size: int):
     """Mean hidden states [layers + 1, sentences, hidden]: batches in the given order, all states and logits kept."""
-    found = []
-    for at in range(0, len(sequences), batch_size):
-        rows = sequences[at : at + batch_size]
+    means = []
+    for start in range(0, len(sequences), batch_size):
+        rows = sequences[start : start + batch_size]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
         with torch.no_grad():
             output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         stacked = torch.stack(output.hidden_states).float()
-        found.append(((stacked * mask[:, :, None]).sum(2) / mask.sum(1)[:, None]).cpu())
-    return torch.cat(found, dim=1)
+        means.append(((stacked * mask[:, :, None]).sum(2) / mask.sum(1)[:, None]).cpu())
+    return torch.cat(means, dim=1)
 
 
 @contextlib.contextmanager
 def hooked(model, hook_of):
-    """A forward hook `hook_of(layer)` on every layer's activation function."""
+    """Register a forward hook `hook_of(layer)` on every layer's activation function."""
     hooks = [layer.mlp.act_fn.register_forward_hook(hook_of(number)) for number, layer in enumerate(model.model.layers)]
     yield
     for hook in hooks:
@@ -88,7 +88,7 @@ def hooked(model, hook_of):
 
 
 def _activations(model, ids):
-    """The activations of every layer for blocks of ids, kept from hooks: layers x [blocks, size, neurons]."""
+    """The activations of every layer for blocks of ids, collected by hooks: layers x [blocks, size, neurons]."""
     kept: list[torch.Tensor] = []
     with torch.no_grad(), hooked(model, lambda _: lambda _m, _i, output: kept.append(output)):
         model(input_ids=ids.to(model.device))
@@ -96,7 +96,7 @@ def _activations(model, ids):
 
 
 def counts(model, blocks):
-    """Tokens with a positive activation, by layer and neuron: int64 [layers, neurons]."""
+    """Number of tokens with a positive activation, by layer and neuron: int64 [layers, neurons]."""
     return sum(torch.stack([(kept > 0).sum((0, 1)) for kept in _activations(model, part)]).cpu() for part in blocks)
 
 
@@ -111,7 +111,7 @@ def activations(model, blocks, mask: dict[int, list[int]]) -> float:
 
 
 def losses(model, sequences: list[list[int]], mask: dict[int, list[int]]) -> list[float]:
-    """The loss of each sequence, one at a time, with masked neurons' activations set to zero by a hook that copies."""
+    """The loss of each sequence, one at a time; a hook sets a copy of the masked neurons' activations to zero."""
 
     def silence(layer: int):
         def hook(_module, _input, output):
@@ -121,16 +121,16 @@ def losses(model, sequences: list[list[int]], mask: dict[int, list[int]]) -> lis
 
         return hook
 
-    found = []
+    nlls = []
     with torch.no_grad(), hooked(model, silence):
         for row in sequences:
             ids = torch.tensor([row], device=model.device)
-            found.append(model(input_ids=ids, labels=ids).loss.item() * (len(row) - 1))
-    return found
+            nlls.append(model(input_ids=ids, labels=ids).loss.item() * (len(row) - 1))
+    return nlls
 
 
 def main(argv=None) -> None:
-    from transformers import LlamaForCausalLM  # noqa: F401  the imports that the first load would do
+    from transformers import LlamaForCausalLM  # noqa: F401  untimed imports
 
     words = list(sys.argv[1:] if argv is None else argv)
     start = time.perf_counter()

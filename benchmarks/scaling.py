@@ -1,11 +1,11 @@
-"""From measured slopes to what a large study costs: the tables of docs/scaling.md.
+"""Predict the cost of a large study from measured slopes: the tables of docs/scaling.md.
 
-Time is fitted as a + b x, by least squares over the sizes measured on one machine: x is gigabytes of a model in
-bfloat16 for what reads and writes weights, and parameters times tokens for forward passes. What it predicts for other
-sizes holds while files come from memory; from a disk, reading them takes bytes over its rate, whichever is longer.
+Time is fitted as a + b x by least squares over the sizes measured on one machine. For scripts that read and write
+weights, x is the gigabytes of a model in bfloat16; for forward passes, parameters times tokens. Predictions hold if
+files come from memory; from a disk, the time is at least the bytes divided by the disk's rate.
 
 In:   --input, the JSON of benchmarks/bench.py.
-Out:  the tables between the markers of --doc, and on stdout.
+Out:  the tables, between the markers of --doc and on stdout.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --disk 0.5
@@ -24,7 +24,7 @@ measure = cli.sibling("benchmarks/measure.py")
 SLOPES = ("comparison, whole process", "layer swap", "component swap")
 MODELS = {"7B": 7e9, "70B": 70e9}
 CHECKPOINTS = 20
-# What a study of two languages makes them read: in words, and tokens for one checkpoint.
+# What a study of two languages makes each area read: a description, and the tokens for one checkpoint.
 WORK = {
     "retrieval": ("997 pairs of FLORES+ dev", 2 * 997 * 35),
     "counts": ("100 M tokens of each of 2 languages", 2 * 99_999_744),
@@ -37,12 +37,12 @@ WORK = {
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """(a, b) of y = a + b x by least squares, neither below zero; through the origin where there is one point."""
+    """(a, b) of y = a + b x by least squares, neither below zero; through the origin if all x are equal."""
     x, y = zip(*points, strict=True)
     if len(set(x)) == 1:
         return 0.0, statistics.mean(y) / x[0]
     slope, intercept = statistics.linear_regression(x, y)
-    if slope < 0:  # noise: time does not fall with size
+    if slope < 0:  # noise: time does not decrease with size
         return statistics.mean(y), 0.0
     if intercept < 0:
         return 0.0, sum(a * b for a, b in points) / sum(a * a for a in x)
@@ -50,20 +50,20 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def table(*rows: list[str]) -> list[str]:
-    """A table in Markdown; the first row is its head. Nothing where there are no others."""
+    """A Markdown table; the first row is its head. Empty if there are no other rows."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""] if len(rows) > 1 else []
 
 
 def weights_table(rows: list[dict], disk: float) -> list[str]:
-    """Fits of what handles weights, and the predictions."""
+    """The fits for scripts that handle weights, and their predictions."""
     head = [f"{name} x {CHECKPOINTS}, read from {medium}" for name in MODELS for medium in ("memory", "disk")]
-    found = [["what", "sizes measured", "seconds = a + b GB", *head]]
+    lines = [["what", "sizes measured", "seconds = a + b GB", *head]]
     for area in SLOPES:
         of_area = [row for row in rows if row["area"] == area]
         if not of_area:
             continue
-        pair = area.startswith("comparison")  # one process, the base read once; the slope is of a pair
+        pair = area.startswith("comparison")  # one process reads the base once; b is per pair
         a, b = fit([(row["bytes"] / (2e9 if pair else 1e9), measure.median(row["ways"]["ours"])) for row in of_area])
         sizes = sorted({row["gigabytes"] for row in of_area})
         measured = " to ".join(f"{size:g}" for size in dict.fromkeys((sizes[0], sizes[-1])))
@@ -71,15 +71,15 @@ def weights_table(rows: list[dict], disk: float) -> list[str]:
         for parameters in MODELS.values():
             gigabytes = 2e-9 * parameters
             compute, moved = a + b * gigabytes * (1 + CHECKPOINTS) / 2, (1 + CHECKPOINTS) * gigabytes
-            if not pair:  # each reads the target and writes as much
+            if not pair:  # each swap reads the target and writes as much
                 compute, moved = CHECKPOINTS * (a + b * gigabytes), CHECKPOINTS * 2 * gigabytes
             cells += [_duration(compute), _duration(max(compute, moved / disk))]
-        found.append(cells)
-    return table(*found)
+        lines.append(cells)
+    return table(*lines)
 
 
 def memory_table(rows: list[dict]) -> list[str]:
-    """Peak anonymous memory by size: what must not grow."""
+    """Peak anonymous memory by size, which must not grow."""
     ways = dict(zip(SLOPES, ("ours", "whole process", "whole process"), strict=True))
     peaks = {
         (row["area"], row["gigabytes"]): f"{row['ways'][ways[row['area']]]['peak_anonymous_bytes'] / 1e6:,.0f} MB"
@@ -92,16 +92,16 @@ def memory_table(rows: list[dict]) -> list[str]:
 
 
 def passes_table(rows: list[dict]) -> list[str]:
-    """Parameters times tokens a second of each forward-pass script, and what its work takes for a checkpoint."""
-    found = [["what", "parameters x tokens a second", "work", *(f"{name}, one checkpoint" for name in MODELS)]]
+    """Parameters times tokens per second of each forward-pass script, and the time for its work on a checkpoint."""
+    lines = [["what", "parameters x tokens a second", "work", *(f"{name}, one checkpoint" for name in MODELS)]]
     for area, (words, tokens) in WORK.items():
         of_area = [row for row in rows if row["area"] == area]
         points = [(row["parameters"] * row["tokens"], measure.median(row["ways"]["ours"])) for row in of_area]
         a, b = fit(points) if points else (0, 0)
         if b:
             cells = [area, f"{1 / b:.2g}", f"{words}: {tokens / 1e6:.3g} M tokens"]
-            found.append(cells + [_duration(a + b * parameters * tokens) for parameters in MODELS.values()])
-    return table(*found)
+            lines.append(cells + [_duration(a + b * parameters * tokens) for parameters in MODELS.values()])
+    return table(*lines)
 
 
 def _duration(seconds: float) -> str:
@@ -140,10 +140,10 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     payload, head = results.read_json(args.input, measure.SCHEMA)
     if not head or args.disk <= 0:
-        raise InputError(f"{args.input} is not a file of benchmarks/bench.py, or --disk is not above zero")
-    found = text(payload, args.disk)
-    measure.between_markers(Path(args.doc), "scaling", found)
-    cli.say(found)
+        raise InputError(f"{args.input} was not written by benchmarks/bench.py, or --disk is not above zero")
+    tables = text(payload, args.disk)
+    measure.between_markers(Path(args.doc), "scaling", tables)
+    cli.say(tables)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Benchmarks of what reads and writes whole checkpoints: the weight comparison, spectra and the surgery.
+"""Benchmarks of scripts that read and write whole checkpoints: weight comparison, spectra and swaps.
 
-Each function measures one size and yield its rows (area, ways, more facts) for benchmarks/bench.py.
+Each function measures one size and yields its rows (area, ways, further facts) for benchmarks/bench.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OBVIOUS = [PYTHON, "benchmarks/obvious.py"]
 
 
 class RandomPair:
-    """A base in one file and a checkpoint in shards of a gigabyte (`run/checkpoint-1`), random, in bfloat16."""
+    """Random bfloat16 models: a base in one file and a checkpoint in shards of a gigabyte (`run/checkpoint-1`)."""
 
     def __init__(self, folder: Path, gigabytes: float):
         shape = measure.shape_of(gigabytes)
@@ -43,7 +43,7 @@ class RandomPair:
         os.sync()
 
     def read(self) -> None:
-        """Read both once, as `cat` does: into the page cache, or from it."""
+        """Read both once with `cat`, into the page cache or from it."""
         files = [str(file) for side in (self.base, self.target) for file in sorted(Path(side).glob("*.safetensors"))]
         subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
 
@@ -60,15 +60,15 @@ def comparison(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -
     }
     itself = {"floor": pair.read, "ours": changes, "everything": partial(changes, archs.PROJECTIONS, details=True)}
     pair.read()
-    changes()  # imports, and what a GPU sets up once
+    changes()  # imports, and one-time GPU setup
     times = dict.fromkeys(whole, repeats) | {"obvious": slow, "imports": slow}
     yield "comparison itself", measure.interleaved(itself, dict.fromkeys(itself, repeats)), {"bytes": 2 * pair.bytes}
     yield "comparison, whole process", measure.interleaved(whole, times), {"bytes": 2 * pair.bytes}
 
 
 def spectra(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -> Iterator[tuple[str, dict, dict]]:
-    """Singular values of B, C and dW of the first layer with their value share; `everything`: as spectral/spectrum.py
-    does it, with nulls and heads. The floor is as many float64 operations as an SVD without vectors has, in products.
+    """Singular values of B, C and dW of the first layer with their value share; `everything`: as in
+    spectral/spectrum.py, with nulls and heads. The floor is matrix products with the flops of an SVD without vectors.
     """
     script, layer = cli.sibling("spectral/spectrum.py"), [0]
     spectrum, updates, share = script.spectra.Spectrum, script.updates, script.spectra.value_share
@@ -78,14 +78,14 @@ def spectra(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -> I
         shapes = [sides[0].stored.shape(place.parts[0].tensor) for place in places]
 
         def ours() -> dict:
-            found = {}
+            values = {}
             for place in places:
                 stored = zip(sides, place.parts, strict=True)
                 base, target = (updates.read(side, part, device=device) for side, part in stored)
                 three = spectrum(base), spectrum(target), spectrum(target - base)
                 share(*three[:2])
-                found[place.parts[0].tensor] = [each.values.cpu() for each in three]
-            return found
+                values[place.parts[0].tensor] = [matrix.values.cpu() for matrix in three]
+            return values
 
         def everything() -> None:
             measured = script.Measured(sides[1].ref.step, 3, [], 0, torch.device(device))
@@ -95,28 +95,28 @@ def spectra(pair: RandomPair, repeats: int, slow: int, device: str = "cpu") -> I
         def floor() -> None:
             for shape in shapes:
                 m, n = min(shape), max(shape)
-                flops, one = 3 * (4 * m * m * n - 4 * m**3 / 3), torch.ones(m, m, dtype=torch.float64, device=device)
+                flops, ones = 3 * (4 * m * m * n - 4 * m**3 / 3), torch.ones(m, m, dtype=torch.float64, device=device)
                 for _ in range(max(1, round(flops / (2 * m**3)))):
-                    found = one @ one
-                found[0, 0].item()  # on a GPU all of them are done then
+                    product = ones @ ones
+                product[0, 0].item()  # waits for a GPU to finish
 
-        slowly = partial(obvious.spectra, pair.base, pair.target, layer, device)
-        _refuse_other(ours(), slowly())
-        ways = {"floor": floor, "ours": ours, "everything": everything, "obvious": slowly}
+        slow_way = partial(obvious.spectra, pair.base, pair.target, layer, device)
+        _refuse_difference(ours(), slow_way())
+        ways = {"floor": floor, "ours": ours, "everything": everything, "obvious": slow_way}
         times = dict.fromkeys(ways, repeats) | {"everything": slow, "obvious": slow}
         yield "spectra", measure.interleaved(ways, times), {"bytes": 2 * pair.bytes, "layers": len(layer)}
 
 
-def _refuse_other(ours: dict, slow: dict) -> None:
-    """Both must have found the same singular values, to what an SVD in float32 can tell."""
+def _refuse_difference(ours: dict, slow: dict) -> None:
+    """Both ways must give the same singular values, within the precision of an SVD in float32."""
     for name, three in slow.items():
-        for mine, other in zip(ours[name], three, strict=True):
-            if (mine - other.cpu()).abs().max() > 1e-4 * mine[0]:
-                raise InputError(f"{name}: our singular values are not those of the obvious way")
+        for fast_values, slow_values in zip(ours[name], three, strict=True):
+            if (fast_values - slow_values.cpu()).abs().max() > 1e-4 * fast_values[0]:
+                raise InputError(f"{name}: our singular values differ from those of the obvious way")
 
 
 def surgeries(pair: RandomPair, repeats: int, slow: int) -> Iterator[tuple[str, dict, dict]]:
-    """Layer swap and component swap of half of the layers against `cp -r` of the target."""
+    """Layer swap and component swap of half of the layers, against `cp -r` of the target."""
     out, models = pair.folder / "out", [pair.base, pair.target]
     flags = ["--base-model", pair.base, "--checkpoint-dir", pair.target, "--layer-list", str(pair.layers)]
     lists = str(pair.layers), "--methods", "semantic_hub"
@@ -149,6 +149,6 @@ def surgeries(pair: RandomPair, repeats: int, slow: int) -> Iterator[tuple[str, 
         }
         times = dict.fromkeys(ways, repeats) | {"obvious": slow, "whole process": slow}
         with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
-            found = measure.interleaved(ways, times, clean)
+            timings = measure.interleaved(ways, times, clean)
         shutil.rmtree(out, ignore_errors=True)
-        yield area, found, {"bytes": pair.bytes}
+        yield area, timings, {"bytes": pair.bytes}

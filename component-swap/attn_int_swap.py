@@ -4,7 +4,7 @@ q, k, v and o (weights and biases) of the interface layers come from the base, e
 attention in these layers is what routes the new language, retrieval should fall; compare with ffn_lsn_swap.py.
 
 In:   B and RUN (default: the study's), LAYERS.json with `interface_layers` (default: the study's, from layer-specialize).
-Out:  OUT/checkpoint-<step>/, complete model folders with a swap.json each, so that OUT is a run for every script, and
+Out:  OUT/checkpoint-<step>/, complete model folders with a swap.json each, so OUT is a run for every script, and
       OUT/metadata.json. With --controls, instead: OUT/controls.json, .pt and figure, measured in memory on the last
       checkpoint: base, checkpoint, this swap, random layers of the same number, and the crossed conditions (attention or
       FFN, interface or LSN-rich layers, with and without embeddings and lm_head).
@@ -22,7 +22,7 @@ component_swap = cli.sibling("component-swap/component_swap.py")
 RESULTS = {"attn_int_swap": "component-swap/attn_int_swap"}
 ASKED = {
     "attn_int_swap": (
-        "What is lost when attention in interface layers is put back to the base, and is it more than with the FFN?"
+        "What is lost when attention in interface layers is reset to the base, and is it more than with the FFN?"
     ),
 }
 OWN = "attention_interface"  # q, k, v, o in the layers of --layer-selection

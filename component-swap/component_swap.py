@@ -1,8 +1,8 @@
-"""One component of the base (attention or FFN) in some layers of a checkpoint: what both component swaps share.
+"""One component of the base (attention or FFN) in some layers of a checkpoint: code shared by both component swaps.
 
 A swap is a component in a place: attention or FFN, in the interface layers or in the LSN-rich layers, with or without
-embeddings and lm_head. Each script has its own; the others are its crossed controls, which tell what the component does
-from what the place does.
+embeddings and lm_head. Each script has one as its treatment; the others are its crossed controls, which separate the
+effect of the component from that of the place.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ shown = cli.sibling("component-swap/component_controls.py")
 SCHEMA = "component-swap"
 CAPTIONS = {
     "component_swap": """Part II: 4. Component swaps
-        What putting one component of the base back into the last checkpoint costs: attention or FFN, in interface
+        The cost of putting one component of the base back into the last checkpoint: attention or FFN, in interface
         layers or in those richest in the new language's neurons (LSN-rich), with and without embeddings. Grey dots are
-        random layers of the same number, of the one swap that this figure is about; squares are sets of a swap's shape.
+        random sets of as many layers, for the one swap that this figure is about; squares are sets of a swap's shape.
         Claim C5 compares attention with the FFN of the same layers, in both places.""",
 }
 IMAGES = {"component_swap": "controls.png"}
-# What these scripts leave in OUT, finished or not.
+# Files that these scripts write to OUT, finished or not.
 OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|controls\..+|\..+")
 
 
@@ -43,7 +43,7 @@ OURS = re.compile(r"checkpoint-\d+(\.partial|\.replaced)?|metadata\.json|control
 
 
 def say_places(lists: dict[str, list[int]], n_layers: int) -> dict:
-    """Print, and return for the result, what decides how the conditions are to be read."""
+    """Print, and return for the result, the facts needed to interpret the conditions."""
     facts: dict = {"layers": lists}
     if "lsn_rich" in lists:
         rich = lists["lsn_rich"]
@@ -64,8 +64,8 @@ def say_places(lists: dict[str, list[int]], n_layers: int) -> dict:
 class ComponentSwap:
     """A component (None: none) in the layers of a place, perhaps with embeddings and lm_head.
 
-    `also` are other names of the same swap, because both places have the same layers. `asked` are the
-    layers of the place where some of them lack the component, and are not among `layers`.
+    `also`: other names of the same swap, if both places have the same layers. `asked`: all layers of the place, if some
+    of them lack the component and are therefore not among `layers`.
     """
 
     name: str
@@ -77,21 +77,21 @@ class ComponentSwap:
 
     @property
     def moved(self) -> str:
-        """What is moved, whatever the layers; random sets are compared with sets that move the same."""
+        """The parts moved, whatever the layers; random sets are compared with sets that move the same parts."""
         return "+".join(filter(None, (self.component, components.EMBEDDINGS if self.embeddings else None)))
 
 
 def crossed(treatment: str, lists: dict[str, list[int]], having: dict[str, list[int]]) -> list[ComponentSwap]:
-    """`treatment` ("attention_interface", "ffn_lsn_rich"), then the crossed ones, then all with embeddings.
+    """`treatment` ("attention_interface", "ffn_lsn_rich"), then the crossed conditions, then all with embeddings.
 
-    With the layers of one place only, there is nothing to cross: `treatment` alone. A crossed pair none of whose layers
-    has the component is left out.
+    With the layers of only one place there is nothing to cross: `treatment` alone. A crossed condition is left out if
+    none of its layers has the component.
 
     Args:
-        having: the layers that have each component; the others of a place have nothing of it to swap.
+        having: the layers that have each component; other layers of a place have nothing to swap.
 
     Raises:
-        InputError: no layer of the script's own place has its component.
+        InputError: no layer of the treatment's place has its component.
     """
     component, _, place = treatment.partition("_")
     others = [name for name in components.COMPONENTS if name != component]
@@ -107,24 +107,24 @@ def crossed(treatment: str, lists: dict[str, list[int]], having: dict[str, list[
         raise InputError(f"none of the layers {lists[place]} has {component}: there is nothing to swap")
     if len(places) == 1:
         return [ComponentSwap(treatment, component, layers_of(component, place), asked=asked(component, place))]
-    found: dict[tuple, ComponentSwap] = {}
+    swaps: dict[tuple, ComponentSwap] = {}
     for embeddings in (False, True):
         for kind in [component, *others]:
             for where in places:
                 name = f"{kind}_{where}" + (f"_{components.EMBEDDINGS}" if embeddings else "")
                 key = (kind, layers_of(kind, where), embeddings)
-                if key in found:
-                    found[key] = replace(found[key], also=(*found[key].also, name))
+                if key in swaps:
+                    swaps[key] = replace(swaps[key], also=(*swaps[key].also, name))
                 elif key[1]:
-                    found[key] = ComponentSwap(name, *key, asked=asked(kind, where))
-    return [*found.values(), ComponentSwap(components.EMBEDDINGS, None, embeddings=True)]
+                    swaps[key] = ComponentSwap(name, *key, asked=asked(kind, where))
+    return [*swaps.values(), ComponentSwap(components.EMBEDDINGS, None, embeddings=True)]
 
 
 def recipe_of(recipes: components.Recipes, condition: ComponentSwap) -> surgery.Recipe:
     """The edits of a condition.
 
     Raises:
-        InputError: it has embeddings, and base and target have none of the same shape.
+        InputError: it includes embeddings, and those of base and target differ in shape.
     """
     parts = [recipes.component(condition.component, condition.layers)] if condition.component else []
     return components.combined(parts + ([recipes.embeddings()] if condition.embeddings else []))
@@ -145,7 +145,7 @@ class Plan:
 def plan_run(
     base: refs.ModelRef, checkpoints: list[refs.ModelRef], condition: ComponentSwap, out: Path, spec, overwrite: bool
 ) -> Plan:
-    """Everything that can be refused before a byte is written.
+    """The plan for one swapped run, with every check that is possible before a byte is written.
 
     Args:
         spec: the run as the user gave it, for metadata.json.
@@ -182,13 +182,14 @@ def write_run(
 ) -> None:
     """OUT/checkpoint-<step>/ for every checkpoint, and OUT/metadata.json; finished ones of the same swap are kept.
 
-    `passed` is the gate of the layers.
+    `passed`: the gate of the layers.
     """
-    what, payload = plan.condition, plan.payload
-    cli.say(f"{what.name}: {what.moved} of the base in layers {payload['layers']}, {payload['share']:.1%} of all")
+    condition, payload = plan.condition, plan.payload
+    share = f"{payload['share']:.1%} of all"
+    cli.say(f"{condition.name}: {condition.moved} of the base in layers {payload['layers']}, {share}")
     for ref in checkpoints:
         with surgery.Pair(base, ref) as pair:
-            recipe = recipe_of(components.Recipes(pair), what)
+            recipe = recipe_of(components.Recipes(pair), condition)
             on_disk.write_model(pair, recipe, plan.out / f"checkpoint-{ref.step}", overwrite=overwrite)
     models = {"base": base.describe(), "checkpoints": {str(ref.step): ref.describe() for ref in checkpoints}}
     header = results.header(SCHEMA, models=models, n_layers=pair.n_layers, gate=passed)
@@ -197,7 +198,7 @@ def write_run(
 
 
 def refuse_foreign(out: Path, checkpoints: list[refs.ModelRef]) -> None:
-    """Refuse an OUT that is the run itself, or that holds anything these scripts do not write."""
+    """Refuse an OUT that is the run itself, or that contains anything these scripts do not write."""
     if any(ref.is_local and Path(ref.spec).resolve().parent == out.resolve() for ref in checkpoints):
         raise InputError(f"{out} is the run that is swapped; give another --output-dir")
     on_disk.refuse_foreign(out, OURS, "a component swap", "--output-dir")
@@ -206,19 +207,19 @@ def refuse_foreign(out: Path, checkpoints: list[refs.ModelRef]) -> None:
 def refuse_leftover(
     out: Path, checkpoints: list[refs.ModelRef], base: refs.ModelRef, recipe: surgery.Recipe
 ) -> set[int]:
-    """The steps of OUT that are not asked for now and were made by the same swap.
+    """The steps in OUT that are not requested now and were made by the same swap.
 
     Raises:
-        InputError: one of them was not; OUT would mix two swaps, and be no run.
+        InputError: one of them was made by another swap; OUT would mix two swaps and not be a run.
     """
-    there = {ref.step: Path(ref.spec) for ref in refs.checkpoints(out)} if out.is_dir() else {}
-    stay = set(there) - {ref.step for ref in checkpoints}
+    existing = {ref.step: Path(ref.spec) for ref in refs.checkpoints(out)} if out.is_dir() else {}
+    stay = set(existing) - {ref.step for ref in checkpoints}
     wanted = results.plain({"base": surgery.identity(base), "recipe": recipe.facts})
     for step in sorted(stay):
-        record = there[step] / folders.RECORD
-        made = results.read_json(record)[0].get("request", {}) if record.is_file() else {}
-        if any(made.get(key) != wanted[key] for key in wanted):
-            raise InputError(f"{there[step]} would stay, but is not of this swap; remove it or give another place")
+        record = existing[step] / folders.RECORD
+        request = results.read_json(record)[0].get("request", {}) if record.is_file() else {}
+        if any(request.get(key) != wanted[key] for key in wanted):
+            raise InputError(f"{existing[step]} would remain, but is not of this swap; remove it or give another OUT")
     return stay
 
 
@@ -226,11 +227,11 @@ def refuse_other(path: Path, payload: dict) -> None:
     """Refuse an OUT whose metadata.json describes another swap."""
     if not path.is_file():
         return
-    found, _ = results.read_json(path, schema=SCHEMA)
+    existing, _ = results.read_json(path, schema=SCHEMA)
     for key in ("base_model", "run", "component", "layers", "projections"):
-        if found.get(key) != results.plain(payload[key]):
+        if existing.get(key) != results.plain(payload[key]):
             raise InputError(
-                f"{path} describes another swap ({key} {found.get(key)}, now {payload[key]}); give another "
+                f"{path} describes another swap ({key} {existing.get(key)}, now {payload[key]}); give another "
                 "--output-dir, or --overwrite"
             )
 
@@ -245,17 +246,17 @@ def measure(
     """OUT/controls.json, .pt and figure: base, target, the swaps (the first is compared), random and matched sets.
 
     Args:
-        number: of random sets: "all", or how many.
-        facts: payload beside what is written here.
-        gate: that of the layers.
-        having: the layers that have each component: random sets are drawn from those of the first swap's.
+        number: number of random sets, or "all".
+        facts: further content of the payload.
+        gate: the gate of the layers.
+        having: the layers that have each component; random sets are drawn from those of the first swap's component.
     """
     recipes, swapper, treatment = components.Recipes(pair), in_memory.Swapper(pair), wanted[0]
-    there = having[treatment.component]
-    others, possible = controls.layer_sets(there, treatment.layers, number, trial.seed)
+    eligible = having[treatment.component]
+    others, possible = controls.layer_sets(eligible, treatment.layers, number, trial.seed)
     cli.say(
-        f"{treatment.name}: {len(treatment.layers)} of {len(there)} layers; of the {possible - 1} other sets of that "
-        f"size {len(others)} are measured"
+        f"{treatment.name}: {len(treatment.layers)} of {len(eligible)} layers; of the {possible - 1} other sets of "
+        f"that size {len(others)} are measured"
     )
     swaps, left_out = [], {}
     for condition in wanted:
@@ -279,7 +280,7 @@ def measure(
         "own": treatment.name,
         "step": pair.target_ref.step,
         "n_layers": pair.n_layers,
-        **({"n_layers_having": len(there)} if len(there) < pair.n_layers else {}),
+        **({"n_layers_having": len(eligible)} if len(eligible) < pair.n_layers else {}),
         **facts,
         "n_possible_sets": possible,
         "enumerated": len(others) == possible - 1,
@@ -294,18 +295,17 @@ def _controls(
 ) -> list[tuple[str, str, list[int]]]:
     """(name, component, layers) of the random sets, and of the matched sets that are not among them.
 
-    Where the FFN is a crossed control of attention, the same random layers are measured with it too: only sets of the
-    same layers tell what the component does from what the layers do.
+    If the FFN is a crossed control of attention, the same random layers are measured with it, too: only sets of the
+    same layers separate the effect of the component from that of the layers.
     """
-    treatment, plain = wanted[0], [one for one in wanted if one.component and not one.embeddings]
+    treatment, plain = wanted[0], [swap for swap in wanted if swap.component and not swap.embeddings]
     drawn = [treatment.component]
-    drawn += [kind for kind in dict.fromkeys(one.component for one in plain) if treatment.component == "attention"][1:]
-    found = [
-        ("random", kind, layers) for kind in drawn for layers in others if set(layers) <= set(having[kind])
-    ]  # fmt: skip
-    compared = [(one.component, one.layers) for one in plain if one.component in drawn]
-    added = matched.to_add(compared, having, [*compared, *((kind, layers) for _, kind, layers in found)], seed)
-    return found + [("matched", kind, layers) for kind, layers in added]
+    if treatment.component == "attention":
+        drawn += list(dict.fromkeys(swap.component for swap in plain))[1:]
+    random = [("random", kind, layers) for kind in drawn for layers in others if set(layers) <= set(having[kind])]
+    compared = [(swap.component, swap.layers) for swap in plain if swap.component in drawn]
+    added = matched.to_add(compared, having, [*compared, *((kind, layers) for _, kind, layers in random)], seed)
+    return random + [("matched", kind, layers) for kind, layers in added]
 
 
 def _condition(swapper, name: str, layers: Iterable[int], moved: str, recipe: surgery.Recipe, more: dict) -> Condition:
@@ -318,10 +318,10 @@ def _condition(swapper, name: str, layers: Iterable[int], moved: str, recipe: su
 
 
 def add_flags(p, own_file: str) -> None:
-    """The flags of both scripts; `own_file` ("interface", "lsn_rich") says which layers the swap itself needs."""
+    """The flags of both scripts; `own_file` ("interface", "lsn_rich"): the layers that the treatment itself needs."""
     add = p.add_argument
     add("--base-model", "--base", metavar="B", help="base model; default: the study's base")
-    words = "run of checkpoints, or one; default: the study's run"
+    words = "run of checkpoints, or a single one; default: the study's run"
     add("--checkpoint-dir", "--run", nargs="+", metavar="RUN", help=words)
     for place, words in (
         ("interface", "file of step 2 with interface_layers"),
@@ -332,8 +332,8 @@ def add_flags(p, own_file: str) -> None:
     words = "folder for the swapped run; default: the study's folder of this script"
     add("--output-dir", "--output", metavar="OUT", help=words)
     controls.add_flag(p, "this swap, in memory on the last checkpoint,")
-    words = "beside OUT also write OUT.<condition>/ for these crossed controls; without a value all of them that "
-    words += "leave the embeddings alone"
+    words = "also write OUT.<condition>/ for these crossed controls; without a value for all of them that leave the "
+    words += "embeddings alone"
     add("--crossed-folders", nargs="*", metavar="CONDITION", help=words)
     cli.add_run_flags(p)
     evaluation.add_flags(p)
@@ -342,20 +342,20 @@ def add_flags(p, own_file: str) -> None:
 
 
 def run(args, treatment: str, step: str) -> None:
-    """What both scripts do with their arguments.
+    """Run either script.
 
     Args:
         treatment: the script's condition.
-        step: its place in a study.
+        step: the script's key in a study's results.
     """
     if args.controls and args.crossed_folders is not None:
-        raise InputError("--controls writes no folders: give --crossed-folders in a command of its own")
+        raise InputError("--controls writes no folders: give --crossed-folders in a separate command")
     study = Study.find(args.study, args.seed, args.arm)
     base = refs.model(study.value(args.base_model, "--base-model", "base"))
     spec = study.value(args.checkpoint_dir, "--checkpoint-dir", "run")
     checkpoints = refs.run(spec, args.steps)
     opening.look_over(checkpoints)
-    # Folders are a checkpoint's each, whichever of the run there are; the controls are of its last one.
+    # There is a folder per checkpoint, so parts of a run share OUT; the controls are only of the last checkpoint.
     part = {"steps": args.steps, "limit": args.limit, "last": True} if args.controls else {}
     out = study.output(
         args.output_dir, "--output-dir", step, beside.name(study, args.base_model, args.checkpoint_dir, **part)
@@ -369,7 +369,7 @@ def run(args, treatment: str, step: str) -> None:
         processes.Process.refuse_several("writing model folders")
         named = crossed(treatment, lists, having)
         written = {out: named[0]} | crossed_folders(args.crossed_folders, named, out)
-        plans = [plan_run(base, checkpoints, what, place, spec, args.overwrite) for place, what in written.items()]
+        plans = [plan_run(base, checkpoints, swap, folder, spec, args.overwrite) for folder, swap in written.items()]
         for plan in plans:
             write_run(base, checkpoints, plan, args.overwrite, known["gate"])
         return
@@ -383,15 +383,15 @@ def run(args, treatment: str, step: str) -> None:
 def read_lists(
     args, study: Study, treatment: str, n_layers: int, models: list[dict]
 ) -> tuple[dict[str, list[int]], dict]:
-    """The layers of the places that are needed, the script's own first; languages and gate of the files' headers."""
+    """The layers of the places needed, the treatment's first; languages and gate from the headers of the files."""
     given = {"interface": args.layer_selection, "lsn_rich": args.layer_list}
-    mine = treatment.partition("_")[2]
+    treatment_place = treatment.partition("_")[2]
     lists, known, paths = {}, {}, []
-    for place in sorted(given, key=lambda name: name != mine):
+    for place in sorted(given, key=lambda name: name != treatment_place):
         file = layer_lists.FILES[place]
-        if place != mine and not args.controls and args.crossed_folders is None:
+        if place != treatment_place and not args.controls and args.crossed_folders is None:
             continue
-        if place != mine and args.controls and given[place] is None and not study:
+        if place != treatment_place and args.controls and given[place] is None and not study:
             cli.say(f"without {file.flag} the crossed controls are left out: only random layers are compared")
             continue
         path = study.input(given[place], file.flag, file.step)
@@ -402,7 +402,7 @@ def read_lists(
         counts = payload.get("counts") or []
         bare = [layer for layer in lists[place] if layer < len(counts) and not counts[layer]]
         if bare:
-            cli.warn(f"{path}: layers {bare} have no neuron of the language; they only fill up the number of layers")
+            cli.warn(f"{path}: layers {bare} have no neurons of the language; they only make up the number of layers")
         target = study.value(args.target_lang, "--target-lang", "languages.target", None)
         if target and payload.get("language") and not languages.same(payload["language"], target):
             cli.warn(f"{path} is about the neurons of {payload['language']}, not of {target}")
@@ -411,16 +411,16 @@ def read_lists(
 
 
 def crossed_folders(names: list[str] | None, known: list[ComponentSwap], out: Path) -> dict[Path, ComponentSwap]:
-    """Where to write which crossed controls, of the `known` conditions; the first is the script's own.
+    """The crossed controls to write, by folder, out of the `known` conditions, whose first is the treatment.
 
     Raises:
-        InputError: a name that is no crossed condition.
+        InputError: a name that is not a crossed condition.
     """
     if names is None:
         return {}
-    treatment, there = known[0].name, {condition.name: condition for condition in known if condition.component}
-    same = {other: condition.name for condition in there.values() for other in condition.also}
-    crossed = {name: condition for name, condition in there.items() if name != treatment}
+    treatment, by_name = known[0].name, {condition.name: condition for condition in known if condition.component}
+    same = {other: condition.name for condition in by_name.values() for other in condition.also}
+    crossed = {name: condition for name, condition in by_name.items() if name != treatment}
     for name in names:
         if name in same:
             raise InputError(f"--crossed-folders: {name} is the same swap as {same[name]}; leave it out")

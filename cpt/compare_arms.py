@@ -1,9 +1,9 @@
-"""What a part of the model is needed for: arms, the same CPT with that part frozen, beside the plain run.
+"""What a part of the model is needed for: compare arms (the same CPT with that part frozen) with the plain run.
 
 In:   a study with `arms`; its base, its run and the runs of its arms (cpt/train.py --stage cpt, with --arm NAME), each
-      measured at its last checkpoint. In a study of Part II also the plain run's mask, its control and token ids.
+      measured at its last checkpoint. In a study with Part II also the plain run's mask, its control and token ids.
 Out:  OUT (default: the study's arms.json): the values of base, plain run and arms, the share of the plain run's gain
-      that an arm reached, and the arm minus the plain run; OUT.pt with the values of every sentence (document, row,
+      that each arm reached, and the arm minus the plain run; OUT.pt with the values of every sentence (document, row,
       block of tokens), OUT.md with a table, and a figure.
       With --seeds, from the arms.json of each seed: shares, their mean, spread and number, with table and figure.
 
@@ -38,13 +38,13 @@ freezing = cli.sibling("cpt/freezing.py")
 
 SCHEMA = "arms"
 RESULTS = {"arms": "arms.json"}
-ASKED = {"arms": "How much of what training gains is still gained with a part of the model frozen?"}
+ASKED = {"arms": "How much of the gain from training remains if a part of the model is frozen?"}
 CAPTIONS = {
     "arms": """Part I: 6. Arms
         The same continued pre-training with a part of the model frozen: the share of the plain run's gain that each arm
-        reached, 0 where it stayed at the base and 1 where it did as well, with 95 % intervals over sentences
-        (documents, rows, blocks of tokens; a narrow one hides behind its point). No point where it is not clear that
-        the plain run gained anything. Of LSN activation it is the share of its change, whichever way that goes.""",
+        reached (0: no better than the base, 1: as good as the plain run), with 95 % intervals over sentences
+        (documents, rows, blocks of tokens; a narrow interval is hidden by its point). There is no point if it is not
+        clear that the plain run gained anything. For LSN activation: the share of its change in either direction.""",
 }
 LSN = evaluation.Measure("LSN activation, change as in the plain run", True, "lsn")
 
@@ -53,56 +53,56 @@ LSN = evaluation.Measure("LSN activation, change as in the plain run", True, "ls
 
 
 def compare(arm, base, plain, sign: int, seed: int) -> dict:
-    """`share` of the plain run's gain that an arm reached, None where that gain's interval is not above 0, and
-    `minus_plain`, with intervals of one bootstrap over units.
+    """`share` of the plain run's gain that an arm reached (None unless the interval of that gain lies above 0), and
+    `minus_plain`, with intervals from the same bootstrap over units.
 
     Args:
         arm, base, plain: values [units], paired.
-        sign: 1 where more is better, else -1.
+        sign: 1 if higher is better, else -1.
     """
     change, gain = arm - plain, sign * (plain - base)
     low, high = stats.bootstrap_mean(change, seed)
-    found = {"share": None, "minus_plain": {"value": float(change.mean()), "ci_low": low, "ci_high": high}}
-    if stats.bootstrap_mean(gain.round(9), seed)[0] > 0:  # equal hits are no gain by their last bit
-        own, weights = sign * (arm - base), stats.resample_weights(len(gain), seed, 2000)
-        drawn = stats.shares(weights @ own, weights @ gain)
-        found["share"] = stats.with_interval(own.sum() / gain.sum(), drawn)
-    return found
+    result = {"share": None, "minus_plain": {"value": float(change.mean()), "ci_low": low, "ci_high": high}}
+    if stats.bootstrap_mean(gain.round(9), seed)[0] > 0:  # rounded, so that equal hits give no gain in the last bit
+        arm_gain, weights = sign * (arm - base), stats.resample_weights(len(gain), seed, 2000)
+        drawn = stats.shares(weights @ arm_gain, weights @ gain)
+        result["share"] = stats.with_interval(arm_gain.sum() / gain.sum(), drawn)
+    return result
 
 
 def difference(model, arch: archs.Arch, blocks: torch.Tensor, followed: dict[str, masks.Layers]) -> dict:
-    """The mean activation of the masks "language" minus "control" over all blocks [blocks, size], and in each."""
-    whole, each = activation.Activations(model, arch, followed), []
-    for block in blocks.split(1):
-        one = activation.Activations(model, arch, followed)
-        one.add(block)
-        whole.include([one.state()])
-        each.append(one.mean("language") - one.mean("control"))
-    return {"value": whole.mean("language") - whole.mean("control"), "blocks": each}
+    """Mean activation in the mask "language" minus that in "control": over all blocks [blocks, size], and per block."""
+    total, by_block = activation.Activations(model, arch, followed), []
+    for ids in blocks.split(1):
+        block = activation.Activations(model, arch, followed)
+        block.add(ids)
+        total.include([block.state()])
+        by_block.append(block.mean("language") - block.mean("control"))
+    return {"value": total.mean("language") - total.mean("control"), "blocks": by_block}
 
 
 def with_activation(records: list[dict]) -> None:
-    """Turn differences of activation into how far each model is from the base's, in the plain run's direction: of the
-    plain run |d|, as step 10 follows it, below 0 of an arm that goes the other way.
+    """Turn activation differences into each model's distance from the base in the plain run's direction: |d| of step 10
+    for the plain run, negative for an arm that moves the other way.
 
     Args:
-        records: base, plain run, arms. The mean of the blocks' values is their value (of experts' neurons: about).
+        records: base, plain run, arms. The mean over blocks is the value (for experts' neurons: approximately).
     """
-    found = [record.pop("lsn") for record in records]
-    base, plain = found[:2]
+    by_model = [record.pop("lsn") for record in records]
+    base, plain = by_model[:2]
     sign = math.copysign(1, plain["value"] - base["value"])
-    for record, one in zip(records, found, strict=True):
-        record["values"]["lsn_activation"] = sign * (one["value"] - base["value"]) + 0.0  # of the base 0, and not -0
-        record["units"]["lsn_activation"] = [sign * (a - b) for a, b in zip(one["blocks"], base["blocks"], strict=True)]
+    for record, lsn in zip(records, by_model, strict=True):
+        record["values"]["lsn_activation"] = sign * (lsn["value"] - base["value"]) + 0.0  # turns the base's -0 into 0
+        record["units"]["lsn_activation"] = [sign * (a - b) for a, b in zip(lsn["blocks"], base["blocks"], strict=True)]
 
 
 def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, dict], seed: int) -> tuple[dict, dict]:
-    """What arms.json holds, and the units of each measure, float64 [models, units], in the order of `models`.
+    """The contents of arms.json, and the units of each measure, float64 [models, units], in the order of `models`.
 
     Args:
-        records: of "base", "plain" and every arm: `name`, `values`, `units`.
+        records: "base", "plain" and every arm: `name`, `values`, `units`.
         asked: arm -> its keys in the study.
-        trained: arm -> what was trained, of the header of its train.json; {} where that is not known.
+        trained: arm -> `trained` in the header of its train.json; {} if unknown.
     """
     measures = {name: LSN if name == "lsn_activation" else evaluation.named(name) for name in records[0]["units"]}
     units = {name: np.asarray([record["units"][name] for record in records], dtype=np.float64) for name in measures}
@@ -115,57 +115,57 @@ def payload_of(records: list[dict], asked: dict[str, dict], trained: dict[str, d
         facts = {key: trained[name].get(key) for key in ("trainable_parameters", "share_of_parameters")}
         facts["layers"] = trained[name].get(freezing.mode_of(asked[name]), {}).get("layers")
         models[name] |= {"what": asked[name], **facts, "share": {}, "minus_plain": {}}
-        for measure, what in measures.items():
-            sign = 1 if what.higher_is_better else -1
-            found = compare(units[measure][i], units[measure][0], units[measure][1], sign, seed)
-            for key, value in found.items():
+        for measure, kind in measures.items():
+            sign = 1 if kind.higher_is_better else -1
+            result = compare(units[measure][i], units[measure][0], units[measure][1], sign, seed)
+            for key, value in result.items():
                 models[name][key][measure] = value
-    told = {name: {"label": m.label, "higher_is_better": m.higher_is_better} for name, m in measures.items()}
-    return {"measures": told, "models": models}, {name: torch.from_numpy(values) for name, values in units.items()}
+    labels = {name: {"label": m.label, "higher_is_better": m.higher_is_better} for name, m in measures.items()}
+    return {"measures": labels, "models": models}, {name: torch.from_numpy(values) for name, values in units.items()}
 
 
-# ---------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------- measuring the models
 
 
 def arms_of(study: Study, base: refs.ModelRef, plain: refs.ModelRef) -> tuple[dict, dict]:
-    """The arms' last checkpoints, and what was trained of each.
+    """The arms' last checkpoints, and the trained part of each.
 
     Raises:
-        InputError: the study has none, one is not trained, or with other data, order, steps, seed or part than now;
-            a part in words (hub, lsn) is also compared by its layers and neurons.
+        InputError: the study has no arms; one is not trained, or was trained with other data, order, steps, seed or
+            part than the study now asks for (a part in words, hub or lsn, is compared by its layers and neurons).
     """
-    plain_run, found, trained = Path(study.get("run")), {}, {}
+    plain_run, checkpoints, trained = Path(study.get("run")), {}, {}
     wanted = runs.settings_of_plain(plain_run)
     known = relatives.of([base], study.get("base"), study.get("run"))
     for name, asked in study.get("arms", {}).items():
         run = Path(study.of_arm(name).get("run"))
         how = f"run cpt/train.py --stage cpt --arm {name}"
-        made, trained[name] = runs.settings_of(run)
-        if made is None:
+        settings, trained[name] = runs.settings_of(run)
+        if settings is None:
             raise InputError(f"{run} holds no finished training; {how} first")
-        if other := runs.other_training(made, wanted):
-            raise InputError(f"{run} is no arm of {plain_run} ({other}); {how}")
-        runs.refuse_other_start(run, made, base, f"{how} --overwrite")
+        if other := runs.other_training(settings, wanted):
+            raise InputError(f"{run} is not an arm of {plain_run} ({other}); {how}")
+        runs.refuse_other_start(run, settings, base, f"{how} --overwrite")
         mode = freezing.mode_of(asked)
-        told = (layer_sets.words_of(asked[mode]), mode in trained[name], asked.get("io", trained[name].get("io")))
-        if told != (trained[name].get("words"), True, trained[name].get("io")):
+        keys = (layer_sets.words_of(asked[mode]), mode in trained[name], asked.get("io", trained[name].get("io")))
+        if keys != (trained[name].get("words"), True, trained[name].get("io")):
             raise InputError(f"{run} was trained as another arm than {name} is in the study now; {how} --overwrite")
-        # The same words may mean other layers or neurons since: step 2 was run again, or the mask was made anew.
+        # The same words may now mean other layers or neurons, if step 2 was rerun or the mask was made again.
         part = freezing.read(asked, layer_sets.Place(base.config(), study, known)).facts()[mode]
         if not results.same(part, trained[name][mode]):
             difference = results.diff_request(trained[name][mode], part)
-            raise InputError(f"{run}: {mode} {told[0]} means something else now ({difference}); {how} --overwrite")
-        found[name] = refs.run(str(run))[-1]
-        if found[name].step != plain.step:
-            raise InputError(f"{run} ends at step {found[name].step}, the plain run at {plain.step}; {how}")
-    if not found:
+            raise InputError(f"{run}: {mode} {keys[0]} means something else now ({difference}); {how} --overwrite")
+        checkpoints[name] = refs.run(str(run))[-1]
+        if checkpoints[name].step != plain.step:
+            raise InputError(f"{run} ends at step {checkpoints[name].step}, the plain run at {plain.step}; {how}")
+    if not checkpoints:
         raise InputError(f"{study.path or 'the study'} has no arms; name some under the key arms (cpt/README.md)")
-    return found, trained
+    return checkpoints, trained
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """The target language's neurons in the plain run's mask, their control, and the blocks of its text."""
+    """The target language's neurons in the plain run's mask, their control, and the blocks of target-language text."""
 
     followed: dict[str, masks.Layers]
     blocks: torch.Tensor
@@ -173,7 +173,7 @@ class Neurons:
 
     @classmethod
     def find(cls, study: Study, plain: refs.ModelRef, limit: int | None) -> Neurons | None:
-        """Those of a study with Part II; None of another one."""
+        """Read them from a study with Part II; None for any other study."""
         target, codes = study.get("languages.target"), [str(code) for code in study.get("languages.lsn", [])]
         if not study.get("tokens") or languages.find(codes, str(target), default=None) is None:
             return None
@@ -181,17 +181,17 @@ class Neurons:
         widths = ffn.widths(archs.for_config(config), config)
         known = relatives.of([plain], study.get("base"), study.get("run"))
         files = [study.input(None, "--mask_file", step) for step in ("lsn_mask", "lsn_control")]
-        own, control = masks.read_both(*files, str(target), len(widths), widths, known)
+        language, control = masks.read_both(*files, str(target), len(widths), widths, known)
         size = ffn.block_size(config, None, study.get("lsn.block_size"))
         ids = counting.id_file(study, str(target))
         blocks, facts = counting.read(ids, plain, study.get("run"), size, activation.TOKENS, limit)
-        facts = {"ids": facts, "block_size": size, "mask": digest([own, control])}
-        return cls({"language": own, "control": control}, blocks, facts)
+        facts = {"ids": facts, "block_size": size, "mask": digest([language, control])}
+        return cls({"language": language, "control": control}, blocks, facts)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured on every model: `evaluation.Test`, and the activation of the neurons, `lsn`."""
+    """What is measured on every model: an `evaluation.Test`, and the activation of the neurons, `lsn`."""
 
     test: evaluation.Test
     neurons: Neurons | None
@@ -201,10 +201,10 @@ class Bench:
         return self.test.facts
 
     def on(self, model, arch: archs.Arch, tokenizer, name: str) -> dict:
-        found = self.test.on(model, arch, tokenizer, name)
+        record = self.test.on(model, arch, tokenizer, name)
         if self.neurons:
-            found["lsn"] = difference(model, arch, self.neurons.blocks, self.neurons.followed)
-        return found
+            record["lsn"] = difference(model, arch, self.neurons.blocks, self.neurons.followed)
+        return record
 
 
 def measure_arms(study: Study, output: Path, args) -> None:
@@ -212,21 +212,21 @@ def measure_arms(study: Study, output: Path, args) -> None:
     base, plain = refs.model(study.value(None, "--base", "base")), refs.run(study.value(None, "--run", "run"))[-1]
     arms, trained = arms_of(study, base, plain)
     neurons = None if args.measures else Neurons.find(study, plain, args.limit)
-    found = {"base": base, "plain": plain, **arms}
-    measure(found, study.get("arms"), trained, study.get("run"), study, output, args, neurons)
+    models = {"base": base, "plain": plain, **arms}
+    measure(models, study.get("arms"), trained, study.get("run"), study, output, args, neurons)
 
 
 def measure(
     found: dict[str, refs.ModelRef], asked: dict[str, dict], trained: dict[str, dict], run: str, study: Study,
     output: Path, args, neurons: Neurons | None = None,
 ) -> bool:  # fmt: skip
-    """Measure `found`, "base" and "plain" first, and write `output` with its figure and table.
+    """Measure the models in `found`, "base" and "plain" first, and write `output` with its figure and table.
 
     Args:
-        asked, trained: of all others, see `payload_of`. run: whose tokenizer they have where they have none.
+        asked, trained: of all other models, see `payload_of`. run: provides the tokenizer of models without one.
 
     Returns:
-        whether this process is the one that writes.
+        whether this is the process that writes.
     """
     test = evaluation.test_from_arguments(args, study, {}, retrieval.of_pairs, study.get("data.heldout"))
     trial = Trial.from_arguments(args, study, found, Bench(test, neurons), run)
@@ -240,9 +240,9 @@ def measure(
         draw(path, payload)
         results.write_text(output.with_suffix(".md"), table(payload))
 
-    wanted = [Condition(role, {}, of=role) for role in found]
-    own = {"measures": test.measures(), "neurons": neurons and neurons.facts}
-    trial.measure(output, wanted, SCHEMA, own, payload, show=show, say=lambda payload: cli.say(table(payload)))
+    conditions = [Condition(role, {}, of=role) for role in found]
+    facts = {"measures": test.measures(), "neurons": neurons and neurons.facts}
+    trial.measure(output, conditions, SCHEMA, facts, payload, show=show, say=lambda payload: cli.say(table(payload)))
     return trial.process.is_main
 
 
@@ -255,7 +255,7 @@ def told(what: dict) -> str:
 
 
 def table(payload: dict) -> str:
-    """A row a model: what was trained, and for each measure the value and the share of the gain, in Markdown."""
+    """Markdown table with a row per model: what was trained, and the value and share of the gain of each measure."""
     rows = []
     for name, model in payload["models"].items():
         is_arm = "what" in model
@@ -273,12 +273,12 @@ def panels(
     path: Path, measures: dict, names: list[str], points, axis_label: str = "share of the gain",
     lines=(("-", 1, "plain run"), (":", 0, "base")), bands: tuple[float, ...] = (),
 ) -> None:  # fmt: skip
-    """A panel a measure: the share of the gain on its axis, a row an arm; the plain run is the line at 1.
+    """A panel per measure with a row per arm and the share of the gain on the axis; the line at 1 is the plain run.
 
     Args:
         points: (measure, arm) -> values to draw as points, their mean, and an interval or None.
-        axis_label, lines, bands: for another number than that share; lines are (style, value, name), bands shaded from
-            minus to plus their value.
+        axis_label, lines, bands: for numbers other than that share; lines are (style, value, name), bands are shaded
+            from minus to plus their value.
     """
     with figures.style() as plt:
         size, named = (figures.PAGE, 1.1 + 0.24 * len(names)), {}
@@ -289,19 +289,19 @@ def panels(
                 axis.axvspan(-end, end, color=figures.colour("random"), alpha=0.15, linewidth=0, label=label)
             for line, at, label in lines:
                 axis.axvline(at, color=figures.colour("random"), linewidth=0.8, linestyle=line, label=label)
-            drawn = [points(measure, name) for name in names]
-            for row, (each, mean, interval) in enumerate(drawn):
-                seeds = axis.plot(each, [row] * len(each), "|", color=figures.colour("random"))
+            rows = [points(measure, name) for name in names]
+            for row, (values, mean, interval) in enumerate(rows):
+                seeds = axis.plot(values, [row] * len(values), "|", color=figures.colour("random"))
                 whisker = axis.plot(interval or [], [row, row] if interval else [], "-", color=figures.colour("hub"))
                 if mean is not None:
                     axis.plot([mean], [row], "o", color=figures.colour("hub"))
-                if each:
+                if values:
                     named.setdefault("a seed", seeds[0])
                 if interval:
                     named.setdefault("95 % interval", whisker[0])
-            if all(mean is None for _, mean, _ in drawn):
-                place = {"transform": axis.transAxes, "ha": "center", "va": "center", "fontsize": 6.5}
-                axis.text(0.5, 0.5, "no clear gain\nof the plain run", **place)
+            if all(mean is None for _, mean, _ in rows):
+                how = {"transform": axis.transAxes, "ha": "center", "va": "center", "fontsize": 6.5}
+                axis.text(0.5, 0.5, "no clear gain\nof the plain run", **how)
             axis.set_title(figures.measure(measure, what["label"], 18))
             axis.set_xlabel(axis_label.replace("the gain", "change") if measure == "lsn_activation" else axis_label)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -313,7 +313,7 @@ def panels(
 
 
 def target_alone(measures: dict) -> dict:
-    """The measures without the losses in other languages, in which most runs gain nothing."""
+    """The measures without the losses in other languages, where most runs gain nothing."""
     return {name: what for name, what in measures.items() if ":" not in name}
 
 
@@ -327,12 +327,12 @@ def draw(path: Path, payload: dict) -> None:
     panels(path, target_alone(payload["measures"]), list(models), points)
 
 
-# ---------------------------------------------------------------- seeds side by side
+# ---------------------------------------------------------------- comparison of seeds
 
 
 def drawn(what: dict, seed: int) -> dict:
-    """The keys of an arm with the run's seed as a study writes it, {seed}: at the end of words, there also behind other
-    digits (1{seed}), anywhere in paths."""
+    """The keys of an arm with the run's seed replaced by {seed}, as in a study: at the end of words, also after other
+    digits (1{seed}), and anywhere in paths."""
     in_words, in_paths = rf"(?<=:)(\d*?){seed}(?=$|/)", rf"(?<!\d)(?<!\d\.)(){seed}(?!\.?\d)"
     return expand(what, lambda text: re.sub(in_paths if ".json" in text else in_words, r"\1{seed}", text))
 
@@ -340,62 +340,61 @@ def drawn(what: dict, seed: int) -> dict:
 def over_seeds(found: dict[int, dict]) -> dict:
     """{"seeds", "measures", "arms": {arm: {"what", measure: {"shares": [by seed], "mean", "sd", "n"}}}}.
 
-    `n` counts the seeds whose plain run gained; `sd` is the sample's, None of one.
+    `n` counts the seeds whose plain run gained; `sd` is that of the sample, None for a single seed.
 
     Raises:
-        InputError: seeds with other arms or measures.
+        InputError: seeds with different arms or measures.
     """
     first = next(iter(found.values()))
-    asked = {seed: {name: m["what"] for name, m in one["models"].items() if "what" in m} for seed, one in found.items()}
+    asked = {seed: {name: m["what"] for name, m in payload["models"].items() if "what" in m}
+             for seed, payload in found.items()}  # fmt: skip
     arms = next(iter(asked.values()))
-    # A part drawn with the seed of its run is another one in each: "random:2:{seed}".
+    # A part drawn with the seed of its run differs between seeds: "random:2:{seed}".
     arms = {name: what if all(each.get(name) == what for each in asked.values()) else drawn(what, next(iter(found)))
             for name, what in arms.items()}  # fmt: skip
     for seed, theirs in asked.items():
-        alike = theirs.keys() == arms.keys() and all(w in (theirs[n], drawn(theirs[n], seed)) for n, w in arms.items())
-        if not alike or found[seed]["measures"] != first["measures"]:
+        same = theirs.keys() == arms.keys() and all(w in (theirs[n], drawn(theirs[n], seed)) for n, w in arms.items())
+        if not same or found[seed]["measures"] != first["measures"]:
             raise InputError(f"seed {seed} has other arms or measures than seed {next(iter(found))}; measure it again")
-    told = {}
+    by_arm = {}
     for name, what in arms.items():
-        told[name] = {"what": what}
+        by_arm[name] = {"what": what}
         for measure in first["measures"]:
             shares = [payload["models"][name]["share"][measure] for payload in found.values()]
             values = [share["value"] if share else None for share in shares]
-            there = np.asarray([value for value in values if value is not None])
-            told[name][measure] = {
-                "shares": values, "mean": float(there.mean()) if len(there) else None,
-                "sd": float(there.std(ddof=1)) if len(there) > 1 else None, "n": len(there),
+            clear = np.asarray([value for value in values if value is not None])
+            by_arm[name][measure] = {
+                "shares": values, "mean": float(clear.mean()) if len(clear) else None,
+                "sd": float(clear.std(ddof=1)) if len(clear) > 1 else None, "n": len(clear),
             }  # fmt: skip
-    return {"seeds": list(found), "measures": first["measures"], "arms": told}
+    return {"seeds": list(found), "measures": first["measures"], "arms": by_arm}
 
 
 def gain_told(own: dict) -> str:
-    """ "0.65 ± 0.21 (n 2)": the share of the gain over seeds."""
+    """The share of the gain over seeds, like "0.65 ± 0.21 (n 2)"."""
     spread = f" ± {own['sd']:.2f}" if own["sd"] is not None else ""
     return f"{own['mean']:.2f}{spread} (n {own['n']})" if own["n"] else "no clear gain"
 
 
 def compare_seeds(args, output: Path) -> None:
     """Write the table of several seeds, from the arms.json of each."""
-    found, models = {}, {}
+    by_seed, seed_of = {}, {}
     for seed in args.seeds:
         path = Study.find(args.study, seed).input(None, "--study", "arms", f" --seed {seed}")
-        found[seed], head = results.read_json(path, SCHEMA)
+        by_seed[seed], head = results.read_json(path, SCHEMA)
         plain = head["models"]["plain"].get("weights_sample")
-        if plain in models:
-            raise InputError(
-                f"{path} is of the run that seed {models[plain]} has, too: each seed needs a run of its own"
-            )
-        models[plain] = seed
-    payload = over_seeds(found)
+        if plain in seed_of:
+            raise InputError(f"{path} comes from the same run as seed {seed_of[plain]}: each seed needs its own run")
+        seed_of[plain] = seed
+    payload = over_seeds(by_seed)
     rows = []
     for name, arm in payload["arms"].items():
         rows.append([name, told(arm["what"]), *(gain_told(arm[measure]) for measure in payload["measures"])])
     text = results.markdown(["arm", "", *(m["label"] for m in payload["measures"].values())], rows)
 
     def points(measure: str, name: str):
-        own = payload["arms"][name][measure]
-        return [share for share in own["shares"] if share is not None], own["mean"], None
+        gain = payload["arms"][name][measure]
+        return [share for share in gain["shares"] if share is not None], gain["mean"], None
 
     panels(output.with_suffix(""), target_alone(payload["measures"]), list(payload["arms"]), points)
     results.write_text(output.with_suffix(".md"), text)
@@ -405,7 +404,7 @@ def compare_seeds(args, output: Path) -> None:
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="set the results of these seeds side by side")
+    p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="compare the results of these seeds")
     text = "JSON to write; default: the study's arms.json; needed with --seeds"
     p.add_argument("-o", "--output", metavar="OUT", help=text)
     evaluation.add_flags(p)
@@ -424,8 +423,8 @@ def main(argv=None) -> None:
         compare_seeds(args, Path(args.output))
         return
     study = Study.find(args.study, args.seed)
-    other = f"limit-{args.limit}" if args.limit else "-".join(args.measures or ())
-    measure_arms(study, study.output(args.output, "--output", "arms", other), args)
+    suffix = f"limit-{args.limit}" if args.limit else "-".join(args.measures or ())
+    measure_arms(study, study.output(args.output, "--output", "arms", suffix), args)
 
 
 if __name__ == "__main__":

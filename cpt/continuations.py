@@ -1,9 +1,9 @@
-"""Makes a multiple-choice task from plain text of any language: which continuation is the sentence's own?
+"""Make a multiple-choice task from plain text in any language: which continuation completes the sentence?
 
-For a language without a benchmark, held-out text is enough: each sentence is cut in half, and a model chooses among its
-own second half and those of other sentences of like length, by log-likelihood. The task is one that lm_eval runs.
+For a language without a benchmark, held-out text is enough: each sentence is cut in half, and a model chooses by
+log-likelihood among the true second half and those of other sentences of similar length. lm_eval can run the task.
 
-In:   a text file, one sentence a line (.txt or .gz), held out from training.
+In:   a text file, one sentence per line (.txt or .gz), held out from training.
 Out:  OUT/continuation_<lang>.yaml and .jsonl (`context`, `choices`, `label`), for `lm_eval --include_path OUT`.
 
 Full: python cpt/continuations.py --text held-out.txt --language gle_Latn --out build/task --seed 0
@@ -22,7 +22,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.study import Study, expand_environment
 
 SCHEMA = "continuations"
-SHORTEST = 6  # words: less leaves halves that many sentences share
+SHORTEST = 6  # words; many shorter sentences share their halves
 TASK = """\
 # Made by cpt/continuations.py from {source}; {n} sentences, {choices} choices each, seed {seed}.
 task: "{name}"
@@ -42,10 +42,10 @@ metadata: {{version: 1.0}}
 
 
 def items(sentences: list[str], choices: int, seed: int) -> list[dict]:
-    """One item a sentence of at least SHORTEST words: `context` (first half), `choices`, `label` (its own's place).
+    """One item per sentence of at least SHORTEST words: `context` (first half), `choices`, `label` (the true one).
 
-    The wrong choices are second halves of sentences nearest in length, drawn among some ten times as many as are
-    needed, so that length gives nothing away. Sentences with the same second half are never set against each other.
+    The wrong choices are second halves of the sentences nearest in length, drawn from about ten times as many as
+    needed, so length gives nothing away. Sentences with the same second half are never choices in one item.
 
     Raises:
         InputError: fewer sentences than choices.
@@ -60,22 +60,22 @@ def items(sentences: list[str], choices: int, seed: int) -> list[dict]:
         raise InputError(f"{len(halves)} sentences of {SHORTEST} words or more are too few for {choices} choices")
     rng = random.Random(seed)
     order = sorted(range(len(halves)), key=lambda i: (len(halves[i][1]), i))
-    made = []
-    for place, i in sorted(enumerate(order), key=lambda pair: pair[1]):
-        context, own = halves[i]
-        reach = max(choices * 5, choices)
-        near = [halves[j][1] for j in order[max(0, place - reach) : place + reach + 1]]
-        others = sorted({ending for ending in near if ending != own})
+    rows = []
+    for rank, i in sorted(enumerate(order), key=lambda pair: pair[1]):
+        context, true_ending = halves[i]
+        reach = choices * 5
+        near = [halves[j][1] for j in order[max(0, rank - reach) : rank + reach + 1]]
+        others = sorted({ending for ending in near if ending != true_ending})
         if len(others) < choices - 1:
             continue
         drawn = rng.sample(others, choices - 1)
         label = rng.randrange(choices)
-        made.append({"context": context, "choices": [*drawn[:label], own, *drawn[label:]], "label": label})
-    return made
+        rows.append({"context": context, "choices": [*drawn[:label], true_ending, *drawn[label:]], "label": label})
+    return rows
 
 
 def write(out: Path, name: str, made: list[dict], source: str, choices: int, seed: int) -> Path:
-    """The task file and its rows. lm_eval reads the rows by an absolute path, so the folder is not to be moved."""
+    """Write the task file and its rows. The task holds the absolute path of the rows: do not move the folder."""
     data = out / f"{name}.jsonl"
     results.write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
     task = out / f"{name}.yaml"
@@ -86,7 +86,7 @@ def write(out: Path, name: str, made: list[dict], source: str, choices: int, see
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("--text", metavar="FILE", help="held-out sentences, one a line; default: the study's data.heldout")
+    p.add_argument("--text", metavar="FILE", help="held-out sentences, one per line; default: the study's data.heldout")
     p.add_argument("--language", metavar="LANG", help="their language; default: the study's languages.target")
     p.add_argument("--out", "--output", metavar="FOLDER", help="default: the study's data.task.dir")
     p.add_argument("--choices", type=int, default=4, metavar="N", help="continuations to choose from; default 4")
@@ -107,9 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.choices < 2:
         raise InputError(f"--choices {args.choices}: at least 2 are needed to choose from")
     sentences = [line.strip() for line in textfiles.texts(text)]
-    made = items(sentences[: args.limit], args.choices, study.seed)
-    task = write(out, f"continuation_{language}", made, text.name, args.choices, study.seed)
-    cli.say(f"{task}: {len(made)} items of {len(sentences)} sentences, chance {1 / args.choices:.2f}")
+    rows = items(sentences[: args.limit], args.choices, study.seed)
+    task = write(out, f"continuation_{language}", rows, text.name, args.choices, study.seed)
+    cli.say(f"{task}: {len(rows)} items of {len(sentences)} sentences, chance {1 / args.choices:.2f}")
 
 
 if __name__ == "__main__":

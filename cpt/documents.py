@@ -1,10 +1,10 @@
-"""Make training documents for a language pair (or several) from parallel and monolingual lines.
+"""Make training documents for one or more language pairs from parallel and monolingual lines.
 
 Three kinds: `monolingual` (lines of one language), `pairs` (a line and its translation) and `mixed` (lines of one
-language with words replaced by their translations, through a word lexicon learned from the parallel lines alone).
+language with words replaced by their translations, using a word lexicon learned from the parallel lines alone).
 
 In:  a documents file (YAML, see cpt/README.md), or two line-aligned files and flags.
-Out: OUT/<name>.txt, one document a line; OUT/lexicon.<a>-<b>.tsv; OUT/documents.json (counts, lines used), last.
+Out: OUT/<name>.txt, one document per line; OUT/lexicon.<a>-<b>.tsv; last OUT/documents.json (counts, lines used).
 
 Full:  MULTI30K_DIR=path/to/captions python cpt/documents.py --config studies/multi30k/documents.yaml --seed 0
 Tiny:  python cpt/documents.py --parallel en=a.txt ga=b.txt --parallel-lines 500 --output-dir build/documents
@@ -29,12 +29,12 @@ packing = cli.sibling("cpt/packing.py")
 runs = cli.sibling("cpt/runs.py")
 
 SCHEMA = "cpt-documents"
-NULL = ""  # the empty word of IBM model 1: source of target words that translate nothing
+NULL = ""  # the empty word of IBM model 1: the source of target words that translate nothing
 
 
 @functools.lru_cache(maxsize=1)
 def word_pattern() -> re.Pattern:
-    """Words: the longest runs of letters, marks and digits of any script (marks are why `\\w` will not do)."""
+    """Words: the longest runs of letters, marks and digits of any script (`\\w` lacks the marks)."""
     ranges = curves.blocks([code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] in "LMN"])
     return re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges) + "]+")
 
@@ -47,7 +47,7 @@ def ibm1(source: list[list[str]], target: list[list[str]], iterations: int = 10)
     """IBM model 1 (Brown et al. 1993, section 4.1): translation probabilities t(target word | source word) by EM.
 
     Each target word comes from one word of the source line or from NULL, all equally likely; t starts uniform over the
-    target words that occur together with the source word.
+    target words that co-occur with the source word.
 
     Args:
         source, target: aligned lines as lists of words.
@@ -58,7 +58,7 @@ def ibm1(source: list[list[str]], target: list[list[str]], iterations: int = 10)
     source = [[NULL, *line] for line in source]
     source_names, source_ids = _number(source)
     target_names, target_ids = _number(target)
-    # One entry per (source position, target position) of a line; `slot` numbers the target positions of all lines.
+    # One entry per (source position, target position) in a line; `slot` numbers the target positions of all lines.
     left, right, slot = [], [], []
     positions = 0
     for s, t in zip(source_ids, target_ids, strict=True):
@@ -96,7 +96,7 @@ def learn_lexicon(
 ) -> dict[str, str]:
     """Word pairs (word of a -> word of b) with a clear best translation in both directions.
 
-    A pair (v, w) is kept when w is the most probable translation of v, v that of w, both probabilities reach
+    A pair (v, w) is kept if v and w are each other's most probable translation, both probabilities are at least
     `min_probability`, both words occur at least `min_count` times, and they differ. So every word has at most one
     partner, and the inverse of the lexicon is the lexicon of the other direction.
     """
@@ -115,10 +115,10 @@ def learn_lexicon(
 
 
 def mix(line: str, lexicon: dict[str, str], probability: float, rng) -> tuple[str, int, int]:
-    """`line` with words of the lexicon replaced at `probability` each, capitals kept.
+    """`line` with each word in the lexicon replaced with `probability`, keeping capitals.
 
     Returns:
-        The new line, the number of its words, and the number replaced.
+        The new line, its number of words, and the number replaced.
     """
     total = replaced = 0
 
@@ -126,14 +126,14 @@ def mix(line: str, lexicon: dict[str, str], probability: float, rng) -> tuple[st
         nonlocal total, replaced
         total += 1
         word = match[0]
-        other = lexicon.get(word.lower())
-        # The draw is made for every word, so that a longer lexicon does not shift the draws of the words after it.
-        if rng.random() >= probability or other is None:
+        translation = lexicon.get(word.lower())
+        # Draw for every word, so that a longer lexicon does not shift the draws of later words.
+        if rng.random() >= probability or translation is None:
             return word
         replaced += 1
         if word.isupper() and len(word) > 1:
-            return other.upper()
-        return other[:1].upper() + other[1:] if word[:1].isupper() else other
+            return translation.upper()
+        return translation[:1].upper() + translation[1:] if word[:1].isupper() else translation
 
     return word_pattern().sub(change, line), total, replaced
 
@@ -144,7 +144,7 @@ def joined(lines: list[str]) -> str:
 
 
 def monolingual_documents(lines: list[str], size: int, passes: int, rng) -> list[str]:
-    """Documents of `size` lines each, drawn without return; another order in every pass. The last may be shorter."""
+    """Documents of `size` lines, drawn without replacement in a new order in each pass, whose last may be shorter."""
     documents = []
     for _ in range(passes):
         order = rng.permutation(len(lines)).tolist()
@@ -153,7 +153,7 @@ def monolingual_documents(lines: list[str], size: int, passes: int, rng) -> list
 
 
 def pair_documents(a: list[str], b: list[str], size: int, passes: int, rng) -> list[str]:
-    """Documents of `size` translation pairs; which language comes first is drawn for each document."""
+    """Documents of `size` translation pairs; which language comes first is random for each document."""
     documents = []
     for _ in range(passes):
         order = rng.permutation(len(a)).tolist()
@@ -166,7 +166,7 @@ def pair_documents(a: list[str], b: list[str], size: int, passes: int, rng) -> l
 def mixed_documents(
     a: list[str], b: list[str], lexicon: dict[str, str], size: int, probability: float, passes: int, rng
 ) -> tuple[list[str], dict]:
-    """Code-mixed documents of `size` lines: every line once in each language and pass, replacements drawn anew."""
+    """Code-mixed documents of `size` lines: every line once per language and pass, with new random replacements."""
     inverse = {w: v for v, w in lexicon.items()}
     documents, total, replaced = [], 0, 0
     for _ in range(passes):
@@ -184,8 +184,8 @@ def mixed_documents(
 def read_lines(spec, language: str) -> list[str]:
     """The lines of a file (see `textfiles`), several files, or hub data (the keys of `Hub` in cpt/keys.py, and column).
 
-    White space inside a line becomes single spaces; empty lines stay, because parallel lines are aligned by number, and
-    a null is an empty line.
+    White space inside a line becomes single spaces. Empty lines stay, because parallel lines are aligned by number; a
+    null counts as an empty line.
     """
     values = {"name": language, "weight": 1}
     if isinstance(spec, dict):
@@ -201,7 +201,7 @@ def read_lines(spec, language: str) -> list[str]:
 def read_parallel(files: dict) -> tuple[dict[str, list[str]], list[int]]:
     """Line-aligned texts by language, and the number (from 0) of each line in its file.
 
-    Lines that are empty in one language are dropped from all.
+    Lines that are empty in any language are dropped from all.
     """
     texts = {language: read_lines(spec, language) for language, spec in files.items()}
     lengths = {language: len(lines) for language, lines in texts.items()}
@@ -210,7 +210,7 @@ def read_parallel(files: dict) -> tuple[dict[str, list[str]], list[int]]:
         raise InputError(f"the parallel texts must be aligned line by line, but their numbers of lines differ: {have}")
     numbers = [i for i, row in enumerate(zip(*texts.values(), strict=True)) if all(row)]
     if not numbers:
-        raise InputError(f"the parallel texts ({', '.join(texts)}) hold no line that all languages have")
+        raise InputError(f"the parallel texts ({', '.join(texts)}) have no line that is present in all languages")
     return {language: [lines[i] for i in numbers] for language, lines in texts.items()}, numbers
 
 
@@ -220,7 +220,7 @@ def as_ranges(numbers: list[int]) -> str:
 
 
 def read_config(path: Path | None, given: dict, seed: int | None) -> dict:
-    """The documents file with flags laid over it, defaults filled in and every document kind checked."""
+    """The documents file with flags applied, defaults filled in and every document kind checked."""
     models, where = cli.sibling("cpt/keys.py"), path or Path("flags")
     config = keys.read(path, "give --config the path of a YAML file", "see cpt/README.md") if path else {}
     config |= {key: value for key, value in given.items() if value is not None}
@@ -255,20 +255,20 @@ def split_lines(config: dict, available: int) -> dict[str, list[int]]:
     """Disjoint seeded sets of line numbers, `parallel` and `monolingual`, each in increasing order."""
     n_parallel = config.get("parallel_lines") or available // 2
     if n_parallel > available:
-        raise InputError(f"parallel_lines is {n_parallel}, but there are {available} lines that all languages have")
+        raise InputError(f"parallel_lines is {n_parallel}, but there are {available} lines present in all languages")
     order = np.random.default_rng([config["seed"], 0]).permutation(available).tolist()
     rest = order[n_parallel:]
     wanted = config.get("monolingual_lines") or len(rest)
-    own_text = set(config.get("monolingual") or {}) >= set(config["parallel"])
-    if wanted > len(rest) and not own_text:
+    all_replaced = set(config.get("monolingual") or {}) >= set(config["parallel"])
+    if wanted > len(rest) and not all_replaced:
         raise InputError(
-            f"monolingual_lines is {wanted}, but {len(rest)} of {available} lines are left beside {n_parallel} parallel"
+            f"monolingual_lines is {wanted}, but {n_parallel} parallel lines leave only {len(rest)} of {available}"
         )
     return {"parallel": sorted(order[:n_parallel]), "monolingual": sorted(rest[:wanted])}
 
 
 def make(config: dict) -> dict:
-    """Write every documents file of `config`; returns the facts that documents.json holds."""
+    """Write every documents file of `config`; returns the contents of documents.json."""
     out = Path(config["output"])
     texts, numbers = read_parallel(config["parallel"])
     used = split_lines(config, len(numbers))
@@ -285,7 +285,7 @@ def make(config: dict) -> dict:
         if plan["kind"] == "monolingual":
             lines = monolingual[plan["language"]]
             if not lines:
-                raise InputError(f"{plan['name']}: no line is left beside the parallel ones; lower parallel_lines")
+                raise InputError(f"{plan['name']}: the parallel lines leave no other line; lower parallel_lines")
             documents = monolingual_documents(lines, plan["lines"], plan["passes"], rng)
         else:
             pair = tuple(plan["languages"])
@@ -310,12 +310,12 @@ def make(config: dict) -> dict:
 
 
 def save_lexicon(a: list[str], b: list[str], pair: tuple, settings: dict, out: Path) -> dict[str, str]:
-    """Learn the lexicon of a language pair and write it as two tab-separated columns."""
+    """Learn the lexicon of a language pair and write it in two tab-separated columns."""
     lexicon = learn_lexicon(a, b, **settings)
     name = "-".join(pair)
     if not lexicon:
         raise InputError(
-            f"no word pair of {name} is clear enough in {len(a)} parallel lines; give more of them, or lower "
+            f"no word pair of {name} is clear enough in {len(a)} parallel lines; give more lines, or lower "
             "lexicon.min_count or lexicon.min_probability (words are runs of letters: segment scripts without spaces)"
         )
     write_lines(out / f"lexicon.{name}.tsv", (f"{v}\t{w}" for v, w in sorted(lexicon.items())))
@@ -323,7 +323,7 @@ def save_lexicon(a: list[str], b: list[str], pair: tuple, settings: dict, out: P
 
 
 def settings_of(config: dict) -> dict:
-    """What decides the documents, wherever the texts lie."""
+    """Everything that determines the documents, without the location of the texts."""
 
     def identity(spec):
         if isinstance(spec, dict):
@@ -360,11 +360,11 @@ def build_parser():
     text = "documents file (YAML); default: the study's train.documents, if any"
     p.add_argument("--config", metavar="FILE", help=text)
     p.add_argument("--parallel", nargs="+", metavar="LANG=FILE", help="line-aligned files, two languages or more")
-    text = "more text of one language each; default: the lines not used as parallel"
+    text = "monolingual text of each language; default: the lines not used as parallel"
     p.add_argument("--monolingual", nargs="+", metavar="LANG=FILE", help=text)
     text = "lines used as parallel text; default: half of them"
     p.add_argument("--parallel-lines", type=cli.positive, metavar="N", help=text)
-    text = "of the other lines, how many are used; default: all"
+    text = "number of the other lines to use; default: all"
     p.add_argument("--monolingual-lines", type=cli.positive, metavar="N", help=text)
     text = "folder of the documents; default: output of the documents file"
     p.add_argument("--output-dir", "--output", metavar="OUT", help=text)
@@ -375,17 +375,17 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     path = args.config
     if path is None and args.parallel is None:
-        found = study.Study.find(args.study, args.seed, args.arm)
-        path = found.value(None, "--config or --parallel", "train.documents")
-        args.seed = args.seed if args.seed is not None else found.get("seed")
+        the_study = study.Study.find(args.study, args.seed, args.arm)
+        path = the_study.value(None, "--config or --parallel", "train.documents")
+        args.seed = args.seed if args.seed is not None else the_study.get("seed")
     given = {key: language_files(getattr(args, key), f"--{key}") for key in ("parallel", "monolingual")}
     given |= {key: getattr(args, key) for key in ("parallel_lines", "monolingual_lines")} | {"output": args.output_dir}
     config = read_config(Path(path) if path else None, given, args.seed)
     record = Path(config["output"]) / "documents.json"
     settings = settings_of(config)
     hint = "another --output-dir"
-    if results.finished(record, SCHEMA, settings, hint, args.overwrite, lambda found: found.get("settings")):
-        cli.say(f"{record} is there; nothing to do (--overwrite makes the documents again)")
+    if results.finished(record, SCHEMA, settings, hint, args.overwrite, lambda old: old.get("settings")):
+        cli.say(f"{record} exists; nothing to do (--overwrite makes the documents again)")
         return
     facts = make(config)
     results.write_json(record, {**facts, "settings": settings}, results.header(SCHEMA, seed=config["seed"]))

@@ -1,9 +1,9 @@
-"""What of a model a training leaves as it is, exactly: whole tensors, and entries of tensors that are trained in part.
+"""Keep a part of a model exactly unchanged in training: whole tensors, and entries of partly trained tensors.
 
-A frozen tensor asks for no gradient: it gets no optimizer state, no weight decay, and stands in no gradient norm. Of a
-tensor that is frozen in part (a neuron's rows of gate and up, its columns of down; one half of a fused projection) the
-frozen entries' gradients are set to zero before they are added up, clipped or shared, so that AdamW's moments of them
-stay zero, and their values are put back after every step, which undoes the decay, whatever the optimizer does.
+A frozen tensor requires no gradient: it gets no optimizer state and no weight decay, and adds nothing to the gradient
+norm. In a partly frozen tensor (a neuron's rows of gate and up, its columns of down; one half of a fused projection),
+the gradients of frozen entries are set to zero before they are accumulated, clipped or reduced, so their AdamW moments
+stay zero, and their values are restored after every step, which undoes decay whatever the optimizer does.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ MODES = runs.MODES
 
 
 def mode_of(values: dict) -> str | None:
-    """Which of MODES a training file, an arm or the settings of a run have; None: none."""
+    """The mode among MODES that a training file, an arm or the settings of a run use, or None."""
     return next((mode for mode in MODES if values.get(mode) is not None), None)
 
 
 def usual_io(mode: str | None) -> str:
-    """What embeddings, final norm and head do where nothing is said of them."""
+    """The default of `io` (embeddings, final norm and head)."""
     return "trained" if mode == "freeze" else "frozen"
 
 
 def read(values: dict, place: layer_sets.Place):
-    """What is trained in part, by the keys of a training file or an arm: `Choice`, `lora.Choice`, or None.
+    """The trained part that the keys of a training file or an arm ask for: `Choice`, `lora.Choice`, or None.
 
     Raises:
         InputError: a part that the model does not have.
@@ -49,9 +49,9 @@ def read(values: dict, place: layer_sets.Place):
 
 @dataclass(frozen=True)
 class Choice:
-    """What is asked for: `part` is frozen ("freeze") or alone is trained ("train_only"), of the layers.
+    """The request: `part` of the layers is frozen (mode "freeze") or is the only part trained ("train_only").
 
-    `io`: whether everything that is of no layer is trained, embeddings, final norm, output matrix.
+    `io`: whether everything outside the layers is trained (embeddings, final norm, output matrix).
     """
 
     mode: str
@@ -59,7 +59,7 @@ class Choice:
     io: bool
 
     def facts(self) -> dict:
-        """What decides the run, for its settings."""
+        """What determines the run, for its settings."""
         return {self.mode: self.part.facts(), "io": "trained" if self.io else "frozen"}
 
     def on(self, model: torch.nn.Module, base: refs.ModelRef) -> Frozen:
@@ -67,18 +67,18 @@ class Choice:
 
 
 class Frozen:
-    """Freezes what `choice` says of a loaded model; `restore`, called after every step, puts frozen entries back.
+    """Freezes the part of a loaded model that `choice` asks for; `restore`, called after each step, resets its entries.
 
     Args:
-        base: the model on disk that was loaded; its tensors tell where components and neurons are.
+        base: the model on disk that was loaded; its tensors show where components and neurons are.
 
     Attributes:
-        parts: parameter -> bool mask of its frozen entries, of those that are frozen in part.
-        unsharded: what FSDP and DeepSpeed, which cut tensors, cannot do; empty: nothing.
-        n_written, n_state: parameters in a checkpoint, and in a state to go on from.
+        parts: partly frozen parameter -> bool mask of its frozen entries.
+        unsharded: what cannot be done under FSDP and DeepSpeed, which split tensors; empty: nothing.
+        n_written, n_state: parameters in a checkpoint, and in a state to resume from.
 
     Raises:
-        InputError: nothing is left to train, or nothing is frozen; weights that are one in memory are asked to be both.
+        InputError: nothing is left to train, or nothing is frozen; shared weights would be both.
     """
 
     def __init__(self, model: torch.nn.Module, choice: Choice, base: refs.ModelRef):
@@ -107,7 +107,7 @@ class Frozen:
         self.unsharded = "neurons and parts of fused tensors cannot be frozen" if self.parts else ""
 
     def facts(self) -> dict:
-        """What was trained, for the record of the run."""
+        """What was trained, for the run's record."""
         n = self.arch.n_layers(self.config)
         facts = self.choice.facts() | {"words": self.choice.part.words, "layers_trained": self.layers}
         facts |= {"share_of_layers": len(self.layers) / n, "trainable_parameters": self.n_trained}
@@ -122,13 +122,13 @@ class Frozen:
         )
 
     def of_state(self, state: dict) -> dict:
-        """What of a state dict is in the states to go on from."""
+        """The entries of a state dict that belong in the states to resume from."""
         return state
 
     write = staticmethod(runs.write_model)
 
     def restore(self) -> None:
-        """Put the frozen entries of tensors that are trained in part back."""
+        """Reset the frozen entries of partly trained tensors to their original values."""
         with torch.no_grad():
             for parameter, (index, values) in self._held.items():
                 if index.device != parameter.device:
@@ -148,8 +148,8 @@ class Frozen:
         return self.parts[parameter]
 
     def _chosen(self, model: torch.nn.Module, base: refs.ModelRef) -> dict:
-        """parameter -> whether it is of the chosen part: True, or a bool mask of the entries that are."""
-        part, found = self.choice.part, {}
+        """Parameters with entries in the chosen part -> True (all entries), or a bool mask of these entries."""
+        part, chosen = self.choice.part, {}
         self._refuse_shared(model)
         if part.component is None and part.neurons is None:
             named = model.named_parameters()
@@ -160,32 +160,32 @@ class Frozen:
             locations = self.arch.locations({tensor for tensor, *_ in regions}, model, stored.shape)
             for tensor, expert, dim, positions in regions:
                 parameter = parameters.get(locations[tensor].name)
-                if parameter is None:  # a buffer, which no training changes
+                if parameter is None:  # a buffer, which training does not change
                     continue
-                mask = found.setdefault(parameter, torch.zeros(parameter.shape, dtype=torch.bool))
+                mask = chosen.setdefault(parameter, torch.zeros(parameter.shape, dtype=torch.bool))
                 view = locations[tensor].view(mask)
                 view = view if expert is None else view[expert]
                 if positions is None:
                     view.fill_(True)
                 else:
                     view.index_fill_(dim, positions, True)
-        return found
+        return chosen
 
     def _refuse_shared(self, model: torch.nn.Module) -> None:
-        """Refuse weights that several layers, or a layer and the embeddings, have in common, and that would be both."""
-        names: dict[torch.nn.Parameter, list[str]] = {}
+        """Refuse weights shared by several layers, or a layer and the embeddings, that are not all in the same part."""
+        names_of: dict[torch.nn.Parameter, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-        for own in names.values():
-            layers = {self.arch.layer_of(name) for name in own}
+            names_of.setdefault(parameter, []).append(name)
+        for names in names_of.values():
+            layers = {self.arch.layer_of(name) for name in names}
             if len({"io" if layer is None else layer in self.choice.part.layers for layer in layers}) > 1:
                 raise InputError(
-                    f"{self.choice.mode}: {self.choice.part.words!r} has a part in weights that {' and '.join(own[:3])}"
-                    " have in common; take all of these layers, or none"
+                    f"{self.choice.mode}: {self.choice.part.words!r} splits the weights that "
+                    f"{' and '.join(names[:3])} have in common; take all of these layers, or none"
                 )
 
     def _regions(self, layer: int, names: set[str], shape) -> list[tuple]:
-        """(tensor on disk, expert, dimension, positions or None) of the part in a layer."""
+        """The entries of the part in a layer: (tensor on disk, expert, dimension, positions or None for all)."""
         part, at = self.choice.part, (self.config, layer)
         if part.neurons is not None:
             return self._neuron_regions(layer, part.neurons[layer], names, shape)
@@ -194,13 +194,13 @@ class Frozen:
             parts = [p for name in archs.ATTENTION for p in self.arch.head_parts(*at, name, units, names, shape)]
             parts += self.arch.shared_parts(*at, names, shape)
         else:
-            own = [name for name in self.arch.projections(*at) if name in archs.FFN]
-            parts = [p for name in own for p in self.arch.parts(*at, name, names, shape)]
+            ffn = [name for name in self.arch.projections(*at) if name in archs.FFN]
+            parts = [p for name in ffn for p in self.arch.parts(*at, name, names, shape)]
         return [(p.tensor, p.expert, p.dim, _positions(p, shape)) for p in parts]
 
     def _neuron_regions(self, layer: int, neurons: list[int], names: set[str], shape) -> list[tuple]:
-        """Rows of gate and up with their biases, columns of down, of each expert's neurons its own."""
-        at, found = (self.config, layer), []
+        """Rows of gate and up with their biases, and columns of down; each expert's for its own neurons."""
+        at, regions = (self.config, layer), []
         groups = self.arch.neurons(*at)
         firsts = [group.first + e * group.width for group in groups for e in range(max(1, group.experts))]
         widths = [group.width for group in groups for _ in range(max(1, group.experts))]
@@ -209,22 +209,21 @@ class Frozen:
             weights = [p for p in parts if p.role == "weight"]
             biases = [p for p in parts if p.role == "bias"]
             of_bias = [p.expert if p.expert is not None else len(firsts) - 1 for p in biases]
-            numbered = [*enumerate(weights), *zip(of_bias, biases, strict=True)]
-            for number, p in numbered:
-                first, width = firsts[number], widths[number]
-                own = torch.tensor([n - first for n in neurons if first <= n < first + width], dtype=torch.long)
+            for group, p in [*enumerate(weights), *zip(of_bias, biases, strict=True)]:
+                first, width = firsts[group], widths[group]
+                inside = torch.tensor([n - first for n in neurons if first <= n < first + width], dtype=torch.long)
                 if name == "down_proj" and p.role == "bias":
-                    continue  # of no single neuron
+                    continue  # belongs to no single neuron
                 if name == "down_proj":
-                    found.append((p.tensor, p.expert, 1 - p.dim, own))
+                    regions.append((p.tensor, p.expert, 1 - p.dim, inside))
                 else:
                     every = _positions(p, shape)
-                    found.append((p.tensor, p.expert, p.dim, own if every is None else every[own]))
-        return found
+                    regions.append((p.tensor, p.expert, p.dim, inside if every is None else every[inside]))
+        return regions
 
 
 def _positions(part: archs.WeightSlice, shape) -> torch.Tensor | None:
-    """The entries of a part along its dimension; None: all."""
+    """The positions of a part along its dimension; None: all."""
     if part.index is None or isinstance(part.index, torch.Tensor):
         return part.index
     size = shape(part.tensor)[part.dim + (0 if part.expert is None else 1)]

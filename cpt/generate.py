@@ -1,14 +1,14 @@
-"""What a model writes: the same prompts continued by the base and every checkpoint, side by side, to be read before curves.
+"""What a model writes: the base and every checkpoint continue the same prompts, in tables to be read before any curve.
 
-Each prompt is continued by the most likely token at every place (greedy) and by draws. A draw takes the same random
-numbers in every model, and tokens in the order of their probability: two models that think alike write the same text.
+Each prompt is continued greedily and by sampling. Every model samples with the same random numbers, and tokens are
+sorted by probability, so two models with the same predictions write the same text.
 
-In:   B and RUN (default: the study's); prompts: --prompt TEXT .., --prompts FILE (one a line), or the first halves of
-      lines of held-out text (--heldout LANG=FILE; default: all of data.heldout), whose second halves stand beside them.
+In:   B and RUN (default: the study's); prompts: --prompt TEXT .., --prompts FILE (one per line), or the first halves of
+      lines of held-out text (--heldout LANG=FILE; default: all of data.heldout), with the second halves for comparison.
 Out:  OUT (default: the study's samples.json): {"prompts": [..], "models": {"base" or step: [[greedy, draw, ..], ..]}};
-      beside it .txt and .html, a table for each prompt with a row for each model.
+      next to it .txt and .html, a table for each prompt with a row for each model.
 
-A killed run goes on with the next model. On several GPUs: accelerate launch cpt/generate.py ...
+A killed run resumes at the next model. On several GPUs: accelerate launch cpt/generate.py ...
 
 Full: python cpt/generate.py --base meta-llama/Llama-2-7b-hf --run runs/eus --prompt "Euskal Herria" --output samples.json
 Tiny: python cpt/generate.py --study demo/tiny.yaml --tokens 8
@@ -53,8 +53,8 @@ th:first-child {{ width: 6.5rem }}
 
 
 def drawn(scores: torch.Tensor, u: float, temperature: float, top_p: float) -> int:
-    """The token that `u` in [0, 1) draws: the most likely tokens that together have `top_p` share [0, 1) by their
-    probability, the likelier before the others, and u falls into the share of one.
+    """The token that `u` in [0, 1) draws by inverting the cumulative distribution over the most likely tokens that
+    together have `top_p`, in decreasing order of probability.
 
     Args:
         scores: logits [vocabulary].
@@ -70,14 +70,14 @@ def continued(
     model: transformers.PreTrainedModel, tokenizer, prompts: list[str], tokens: int, samples: int, seed: int,
     temperature: float, top_p: float,
 ) -> list[list[dict]]:  # fmt: skip
-    """For each prompt the greedy continuation and `samples` drawn ones, as `text` and whether it `ended` by itself.
+    """For each prompt the greedy continuation and `samples` sampled ones: `text`, and whether the model `ended` it.
 
-    The rows of a batch are one prompt's, so that nothing is padded and no text depends on the other prompts.
+    A batch holds one prompt only, so nothing is padded and no text depends on the other prompts.
 
     Raises:
-        InputError: a prompt without tokens, or one that leaves no room in the model's positions.
+        InputError: a prompt has no tokens, or leaves no room in the model's positions.
     """
-    limit, found = batching.positions(model), []
+    limit, texts = batching.positions(model), []
     end = tokenizer.eos_token_id
     for number, prompt in enumerate(cli.progress(prompts, "prompts", unit="prompt")):
         (ids,) = scoring.beginnings(tokenizer, [prompt])
@@ -100,12 +100,12 @@ def continued(
             made = model.generate(
                 input_ids=rows, attention_mask=torch.ones_like(rows), generation_config=how, logits_processor=[choose]
             )
-        found.append([_text(tokenizer, ids, row, end) for row in made[:, len(ids) :].tolist()])
-    return found
+        texts.append([_text(tokenizer, ids, row, end) for row in made[:, len(ids) :].tolist()])
+    return texts
 
 
 def _text(tokenizer, prompt: list[int], made: list[int], end: int | None) -> dict:
-    """What was written behind the prompt; decoded with it, since a token alone may lose the space before it."""
+    """The text after the prompt; decoded together with it, since a token decoded alone may lose its leading space."""
     ended = end in made
     made = made[: made.index(end)] if ended else made
     how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -114,46 +114,46 @@ def _text(tokenizer, prompt: list[int], made: list[int], end: int | None) -> dic
 
 
 def halves(line: str) -> tuple[str, str]:
-    """A line cut in the middle, between words where it has any."""
+    """A line cut in the middle, between words if possible."""
     cut = line.find(" ", len(line) // 2)
     cut = len(line) // 2 if cut < 0 else cut
     return line[:cut], line[cut:]
 
 
-# ---------------------------------------------------------------- what is written
+# ---------------------------------------------------------------- the output
 
 
 def tables(payload: dict) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of each prompt: what its line goes on with, where it is known, then a row for each model."""
-    found = []
+    """(title, head, rows) of each prompt: the true continuation of its line, if known, then a row for each model."""
+    by_prompt = []
     for number, prompt in enumerate(payload["prompts"]):
-        made = {name: texts[number] for name, texts in payload["models"].items()}
-        n_draws = len(next(iter(made.values()))) - 1
+        by_model = {name: texts[number] for name, texts in payload["models"].items()}
+        n_draws = len(next(iter(by_model.values()))) - 1
         rows = [[OWN, prompt["own"].strip(), *[""] * n_draws]] if prompt.get("own") else []
-        for name, texts in made.items():
-            shown = [_printable(one["text"]).strip() + (" ∎" if one["ended"] else "") for one in texts]
+        for name, texts in by_model.items():
+            shown = [_printable(made["text"]).strip() + (" ∎" if made["ended"] else "") for made in texts]
             rows.append([name if name == BASE else f"step {name}", *shown])
         code = prompt["language"]
         title = f"{number + 1}. {languages.named(code) + ': ' if code else ''}{prompt['text']} …"
-        found.append((title, ["", "greedy", *(f"draw {k + 1}" for k in range(n_draws))], rows))
-    return found
+        by_prompt.append((title, ["", "greedy", *(f"draw {k + 1}" for k in range(n_draws))], rows))
+    return by_prompt
 
 
 def _printable(text: str) -> str:
-    """Text in which what a terminal or a page would act on is a question mark."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in text)
+    """The text with unprintable characters, except newlines, replaced by U+FFFD."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
 
 
 def write(output: Path, payload: dict, request: dict) -> None:
-    """Text, page, and last the JSON."""
+    """Write the text, the page, and last the JSON."""
     what = f"temperature {request['temperature']:g}, top-p {request['top_p']:g}, seed {request['seed']}"
     note = f"Continuations of {request['tokens']} tokens at most; draws by {what}. ∎: the model ended the text."
     title = f"Samples of {request['models'][BASE]['spec']} and its checkpoints"
     lines, sections = [title, note], []
     for head, columns, rows in tables(payload):
         lines += ["", head]
-        for at, name in enumerate(columns[1:], 1):
-            lines += [f"  {name}", *(f"  {row[0]:>14} | {' '.join(row[at].split())}" for row in rows if row[at])]
+        for i, name in enumerate(columns[1:], 1):
+            lines += [f"  {name}", *(f"  {row[0]:>14} | {' '.join(row[i].split())}" for row in rows if row[i])]
         cells = "".join(
             "<tr>" + "".join(f"<{tag}{' dir=auto' if tag == 'td' else ''}>{html.escape(cell)}</{tag}>" for tag, cell in
                              zip(("th", *["td"] * (len(row) - 1)), row, strict=True)) + "</tr>"
@@ -167,20 +167,20 @@ def write(output: Path, payload: dict, request: dict) -> None:
     facts = {key: request[key] for key in ("models", "heldout", "tokens", "samples", "temperature", "top_p", "seed",
                                            "dtype", "device")}  # fmt: skip
     results.write_json(output, payload, results.header(SCHEMA, **facts, request=request))
-    cli.say(f"wrote {output}, and to be read {output.with_suffix('.txt')} and {output.with_suffix('.html')}")
+    cli.say(f"wrote {output}, and for reading {output.with_suffix('.txt')} and {output.with_suffix('.html')}")
 
 
 # ---------------------------------------------------------------- the command
 
 
 def prompts_of(args, study: Study) -> tuple[list[dict], dict]:
-    """Every prompt as `text`, `language` and `own`, what its line goes on with; and what the header says of files."""
-    given = [*(args.prompt or []), *(textfiles.texts(Path(args.prompts)) if args.prompts else [])]
-    if given or args.prompts:
-        found = [{"text": text.strip(), "language": "", "own": ""} for text in given if text.strip()]
-        if not found:
-            raise InputError(f"{args.prompts or '--prompt'} holds no prompt; write one a line")
-        return found, {}
+    """Every prompt as `text`, `language` and `own` (the rest of its line), and the files' facts for the header."""
+    texts = [*(args.prompt or []), *(textfiles.texts(Path(args.prompts)) if args.prompts else [])]
+    if texts or args.prompts:
+        prompts = [{"text": text.strip(), "language": "", "own": ""} for text in texts if text.strip()]
+        if not prompts:
+            raise InputError(f"{args.prompts or '--prompt'} holds no prompt; write one per line")
+        return prompts, {}
     files = cli.sibling("cpt/documents.py").language_files(args.heldout, "--heldout") or study.get("data.heldout", {})
     chosen = [lang for lang in files if files[lang]]
     if not chosen:
@@ -195,13 +195,13 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("--prompt", nargs="+", metavar="TEXT", help="prompts; default: halves of held-out lines")
-    add("--prompts", metavar="FILE", help="prompts, one a line")
+    add("--prompts", metavar="FILE", help="prompts, one per line")
     add("--heldout", nargs="+", metavar="LANG=FILE", help="text whose lines are cut in half; default: the study's")
-    add("--number", type=cli.positive, default=4, metavar="N", help="lines of each language; default 4")
-    add("--tokens", type=cli.positive, default=40, metavar="N", help="tokens written at most; default 40")
-    add("--samples", type=int, default=2, metavar="N", help="drawn continuations beside the greedy one; default 2")
-    add("--temperature", type=float, default=1.0, metavar="T", help="of the draws; default 1, the model's own")
-    add("--top-p", type=float, default=0.95, metavar="P", help="draws among the likeliest tokens with P; default 0.95")
+    add("--number", type=cli.positive, default=4, metavar="N", help="lines per language; default 4")
+    add("--tokens", type=cli.positive, default=40, metavar="N", help="maximum number of tokens to write; default 40")
+    add("--samples", type=int, default=2, metavar="N", help="sampled continuations besides the greedy one; default 2")
+    add("--temperature", type=float, default=1.0, metavar="T", help="sampling temperature; default 1, the model's own")
+    add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling: probability mass P; default 0.95")
     over_run.add_flags(p, RESULTS["samples"], batch_size=0)
     return p
 

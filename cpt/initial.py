@@ -1,4 +1,4 @@
-"""The float32 model that a training starts from: new with seeded weights, or loaded, with a row for every token."""
+"""The float32 model that a training starts from: new with seeded weights, or loaded; with a row for every token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpt_utils.models import loading
 
 runs = cli.sibling("cpt/runs.py")
 
-# Keys of a model configuration that transformers still takes though its own configurations no longer list them.
+# Keys of a model configuration that transformers still accepts though its configurations no longer list them.
 OLD_KEYS = (
     "rope_theta",
     "rope_scaling",
@@ -25,7 +25,7 @@ OLD_KEYS = (
 
 
 def model_config(config: dict, tokenizer, path: Path):
-    """The configuration of a new model; vocabulary size and special ids are the tokenizer's where not given."""
+    """The configuration of a new model; vocabulary size and special ids default to the tokenizer's."""
     from transformers import AutoConfig
 
     values = dict(config["model"])
@@ -37,13 +37,13 @@ def model_config(config: dict, tokenizer, path: Path):
         values.setdefault(f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
     try:
         plain = AutoConfig.for_model(kind)
-        # transformers keeps a misspelt key without a word, and the model gets the default.
+        # transformers silently keeps a misspelt key, and the model gets the default.
         known = {*plain.to_dict(), *plain.attribute_map, *OLD_KEYS}
         keys.refuse_unknown(values, known, path, "model")
         return AutoConfig.for_model(kind, **values)
     except InputError:
         raise
-    except Exception as error:  # transformers' own checks raise several types
+    except Exception as error:  # transformers' checks raise several types
         raise InputError(f"{path}: model cannot be configured: {runs.first_line(error)}") from error
 
 
@@ -69,12 +69,11 @@ def prepare_model(config: dict, tokenizer, path: Path):
 def fit_vocabulary(model, tokenizer, config: dict, path: Path) -> None:
     """Give every token an embedding: more rows for a longer tokenizer, and initial values for the rows of new tokens.
 
-    Models often have more rows than tokens. Such a row was never trained and may be zero, and a token that was added to
-    the tokenizer later falls into it: it is to begin as a token does for which a row is added.
+    Models often have more rows than tokens. A padding row was never trained and may be zero. A token added to the
+    tokenizer later takes such a row, and has to start like a token whose row is added.
 
     Raises:
-        InputError: without `resize`, a tokenizer that is longer than the embeddings, or has tokens that the base's had
-            not.
+        InputError: without `resize`, the tokenizer is longer than the embeddings, or has tokens that the base's lacks.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     wanted = config["tokenizer"] or {}
@@ -84,13 +83,13 @@ def fit_vocabulary(model, tokenizer, config: dict, path: Path) -> None:
             raise InputError(
                 f"{path}: {len(new)} tokens of {wanted['from']}, such as {tokenizer.convert_ids_to_tokens(new[0])!r}, "
                 f"are not in the base's tokenizer, though the model has {rows} embeddings and so a row for each; set "
-                "tokenizer.resize: true to initialise these rows, or false to train them from what they are"
+                "tokenizer.resize: true to initialise these rows, or false to train them from their present values"
             )
         if new and wanted["resize"]:
             if not old:
-                raise InputError(f"{path}: {wanted['from']} has no token of the base's tokenizer; take another one")
+                raise InputError(f"{path}: {wanted['from']} has no token of the base's tokenizer; use another one")
             initialise(model, old, new)
-            cli.say(f"embeddings: {len(new)} of {rows} rows are new tokens', initialised from {len(old)} old tokens'")
+            cli.say(f"embeddings: {len(new)} of {rows} rows belong to new tokens; initialised from {len(old)} old ones")
     if len(tokenizer) > rows:
         if not (config["from"] and wanted.get("resize")):
             raise InputError(
@@ -102,30 +101,29 @@ def fit_vocabulary(model, tokenizer, config: dict, path: Path) -> None:
 
 
 def vocabularies(base: refs.ModelRef, tokenizer, rows: int) -> tuple[list[int], list[int]]:
-    """Ids below `rows` of the tokens that the base's tokenizer has, too, and of those that it has not, both sorted.
+    """Ids below `rows` of the tokens that the base's tokenizer has and of those that it lacks, both sorted.
 
-    All are old where the base has no tokenizer: then nothing tells them apart, which is said.
+    If the base has no tokenizer, all tokens count as old, with a warning.
     """
-
     now = tokenizer.get_vocab()
     try:
         before = tokenization.open_tokenizer(tokenization.tokenizer_folder(base)).get_vocab()
     except InputError as error:
-        cli.warn(f"which tokens are new is not known, and none is initialised: {error}")
+        cli.warn(f"it is not known which tokens are new, so none is initialised: {error}")
         before = now
     moved = [token for token, i in before.items() if now.get(token, i) != i]
     if moved:
         cli.warn(
             f"{len(moved)} tokens of the base's tokenizer, such as {moved[0]!r}, have other ids in the new one: the "
-            "embeddings at these ids were trained for other tokens"
+            "embeddings at their new ids were trained for other tokens"
         )
     new = sorted(i for token, i in now.items() if token not in before and i < rows)
     return sorted({i for i in before.values() if i < rows} - set(new)), new
 
 
 def initialise(model, old: list[int], new: list[int]) -> None:
-    """Draw the rows `new` of both embeddings from a normal distribution with the mean of the rows `old` and 1e-9 of
-    their covariance, as `resize_token_embeddings` of transformers does for the rows that it adds (Hewitt 2021)."""
+    """Draw the rows `new` of both embeddings from a normal distribution with the mean of the rows `old` and 1e-9 times
+    their covariance, as `resize_token_embeddings` of transformers does for the rows it adds (Hewitt 2021)."""
     head = model.get_output_embeddings()
     weights = [model.get_input_embeddings().weight]
     if head is not None and head.weight is not weights[0]:
@@ -144,7 +142,7 @@ def initialise(model, old: list[int], new: list[int]) -> None:
 
 
 def check_block(config: dict, settings, path: Path) -> None:
-    """Refuse blocks that the model has no positions for."""
+    """Refuse blocks longer than the model's number of positions."""
     limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if limit and config["block_size"] > limit:
         raise InputError(f"{path}: block_size {config['block_size']} is longer than the model's {limit} positions")

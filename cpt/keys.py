@@ -1,4 +1,4 @@
-"""The keys of training files and documents files; cpt/README.md tells what each means. Imported where one is read."""
+"""The keys of training files and documents files; cpt/README.md explains each. Imported only when one is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Seed = Annotated[int, Field(ge=0, description="it must be a whole number, 0 or m
 
 
 class Hub(Keys):
-    """What load_dataset takes; data_files with the id `text` or `json` reads files from any address."""
+    """Arguments of load_dataset; data_files with the id `text` or `json` reads files from any address."""
 
     id: str
     config: Any = None
@@ -96,19 +96,19 @@ class Training(Keys):
         if len(parts) > 1:
             raise ValueError("give one of freeze, train_only and lora")
         if parts and not self.start:
-            raise ValueError("freeze, train_only and lora are of a model that is trained further (from)")
+            raise ValueError("freeze, train_only and lora need a model that is trained further (from)")
         if self.io and (self.lora or not parts):
             raise ValueError("io goes with freeze or train_only")
         if self.lora and tokenizer.resize is not None:
-            raise ValueError("lora trains no embeddings, and so no new tokens; leave out tokenizer.resize")
+            raise ValueError("lora trains no embeddings and so no new tokens; leave out tokenizer.resize")
         if beyond := [step for step in self.save_steps or [] if step > self.steps]:
-            raise ValueError(f"save_steps holds {beyond[0]}, but the run has steps 1 to {self.steps}")
+            raise ValueError(f"save_steps holds {beyond[0]}, but the run ends at step {self.steps}")
         if self.start and tokenizer.vocab_size:
             raise ValueError("a model that is trained further keeps its tokens; leave out tokenizer.vocab_size")
         if not self.start and bool(tokenizer.start) == bool(tokenizer.vocab_size):
             raise ValueError("give tokenizer: {vocab_size: N} to train one, or tokenizer: {from: MODEL}")
         if len({source.name for source in self.sources}) < len(self.sources):
-            raise ValueError("two sources have one name; names must differ")
+            raise ValueError("two sources have the same name; names must differ")
         return self
 
 
@@ -119,7 +119,7 @@ class Lexicon(Keys):
 
 
 class Plan(Keys):
-    """What every entry of `documents` has beside the keys of its kind."""
+    """What every entry of `documents` has besides the keys of its kind."""
 
     name: Annotated[str, Field(strict=False, coerce_numbers_to_str=True, pattern="^[^/]+$", description=FILE)] = ""
     passes: Count = 1
@@ -164,11 +164,11 @@ class Documents(Keys):
         for plan in self.documents or []:
             if plan.kind == "monolingual":
                 if plan.language not in (texts := {*self.parallel, *(self.monolingual or {})}):
-                    lacking = f"no text of language {plan.language!r}; there is {', '.join(sorted(texts))}"
+                    lacking = f"no text in language {plan.language!r}; there is text in {', '.join(sorted(texts))}"
                     raise ValueError(f"documents[{plan.called}]: {lacking}")
             elif len(plan.languages) != 2 or len({*plan.languages} & {*self.parallel}) != 2:
                 raise ValueError(f"documents[{plan.called}]: {', '.join(plan.languages)} are not {TWO}")
         names = [plan.called for plan in self.documents or []]
         if len(set(names)) < len(names):
-            raise ValueError("two entries of documents have one name; names must differ")
+            raise ValueError("two entries of documents have the same name; names must differ")
         return self

@@ -1,7 +1,7 @@
 """From texts to blocks of token ids: sources, a tokenizer trained on them, and a mixture by shares of tokens.
 
 Used by cpt/train.py. Documents are tokenized once into int32 arrays, put in a seeded order in which every stretch of
-the training has the wanted token shares, joined with an end-of-text token behind each, and cut into blocks.
+the training has the requested token shares, joined with an end-of-text token after each, and cut into blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ runs = cli.sibling("cpt/runs.py")
 
 ID = "<i4"  # token ids on disk: little-endian int32
 BATCH = 1000  # documents tokenized at a time
-WHOLE_FILE = 64 << 20  # bytes up to which a file is fingerprinted in full
+WHOLE_FILE = 64 << 20  # files up to this many bytes are fingerprinted in full
 
 
 @dataclass
@@ -43,15 +43,15 @@ class Source:
 
     @classmethod
     def parse(cls, values: dict, where: str) -> Source:
-        """A source from its mapping in the training file; InputError on unknown, missing or contradicting keys."""
-        found = keys.check(cli.sibling("cpt/keys.py").Source, values, where)
+        """A source from its mapping in the training file; InputError on unknown, missing or contradictory keys."""
+        checked = keys.check(cli.sibling("cpt/keys.py").Source, values, where)
         hub, files = values.get("hub"), values.get("files", [])
         hub = {"id": hub} if isinstance(hub, str) else hub
         paths = [Path(file) for file in ([files] if isinstance(files, str) else files)]
-        return cls(found.name, found.weight, paths, hub, found.column, found.limit)
+        return cls(checked.name, checked.weight, paths, hub, checked.column, checked.limit)
 
     def check(self) -> None:
-        """Refuse files that are not there or hold no text, before anything is loaded."""
+        """Refuse files that do not exist or hold no text, before anything is loaded."""
         for file in self.files:
             try:
                 textfiles.check(file)
@@ -59,12 +59,12 @@ class Source:
                 raise InputError(f"source {self.name}: {error}") from None
 
     def describe(self) -> dict:
-        """What identifies the texts of this source, wherever they lie."""
+        """What identifies the texts of this source, without their location."""
         facts = {"name": self.name, "weight": self.weight, "column": self.column, "limit": self.limit}
         return facts | ({"hub": self.hub} if self.hub else {"files": [fingerprint(file) for file in self.files]})
 
     def documents(self, nulls: Counter | None = None) -> Iterator[str]:
-        """The documents in stored order, without empty ones; `nulls[name]` counts texts and pieces that are null."""
+        """The non-empty documents in stored order; `nulls[name]` counts texts and pieces that are null."""
         number = 0
         for pieces in self.rows():
             if nulls is not None:
@@ -77,16 +77,16 @@ class Source:
             yield text
 
     def rows(self) -> Iterator[list[str | None]]:
-        """Every row's text as its pieces (`textfiles.pieces`) in stored order; rows may be empty."""
+        """The text of every row as pieces (`textfiles.pieces`), in stored order; rows may be empty."""
         if self.hub:
             return self.from_hub()
         return (pieces for file in self.files for pieces in textfiles.documents(file, self.column))
 
     def from_hub(self) -> Iterator[list[str | None]]:
-        """The same for hub data.
+        """`rows` for hub data.
 
         Raises:
-            InputError: no such data set, no access, no connection, or no such column.
+            InputError: no such data set or column, no access, or no connection.
         """
         from datasets import load_dataset
 
@@ -97,7 +97,7 @@ class Source:
                 yield textfiles.pieces(row, self.column, name)
         except InputError:
             raise
-        except Exception as error:  # the hub client raises a dozen types: offline, gated, no such config, ...
+        except Exception as error:  # the hub client raises many types: offline, gated, no such config, ...
             raise InputError(
                 f"source {self.name}: hub data {name} cannot be read ({runs.first_line(error)}); "
                 "check the name, your connection and, for gated data, `hf auth login`"
@@ -105,7 +105,7 @@ class Source:
 
 
 def fingerprint(file: Path) -> dict:
-    """Name, size and a short hash of a file: of all its bytes up to 64 MiB, else of its first and last MiB."""
+    """Name, size and a short hash of a file: of all bytes up to 64 MiB, for larger files of the first and last MiB."""
     size = file.stat().st_size
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
@@ -119,14 +119,14 @@ def fingerprint(file: Path) -> dict:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, special: dict[str, str], whole: list[str]):
-    """A byte-level BPE of at most `vocab_size` tokens in all, as a transformers tokenizer that adds no token by itself.
+    """A byte-level BPE of at most `vocab_size` tokens, as a transformers tokenizer that adds no token automatically.
 
     Args:
-        special: roles (eos, pad, bos, unk) and their tokens; eos is needed, bos is eos unless given.
-        whole: strings that become one token wherever they stand, written as in the text (" travel" with its space).
+        special: roles (eos, pad, bos, unk) and their tokens; eos is required, bos is eos unless given.
+        whole: strings that become one token wherever they occur, written as in the text (" travel" with its space).
 
     Raises:
-        InputError: `vocab_size` has no room for the 256 bytes, the special and the whole tokens; or there is no text.
+        InputError: `vocab_size` has no room for the 256 bytes, the special and the whole tokens.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -163,7 +163,7 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
     Args:
         wanted: the key tokenizer of the training file: `from`, or `vocab_size`, `special`, `whole`.
         start: the model that is trained further, if any; its tokenizer is the default.
-        state: a newly trained tokenizer is kept here, so that a continued run trains none.
+        state: a newly trained tokenizer is kept here, so a resumed run does not train it again.
     """
     source = wanted.get("from") or start
     if source:
@@ -176,7 +176,7 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
             texts = (text for source in sources for text in source.documents())
             tokenizer = train_tokenizer(texts, wanted["vocab_size"], special, wanted.get("whole") or [])
             if len(tokenizer) < wanted["vocab_size"]:
-                cli.warn(f"tokenizer: the texts give {len(tokenizer)} of the {wanted['vocab_size']} tokens asked for")
+                cli.warn(f"tokenizer: the texts yield {len(tokenizer)} of the {wanted['vocab_size']} tokens asked for")
             shutil.rmtree(state / "tokenizer.tmp", ignore_errors=True)
             tokenizer.save_pretrained(state / "tokenizer.tmp")
             os.replace(state / "tokenizer.tmp", folder)
@@ -187,13 +187,13 @@ def prepare_tokenizer(wanted: dict, start: str | None, sources: list[Source], st
 
 
 def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Token ids of a source's documents, each followed by eos, written to `path` and mapped back.
+    """Token ids of a source's documents, each followed by eos, written to `path` and memory-mapped.
 
-    Files are read to their end, so that shuffling draws from all of them; hub data until `wanted` tokens are there.
+    Files are read to the end, so shuffling draws from all documents; hub data only until there are `wanted` tokens.
 
     Returns:
         ids [tokens] int32; bounds [documents + 1] int64: document d is `ids[bounds[d]:bounds[d + 1]]`; and counts:
-        null_texts that were left out, and special_documents, which hold the text of a special token.
+        null_texts left out, and special_documents, which contain the text of a special token.
 
     Raises:
         InputError: the source holds no text.
@@ -206,9 +206,9 @@ def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.nda
     with open(path, "wb") as out:
         documents = source.documents(nulls)
         while batch := list(itertools.islice(documents, BATCH)):
-            made = encoding.of_texts(tokenizer, batch, add_special_tokens=False)
-            special += made.n_split
-            pieces = [[*ids, eos] for ids in made.ids]
+            encoded = encoding.of_texts(tokenizer, batch, add_special_tokens=False)
+            special += encoded.n_split
+            pieces = [[*ids, eos] for ids in encoded.ids]
             np.concatenate([np.asarray(ids, dtype=ID) for ids in pieces]).tofile(out)
             lengths += map(len, pieces)
             total += sum(map(len, pieces))
@@ -224,15 +224,15 @@ def tokenize(source: Source, tokenizer, wanted: int, path: Path) -> tuple[np.nda
 def plan(lengths: list[np.ndarray], weights: list[float], total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The order in which documents are used: `source` [n] and `document` [n], enough for `total` tokens.
 
-    Each source passes over its documents in a new random order as often as its share of `total` needs. A document is
-    placed at the point of the training where its source has used that part of its share, moved at random within the
-    document's own length. So every stretch of the training holds the sources in the wanted shares of tokens.
+    Each source passes over its documents, in a new random order each time, as often as its share of `total` requires.
+    A document is placed at the point of the training where its source has used the corresponding part of its share,
+    shifted at random within the document's length. So every stretch of the training has the requested token shares.
 
     Args:
-        lengths: per source, tokens of each document [documents].
-        weights: per source, share of tokens (any positive scale).
+        lengths: for each source, the tokens of each document [documents].
+        weights: for each source, its share of tokens (any positive scale).
     """
-    sources, documents, places = [], [], []
+    sources, documents, positions = [], [], []
     for number, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         share = math.ceil(total * weight / sum(weights))
         orders: list[np.ndarray] = []
@@ -249,21 +249,21 @@ def plan(lengths: list[np.ndarray], weights: list[float], total: int, seed: int)
         jitter = np.random.default_rng([seed, number]).random(len(order))
         sources.append(np.full(len(order), number))
         documents.append(order)
-        places.append((start + jitter * size) / share)
-    by_place = np.argsort(np.concatenate(places), kind="stable")
-    return np.concatenate(sources)[by_place], np.concatenate(documents)[by_place]
+        positions.append((start + jitter * size) / share)
+    by_position = np.argsort(np.concatenate(positions), kind="stable")
+    return np.concatenate(sources)[by_position], np.concatenate(documents)[by_position]
 
 
 def pack(
     sources: list[Source], tokenizer, block_size: int, n_blocks: int, seed: int, folder: Path
 ) -> tuple[np.ndarray, dict]:
-    """Blocks [n_blocks, block_size] int32 of the whole training, kept in `folder` and mapped from there.
+    """Blocks [n_blocks, block_size] int32 of the whole training, stored in `folder` and memory-mapped.
 
     A second call finds the finished file and reads nothing else.
 
     Returns:
-        The blocks, and per source: share, documents, passes over them, tokens used (eos included), and the counts of
-        `tokenize`.
+        The blocks, and for each source: share, documents, passes over them, tokens available and used (with eos), and
+        the counts of `tokenize`.
     """
     data, facts_file = folder / "blocks.i32", folder / "blocks.json"
     if not facts_file.is_file():
@@ -272,9 +272,9 @@ def pack(
         ids, bounds, counts = [], [], []
         for number, source in enumerate(cli.progress(sources, "tokenizing", unit="source")):
             wanted = math.ceil(total * source.weight / weight)
-            found = tokenize(source, tokenizer, wanted, folder / f"tokens-{number}.i32")
-            for kept, part in zip((ids, bounds, counts), found, strict=True):
-                kept.append(part)
+            tokenized = tokenize(source, tokenizer, wanted, folder / f"tokens-{number}.i32")
+            for parts, part in zip((ids, bounds, counts), tokenized, strict=True):
+                parts.append(part)
         lengths = [np.diff(b) for b in bounds]
         which, document = plan(lengths, [source.weight for source in sources], total, seed)
         used = np.zeros(len(sources), dtype=np.int64)

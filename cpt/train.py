@@ -1,12 +1,12 @@
-"""Train a causal LM from a configuration (base), or go on training one from a checkpoint (continued pre-training).
+"""Train a causal LM from a configuration (base), or train an existing one further (continued pre-training).
 
 In:  a training file (YAML): model or from, tokenizer, sources with shares of tokens, steps, learning rate, ...
      (every key: cpt/README.md).
 Out: RUN/checkpoint-<step>/ at the steps of save_steps, or, without save_steps, the final model in RUN itself; each is a
-     whole Hugging Face model folder. RUN/train.json (losses, tokens per source) is written last: where it is, the run
-     is finished. RUN/.state/ holds what a killed run needs to go on to the same bits; it is removed at the end.
-A part of the model may be left as it is, bit for bit: freeze or train_only. With lora all of it is, and products of low
-rank beside its weights are trained; a checkpoint is an adapter then, or, with merge, a whole model again.
+     complete Hugging Face model folder. RUN/train.json (losses, tokens per source) is written last: its presence means
+     that the run is finished. RUN/.state/ holds what a killed run needs to resume bit for bit; removed at the end.
+freeze and train_only keep a part of the model unchanged, bit for bit. lora keeps all of it unchanged and trains
+low-rank products next to its weights; a checkpoint is then an adapter or, with merge, a complete model again.
 
 Full:  MULTI30K_DIR=path/to/captions python cpt/train.py --config studies/multi30k/base.yaml --seed 0
 Tiny:  python cpt/train.py --config studies/multi30k/base.yaml --seed 0 --steps 20 --output-dir build/try
@@ -37,27 +37,27 @@ packing = cli.sibling("cpt/packing.py")
 freezing = cli.sibling("cpt/freezing.py")
 
 
-# These change how a run is carried out, not what it computes; a run may be continued with other values of them.
+# Keys that change how a run is carried out, not what it computes; a run may be resumed with other values of them.
 FREE = ("output", "state_every")
-# Keys of a training file that flags of their names are laid over.
+# Keys of a training file that flags of the same name override.
 GIVEN = ("steps", "save_steps", "learning_rate", "batch_size", "block_size", "state_every", *freezing.MODES, "io")
 
 
 def read_config(path: Path, given: dict, seed: int | None) -> dict:
-    """The training file with defaults, command-line values (`given`, those not None) and expanded strings.
+    """The training file with defaults, command-line values (those in `given` that are not None) and expanded strings.
 
     Raises:
-        InputError: no such file, no YAML, an unknown key (naming the nearest), a missing or impossible value.
+        InputError: no such file, invalid YAML, an unknown key (naming the nearest), a missing or impossible value.
     """
     values = keys.read(path, "give --config the path of a YAML file", "see cpt/README.md")
     if given.get("steps") and given.get("save_steps") is None and values.get("save_steps"):
-        # A short try of a long run: the steps of the file that it does not reach are left out, in one line.
+        # A short trial of a long run: drop the save_steps that it does not reach, and say so in one line.
         kept = [step for step in values["save_steps"] if step <= given["steps"]] or [given["steps"]]
         cli.say(f"--steps {given['steps']}: checkpoints at {', '.join(map(str, kept))}")
         values["save_steps"] = kept
-    if freezing.mode_of(given):  # the command line's part is in the file's place
-        gone = (*freezing.MODES, "io") if given.get("lora") else freezing.MODES  # LoRA has no io to be said of it
-        values = {key: value for key, value in values.items() if key not in gone}
+    if freezing.mode_of(given):  # the part given on the command line replaces the file's
+        replaced = (*freezing.MODES, "io") if given.get("lora") else freezing.MODES  # io does not go with LoRA
+        values = {key: value for key, value in values.items() if key not in replaced}
     values |= {key: value for key, value in given.items() if value is not None}
     if seed is None:
         seed = 42 if values.get("seed") is None else values["seed"]
@@ -69,15 +69,15 @@ def read_config(path: Path, given: dict, seed: int | None) -> dict:
 
 
 def defaults() -> dict:
-    """The keys of a training file that may be left out, as they are then."""
+    """The optional keys of a training file with their defaults."""
     return cli.sibling("cpt/keys.py").Training.defaults()
 
 
 def choice_of(config: dict, found: study.Study, path: Path):
-    """What of the model is trained, where it is not all (`freezing.Choice`, `lora.Choice`); else None.
+    """The part of the model that is trained (`freezing.Choice`, `lora.Choice`); None: the whole model.
 
     Args:
-        found: the study whose layers, mask and weight change the words of the training file mean.
+        found: the study whose layers, mask and weight change the words in the training file refer to.
     """
     mode = freezing.mode_of(config)
     if mode is None:
@@ -91,7 +91,7 @@ def choice_of(config: dict, found: study.Study, path: Path):
 
 
 def settings_of(config: dict, sources: list, choice) -> dict:
-    """What decides the numbers of a run, wherever its files lie: two runs with equal settings are one run."""
+    """Everything that determines the numbers of a run, without file locations: equal settings mean the same run."""
     settings = {key: value for key, value in config.items() if key not in (*FREE, *freezing.MODES, "io")}
     settings |= choice.facts() if choice else {}
     settings["sources"] = [source.describe() for source in sources]
@@ -104,7 +104,7 @@ def settings_of(config: dict, sources: list, choice) -> dict:
 
 
 def _identity(spec: str) -> dict:
-    """A model by its weights (local) or its commit (hub), so that a moved folder is still the same model."""
+    """Identify a model by its weights (local) or its commit (hub), so a moved folder is still the same model."""
     facts = refs.model(spec).describe()
     if facts.get("weights_sample"):
         return {"weights_sample": facts["weights_sample"]}
@@ -112,7 +112,7 @@ def _identity(spec: str) -> dict:
 
 
 def check_space(run: Path, model, config: dict, part) -> None:
-    """Refuse to begin where the checkpoints and two states (float32 weights and two moments each) would not fit."""
+    """Refuse to start if the checkpoints and two states (float32 weights and two moments each) do not fit on disk."""
     size = sum(p.numel() for p in model.parameters())
     written, state, trained = (part.n_written, part.n_state, part.n_trained) if part else (size,) * 3
     width = {"float32": 4, "float64": 8}.get(config["dtype_on_disk"], 2)
@@ -123,7 +123,7 @@ def check_space(run: Path, model, config: dict, part) -> None:
 
 
 def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -> None:
-    """Carry the run of `config` to its end, from the beginning or from its last state; `choice`: see `choice_of`."""
+    """Train the run of `config` to its end, from the start or from its last state; `choice`: see `choice_of`."""
     run = Path(config["output"])
     sources = [packing.Source.parse(values, str(path)) for values in config["sources"]]
     for source in sources:
@@ -154,12 +154,12 @@ def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -
                 raise
         try:
             trainer = cli.sibling("cpt/trainer.py").make(config, run, model, files, blocks, device, path, part)
-            found = runs.states(run / ".state")
-            if found:
-                trainer.go_on_from(found[-1])
+            states = runs.states(run / ".state")
+            if states:
+                trainer.go_on_from(states[-1])
             if main_process:
                 announce(config, trainer, tokens, len(trainer.losses))
-            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+            trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
         except InputError:
             if main_process:
                 runs.withdraw(run)
@@ -171,15 +171,15 @@ def train(config: dict, path: Path, device: str, overwrite: bool, choice=None) -
             if main_process:
                 runs.withdraw(run)
             what = f"{path}: torch_compile: the model cannot be compiled here ({runs.first_line(error)})"
-            do = "go on where it can" if found else "leave it out"  # without it the run would be another
+            do = "resume on a machine where it can" if states else "leave it out"  # uncompiled, the run would differ
             raise InputError(f"{what}; {do}") from error
         if main_process:
             finish(run, config, settings, trainer, tokens)
 
 
 def prepare(config: dict, sources: list, run: Path, path: Path, choice) -> tuple:
-    """Model, what of it is trained, folder of tokenizer files, blocks, and tokens per source; what can be refused is
-    refused here."""
+    """Model, its trained part, folder of tokenizer files, blocks, and tokens per source; checks what can be checked
+    before training."""
     tokenizer, files = packing.prepare_tokenizer(
         config["tokenizer"] or {}, config["from"], sources, run / ".state", path
     )
@@ -192,7 +192,7 @@ def prepare(config: dict, sources: list, run: Path, path: Path, choice) -> tuple
 
 
 def announce(config: dict, trainer, tokens: dict, done: int) -> None:
-    """Print what is about to be trained, derived values with their reasons."""
+    """Print what is about to be trained, and why derived values are what they are."""
     size = trainer.n_parameters
     text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"
     arithmetic = "bfloat16 autocast" if trainer.args.bf16 else "float32"
@@ -207,20 +207,20 @@ def announce(config: dict, trainer, tokens: dict, done: int) -> None:
         cli.say(
             f"  {name}: {facts['share']:.3f} of the tokens, {facts['tokens_used']:,} used, {facts['passes']} passes"
         )
-        if facts.get("special_documents"):  # no such key in a state from before it was counted
+        if facts.get("special_documents"):  # states written by earlier versions lack this key
             cli.say(
                 f"  {name}: {facts['special_documents']:,} documents hold the text of a special token (such as </s>), "
-                "tokenized as the text that it is"
+                "tokenized as ordinary text"
             )
         textfiles.say_nulls(facts.get("null_texts", 0), f"source {name}")
     if done:
-        cli.say(f"going on from step {done}")
+        cli.say(f"resuming from step {done}")
 
 
 def finish(run: Path, config: dict, settings: dict, trainer, tokens: dict) -> None:
-    """Write the record of the run and remove what only a killed one needs."""
+    """Write the record of the run and remove the files that only resuming needs."""
     seconds = trainer.seconds()
-    # Apart from the record, which is the same in every rerun.
+    # Kept out of the record, which is the same in every rerun.
     timing = {"seconds": round(seconds, 1), "seconds_per_step": trainer.seconds_per_step()}
     results.write_json(run / "timing.json", timing, results.header("cpt-training-time"))
     payload = {
@@ -243,7 +243,7 @@ def finish(run: Path, config: dict, settings: dict, trainer, tokens: dict) -> No
 
 
 def step_list(text: str) -> list[int]:
-    """`"30,100"` as numbers, for argparse."""
+    """Parse `"30,100"`, for argparse."""
     return [int(part) for part in text.split(",") if part.strip()]
 
 
@@ -251,38 +251,38 @@ def key_values(text: str) -> dict:
     """`"r=8,layers=0,2"` as {"r": 8, "layers": "0,2"}, for argparse."""
     pieces = [piece.split("=", 1) for piece in re.split(r",(?=\w+=)", text)]
     if any(len(piece) < 2 for piece in pieces) or len({key for key, *_ in pieces}) < len(pieces):
-        raise argparse.ArgumentTypeError(f"{text!r}: write each key once and its value, like r=8,layers=outer:0.25")
-    found = dict(pieces)
-    for key, value in found.items():
+        raise argparse.ArgumentTypeError(f"{text!r}: write each key once, with a value, like r=8,layers=outer:0.25")
+    values = dict(pieces)
+    for key, value in values.items():
         with contextlib.suppress(ValueError):
-            found[key] = json.loads(value)
-    return found
+            values[key] = json.loads(value)
+    return values
 
 
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("--config", metavar="FILE", help="training file (YAML); default: the study's train.<stage>")
-    text = "take config and folders from the study: its base or its run"
+    text = "take training file and folders from the study: those of its base or of its run"
     p.add_argument("--stage", choices=("base", "cpt"), help=text)
     text = "folder of the run; default: output of the training file"
     p.add_argument("--output-dir", "--output", metavar="RUN", help=text)
-    p.add_argument("--from", dest="start", metavar="MODEL", help="model to go on training; default: from of the file")
-    text = "optimizer steps; save_steps beyond are dropped"
+    p.add_argument("--from", dest="start", metavar="MODEL", help="model to train further; default: from of the file")
+    text = "optimizer steps; later save_steps are dropped"
     p.add_argument("--steps", "--max-steps", type=cli.positive, metavar="N", help=text)
     p.add_argument("--save-steps", type=step_list, metavar="S,S,..", help="steps of the checkpoint folders")
     p.add_argument("--learning-rate", type=float, metavar="X", help="peak learning rate")
     p.add_argument("--batch-size", type=cli.positive, metavar="N", help="blocks per step, over all processes")
     p.add_argument("--block-size", type=cli.positive, metavar="N", help="tokens per block")
-    text = "steps between states to go on from; default 200"
+    text = "steps between states that a killed run resumes from; default 200"
     p.add_argument("--state-every", type=cli.positive, metavar="N", help=text)
     words = "hub, interface, outer:0.25, last:2, random:4:0, all/attention, lsn, .. (cpt/README.md)"
-    p.add_argument("--freeze", metavar="PART", help=f"leave this part of the layers as it is: {words}")
-    p.add_argument("--train-only", metavar="PART", help="train this part of the layers alone")
-    text = "train products of rank r beside these layers: r=8,layers=outer:0.25,targets=attention (cpt/README.md)"
+    p.add_argument("--freeze", metavar="PART", help=f"keep this part of the layers unchanged: {words}")
+    p.add_argument("--train-only", metavar="PART", help="train only this part of the layers")
+    text = "train LoRA products of rank r in these layers: r=8,layers=outer:0.25,targets=attention (cpt/README.md)"
     p.add_argument("--lora", type=key_values, metavar="KEY=X,..", help=text)
     text = "embeddings, final norm and head; default: trained with freeze, frozen with train_only"
     p.add_argument("--io", choices=("trained", "frozen"), help=text)
-    text = "auto: a GPU when there is one; default auto"
+    text = "auto: a GPU if there is one; default auto"
     p.add_argument("--device", default="auto", choices=("auto", "cpu"), help=text)
     return p
 
@@ -291,19 +291,19 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     config_path, output, start = args.config, args.output_dir, args.start
     needed = args.stage or args.study or args.arm
-    found = study.Study.find(args.study, args.seed, args.arm) if needed else study.Study()
+    the_study = study.Study.find(args.study, args.seed, args.arm) if needed else study.Study()
     if args.arm:
         if args.stage != "cpt" or args.freeze or args.train_only or args.lora or args.io:
-            raise InputError("--arm goes with --stage cpt, and says itself what is trained (key arms of the study)")
-        if args.arm not in found.get("arms", {}):
+            raise InputError("--arm needs --stage cpt; leave out the flags of the trained part, which the arm sets")
+        if args.arm not in the_study.get("arms", {}):
             how = "give --config and --output-dir instead (train.runs and runs of the study)"
-            raise InputError(f"--arm {args.arm} is another run of the study's, with a training file of its own: {how}")
-        vars(args).update(found.get("arms")[args.arm])
+            raise InputError(f"--arm {args.arm} is another run of the study, with its own training file: {how}")
+        vars(args).update(the_study.get("arms")[args.arm])
     if args.stage:
-        config_path = found.value(config_path, "--config", f"train.{args.stage}")
-        output = found.value(output, "--output-dir", "base" if args.stage == "base" else "run")
-        start = found.value(start, "--from", "base") if args.stage == "cpt" else start
-        args.seed = args.seed if args.seed is not None else found.get("seed")
+        config_path = the_study.value(config_path, "--config", f"train.{args.stage}")
+        output = the_study.value(output, "--output-dir", "base" if args.stage == "base" else "run")
+        start = the_study.value(start, "--from", "base") if args.stage == "cpt" else start
+        args.seed = args.seed if args.seed is not None else the_study.get("seed")
     if config_path is None:
         raise InputError("nothing says what to train: give --config FILE, or --stage base|cpt inside a study")
     path = Path(config_path)
@@ -312,11 +312,11 @@ def main(argv=None) -> None:
     if args.arm and args.save_steps is None:
         config["save_steps"] = [config["steps"]]  # arms are compared at their end
     try:
-        train(config, path, args.device, args.overwrite, choice_of(config, found, path))
+        train(config, path, args.device, args.overwrite, choice_of(config, the_study, path))
     except InputError:
         raise
     except Exception as error:
-        # safetensors and torch report a full disk in their own exceptions.
+        # safetensors and torch report a full disk with their own exceptions.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise InputError("the disk is full; free some space and run the same command again") from error
         if isinstance(error, OSError):

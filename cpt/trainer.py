@@ -1,6 +1,6 @@
-"""The Hugging Face Trainer with our checkpoints: model folders at given steps, and states that bring back every bit.
+"""The Hugging Face Trainer with our checkpoints: model folders at given steps, and states for bit-exact resuming.
 
-Imported by cpt/train.py once the arguments are known to be good: this module loads torch and transformers.
+cpt/train.py imports it only after checking the arguments, since it loads torch and transformers.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def collate(rows: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Blocks as inputs and labels [batch, block_size]; the model shifts the labels itself."""
+    """Blocks as inputs and labels [batch, block_size]; the model shifts the labels."""
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
     return {"input_ids": ids, "labels": ids}
 
 
 class Training(Trainer):
-    """A Trainer that records the loss of every step, stops at NaN, and writes only whole folders.
+    """A Trainer that records the loss of every step, stops at NaN, and never leaves a half-written folder.
 
     Args:
         config: the settings of cpt/train.py.
         run: the run folder.
         tokenizer_files: folder whose tokenizer files go into every checkpoint.
-        part: what of the model is trained (`freezing.Frozen`, `lora.Lora`); None: all of it.
+        part: the part of the model that is trained (`freezing.Frozen`, `lora.Lora`); None: all of it.
     """
 
     def __init__(self, config: dict, run: Path, tokenizer_files: Path, part, **kwargs):
@@ -68,18 +68,18 @@ class Training(Trainer):
         self.n_parameters, self.n_trained = (part.n_parameters, part.n_trained) if part else (sum(sizes),) * 2
 
     def seconds(self) -> float:
-        """Wall-clock seconds of the run, of killed processes up to their last state."""
+        """Wall-clock seconds of the run; killed processes count up to their last state."""
         return self.seconds_before + time.monotonic() - self.started
 
     def go_on_from(self, state: Path) -> None:
-        """Take what a state of the run says of the steps before it; one of an earlier version says less."""
+        """Load the losses and times recorded in a state; states of earlier versions have no step times."""
         record = json.loads((state / "losses.json").read_text(encoding="utf-8"))
         self.losses, self.seconds_before = record["losses"], record["seconds"]
         self.step_seconds = record.get("step_seconds", [])
 
     def cost(self) -> dict:
-        """What the run took beside time; of the optimizer's state the bytes of one process."""
-        held = [value for own in self.optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
+        """What the run took besides time; `optimizer_bytes` is the optimizer state of one process."""
+        held = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         return {
             "parameters": self.n_parameters,
             "trainable_parameters": self.n_trained,
@@ -88,13 +88,13 @@ class Training(Trainer):
         }
 
     def seconds_per_step(self) -> float:
-        """The median over steps of forward and backward passes and update, without what is saved behind it."""
+        """The median time of a step: forward and backward passes and update, without saving."""
         return round(statistics.median(self.step_seconds), 6)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         self.unread.append(loss)
-        # Reading a loss makes the host wait for a GPU; on the CPU it is free and shows NaN at the step that makes it.
+        # Reading a loss makes the host wait for the GPU; on the CPU it is free and catches NaN at the step it occurs.
         steps = 1 if loss.device.type == "cpu" else READ_EVERY
         if len(self.unread) >= steps * self.config["gradient_accumulation"]:
             self.read_losses()
@@ -119,9 +119,9 @@ class Training(Trainer):
             self.losses.append(round(value, 6))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """What the Trainer calls when a callback asks for saving.
+        """Called by the Trainer when a callback asks for saving.
 
-        First the model folder, then the state: a run that is killed between them makes the model folder again.
+        Writes the model folder first, then the state: a run killed in between writes the model folder again.
         """
         step = self.state.global_step
         self.read_losses()
@@ -130,7 +130,7 @@ class Training(Trainer):
         if step == self.config["steps"]:
             if not self.config["save_steps"]:
                 self.put_model(self.run_folder, runs.put_files)
-            return  # train.json ends the run; killed before it, the steps since the last state are done again
+            return  # train.json ends the run; if killed before it, the run repeats the steps since the last state
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -144,11 +144,10 @@ class Training(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Put the weights into a state under their names in memory.
+        """Save the weights in a state under their names in memory; of a LoRA run, only the products.
 
-        The Trainer would write them as a model folder has them, and read them back by their names alone: of types whose
-        names or experts differ on disk a resumed run would silently go on from the base's weights. Of LoRA its products
-        alone are put there.
+        The Trainer would write them under their names in a model folder and read them back by name alone: for model
+        types whose names or experts differ on disk, a resumed run would silently continue from the base's weights.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._save(output_dir, state_dict)
@@ -160,24 +159,24 @@ class Training(Trainer):
     def _issue_warnings_after_load(self, load_result) -> None:
         if load_result.unexpected_keys:
             raise InputError(
-                f"{self.run_folder}: the state of this run was written by an earlier version, which could not go on "
-                f"with models of this type ({load_result.unexpected_keys[0]}); start again with --overwrite"
+                f"{self.run_folder}: the state of this run was written by an earlier version, which could not resume "
+                f"models of this type ({load_result.unexpected_keys[0]}); start again with --overwrite"
             )
         missing = dict.fromkeys(load_result.missing_keys)
         missing = list(self.part.of_state(missing) if self.part else missing)
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def put_model(self, place: Path, put) -> None:
-        """Write the model into a partial folder and let `put` move it to `place`."""
+    def put_model(self, target: Path, put) -> None:
+        """Write the model into a partial folder and let `put` move it to `target`."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         weights = self.accelerator.get_state_dict(self.model_wrapped if sharded else self.model)
         if self.is_world_process_zero():
-            partial = self.run_folder / f".{place.name}.partial"
+            partial = self.run_folder / f".{target.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             model = self.accelerator.unwrap_model(self.model)
             write = self.part.write if self.part else runs.write_model
             write(partial, model, weights, self.tokenizer_files, self.config["dtype_on_disk"])
-            put(partial, place)
+            put(partial, target)
         self.accelerator.wait_for_everyone()
 
 
@@ -186,7 +185,7 @@ class Steps(TrainerCallback):
 
     def __init__(self, config: dict, trainer: Training):
         self.config, self.trainer, self.bar = config, trainer, None
-        self.since: tuple[float, int] | None = None  # when the steps began that are not timed yet, and the step before
+        self.since: tuple[float, int] | None = None  # start of the steps not timed yet, and the step before them
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.process_index == 0:
@@ -205,7 +204,7 @@ class Steps(TrainerCallback):
         step, config = state.global_step, self.config
         control.should_save = step in {config["steps"], *config["save_steps"]} or step % config["state_every"] == 0
         on_cpu = args.device.type == "cpu"
-        if on_cpu or control.should_save or step % READ_EVERY == 0:  # the host waits for a GPU no more often
+        if on_cpu or control.should_save or step % READ_EVERY == 0:  # seldom, as the host waits for the GPU
             if not on_cpu:
                 torch.accelerator.synchronize()
             began, before = self.since
@@ -223,7 +222,7 @@ class Steps(TrainerCallback):
 
 
 def per_device(config: dict, path: Path) -> int:
-    """Blocks of one micro-batch of one process; InputError when the batch cannot be split evenly."""
+    """Blocks per micro-batch and process; InputError if the batch cannot be split evenly."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     parts = world * config["gradient_accumulation"]
     size, rest = divmod(config["batch_size"], parts)
@@ -269,13 +268,13 @@ def make(config: dict, run: Path, model, tokenizer_files: Path, blocks, device: 
             remove_unused_columns=False,
         )
         if arguments.n_gpu > 1:
-            # One process, several GPUs: DataParallel would multiply the batch. `accelerate launch` uses them all.
+            # One process with several GPUs: DataParallel would multiply the batch. `accelerate launch` uses all.
             cli.say(f"{arguments.n_gpu} GPUs are visible, one is used; `accelerate launch cpt/train.py ...` uses all")
             arguments._n_gpu = 1
-        # transformers tells by a class's name that its loss is of the next token. Where the name says nothing
-        # (GPT2LMHeadModel) it divides by one token of each block too many.
+        # transformers infers from a class's name that it has a next-token loss. If the name does not say so
+        # (GPT2LMHeadModel), it divides by one token too many per block.
         model.loss_type = model.loss_type or "ForCausalLM"
-        model.config.use_cache = False  # a cache of keys and values serves nothing in training
+        model.config.use_cache = False  # training has no use for a key-value cache
         trainer = Training(
             config,
             run,

@@ -1,7 +1,7 @@
-"""The languages of the demo world: English, and invented ones whose words come from a seed and whose grammar is set.
+"""The languages of the demo world: English, and invented languages with seeded words and a configurable grammar.
 
-Used by demo/world.py. Every language says a clause as a list of words; `borrow` may give a word of another language for
-a concept, which then takes the endings of the language that is spoken: that makes code-mixed text.
+Used by demo/world.py. Every language expresses a clause as a list of words. For code-mixed text, `borrow` may supply a
+concept's word from another language, which then takes the endings of the language being spoken.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Borrow = Callable[[str], "str | None"]
 
 ORDERS = ("SVO", "SOV", "VSO", "VOS", "OVS", "OSV")
 DEFAULTS = {"order": "SVO", "adjective": "before", "mutation": False, "time": "last", "shared": 0.0, "contact": 1.0}
-# Syllables: onsets, nuclei, codas. Languages take turns, so that neighbours sound different.
+# Onsets, nuclei and codas of syllables. Languages take turns, so that adjacent ones sound different.
 SOUNDS = (
     ("b c d f g l m n r s t bh ch sc", "a i o u ao ea io ui", "n l r s ch m"),
     ("k p v z h j y kr pl zv", "a e i o u ai ei", "k t sh p v"),
     ("w x q tl nd mb ph sk y", "e a o oo ie ay", "x g d th b"),
 )
 NAME_SOUNDS = ("b d f g k l m n p r s t v z", "a e i o u", "n r s l k m")
-# Initial mutation of the noun after a verb, in the manner of Irish eclipsis; other consonants stay as they are.
 FUNCTION_WORDS = ("the", "in", "of", "is", "did", "does", "not", "will")  # of English
+# Initial mutation of object nouns, modelled on Irish eclipsis; other consonants do not change.
 MUTATION = {"b": "mb", "c": "gc", "d": "nd", "f": "bhf", "g": "ng", "k": "gk", "p": "bp", "t": "dt", "v": "fv"}
 
 
 def coin(
     draw: random.Random, sounds: tuple[str, str, str], syllables: int, taken: set[str], closed: bool = True
 ) -> str:
-    """A new word that is not in `taken`, and is afterwards. Closed words end in a consonant."""
+    """A new word that is not yet in `taken`, and is added to it. Closed words end in a consonant."""
     onsets, nuclei, codas = (s.split() for s in sounds)
     while True:
         word = "".join(draw.choice(onsets) + draw.choice(nuclei) for _ in range(syllables))
@@ -59,7 +59,7 @@ def past(word: str) -> str:
 
 
 class Language:
-    """What English and the invented languages share; each adds `clause` (words) and `question` (text) of its own."""
+    """Shared code of English and the invented languages, which add `clause` (words) and `question` (text)."""
 
     order: str
     lexicon: dict[str, str]  # concept -> word
@@ -67,15 +67,15 @@ class Language:
     negation = "not"
 
     def forms(self) -> dict[str, str]:
-        """Whatever the language can say of a concept, inflected or not -> that concept; "not" is one, too.
+        """Every form of a concept's word, inflected or not -> the concept; "not" is a concept, too.
 
-        A word that stands in the lexicon is no other word's inflected form, whatever it looks like.
+        A word in the lexicon never counts as an inflected form of another word.
         """
-        found = {word: concept for concept, word in self.lexicon.items()}
+        concepts = {word: concept for concept, word in self.lexicon.items()}
         for concept, word in self.lexicon.items():
             for form in self.inflected(word):
-                found.setdefault(form, concept)
-        return found | {self.negation: "not"}
+                concepts.setdefault(form, concept)
+        return concepts | {self.negation: "not"}
 
     def word(self, concept: str, borrow: Borrow | None = None) -> str:
         return (borrow(concept) if borrow else None) or self.lexicon.get(concept, concept)
@@ -84,17 +84,17 @@ class Language:
         return [self.word(concept, borrow)] if concept else []
 
     def say(self, sentence: meanings.Sentence, borrow: Borrow | None = None) -> str:
-        """The sentence; in lower case but for names, so that a small vocabulary holds each word once."""
-        said = self.clause(sentence.clauses[0], borrow)
+        """The sentence; in lower case except for names, so that a small vocabulary needs each word only once."""
+        words = self.clause(sentence.clauses[0], borrow)
         if sentence.conjunction:
-            said += [self.word(sentence.conjunction, borrow), *self.clause(sentence.clauses[1], borrow)]
-        return " ".join(said) + "."
+            words += [self.word(sentence.conjunction, borrow), *self.clause(sentence.clauses[1], borrow)]
+        return " ".join(words) + "."
 
     def say_all(self, sentences: list[meanings.Sentence], borrow: Borrow | None = None) -> str:
         return " ".join(self.say(sentence, borrow) for sentence in sentences)
 
     def tell(self, fact: meanings.Fact) -> str:
-        """The fact as a sentence. The answer is its last word, in every language: the question is what comes before."""
+        """The fact as a sentence. In every language the answer is its last word, and the question all words before."""
         return f"{self.question(fact)} {self.word(fact.answer)}."
 
 
@@ -117,12 +117,12 @@ class English(Language):
             "present": ([with_s(verb)], ["does", "not", verb]),
             "future": (["will", verb], ["will", "not", verb]),
         }[c.tense]
-        said = [] if c.named else ["the", *self.words(c.person_quality, borrow)]
-        said += [self.word(c.person, borrow), *(negated if c.negated else plain)]
-        said += self.words(c.number, borrow) or ["the"]
-        said += [*self.words(c.thing_quality, borrow), with_s(thing) if c.number else thing]
-        said += ["in", "the", self.word(c.place, borrow)] if c.place else []
-        return said + self.words(c.time, borrow)
+        words = [] if c.named else ["the", *self.words(c.person_quality, borrow)]
+        words += [self.word(c.person, borrow), *(negated if c.negated else plain)]
+        words += self.words(c.number, borrow) or ["the"]
+        words += [*self.words(c.thing_quality, borrow), with_s(thing) if c.number else thing]
+        words += ["in", "the", self.word(c.place, borrow)] if c.place else []
+        return words + self.words(c.time, borrow)
 
     def question(self, fact: meanings.Fact) -> str:
         return f"the {fact.relation} of {fact.person} is"
@@ -133,9 +133,9 @@ class Invented(Language):
 
     Args:
         code: its language code.
-        grammar: the keys of DEFAULTS, all of them.
+        grammar: all keys of DEFAULTS.
         sounds: an entry of SOUNDS.
-        taken: words of this world's other languages, extended by the new ones: no word means two things.
+        taken: words of this world's other languages; the new words are added, so no word has two meanings.
     """
 
     def __init__(self, code: str, grammar: dict, concepts: list[str], sounds: tuple, seed: int, taken: set[str]):
@@ -147,7 +147,7 @@ class Invented(Language):
         endings = draw.sample([n + c for n in sounds[1].split() for c in sounds[2].split()], 4)
         self.endings = dict(zip(("past", "present", "future", "plural"), endings, strict=True))
         self.lexicon = {concept: coin(draw, sounds, 1 if draw.random() < 0.4 else 2, taken) for concept in concepts}
-        # A share is the front of one fixed random order: a larger share keeps every word of a smaller one.
+        # A share is the beginning of one fixed random order, so a larger share includes every word of a smaller one.
         self.loans = _front(concepts, grammar["shared"], f"{seed}/{code}/loans")
         self.lexicon |= {concept: concept for concept in concepts if concept in self.loans}
         self.contact = _front(concepts, grammar["contact"], f"{seed}/{code}/contact")
@@ -156,7 +156,7 @@ class Invented(Language):
         the = self.particles["the"]
         subject = [c.person] if c.named else [the, *self._noun(self.word(c.person, borrow), c.person_quality, borrow)]
         thing = self.word(c.thing, borrow)
-        if self.mutation and thing == self.lexicon[c.thing] and c.thing not in self.loans:  # foreign words resist it
+        if self.mutation and thing == self.lexicon[c.thing] and c.thing not in self.loans:  # no foreign words
             thing = mutate(thing)
         thing += self.endings["plural"] if c.number else ""
         parts = {
@@ -165,12 +165,12 @@ class Invented(Language):
             "O": [*(self.words(c.number, borrow) or [the]), *self._noun(thing, c.thing_quality, borrow)],
         }
         place = [self.particles["in"], self.word(c.place, borrow)] if c.place else []
-        if self.order.endswith("V"):  # as verb-final languages do: the adposition follows, the place precedes the verb
+        if self.order.endswith("V"):  # as in verb-final languages: a postposition, and the place before the verb
             parts["V"] = place[::-1] + parts["V"]
             place = []
-        said = [word for role in self.order for word in parts[role]] + place
+        words = [word for role in self.order for word in parts[role]] + place
         time = self.words(c.time, borrow)
-        return time + said if self.time == "first" else said + time
+        return time + words if self.time == "first" else words + time
 
     def inflected(self, word: str) -> list[str]:
         plural, *tenses = self.endings["plural"], *(self.endings[tense] for tense in ("past", "present", "future"))
@@ -191,16 +191,16 @@ def _front(concepts: list[str], share: float, seed: str) -> set[str]:
 
 
 def make_languages(grammars: dict[str, dict], concepts: list[str], seed: int) -> dict[str, Language]:
-    """English under the first code, an invented language under each other one."""
+    """English under the first code, an invented language under each of the others."""
     taken = {*concepts, *FUNCTION_WORDS}
     languages: dict[str, Language] = {}
     for number, (code, grammar) in enumerate(grammars.items()):
-        sounds = SOUNDS[(len(grammars) - 1 - number) % len(SOUNDS)]  # the new language, the last, has the first sounds
+        sounds = SOUNDS[(len(grammars) - 1 - number) % len(SOUNDS)]  # the last (new) language gets the first sounds
         languages[code] = Invented(code, grammar, concepts, sounds, seed, taken) if number else English(concepts)
     return languages
 
 
 def coin_names(languages: dict[str, Language]) -> Callable[[random.Random], str]:
-    """A function that coins names, spelled alike in all languages."""
+    """A function that coins names, which are spelled the same in all languages."""
     taken = {word for language in languages.values() for word in language.lexicon.values()}
     return lambda draw: coin(draw, NAME_SOUNDS, 2, taken).capitalize()

@@ -1,4 +1,4 @@
-"""The keys of a world file, which demo/world.yaml explains. Imported where one is read."""
+"""The keys of a world file, explained in demo/world.yaml. Imported only when a world file is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANCES = "two_clauses name general distractor quality number negation place tim
 
 
 class Language(Keys):
-    """What a language leaves out is `grammar.DEFAULTS`'s."""
+    """Keys that a language leaves out are taken from `grammar.DEFAULTS`."""
 
     order: Literal[grammar.ORDERS] = None
     adjective: Any = None

@@ -1,18 +1,18 @@
-"""What can happen in the demo world, before any language says it. Used by demo/world.py."""
+"""The meanings of the demo world, independent of any language. Used by demo/world.py."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-GENERAL = "general"  # the key of words and clauses of no topic
+GENERAL = "general"  # the key of words and clauses without a topic
 
 
 @dataclass(frozen=True)
 class Clause:
-    """Who does what to what, in concepts (English words). Two clauses with equal fields mean the same."""
+    """Who does what to what, in concepts (English words). Clauses with equal fields have the same meaning."""
 
-    person: str  # a concept, or a name, which starts with a capital
+    person: str  # a concept, or a name (capitalised)
     person_quality: str | None
     action: str
     tense: str  # past, present, future
@@ -36,7 +36,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Fact:
-    """A person's home, job or pet. `told_in`: the languages whose training text holds it."""
+    """A person's home, job or pet. `told_in`: the languages whose training text contains it."""
 
     person: str
     relation: str
@@ -45,15 +45,15 @@ class Fact:
 
 
 class World:
-    """A seeded, sharp selection of who does what to what in each topic, and random sentences drawn from it.
+    """Seeded, sharp selectional preferences (who does what to what) in each topic, and random sentences that obey them.
 
-    Each person of a topic has two actions, each action two things and one place, each thing two qualities. Without
-    this the words of a topic are interchangeable, a model never tells them apart, and retrieval aligns topics, not
-    sentences.
+    Each person in a topic has two actions, each action two things and one place, each thing two qualities. Otherwise
+    the words of a topic would be interchangeable, a model could not distinguish them, and retrieval would align topics,
+    not sentences.
 
     Args:
-        vocabulary: the content of demo/vocabulary.yaml.
-        texts: the chances under `texts` of a world file.
+        vocabulary: the contents of demo/vocabulary.yaml.
+        texts: the probabilities under `texts` in a world file.
     """
 
     def __init__(self, vocabulary: dict, texts: dict, seed: int):
@@ -71,15 +71,15 @@ class World:
             }
 
     def reserve(self, sentences: list[Sentence]) -> None:
-        """Keep the clauses of these test sentences out of everything that is drawn from now on."""
+        """Keep the clauses of these test sentences out of everything drawn from now on."""
         self.reserved.update(clause for sentence in sentences for clause in sentence.clauses)
 
     def label(self, draw: random.Random) -> str:
         return draw.choice(self.labels)
 
     def clause(self, draw: random.Random, topic: str) -> Clause:
-        """A clause of `topic`, some words of it replaced by names and words of no topic: cues are spread thinly."""
-        chance, words, anything = self.texts, self.topics[topic], self.topics[GENERAL]
+        """A clause on `topic`, with some words replaced by names and general words, which keeps topic cues sparse."""
+        chance, words, general = self.texts, self.topics[topic], self.topics[GENERAL]
         person = draw.choice(list(words["people"]))
         action = draw.choice(words["people"][person])
         thing = draw.choice(words["actions"][action])
@@ -88,12 +88,12 @@ class World:
         if draw.random() < chance["name"]:
             person = draw.choice(self.vocabulary["names"])
         elif draw.random() < chance["general"]:
-            person = draw.choice(list(anything["people"]))
+            person = draw.choice(list(general["people"]))
         if draw.random() < chance["general"]:
-            action = draw.choice(list(anything["actions"]))
+            action = draw.choice(list(general["actions"]))
         if draw.random() < chance["general"]:
-            thing = draw.choice(list(anything["things"]))
-            quality = draw.choice(anything["things"][thing]) if quality else None
+            thing = draw.choice(list(general["things"]))
+            quality = draw.choice(general["things"][thing]) if quality else None
         return Clause(
             person,
             _maybe(draw, self.vocabulary["of_people"], 0 if person[0].isupper() else chance["quality"] / 2),
@@ -112,14 +112,14 @@ class World:
         while True:
             if draw.random() < self.texts["two_clauses"]:
                 conjunction = draw.choice(self.vocabulary["conjunctions"])
-                found = Sentence((self.clause(draw, topic), self.clause(draw, topic)), conjunction)
+                sentence = Sentence((self.clause(draw, topic), self.clause(draw, topic)), conjunction)
             else:
-                found = Sentence((self.clause(draw, topic),))
-            if self.reserved.isdisjoint(found.clauses):
-                return found
+                sentence = Sentence((self.clause(draw, topic),))
+            if self.reserved.isdisjoint(sentence.clauses):
+                return sentence
 
     def passage(self, draw: random.Random, label: str) -> list[Sentence]:
-        """3 to 5 sentences on `label`, fewer than half of them distractors (of another topic or of none)."""
+        """3 to 5 sentences on `label`, fewer than half of them distractors (on another topic or none)."""
         n = draw.randint(3, 5)
         off = sum(draw.random() < self.texts["distractor"] for _ in range((n - 1) // 2))
         others = [topic for topic in self.topics if topic != label]
@@ -128,18 +128,18 @@ class World:
         return [self.sentence(draw, topic) for topic in topics]
 
     def concepts(self) -> list[str]:
-        """Every concept that a language needs a word for, each once, in the order of the vocabulary."""
+        """Every concept that needs a word, each once, in the order of the vocabulary."""
         v = self.vocabulary
-        found = [w for words in [*v["topics"].values(), v[GENERAL]] for group in words.values() for w in group]
+        concepts = [w for words in [*v["topics"].values(), v[GENERAL]] for group in words.values() for w in group]
         for key in ("of_people", "of_things", "times", "numbers", "conjunctions"):
-            found += v[key]
+            concepts += v[key]
         for relation, answers in v["facts"].items():
-            found += [relation, *(answers if isinstance(answers, list) else [])]
-        return list(dict.fromkeys(found))
+            concepts += [relation, *(answers if isinstance(answers, list) else [])]
+        return list(dict.fromkeys(concepts))
 
 
 def _two(draw: random.Random, words: list[str], i: int) -> list[str]:
-    """Two of `words`: the i-th, so that each has its turn, and another at random."""
+    """Two of `words`: the i-th (cyclically, so that each is used), and another at random."""
     first = words[i % len(words)]
     return [first, draw.choice([w for w in words if w != first])]
 
@@ -149,14 +149,14 @@ def _maybe(draw: random.Random, words: list[str], chance: float) -> str | None:
 
 
 def make_facts(world: World, codes: list[str], persons: int, coin, seed: int) -> list[Fact]:
-    """A home, a job and a pet for each of `persons`, who take turns in being known in one language each, or in all.
+    """A home, a job and a pet for each of `persons`; each person is known in one language or in all, in rotation.
 
     Args:
-        coin: makes a name from a random.Random: of persons and of towns.
+        coin: makes a person's or town's name from a random.Random.
     """
     draw = random.Random(f"{seed}/facts")
     towns = [coin(draw) for _ in range(8)]
-    answers = {relation: towns if found == "names" else found for relation, found in world.vocabulary["facts"].items()}
+    answers = {relation: towns if words == "names" else words for relation, words in world.vocabulary["facts"].items()}
     turns = [*((code,) for code in codes), tuple(codes)]
     facts = []
     for number in range(persons):

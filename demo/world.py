@@ -1,9 +1,9 @@
-"""Generate the demo world: texts in English and in invented languages that all speak of one small world of meanings.
+"""Generate the demo world: texts in English and in invented languages about the same small world of meanings.
 
-In:  a world file (demo/world.yaml: languages, seed, sizes, chances), demo/vocabulary.yaml, and knobs as flags.
-Out: one folder with training documents by kind (one per line), parallel test sentences whose meanings no training text
-     holds, held-out documents, a classification task in the form of SIB-200, facts told in one language and asked in
-     another, the lexicon, world.json with settings and counts. The same seed gives the same bytes. See demo/README.md.
+In:  a world file (demo/world.yaml: languages, seed, sizes, probabilities), demo/vocabulary.yaml, and flags for knobs.
+Out: one folder with training documents by kind (one per line), parallel test sentences whose meanings occur in no
+     training text, held-out documents, a classification task in SIB-200's format, facts told in one language and asked
+     in another, the lexicon, world.json (settings, counts). The same seed gives the same bytes. See demo/README.md.
 
 Full:  python demo/world.py --study demo/demo.yaml
 Tiny:  python demo/world.py --study demo/tiny.yaml
@@ -28,16 +28,16 @@ runs = cli.sibling("cpt/runs.py")
 SCHEMA = "demo-world"
 PARTS = ("base", "cpt", "test", "heldout", "lsn", "sib200", "facts.tsv", "lexicon.tsv", "world.json")
 HERE = Path(__file__).resolve().parent
-# The prompt of lm_eval_sib200, so that a base model of this size knows the form.
+# The prompt of lm_eval_sib200, so that a base model of this size knows its format.
 PROMPT = 'The category of "{text}" is: {label}'
-FACTS = 4  # in a document of facts
+FACTS = 4  # per document of facts
 
 
 # ---- documents
 
 
 class Maker:
-    """Makes documents. Each kind draws from a random stream of its own, so that the size of one disturbs no other."""
+    """Makes documents. Each kind has its own random stream, so its size does not affect the others."""
 
     def __init__(self, config: dict, vocabulary: dict):
         self.config, self.texts, self.seed = config, config["texts"], config["seed"]
@@ -49,7 +49,7 @@ class Maker:
         self.all_facts = meanings.make_facts(self.world, codes, config["persons"], names, self.seed)
 
     def documents(self, phase: str, kind: str, code: str) -> Iterator[str]:
-        """Documents without end; `pairs` and `mixed` join the language `code` and the base language."""
+        """An endless stream of documents; `pairs` and `mixed` combine the language `code` and the base language."""
         draw = random.Random(f"{self.seed}/{phase}/{kind}/{code}")
         while True:
             yield getattr(self, kind)(draw, code)
@@ -58,21 +58,21 @@ class Maker:
         return self.languages[code].say_all(self.world.passage(draw, self.world.label(draw)))
 
     def pairs(self, draw: random.Random, code: str) -> str:
-        """Two sentences on one topic, each in both languages; some are facts that both languages tell."""
-        label, said, both = self.world.label(draw), [], [self.base, code]
+        """Two sentences on one topic, each in both languages; some are facts told in both languages."""
+        label, sentences, both = self.world.label(draw), [], [self.base, code]
         known = [fact for fact in self.all_facts if set(both) <= set(fact.told_in)]
         for _ in range(2):
             draw.shuffle(both)
             if known and draw.random() < self.texts["fact_pairs"]:
                 fact = draw.choice(known)
-                said += [self.languages[c].tell(fact) for c in both]
+                sentences += [self.languages[c].tell(fact) for c in both]
             else:
                 sentence = self.in_contact(draw, label, code)
-                said += [self.languages[c].say(sentence) for c in both]
-        return " ".join(said)
+                sentences += [self.languages[c].say(sentence) for c in both]
+        return " ".join(sentences)
 
     def in_contact(self, draw: random.Random, label: str, code: str):
-        """A sentence whose people, actions, things and places are all words of contact."""
+        """A sentence whose people, actions, things and places are all contact words."""
         contact = self.languages[code].contact
         while True:
             sentence = self.world.sentence(draw, label)
@@ -83,7 +83,7 @@ class Maker:
     def mixed(self, draw: random.Random, code: str) -> str:
         """A passage in the grammar of one language, with a share of the content words from the other.
 
-        Words that are not contact words stay, or become, English: bilingual text says nothing about them.
+        Words that are not contact words are always English: bilingual text carries no information about them.
         """
         spoken, lent = draw.sample([self.base, code], 2)
         contact, lexicon, share = self.languages[code].contact, self.languages[lent].lexicon, self.texts["borrowed"]
@@ -105,12 +105,12 @@ class Maker:
         return " ".join(map(self.languages[code].tell, draw.sample(told, min(FACTS, len(told)))))
 
     def mixture(self, code: str, words: float, replay: float, replay_prompts: float, facts: float) -> list[str]:
-        """The documents of continued pre-training on a language, `words` words in all with replayed base documents.
+        """The documents of continued pre-training on a language, `words` words including replayed base documents.
 
-        `replay` is a share of all words, `replay_prompts` of the replay, `facts` of the language. Each document is of
-        the kind that is furthest behind its share.
+        `replay` is a share of all words, `replay_prompts` of the replay, `facts` of the language's text. Each next
+        document is of the kind that is furthest behind its share.
         """
-        # The streams of the base phase from their beginning: what is replayed has been seen, word for word.
+        # The streams of the base phase from their start: replayed documents have been seen, word for word.
         streams = {
             "text": (self.documents("cpt", "text", code), (1 - replay) * (1 - facts)),
             "facts": (self.documents("cpt", "facts", code), (1 - replay) * facts),
@@ -128,30 +128,30 @@ class Maker:
         """`n` sentences that share no clause and differ from each other in every language.
 
         Raises:
-            InputError: the world does not have so many.
+            InputError: the world does not have that many.
         """
         draw = random.Random(f"{self.seed}/test")
-        found, clauses, said = [], set(), set()
+        sentences, clauses, texts = [], set(), set()
         misses = 0  # in a row
-        while len(found) < n and misses < 2000:
+        while len(sentences) < n and misses < 2000:
             misses += 1
             sentence = self.world.sentence(draw, self.world.label(draw))
             new = {(code, language.say(sentence)) for code, language in self.languages.items()}
-            if clauses.isdisjoint(sentence.clauses) and said.isdisjoint(new):
-                found.append(sentence)
+            if clauses.isdisjoint(sentence.clauses) and texts.isdisjoint(new):
+                sentences.append(sentence)
                 clauses |= set(sentence.clauses)
-                said |= new
+                texts |= new
                 misses = 0
         if misses:
-            raise InputError(f"this world has only {len(found)} different test sentences; lower test_sentences")
-        return found
+            raise InputError(f"this world has only {len(sentences)} different test sentences; lower test_sentences")
+        return sentences
 
     def heldout(self, n: int) -> list[list]:
         draw = random.Random(f"{self.seed}/heldout")
         return [self.world.passage(draw, self.world.label(draw)) for _ in range(n)]
 
     def task(self, sizes: dict[str, int]) -> dict[str, list[tuple]]:
-        """Rows (index_id, category, sentence) of each split, for all languages; ids in no order, as in SIB-200."""
+        """Rows (index_id, category, sentence) of each split, for all languages; unordered ids, as in SIB-200."""
         draw = random.Random(f"{self.seed}/task")
         total = sum(sizes.values())
         ids = iter(draw.sample(range(2 * total), total))
@@ -162,7 +162,7 @@ class Maker:
         return rows
 
     def questions(self) -> list[dict]:
-        """Every fact asked in every language: where it was told (what memory gives) and where it was not."""
+        """Every fact as a question in every language: those it was told in (to test memory) and those it was not."""
         draw = random.Random(f"{self.seed}/questions")
         options: dict[str, list[str]] = {}
         for fact in self.all_facts:
@@ -187,7 +187,7 @@ class Maker:
 
 
 def write_world(config: dict, vocabulary: dict, out: Path) -> dict:
-    """Write all files but world.json below `out`, a folder that is not there yet; return world.json's content."""
+    """Write all files except world.json to the new folder `out`; return the contents of world.json."""
     maker = Maker(config, vocabulary)
     counts: dict[str, dict] = {}
 
@@ -237,19 +237,19 @@ def write_world(config: dict, vocabulary: dict, out: Path) -> dict:
 
 
 def read_config(path: Path | None) -> dict:
-    """demo/world.yaml, with the values of the file at `path` over it; its `languages` and `base` replace ours whole."""
-    default = HERE / "world.yaml"
-    config = read_yaml(default)
-    given = read_yaml(path) if path else {}
-    for key, value in given.items():
-        ours = config.get(key)
-        whole = key in ("languages", "base") or not isinstance(value, dict) or not isinstance(ours, dict)
-        config[key] = value if whole else {**ours, **value}
-    return checked(config, path or default)
+    """demo/world.yaml, overridden by the file at `path`, whose `languages` and `base` replace the defaults entirely."""
+    default_path = HERE / "world.yaml"
+    config = read_yaml(default_path)
+    overrides = read_yaml(path) if path else {}
+    for key, value in overrides.items():
+        default = config.get(key)
+        replace = key in ("languages", "base") or not isinstance(value, dict) or not isinstance(default, dict)
+        config[key] = value if replace else {**default, **value}
+    return checked(config, path or default_path)
 
 
 def checked(config: dict, where) -> dict:
-    """`config`, after a look at every key; InputError says which is wrong, and that it stands in `where`."""
+    """`config` after checking every key; InputError names a wrong key and `where` it is."""
     keys.check(cli.sibling("demo/keys.py").World, config, where)
     return config
 
@@ -260,14 +260,14 @@ def read_yaml(path: Path) -> dict:
 
 
 def settings(config: dict, args, seed: int | None) -> dict:
-    """`config` with the command line's values over it, checked.
+    """`config` overridden by the command line, checked.
 
     Raises:
-        InputError: a wrong word order, a share or chance outside 0 to 1, a language twice or fewer than two, no size.
+        InputError: a wrong word order or size, a share outside 0 to 1, a duplicate language, or fewer than two.
     """
     config = {**config, "cpt": dict(config["cpt"])}
-    for key, given in (("seed", seed), ("scale", args.scale), ("test_sentences", args.test_sentences)):
-        config[key] = config[key] if given is None else given
+    for key, flag in (("seed", seed), ("scale", args.scale), ("test_sentences", args.test_sentences)):
+        config[key] = config[key] if flag is None else flag
     if args.replay is not None:
         config["cpt"]["replay"] = args.replay
     codes = args.languages or list(config["languages"])
@@ -281,32 +281,32 @@ def settings(config: dict, args, seed: int | None) -> dict:
 
 
 def claim(out: Path, config: dict, overwrite: bool) -> bool:
-    """Whether `out` is to be written; False when it holds this very world already.
+    """Whether `out` has to be written; False if it already holds exactly this world.
 
     Raises:
-        InputError: `out` holds another world, or files that are not part of one.
+        InputError: `out` holds another world, or files that are not part of a world.
     """
     if not out.exists():
         return True
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS) if out.is_dir() else [out.name]
-    if strangers:
-        raise InputError(f"{out} holds {strangers[0]}, which is not part of a world; give --out a new folder")
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in PARTS) if out.is_dir() else [out.name]
+    if foreign:
+        raise InputError(f"{out} holds {foreign[0]}, which is not part of a world; give --out a new folder")
     path = out / "world.json"
-    return not results.finished(path, SCHEMA, config, "--out a new folder", overwrite, lambda found: found["config"])
+    return not results.finished(path, SCHEMA, config, "--out a new folder", overwrite, lambda world: world["config"])
 
 
 def build_parser():
-    p = cli.parser(__doc__)  # "ours": the value in demo/world.yaml, which holds where no other world file changes it
-    p.add_argument("--config", metavar="FILE", help="world file; default: train.world of the study, else ours")
+    p = cli.parser(__doc__)  # plain defaults ("default 0.6") are the values in demo/world.yaml
+    p.add_argument("--config", metavar="FILE", help="world file; default: the study's train.world, or demo/world.yaml")
     p.add_argument("--out", "--output", metavar="FOLDER", help="folder to write; default: out of the world file")
     text = "language codes, the base language first, the new one last; default: those of the world file"
     p.add_argument("--languages", metavar="C,C,..", type=lambda text: text.split(","), help=text)
-    p.add_argument("--order", choices=grammar.ORDERS, help="word order of the new language; ours VSO")
-    p.add_argument("--shared", type=float, metavar="X", help="share of its words that are English, 0 to 1; ours 0")
-    p.add_argument("--contact", type=float, metavar="X", help="share of its words in bilingual base texts; ours 0.6")
-    p.add_argument("--replay", type=float, metavar="X", help="share of English in the words of CPT; ours 0.2")
-    p.add_argument("--scale", type=float, metavar="X", help="the amount of training text times this; ours 1")
-    p.add_argument("--test-sentences", type=cli.positive, metavar="N", help="parallel test sentences; ours 600")
+    p.add_argument("--order", choices=grammar.ORDERS, help="word order of the new language; default VSO")
+    p.add_argument("--shared", type=float, metavar="X", help="share of its words that are English, 0 to 1; default 0")
+    p.add_argument("--contact", type=float, metavar="X", help="share of its words in bilingual base texts; default 0.6")
+    p.add_argument("--replay", type=float, metavar="X", help="share of English in the words of CPT; default 0.2")
+    p.add_argument("--scale", type=float, metavar="X", help="factor on the amount of training text; default 1")
+    p.add_argument("--test-sentences", type=cli.positive, metavar="N", help="parallel test sentences; default 600")
     return p
 
 
@@ -318,19 +318,19 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out or config["out"].replace("{seed}", str(config["seed"])))
     del config["out"]
     if not claim(out, config, args.overwrite):
-        cli.say(f"{out} holds this world already; nothing to do (--overwrite makes it again)")
+        cli.say(f"{out} already holds this world; nothing to do (--overwrite makes it again)")
         return
     partial = out.with_name(out.name + ".partial")
     try:
         with runs.only_one(partial, "written"):
             new, old = partial / "new", partial / "old"
-            for left in (new, old):  # by a killed call
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in (new, old):  # of a killed call
+                shutil.rmtree(leftover, ignore_errors=True)
             try:
                 facts = write_world(config, read_yaml(HERE / "vocabulary.yaml"), new)
                 results.write_json(new / "world.json", facts, results.header(SCHEMA, seed=config["seed"]))
                 if out.exists():
-                    # Removed file by file, it would look whole to the next call if this one were killed.
+                    # If this call were killed while deleting file by file, the next one would take `out` for complete.
                     out.rename(old)
                 new.replace(out)
             finally:

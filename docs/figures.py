@@ -1,7 +1,7 @@
-"""Write docs/figures.md and docs/figures/: every figure of the scripts, drawn anew from results of finished studies.
+"""Write docs/figures.md and docs/figures/: every figure of the scripts, redrawn from results of finished studies.
 
-In:   study files, in the folder from which their paths are meant. A figure is of the first one that has its result.
-Out:  docs/figures/<caption's name>.png, docs/figures.md. A figure that no study has a result for is named there.
+In:   study files, with paths relative to the current folder. A figure is drawn from the first study with its result.
+Out:  docs/figures/<caption's name>.png, docs/figures.md, which also names figures for which no study has a result.
 
     python docs/figures.py demo/demo.yaml
     python docs/figures.py studies/demo.yaml demo/demo.yaml --seed 0
@@ -28,75 +28,75 @@ PAGE = Path(__file__).with_suffix(".md")
 LARGEST = 90_000  # bytes of a picture
 HEAD = """# Figures
 
-Written by `{command}`: every figure that the scripts draw, from results as they are, in
-the words of its caption. Below each stand the script that draws it and the study that this one is of. What all of them
-share, colours, widths, names of languages, the numbering of layers, stands in `cpt_utils/base/figures.py`.
+Written by `{command}`: every figure that the scripts draw, from existing results, with
+its caption, the script that draws it and the study that it shows. Colours, widths, names of languages and the numbering
+of layers are the same everywhere (`cpt_utils/base/figures.py`).
 
-- Layers are numbered from 0. Hidden state 0 is the embeddings, and layer l puts out hidden state l + 1; where both
-  matter, one stands below the panel and the other above it.
+- Layers are numbered from 0. Hidden state 0 is the embeddings, and layer l outputs hidden state l + 1; if both matter,
+  one is numbered below the panel and the other above it.
 - Black is the base, orange the checkpoint or the new language, blue the semantic hub, vermilion the interface, pink
   attention, green the FFN; grey are controls, the untrained model and chance. Training steps run from light green to
   dark violet.
-- Whiskers and bands are 95 % intervals, but for the accuracy of a task over training steps, whose whiskers are
-  standard errors.
-- The demo's languages beside English are invented, and so are their codes.
+- Whiskers and bands are 95 % intervals, except for task accuracy over training steps, whose whiskers are standard
+  errors.
+- The demo's languages other than English are invented, and so are their codes.
 """
 
 
 # ---------------------------------------------------------------- one figure each, from the result files of a study
 
 
-def plain(step: str, script: str, found: evidence.Results, path: Path, *header: str, module: str = "") -> None:
-    """The figure that `draw(path, payload, ..)` of a script makes, with the named facts of the header behind it."""
-    payload, facts = found.json(found.path(step), sibling(script).SCHEMA)
+def plain(step: str, script: str, source: evidence.Results, path: Path, *header: str, module: str = "") -> None:
+    """The figure drawn by a script's `draw(path, payload, ..)`; further arguments are the named facts of the header."""
+    payload, facts = source.json(source.path(step), sibling(script).SCHEMA)
     sibling(module or script).draw(path, payload, *(facts[key] for key in header))
 
 
-def retrieval(found: evidence.Results, path: Path, models: str = "") -> None:
-    """Base and run, or where `models` is a pattern, the last checkpoint and the results that match it."""
-    folder = found.retrieval_folder()
-    ids = [found.last["model_id"]] * ("checkpoint" in models) + sorted(
+def retrieval(source: evidence.Results, path: Path, models: str = "") -> None:
+    """Base and run; or, with a pattern `models`, its matches, after the last checkpoint if it is for checkpoints."""
+    folder = source.retrieval_folder()
+    ids = [source.last["model_id"]] * ("checkpoint" in models) + sorted(
         file.stem for file in folder.glob(f"{models}.json")
     )
-    files = [found.retrieval_path(ref) for ref in (found.base, *found.run)]
-    files = [found.there(folder / f"{name}.json", "retrieval") for name in ids] if models else files
+    files = [source.retrieval_path(ref) for ref in (source.base, *source.run)]
+    files = [source.there(folder / f"{name}.json", "retrieval") for name in ids] if models else files
     if models and len(files) < 2:
         raise evidence.Missing(f"{folder} has no {models}.json")
-    read = [results.read_json(file, "sentence-retrieval", **found.sides()) for file in files]
+    read = [results.read_json(file, "sentence-retrieval", **source.sides()) for file in files]
     lines = [(SimpleNamespace(**facts["models"]["model"]), payload) for payload, facts in read]
-    twin = None if models else found.untrained()[0]
-    title = " to ".join(map(figures.language, found.sides().values()))
+    twin = None if models else source.untrained()[0]
+    title = " to ".join(map(figures.language, source.sides().values()))
     sibling("sentence-retrieval/sr_figure.py").draw(path, lines, twin, read[0][1]["n_used"], title)
 
 
-def alignment(found: evidence.Results, path: Path) -> None:
-    folder = found.study.result("alignment") / found.retrieval_folder().name
+def alignment(source: evidence.Results, path: Path) -> None:
+    folder = source.study.result("alignment") / source.retrieval_folder().name
     files = [
-        (SimpleNamespace(**ref), found.there(folder / f"{ref['model_id']}.json", "alignment"))
-        for ref in (found.base, *found.run)
+        (SimpleNamespace(**ref), source.there(folder / f"{ref['model_id']}.json", "alignment"))
+        for ref in (source.base, *source.run)
     ]
-    named = tuple(map(figures.language, found.sides().values()))
+    named = tuple(map(figures.language, source.sides().values()))
     sibling("sentence-retrieval/sr_alignment.py").draw_files(path, files, folder / "untrained.json", named)
 
 
-def layers(found: evidence.Results, path: Path) -> None:
-    split, facts = results.read_json(found.path("layers"), "layer-specialize")
+def layers(source: evidence.Results, path: Path) -> None:
+    split, facts = results.read_json(source.path("layers"), "layer-specialize")
     title = Path(facts["retrieval"]).stem.replace("__", "/")
     sibling("layer-specialize/layer_specialize.py").draw(path, split, facts, title)
 
 
-def weight_change(found: evidence.Results, path: Path) -> None:
+def weight_change(source: evidence.Results, path: Path) -> None:
     script = sibling("weight-diff/int_and_sem.py")
-    payload, facts = found.json(found.path("int_and_sem"), script.SCHEMA)
+    payload, facts = source.json(source.path("int_and_sem"), script.SCHEMA)
     rows = payload["checkpoints"]
     means = {group: [row[f"{group}_avg"] for row in rows.values()] for group in script.GROUPS}
     counts = {group: len(facts["layers"][group]["layers"]) for group in script.GROUPS}
     script.draw(path, [int(step) for step in rows], means, counts)
 
 
-def downstream(found: evidence.Results, path: Path) -> None:
+def downstream(source: evidence.Results, path: Path) -> None:
     script = sibling("downstream-correlation/downstream_correlation.py")
-    payload, _ = found.json(found.path("downstream"), script.SCHEMA)
+    payload, _ = source.json(source.path("downstream"), script.SCHEMA)
     metric, rows = payload["metric"], {int(step): row for step, row in payload["values"].items()}
     points = {step: benchmark.Point(row[metric], row["n"], "") for step, row in rows.items()}
     changes = {
@@ -106,40 +106,40 @@ def downstream(found: evidence.Results, path: Path) -> None:
     script.draw(path, figures.accuracy(metric, payload["task"]), list(changes), points, changes, payload)
 
 
-def lsn(what: str, found: evidence.Results, path: Path) -> None:
+def lsn(what: str, source: evidence.Results, path: Path) -> None:
     script = sibling("lsn/identify.py")
-    file = found.there(found.study.result("lsn_mask").with_suffix(".report.json"), "lsn_mask")
-    payload, _ = found.json(file, script.REPORT)
+    file = source.there(source.study.result("lsn_mask").with_suffix(".report.json"), "lsn_mask")
+    payload, _ = source.json(file, script.REPORT)
     getattr(script.reporting, f"draw_{what}")(path, payload[what])
 
 
-def cogsym(found: evidence.Results, path: Path) -> None:
+def cogsym(source: evidence.Results, path: Path) -> None:
     script = sibling("layer-ablation/cogsym.py")
-    payload, facts = found.json(found.path("cogsym"), script.SCHEMA, found.base)
+    payload, facts = source.json(source.path("cogsym"), script.SCHEMA, source.base)
     script.draw(path, payload["layers"], payload["overlaps"], facts["n_layers"])
 
 
-def spectrum(found: evidence.Results, path: Path) -> None:
-    file = found.path("spectrum")
-    payload, _ = found.json(file, "spectrum")
+def spectrum(source: evidence.Results, path: Path) -> None:
+    file = source.path("spectrum")
+    payload, _ = source.json(file, "spectrum")
     sibling("spectral/spectrum_figure.py").draw(path, payload, results.read_tensors(file.with_suffix(".pt")))
 
 
-def rewind_energy(found: evidence.Results, path: Path) -> None:
-    plain("rewind", "spectral/rewind.py", found, path.with_name("rewind"))
+def rewind_energy(source: evidence.Results, path: Path) -> None:
+    plain("rewind", "spectral/rewind.py", source, path.with_name("rewind"))
     for suffix in (".pdf", ".png"):
-        found.there(path.with_name(f"rewind.energy{suffix}"), "rewind").replace(path.with_suffix(suffix))
+        source.there(path.with_name(f"rewind.energy{suffix}"), "rewind").replace(path.with_suffix(suffix))
 
 
-def claims(found: evidence.Results, path: Path) -> None:
+def claims(source: evidence.Results, path: Path) -> None:
     script = sibling("report/claims.py")
-    payload, _ = found.json(found.path("claims"), script.SCHEMA)
+    payload, _ = source.json(source.path("claims"), script.SCHEMA)
     made = {name: claim.PANEL for name, claim in script.claims().items()}
     sibling("report/shown.py").draw(path, payload["claims"], made)
 
 
 of = functools.partial
-# Caption -> what draws it; those of the paper are in report/figures.py.
+# Caption -> the function that draws it; `paper` is report/figures.py.
 DRAWN = {
     "retrieval": retrieval,
     "alignment": alignment,
@@ -164,15 +164,15 @@ DRAWN = {
     "activation_correlation": paper.strengths,
     "component_swap": paper.component_swap,
     "retrieval_components": of(retrieval, models="*_swap__checkpoint-*"),
-    "layer_ablation": lambda found, path: plain(
-        "layer_ablation", "layer-ablation/ablation_sweep.py", found, path, "n_layers",
+    "layer_ablation": lambda source, path: plain(
+        "layer_ablation", "layer-ablation/ablation_sweep.py", source, path, "n_layers",
         module="layer-ablation/ablation_figure.py",
     ),
     "cogsym": cogsym,
     "runs": of(plain, "runs", "layer-ablation/compare_runs.py", module="layer-ablation/runs_shown.py"),
     "spectrum": spectrum,
-    "heads": lambda found, path: plain(
-        "heads", "spectral/heads.py", found, path, "n_layers", module="spectral/heads_figure.py"
+    "heads": lambda source, path: plain(
+        "heads", "spectral/heads.py", source, path, "n_layers", module="spectral/heads_figure.py"
     ),
     "rewind": of(plain, "rewind", "spectral/rewind.py"),
     "rewind_energy": rewind_energy,
@@ -185,7 +185,7 @@ DRAWN = {
     "fig1_retrieval": paper.retrieval,
     "fig2_change": paper.change,
 }  # fmt: skip
-# A figure that no section of the report shows: section, subsection, text, script.
+# Figures that no section of the report shows: section, subsection, text, script.
 BESIDE = {
     "lsn_overlap": (
         "Part II", "2. Language-specific neurons",
@@ -200,44 +200,44 @@ BESIDE = {
 
 
 def captions() -> dict[str, tuple[str, str | None, str, str]]:
-    """Section, subsection, text and script of every caption that has a figure here, in the order of the parts."""
-    found = {
+    """Section, subsection, text and script of every caption with a figure here, in the order of the parts."""
+    rows = {
         name: (*row, script)
         for script in dict.fromkeys(by for _, by in experiments.said("CAPTIONS").values())
         for name, row in experiments.captions(script).items()
     }
-    found |= BESIDE
-    places = {name: (section, subsection or "", list(DRAWN).index(name))
-              for name, (section, subsection, *_) in found.items() if name in DRAWN}  # fmt: skip
+    rows |= BESIDE
+    positions = {name: (section, subsection or "", list(DRAWN).index(name))
+                 for name, (section, subsection, *_) in rows.items() if name in DRAWN}  # fmt: skip
     parts = ["Part I", "Part II", "Part III", "Part IV", "Part V"]
-    order = sorted(places, key=lambda name: (
-        parts.index(places[name][0]) if places[name][0] in parts else len(parts), *places[name]))  # fmt: skip
-    return {name: found[name] for name in order}
+    order = sorted(positions, key=lambda name: (
+        parts.index(positions[name][0]) if positions[name][0] in parts else len(parts), *positions[name]))  # fmt: skip
+    return {name: rows[name] for name in order}
 
 
 def draw(studies: list[Study], folder: Path) -> dict[str, tuple[str, str]]:
-    """Every figure that one of the studies has the results of, as PDF and PNG in `folder`.
+    """Every figure for which one of the studies has results, as PDF and PNG in `folder`.
 
     Returns:
-        name -> (the study's name, why there is none; "" where there is one).
+        name -> (the study's name, "") or, without results, ("", the reason).
     """
-    results_of = [evidence.Results(study, draws=0) for study in studies]
-    said: dict[str, tuple[str, str]] = {}
+    sources = [evidence.Results(study, draws=0) for study in studies]
+    drawn: dict[str, tuple[str, str]] = {}
     for name, function in DRAWN.items():
-        for found in results_of:
+        for source in sources:
             try:
-                with found.reading(name):
-                    function(found, folder / name)
+                with source.reading(name):
+                    function(source, folder / name)
             except evidence.Missing as reason:
-                said.setdefault(name, ("", str(reason)))
+                drawn.setdefault(name, ("", str(reason)))
             else:
-                said[name] = found.study.name, ""
+                drawn[name] = source.study.name, ""
                 break
-    return said
+    return drawn
 
 
 def small(png: bytes) -> bytes:
-    """The picture in so few colours, or so much smaller, that it has at most LARGEST bytes."""
+    """The picture, with fewer colours and, if needed, scaled down, to at most LARGEST bytes."""
     from PIL import Image
 
     picture = Image.open(io.BytesIO(png)).convert("RGB")
@@ -250,7 +250,7 @@ def small(png: bytes) -> bytes:
             few.save(written, "png", optimize=True)
             if written.tell() <= LARGEST:
                 return written.getvalue()
-    raise InputError(f"a picture of {picture.size} points has more than {LARGEST:,} bytes, however few its colours are")
+    raise InputError(f"a picture of {picture.size} pixels has more than {LARGEST:,} bytes, even with few colours")
 
 
 def page(said: dict[str, tuple[str, str]], command: str) -> str:
@@ -273,9 +273,9 @@ def page(said: dict[str, tuple[str, str]], command: str) -> str:
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("studies", nargs="+", metavar="STUDY", help="study files whose results are there")
+    p.add_argument("studies", nargs="+", metavar="STUDY", help="study files with results")
     p.add_argument(
-        "--seed", type=int, metavar="S", help="of studies whose paths hold {seed}; default: each study's own"
+        "--seed", type=int, metavar="S", help="seed for studies whose paths contain {seed}; default: each study's own"
     )
     args = p.parse_args(argv)
     folder = PAGE.with_suffix("")
@@ -284,8 +284,8 @@ def main(argv=None) -> None:
         Study.find(file, args.seed if "{seed}" in Path(file).read_text("utf-8") else None) for file in args.studies
     ]
     with tempfile.TemporaryDirectory() as drawn:
-        said = draw(studies, Path(drawn))
-        for name, (study, why) in said.items():
+        by_name = draw(studies, Path(drawn))
+        for name, (study, why) in by_name.items():
             if study:
                 with results.replacing(folder / f"{name}.png") as temporary:
                     temporary.write_bytes(small((Path(drawn) / f"{name}.png").read_bytes()))
@@ -294,8 +294,8 @@ def main(argv=None) -> None:
     command = (
         "python docs/figures.py " + " ".join(args.studies) + (f" --seed {args.seed}" if args.seed is not None else "")
     )
-    results.write_text(PAGE, page(said, command))
-    cli.say(f"wrote {PAGE} and {sum(bool(study) for study, _ in said.values())} figures in {folder}")
+    results.write_text(PAGE, page(by_name, command))
+    cli.say(f"wrote {PAGE} and {sum(bool(study) for study, _ in by_name.values())} figures in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/study.md: every key of a study file from its model in cpt_utils/base/study_keys.py, templates, advice.
+"""Write docs/study.md: templates, advice, and every key of a study file, from cpt_utils/base/study_keys.py.
 
 python docs/study.py
 """
@@ -20,16 +20,16 @@ from cpt_utils.base.study import as_yaml
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """\
-# A study of your own
+# Your own study
 
-Written by `python docs/study.py`; its keys are those of `cpt_utils/base/study_keys.py`, and a test compares the two.
+Written by `python docs/study.py` from the keys in `cpt_utils/base/study_keys.py`; a test compares the two.
 
 ## From a clone to the first figure
 
-You need a model from before the continued pre-training (CPT), and a folder of checkpoints from it: what Hugging
-Face's Trainer leaves will do as it is (`checkpoint-500/` and so on, with `optimizer.pt`, `trainer_state.json` and the
-final model beside them), LoRA adapters too ([what is read](checkpoints.md)). And sentences in two languages, the n-th
-of one the translation of the n-th of the other; neither model may have been trained on them.
+You need a model from before the continued pre-training (CPT), and a folder of its checkpoints. The output of Hugging
+Face's Trainer can be used as it is (`checkpoint-500/` and so on, with `optimizer.pt`, `trainer_state.json` and the
+final model beside them), also with LoRA adapters ([supported formats](checkpoints.md)). You also need sentences in two
+languages, line n of one being the translation of line n of the other; neither model may have been trained on them.
 
 ```
 make study STUDY=basque.yaml
@@ -37,28 +37,28 @@ make study STUDY=basque.yaml
 python sentence-retrieval/sr_experiment.py --study basque.yaml
 ```
 
-The first command sets everything up (once; Python 3.11 or later), asks where models and texts lie, and says what is
-missing and how long the whole will take. The last one draws
-`results/basque/sentence-retrieval/eng_Latn-eus_Latn/accuracy.png`: at which layers a sentence finds its translation,
-a line for each checkpoint. Then all of it, with an HTML report at the end:
+The first command does the set-up (once; Python 3.11 or later), asks for models and texts, and reports what is missing
+and how long the whole study will take. The last one draws
+`results/basque/sentence-retrieval/eng_Latn-eus_Latn/accuracy.png`: the accuracy of retrieving translations at each
+layer, one line per checkpoint. The commands for the whole study, with an HTML report at the end, are:
 
 ```
 make check STUDY=basque.yaml
 make reproduce STUDY=basque.yaml
 ```
 
-`make check` says before anything runs what is left out and which key would add it. `make reproduce` says a line for
-each step with the time left for the whole (`results/basque/status.json`: the same for scripts; `VERBOSE=1`:
-Snakemake's own words); what a step is at is in its log in `results/basque/logs/`. Interrupted, it goes on where it was
-(after a power cut or `kill -9`: `make unlock STUDY=basque.yaml` first), and after a step that failed, whose name and
-log are on the report of what there is by then. A single step is
-`python <script> --study basque.yaml`, where flags win over the study's keys.
+`make check` reports in advance which parts are left out and which key would add them. `make reproduce` prints a line
+for each step, with the estimated time left (`results/basque/status.json`: the same for scripts; `VERBOSE=1`:
+Snakemake's own messages); the progress of a step is in its log in `results/basque/logs/`. An interrupted run continues
+with the same command (after a power cut or `kill -9`, run `make unlock STUDY=basque.yaml` first); so does a run with a
+failed step, whose name and log are on a report of the results so far. A single step is
+`python <script> --study basque.yaml`, where flags override the study's keys.
 
-The study file and the texts are not watched: after a change, remove the results that it concerns (after one of
-`lsn.rate`, `results/basque/lsn`), and the same command makes them and what rests on them again.
+The study file and the texts are not watched: after a change, remove the affected results (for `lsn.rate`:
+`results/basque/lsn`), and the same command makes them again, with all results that depend on them.
 
-A second run of the same base goes under `runs: {second: my-models/cpt-2}`. `make reproduce` with `ARM=second` measures
-it, and the next call without `ARM` sets both side by side.
+A second run of the same base is added by `runs: {second: my-models/cpt-2}`. `make reproduce` with `ARM=second` measures
+it, and the next call without `ARM` compares the two.
 
 Without questions:
 
@@ -68,29 +68,29 @@ python -m cpt_utils.base.study --init basque.yaml --base my-models/base --run my
     --heldout eus_Latn=my-texts/eus.held.txt --neurons eng_Latn=my-texts/eng.txt eus_Latn=my-texts/eus.txt
 ```
 
-Paths are relative to the folder that commands are run in. In every text `{seed}` and `{name}` stand for the study's
-own, and `${MY_TEXTS}` for a variable of the environment.
+Paths are relative to the folder in which commands are run. In all values, `{seed}` and `{name}` are replaced by the
+study's seed and name, and `${MY_TEXTS}` by the environment variable.
 
 ## Templates
 
-Each is a whole study. With more keys there is more of it: `data.heldout` adds losses and samples, `data.task` the
-downstream task, `tokens` and `languages.lsn` the neurons of Part II, `ablation` and `spectral` Parts III and IV,
-`alignment` cosines of gradients. A language without a benchmark gets a task of its held-out text, with four choices, by
-`train: {task: continuations}` and `data.task: {name: continuation_eus_Latn, dir: results/basque/task}`. Swaps, arms and
-other changed models are measured by SIB-200 or by such a task, not by other tasks of lm_eval.
+Each is a complete study. More keys add more parts: `data.heldout` losses and samples, `data.task` the downstream task,
+`tokens` and `languages.lsn` the neurons of Part II, `ablation` and `spectral` Parts III and IV, `alignment` cosines of
+gradients. For a language without a benchmark, `train: {task: continuations}` with
+`data.task: {name: continuation_eus_Latn, dir: results/basque/task}` makes a task with four choices from its held-out
+text. Swaps, arms and other changed models are evaluated on SIB-200 or on such a task, not on other tasks of lm_eval.
 
 """
 ADVICE = """
-## How much of everything
+## Recommended sizes
 
-**Checkpoints: eight to twenty-four, early ones close together.** Whatever is correlated over checkpoints (weights
-with the task, activation with weights) has an interval by their number alone: r = .80 lies in [-.03, .98] with six,
-in [.34, .95] with ten, in [.59, .91] with twenty-four, and has none with fewer than four. First differences, which
-tell more since [curves that both grow correlate for no other reason](claims.md), have one point less. CPT is quick at
-first: in the demo 60 % of the change of the weights and 59 % of the gain in loss are there after 80 of 600 steps. So
-save steps that grow, each 1.5 to 3 times the one before (10, 30, 80, 180, 360, 600). A Trainer saves at even
-distances: leave `save_total_limit` out, which deletes early checkpoints, mind that `optimizer.pt` is twice the weights
-(`save_only_model: true` leaves it out, and the run cannot be resumed), and name those that you want in a list:
+**Checkpoints: eight to twenty-four, early ones close together.** For correlations over checkpoints (weights with the
+task, activation with weights), the interval depends on their number: r = .80 has the interval [-.03, .98] with six
+checkpoints, [.34, .95] with ten, [.59, .91] with twenty-four, and none with fewer than four. First differences, which
+are more informative because [any two growing curves correlate](claims.md), have one point less. CPT changes a model
+quickly at first: in the demo, 60 % of the weight change and 59 % of the gain in loss are reached after 80 of 600 steps.
+So save at growing steps, each 1.5 to 3 times the one before (10, 30, 80, 180, 360, 600). A Trainer saves at equal
+distances: do not set `save_total_limit`, which deletes early checkpoints; note that `optimizer.pt` is twice as large as
+the weights (`save_only_model: true` omits it, but then the run cannot be resumed); and list the checkpoints to use:
 
 ```yaml
 run:
@@ -99,57 +99,58 @@ run:
   - my-models/cpt/checkpoint-600
 ```
 
-Each costs a pass over the sentences, the held-out text and the task. Swaps, neurons and claims are of the last one.
+Each checkpoint costs a pass over the sentences, the held-out text and the task. Swaps, neurons and claims only use the
+last one.
 
-**Sentences: 500 to 1,000.** An accuracy of .5 is known to ± .07 with 200 and to ± .03 with 1,000. It is also easier
-among fewer (chance is one in their number), so that studies compare only at equal numbers. The
-[gate](../sentence-retrieval/README.md), without which layers mean nothing, wants the model to be better than its
-untrained twin by an interval of 99 % over sentences. Scores take time with the square of the number, and memory: 4.3
-MB a pair for a model of 7B.
+**Sentences: 500 to 1,000.** An accuracy of .5 is known to ± .07 with 200 sentences and to ± .03 with 1,000. Retrieval
+is also easier among fewer sentences (chance is one divided by their number), so studies can only be compared with equal
+numbers. The [gate](../sentence-retrieval/README.md), without which layers mean nothing, requires that the model is
+better than its untrained twin, by a 99 % interval over sentences. Time and memory for scores grow with the square of
+the number: 4.3 MB a pair for a model of 7B.
 
-**Controls: 99 or more; never fewer than twenty.** The swap that is looked at is ranked among random sets of layers.
-With n sets p cannot be below 1 / (n + 1): .05 with 19, .01 with 99. Fewer than fourteen leave C2b and C5b without the
-fit that takes depth into account. `all` measures all sets of that size, or 300 drawn ones; each costs retrieval, loss
-and task of one model. [One random set](claims.md), as published, says little.
+**Controls: 99 or more, never fewer than twenty.** The swap of interest is ranked among random sets of layers. With n
+sets, p cannot be below 1 / (n + 1): .05 with 19, .01 with 99. With fewer than fourteen, C2b and C5b lack the fit that
+accounts for depth. `all` measures all sets of that size, or 300 drawn ones; each costs retrieval, loss and task of one
+model. [One random set](claims.md), as published, shows little.
 
-**Tokens for neurons: start with ten million of a language.** The rate at which a neuron fires has a standard error of
-at most 0.5 / √n: .005 with 10,000 tokens, .0002 with ten million; what matters is whether neurons near the cut change
-sides. `lsn/identify.py` says so: it makes the mask of each half of the text, and where both agree (Jaccard .9) it was
-enough ([convergence](../lsn/README.md)). The demo's 2,048 neurons need 15,000 tokens; the published code takes 100
-million of each language. Texts should be about equally long (within a factor of three), not repeat themselves, and be
-of one language each.
+**Tokens for neurons: start with ten million per language.** The rate at which a neuron fires has a standard error of
+at most 0.5 / √n: .005 with 10,000 tokens, .0002 with ten million. It matters only if neurons near the threshold change
+sides. `lsn/identify.py` reports this: it makes a mask from each half of the text; if they agree (Jaccard .9), the text
+was sufficient ([convergence](../lsn/README.md)). The demo's 2,048 neurons need 15,000 tokens; the published code uses
+100 million per language. Texts should be about equally long (within a factor of three), not repeat themselves, and be
+in one language each.
 
-**Languages for neurons: three or more.** LAPE calls a neuron specific that fires for few of the languages given. With
-two of them it cannot tell the new language from everything that is not English.
+**Languages for neurons: three or more.** LAPE calls a neuron specific if it fires for few of the languages. With only
+two, it cannot distinguish the new language from everything that is not English.
 
-**Held-out text: 200 documents of each language or more.** Intervals are over documents, and one document has none. It
-must not have been trained on. Name the base language and others that the model knew, too: their losses are what CPT
-costs.
+**Held-out text: 200 documents or more per language.** Intervals are over documents; a single document has none. The
+text must not have been used for training. Include the base language and others that the model knew: their losses are
+the cost of CPT.
 
-**Seeds: five or more for a verdict.** [One run is one sample](../report/README.md) of what CPT does, and its page
-says *no verdict*. Eight seeds find effects of two standard deviations over seeds, five those of three. Put `{seed}`
-into `run` and `results` (and `base`, if it is trained anew), and train CPT again with another seed.
+**Seeds: five or more for a verdict.** [One run is one sample](../report/README.md) of the effect of CPT, and its page
+says *no verdict*. Eight seeds detect effects of two standard deviations over seeds; five seeds, of three. Put `{seed}`
+into `run` and `results` (and into `base`, if it is trained anew), and repeat CPT with other seeds.
 
 ## Every key
 
 """
-# The templates' answers: (title, what it is for, values).
+# The templates: title -> (description, the values of `data`).
 PAIRS = {
-    "Text": ("Two files, the n-th line of one the translation of the n-th of the other.",
+    "Text": ("Two files; line n of one is the translation of line n of the other.",
              {"source": "text", "base_file": "my-texts/eng_Latn.txt", "target_file": "my-texts/eus_Latn.txt"}),
-    "TSV": ("One table, a column a language, named by its code in the first line (else a number from 1: "
+    "TSV": ("One table with a column per language, named by its code in the first line (otherwise by number, from 1: "
             "`base_file: my-texts/pairs.tsv:2`, `target_file: my-texts/pairs.tsv:4`).",
             {"source": "tsv", "base_file": "my-texts/pairs.tsv"}),
-    "SIB-200, a local copy": ("`<code>/train.tsv`, `dev.tsv` and `test.tsv`; the downstream task is on the same files.",
+    "SIB-200, a local copy": ("`<code>/train.tsv`, `dev.tsv` and `test.tsv`; the downstream task uses the same files.",
                               {"source": "sib200", "dir": "my-texts/sib200",
                                "task": {"name": "sib200_eus_Latn", "dir": "my-texts/sib200"}}),
-    "FLORES+": ("From the hub (gated: accept its terms there, then `hf auth login`), or with `dir` a local copy, "
-                "`<code>.jsonl`. Its `devtest` is another thousand.", {"source": "flores", "split": "dev"}),
+    "FLORES+": ("From the hub (gated: accept its terms there, then `hf auth login`), or with `dir` from a local copy, "
+                "`<code>.jsonl`. Its `devtest` has another thousand.", {"source": "flores", "split": "dev"}),
 }  # fmt: skip
 
 
 def template(data: dict) -> str:
-    """A whole study file with these parallel sentences."""
+    """A complete study file with these parallel sentences."""
     pair = {"base": "eng_Latn", "target": "eus_Latn"}
     models = {"base": "my-models/base", "run": "my-models/cpt"}
     return as_yaml({"name": "basque", **models, "languages": pair, "data": data, "results": "results/basque"})
@@ -164,7 +165,7 @@ def templates() -> str:
 
 
 def rows(model: type[Keys] = study_keys.Study, above: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted key, field) of every key that a study file may have; `<name>` stands for a name of one's own."""
+    """(dotted key, field) of every key that a study file may have; `<name>` stands for any name."""
     for name, field in model.fields().items():
         dotted = f"{above}{name}"
         yield dotted, field
@@ -173,7 +174,7 @@ def rows(model: type[Keys] = study_keys.Study, above: str = "") -> Iterator[tupl
 
 
 def _models(annotation, named: bool = False) -> Iterator[tuple[type[Keys], bool]]:
-    """The models of keys in a type, and whether they are the values of a mapping."""
+    """The models of keys in a type, each with whether it is the value of a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, Keys):
         yield annotation, named
     for part in get_args(annotation):
@@ -187,7 +188,7 @@ def kind(annotation: Any, facts: tuple = ()) -> str:
         below = [fact for part in parts[1:] for fact in getattr(part, "metadata", [part])]
         return kind(parts[0], (*facts, *below))
     if origin in (Union, types.UnionType):
-        # Text that lists and numbers may be written as comes last.
+        # Text, as another notation of lists and numbers, comes last.
         return " or ".join(dict.fromkeys(kind(part, facts) for part in parts if part is not type(None)))
     if origin is Literal:
         return ", ".join(f"`{part}`" for part in parts)
@@ -211,21 +212,21 @@ def _bounds(facts: tuple) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """What holds where the key is left out."""
+    """The behaviour without the key."""
     usual = field.json_schema_extra["usual"]
     value = field.default
     return usual or ("none" if value is None else f"`{yaml.safe_dump(value).splitlines()[0]}`")
 
 
 def example(dotted: str, field: FieldInfo) -> str:
-    """The key as it stands in a file, in one line."""
+    """The key as written in a file, in one line."""
     values = {dotted.rpartition(".")[2]: field.examples[0]}
     line = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1000)
     return line.strip()[1:-1]
 
 
 def reference() -> str:
-    """A table for the keys at the top, and one for each group below them."""
+    """One table for the top-level keys, and one for each group below them."""
     groups: dict[str, list[str]] = {}
     for dotted, field in rows():
         above, _, _ = dotted.rpartition(".")

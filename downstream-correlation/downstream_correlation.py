@@ -3,9 +3,9 @@
 In:   BENCHMARK, the metric at each checkpoint: {"<step>": {"<task>": {"acc": x}}}, or a folder of result files of any
       release of lm_eval (--output_path); one task or several
       WEIGHT_DIFF, the file of weight-diff/int_and_sem.py: {"checkpoints": {"<step>": {"interface_avg", ..}}}
-Out:  OUT (JSON): per layer type the correlation over checkpoints, with intervals, Spearman's, and both on first
-      differences, of the first task, and of each below `tasks` where there are several; OUT with .pdf and .png: the
-      metric over steps, and against the change of both layer types (of the other tasks: OUT.<task>.pdf)
+Out:  OUT (JSON): per layer type Pearson's correlation over checkpoints, with intervals, Spearman's, and both on first
+      differences, for the first task, and under `tasks` for each if there are several; OUT with .pdf and .png: the
+      metric over steps, and against the change of both layer types (for the other tasks: OUT.<task>.pdf)
 
     python downstream-correlation/downstream_correlation.py results/lm_eval int_and_sem.json -o results/correlation.json
     python downstream-correlation/downstream_correlation.py bench.json diff.json -o build/try.json --checkpoint-stride 2
@@ -31,40 +31,40 @@ ASKED = {
 CAPTIONS = {
     "downstream": """Part I: 3. Downstream task and weight change
         Downstream accuracy of the checkpoints against the weight change of interface and hub layers, with the
-        correlation of their steps (first differences), and of the curves as they are. Curves that both grow over
-        training correlate for no other reason, and on first differences with few checkpoints, too: claim C6 is decided
-        by training with a part frozen. Error bars are the binomial standard error of the accuracy.""",
+        correlation of their steps (first differences) and of the curves themselves. Curves that both grow over training
+        correlate for that reason alone, with few checkpoints even on first differences: claim C6 is decided by training
+        with a part frozen. Error bars are the binomial standard error of the accuracy.""",
 }
 LAYER_TYPES = {"interface": "interface_avg", "semantic_hub": "semantic_hub_avg"}
-DRAWS = 4000  # of the accuracies, for the error of measurement
+DRAWS = 4000  # of the accuracies, for the measurement error
 
 
 # ---------------------------------------------------------------- the method
 
 
 def relate(metric: list[float], change: list[float], redrawn: np.ndarray | None, seed: int) -> dict:
-    """Everything reported of one layer type: Pearson and Spearman on levels and on first differences.
+    """Everything reported for one layer type: Pearson and Spearman on levels and on first differences.
 
     Args:
         metric, change: one value per checkpoint, in step order.
-        redrawn: what `metric` might have been on other test rows [draws, checkpoints], or None where that is unknown.
+        redrawn: what `metric` might have been on other test rows [draws, checkpoints], or None if that is unknown.
     """
 
-    def found(metric, change, redrawn) -> dict:
+    def correlations(metric, change, redrawn) -> dict:
         pearson = stats.correlation(change, metric)
         rank = {"spearman": stats.correlation(change, metric, "spearman")}
         return pearson | rank | measurement_error(pearson["correlation"], change, redrawn, seed)
 
     steps = None if redrawn is None else np.diff(redrawn, axis=1)
     differences = stats.first_differences(metric), stats.first_differences(change)
-    return found(metric, change, redrawn) | {"first_differences": found(*differences, steps)}
+    return correlations(metric, change, redrawn) | {"first_differences": correlations(*differences, steps)}
 
 
 def redraw(points: list[Point], seed: int) -> np.ndarray | None:
     """Accuracies as other test rows might have given them, Binomial(n, accuracy) / n: float64 [draws, checkpoints].
 
     Checkpoints are redrawn independently, although they share their test rows. Rows that are hard for every checkpoint
-    move all accuracies together and leave r alone, so the spread found from these draws is, if anything, too wide.
+    move all accuracies together and do not affect r, so the spread of these draws is, if anything, too wide.
     """
     if not all(point.n for point in points):
         return None
@@ -74,34 +74,34 @@ def redraw(points: list[Point], seed: int) -> np.ndarray | None:
 
 
 def measurement_error(r: float | None, change, redrawn: np.ndarray | None, seed: int) -> dict:
-    """How much of the uncertainty of Pearson's r comes from the metric being measured on a few hundred rows.
+    """How much of the uncertainty of Pearson's r comes from measuring the metric on a few hundred rows.
 
     `ci_measurement_only`: the middle 95 % of r over the redrawn metrics. `ci_with_measurement_error`: the same after
     adding to each, on Fisher's scale z = artanh r, the error 1/sqrt(n - 3) of a correlation over n checkpoints.
-    `measurement_share`: the first variance of z over the sum of both. None where not defined.
+    `measurement_share`: the variance of z over the redrawn metrics over the sum of both. None where not defined.
     """
-    found = {"ci_measurement_only": None, "ci_with_measurement_error": None, "measurement_share": None}
+    row = {"ci_measurement_only": None, "ci_with_measurement_error": None, "measurement_share": None}
     if r is None or redrawn is None:
-        return found
+        return row
     x = np.asarray(change) - np.mean(change)
     y = redrawn - redrawn.mean(axis=1, keepdims=True)
     spread = np.sqrt((x**2).sum() * (y**2).sum(axis=1))
-    drawn = (y[spread > 0] @ x) / spread[spread > 0]  # where all checkpoints draw the same accuracy there is no r
+    drawn = (y[spread > 0] @ x) / spread[spread > 0]  # no r where all checkpoints draw the same accuracy
     if len(drawn) < DRAWS / 2:
-        return found | {"measurement_note": "most redrawn metrics do not vary over checkpoints"}
-    found["ci_measurement_only"] = np.quantile(drawn, [0.025, 0.975]).tolist()
+        return row | {"measurement_note": "most redrawn metrics do not vary over checkpoints"}
+    row["ci_measurement_only"] = np.quantile(drawn, [0.025, 0.975]).tolist()
     if len(x) > 3:
         z, variance = np.arctanh(np.clip(drawn, -1 + 1e-9, 1 - 1e-9)), 1 / (len(x) - 3)
         error = np.random.default_rng(seed + 1).normal(0, variance**0.5, len(z))
-        found["ci_with_measurement_error"] = np.quantile(np.tanh(z + error), [0.025, 0.975]).tolist()
-        found["measurement_share"] = float(z.var() / (z.var() + variance))
-    return found
+        row["ci_with_measurement_error"] = np.quantile(np.tanh(z + error), [0.025, 0.975]).tolist()
+        row["measurement_share"] = float(z.var() / (z.var() + variance))
+    return row
 
 
 def reliability(points: list[Point]) -> float | None:
     """The share of the metric's variance over checkpoints that is not sampling noise: 1 - mean(stderr^2) / variance.
 
-    0 where the noise alone would explain the variance; None where the rows are unknown or nothing varies.
+    0 if the noise alone would explain the variance; None if the number of rows is unknown or nothing varies.
     """
     values, errors = [p.value for p in points], [p.stderr for p in points]
     if len(points) < 2 or None in errors or np.ptp(values) == 0:
@@ -110,13 +110,13 @@ def reliability(points: list[Point]) -> float | None:
 
 
 def correlate(task: str, series: Series, changes: dict, args, seed: int) -> tuple[dict, list[int], list[str]]:
-    """(what is written of one task, the steps used, what to warn of)."""
+    """(content written for one task, steps used, warnings)."""
     points, metric = series.points, args.metric
     steps, alone = common_steps(points, changes, args.checkpoint_stride, args.steps, task)
     warnings = [
-        f"steps only in the {what.removesuffix('_only').replace('_', ' ')}, left out: {_list(there)}"
-        for what, there in alone.items()
-        if there
+        f"steps only in the {side.removesuffix('_only').replace('_', ' ')}, left out: {_list(only_there)}"
+        for side, only_there in alone.items()
+        if only_there
     ]
     if len(steps) < 3:
         warnings.append(
@@ -124,15 +124,15 @@ def correlate(task: str, series: Series, changes: dict, args, seed: int) -> tupl
         )
     chosen = [points[step] for step in steps]
     redrawn = redraw(chosen, seed)
-    found = {}
+    content = {}
     for kind in LAYER_TYPES:
-        found[kind] = relate([p.value for p in chosen], [changes[s][kind] for s in steps], redrawn, seed)
+        content[kind] = relate([p.value for p in chosen], [changes[s][kind] for s in steps], redrawn, seed)
     values = {}
     for step in ([0] if 0 in points else []) + steps:
         values[str(step)] = {metric: points[step].value, "stderr": points[step].stderr, "n": points[step].n}
         values[str(step)] |= {LAYER_TYPES[kind]: change for kind, change in changes.get(step, {}).items()}
-    found |= {"reliability": reliability(chosen), "values": values}
-    return found | {"unmatched_steps": alone, "left_out": series.left_out}, steps, warnings
+    content |= {"reliability": reliability(chosen), "values": values}
+    return content | {"unmatched_steps": alone, "left_out": series.left_out}, steps, warnings
 
 
 # ---------------------------------------------------------------- files
@@ -162,7 +162,7 @@ def read_changes(path: Path) -> tuple[dict, dict, dict[int, dict[str, float]]]:
 def common_steps(
     points: dict[int, Point], changes: dict, stride: int, wanted: list[int] | None, task: str
 ) -> tuple[list[int], dict[str, list[int]]]:
-    """Every `stride`-th of the steps (of those `wanted`) that both have, without the base, and what only one has."""
+    """Every `stride`-th common step (among those `wanted`) without the base, and the steps that only one side has."""
     alone = {
         "benchmark_only": sorted(set(points) - set(changes) - {0}),
         "weight_diff_only": sorted(set(changes) - set(points) - {0}),
@@ -208,8 +208,8 @@ def draw(path: Path, label: str, steps: list[int], points: dict[int, Point], cha
             axis.errorbar(x, values, yerr=errors, fmt="none", ecolor=figures.colour("random"), elinewidth=0.6, zorder=1)
             colours = figures.colours(len(steps), ordered=True)
             axis.scatter(x, values, c=colours, marker="s" if name == "interface" else "o", s=14, zorder=2)
-            curves, own = found[kind], found[kind].get("first_differences") or {}
-            r = ["none" if one.get("correlation") is None else f"{one['correlation']:.2f}" for one in (own, curves)]
+            curves, diffs = found[kind], found[kind].get("first_differences") or {}
+            r = ["none" if row.get("correlation") is None else f"{row['correlation']:.2f}" for row in (diffs, curves)]
             title = f"{kind.replace('_', ' ')}, {len(steps)} checkpoints\n"
             title += f"r of first differences {r[0]}\nr of the curves {r[1]}"
             axis.set_title(title, color=figures.colour(name))
@@ -232,7 +232,7 @@ def build_parser():
     text = "every N-th common step; default 1, all"
     p.add_argument("--checkpoint-stride", type=cli.positive, default=1, metavar="N", help=text)
     cli.add_run_flags(p)
-    p.add_argument("--task", metavar="T,T,..", help="default: the study's data.task.name, else all that are there")
+    p.add_argument("--task", metavar="T,T,..", help="default: the study's data.task.name, else all tasks found")
     p.add_argument("--metric", choices=("acc", "acc_norm"), default="acc", help="default acc")
     return p
 
@@ -250,17 +250,17 @@ def main(argv: list[str] | None = None) -> None:
     payload, header, changes = read_changes(weight_diff)
     run, base = payload.get("target_model"), payload.get("base_model")
     series = benchmark.read(source, tasks, args.metric, run, base, header.get("models"))
-    found = {task: correlate(task, series[task], changes, args, study.seed) for task in series}
-    for text in dict.fromkeys(text for _, _, warnings in found.values() for text in warnings):
+    by_task = {task: correlate(task, series[task], changes, args, study.seed) for task in series}
+    for text in dict.fromkeys(text for _, _, warnings in by_task.values() for text in warnings):
         cli.warn(text)
     for note in dict.fromkeys(note for task in series for note in series[task].left_out):
         cli.say(f"left out: {note}")
 
     first = next(iter(series))
-    written, steps, _ = found[first]
-    described = {"task": first, "metric": args.metric, **written}
+    written, steps, _ = by_task[first]
+    content = {"task": first, "metric": args.metric, **written}
     if len(series) > 1:
-        described["tasks"] = {task: written for task, (written, _, _) in found.items()}
+        content["tasks"] = {task: written for task, (written, _, _) in by_task.items()}
     head = results.header(
         SCHEMA,
         models=header.get("models"),
@@ -271,13 +271,13 @@ def main(argv: list[str] | None = None) -> None:
         seed=study.seed,
         gate=gate.carried(weight_diff),
     )
-    results.write_json(output, described, head)
-    for task, (written, steps, _) in found.items():
+    results.write_json(output, content, head)
+    for task, (written, steps, _) in by_task.items():
         path = output if task == first else output.with_name(f"{output.stem}.{task.replace('/', '__')}.json")
         draw(path, figures.accuracy(args.metric, task), steps, series[task].points, changes, written)
         cli.say(f"{task}, {args.metric}, steps {', '.join(map(str, steps))}")
         cli.say("\n".join(summary(kind, written[kind]) for kind in LAYER_TYPES))
-    cli.say(f"wrote {output}, and beside it .pdf and .png" + (" of every task" if len(series) > 1 else ""))
+    cli.say(f"wrote {output}, and next to it .pdf and .png" + (" of every task" if len(series) > 1 else ""))
 
 
 def summary(kind: str, row: dict) -> str:
@@ -292,7 +292,7 @@ def summary(kind: str, row: dict) -> str:
             text += f", 95 % [{part['ci_low']:+.2f}, {part['ci_high']:+.2f}]"
         if part["ci_with_measurement_error"]:
             low, high = part["ci_with_measurement_error"]
-            text += f", with the error of the metric [{low:+.2f}, {high:+.2f}]"
+            text += f", with the metric's error [{low:+.2f}, {high:+.2f}]"
         lines.append(text + f"; Spearman {part['spearman']['correlation']:+.3f}")
     return "\n".join(lines)
 

@@ -1,13 +1,13 @@
 """What continued pre-training costs on every language: the loss on held-out text at the base and at every checkpoint.
 
 A language that the model knew and that CPT leaves out may be forgotten. The negative log-likelihood (NLL) per byte of
-held-out text says how far, at each step, for each language; its change is against the base on the same documents.
+held-out text shows how far, at each step, for each language; its change is against the base on the same documents.
 
 In:   B and RUN (default: the study's), held-out text by language (--heldout LANG=FILE; default: all of data.heldout).
 Out:  OUT (default: the study's language-loss/language_loss.json): {language: {"base" or step: {`nll_per_byte`, ..}}};
-      beside it .pt (every document), .md (a table) and a figure with a line for each language.
+      next to it .pt (every document), .md (a table) and a figure with a line for each language.
 
-A killed run goes on with the next model. On several GPUs: accelerate launch language-loss/language_loss.py ...; each
+A killed run resumes with the next model. On several GPUs: accelerate launch language-loss/language_loss.py ...; each
 process measures whole models, and the numbers are the same.
 
 Full: python language-loss/language_loss.py --base meta-llama/Llama-2-7b-hf --run runs/eus --heldout en=en.txt eu=eu.txt --output loss.json
@@ -43,7 +43,7 @@ BASE = over_run.BASE
 
 
 def losses(model, ref: refs.ModelRef, tokenizer, texts: dict[str, list], batch_size: int | None) -> dict[str, list]:
-    """NLL per byte of every document (context, text), by language: the loss that swaps are measured by."""
+    """NLL per byte of every document (context, text), by language: the loss that swaps are measured with."""
     arch = archs.for_config(ref.config())
     tests = {lang: evaluation.Test(heldout=documents, batch_size=batch_size) for lang, documents in texts.items()}
     return {
@@ -53,33 +53,33 @@ def losses(model, ref: refs.ModelRef, tokenizer, texts: dict[str, list], batch_s
 
 
 def summarize(units: dict[str, dict[str, list[float]]], seed: int) -> dict[str, dict[str, dict]]:
-    """What the result says, from `units`: language -> model ("base" or step) -> NLL per byte of each document.
+    """The payload, from `units`: language -> model ("base" or step) -> NLL per byte of each document.
 
-    A document's value is its NLL in nats over the mean bytes of a document, so that the mean is all nats over all
-    bytes. Intervals: bootstrap over documents, the same draws for all models of a language.
+    A document's value is its NLL in nats over the mean bytes of a document, so the mean is all nats over all bytes.
+    Intervals: bootstrap over documents, with the same draws for all models of a language.
     """
-    found: dict[str, dict[str, dict]] = {}
+    by_language: dict[str, dict[str, dict]] = {}
     for lang, models in units.items():
         values = np.asarray(list(models.values()), dtype=np.float64)  # [models, documents]
         change = values - np.asarray(models[BASE], dtype=np.float64)
         low, high = stats.bootstrap_means(np.stack([values, change]), seed)  # [2, models]
-        found[lang] = {}
+        by_language[lang] = {}
         for i, (name, documents) in enumerate(models.items()):
             mean = math.fsum(documents) / len(documents)
             row = {"nll_per_byte": mean, "ci_low": float(low[0, i]), "ci_high": float(high[0, i])}
             row |= {"perplexity_per_byte": math.exp(mean), "documents": len(documents)}
             if name != BASE:
                 ends = {"ci_low": float(low[1, i]), "ci_high": float(high[1, i])}
-                row["change"] = {"mean": mean - found[lang][BASE]["nll_per_byte"], **ends}
-            found[lang][name] = row
-    return found
+                row["change"] = {"mean": mean - by_language[lang][BASE]["nll_per_byte"], **ends}
+            by_language[lang][name] = row
+    return by_language
 
 
-def table(found: dict[str, dict[str, dict]]) -> str:
-    """The result as a table in Markdown, a line for each language and model."""
+def table(payload: dict[str, dict[str, dict]]) -> str:
+    """The result as a Markdown table, a line for each language and model."""
     head = ["language", "step", "documents", "nats per byte", "perplexity per byte", "change against the base"]
     lines = []
-    for lang, models in found.items():
+    for lang, models in payload.items():
         for name, row in models.items():
             change = row.get("change")
             changed = f"{change['mean']:+.4f} {_interval(change, '+')}" if change else ""
@@ -105,8 +105,8 @@ def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
             if lang in named:
                 at = named.index(lang)
                 look = {"color": figures.PALETTE[at], "marker": figures.MARKERS[at], "label": figures.language(lang)}
-            nothing = {"mean": 0.0, "ci_low": 0.0, "ci_high": 0.0}
-            changes = [row.get("change", nothing) for row in models.values()]
+            unchanged = {"mean": 0.0, "ci_low": 0.0, "ci_high": 0.0}
+            changes = [row.get("change", unchanged) for row in models.values()]
             for axis, key, rows in ((axes[0], "nll_per_byte", models.values()), (axes[1], "mean", changes)):
                 axis.plot(steps, [row[key] for row in rows], **look)
                 ends = [[row[end] for row in rows] for end in ("ci_low", "ci_high")]
@@ -126,7 +126,7 @@ def draw(path: Path, found: dict[str, dict[str, dict]]) -> None:
 
 def build_parser():
     p = cli.parser(__doc__)
-    text = "text to test on, a document a line; default: the study's"
+    text = "held-out text, a document per line; default: the study's"
     p.add_argument("--heldout", nargs="+", metavar="LANG=FILE", help=text)
     over_run.add_flags(p, RESULTS["language_loss"])
     return p
@@ -141,14 +141,14 @@ def main(argv=None) -> None:
     def measured(model, ref: refs.ModelRef, tokenizer) -> dict:
         return losses(model, ref, tokenizer, texts, args.batch_size)
 
-    def write_all(found: dict[str, dict], request: dict) -> None:
-        write(run.output, {lang: {name: one[lang] for name, one in found.items()} for lang in texts}, request)
+    def write_all(by_model: dict[str, dict], request: dict) -> None:
+        write(run.output, {lang: {name: units[lang] for name, units in by_model.items()} for lang in texts}, request)
 
     run.measure(SCHEMA, facts | {"batch_size": args.batch_size}, measured, write_all)
 
 
 def heldout(args, study: Study) -> tuple[dict[str, list], dict]:
-    """The documents by language, and what a request says of them."""
+    """The documents by language, and the facts about them for a request."""
     files = cli.sibling("cpt/documents.py").language_files(args.heldout, "--heldout") or study.get("data.heldout", {})
     chosen = [lang for lang in files if files[lang]]
     if not chosen:
@@ -160,28 +160,28 @@ def heldout(args, study: Study) -> tuple[dict[str, list], dict]:
 
 
 def write(output: Path, units: dict[str, dict[str, list[float]]], request: dict) -> None:
-    """Everything that is written, from NLL per byte of each document by language and model; the JSON last."""
-    found = summarize(units, request["seed"])
-    draw(output.with_suffix(""), found)
+    """Write everything, from NLL per byte of each document by language and model; the JSON last."""
+    payload = summarize(units, request["seed"])
+    draw(output.with_suffix(""), payload)
     tensors = {lang: torch.tensor(list(rows.values()), dtype=torch.float64) for lang, rows in units.items()}
     results.write_tensors(output.with_suffix(".pt"), tensors)
-    results.write_text(output.with_suffix(".md"), table(found))
+    results.write_text(output.with_suffix(".md"), table(payload))
     names = {lang: languages.canonical(lang, any_tag=True) for lang in units}
     facts = over_run.header_facts(request, "heldout", "lines", "limit")
-    results.write_json(output, found, results.header(SCHEMA, languages=names, **facts))
-    say(found)
+    results.write_json(output, payload, results.header(SCHEMA, languages=names, **facts))
+    say(payload)
     cli.say(f"wrote {output}, the table {output.with_suffix('.md')} and the figure {output.with_suffix('.pdf')}")
 
 
-def say(found: dict[str, dict[str, dict]]) -> None:
+def say(payload: dict[str, dict[str, dict]]) -> None:
     """Print, for each language, its loss at the base and the last checkpoint, and whether it was forgotten."""
-    for lang, models in found.items():
+    for lang, models in payload.items():
         name, last = list(models.items())[-1]
         change = last["change"]
-        what = "worse" if change["ci_low"] > 0 else "better" if change["ci_high"] < 0 else "not clear of 0"
+        verdict = "worse" if change["ci_low"] > 0 else "better" if change["ci_high"] < 0 else "not clear of 0"
         cli.say(
             f"{lang}: {models[BASE]['nll_per_byte']:.4f} nats per byte at the base, {last['nll_per_byte']:.4f} at step "
-            f"{name}: {change['mean']:+.4f} {_interval(change, '+')}, {what}"
+            f"{name}: {change['mean']:+.4f} {_interval(change, '+')}, {verdict}"
         )
 
 

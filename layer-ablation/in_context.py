@@ -1,8 +1,8 @@
 """How well a model translates in context: log-likelihoods after a fixed few-shot prompt, and greedy translations.
 
 x is a sentence of the target language, y its translation in the base language. Perception is the NLL of y given x,
-production that of x given y, each in nats per byte of the sentence that is scored. The same with another sentence's
-source in the place of the own says what the text costs without its translation.
+production that of x given y, each in nats per byte of the scored sentence. The same with another sentence's source in
+place of the correct one gives the loss of the text without its translation.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from cpt_utils.models.batching import for_each, padded, positions
 
 foreign = cli.sibling("lsn/foreign_text.py")
 
-# What stands between the two sentences of a pair, and behind a pair. "pairs": as in the documents of pairs of cpt/ and
-# demo/, which a base model that was trained on them knows. "lines": a pair is two lines.
+# Separators within a pair and after a pair. "pairs": as in the documents of pairs of cpt/ and demo/, which a base that
+# was trained on them knows. "lines": a pair is two lines.
 FORMS = {"pairs": (" ", " "), "lines": ("\n", "\n\n")}
 FUNCTIONS = {"perception": ("target", "base"), "production": ("base", "target")}  # given, scored
 SHOTS = 4
-LONGER = 1.5  # times the tokens of the reference that a translation may have, and
-SPARE = 8  # so many more
+LONGER = 1.5  # a translation may have this many times the tokens of the longest reference,
+SPARE = 8  # plus this many
 SENTENCE_END = re.compile(r"(?<=[.!?。！？।።])(\s|$)")
 
 
 @dataclass(frozen=True)
 class Translation:
-    """Pairs to be translated in context.
+    """Pairs to translate in context.
 
     Attributes:
-        base, target: [n] sentences each, which are scored.
-        shots: (base, target) of the pairs in front of each, others than those scored.
-        other: [n], whose source stands before sentence i in the place of its own: a pair of other sentences.
+        base, target: [n] scored sentences each.
+        shots: (base, target) of the pairs in the prompt, which are not scored.
+        other: [n] index of the pair whose source replaces that of sentence i; it has other sentences.
         form: of the prompt, one of FORMS.
-        facts: what a header says of all that.
+        facts: what the header records about these.
     """
 
     base: list[str]
@@ -53,19 +53,19 @@ class Translation:
     facts: dict
 
     def contexts(self, given: str, own: bool = True) -> list[str]:
-        """[n] what stands before the sentence that is scored: all shots, and the source, in the language `given`."""
-        inside, behind = FORMS[self.form]
+        """[n] texts before the scored sentences: all shots, then the source in the language `given`."""
+        inside, after = FORMS[self.form]
         pairs = [(b, t) if given == "base" else (t, b) for b, t in self.shots]
-        shown = "".join(first + inside + second + behind for first, second in pairs)
-        sources_ = getattr(self, given)
-        return [shown + sources_[i if own else self.other[i]] for i in range(len(sources_))]
+        shots = "".join(first + inside + second + after for first, second in pairs)
+        sentences = getattr(self, given)
+        return [shots + sentences[i if own else self.other[i]] for i in range(len(sentences))]
 
     def nlls(
         self, model, tokenizer, batch_size: int | None, functions: Iterable[str] = FUNCTIONS
     ) -> dict[str, list[float]]:
-        """Perception and production (of `functions`) with the own source and, `_shuffled`, with another: NLL of
-        each sentence over the mean bytes of a sentence, so that the mean is all nats over all bytes."""
-        found = {}
+        """Perception and production (of `functions`) with the correct source and, as `_shuffled`, with another: the NLL
+        of each sentence over the mean bytes of a sentence, so that their mean is total nats over total bytes."""
+        by_measure = {}
         for name in functions:
             given, scored = FUNCTIONS[name]
             texts = getattr(self, scored)
@@ -73,11 +73,11 @@ class Translation:
             for suffix, own in (("", True), ("_shuffled", False)):
                 contexts = self.contexts(given, own)
                 scores = scoring.text_nlls(model, tokenizer, texts, batch_size, contexts, FORMS[self.form][0])
-                found[name + suffix] = [score.nll / mean_bytes for score in scores]
-        return found
+                by_measure[name + suffix] = [score.nll / mean_bytes for score in scores]
+        return by_measure
 
     def refuse_long(self, model, tokenizer) -> None:
-        """InputError where a prompt does not fit into the model's positions: cut off, it would be another for some."""
+        """InputError if a prompt exceeds the model's positions: truncation would give some sentences another prompt."""
         limit = positions(model)
         for given, scored in FUNCTIONS.values() if limit else ():
             for own in (True, False):
@@ -96,17 +96,17 @@ class Translation:
         self, model, tokenizer, batch_size: int | None, functions: Iterable[str] = FUNCTIONS,
         at_least: int | None = None,
     ) -> dict[str, list[str]]:  # fmt: skip
-        """Greedy translations of every sentence, by function: up to a line's end and, of the form "pairs", as many
-        sentences as the reference has; no text ends before `at_least` tokens."""
-        found = {}
+        """Greedy translations of every sentence, by function: up to the end of the line and, in the form "pairs", as
+        many sentences as the reference has; no text ends before `at_least` tokens."""
+        by_function = {}
         for name in functions:
             given, scored = FUNCTIONS[name]
             inside, references = FORMS[self.form][0], getattr(self, scored)
             prompts = [context + inside.rstrip(" ") for context in self.contexts(given)]
             longest = max(map(len, encoding.of_texts(tokenizer, references).ids))
             texts = _greedy(model, tokenizer, prompts, int(LONGER * longest) + SPARE, batch_size, at_least)
-            found[name] = [self._cut(text, reference) for text, reference in zip(texts, references, strict=True)]
-        return found
+            by_function[name] = [self._cut(text, reference) for text, reference in zip(texts, references, strict=True)]
+        return by_function
 
     def _cut(self, text: str, reference: str) -> str:
         text = text.strip().partition("\n")[0]
@@ -116,10 +116,10 @@ class Translation:
 
 
 def asked_for(args, study: Study, codes: dict[str, str]) -> tuple[sources.ParallelText, str, int]:
-    """All pairs (a smaller --limit leaves shots and scored sentences as they are), the prompt's form, how many shots.
+    """All pairs (whatever --limit, so that it does not change the shots), the prompt's form, and the number of shots.
 
     Raises:
-        InputError: nothing says between which languages, or no such pairs.
+        InputError: the languages are unknown, or there are no such pairs.
     """
     if not all(codes.values()):
         raise InputError("nothing says which languages: give --base-lang and --target-lang, or a study file")
@@ -129,10 +129,10 @@ def asked_for(args, study: Study, codes: dict[str, str]) -> tuple[sources.Parall
 
 
 def draw(pairs: sources.ParallelText, n_shots: int, n_scored: int | None, form: str, seed: int) -> Translation:
-    """`n_shots` of the pairs, drawn at random, and of the others the first `n_scored`; shots stay whatever that is.
+    """`n_shots` pairs drawn at random, and the first `n_scored` of the others; the shots do not depend on `n_scored`.
 
     Raises:
-        InputError: fewer than two pairs are left beside the shots, or all of them are of one sentence.
+        InputError: fewer than two pairs are left besides the shots, or one shares a sentence with all others.
     """
     drawn = random.Random(f"{seed}/shots").sample(range(len(pairs)), min(n_shots, len(pairs)))
     shown = {text for i in drawn for text in (pairs.base[i], pairs.target[i])}
@@ -143,7 +143,7 @@ def draw(pairs: sources.ParallelText, n_shots: int, n_scored: int | None, form: 
             "--shots, or more pairs"
         )
     order = random.Random(f"{seed}/shuffled").sample(range(len(left)), len(left))
-    following = dict(zip(order, [*order[1:], order[0]], strict=True))  # one cycle: nobody keeps the own
+    following = dict(zip(order, [*order[1:], order[0]], strict=True))  # one cycle: none keeps its own
     other = [_other(i, following, [(pairs.base[at], pairs.target[at]) for at in left]) for i in range(len(left))]
     described = {key: pairs.describe()[key] for key in ("pairs_sha256", "n_available")}
     facts = {"prompt": form, "shots": [pairs.ids[i] for i in drawn], "scored": len(left), "data": described}
@@ -158,23 +158,23 @@ def draw(pairs: sources.ParallelText, n_shots: int, n_scored: int | None, form: 
 
 
 def _other(i: int, following: dict[int, int], pairs: list[tuple[str, str]]) -> int:
-    """The next in the cycle with neither sentence of pair `i`: of a sentence that repeats, a copy is its own source."""
-    at = following[i]
-    while at != i and any(mine == theirs for mine, theirs in zip(pairs[i], pairs[at], strict=True)):
-        at = following[at]
-    if at == i:
+    """The next in the cycle that shares no sentence with pair `i`: a copy of its source would be the correct source."""
+    candidate = following[i]
+    while candidate != i and any(a == b for a, b in zip(pairs[i], pairs[candidate], strict=True)):
+        candidate = following[candidate]
+    if candidate == i:
         raise InputError(
-            f"every pair to score has a sentence in common with {' / '.join(pairs[i])!r}, so that none is another's "
-            "source; give more pairs"
+            f"every pair to score has a sentence in common with {' / '.join(pairs[i])!r}, so none can serve as the "
+            "source of another; give more pairs"
         )
-    return at
+    return candidate
 
 
 def _greedy(
     model: transformers.PreTrainedModel, tokenizer, prompts: list[str], tokens: int, batch_size: int | None,
     at_least: int | None = None,
 ) -> list[str]:  # fmt: skip
-    """The most likely next `tokens` tokens after each prompt, one by one, or up to the end of the text."""
+    """Greedy decoding of `tokens` tokens after each prompt, or up to the end of the text."""
     sequences = scoring.beginnings(tokenizer, prompts)
     limit, texts = positions(model), [""] * len(prompts)
     if limit and max(map(len, sequences)) + tokens > limit:
@@ -185,15 +185,15 @@ def _greedy(
         given, mask = (t.to(loading.input_device(model)) for t in
                        padded([sequences[i] for i in rows], tokenizer.pad_token_id, "left"))  # fmt: skip
         with torch.inference_mode():
-            made = model.generate(input_ids=given, attention_mask=mask, generation_config=how)
-        for i, row in zip(rows, made[:, given.shape[1] :].tolist(), strict=True):
+            generated = model.generate(input_ids=given, attention_mask=mask, generation_config=how)
+        for i, row in zip(rows, generated[:, given.shape[1] :].tolist(), strict=True):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True)
 
     for_each(model, "generation", [len(s) + tokens for s in sequences], step, batch_size)
     return texts
 
 
-# --- what a translation is worth ---
+# --- scores of translations ---
 
 
 def chrf() -> Callable[[str, str], float]:
@@ -211,10 +211,10 @@ def chrf() -> Callable[[str, str], float]:
 
 
 def language_judge(study, codes: dict[str, str]) -> Callable[[list[str], str], list[float]]:
-    """A function (texts, side) that says of each text whether it is in the language of the side, 1 or 0.
+    """A function (texts, side) that returns for each text whether it is in the language of the side, 1 or 0.
 
-    In a study that makes its own world by the words of its texts: a text is in the language to which alone most of its
-    words belong. Elsewhere py3langid tells.
+    In a study with a generated world it goes by words: a text is in the language to which most of its words belong that
+    only one language has. Otherwise it uses py3langid.
 
     Raises:
         InputError: py3langid is not installed, or does not know one of the languages.
@@ -230,24 +230,24 @@ def language_judge(study, codes: dict[str, str]) -> Callable[[list[str], str], l
 
 
 def vocabularies(files: list[tuple[str, str]]) -> dict[str, set[str]]:
-    """The words of each language's texts that no other language's have."""
+    """The words of each language that occur in no other language's texts."""
     words: dict[str, set[str]] = {}
     for lang, file in files:
         for line in textfiles.texts(Path(file)):
             words.setdefault(lang, set()).update(_words(line))
-    others = {lang: set().union(*(own for name, own in words.items() if name != lang)) for lang in words}
-    return {lang: own - others[lang] for lang, own in words.items()}
+    others = {lang: set().union(*(words[name] for name in words if name != lang)) for lang in words}
+    return {lang: words[lang] - others[lang] for lang in words}
 
 
 def by_vocabulary(own: dict[str, set[str]], codes: dict[str, str]) -> Callable[[list[str], str], list[float]]:
     def judge(texts: list[str], side: str) -> list[float]:
-        found = []
+        verdicts = []
         for text in texts:
             votes = {lang: sum(word in words for word in _words(text)) for lang, words in own.items()}
             best = max(votes.values())
-            first = [lang for lang, n in votes.items() if n == best]
-            found.append(float(best > 0 and len(first) == 1 and languages.same(first[0], codes[side])))
-        return found
+            winners = [lang for lang, n in votes.items() if n == best]
+            verdicts.append(float(best > 0 and len(winners) == 1 and languages.same(winners[0], codes[side])))
+        return verdicts
 
     return judge
 

@@ -1,4 +1,4 @@
-"""runs.json for people: tables in Markdown and LaTeX, every number as CSV, and the figure."""
+"""Renders runs.json: tables in Markdown and LaTeX, every number as CSV, and the figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpt_utils.measures import verdicts
 compare_arms = cli.sibling("cpt/compare_arms.py")
 interventions, shown = cli.sibling("report/interventions.py"), cli.sibling("report/shown.py")
 
-OUTSIDE = ("retrieval_mean", "lsn_activation")  # of the figure
+OUTSIDE = ("retrieval_mean", "lsn_activation")  # not in the figure
 COSTS = ("trainable_parameters", "share_of_parameters", "optimizer_bytes", "seconds_per_step")
 
 # ---------------------------------------------------------------- cells
@@ -27,23 +27,23 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def score(own: dict) -> str:
-    """ "0.3652" of one run, "0.3652 ± 0.0120" over seeds."""
+    """ "0.3652" for one run, "0.3652 ± 0.0120" over seeds."""
     return f"{own['mean']:.4f}" + (f" ± {own['sd']:.4f}" if own["sd"] is not None else "")
 
 
 def costs(run: dict) -> list[str]:
-    own = run["cost"]
-    memory, seconds = own["optimizer_bytes"], own["seconds_per_step"]
+    cost = run["cost"]
+    memory, seconds = cost["optimizer_bytes"], cost["seconds_per_step"]
     return [
-        "-" if own["trainable_parameters"] is None else f"{own['trainable_parameters']:,.0f}",
-        percent(own["share_of_parameters"]),
+        "-" if cost["trainable_parameters"] is None else f"{cost['trainable_parameters']:,.0f}",
+        percent(cost["share_of_parameters"]),
         "-" if memory is None else f"{memory / 2**20:.1f}",
         "-" if seconds is None else f"{seconds:.3f}",
     ]
 
 
 def short(one: dict) -> str:
-    """ "+0.0095; 2.6 % [2.1, 3.1]": short of the full run in points and as a share of its score; or why it is not."""
+    """ "+0.0095; 2.6 % [2.1, 3.1]": short of the full run in points and as a share of its score; or why it has none."""
     gap, share = one["gap"], one["short"]
     if gap["value"] is None:
         return gap["note"]
@@ -55,17 +55,17 @@ def short(one: dict) -> str:
 
 
 def verdict(run: dict, margin: float, with_p: bool = True) -> str:
-    """ "yes (p = 0.012)", "no (..)", "undecided (..)", "no verdict"; of full run and base nothing."""
-    one = run.get("within", {}).get(f"{margin:g}")
-    if one is None:
+    """ "yes (p = 0.012)", "no (..)", "undecided (..)", "no verdict"; "" for full run and base."""
+    row = run.get("within", {}).get(f"{margin:g}")
+    if row is None:
         return ""
-    words = {verdicts.YES: "yes", verdicts.NO: "no"}.get(one["verdict"], one["verdict"])
-    return f"{words} ({verdicts.shown_p(one['p_value'])})" if with_p and one["p_value"] is not None else words
+    text = {verdicts.YES: "yes", verdicts.NO: "no"}.get(row["verdict"], row["verdict"])
+    return f"{text} ({verdicts.shown_p(row['p_value'])})" if with_p and row["p_value"] is not None else text
 
 
 def scope(payload: dict) -> str:
-    """What the numbers are over, and what the verdicts mean."""
-    seeds, decided = len(payload["seeds"]), [interventions.words(one) for one in payload["decided_by"]]
+    """What the intervals are over, and what the verdicts mean."""
+    seeds, decided = len(payload["seeds"]), [interventions.words(measure) for measure in payload["decided_by"]]
     text = "One run: no verdict. Intervals are over sentences (documents, rows)" if seeds == 1 else (
         f"{seeds} seeds" + (f": no verdict, which needs {verdicts.SEEDS}" if seeds < verdicts.SEEDS else "")
         + ". Intervals are over seeds"
@@ -87,7 +87,7 @@ def markdown(payload: dict) -> str:
         [called(name), compare_arms.told(run["what"] or {}), *costs(run), *(score(run["values"][m]) for m in measures)]
         for name, run in runs.items()
     ]
-    parts = ["## What it costs and reaches", results.markdown(head, rows)]
+    parts = ["## Costs and scores", results.markdown(head, rows)]
     rows = [
         [name, *(short(run["short_of_full"][m]) for m in measures), *(verdict(run, margin) for margin in margins)]
         for name, run in runs.items() if "short_of_full" in run
@@ -103,22 +103,22 @@ def markdown(payload: dict) -> str:
 
 
 def latex(payload: dict) -> str:
-    """A table as wide as a column: % trained, what decides with % short of the full run, the verdicts."""
-    margins, own = payload["margins"], payload["decided_by"]
-    head = [interventions.words(m) for m in own] + [rf"{100 * margin:g}\,\%" for margin in margins]
+    """A table one column wide: % trained, the deciding measures with % short of the full run, the verdicts."""
+    margins, deciding = payload["margins"], payload["decided_by"]
+    head = [interventions.words(m) for m in deciding] + [rf"{100 * margin:g}\,\%" for margin in margins]
     rows = [("run", r"\%", *head)]
     for name, run in payload["runs"].items():
         cells = [shown.escaped(called(name)), percent(run["cost"]["share_of_parameters"], 0)]
-        for m in own:
+        for m in deciding:
             share = run["short_of_full"][m]["short"]["value"] if "short_of_full" in run else None
-            own_score = f"{run['values'][m]['mean']:.3f}"
-            cells.append(own_score if share is None else shown.escaped(f"{own_score} ({percent(share)})"))
+            mean = f"{run['values'][m]['mean']:.3f}"
+            cells.append(mean if share is None else shown.escaped(f"{mean} ({percent(share)})"))
         rows.append((*cells, *(shown.escaped(verdict(run, margin, with_p=False)) for margin in margins)))
-    return f"% {scope(payload)}\n" + shown.tabular(rows, "l" + "r" * (1 + len(own)) + "l" * len(margins))
+    return f"% {scope(payload)}\n" + shown.tabular(rows, "l" + "r" * (1 + len(deciding)) + "l" * len(margins))
 
 
 def table(payload: dict) -> str:
-    """Every number but those of single seeds, a line a run, as CSV; shares as they are, not in percent."""
+    """Every number except those of single seeds as CSV, one line per run; shares are not in percent."""
     margins = [f"{margin:g}" for margin in payload["margins"]]
     keys = ["mean", "sd", *(f"{one}{end}" for one in ("gap", "short") for end in ("", "_low", "_high"))]
     keys += [*(f"p_{margin}" for margin in margins), "gain", "gain_sd", "gain_n"]
@@ -128,13 +128,13 @@ def table(payload: dict) -> str:
         layers = " ".join(map(str, run["layers"] or []))
         line = [called(name), compare_arms.told(run["what"] or {}), layers, *(run["cost"][key] for key in COSTS)]
         for m in payload["measures"]:
-            own = run.get("short_of_full", {}).get(m, {"gap": {}, "short": {}, "p": {}})
+            short_of = run.get("short_of_full", {}).get(m, {"gap": {}, "short": {}, "p": {}})
             gain = run.get("share_of_gain", {}).get(m, {})
             line += [run["values"][m]["mean"], run["values"][m]["sd"]]
-            line += [own[one].get(key) for one in ("gap", "short") for key in ("value", "ci_low", "ci_high")]
-            line += [*map(own["p"].get, margins), *map(gain.get, ("mean", "sd", "n"))]
+            line += [short_of[row].get(key) for row in ("gap", "short") for key in ("value", "ci_low", "ci_high")]
+            line += [*map(short_of["p"].get, margins), *map(gain.get, ("mean", "sd", "n"))]
         within = [run.get("within", {}).get(margin, {}) for margin in margins]
-        lines.append(line + [one.get(key) for one in within for key in ("verdict", "p_value")])
+        lines.append(line + [row.get(key) for row in within for key in ("verdict", "p_value")])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
@@ -144,7 +144,7 @@ def table(payload: dict) -> str:
 
 
 def draw(path: Path, payload: dict) -> None:
-    """A panel a measure, a row a run: how far it falls short of the full run in percent of its score."""
+    """One panel per measure, one row per run: how far it falls short of the full run in percent of its score."""
     labels = {}
     for name, run in payload["runs"].items():
         share = run["cost"]["share_of_parameters"]
@@ -152,11 +152,11 @@ def draw(path: Path, payload: dict) -> None:
             labels[f"{name} ({percent(share, 0)} %)" if share else name] = run["short_of_full"]
 
     def points(measure: str, label: str):
-        one = labels[label][measure]["short"]
-        if one["value"] is None:
+        row = labels[label][measure]["short"]
+        if row["value"] is None:
             return [], None, None
-        ends = None if one["ci_low"] is None else (100 * one["ci_low"], 100 * one["ci_high"])
-        return [100 * value for value in (one.get("values") or {}).values()], 100 * one["value"], ends
+        ends = None if row["ci_low"] is None else (100 * row["ci_low"], 100 * row["ci_high"])
+        return [100 * value for value in (row.get("values") or {}).values()], 100 * row["value"], ends
 
     measures = {m: what for m, what in payload["measures"].items() if m not in OUTSIDE}
     look = {"axis_label": "% short of full", "lines": (("-", 0, "full run"),)}

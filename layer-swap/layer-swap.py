@@ -1,14 +1,14 @@
 """Puts whole layers of the base model back into a checkpoint of continued pre-training; measures the cost (step 4).
 
 `semantic_hub` takes every layer that is not an interface layer from the base; `random` as many layers, drawn with
-`random.Random(seed).sample(range(L), n)`. If the hub keeps its meaning over CPT, the first should cost little.
+`random.Random(seed).sample(range(L), n)`. If the hub keeps its meaning over CPT, the former should cost little.
 
 In:   BASE and TARGET (model folders or hub names; default: the study's base and the last checkpoint of its run), and
       LAYERS.json with `interface_layers` (default: the study's, from layer-specialize).
 Out:  OUT/semantic_hub/ and OUT/random/, complete model folders with a swap.json each, and OUT/metadata.json.
       With --controls, instead: OUT/controls.json, .pt and figure: retrieval, loss and task accuracy of base, target,
       the hub set and many random sets of its size, each swapped in memory. With --in-memory alone: OUT/in_memory.json,
-      the same for the sets of --methods.
+      with the same measures for the sets of --methods.
 
 Full: python layer-swap/layer-swap.py meta-llama/Llama-2-7b-hf runs/eus/checkpoint-5000 layers.json -o swapped
 Tiny: python layer-swap/layer-swap.py --study demo/tiny.yaml --controls 10
@@ -33,18 +33,18 @@ retrieval = cli.sibling("sentence-retrieval/sr_experiment.py")
 
 SCHEMA = "layer-swap"
 RESULTS = {"layer_swap": "layer-swap"}
-ASKED = {"layer_swap": "What is lost when hub layers are put back to the base, and is it less than with other layers?"}
+ASKED = {"layer_swap": "What is lost when hub layers are reset to the base, and is it less than with other layers?"}
 CAPTIONS = {
     "controls": """Part I: 4. Layer swaps
-        What putting layers of the base back into the last checkpoint costs: the hub swap among swaps of other sets of
+        The cost of putting layers of the base back into the last checkpoint: the hub swap among swaps of other sets of
         as many layers, for each measure, with the base and the unchanged checkpoint; squares are sets of the hub's
-        shape. Claim C2b, the hub swap costs less than others, is decided by all these sets together: by what hub layers
-        add to the cost of a set where its depth and its seams (places where layers of base and checkpoint meet) are
-        allowed for. That can be more, though the hub swap costs less than random sets do on average.""",
+        shape. Claim C2b, the hub swap costs less than others, is decided by all these sets together: by how much hub
+        layers add to the cost of a set, adjusted for its depth and its seams (points where layers of base and
+        checkpoint meet). They may add cost even if the hub swap costs less than random sets do on average.""",
 }
 IMAGES = {"controls": "controls.png"}
 METHODS = ("semantic_hub", "random")
-# What this script leaves in OUT, finished or not.
+# Files that this script writes to OUT, finished or not.
 OURS = re.compile(r"(semantic_hub|random)(\.partial|\.replaced)?|metadata\.json|(controls|in_memory)\..+|\..+")
 
 
@@ -57,7 +57,7 @@ def semantic_hub(interface: list[int], n_layers: int) -> list[int]:
 
 
 def random_layers(n: int, n_layers: int, seed: int) -> list[int]:
-    """`n` of the layers in the order in which they are drawn, as the published metadata.json has them."""
+    """`n` of the layers in the order drawn, as in the published metadata.json."""
     return random.Random(seed).sample(range(n_layers), n)
 
 
@@ -71,7 +71,7 @@ def read_layers(path: Path, pair: surgery.Pair) -> tuple[list[int], dict]:
     layers, payload, head = layer_lists.read_layers(path, "interface", pair.n_layers, models)
     hub = payload.get("semantic_layers")
     if hub is not None and sorted(hub) != semantic_hub(layers, pair.n_layers):
-        cli.warn(f"{path}: semantic_layers are not all the others; every layer that is not interface is swapped")
+        cli.warn(f"{path}: semantic_layers are not all the other layers; every non-interface layer is swapped")
     return layers, head
 
 
@@ -90,7 +90,7 @@ def write_folders(
 
 
 def metadata(pair: surgery.Pair, interface: list[int], chosen: dict[str, list[int]], seed: int) -> dict:
-    """What OUT/metadata.json says, with the keys of the published script."""
+    """The content of OUT/metadata.json, with the keys of the published script."""
     return {
         "base_model": pair.base_ref.spec,
         "target_model": pair.target_ref.spec,
@@ -101,33 +101,33 @@ def metadata(pair: surgery.Pair, interface: list[int], chosen: dict[str, list[in
     }
 
 
-def same(found, wanted) -> bool:
-    """Whether two values of metadata.json mean one swap; an earlier version listed the random layers sorted."""
-    both_lists = isinstance(found, list) and isinstance(wanted, list)
-    return sorted(found) == sorted(wanted) if both_lists else found == wanted
+def same(existing, wanted) -> bool:
+    """Whether two values of metadata.json mean the same swap; an earlier version sorted the random layers."""
+    both_lists = isinstance(existing, list) and isinstance(wanted, list)
+    return sorted(existing) == sorted(wanted) if both_lists else existing == wanted
 
 
 def refuse_other(path: Path, wanted: dict) -> None:
-    """Refuse an OUT whose metadata.json describes other swaps: its folders would no longer be what it says."""
+    """Refuse an OUT whose metadata.json describes other swaps, so that it stays true of its folders."""
     if path.is_file():
-        found, _ = results.read_json(path, schema=SCHEMA)
-        other = [key for key in wanted if not same(found.get(key), wanted[key])]
-        if other:
+        record, _ = results.read_json(path, schema=SCHEMA)
+        changed = [key for key in wanted if not same(record.get(key), wanted[key])]
+        if changed:
             raise InputError(
-                f"{path} describes other swaps ({other[0]} {found.get(other[0])}, now {wanted[other[0]]}); give "
+                f"{path} describes other swaps ({changed[0]} {record.get(changed[0])}, now {wanted[changed[0]]}); give "
                 "another -o, or --overwrite"
             )
 
 
 def refuse_leftover(out: Path, payload: dict, wanted: dict) -> None:
-    """Refuse to redo one method where the other's folder would stay, and metadata.json would not describe it."""
+    """Refuse to redo one method if the other's folder would stay without metadata.json describing it."""
     for method in METHODS:
         if method in wanted or not (out / method).exists():
             continue
-        found = results.read_json(out / "metadata.json", schema=SCHEMA)[0] if (out / "metadata.json").is_file() else {}
-        keys = ("base_model", "target_model", f"{method.removesuffix('_layers')}_layers")
-        if any(not same(found.get(key), payload[key]) for key in keys):
-            raise InputError(f"{out / method} would stay from other swaps; redo both methods, or remove it first")
+        record = results.read_json(out / "metadata.json", schema=SCHEMA)[0] if (out / "metadata.json").is_file() else {}
+        keys = ("base_model", "target_model", f"{method}_layers")
+        if any(not same(record.get(key), payload[key]) for key in keys):
+            raise InputError(f"{out / method} would remain from other swaps; redo both methods or remove it first")
 
 
 # ---------------------------------------------------------------- the command
@@ -142,7 +142,7 @@ def build_parser():
     add("layers", nargs="?", metavar="LAYERS.json", help="file of step 2; default: the study's")
     add("-o", "--output", metavar="OUT", help="folder for all results; default: the study's layer-swap folder")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: semantic_hub random")
-    cli.add_named_models(p, "BASE", "TARGET: the last, or that of --steps, is the target")
+    cli.add_named_models(p, "BASE", "TARGET; its last checkpoint, or the last of --steps, is the target")
     controls.add_flag(p, "the hub")
     add("--in-memory", action="store_true", help="measure the sets of --methods without writing model folders")
     cli.add_run_flags(p)
@@ -165,7 +165,7 @@ def main(argv=None) -> None:
         head["gate"] = gate.carried(path)
         hub = semantic_hub(interface, pair.n_layers)
         if not hub:
-            raise InputError(f"{path}: every layer is an interface layer, so that no layer is left to swap")
+            raise InputError(f"{path}: every layer is an interface layer, so no layer is left to swap")
         chosen = {"semantic_hub": hub, "random": random_layers(len(hub), pair.n_layers, study.seed)}
         wanted = {method: chosen[method] for method in METHODS if method in args.methods}
         if args.controls or args.in_memory:
@@ -191,12 +191,12 @@ def measure(pair: surgery.Pair, interface: list[int], wanted: dict, head: dict, 
     facts = {"interface_layers": interface, "semantic_hub_layers": hub}
     sets, path = [(name, sorted(layers)) for name, layers in wanted.items()], out / "in_memory.json"
     if args.controls:
-        others, possible = controls.layer_sets(pair.n_layers, hub, controls.wanted(args.controls, study), study.seed)
+        others, n_possible = controls.layer_sets(pair.n_layers, hub, controls.wanted(args.controls, study), study.seed)
         cli.say(
-            f"the hub is {len(hub)} of {pair.n_layers} layers; of the {possible - 1} other sets of that size "
+            f"the hub is {len(hub)} of {pair.n_layers} layers; of the {n_possible - 1} other sets of that size "
             f"{len(others)} are measured"
         )
-        facts |= {"n_possible_sets": possible, "enumerated": len(others) == possible - 1}
+        facts |= {"n_possible_sets": n_possible, "enumerated": len(others) == n_possible - 1}
         sets, path = [("semantic_hub", hub), *(("random", layers) for layers in others)], out / "controls.json"
         measured = [(None, layers) for _, layers in sets]
         added = matched.to_add([(None, hub)], {None: range(pair.n_layers)}, measured, study.seed)

@@ -1,11 +1,11 @@
-"""Evaluates many models on lm_eval tasks and writes the files that the lm_eval command line writes.
+"""Evaluate many models on lm_eval tasks, and write the same files as the lm_eval command line.
 
-In:   models and runs (in a study: its base and run); tasks of this folder (data from the hub), of --include-path, or
-      made for the local TSV files of --tsv-dir
-Out:  <output>/<model, each / as __>/results_<time>.json, with one more key, `_header`. A model that has a result there
-      for the same weights, prompts and settings is left alone: an interrupted evaluation goes on where it stopped.
-With --swap, the models as step 4 or 11 would write them with parts of the base, without writing them.
-`lm_eval --model hf --include_path lm_eval_sib200 ...` gives the same numbers, but takes some 17 seconds more per model.
+In:   models and runs (in a study: its base and run); tasks in this folder (data from the hub), in --include-path, or
+      made for the local TSV files in --tsv-dir
+Out:  <output>/<model, each / as __>/results_<time>.json, with an additional key `_header`. A model that already has a
+      result for the same weights, prompts and settings is skipped, so an interrupted evaluation can be resumed.
+--swap evaluates the models with parts of the base that step 4 or 11 would write, without writing them.
+`lm_eval --model hf --include_path lm_eval_sib200 ...` gives the same numbers but takes about 17 s more per model.
 
     python lm_eval_sib200/evaluate.py MODEL RUN --tasks sib200_gle_Latn -o results/lm_eval
     python lm_eval_sib200/evaluate.py MODEL --swap semantic_hub --base BASE --layers layers.json --tasks sib200_gle_Latn -o results/swapped
@@ -40,7 +40,7 @@ RESULTS = {"lm_eval": "lm_eval"}
 
 
 def task_folder(args, study: Study, scratch: Path) -> Path:
-    """The folder with the tasks: as given, else made in `scratch` for local TSV files, else this one (hub data)."""
+    """The folder with the tasks: --include-path; or made in `scratch` for local TSV files; or this one (hub data)."""
     if args.include_path and args.tsv_dir:
         raise InputError("--include-path and --tsv-dir are mutually exclusive: give one of them")
     if args.include_path:
@@ -66,7 +66,7 @@ def is_local(folder: Path) -> bool:
 
 
 def load_tasks(folder: Path, names: list[str]):
-    """(task manager, {task: Task}) for `names`: those of `folder`, or of lm_eval itself where one is meant.
+    """(task manager, {task: Task}) for `names`, from `folder` or, if any is not there, also from lm_eval itself.
 
     Raises:
         InputError: an unknown task, or data that cannot be loaded.
@@ -74,15 +74,15 @@ def load_tasks(folder: Path, names: list[str]):
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # reading lm_eval's own 14,000 task files takes some ten seconds
+    if not set(names) <= set(manager.all_tasks):  # reading lm_eval's 14,000 task files takes about ten seconds
         known = manager.all_tasks
         manager = TaskManager(include_path=str(folder))
         if unknown := sorted(set(names) - set(manager.all_tasks)):
             have = ", ".join(known[:8]) + (" ..." if len(known) > 8 else "")
-            raise InputError(f"no task {unknown[0]!r}, neither in {folder} ({have or 'none'}) nor in lm_eval itself")
+            raise InputError(f"no task {unknown[0]!r} in {folder} ({have or 'none'}) or in lm_eval itself")
     try:
         return manager, manager.load(names)["tasks"]
-    except Exception as error:  # datasets raises its own, the hub's and pandas' errors
+    except Exception as error:  # datasets raises errors of its own, of the hub and of pandas
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"the data of {', '.join(names)} cannot be loaded: {reason} (without the hub, give --tsv-dir local files)"
@@ -90,7 +90,7 @@ def load_tasks(folder: Path, names: list[str]):
 
 
 def fingerprint(task, num_fewshot: int | None) -> str:
-    """A hash of what the model is asked: prompt, choices and target of every row, and the few-shot pool if any."""
+    """A hash of what the model is asked: prompt, choices and target of every row, and of any few-shot pool."""
     digest = hashlib.sha256()
     shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
     pools = [task.eval_docs] + ([task.fewshot_docs()] if shots else [])
@@ -104,9 +104,9 @@ def fingerprint(task, num_fewshot: int | None) -> str:
 def identity(
     ref: refs.ModelRef, base: refs.ModelRef | None, data: dict[str, dict], args, dtype, swap: dict | None = None
 ) -> dict:
-    """The header facts in which two evaluations must agree to be the same evaluation.
+    """The header facts that must agree for two evaluations to be the same.
 
-    `data`: the hash of its `prompts` by task, and the `versions` of the tasks.
+    `data`: `prompts`, a hash for each task, and `versions` of the tasks.
     """
     return {
         "models": {"model": ref.describe()},
@@ -120,10 +120,10 @@ def identity(
 
 
 def finished(output: Path, wanted: dict) -> Path | None:
-    """A result file below `output` whose header agrees with `wanted`, the newest first; None where there is none.
+    """The newest result file in `output` whose header agrees with `wanted`, or None.
 
-    It must be of the same folder, however that was spelled: checkpoints with the same weights have a result each. A
-    limited run never stands for a full one. Batch size and device may differ: they move nothing but the last digits.
+    The model folder must be the same, however it is spelled: checkpoints with the same weights have separate results. A
+    limited run never replaces a full one. Batch size and device may differ: they affect only the last digits.
     """
     wanted_path = _model_path(wanted)
     for path in sorted(output.glob("*/results_*.json"), key=lambda path: path.name, reverse=True):
@@ -136,8 +136,8 @@ def finished(output: Path, wanted: dict) -> Path | None:
         if _model_path(head) != wanted_path:
             continue
         done = {"prompts": head.get("data", {}).get("prompts", {}), "versions": content.get("versions", {})}
-        same = all(done[kind].get(task) == one for kind in done for task, one in wanted["data"][kind].items())
-        # Headers from before it was written down do not name the tokenizer.
+        same = all(done[kind].get(task) == value for kind in done for task, value in wanted["data"][kind].items())
+        # Older headers do not name the tokenizer.
         facts = {*wanted, "swap"} - {"data"} - ({"tokenizer"} - {*head})
         if same and all(results.same(head.get(fact), wanted.get(fact)) for fact in facts):
             return path
@@ -145,15 +145,15 @@ def finished(output: Path, wanted: dict) -> Path | None:
 
 
 def _model_path(head: dict) -> str | None:
-    """Where the model of a header is: its folder, or its name on the hub."""
+    """The location of a header's model: its folder, or its name on the hub."""
     spec = ((head.get("models") or {}).get("model") or {}).get("spec")
     return spec and (os.path.abspath(spec) if os.path.isdir(spec) else spec)
 
 
 def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtype, device, swap=None) -> tuple:
-    """(results, tracker) of `lm_eval.simple_evaluate` for one model, loaded strictly, in the form of the CLI.
+    """(results, tracker) of `lm_eval.simple_evaluate` for one model, loaded strictly, in the CLI's format.
 
-    `swap`: (pair, recipe); the model is evaluated with the recipe's edits, applied in memory.
+    `swap`: (pair, recipe); the recipe's edits are applied to the model in memory.
     """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
@@ -161,17 +161,17 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
 
     model = loading.load_model(ref, dtype, device, args.device_map)
     tokenizer = tokenization.load_tokenizer(ref, base=base)
-    with _quiet("lm_eval"):  # it warns that a loaded model ignores the arguments of the loader
+    with _quiet("lm_eval"):  # it warns that a loaded model ignores loader arguments
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
     model_args = {"pretrained": ref.spec if ref.is_local else ref.repository}
     model_args |= {key: value for key in ("revision", "subfolder") if (value := getattr(ref, key))}
     model_args["dtype"] = str(dtype).removeprefix("torch.")
     model_args["pretrained"] += f"+{args.swap}" if swap else ""
     tracker = EvaluationTracker()
-    # lm_eval takes the first process of a launch for the only one that has results; here each has those of its model.
+    # lm_eval assumes that only the first process of a launch has results; here each has those of its own model.
     os.environ.pop("LOCAL_RANK", None)
     with in_memory.apply(model, swap[1], swap[0]) if swap else contextlib.nullcontext():
-        found = simple_evaluate(
+        result = simple_evaluate(
             model=lm,
             model_args=model_args,
             tasks=args.tasks,
@@ -183,17 +183,17 @@ def evaluate(ref: refs.ModelRef, base: refs.ModelRef | None, manager, args, dtyp
             evaluation_tracker=tracker,
             task_manager=manager,
         )
-    # What lm_eval records of a model that it did not load itself, put as it records one that it did.
-    found["config"] |= {"model": "hf", "model_sha": ref.resolved_revision() or ""}
-    found["config"]["model_revision"] = ref.revision or "main"
+    # Record the model as lm_eval does when it loads it itself.
+    result["config"] |= {"model": "hf", "model_sha": ref.resolved_revision() or ""}
+    result["config"]["model_revision"] = ref.revision or "main"
     tracker.general_config_tracker.model_source = "hf"
-    return found, tracker
+    return result, tracker
 
 
 def save(found: dict, tracker, output: Path, header: dict) -> Path:
-    """Write the result where and as lm_eval writes it, whole or not at all; lm_eval's writer only logs a failure.
+    """Write the result where and as lm_eval writes it, but atomically; lm_eval's writer only logs a failure.
 
-    With samples, their files come first: where the result is, they are.
+    Sample files are written first, so if there is a result file, they are complete.
     """
     found[results.HEADER] = header
     samples = found.pop("samples", None) or {}
@@ -205,7 +205,7 @@ def save(found: dict, tracker, output: Path, header: dict) -> Path:
         written = list(Path(scratch).glob("*/results_*.json"))
         logs = list(Path(scratch).glob("*/samples_*.jsonl"))
         if not written or len(logs) < len(samples):
-            raise InputError(f"lm_eval could not write its result below {scratch}; is the disk full?")
+            raise InputError(f"lm_eval could not write its result to {scratch}; is the disk full?")
         json.loads(written[0].read_text(encoding="utf-8"))
         path = output / written[0].parent.name / written[0].name
         for file in (*logs, written[0]):
@@ -215,7 +215,7 @@ def save(found: dict, tracker, output: Path, header: dict) -> Path:
 
 
 def scores(found: dict) -> list[str]:
-    """One line per task or group: accuracy with its binomial standard error, and the rows."""
+    """One line per task or group: accuracy with its binomial standard error, and the number of rows."""
     lines = []
     for name, row in (found["results"] | found.get("groups", {})).items():
         parts = []
@@ -243,7 +243,7 @@ def _quiet(logger: str):
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("models", nargs="*", metavar="MODEL", help="models and runs; default: the study's base and run")
-    cli.add_named_models(p, None, "MODEL: or beside other models")
+    cli.add_named_models(p, None, "MODEL or in addition to it")
     text = "task or group names, e.g. sib200_gle_Latn; default: the study's data.task.name"
     p.add_argument("--tasks", metavar="T,T,..", type=lambda text: text.split(","), help=text)
     p.add_argument("--include-path", metavar="FOLDER", help="folder of task files; default: this one (hub data)")
@@ -251,9 +251,9 @@ def build_parser():
     p.add_argument("--tsv-dir", metavar="DIR", help=text)
     p.add_argument("-o", "--output", metavar="FOLDER", help="default: the study's lm_eval folder")
     swaps.add_flags(p)
-    text = "also write samples_<task>_<time>.jsonl, as lm_eval does; finished results stay without"
+    text = "also write samples_<task>_<time>.jsonl, as lm_eval does; not added to finished results"
     p.add_argument("--log-samples", action="store_true", help=text)
-    p.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each prompt; default: none here")
+    p.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each prompt; default here: none")
     cli.add_run_flags(p)
     cli.add_forward_flags(p, device_map=True)
     return p
@@ -262,26 +262,26 @@ def build_parser():
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    given = [*args.models, *(args.named_run or [])]
-    if given:
-        chosen = refs.models(given, args.steps)
+    specs = [*args.models, *(args.named_run or [])]
+    if specs:
+        chosen = refs.models(specs, args.steps)
     else:
         chosen = [refs.model(study.value(None, "MODEL", "base"))]
         chosen += refs.run(study.get("run"), args.steps) if study.get("run") else []
-    chosen = [refs.model(ref.spec) for ref in chosen]  # one model is the same model, named alone or as part of a run
+    chosen = [refs.model(ref.spec) for ref in chosen]  # a model is the same whether named alone or as part of a run
     opening.look_over(chosen)
     tasks = study.value(args.tasks, "--tasks", "data.task.name")
     args.tasks = tasks if isinstance(tasks, list) else str(tasks).split(",")
     swap = swaps.Swap.from_arguments(args, study)
     output = study.output(args.output, "--output", "lm_eval")
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "30")  # read when tqdm is imported: lm_eval's bars in a log file
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # for lm_eval's bars in log files; read on import
     process, dtype = processes.from_arguments(args, study)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = task_folder(args, study, Path(scratch))
         if is_local(folder) and all(ref.is_local for ref in chosen):
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # even for local CSV files `datasets` reports a use to the hub
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # `datasets` reports even the use of local CSV files
         with _quiet("lm_eval"):
             manager, loaded = load_tasks(folder, args.tasks)
         data = {
@@ -297,19 +297,19 @@ def main(argv: list[str] | None = None) -> None:
             with surgery.Pair(swap.base, ref) as pair:
                 recipe = swap.recipe(pair)
                 cli.say(f"  with {recipe.words}, swapped in memory")
-                made = pair, recipe, swap.facts(pair, recipe), swap.gate
-                return evaluate_once(ref, study, manager, data, output, args, dtype, process, made)
+                edits = pair, recipe, swap.facts(pair, recipe), swap.gate
+                return evaluate_once(ref, study, manager, data, output, args, dtype, process, edits)
 
-        # Every process evaluates whole models: their results are files of their own, and the same as one process's.
-        for found in process.rounds(list(enumerate(chosen, start=1)), work):
-            for at, ((number, ref), text) in enumerate(found):
-                cli.say(text if at == 0 else f"[{number}/{len(chosen)}] {ref.spec}\n{text}")
+        # Each process evaluates whole models and writes separate files, so results do not depend on their number.
+        for done in process.rounds(list(enumerate(chosen, start=1)), work):
+            for i, ((number, ref), text) in enumerate(done):
+                cli.say(text if i == 0 else f"[{number}/{len(chosen)}] {ref.spec}\n{text}")
 
 
 def evaluate_once(
     ref, study: Study, manager, data: dict[str, dict], output: Path, args, dtype, process, swap: tuple | None = None
 ) -> str:
-    """Evaluate one model and save its result, unless the same evaluation is finished; returns what to print.
+    """Evaluate one model and save its result, unless the same evaluation is finished; returns the text to print.
 
     `swap`: (pair, recipe, facts and gate for the header) of a swap in memory.
     """
@@ -320,10 +320,10 @@ def evaluate_once(
     done = None if args.overwrite else finished(output, wanted)
     if done:
         return f"  finished before: {done}"
-    found, tracker = evaluate(ref, base, manager, args, dtype, process.device, swap and swap[:2])
+    result, tracker = evaluate(ref, base, manager, args, dtype, process.device, swap and swap[:2])
     more = {"gate": swap[3]} if swap else {}
-    path = save(found, tracker, output, results.header(SCHEMA, **wanted, **more, device=str(process.device)))
-    return "\n".join([*scores(found), f"  {path}"])
+    path = save(result, tracker, output, results.header(SCHEMA, **wanted, **more, device=str(process.device)))
+    return "\n".join([*scores(result), f"  {path}"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counts of lsn/activation.py that are not finished: what a killed run goes on from."""
+"""Unfinished counts of lsn/activation.py, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cpt_utils.base.lazy import torch
 
 
 class Partial:
-    """Counts so far, of this process and of earlier ones: `done` marks blocks, `counts` is int64 [segments, L, I], and
-    `routed` int64 [segments, L, E], with E = 0 for a model without experts.
+    """This process's counts so far: `done` marks its blocks (`others` those of other processes), `counts` is int64
+    [segments, L, I], and `routed` int64 [segments, L, E], with E = 0 for a model without experts.
 
-    Every process keeps a file of its own; the sum over the files is the state. So a run may go on with another number
+    Every process keeps its own file, and the state is the sum over the files. So a run may resume with another number
     of processes, and no block is counted twice.
     """
 
@@ -29,19 +29,19 @@ class Partial:
         self.routed = torch.zeros((*shape[:2], shape[3]), dtype=torch.long)
         self.others = torch.zeros(n_blocks, dtype=torch.bool)
         for path in partial_files(self.stem):
-            found = self._read(path)
-            if found is None:
+            content = self._read(path)
+            if content is None:
                 continue
             if path == self.path:
-                self.done, self.counts, self.routed = (found[key] for key in ("done", *self.SUMS))
+                self.done, self.counts, self.routed = (content[key] for key in ("done", *self.SUMS))
             else:
-                self.others |= found["done"]
+                self.others |= content["done"]
 
     def _read(self, path: Path) -> dict | None:
-        """A file's content; None for one of another request or of other code, which is started over."""
-        found = results.read_tensors(path)
-        mine = found.get("request") == self.request and not code.is_other(found.get("code"))
-        return found if mine and "routed" in found else None
+        """A file's content; None if it is of another request or other code, and counting starts over."""
+        content = results.read_tensors(path)
+        is_same = content.get("request") == self.request and not code.is_other(content.get("code"))
+        return content if is_same and "routed" in content else None
 
     def save(self) -> None:
         sums = {key: getattr(self, key) for key in self.SUMS}
@@ -52,21 +52,21 @@ class Partial:
         """The sums over all processes' files: `counts` and `routed`.
 
         Raises:
-            InputError: a block is missing or was counted twice, as when a process was lost.
+            InputError: a block is missing or was counted twice, for example because a process was lost.
         """
-        found = [content for content in map(self._read, partial_files(self.stem)) if content is not None]
-        if not found:
+        contents = [content for content in map(self._read, partial_files(self.stem)) if content is not None]
+        if not contents:
             raise InputError(f"the partial counts {self.stem}.*.pt are gone: was the same command running twice?")
-        times = sum(content["done"].long() for content in found)
+        times = sum(content["done"].long() for content in contents)
         if not bool((times == 1).all()):
             raise InputError(
                 f"{int((times != 1).sum())} blocks were not counted exactly once; run the same command again"
             )
-        return [sum(content[key] for content in found) for key in self.SUMS]
+        return [sum(content[key] for content in contents) for key in self.SUMS]
 
 
 def partial_stem(out: Path) -> Path:
-    """What the files of a result's partial counts are called, up to the number of the process."""
+    """The path of a result's partial counts, up to the number of the process."""
     return out.with_name(f".{out.stem}.partial")
 
 

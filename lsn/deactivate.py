@@ -1,18 +1,18 @@
-"""The causal check of a set of neurons: silence those of one language, and see which language loses by it.
+"""The causal test of language-specific neurons: silence those of one language, and see which languages are hurt.
 
-The neurons of language d are set to zero and the mean NLL per token is measured on held-out text of every language e. The
-matrix of changes has d in its rows and e in its columns. Selective neurons hurt their own language (the diagonal) more
-than the others; where the diagonal is no harm, selectivity means nothing. Random sets of as many neurons per layer,
-drawn outside all masks, say what chance gives. A language's neurons fire more than most, so other sets fire as often.
+The neurons of language d are set to zero, and the mean NLL per token is measured on held-out text of every language e.
+The matrix of changes has d in its rows and e in its columns. Selective neurons hurt their own language (the diagonal)
+more than the others; without a harm on the diagonal, selectivity means nothing. Controls are random sets of as many
+neurons per layer, drawn outside all masks, and, as a language's neurons fire more than most, sets that fire as often.
 
 In:   MODEL (default: the last checkpoint of the study's run), --mask_file of lsn/identify.py, held-out text by language
-      (--heldout LANG=FILE; default data.heldout of the study), and the token ids the neurons were found on (--id_path;
-      default the study's): text that stands in both is left out, so that the two are disjoint. How often neurons fire is
-      read from the counts of lsn/activation.py (--activation; default the study's).
+      (--heldout LANG=FILE; default: the study's data.heldout), and the token ids the neurons were found on (--id_path;
+      default: the study's): held-out documents in them are left out, so the two are disjoint. Firing rates are read
+      from the counts of lsn/activation.py (--activation; default: the study's).
 Out:  OUT (default: the study's lsn/deactivate.json): `unmasked`, `matrix`, `diagonal`, `selectivity` with interval and
-      p, `random`, `active`, `halves` of the documents; a heat map beside it.
+      p, `random`, `active`, `halves` of the documents; and a heat map.
 
-A killed run goes on with the next set. On several GPUs: accelerate launch lsn/deactivate.py ...; each process measures
+A killed run resumes with the next set. On several GPUs: accelerate launch lsn/deactivate.py ...; each process measures
 whole sets, and the numbers are the same.
 
 Full: python lsn/deactivate.py runs/eus/checkpoint-5000 --mask_file result/llama.json --heldout en=heldout/en.txt eu=heldout/eu.txt --id_path oscar_ids/oscar.en.train.llama oscar_ids/oscar.eu.train.llama -o deactivate.json
@@ -47,12 +47,12 @@ ASKED = {"deactivation": "Does silencing a language's neurons harm that language
 CAPTIONS = {
     "deactivation": """Part II: 2. Language-specific neurons
         The change of the loss per token when the neurons of one language (row) are silenced, on text of each language
-        (column), beside the same for random neurons, as many in each layer, and for as many that fire as often. Below
-        the name of a row stands what it does to the language itself. Neurons are a language's own where the diagonal is
-        a harm, stands out, and more than it does at random.""",
+        (column); the same for random neurons, as many in each layer; and for random neurons that also fire as often.
+        The label of a row says what silencing does to the language itself. Neurons are specific to a language if the
+        diagonal is a harm and exceeds the rest of its row by more than that of random neurons does.""",
 }
-RANDOM = 19  # random sets a language, and as many of equal activity: with them p can be .05
-COUNTS = "activation_count"  # where the published README has activation.py write
+RANDOM = 19  # random sets per language, and as many of equal activity: with these p can be .05
+COUNTS = "activation_count"  # the folder that activation.py writes to in the published README
 
 
 # ---------------------------------------------------------------- the method
@@ -60,7 +60,7 @@ COUNTS = "activation_count"  # where the published README has activation.py writ
 
 @dataclass(frozen=True)
 class Masks:
-    """Neurons by language, and of the languages asked for; `widths` are the neurons that each layer has."""
+    """The neurons of all languages of a mask (`everyone`) and of those asked for (`own`), and each layer's width."""
 
     everyone: dict[str, masks.Layers]
     own: dict[str, masks.Layers]
@@ -70,11 +70,11 @@ class Masks:
 def deactivations(
     own: Masks, arch: archs.Arch, n_random: int, seed: int, rates: dict[str, np.ndarray] | None = None
 ) -> list[Condition]:
-    """Nothing silenced; the neurons of each language that has some; for each of these `n_random` random sets.
+    """What is silenced: nothing; the neurons of each language that has any; `n_random` random sets for each of these.
 
-    A random set has as many neurons per layer as the language's, drawn outside all masks. With `rates` (see
-    `firing_rates`) as many sets "active" follow, whose neurons fire as often, too. The facts of a condition are its
-    `lang` (None: nothing is silenced) and, of a control, its `number`.
+    A random set has as many neurons per layer as the language, drawn outside all masks. With `rates` (see
+    `firing_rates`) as many sets "active" follow, whose neurons also fire as often. The facts of a condition are its
+    `lang` (None: nothing is silenced) and, for a control, its `number`.
     """
 
     def silencing(name: str, neurons: masks.Layers, lang: str | None, number: int | None = None) -> Condition:
@@ -82,30 +82,30 @@ def deactivations(
         apply = functools.partial(activations.silenced, arch=arch, mask=neurons)
         return Condition(name, facts | {"neurons": neurons}, apply, facts)
 
-    there = {lang: neurons for lang, neurons in own.own.items() if any(neurons.values())}
-    found = [silencing("none", {}, None), *(silencing(lang, neurons, lang) for lang, neurons in there.items())]
+    by_language = {lang: neurons for lang, neurons in own.own.items() if any(neurons.values())}
+    made = [silencing("none", {}, None), *(silencing(lang, neurons, lang) for lang, neurons in by_language.items())]
     for number in range(n_random):
         drawn = masks.random_control(own.everyone, len(own.widths), own.widths, seed=f"{seed}/{number}")
-        found += [silencing("random", drawn[languages.find(drawn, lang)], lang, number) for lang in there]
-    for number, lang in itertools.product(range(n_random), there if rates else ()):
-        named = languages.find(own.everyone, lang)
-        drawn = masks.active_control(own.everyone, named, rates[lang], own.widths, seed=f"{seed}/{number}")
-        found.append(silencing("active", drawn, lang, number))
-    return found
+        made += [silencing("random", drawn[languages.find(drawn, lang)], lang, number) for lang in by_language]
+    for number, lang in itertools.product(range(n_random), by_language if rates else ()):
+        spelling = languages.find(own.everyone, lang)
+        drawn = masks.active_control(own.everyone, spelling, rates[lang], own.widths, seed=f"{seed}/{number}")
+        made.append(silencing("active", drawn, lang, number))
+    return made
 
 
 def losses(model, tokenizer, texts: dict[str, list[tuple[str, str]]], batch_size: int | None) -> dict[str, dict]:
-    """`nll` in nats and scored `tokens` of every document, by language."""
-    found = {}
+    """`nll` in nats and scored `tokens` of every document (context, text), by language."""
+    by_language = {}
     for lang, documents in texts.items():
-        contexts, own = zip(*documents, strict=True)
-        scores = scoring.text_nlls(model, tokenizer, list(own), batch_size, list(contexts))
-        found[lang] = {"nll": [s.nll for s in scores], "tokens": [s.tokens for s in scores]}
-    return found
+        contexts, scored = zip(*documents, strict=True)
+        scores = scoring.text_nlls(model, tokenizer, list(scored), batch_size, list(contexts))
+        by_language[lang] = {"nll": [s.nll for s in scores], "tokens": [s.tokens for s in scores]}
+    return by_language
 
 
 def selectivity(changes: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Row by row the diagonal minus the mean of the rest, from `changes`: deactivated -> evaluated -> change."""
+    """For each row the diagonal minus the mean of the rest; `changes`: deactivated -> evaluated -> change."""
     return {d: row[d] - math.fsum(v for e, v in row.items() if e != d) / (len(row) - 1) for d, row in changes.items()}
 
 
@@ -117,27 +117,27 @@ def resampled(changes: dict, tokens: dict, seed: int, draws: int = 2000) -> dict
     Args:
         changes: deactivated -> evaluated -> change of each document's NLL; tokens: evaluated -> tokens of each.
     """
-    found: dict[str, dict] = {d: {} for d in changes}
+    matrix: dict[str, dict] = {d: {} for d in changes}
     for number, (e, scored) in enumerate(tokens.items()):
         weights = stats.resample_weights(len(scored), seed + number, draws)
         total = weights @ np.asarray(scored, dtype=np.float64)
         for d, row in changes.items():
-            found[d][e] = weights @ np.asarray(row[e], dtype=np.float64) / total
-    return found
+            matrix[d][e] = weights @ np.asarray(row[e], dtype=np.float64) / total
+    return matrix
 
 
 def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
-    """Everything the result says but `halves`, from the record of each of `deactivations`.
+    """The result except `halves`, from the records of all `deactivations`.
 
-    Their `losses` are: evaluated -> {"nll": [documents], "tokens": [documents]}.
+    Each has `losses`: evaluated -> {"nll": [documents], "tokens": [documents]}.
     """
     silenced = [record for record in records if record.get("name") != "active"]
-    by = {(record["lang"], record["number"]): record["losses"] for record in silenced}
-    plain = by[None, None]
-    tokens = {e: sum(plain[e]["tokens"]) for e in languages_}
+    by_set = {(record["lang"], record["number"]): record["losses"] for record in silenced}
+    unmasked = by_set[None, None]
+    tokens = {e: sum(unmasked[e]["tokens"]) for e in languages_}
 
     def per_document(losses: dict) -> dict[str, list[float]]:
-        return {e: [a - b for a, b in zip(losses[e]["nll"], plain[e]["nll"], strict=True)] for e in languages_}
+        return {e: [a - b for a, b in zip(losses[e]["nll"], unmasked[e]["nll"], strict=True)] for e in languages_}
 
     def means(changes: dict[str, list[float]]) -> dict[str, float]:
         return {e: math.fsum(changes[e]) / tokens[e] for e in languages_}
@@ -146,9 +146,9 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
         ordered = sorted((r for r in drawn if r["number"] is not None), key=lambda r: r["number"])
         return {d: [means(per_document(r["losses"])) for r in ordered if r["lang"] == d] for d in matrix}
 
-    changes = {d: per_document(by[d, None]) for d in languages_ if (d, None) in by}
+    changes = {d: per_document(by_set[d, None]) for d in languages_ if (d, None) in by_set}
     matrix = {d: means(row) for d, row in changes.items()}
-    draws = resampled(changes, {e: plain[e]["tokens"] for e in languages_}, seed)
+    draws = resampled(changes, {e: unmasked[e]["tokens"] for e in languages_}, seed)
     random, active = sets(silenced), sets([record for record in records if record.get("name") == "active"])
     intervals = {
         d: {e: [float(q) for q in np.quantile(draws[d][e], (0.025, 0.975))] for e in languages_} for d in matrix
@@ -157,9 +157,9 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
     rows, overall = places(matrix, draws, random, active, own_text)
     return {
         "languages": languages_,
-        "unmasked": {e: math.fsum(plain[e]["nll"]) / tokens[e] for e in languages_},
+        "unmasked": {e: math.fsum(unmasked[e]["nll"]) / tokens[e] for e in languages_},
         "tokens": tokens,
-        "documents": {e: len(plain[e]["tokens"]) for e in languages_},
+        "documents": {e: len(unmasked[e]["tokens"]) for e in languages_},
         "matrix": matrix,
         "intervals": intervals,
         "diagonal": own_text,
@@ -171,19 +171,19 @@ def summarize(records: list[dict], languages_: list[str], seed: int) -> dict:
 
 
 def halves(records: list[dict], languages_: list[str], seed: int) -> dict | None:
-    """`selectivity` and `overall` on the documents 0, 2, .. (`chooses`) and on 1, 3, .. (`reports`) of each language:
-    what is best is chosen on other text than it is told on. None where a half of a language has no tokens."""
-    found = {}
+    """`selectivity` and `overall` on the documents 0, 2, .. (`chooses`) and 1, 3, .. (`reports`) of each language, so
+    that the best method is not reported on the text that chose it. None if a half of a language has no tokens."""
+    by_half = {}
     for part, name in enumerate(("chooses", "reports")):
-        own = [
-            one | {"losses": {e: {key: row[key][part::2] for key in row} for e, row in one["losses"].items()}}
-            for one in records
+        half = [
+            record | {"losses": {e: {key: row[key][part::2] for key in row} for e, row in record["losses"].items()}}
+            for record in records
         ]
-        if not all(sum(row["tokens"]) for row in own[0]["losses"].values()):
+        if not all(sum(row["tokens"]) for row in half[0]["losses"].values()):
             return None
-        whole = summarize(own, languages_, seed)
-        found[name] = {key: whole[key] for key in ("selectivity", "overall")}
-    return found
+        summary = summarize(half, languages_, seed)
+        by_half[name] = {key: summary[key] for key in ("selectivity", "overall")}
+    return by_half
 
 
 def diagonal(harm: float, low: float, high: float) -> dict:
@@ -197,34 +197,33 @@ def diagonal(harm: float, low: float, high: float) -> dict:
 
 
 def places(matrix: dict, draws: dict, random: dict, active: dict, own_text: dict) -> tuple[dict, dict]:
-    """The selectivity of each language, and their mean: interval, place among both kinds of control, `meaningful`."""
-    own = selectivity(matrix)
-    resampled_own = {d: row[d] - sum(row[e] for e in row if e != d) / (len(row) - 1) for d, row in draws.items()}
-    chance, as_active = (
+    """The selectivity of each language, and their mean: interval, rank among both kinds of control, `meaningful`."""
+    measured = selectivity(matrix)
+    drawn = {d: row[d] - sum(row[e] for e in row if e != d) / (len(row) - 1) for d, row in draws.items()}
+    of_random, of_active = (
         {d: [selectivity({d: row})[d] for row in rows] for d, rows in sets.items()} for sets in (random, active)
     )
 
-    def place(value: float, drawn: np.ndarray, others: list[float], alike: list[float], of: list[dict]) -> dict:
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        found = among_random(value, others) | {"ci_low": float(low), "ci_high": float(high)}
+    def ranked(value: float, samples: np.ndarray, others: list[float], alike: list[float], own: list[dict]) -> dict:
+        low, high = np.quantile(samples, (0.025, 0.975))
+        row = among_random(value, others) | {"ci_low": float(low), "ci_high": float(high)}
         matched = among_random(value, alike) if alike else {"n_random": 0}
-        found |= {f"active_{key}": matched.get(f"random_{key}") for key in ("mean", "max")}
-        found |= {"n_active": matched["n_random"], "p_value_active": matched.get("p_value")}
-        return found | {"meaningful": all(row["verdict"] == "harm" for row in of)}
+        row |= {f"active_{key}": matched.get(f"random_{key}") for key in ("mean", "max")}
+        row |= {"n_active": matched["n_random"], "p_value_active": matched.get("p_value")}
+        return row | {"meaningful": all(text["verdict"] == "harm" for text in own)}
 
     def means(sets: dict[str, list[float]]) -> list[float]:
         return [math.fsum(values) / len(values) for values in zip(*sets.values(), strict=True)]
 
-    rows = {d: place(own[d], resampled_own[d], chance[d], as_active[d], [own_text[d]]) for d in matrix}
-    mean, drawn = math.fsum(own.values()) / len(own), sum(resampled_own.values()) / len(resampled_own)
-    return rows, place(mean, drawn, means(chance), means(as_active), list(own_text.values()))
+    rows = {d: ranked(measured[d], drawn[d], of_random[d], of_active[d], [own_text[d]]) for d in matrix}
+    mean, mean_drawn = math.fsum(measured.values()) / len(measured), sum(drawn.values()) / len(drawn)
+    return rows, ranked(mean, mean_drawn, means(of_random), means(of_active), list(own_text.values()))
 
 
 def among_random(own: float, others: list[float]) -> dict:
     """A selectivity among those of random sets: `p_value` = (1 + sets at least as selective) / (1 + sets)."""
-    found = controls.rank_among_random(own, others, higher_is_better=True)
-    kept = {key: found[key] for key in ("random_mean", "random_max", "n_random", "p_value")}
-    return {"selectivity": own, **kept}
+    ranked = controls.rank_among_random(own, others, higher_is_better=True)
+    return {"selectivity": own, **{key: ranked[key] for key in ("random_mean", "random_max", "n_random", "p_value")}}
 
 
 # ---------------------------------------------------------------- the command
@@ -241,7 +240,7 @@ def build_parser():
         "--method", default=masks.LAPE, metavar="M", help="the study's mask of lsn/identify.py --method M; default lape"
     )
     add("--lang", metavar="L,L,..", help="languages; default: the study's languages.lsn, else all of the mask")
-    add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="test text, one document per line; default: the study's")
     add("--id_path", nargs="+", metavar="IDS", help="token ids the neurons were found on; default: the study's")
     text = f"folder of the counts that the mask was made from; default: the study's, else {COUNTS}"
     add("-a", "--activation", metavar="FOLDER", help=text)
@@ -249,8 +248,8 @@ def build_parser():
         "--random",
         type=int,
         metavar="N",
-        help=f"random sets a language, and as many as active, 5 or more; default {RANDOM}, or the study's `controls` "
-        "where that is smaller",
+        help=f"random sets per language, and as many of equal activity, 5 or more; default {RANDOM}, or the study's "
+        "`controls` if that is smaller",
     )
     add("-o", "--output", metavar="OUT", help="JSON to write; default: the study's lsn/deactivate.json")
     cli.add_run_flags(p, drop=True)
@@ -267,8 +266,8 @@ def main(argv=None) -> None:
     base, home = args.base or study.get("base"), beside.run_asked_for(study, args.named_run)
     mask_file = args.mask_file or masks.of_method(study.result("lsn_mask"), args.method)
     mask_file = study.input(mask_file, "--mask_file", "lsn_mask", masks.how(args.method))
-    other = beside.name(study, args.base, run, steps=args.steps, limit=args.limit, last=True)
-    output = study.output(args.output, "-o", "deactivation", other)
+    variant = beside.name(study, args.base, run, steps=args.steps, limit=args.limit, last=True)
+    output = study.output(args.output, "-o", "deactivation", variant)
     output = output if args.output else masks.of_method(output, args.method)
     neurons = masks_of(ref, mask_file, wanted_languages(args.lang, study, mask_file), base, home)
     refuse_empty(neurons.own, mask_file)
@@ -287,17 +286,17 @@ def main(argv=None) -> None:
     def load(_role: str):
         return loading.load_for(process, ref, dtype)
 
-    def measured(model, what: Condition) -> dict:
+    def measured(model, condition: Condition) -> dict:
         found = losses(model, tokenizer, texts, args.batch_size)
         if not all(math.isfinite(value) for row in found.values() for value in row["nll"]):
-            raise InputError(f"{ref.spec}: the loss with {what.name} deactivated is not finite; try --dtype float32")
+            raise InputError(f"{ref.spec}: loss with {condition.name} deactivated is not finite; try --dtype float32")
         return {"losses": found}
 
     def write(records: list[dict], request: dict) -> None:
         langs = list(neurons.own)
         payload = summarize(records, langs, study.seed) | {"halves": halves(records, langs, study.seed)}
-        payload["n_neurons"] = {lang: sum(map(len, own.values())) for lang, own in neurons.own.items()}
-        payload |= {"activity": activity(wanted, rates) if rates else None, "left_out": left_out}
+        payload["n_neurons"] = {lang: sum(map(len, layers.values())) for lang, layers in neurons.own.items()}
+        payload |= {"activity": activity(silenced, rates) if rates else None, "left_out": left_out}
         head = results.header(
             SCHEMA, models={"model": ref.describe()}, n_layers=len(neurons.widths), ffn_width=max(neurons.widths),
             mask=mask_file, languages={lang: languages.canonical(lang, any_tag=True) for lang in neurons.own},
@@ -309,25 +308,25 @@ def main(argv=None) -> None:
         report.say(payload)
         cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
-    wanted = deactivations(neurons, archs.for_config(ref.config()), n_random, study.seed, rates)
+    silenced = deactivations(neurons, archs.for_config(ref.config()), n_random, study.seed, rates)
     if rates and not args.overwrite:
         refuse_without_active(output)
-    conditions.measure(output, SCHEMA, request, wanted, load, measured, write, process, args.overwrite)
+    conditions.measure(output, SCHEMA, request, silenced, load, measured, write, process, args.overwrite)
     if args.drop_revisions:
         ref.drop()
 
 
 def refuse_without_active(output: Path) -> None:
-    """A result from before there were sets as active as the neurons, or their counts: no request tells that."""
+    """Refuse a result without sets of equal activity, which its request does not show."""
     if output.is_file() and not results.read_json(output, SCHEMA, allow_limited=True)[0].get("active"):
         raise InputError(
-            f"{output} has no random sets as active as the neurons beside those of the same size: it was made before "
-            "these were measured, or before lsn/activation.py; run lsn/deactivate.py --overwrite, or give another -o"
+            f"{output} has no random sets of equal activity: it was made by an earlier version, or before "
+            "lsn/activation.py; run lsn/deactivate.py --overwrite, or give another -o"
         )
 
 
 def random_sets(given: int | None, study: Study) -> int:
-    """How many random sets each language gets."""
+    """The number of random sets for each language."""
     if given is None:
         limit = study.get("controls")
         return min(RANDOM, max(5, limit)) if isinstance(limit, int) else RANDOM
@@ -337,7 +336,7 @@ def random_sets(given: int | None, study: Study) -> int:
 
 
 def wanted_languages(given: str | None, study: Study, mask_file: Path) -> list[str]:
-    """The languages of --lang, of the study or of the mask, as they are written there."""
+    """The languages of --lang, else of the study, else of the mask, as spelled there."""
     chosen = languages.several(given or study.get("languages.lsn") or masks.languages_in(mask_file), "--lang")
     if len(chosen) < 2:
         raise InputError("one language has no other to be compared with; give two or more with --lang")
@@ -348,7 +347,7 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home)
     """The mask file's neurons, for this model.
 
     Raises:
-        InputError: a mask of another model, or without one of the languages.
+        InputError: the mask is of another model, or lacks one of the languages.
     """
     widths = ffn.widths(archs.for_config(ref.config()), ref.config())
     described = relatives.of([ref], base, home)
@@ -361,63 +360,64 @@ def masks_of(ref: refs.ModelRef, mask_file: Path, chosen: list[str], base, home)
 
 
 def refuse_empty(own: dict[str, masks.Layers], mask_file: Path) -> None:
-    """Say which of the languages have no neuron, and refuse a mask where none has any."""
+    """Warn of languages without neurons, and refuse a mask in which none has any."""
     empty = [lang for lang, layers in own.items() if not any(layers.values())]
     if len(empty) == len(own):
         raise InputError(f"{mask_file} has no neuron of any of these languages")
     if empty:
-        cli.warn(f"{mask_file} has no neuron of {', '.join(empty)}: nothing to deactivate there, a column only")
+        cli.warn(f"{mask_file} has no neuron of {', '.join(empty)}: nothing to deactivate, only a column in the matrix")
 
 
 def firing_rates(
     given: str | None, study: Study, mask_file: Path, neurons: Masks, described: list[dict]
 ) -> dict[str, np.ndarray] | None:
-    """How often each neuron fires on its language's text: language -> share of its tokens, float64 [layers, neurons].
+    """The share of a language's tokens on which each neuron is active: language -> float64 [layers, neurons].
 
-    Of the languages that have neurons; None, and said, where their counts are not there.
+    For the languages that have neurons; None, with a warning, if counts are missing.
 
     Raises:
-        InputError: counts of another model than the mask's, or counted again since.
+        InputError: the counts are of a model other than the mask's, or were made again since.
     """
-    places = [Path(given)] if given else [*filter(None, [study.result("lsn_counts")]), Path(COUNTS)]
-    made_of, found = masks.counted(mask_file), {}
-    for lang in (lang for lang, own in neurons.own.items() if any(own.values())):
-        known = made_of.get(languages.find(made_of, lang, default=None)) or {}
-        name = known.get("counts") or f"{mask_file.stem}.{languages.find(neurons.everyone, lang)}.pt"
-        path = next((place / name for place in places if (place / name).is_file()), None)
+    folders = [Path(given)] if given else [*filter(None, [study.result("lsn_counts")]), Path(COUNTS)]
+    counted, rates = masks.counted(mask_file), {}
+    for lang in (lang for lang, layers in neurons.own.items() if any(layers.values())):
+        facts = counted.get(languages.find(counted, lang, default=None)) or {}
+        name = facts.get("counts") or f"{mask_file.stem}.{languages.find(neurons.everyone, lang)}.pt"
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if path is None:
-            lacking = f"{' and '.join(map(str, places))} lack{'s' * (len(places) == 1)} the counts {name}"
+            lacking = f"{' and '.join(map(str, folders))} lack{'s' * (len(folders) == 1)} the counts {name}"
             if given:
                 raise InputError(f"{lacking}; give -a the folder that lsn/activation.py wrote")
             cli.warn(f"{lacking}: no random sets of equal activity; run lsn/activation.py, or give its folder with -a")
             return None
-        one = counts.read(path, lang)
-        model = (one.header.get("models") or {}).get("model")
-        if known.get("counts_sha256", one.hash()) != one.hash() or (model and not relatives.belongs(model, described)):
-            raise InputError(f"{path} is not what {mask_file} was made from; run lsn/identify.py again, or give its -a")
-        if one.over_zero.shape != (len(neurons.widths), max(neurons.widths)):
+        c = counts.read(path, lang)
+        model = (c.header.get("models") or {}).get("model")
+        if facts.get("counts_sha256", c.hash()) != c.hash() or (model and not relatives.belongs(model, described)):
+            hint = "run lsn/identify.py again, or give the folder of its counts with -a"
+            raise InputError(f"{path} is not what {mask_file} was made from; {hint}")
+        if c.over_zero.shape != (len(neurons.widths), max(neurons.widths)):
             raise InputError(f"{path} counts neurons of another model than {mask_file}; give the folder of its counts")
-        found[lang] = one.over_zero / np.maximum(one.tokens(), 1)
-    return found
+        rates[lang] = c.over_zero / np.maximum(c.tokens(), 1)
+    return rates
 
 
 def activity(silenced: list[Condition], rates: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """The mean firing rate of each language's neurons on its text (`own`), and of its controls: `random`, `active`."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for one in (one for one in silenced if one.facts["lang"] is not None):
-        lang, kind = one.facts["lang"], one.name if one.facts["number"] is not None else "own"
-        own = [float(rates[lang][layer][neuron]) for layer, row in one.key["neurons"].items() for neuron in row]
-        found.setdefault(lang, {}).setdefault(kind, []).extend(own)
-    return {lang: {kind: math.fsum(row) / len(row) for kind, row in rows.items()} for lang, rows in found.items()}
+    by_kind: dict[str, dict[str, list[float]]] = {}
+    for condition in (condition for condition in silenced if condition.facts["lang"] is not None):
+        lang, kind = condition.facts["lang"], condition.name if condition.facts["number"] is not None else "own"
+        fired = [float(rates[lang][layer][neuron]) for layer, row in condition.key["neurons"].items() for neuron in row]
+        by_kind.setdefault(lang, {}).setdefault(kind, []).extend(fired)
+    return {lang: {kind: math.fsum(row) / len(row) for kind, row in rows.items()} for lang, rows in by_kind.items()}
 
 
 def heldout_texts(args, study: Study, chosen: list[str]) -> tuple[dict, dict]:
-    """Held-out documents (context, text) of every language, and what the header says of them."""
+    """Held-out documents (context, text) of every language, and what the header records of them."""
     mapping = study.get("data.heldout") or {}
     if args.heldout:
         mapping = cli.sibling("cpt/documents.py").language_files(args.heldout, "--heldout")
-    together = int(study.get("data.heldout_lines") or 1) if not args.heldout else 1
-    return evaluation.heldout_by_language(mapping, chosen, together, args.limit)
+    n_lines = int(study.get("data.heldout_lines") or 1) if not args.heldout else 1
+    return evaluation.heldout_by_language(mapping, chosen, n_lines, args.limit)
 
 
 def id_paths(args, study: Study) -> list[Path]:
@@ -429,12 +429,12 @@ def id_paths(args, study: Study) -> list[Path]:
 
 
 def prepare(ref, base, run, texts: dict, id_files: list[Path]) -> tuple:
-    """The tokenizer and its hash, the held-out texts that the id files do not hold, and how many were left out."""
+    """The tokenizer and its hash, the held-out texts that are not in the id files, and how many were left out."""
     base = refs.model(base) if base else None
     tokenizer = tokenization.load_tokenizer(ref, run, base)
-    own = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run, base))
+    vocabulary = tokenizer_id.of_plain_text(tokenization.tokenizer_folder(ref, run, base))
     ids = [
-        (path, tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=own)[0])
+        (path, tokenids.read(path, vocab_size=identity.vocabulary_size(ref.config()), vocabulary_sha256=vocabulary)[0])
         for path in id_files
     ]
     texts, left_out = overlap.disjoint(texts, ids, tokenizer)

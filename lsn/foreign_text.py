@@ -1,6 +1,6 @@
-"""Text of another script or language: which pieces of a corpus are not of the language that it is said to be of.
+"""Finds pieces of a corpus that are in another script or language than the corpus is said to be.
 
-Used by lsn/load_oscar.py. Unicode's script property tells scripts apart; py3langid (optional) tells languages apart.
+Used by lsn/load_oscar.py. Scripts are judged by Unicode's script property, languages by py3langid (optional).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from cpt_utils.base import languages
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import np
 
-# Codes of ISO 15924 that stand for several scripts of Unicode; the others are known to Unicode under the same code.
+# Codes of ISO 15924 that mean several scripts of Unicode; Unicode knows the others under the same code.
 SCRIPTS = {
     "Hans": ("Han",),
     "Hant": ("Han", "Bopomofo"),
     "Jpan": ("Han", "Hiragana", "Katakana"),
     "Kore": ("Hangul", "Han"),
 }
-NO_LANGUAGE = "zxx"  # the label that py3langid gives to what is no language
+NO_LANGUAGE = "zxx"  # py3langid's label for text in no language
 
 
 def scripts_of(code: str) -> tuple[str, ...]:
-    """The Unicode scripts that a language code such as `jpn_Jpan` names; none for a tag that names no known script."""
+    """The Unicode scripts that a language code such as `jpn_Jpan` names; () if it names no known script."""
     import regex
 
     part = re.match(r"[a-z]{2,3}_([A-Z][a-z]{3})(?:_|$)", code)
@@ -39,7 +39,7 @@ def scripts_of(code: str) -> tuple[str, ...]:
 
 
 def letter_table(scripts: tuple[str, ...]) -> np.ndarray:
-    """For each code point 0 (no letter), 1 (a letter) or 2 (a letter of `scripts`), uint8 [code points]."""
+    """For each code point 0 (no letter), 1 (a letter of no script of `scripts`) or 2 (of one): uint8 [code points]."""
     import regex
 
     table = np.zeros(sys.maxunicode + 1, np.uint8)
@@ -52,9 +52,9 @@ def letter_table(scripts: tuple[str, ...]) -> np.ndarray:
 
 
 def script_judge(scripts: tuple[str, ...]) -> Callable[[list[str]], list[str]]:
-    """A function that says of each piece `other` where half of its letters or more are not of `scripts`, else ``.
+    """A function that labels each piece "other" if half or more of its letters are not of `scripts`, else "".
 
-    A piece without letters is of any script.
+    A piece without letters gets "".
     """
     table = letter_table(scripts)
 
@@ -62,7 +62,7 @@ def script_judge(scripts: tuple[str, ...]) -> Callable[[list[str]], list[str]]:
         codes = np.frombuffer("".join(pieces).encode("utf-32-le", "surrogatepass"), "<u4")
         kinds = table[codes]
         ends = np.cumsum([len(piece) for piece in pieces])
-        # Differences of running sums, because a piece may be empty.
+        # Differences of running sums, because pieces may be empty.
         letters, of_scripts = (
             np.diff(np.concatenate([[0], np.cumsum(kinds >= kind)])[np.concatenate([[0], ends])]) for kind in (1, 2)
         )
@@ -90,24 +90,24 @@ def langid_labels(code: str, flag: str = "--filter language", instead: str = "us
 
 
 def language_judge(labels: list[str]) -> Callable[[list[str]], list[str]]:
-    """A function that says which other language each piece is identified as, `` for that of `labels` or for none."""
+    """A function that labels each piece with the language it is identified as, or "" for one of `labels` or none."""
     import py3langid
 
     fine = {*labels, NO_LANGUAGE}
 
     def judge(pieces: list[str]) -> list[str]:
         # Digits and punctuation are identified as whatever language comes first.
-        found = (py3langid.classify(piece)[0] if any(map(str.isalpha, piece)) else NO_LANGUAGE for piece in pieces)
-        return ["" if label in fine else label for label in found]
+        named = (py3langid.classify(piece)[0] if any(map(str.isalpha, piece)) else NO_LANGUAGE for piece in pieces)
+        return ["" if label in fine else label for label in named]
 
     return judge
 
 
 def judge_of(code: str, kind: str) -> tuple[str | None, Callable[[list[str]], list[str]] | None]:
-    """What pieces are judged by, and the function; without a filter by script, where the code names one.
+    """What pieces are judged by, and the function; without a filter by script, or (None, None) if the code names none.
 
     Raises:
-        InputError: a filter that cannot judge this language.
+        InputError: the filter cannot judge this language.
     """
     if kind == "language":
         return "language", language_judge(langid_labels(code))

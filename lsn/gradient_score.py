@@ -1,8 +1,8 @@
 """Language neurons by gradient times activation (after CULNIG, ICLR 2026): `identify.py --method gradient`.
 
 How far a neuron n pushes the next token y of a text is max over positions of n dP(y)/dn. Its score for a language is
-the mean of that over texts of the language, minus the same for the control language: the base language, and for that
-one the target. The k of highest score belong to the language; k for each language together are --rate of all neurons.
+the mean of that over texts of the language, minus the same for a control language: the base language, or for the base
+language the target. The k of highest score belong to the language; K k, for K languages, are --rate of all neurons.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ def select(
 
     Args:
         scores: for each language the mean over texts of max over positions of n dP(y)/dn, [L, I].
-        controls: of each language the one whose score is subtracted.
-        exists: bool [L, I], the neurons that there are; default: all.
+        controls: for each language the one whose score is subtracted.
+        exists: bool [L, I], which neurons exist; default: all.
     """
     shape = scores[0].shape
-    there = np.flatnonzero(np.ones(shape, dtype=bool) if exists is None else exists)
-    k = lape.wanted(rate, len(there), len(langs))
+    existing = np.flatnonzero(np.ones(shape, dtype=bool) if exists is None else exists)
+    k = lape.wanted(rate, len(existing), len(langs))
     mask, cuts = {}, {}
-    for lang, own in zip(langs, scores, strict=True):
-        beyond = (own - scores[langs.index(controls[lang])]).ravel()[there]
-        # Ties by their size: these are differences of probabilities, and most are far below 1.
-        best = np.argsort(-beyond, kind="stable")[:k]
-        mask[lang] = lape.by_layer(np.stack(np.unravel_index(there[np.sort(best)], shape), -1), shape[0])
-        cuts[lang] = float(beyond[best[-1]])
-    return lape.of_masks(mask, len(there), {"k": k, "controls": controls, "cuts": cuts})
+    for lang, score in zip(langs, scores, strict=True):
+        difference = (score - scores[langs.index(controls[lang])]).ravel()[existing]
+        # Not rounded as in `lape.lowest`: most of these differences of probabilities are far below 1.
+        best = np.argsort(-difference, kind="stable")[:k]
+        mask[lang] = lape.by_layer(np.stack(np.unravel_index(existing[np.sort(best)], shape), -1), shape[0])
+        cuts[lang] = float(difference[best[-1]])
+    return lape.of_masks(mask, len(existing), {"k": k, "controls": controls, "cuts": cuts})
 
 
 def find(
     counts: list[Counts], scores: list[dict], rate: float, controls: dict[str, str]
 ) -> tuple[lape.Selection, dict | None]:
-    """The mask of all texts, and how far those of its halves agree."""
-    langs, exists = [one.lang for one in counts], counts[0].exists
-    pairs = [(one["sums"].numpy(), one["texts"].numpy()) for one in scores]
+    """The mask from all texts, and how well those from the two halves agree."""
+    langs, exists = [c.lang for c in counts], counts[0].exists
+    pairs = [(row["sums"].numpy(), row["texts"].numpy()) for row in scores]
     means = [sums.sum(0) / texts.sum() for sums, texts in pairs]
     parts = means, *([sums[half] / texts[half] for sums, texts in pairs] for half in (0, 1))
-    masks = [select(part, langs, controls, rate, exists) for part in parts]
+    selections = [select(part, langs, controls, rate, exists) for part in parts]
     first = [int(texts[0]) for _, texts in pairs]
-    return masks[0], reporting.of_halves(counts, scores, first, *(one.mask for one in masks))
+    return selections[0], reporting.of_halves(counts, scores, first, *(s.mask for s in selections))
 
 
 def words(numbers: dict) -> str:
-    """The score of the last neuron of each language, for people."""
+    """The score of the last neuron of each language, in words."""
     cuts = ", ".join(f"{lang} {cut:.2e} (minus {numbers['controls'][lang]})" for lang, cut in numbers["cuts"].items())
     return f"{numbers['k']:,} of highest score, down to {cuts}"

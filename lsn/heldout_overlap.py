@@ -1,4 +1,4 @@
-"""Text to find neurons on and text to test them on are disjoint: which held-out documents stand among token ids."""
+"""Finds held-out documents among token ids, so that neurons are found and tested on disjoint text."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from cpt_utils.base.lazy import np, torch
 from cpt_utils.measures.tokenids import RUN, run_hashes
 from cpt_utils.models import encoding
 
-SHORTEST = 8  # tokens: a shorter document may be anywhere by chance
-MOST_SEEN = 0.1  # of the held-out documents
+SHORTEST = 8  # tokens; a shorter document may occur anywhere by chance
+MOST_SEEN = 0.1  # share of the held-out documents
 
 
 def seen(documents: list[list[int]], ids: np.ndarray, chunk: int = 1 << 20) -> list[bool]:
-    """Which documents (lists of token ids) are in `ids` [n]: half or more of their runs of tokens are.
+    """Which documents (lists of token ids) are in `ids` [n]: those with half or more of their runs of tokens in it.
 
-    Runs are of tokenids.RUN tokens, in a shorter document of all it has. The first token is left out: the same words
-    inside a text begin with a space, and with another token. What is then shorter than SHORTEST says nothing.
+    A run has tokenids.RUN tokens, or all of a shorter document. A document's first token is left out, because within
+    a text the same words begin with a space, and so with another token. If fewer than SHORTEST are left, it is unseen.
     """
     by_length: dict[int, list[int]] = {}
     for number, document in enumerate(documents):
         by_length.setdefault(min(RUN, len(document) - 1), []).append(number)
-    found = [False] * len(documents)
+    is_seen = [False] * len(documents)
     for length, numbers in by_length.items():
         if length < SHORTEST:
             continue
         runs = [run_hashes(np.asarray(documents[number][1:]), length) for number in numbers]
         wanted = np.unique(np.concatenate(runs))
-        there = np.zeros(len(wanted), dtype=bool)
+        in_ids = np.zeros(len(wanted), dtype=bool)
         for start in range(0, len(ids), chunk):
-            there |= np.isin(wanted, run_hashes(np.asarray(ids[start : start + chunk + length - 1]), length))
-        present = wanted[there]
-        for number, own in zip(numbers, runs, strict=True):
-            found[number] = bool(np.isin(own, present).mean() >= 0.5)
-    return found
+            in_ids |= np.isin(wanted, run_hashes(np.asarray(ids[start : start + chunk + length - 1]), length))
+        present = wanted[in_ids]
+        for number, hashes in zip(numbers, runs, strict=True):
+            is_seen[number] = bool(np.isin(hashes, present).mean() >= 0.5)
+    return is_seen
 
 
 def disjoint(
@@ -43,7 +43,7 @@ def disjoint(
     """The held-out documents, (context, text) by language, that no id file holds, and how many were left out.
 
     Raises:
-        InputError: more than a tenth of a language's documents are in the text of the neurons.
+        InputError: more than a tenth of a language's documents are in the text that the neurons were found on.
     """
     kept, left_out = {}, {}
     for lang, documents in texts.items():

@@ -1,4 +1,4 @@
-"""Which counts lsn/identify.py reads, whether they are the study's, and where its results go."""
+"""The files of lsn/identify.py: which counts it reads, whether they are the study's, and where its results go."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cpt_utils.checkpoints import refs, relatives
 from cpt_utils.measures import counts as activations
 from cpt_utils.measures.counts import Counts
 
-BY_HAND = "activation_count"  # where the published README has activation.py write, and identify.py read
+BY_HAND = "activation_count"  # in the published README activation.py writes to it, and identify.py reads from it
 
 
 def refuse_stale(counts: list[Counts], study: Study) -> None:
-    """Refuse the study's counts where its models have been trained again since.
+    """Refuse the study's counts if its models have been trained again since.
 
     Raises:
         InputError: the counts are of none of the study's models.
@@ -33,12 +33,12 @@ def refuse_stale(counts: list[Counts], study: Study) -> None:
 
 
 def model_of(counts: list[Counts]) -> dict | None:
-    """The model that was counted, where a file says so."""
-    return next((one.header["models"]["model"] for one in counts if one.header.get("models")), None)
+    """The model that was counted, if a file says so."""
+    return next((c.header["models"]["model"] for c in counts if c.header.get("models")), None)
 
 
 def n_interface(study: Study, n_layers: int, model: dict | None) -> int:
-    """How many interface layers the study's split has; it must be about the model that was counted."""
+    """The number of interface layers in the study's split, which must be of the model that was counted."""
     path = study.input(None, "--n-layers", "layers")
     payload, header = results.read_json(path, "layer-specialize", n_layers=n_layers)
     made_for = (header.get("models") or {}).get("model")
@@ -63,7 +63,7 @@ def finished(path: Path, schema: str, facts: dict, overwrite: bool) -> bool:
 
 
 def counts_folder(args, study: Study, tag: str) -> Path:
-    """Where the counts are: -a, else the study's folder, else where the published README has them written."""
+    """The folder of the counts: -a, else the study's, else that of the published README."""
     by_hand, in_study = Path(BY_HAND), study.result("lsn_counts")
     if study and not args.activation and has_counts(by_hand, tag) and not has_counts(in_study, tag):
         cli.say(f"{in_study} has no counts {tag}.<lang>.pt; using those in {by_hand}")
@@ -76,40 +76,40 @@ def has_counts(folder: Path, tag: str) -> bool:
 
 
 def refuse_one(langs: list[str], counted: list[str], folder: Path, tag: str, flags: str) -> None:
-    """Refuse a single language, with the command that works; `flags` are its others."""
+    """Refuse a single language, and name the command that works; `flags`: what it needs besides -t and -l."""
     if len(langs) > 1:
         return
     known = languages.find(counted, langs[0], default=langs[0])
-    every = [known, *(lang for lang in counted if lang != known)]
-    do = f"{folder} has counts of {counted[0]} only: run lsn/activation.py on token ids of another language first"
-    if len(every) > 1:
-        do = f"give all that were counted: python lsn/identify.py -t {tag} -l {','.join(every)}{flags}"
-    raise InputError(f"-l {langs[0]}: neurons of one language stand out only against other languages; {do}")
+    all_counted = [known, *(lang for lang in counted if lang != known)]
+    hint = f"{folder} has counts of {counted[0]} only: run lsn/activation.py on token ids of another language first"
+    if len(all_counted) > 1:
+        hint = f"give all that were counted: python lsn/identify.py -t {tag} -l {','.join(all_counted)}{flags}"
+    raise InputError(f"-l {langs[0]}: neurons of one language stand out only against other languages; {hint}")
 
 
 def other_than(study: Study, counts: list[Counts]) -> str:
-    """What tells counts from those of the study, of its last checkpoint and all its languages; mostly nothing."""
-    words, made_for = [], model_of(counts)
+    """How counts differ from the study's (last checkpoint, all its languages), for file names; mostly empty."""
+    parts, made_for = [], model_of(counts)
     with contextlib.suppress(InputError):  # results may outlive their models
         last = refs.run(study.value(None, "-t", "run"))[-1]
         if made_for and not relatives.same_model(made_for, last.describe()):
-            words.append(made_for["model_id"])
+            parts.append(made_for["model_id"])
     wanted, have = (
-        {languages.canonical(str(lang), any_tag=True) for lang in every}
-        for every in (study.get("languages.lsn", []), [one.lang for one in counts])
+        {languages.canonical(str(lang), any_tag=True) for lang in langs}
+        for langs in (study.get("languages.lsn", []), [c.lang for c in counts])
     )
     if wanted and wanted != have:
-        words.append("-".join(one.lang for one in counts))
-    return dotted(*words)
+        parts.append("-".join(c.lang for c in counts))
+    return dotted(*parts)
 
 
 def read_counts(args, study: Study, langs: list[str], tag: str) -> list[Counts]:
-    """The counts of every language, of one model; in a study of one of its models."""
+    """The counts of every language, all of one model; the study's own must be of one of its models."""
     folder = counts_folder(args, study, tag)
-    there = activations.files(folder, tag)
-    refuse_one(langs, list(there), folder, tag, f" -a {folder}" if args.activation else "")
-    named = [languages.find(there, lang, what=f"{folder}/{tag}.<lang>.pt") for lang in langs]
-    counts = [activations.read(there[name], lang) for name, lang in zip(named, langs, strict=True)]
+    files = activations.files(folder, tag)
+    refuse_one(langs, list(files), folder, tag, f" -a {folder}" if args.activation else "")
+    names = [languages.find(files, lang, what=f"{folder}/{tag}.<lang>.pt") for lang in langs]
+    counts = [activations.read(files[name], lang) for name, lang in zip(names, langs, strict=True)]
     activations.refuse_mixed(counts)
     if study and not args.activation:
         refuse_stale(counts, study)
@@ -117,20 +117,20 @@ def read_counts(args, study: Study, langs: list[str], tag: str) -> list[Counts]:
 
 
 def read_scores(args, study: Study, counts: list[Counts], tag: str, what: str) -> list[dict]:
-    """What lsn/text_scores.py measured, `what` (means or gradients), for the language of each of `counts`: the tensors,
-    with the `header` as a dict, and the `file`.
+    """The `what` (means or gradients) that lsn/text_scores.py measured for each language of `counts`: tensors by name,
+    the `header` as a dict, and the `file`.
 
     Raises:
-        InputError: a language without them, or those of another model.
+        InputError: a language has none, or they are of another model.
     """
     folder = study.input(args.scores, "--scores", "lsn_text_scores", f" --what {what}") / what
     names = {path.name.removeprefix(f"{tag}.").removesuffix(".pt"): path for path in folder.glob(f"{tag}.*.pt")}
     names = {name: path for name, path in names.items() if "." not in name}
     if not names:
         raise InputError(f"{folder} has no {tag}.<lang>.pt; run lsn/text_scores.py --what {what}, or give --scores")
-    found = []
-    for one in counts:
-        path = names[languages.find(names, one.lang, what=f"{folder}/{tag}.<lang>.pt")]
+    rows = []
+    for c in counts:
+        path = names[languages.find(names, c.lang, what=f"{folder}/{tag}.<lang>.pt")]
         content = results.read_tensors(path)
         head = json.loads(content.get("header") or "{}")
         if head.get("schema") != "text-scores" or head.get("what") != what:
@@ -143,22 +143,22 @@ def read_scores(args, study: Study, counts: list[Counts], tag: str, what: str) -
                 f"{path} is of {head['models']['model']['spec']}, but the counts are of {counted['spec']}; run "
                 "lsn/text_scores.py and lsn/activation.py on one model"
             )
-        if (head["n_layers"], head["ffn_width"]) != one.over_zero.shape:
-            raise InputError(f"{path} is of another model than {one.path}; run lsn/text_scores.py on that one")
-        found.append(content | {"header": head, "file": path})
-    return found
+        if (head["n_layers"], head["ffn_width"]) != c.over_zero.shape:
+            raise InputError(f"{path} is of another model than {c.path}; run lsn/text_scores.py on that one")
+        rows.append(content | {"header": head, "file": path})
+    return rows
 
 
 def score_facts(row: dict) -> dict:
-    """What the headers say of `read_scores` of one language."""
+    """What headers record of one language's scores (a row of `read_scores`)."""
     head = row["header"]
     facts = {key: head[key] for key in ("tokens", "text_tokens", "n_used", "dtype")}
     return {"file": str(row["file"]), "sha256": results.file_sha256(row["file"])[:16], **facts}
 
 
 def wanted_controls(args, study: Study, langs: list[str]) -> dict[str, str]:
-    """The control language of each language: --control-lang, and for that one the study's target, else the first
-    other."""
+    """The control language of each language: --control-lang; for that language the study's target, else the first of
+    the others."""
     control = study.value(args.control_lang, "--control-lang", "languages.base")
     control = languages.find(langs, str(control), what="languages of the mask (-l)")
     others = [lang for lang in langs if lang != control]
@@ -167,7 +167,7 @@ def wanted_controls(args, study: Study, langs: list[str]) -> dict[str, str]:
 
 
 def wanted_rates(args, study: Study, known: dict[str, float | None]) -> dict[str, float]:
-    """The rates of a method: --rate, which may come from a study, and those that are `known`, with their defaults."""
+    """The rates of a method: --rate, also from the study, and those in `known` (rate -> default)."""
     rates = {"rate": study.value(args.rate, "--rate", "lsn.rate", 0.01)}
     for name in ("filter_rate", "bar_rate"):
         given = getattr(args, name)
@@ -183,22 +183,22 @@ def wanted_rates(args, study: Study, known: dict[str, float | None]) -> dict[str
 
 
 def output_paths(study: Study, tag: str, args, layers: bool = True) -> tuple[Path, Path | None, Path | None]:
-    """Where mask, control mask and layers go; outside a study the last two are written on request only, and without
-    `layers` the last one."""
+    """The paths of mask, control mask and layers. Outside a study the last two are None unless asked for; the last one
+    in a study, too, if not `layers`."""
     out = Path(args.output or "result") if args.output or not study else study.result("lsn_mask").parent
 
     def path(given: str | None, name: str) -> Path | None:
         return Path(given) if given else out / f"{tag}.{name}.json" if study else None
 
-    rich = path(args.layers_out, "layers") if layers or args.layers_out else None
-    return out / f"{tag}.json", path(args.control_mask_out, "control"), rich
+    layers_path = path(args.layers_out, "layers") if layers or args.layers_out else None
+    return out / f"{tag}.json", path(args.control_mask_out, "control"), layers_path
 
 
 def wanted_layers(study: Study, args, langs, path: Path | None, n_layers: int, model) -> tuple[str | None, int | None]:
-    """The language and the number of layers for the layers file; (None, None) where none is written.
+    """The language and the number of layers for the layers file; (None, None) if none is written.
 
     Raises:
-        InputError: nothing says them, a language without counts, or more layers than the model has.
+        InputError: they are not given, the language has no counts, or the model has fewer layers.
     """
     if path is None:
         return None, None
@@ -212,6 +212,6 @@ def wanted_layers(study: Study, args, langs, path: Path | None, n_layers: int, m
 
 
 def token_facts(one: Counts) -> dict:
-    """What the headers say of the tokens of one language."""
+    """What headers record of one language's tokens."""
     kept = {key: one.header[key] for key in ("tokens", "dtype", "block_size") if key in one.header}
     return {"n_tokens": one.n, "counts": one.path.name, "counts_sha256": one.hash(), **kept}

@@ -1,4 +1,4 @@
-"""What lsn/identify.py reports of a mask: its numbers, in words, and in figures."""
+"""The report of lsn/identify.py on a mask: numbers, words and figures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cpt_utils.base.lazy import np
 from cpt_utils.measures.counts import Counts
 from cpt_utils.measures.masks import Layers
 
-ENOUGH = 0.9  # Jaccard with the mask of all tokens from which a person would have got the same neurons
-REPEATED = 0.2  # of the text: from here on its parts tell little about each other
+ENOUGH = 0.9  # Jaccard with the mask from all tokens: from here on fewer tokens would have given the same neurons
+REPEATED = 0.2  # share of the text: from here on agreement of its parts says little
 FEW_TOKENS = 10_000
-UNEVEN = 3  # times more tokens in one language than in another
+UNEVEN = 3  # ratio of the tokens of two languages
 
 
 # ---------------------------------------------------------------- figures
@@ -41,7 +41,7 @@ def draw(path: Path, report: dict) -> list[Path]:
 
 
 def draw_counts(path: Path, by_language: dict[str, dict], n_layers: int) -> None:
-    """Neurons per layer, a panel for each language: dark where the neuron is this language's alone."""
+    """Neurons per layer, a panel for each language; dark: neurons of this language only."""
     n = len(by_language)
     columns = 1 if n <= 4 else min(5, -(-n // 2))
     rows = -(-n // columns)
@@ -75,7 +75,7 @@ def draw_overlap(path: Path, shared: dict) -> None:
     values = np.array([[np.nan if value is None else value for value in row] for row in shared["jaccard"]], float)
     np.fill_diagonal(values, np.nan)
     size = figures.COLUMN if n <= 4 else figures.PAGE * (0.7 if n <= 8 else 1)
-    # Not below 0.1, or next to no overlap would look like much.
+    # At least 0.1, or a negligible overlap would look large.
     top = max([0.1, *values[np.isfinite(values)]])
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(size, size * 0.85))
@@ -90,7 +90,7 @@ def draw_overlap(path: Path, shared: dict) -> None:
 
 
 def draw_convergence(path: Path, found: dict) -> None:
-    """Jaccard of the mask from part of the tokens with the full one, over the share of tokens; the halves beside."""
+    """Jaccard with the full mask of masks from part of the tokens, over the share of tokens; and that of the halves."""
     points, halves = found["against_full"], found["halves"]
     langs = list(halves["languages"])
     full = [halves["tokens_first"][lang] + halves["tokens_second"][lang] for lang in langs]
@@ -126,7 +126,7 @@ def draw_convergence(path: Path, found: dict) -> None:
 
 
 def draw_no_convergence(path: Path) -> None:
-    """Instead of the curve, where there are no parts of the tokens to compare."""
+    """A sentence instead of the curve, if there are no parts of the tokens to compare."""
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(figures.COLUMN, 0.8))
         axis.set_axis_off()
@@ -149,86 +149,86 @@ def pairs(layers: Layers) -> set[tuple[int, int]]:
 
 
 def jaccard(a: set, b: set) -> float | None:
-    """Shared over all members; None where both are empty."""
+    """Intersection over union; None if both are empty."""
     return len(a & b) / len(a | b) if a or b else None
 
 
 def agreement(a: dict[str, Layers], b: dict[str, Layers]) -> dict:
     """Jaccard of two masks: of all (language, layer, neuron) triples, and for each language."""
-    ours, theirs = ({lang: pairs(layers) for lang, layers in mask.items()} for mask in (a, b))
-    together = ({(lang, *pair) for lang in mask for pair in mask[lang]} for mask in (ours, theirs))
-    return {"jaccard": jaccard(*together), "languages": {lang: jaccard(ours[lang], theirs[lang]) for lang in a}}
+    of_a, of_b = ({lang: pairs(layers) for lang, layers in mask.items()} for mask in (a, b))
+    triples = ({(lang, *pair) for lang in mask for pair in mask[lang]} for mask in (of_a, of_b))
+    return {"jaccard": jaccard(*triples), "languages": {lang: jaccard(of_a[lang], of_b[lang]) for lang in a}}
 
 
 def convergence(counts: list[Counts], full, select: Callable, **rates) -> dict | None:
-    """How stable the mask is over tokens; None where the counts hold no snapshots, or not the same in every language.
+    """How stable the mask is over tokens; None if the counts hold no snapshots, or not as many in every language.
 
-    `full` is the `Selection` from all tokens, `select` and `rates` what made it (see lape.py).
+    `full` is the `Selection` from all tokens, made by `select` with `rates` (see lape.py).
 
-    A mask from part of the tokens shares these with the full one, so their agreement flatters; the two halves share
-    no position, and tell how well the mask of half the tokens repeats, unless the text itself repeats (`repeated`, the
-    share of its runs of 10 tokens that occurred before; None where the counts do not say).
+    A mask from part of the tokens shares these with the full mask, which makes their agreement too good. The two halves
+    share no position: they show how well the mask from half of the tokens replicates, unless the text itself repeats
+    (`repeated`, the share of its runs of 10 tokens that occurred before; None if the counts do not say).
     """
-    n_snapshots = {len(one.snapshots_n) for one in counts}
+    n_snapshots = {len(c.snapshots_n) for c in counts}
     if len(n_snapshots) != 1 or n_snapshots == {0}:
         return None
-    langs, points, exists = [one.lang for one in counts], [], counts[0].exists
+    langs, points, exists = [c.lang for c in counts], [], counts[0].exists
     for k in range(n_snapshots.pop()):
-        tokens = [one.snapshots_n[k] for one in counts]
-        possible = [one.tokens(k) for one in counts]
-        first = select([one.snapshots[k] for one in counts], possible, langs, exists=exists, **rates)
-        parts = {one.lang: one.snapshots_n[k] / one.n for one in counts}
+        tokens = [c.snapshots_n[k] for c in counts]
+        seen = [c.tokens(k) for c in counts]
+        first = select([c.snapshots[k] for c in counts], seen, langs, exists=exists, **rates)
+        shares = [c.snapshots_n[k] / c.n for c in counts]
         points.append(
             {
-                "share": sum(parts.values()) / len(parts),
+                "share": sum(shares) / len(shares),
                 "tokens": dict(zip(langs, tokens, strict=True)),
                 **agreement(first.mask, full.mask),
             }
         )
-    rest = [one.n - one.snapshots_n[-1] for one in counts]
-    possible = [one.tokens() - before for one, before in zip(counts, possible, strict=True)]
-    second = select([one.over_zero - one.snapshots[-1] for one in counts], possible, langs, exists=exists, **rates)
+    rest = [c.n - c.snapshots_n[-1] for c in counts]
+    seen = [c.tokens() - before for c, before in zip(counts, seen, strict=True)]
+    second = select([c.over_zero - c.snapshots[-1] for c in counts], seen, langs, exists=exists, **rates)
     halves = {"tokens_first": points[-1]["tokens"], "tokens_second": dict(zip(langs, rest, strict=True))}
-    return _settled(counts, points, halves | agreement(first.mask, second.mask))
+    return _stability(counts, points, halves | agreement(first.mask, second.mask))
 
 
 def of_halves(counts: list[Counts], scores: list[dict], first: list[int], *masks: dict[str, Layers]) -> dict:
-    """The same of a method that reads texts: of `first` of each language's one mask is made, of the rest another.
+    """The same for a method that reads texts.
 
     Args:
         scores: what lsn/text_scores.py measured, by language.
-        masks: of all texts, of the first ones and of the rest.
+        first: how many texts of each language are its first half.
+        masks: from all texts, from the first half and from the second.
     """
-    n_tokens = [(one["header"]["n_used"], one["header"]["text_tokens"]) for one in scores]
-    parts = [at / n for (n, _), at in zip(n_tokens, first, strict=True)]
-    tokens = {one.lang: size * at for one, (_, size), at in zip(counts, n_tokens, first, strict=True)}
-    rest = {one.lang: size * (n - at) for one, (n, size), at in zip(counts, n_tokens, first, strict=True)}
-    point = {"share": sum(parts) / len(parts), "tokens": tokens, **agreement(masks[1], masks[0])}
+    sizes = [(row["header"]["n_used"], row["header"]["text_tokens"]) for row in scores]
+    shares = [n_first / n for (n, _), n_first in zip(sizes, first, strict=True)]
+    tokens = {c.lang: size * n_first for c, (_, size), n_first in zip(counts, sizes, first, strict=True)}
+    rest = {c.lang: size * (n - n_first) for c, (n, size), n_first in zip(counts, sizes, first, strict=True)}
+    point = {"share": sum(shares) / len(shares), "tokens": tokens, **agreement(masks[1], masks[0])}
     halves = {"tokens_first": tokens, "tokens_second": rest, **agreement(masks[1], masks[2])}
-    return _settled(counts, [point], halves)
+    return _stability(counts, [point], halves)
 
 
-def _settled(counts: list[Counts], points: list[dict], halves: dict) -> dict:
-    """What `convergence` says, from the masks of parts.
+def _stability(counts: list[Counts], points: list[dict], halves: dict) -> dict:
+    """The result of `convergence`, with the smallest part from which on the mask stays the same as `enough`.
 
-    Enough are the fewest tokens from which on the mask stays: one part that happens to agree is no convergence, and
-    where the halves disagree the full mask itself is not settled.
+    A single part that happens to agree is not enough; if the halves disagree, the full mask itself is not settled.
     """
     settled = (halves["jaccard"] or 0) >= ENOUGH
     unsettled = [k for k, point in enumerate(points) if (point["jaccard"] or 0) < ENOUGH]
-    rest_of = points[unsettled[-1] + 1 :] if unsettled else points
-    enough = rest_of[0] if settled and rest_of else None
+    stable = points[unsettled[-1] + 1 :] if unsettled else points
+    enough = stable[0] if settled and stable else None
     return {
         "against_full": points,
         "halves": halves,
-        "repeated": {one.lang: (one.header.get("tokens") or {}).get("repeated") for one in counts},
+        "repeated": {c.lang: (c.header.get("tokens") or {}).get("repeated") for c in counts},
         "enough_at": ENOUGH,
         "enough": enough and {"share": enough["share"], "tokens": enough["tokens"]},
     }
 
 
 def overlap(mask: dict[str, Layers]) -> dict:
-    """Between every two languages, in the mask's order: neurons shared, and Jaccard."""
+    """Neurons shared by every two languages, in the mask's order, and their Jaccard."""
     sets = [pairs(layers) for layers in mask.values()]
     return {
         "languages": list(mask),
@@ -238,9 +238,9 @@ def overlap(mask: dict[str, Layers]) -> dict:
 
 
 def describe(found, counts: list[Counts], richest: Callable) -> dict:
-    """The report without convergence: counts per language and layer, overlap, and the numbers that decided.
+    """The report without convergence: counts per language and layer, overlap, and the numbers that determine the mask.
 
-    `found` is a `Selection` (see lape.py), and `richest` of identify.py.
+    `found` is a `Selection` (see lape.py), `richest` the function of identify.py.
     """
     sets = {lang: pairs(layers) for lang, layers in found.mask.items()}
     owners = Counter(pair for members in sets.values() for pair in members)
@@ -257,14 +257,14 @@ def describe(found, counts: list[Counts], richest: Callable) -> dict:
         "languages": {},
         "overlap": overlap(found.mask),
     }
-    for one in counts:
-        layers = found.mask[one.lang]
-        report["languages"][one.lang] = {
-            "n_tokens": one.n,
-            "n_neurons": len(sets[one.lang]),
+    for c in counts:
+        layers = found.mask[c.lang]
+        report["languages"][c.lang] = {
+            "n_tokens": c.n,
+            "n_neurons": len(sets[c.lang]),
             "counts": [len(layers[layer]) for layer in layers],
             "own": [sum(owners[layer, neuron] == 1 for neuron in layers[layer]) for layer in layers],
-            "richest_layers": richest(layers, max(1, len(layers) // 4)) if sets[one.lang] else [],
+            "richest_layers": richest(layers, max(1, len(layers) // 4)) if sets[c.lang] else [],
         }
     return report
 
@@ -273,24 +273,24 @@ def describe(found, counts: list[Counts], richest: Callable) -> dict:
 
 
 def warn_about_tokens(counts: list[Counts]) -> None:
-    """A rate p from n independent tokens has the standard error sqrt(p (1 - p) / n), at most 0.5 / sqrt(n)."""
-    for one in counts:
-        if one.n < FEW_TOKENS:
+    """Warn of few or uneven tokens: a rate p from n independent ones has the standard error sqrt(p (1 - p) / n)."""
+    for c in counts:
+        if c.n < FEW_TOKENS:
             cli.warn(
-                f"{one.lang} has {one.n:,} tokens: a firing rate from so few has a standard error of up to "
-                f"{0.5 / math.sqrt(one.n):.3f}, so chance decides part of the mask"
+                f"{c.lang} has {c.n:,} tokens: a firing rate from so few has a standard error of up to "
+                f"{0.5 / math.sqrt(c.n):.3f}, so chance decides part of the mask"
             )
-        if one.routed is not None:
-            got = one.routed[one.routed.any(-1)]
-            few = int((got < FEW_TOKENS).sum())
+        if c.routed is not None:
+            routed = c.routed[c.routed.any(-1)]
+            few = int((routed < FEW_TOKENS).sum())
             if few:
                 cli.warn(
-                    f"{few} of {got.size} experts got fewer than {FEW_TOKENS:,} tokens of {one.lang} (the least "
-                    f"{got.min():,}): of their neurons chance decides part of the mask"
+                    f"{few} of {routed.size} experts got fewer than {FEW_TOKENS:,} tokens of {c.lang} (the fewest: "
+                    f"{routed.min():,}), so chance decides part of the mask among their neurons"
                 )
-    least, most = (pick(counts, key=lambda one: one.n) for pick in (min, max))
+    least, most = (pick(counts, key=lambda c: c.n) for pick in (min, max))
     if most.n > UNEVEN * least.n:
-        errors = " against ".join(f"{0.5 / math.sqrt(one.n):.4f}" for one in (least, most))
+        errors = " against ".join(f"{0.5 / math.sqrt(c.n):.4f}" for c in (least, most))
         cli.warn(
             f"{most.lang} has {most.n / least.n:.1f} times the tokens of {least.lang} ({most.n:,} and {least.n:,}), "
             f"whose rates are noisier: standard error up to {errors}"
@@ -298,51 +298,51 @@ def warn_about_tokens(counts: list[Counts]) -> None:
 
 
 def say_found(report: dict, words: str) -> None:
-    """Print how many neurons there are; `words`: what decided."""
+    """Print how many neurons there are; `words`: the numbers that determine the mask."""
     n, wanted = report["n_selected"], report["n_wanted"]
     cli.say(f"{n:,} of {report['n_neurons']:,} neurons selected from {report['n_candidates']:,} candidates; {words}")
     if n < wanted:
         cli.warn(f"{wanted:,} neurons were to be selected, but only {n:,} are above the bar in any language")
     for lang, facts in report["languages"].items():
         if not facts["n_neurons"]:
-            cli.warn(f"{lang} gets no neurons: it is listed in the mask, empty; a higher --rate may give it some")
+            cli.warn(f"{lang} gets no neurons, only an empty entry in the mask; a higher --rate may give it some")
             continue
         cli.say(
-            f"{lang}: {facts['n_neurons']:,} neurons, {sum(facts['own']):,} of them no other language's; most in "
+            f"{lang}: {facts['n_neurons']:,} neurons, {sum(facts['own']):,} of them of no other language; most are in "
             f"layers {facts['richest_layers']}"
         )
 
 
 def say_convergence(found: dict | None) -> None:
     if found is None:
-        cli.say("the counts hold no common snapshots: how stable the mask is over tokens is not known")
+        cli.say("the counts have no common snapshots: how stable the mask is over tokens is not known")
         return
     for point in found["against_full"]:
-        cli.say(f"{shown_share(point['share'])} of the tokens: Jaccard with the full mask {_lowest(point)}")
-    cli.say(f"first part of the tokens against the rest: Jaccard {_lowest(found['halves'])}")
-    twice = {lang: share for lang, share in found["repeated"].items() if share is not None and share > REPEATED}
-    if twice:
-        shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in twice.items())
+        cli.say(f"{shown_share(point['share'])} of the tokens: Jaccard with the full mask {_agreed(point)}")
+    cli.say(f"first part of the tokens against the rest: Jaccard {_agreed(found['halves'])}")
+    repeated = {lang: share for lang, share in found["repeated"].items() if share is not None and share > REPEATED}
+    if repeated:
+        shares = ", ".join(f"{share:.0%} of {lang}" for lang, share in repeated.items())
         cli.warn(
-            f"some text occurs in the tokens more than once ({shares} by runs of 10 tokens): its parts agree because "
-            "they are the same text, and there is less text than the number of tokens says"
+            f"some text occurs in the tokens more than once ({shares} by runs of 10 tokens): parts agree because they "
+            "are the same text, and there is less text than the number of tokens suggests"
         )
         return
     enough = found["enough"]
     if enough:
         share, most = shown_share(enough["share"]), max(enough["tokens"].values())
         cli.say(
-            f"fewer tokens would have been enough: {share} of them (up to {most:,} a language) give this mask to a "
+            f"fewer tokens would have been enough: {share} of them (up to {most:,} a language) give this mask with a "
             f"Jaccard of {found['enough_at']} or better"
         )
     else:
         least = found["enough_at"]
-        cli.say(f"parts of the tokens do not give this mask to a Jaccard of {least}: more would still change it")
+        cli.say(f"parts of the tokens do not give this mask with a Jaccard of {least}: more would still change it")
 
 
-def _lowest(found: dict) -> str:
-    by_language = {lang: value for lang, value in found["languages"].items() if value is not None}
+def _agreed(result: dict) -> str:
+    by_language = {lang: value for lang, value in result["languages"].items() if value is not None}
     if not by_language:
         return "undefined (no neurons)"
     lang = min(by_language, key=by_language.get)
-    return f"{found['jaccard']:.3f} (lowest: {lang} {by_language[lang]:.3f})"
+    return f"{result['jaccard']:.3f} (lowest: {lang} {by_language[lang]:.3f})"

@@ -2,8 +2,8 @@
 
 A neuron of one language fires often on that language's tokens and rarely on the others'. Its firing rates, normalised
 over languages, are a distribution of low entropy. The bar is the rate that 95 % of all rates (neurons times languages)
-do not exceed. Of the neurons above it in some language, those of lowest entropy are selected, 1 % of all neurons; each
-belongs to the languages in which it is above the bar.
+do not exceed. Of the neurons above it in some language, those of lowest entropy are selected, 1 % of all neurons. Each
+belongs to the languages in which its rate is above the bar.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TIE = 12  # decimals
 
 @dataclass
 class Selection:
-    """The mask of a method, and the numbers that decided.
+    """The mask that a method selects, and the numbers that determine it.
 
     Attributes:
-        selected: (layer, neuron) of every selected neuron, [selected, 2], in order.
-        numbers: bars, cuts and whatever else decided, as the report has them.
+        selected: sorted (layer, neuron) of every selected neuron, [selected, 2].
+        numbers: bars, cuts and whatever else determines the mask, as written to the report.
     """
 
     mask: dict[str, Layers]
@@ -41,45 +41,45 @@ class Selection:
 
 
 def share(rate: float, size: int) -> int:
-    """floor(rate * size) of the decimal number that was written: 0.29 of 100 is 29, though 0.29 * 100 is 28.99.."""
+    """floor(rate * size), exact for the decimal as written: 0.29 of 100 is 29, although 0.29 * 100 is 28.99.."""
     return math.floor(Fraction(str(rate)) * size)
 
 
 def wanted(rate: float, size: int, sets: int = 1) -> int:
-    """The neurons that are selected of `size` in each of `sets`: `share` of them, divided by the sets.
+    """How many of `size` neurons are selected for each of `sets` equal sets: `share`, divided by the sets.
 
     Raises:
-        InputError: not one.
+        InputError: that is less than one.
     """
-    found = share(rate, size) // sets
-    if not found:
+    n_selected = share(rate, size) // sets
+    if not n_selected:
         least = math.ceil(Fraction(sets * 10 ** (digits := len(str(size)) + 1), size)) / 10**digits
         raise InputError(
             f"--rate {rate} of {size} neurons is less than {'one' if sets == 1 else f'the {sets} that are needed'}; "
             f"give --rate {least} or more (study key lsn.rate)"
         )
-    return found
+    return n_selected
 
 
 def entropy(rates: np.ndarray) -> np.ndarray:
     """The entropy [L, I] (nats) of each neuron's rates [L, I, G] normalised over languages; NaN where all are zero.
 
-    Rates are added up in order of size, so that the order of languages does not matter to the last bit.
+    Rates are summed in order of size, so the order of languages does not change even the last bit.
     """
     ordered = np.sort(rates, axis=-1)
     total = np.zeros(rates.shape[:-1])
     for g in range(rates.shape[-1]):
         total += ordered[..., g]
-    found = np.zeros_like(total)
+    result = np.zeros_like(total)
     with np.errstate(divide="ignore", invalid="ignore"):
         for g in range(rates.shape[-1]):
-            part = ordered[..., g] / total
-            found -= np.where(part == 0, 0.0, part * np.log(part))  # 0 ln 0 = 0; the NaN of 0 / 0 stays
-    return found
+            p = ordered[..., g] / total
+            result -= np.where(p == 0, 0.0, p * np.log(p))  # 0 ln 0 = 0; the NaN of 0 / 0 stays
+    return result
 
 
 def kth_smallest(values: np.ndarray, rate: float, flag: str) -> float:
-    """The value of rank floor(rate * size), ascending and counted from 1, of all `values`."""
+    """The value of rank floor(rate * size) among `values`, in ascending order and counted from 1."""
     rank = share(rate, values.size)
     if not 1 <= rank <= values.size:
         raise InputError(f"{flag} {rate} of {values.size} rates is rank {rank}; give a rate above 0, at most 1")
@@ -87,7 +87,7 @@ def kth_smallest(values: np.ndarray, rate: float, flag: str) -> float:
 
 
 def firing_rates(over_zero: list[np.ndarray], n: list[int | np.ndarray]) -> np.ndarray:
-    """The share of each language's tokens on which each neuron is active: float64 [L, I, G]; 0 where there are none."""
+    """The share of each language's tokens on which each neuron is active: float64 [L, I, G]; 0 without any token."""
     pairs = zip(over_zero, n, strict=True)
     return np.stack([counts.astype(np.float64) / np.maximum(tokens, 1) for counts, tokens in pairs], axis=-1)
 
@@ -104,22 +104,22 @@ def select(
     """The mask of all languages, from firing rates in float64.
 
     Args:
-        over_zero: for each language the tokens [L, I] that each neuron is active on.
-        n: for each language its tokens; they may differ, also from neuron to neuron ([L, I], of experts). Where there
-            are none, the rate is zero.
-        rate: the share of all neurons that is selected.
-        filter_rate: a neuron must be above this quantile of all rates in some language to be a candidate.
-        bar_rate: a selected neuron belongs to the languages above this quantile; None: the same.
-        exists: bool [L, I], the neurons that there are; default: all. What is not there has no rate and no share.
+        over_zero: for each language the number of tokens [L, I] on which each neuron is active.
+        n: for each language its number of tokens, or with experts that of each neuron, [L, I]. Without any token the
+            rate is zero.
+        rate: the share of all neurons to select.
+        filter_rate: a candidate must exceed this quantile of all rates in some language.
+        bar_rate: a selected neuron belongs to the languages in which it exceeds this quantile; None: `filter_rate`.
+        exists: bool [L, I], which neurons exist; default: all. The others count neither for quantiles nor for `rate`.
     """
     p = firing_rates(over_zero, n)
-    known = p if exists is None else p[exists]
-    filter_bar = kth_smallest(known, filter_rate, "--filter-rate")
-    bar = filter_bar if bar_rate is None else kth_smallest(known, bar_rate, "--bar-rate")
+    existing = p if exists is None else p[exists]
+    filter_bar = kth_smallest(existing, filter_rate, "--filter-rate")
+    bar = filter_bar if bar_rate is None else kth_smallest(existing, bar_rate, "--bar-rate")
     highest = p.max(-1)
-    # A neuron that never fires has no distribution; it is out even where the bar is below zero's rank.
+    # A neuron that never fires has no distribution, so it is no candidate.
     candidates = np.flatnonzero((highest > filter_bar) & (highest > 0))
-    size = wanted(rate, known.size // len(langs))
+    size = wanted(rate, existing.size // len(langs))
     entropies = entropy(p).ravel()
     order = lowest(entropies[candidates], size)
     chosen = np.sort(candidates[order])
@@ -135,13 +135,13 @@ def select(
 
 
 def lowest(scores: np.ndarray, size: int) -> np.ndarray:
-    """Where the `size` lowest of `scores` [n] are, ascending: a stable sort, so that ties go to those before."""
+    """Indices of the `size` lowest of `scores` [n], ascending; the sort is stable, so ties go to the lower index."""
     return np.argsort(np.round(scores, TIE), kind="stable")[:size]
 
 
 def belonging(p: np.ndarray, chosen: np.ndarray, bar: float, langs: list[str], candidates: int, size: int) -> tuple:
-    """The first fields of a `Selection`: each of the `chosen` neurons (flat, in order) goes to the languages in which
-    its rate in `p` [L, I, G] is above `bar`."""
+    """The first fields of a `Selection`: each of the `chosen` neurons (sorted flat indices) belongs to the languages in
+    which its rate in `p` [L, I, G] is above `bar`."""
     selected = np.stack(np.unravel_index(chosen, p.shape[:2]), axis=-1)
     above = p.reshape(-1, len(langs))[chosen] > bar
     mask = {lang: by_layer(selected[above[:, g]], len(p)) for g, lang in enumerate(langs)}
@@ -149,30 +149,30 @@ def belonging(p: np.ndarray, chosen: np.ndarray, bar: float, langs: list[str], c
 
 
 def by_layer(pairs: np.ndarray, n_layers: int) -> Layers:
-    """Sorted (layer, neuron) pairs [n, 2] as {layer: [neurons]} with every layer."""
+    """Sorted (layer, neuron) pairs [n, 2] as {layer: [neurons]}, with every layer present."""
     return {layer: pairs[pairs[:, 0] == layer, 1].tolist() for layer in range(n_layers)}
 
 
 def of_masks(mask: dict[str, Layers], n_candidates: int, numbers: dict) -> Selection:
-    """The `Selection` of a method that selects for each language by itself."""
+    """The `Selection` of a method that selects neurons for each language separately."""
     pairs = sorted({(layer, i) for layers in mask.values() for layer, neurons in layers.items() for i in neurons})
     return Selection(mask, n_candidates, len(pairs), np.array(pairs, dtype=np.int64).reshape(-1, 2), numbers)
 
 
 def of_counts(counts: list[Counts], select=select, **rates) -> Selection:
-    """`select` on the whole counts."""
-    over_zero, tokens = [one.over_zero for one in counts], [one.tokens() for one in counts]
-    return select(over_zero, tokens, [one.lang for one in counts], exists=counts[0].exists, **rates)
+    """`select` on the counts of all tokens."""
+    over_zero, tokens = [c.over_zero for c in counts], [c.tokens() for c in counts]
+    return select(over_zero, tokens, [c.lang for c in counts], exists=counts[0].exists, **rates)
 
 
 def find(counts: list[Counts], **rates) -> tuple[Selection, dict | None]:
-    """The mask, and how stable it is over tokens."""
-    found = of_counts(counts, **rates)
-    return found, reporting.convergence(counts, found, select, **rates)
+    """The mask from all tokens, and how well parts of the tokens reproduce it."""
+    selection = of_counts(counts, **rates)
+    return selection, reporting.convergence(counts, selection, select, **rates)
 
 
 def words(numbers: dict) -> str:
-    """The bar, and the entropy of the last neuron, for people."""
+    """The bar, and the highest entropy selected, in words."""
     cut = numbers["entropy_cut"]
-    told = f"bar {numbers['bar']:.4f}"
-    return told if cut is None else f"{told}, entropy up to {cut:.4f} of {numbers['entropy_max']:.4f}"
+    text = f"bar {numbers['bar']:.4f}"
+    return text if cut is None else f"{text}, entropy up to {cut:.4f} of {numbers['entropy_max']:.4f}"

@@ -1,12 +1,12 @@
-"""Token ids of each language's text, which the counts of language-specific neurons are taken on (step 6).
+"""Tokenizes each language's text, on which the activations of neurons are counted (step 6).
 
-Each piece of a document is tokenized by itself, without special tokens; ids stand in the order of pieces and documents
-and are cut at the target. mOSCAR is streamed from the hub, or text comes from local files.
+Each piece of a document is tokenized by itself, without special tokens. Ids keep the order of documents and pieces and
+are cut at the target. mOSCAR is streamed from the hub, or text is read from local files.
 
-In:   mOSCAR (a document's `text` is a list of pieces), parquet files of that schema, or text files with one document a
-      line (one piece each).
-Out:  <output-dir>/oscar.<language>.train.<model id>: a 1-D int32 tensor; beside it <the same name>.json, which says of
-      what text and tokenizer, how many tokens, and the share of text in another script or language.
+In:   mOSCAR (a document's `text` is a list of pieces), parquet files of that schema, or text files with one document
+      per line (of one piece).
+Out:  <output-dir>/oscar.<language>.train.<model id>: a 1-D int32 tensor; and <the same name>.json with its text and
+      tokenizer, the number of tokens, and the share of text in another script or language.
 
 Full: python lsn/load_oscar.py --languages en,zh,ga --model-id llama2 --tokenizer meta-llama/Llama-2-7b-hf --output-dir oscar_ids/
 Tiny: python lsn/load_oscar.py --study demo/tiny.yaml --tokens 2000
@@ -46,8 +46,8 @@ COUNTS = (
 
 
 def encoder(folder: Path) -> tuple[Callable[[list[str]], list], encoding.Splitter]:
-    """The tokenizer in `folder` as a function from pieces to encodings (lists of ids, or objects with `ids`), and what
-    tokenizes again the pieces in which it finds special tokens."""
+    """The tokenizer in `folder` as a function from pieces to encodings (lists of ids, or objects with `ids`), and the
+    splitter that tokenizes again the pieces in which it finds special tokens."""
 
     tokenizer = tokenization.load_tokenizer(refs.model(folder))
     splitter = encoding.splitter_of(tokenizer)
@@ -56,12 +56,12 @@ def encoder(folder: Path) -> tuple[Callable[[list[str]], list], encoding.Splitte
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    # Without offsets, and without the lists that transformers makes of every encoding.
+    # Without offsets, and without the lists that transformers makes from every encoding.
     return lambda pieces: backend.encode_batch_fast(pieces, add_special_tokens=False), splitter
 
 
 def ahead(function: Callable, items: Iterable[tuple]) -> Iterator[tuple]:
-    """`(*item, function(item[0]))`, computed one item ahead in a thread: the backend encodes while Python writes."""
+    """`(*item, function(item[0]))`, computed one item ahead in a thread, so the backend encodes while Python writes."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for item in items:
@@ -74,10 +74,10 @@ def ahead(function: Callable, items: Iterable[tuple]) -> Iterator[tuple]:
 
 
 def flat(encodings: list, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all encodings in a row, and how many each has [pieces].
+    """The ids of all encodings one after the other, and the number in each [pieces].
 
     Raises:
-        InputError: an id that `dtype` cannot hold.
+        InputError: `dtype` cannot hold an id.
     """
     rows = [getattr(encoding, "ids", encoding) for encoding in encodings]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
@@ -105,12 +105,12 @@ def tokenize(
     judge: Callable[[list[str]], list[str]] | None, drop: bool, target: int, sink, dtype: str = "<i4",
     report: Callable[[int], None] = lambda tokens: None, splitter: encoding.Splitter | None = None,
 ) -> dict:  # fmt: skip
-    """Write ids to the binary file `sink` until there are `target`; what was read does not depend on the batches.
+    """Write ids to the binary file `sink` until there are `target`; the result does not depend on the batches.
 
     Returns:
-        tokens (written), documents, pieces (read up to the cut), seen_tokens (with those of dropped pieces),
-        other_pieces, other_tokens, special_pieces (that held the text of a special token), null_pieces (left out), and
-        labels: pieces by what they were judged to be.
+        tokens (written), documents and pieces (read up to the cut), seen_tokens (with those of dropped pieces),
+        other_pieces, other_tokens, special_pieces (with the text of a special token), null_pieces (left out), and
+        labels: the number of pieces by label of `judge`.
     """
     done = Counter(dict.fromkeys(COUNTS, 0))
     labels: Counter = Counter()
@@ -121,7 +121,7 @@ def tokenize(
         kept = ~other if drop else np.ones(len(pieces), bool)
         ends = np.cumsum(lengths * kept)
         room = target - done["tokens"]
-        last = int(np.searchsorted(ends, room))  # the piece with which the target is reached
+        last = int(np.searchsorted(ends, room))  # the piece that reaches the target
         if last < len(pieces):
             lengths[last] -= ends[last] - room
             pieces, lengths, other, kept = pieces[: last + 1], lengths[: last + 1], other[: last + 1], kept[: last + 1]
@@ -140,7 +140,7 @@ def tokenize(
 
 
 def contamination(found: dict, by: str | None, dropped: bool) -> dict | None:
-    """The share of pieces and of tokens that were of another script or language, `most_frequent` first."""
+    """The share of pieces and of tokens in another script or language, and the most frequent of these."""
     if by is None:
         return None
     frequent = sorted(found["labels"].items(), key=lambda entry: (-entry[1], entry[0]))[:5]
@@ -158,10 +158,10 @@ def contamination(found: dict, by: str | None, dropped: bool) -> dict | None:
 
 
 def make(task: dict, report: Callable[[int], None] = lambda tokens: None) -> dict:
-    """One language's file from its task (`tasks`); returns the payload beside it.
+    """Write one language's file from its task (see `tasks`); returns the payload of its .json.
 
     Raises:
-        InputError: text that cannot be read, no text, no tokens, or a folder that cannot be written.
+        InputError: the text cannot be read or gives no tokens, or the folder cannot be written.
     """
     request, path = task["request"], Path(task["path"])
     by, judge = foreign.judge_of(request["language"], request["filter"])
@@ -172,25 +172,25 @@ def make(task: dict, report: Callable[[int], None] = lambda tokens: None) -> dic
     target = request["tokens"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Without a name: a process that is killed leaves nothing. On disk: 100 million ids are 400 MB.
+        # An unnamed file, so a killed process leaves nothing; on disk, as 100 million ids are 400 MB.
         with tempfile.TemporaryFile(dir=path.parent) as buffer:
-            found = tokenize(read, encode, judge, drop, target, buffer, dtype, report, splitter)
-            refuse_nothing(task["language"], found)
+            result = tokenize(read, encode, judge, drop, target, buffer, dtype, report, splitter)
+            refuse_nothing(task["language"], result)
             buffer.flush()
             payload = {
-                "n_documents": found["documents"],
-                "n_pieces": found["pieces"],
-                "n_special_pieces": found["special_pieces"],
-                "n_null_pieces": found["null_pieces"],
+                "n_documents": result["documents"],
+                "n_pieces": result["pieces"],
+                "n_special_pieces": result["special_pieces"],
+                "n_null_pieces": result["null_pieces"],
                 "target": target,
-                "complete": found["tokens"] == target,
-                "contamination": contamination(found, by, drop),
+                "complete": result["tokens"] == target,
+                "contamination": contamination(result, by, drop),
             }
-            ids = torch.from_numpy(np.memmap(buffer, dtype, "r+", shape=(found["tokens"],)))
+            ids = torch.from_numpy(np.memmap(buffer, dtype, "r+", shape=(result["tokens"],)))
             tokenids.write(path, ids, payload, results.header(tokenids.SCHEMA, **task["facts"]))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-    return {"n_tokens": found["tokens"], **payload}
+    return {"n_tokens": result["tokens"], **payload}
 
 
 def refuse_nothing(lang: str, found: dict) -> None:
@@ -213,22 +213,22 @@ def build_parser():
     add("--model-id", metavar="NAME", help="last part of the files' names; default: the study's name")
     add("--tokenizer", "--base", metavar="T", help="model whose tokenizer is used; default: the study's base")
     add("--output-dir", "--output", metavar="DIR", help="folder of the files; default: the study's tokens")
-    text = "text file (.gz allowed), one document per line; repeatable; default: the study's data.lsn_text, else mOSCAR"
+    text = "text file (or .gz), one document per line; repeatable; default: the study's data.lsn_text, else mOSCAR"
     add("--text", action="extend", nargs="+", metavar="LANG=FILE", help=text)
     text = "parquet in mOSCAR's schema: a file, a folder or a quoted pattern; repeatable"
     add("--parquet", action="extend", nargs="+", metavar="LANG=FILES", help=text)
     add("--revision", metavar="R", help="revision of mOSCAR on the hub; default: its newest")
-    text = f"tokens a language; default: the study's lsn.tokens, else {TOKENS:,}"
+    text = f"tokens per language; default: the study's lsn.tokens, else {TOKENS:,}"
     add("--tokens", type=cli.positive, metavar="N", help=text)
     text = "languages at a time; default %(default)s"
     add("--max-concurrent", type=cli.positive, default=6, metavar="N", help=text)
-    text = "documents tokenized at a time, which changes no result; default %(default)s"
+    text = "documents tokenized at a time, which does not change results; default %(default)s"
     add("--batch-documents", type=cli.positive, default=BATCH_DOCUMENTS, metavar="N", help=text)
-    text = "drop pieces of another script, or identified as another language (py3langid); default %(default)s"
+    text = "drop pieces in another script, or identified as another language (py3langid); default %(default)s"
     add("--filter", choices=("none", "script", "language"), default="none", help=text)
-    add("--filter-report", action="store_true", help="only tell what --filter would drop, and keep it")
+    add("--filter-report", action="store_true", help="only report what --filter would drop, and keep it")
     add("--int64", action="store_true", help="64-bit ids, for readers that need them; default: 32 bits")
-    add("--limit", type=cli.positive, metavar="N", help="use only the first N documents (for a try; marked)")
+    add("--limit", type=cli.positive, metavar="N", help="use only the first N documents (for a trial; recorded)")
     return p
 
 
@@ -237,21 +237,21 @@ def main(argv=None) -> int:
     study = Study.find(args.study, args.seed, args.arm)
     todo = [task for task in tasks(args, study) if not finished(task, args.overwrite)]
     failed = {}
-    for task, found in processes.run_all(todo, args.max_concurrent, make) if todo else ():
+    for task, outcome in processes.run_all(todo, args.max_concurrent, make) if todo else ():
         lang = task["language"]
-        if "error" in found:
-            failed[lang] = found["error"]
-            cli.warn(f"{lang} failed: {found['error']}")
+        if "error" in outcome:
+            failed[lang] = outcome["error"]
+            cli.warn(f"{lang} failed: {outcome['error']}")
         else:
-            tell(lang, task["path"], found["payload"])
+            describe(lang, task["path"], outcome["payload"])
     if failed:
         reasons = "; ".join(f"{lang} ({' '.join(reason.split())})" for lang, reason in failed.items())
         print(f"error: failed: {reasons}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def tell(lang: str, path: str, payload: dict) -> None:
-    """What one file holds, with a warning where it falls short."""
+def describe(lang: str, path: str, payload: dict) -> None:
+    """Print what a file holds, and warn if it has fewer tokens than asked for."""
     pieces, documents = payload["n_pieces"], payload["n_documents"]
     cli.say(f"{lang}: {path}: {payload['n_tokens']:,} tokens of {documents:,} documents ({pieces:,} pieces)")
     if payload["n_special_pieces"]:
@@ -260,12 +260,12 @@ def tell(lang: str, path: str, payload: dict) -> None:
             "tokenized as the text that it is"
         )
     textfiles.say_nulls(payload["n_null_pieces"], lang)
-    found = payload["contamination"]
-    if found:
-        frequent = ", ".join(f"{label} {number:,}" for label, number in found["most_frequent"].items())
+    other = payload["contamination"]
+    if other:
+        frequent = ", ".join(f"{label} {number:,}" for label, number in other["most_frequent"].items())
         cli.say(
-            f"{lang}: {found['share_pieces']:.2%} of the pieces and {found['share_tokens']:.2%} of the tokens are of "
-            f"another {found['by']} ({'dropped' if found['dropped'] else 'kept'}){f': {frequent}' if frequent else ''}"
+            f"{lang}: {other['share_pieces']:.2%} of the pieces and {other['share_tokens']:.2%} of the tokens are in "
+            f"another {other['by']} ({'dropped' if other['dropped'] else 'kept'}){f': {frequent}' if frequent else ''}"
         )
     else:
         cli.say(f"{lang}: no share of other scripts, since its code names no script")
@@ -273,12 +273,12 @@ def tell(lang: str, path: str, payload: dict) -> None:
         share = payload["n_tokens"] / payload["target"]
         cli.warn(
             f"{lang}: the text ends at {payload['n_tokens']:,} of {payload['target']:,} tokens ({share:.1%}); "
-            "they are saved, and marked as incomplete"
+            "they are saved and marked as incomplete"
         )
 
 
 def tasks(args, study: Study) -> list[dict]:
-    """What to make, one language each, with everything a person can get wrong checked as far as that is quick."""
+    """What to make, a task for each language; all input is checked as far as that is quick."""
     chosen = languages.several(study.value(args.languages, "--languages", "languages.lsn"), "--languages")
     for code in chosen:
         if not re.fullmatch(r"[\w-]+", code):
@@ -290,7 +290,7 @@ def tasks(args, study: Study) -> list[dict]:
     if type(target) is not int or target < 1:
         raise InputError(f"lsn.tokens is {target!r}; it must be a number of tokens above 0")
     if args.filter_report and args.filter == "none":
-        raise InputError("--filter-report tells what a filter would drop; give --filter script or --filter language")
+        raise InputError("--filter-report says what a filter would drop; give --filter script or --filter language")
     texts = sources(args, study, chosen)
     for code in chosen if args.filter != "none" else ():
         foreign.judge_of(languages.canonical(code, any_tag=True), args.filter)
@@ -330,10 +330,10 @@ def tasks(args, study: Study) -> list[dict]:
 
 
 def sources(args, study: Study, chosen: list[str]) -> dict[str, tuple[dict, dict]]:
-    """For each language where its text comes from, and what identifies the text wherever it lies.
+    """For each language the source of its text, and what identifies the text independently of its path.
 
     Raises:
-        InputError: an unknown language, a file of a language that is not asked for, no such file, gated data.
+        InputError: an unknown language, a file of a language that is not asked for, a missing file, or gated data.
     """
     language_files = cli.sibling("cpt/documents.py").language_files
     local: dict[str, tuple[str, str, str]] = {}
@@ -345,25 +345,25 @@ def sources(args, study: Study, chosen: list[str]) -> dict[str, tuple[dict, dict
                 raise InputError(f"{flag} {item}: the text of {code} is given twice; give one source for a language")
             local[code] = (kind, pattern, f"{flag} {item}")
     in_study = study.get("data.lsn_text", {})
-    found = {}
+    by_language = {}
     for code in chosen:
         if code not in local:
             lang = languages.find(in_study, code, "data.lsn_text", default=None)
             if lang is not None:
                 local[code] = ("text", str(in_study[lang]), f"data.lsn_text {lang}: {in_study[lang]}")
         if code in local:
-            found[code] = corpus.local_source(*local[code])
-    hub = [code for code in chosen if code not in found]
+            by_language[code] = corpus.local_source(*local[code])
+    hub = [code for code in chosen if code not in by_language]
     if args.revision and not hub:
         raise InputError("--revision applies to mOSCAR, but the text of every language comes from local files")
-    return found | corpus.hub_sources(hub, args.revision)
+    return by_language | corpus.hub_sources(hub, args.revision)
 
 
 def finished(task: dict, overwrite: bool) -> bool:
-    """Whether the file of `task` is there, made by the same request.
+    """Whether the file of `task` exists and is of the same request.
 
     Raises:
-        InputError: it is there, and of another request or of unknown origin.
+        InputError: it is of another request, or of unknown origin.
     """
     path = Path(task["path"])
     if overwrite or not path.exists():
@@ -372,7 +372,7 @@ def finished(task: dict, overwrite: bool) -> bool:
     results.refuse_other(path, facts.get("request"), task["request"], "another --model-id or --output-dir")
     if "n_special_pieces" not in facts:
         cli.warn(
-            f"{path} was made when a special token's text (such as <s>) became that token; "
+            f"{path} was made by an earlier version, in which a special token's text (such as <s>) became that token; "
             "if the text may hold any, give --overwrite to make it again"
         )
     short = "" if facts["complete"] else f", of {facts['target']:,} asked for"

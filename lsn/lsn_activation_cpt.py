@@ -1,4 +1,4 @@
-"""How strongly the neurons of a language fire over continued pre-training: mean activation, against a random control (step 9).
+"""Mean activation of a language's neurons over continued pre-training, against a random control (step 9).
 
 The mean over tokens and masked neurons of act(W_gate x), on the first 100,000 tokens of the language cut to whole blocks
 (an expert's neuron: over the tokens routed to it). Language mask and control mask are read in the same forward passes.
@@ -8,8 +8,7 @@ In:   --model a model or a run (default: the study's run, and its base), --id_pa
 Out:  in --save_folder: for a run <name>/checkpoint-<step>.<lang>.<tokens>.json and with the control mask
       <name>/checkpoint-<step>-r.<lang>.<tokens>.json; for the base <base-tag>/<lang>.<tokens>.json and r.<lang>..;
       for a single model <name>.<lang>.<tokens>.json and <name>-r... Each holds `all_layers` and `layers`. A figure over
-      steps. As the published script was called, a checkpoint at a time and once more with the random mask as --mask_file
-      and --name checkpoint-100-r, it writes the same files.
+      steps. Called like the published script (controls as --mask_file, --name checkpoint-100-r), it writes the same files.
 
 Finished files are kept. On several GPUs: accelerate launch lsn/lsn_activation_cpt.py ...; each process reads some blocks.
 
@@ -43,8 +42,8 @@ RESULTS = {"lsn_activation": "lsn/lsn_activation"}
 ASKED = {"lsn_activation": "Do the new language's neurons become more active over training?"}
 CAPTIONS = {
     "lsn_activation": """Part II: 3. Activation over CPT
-        The mean activation of the new language's neurons on its text, over training, and of random neurons of the
-        same layers. Their difference, counted from the base, is what the correlation below follows.""",
+        The mean activation of the new language's neurons on its text over training, and that of random neurons of the
+        same layers. The correlation below uses the change of their difference from the base.""",
 }
 IMAGES = {"lsn_activation": "{name}.png"}
 TOKENS = 100_000
@@ -56,8 +55,8 @@ TOKENS = 100_000
 class Activations:
     """Sums of the activations of masked neurons over tokens, for several masks in the same forward passes.
 
-    The mean of a neuron is over all tokens, that of an expert's neuron over the tokens routed to this expert, and zero
-    where there are none. The mean of a mask is the mean of its neurons' means.
+    The mean of a neuron is over all tokens; that of an expert's neuron is over the tokens routed to this expert, and
+    zero if there are none. The mean of a mask is the mean of its neurons' means.
 
     Attributes:
         sums: mask name -> layer -> float64 [its neurons], summed over `tokens` tokens.
@@ -92,27 +91,27 @@ class Activations:
         Raises:
             InputError: activations that are NaN or infinite.
         """
-        found: dict[int, torch.Tensor] = {}
+        added: dict[int, torch.Tensor] = {}
         routed: dict[int, torch.Tensor] = {}
 
         def read(layer: int, group: Neurons, value: torch.Tensor, experts: torch.Tensor | None) -> None:
             index = self.all_of[layer](value.device)
             flat = value.reshape(-1, value.shape[-1])
             if experts is None:
-                own = flat.index_select(1, (index - group.first).clamp(0, group.width - 1))
+                masked = flat.index_select(1, (index - group.first).clamp(0, group.width - 1))
             else:
-                own = flat.index_select(1, index % group.width)
-                own = own.masked_fill_(experts[:, None] != index // group.width, 0)
-                everyone = torch.arange(group.experts, device=experts.device)
-                routed[layer] = routed.get(layer, 0) + (experts == everyone[:, None]).sum(1)
-            own = own.sum(0, dtype=torch.float64)
-            if len(self.reader.groups[layer]) > 1:  # the mask's neurons of the layer's other group are read elsewhere
-                own = own.masked_fill((index < group.first) | (index >= group.stop), 0)
-            found[layer] = found.get(layer, 0) + own
+                masked = flat.index_select(1, index % group.width)
+                masked = masked.masked_fill_(experts[:, None] != index // group.width, 0)
+                numbers = torch.arange(group.experts, device=experts.device)
+                routed[layer] = routed.get(layer, 0) + (experts == numbers[:, None]).sum(1)
+            masked = masked.sum(0, dtype=torch.float64)
+            if len(self.reader.groups[layer]) > 1:  # neurons of the layer's other group are read in another call
+                masked = masked.masked_fill((index < group.first) | (index >= group.stop), 0)
+            added[layer] = added.get(layer, 0) + masked
 
         if self.layers:
             self.reader.run(ids, read)
-        for layer, sums in found.items():
+        for layer, sums in added.items():
             sums = sums.cpu()
             if not bool(torch.isfinite(sums).all()):
                 raise InputError("activations are not finite; try --dtype float32, or check the weights")
@@ -124,7 +123,7 @@ class Activations:
         self.tokens += ids.numel()
 
     def include(self, others: Iterable[tuple]) -> None:
-        """Add what other processes have summed up: their `state()`."""
+        """Add the sums of other processes, their `state()`."""
         for sums, routed, tokens in others:
             for name, mask in sums.items():
                 for layer, part in mask.items():
@@ -138,7 +137,7 @@ class Activations:
         return self.sums, self.routed, self.tokens
 
     def _per_token(self, name: str) -> dict[int, torch.Tensor]:
-        """By layer, what the neurons' means are times `tokens`: of those that see every token the sums themselves."""
+        """By layer, the neurons' means times `tokens`; for those that see every token, the sums themselves."""
         scaled = {}
         for layer, sums in self.sums[name].items():
             if layer in self.routed:
@@ -149,30 +148,30 @@ class Activations:
         return scaled
 
     def mean(self, name: str) -> float | None:
-        """The mean over tokens and neurons of a mask; None for a mask without ffn."""
+        """The mean over tokens and neurons of a mask; None for a mask without neurons."""
         sums = self._per_token(name)
         neurons = sum(map(len, sums.values()))
         return float(sum(s.sum() for s in sums.values())) / (neurons * self.tokens) if neurons else None
 
     def layer_means(self, name: str) -> dict[int, float]:
-        """The same by layer, of the layers that have ffn."""
+        """The same by layer, for the layers in which the mask has neurons."""
         return {layer: float(s.mean()) / self.tokens for layer, s in self._per_token(name).items()}
 
 
 def measure(model, arch, blocks, followed: dict[str, Layers], batch_size: int, process: processes.Process):
-    """Mean activations of the masks `followed` on `blocks` [blocks, size]: `Activations`, in every process."""
-    own, found = (Activations(model, arch, followed) for _ in range(2))
-    for part in cli.progress(process.share(blocks.split(batch_size)), "activation", unit="batch"):
-        own.add(part)
-    found.include(process.gather([own.state()]))
-    return found
+    """Mean activations of the masks `followed` on `blocks` [blocks, size]: the same `Activations` in every process."""
+    local, total = (Activations(model, arch, followed) for _ in range(2))
+    for batch in cli.progress(process.share(blocks.split(batch_size)), "activation", unit="batch"):
+        local.add(batch)
+    total.include(process.gather([local.state()]))
+    return total
 
 
 # ---------------------------------------------------------------- files
 
 
 def payload(found, mask: str) -> dict:
-    """What a result file holds, beside its header."""
+    """The content of a result file, without its header."""
     return {
         "all_layers": found.mean(mask),
         "layers": {str(layer): mean for layer, mean in sorted(found.layer_means(mask).items())},
@@ -213,21 +212,21 @@ def build_parser():
     add = p.add_argument
     add("-m", "--model", metavar="M", help="model, or run of checkpoints; default: the study's run, and its base")
     add("--base-model", "--base", metavar="B", help="base, measured with a run; default: the study's")
-    add("--run", metavar="RUN", nargs="+", help="run of checkpoints; beside --model the run that the mask is of")
+    add("--run", metavar="RUN", nargs="+", help="run of checkpoints; with --model, the run that the mask is of")
     add("--base-tag", metavar="TAG", help="folder of the base's results; default base")
     add("-i", "--id_path", metavar="IDS", help="file of token ids; default: the study's, of --lang")
     text = "blocks of 4096 (llama) or 2048 tokens; default: from the model"
     add("-t", "--type", choices=("llama", "qwen"), help=text)
-    text = "where results go; default: the study's lsn/lsn_activation"
+    text = "folder for results; default: the study's lsn/lsn_activation"
     add("-s", "--save_folder", "-o", "--output", metavar="F", help=text)
-    text = "of the run's folder, or of a single model's files; default: the study's name, a model's own"
+    text = "name of the run's folder or of a single model's files; default: the study's name, or the model's"
     add("-n", "--name", metavar="NAME", help=text)
     text = "neurons by language (lsn/identify.py), or their random control alone; default: the study's"
     add("-f", "--mask_file", metavar="MASK", help=text)
-    add("--control-mask", metavar="MASK", help="random control; default: MASK with .control.json, if it is there")
+    add("--control-mask", metavar="MASK", help="random control; default: MASK with .control.json, if it exists")
     add("-l", "--lang", metavar="LANG", help="language; default: the study's languages.target")
     add("--tokens", type=cli.positive, default=TOKENS, metavar="N", help=f"tokens; default {TOKENS:,}")
-    add("--block-size", type=cli.positive, metavar="N", help="tokens a block; default: that of --type")
+    add("--block-size", type=cli.positive, metavar="N", help="tokens per block; default: that of --type")
     cli.add_run_flags(p, drop=True)
     cli.add_forward_flags(p, batch_size=None, device_map=True)
     return p
@@ -237,7 +236,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
     target = study.value(args.model or args.run, "--model", "run")
-    # A study's run may be a single checkpoint; what --model names as one is one.
+    # A study's run may be a single checkpoint; a checkpoint given as --model is a single model.
     is_run = args.model is None or refs.is_run(target)
     models = refs.run(target, args.steps) if is_run else [refs.model(target)]
     opening.look_over(models)
@@ -248,7 +247,7 @@ def main(argv=None) -> None:
     ids = args.id_path or counting.id_file(study, lang)
     files = outputs.mask_files(args, study, not is_run and activation_files.is_control_name(name))
     if is_run and base is None:
-        cli.warn("the base is not measured, which step 10 needs: give --base-model, or the study key base")
+        cli.warn("the base, which step 10 needs, is not measured: give --base-model, or the study key base")
 
     todo = [(ref, outputs.files_of(ref, folder, name, lang, None, is_run)) for ref in models]
     if base is not None:
@@ -259,8 +258,8 @@ def main(argv=None) -> None:
     process.wait()  # no process may see a result that another is about to write
     means = measure_all(todo, chosen, process, args.drop_revisions)
     if len(todo) > 1 and "language" in means and process.is_main:
-        part = beside.name(study, steps=args.steps, limit=args.limit)  # the study's figure is of all that there is
-        figure = folder / dotted(name, part)
+        variant = beside.name(study, steps=args.steps, limit=args.limit)  # the study's figure shows the whole run
+        figure = folder / dotted(name, variant)
         draw(figure, means, lang, sum(map(len, chosen.layers["language"].values())), todo[0].blocks.numel())
         cli.say(f"wrote {figure}.pdf and .png")
 
@@ -277,7 +276,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Job:
-    """One model on the blocks `blocks` [blocks, size]: what its results answer, and which are `left` to be measured."""
+    """One model on `blocks` [blocks, size]: the request of each mask's result, and the masks `left` to be measured."""
 
     ref: refs.ModelRef
     files: outputs.Files
@@ -297,10 +296,10 @@ class Job:
         return self.files.of(mask, self.blocks.numel())
 
     def is_finished(self, mask: str) -> bool:
-        """Raises InputError where another request has a file of this name, or of the earlier one."""
+        """Whether its result exists; InputError if it, or the file of the earlier name, is of another request."""
         paths = self.paths(mask)
-        made = [results.finished(path, SCHEMA, self.requests[mask], "another --name") for path in paths]
-        return any(made)
+        finished = [results.finished(path, SCHEMA, self.requests[mask], "another --name") for path in paths]
+        return any(finished)
 
     def write(self, mask: str, content: dict, header: dict) -> None:
         path, *earlier = self.paths(mask)
@@ -317,49 +316,50 @@ def masks_of(todo: list, lang: str, files: dict[str, Path], study: Study, args) 
     """The neurons to follow in the models of `todo`, which must all have them.
 
     Raises:
-        InputError: models of different sizes, or masks that do not belong to them.
+        InputError: the models differ in size, or the masks are not theirs.
     """
-    widths = [ffn.widths(archs.for_config(ref.config()), ref.config()) for ref, _ in todo]
-    for (ref, _), theirs in zip(todo, widths, strict=True):
-        if theirs != widths[0]:
-            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits just one")
+    all_widths = [ffn.widths(archs.for_config(ref.config()), ref.config()) for ref, _ in todo]
+    widths = all_widths[0]
+    for (ref, _), of_model in zip(todo, all_widths, strict=True):
+        if of_model != widths:
+            raise InputError(f"{ref.spec} has other layers or neurons than {todo[0][0].spec}: the mask fits only one")
     described = relatives.of([ref for ref, _ in todo], study.get("base"), args.run or study.get("run"))
     given = (files.get(mask) for mask in ("language", "control"))
     hint = "give its mask; of a base, name the run that it belongs to with --run (study key run)"
-    found = masks.read_both(*given, lang, len(widths[0]), widths[0], described, hint)
-    layers = dict(zip(("language", "control"), found, strict=True))
-    return Masks(lang, files, {mask: layers[mask] for mask in files}, widths[0])
+    both = masks.read_both(*given, lang, len(widths), widths, described, hint)
+    layers = dict(zip(("language", "control"), both, strict=True))
+    return Masks(lang, files, {mask: layers[mask] for mask in files}, widths)
 
 
 def jobs(args, study: Study, todo: list, ids: Path, chosen: Masks, dtype, device: torch.device) -> list[Job]:
-    """Everything there is to measure; all is checked before the first model is loaded."""
+    """A job for each model; everything is checked before the first model is loaded."""
     size = ffn.block_size(todo[0][0].config(), args.type, args.block_size or study.get("lsn.block_size"))
-    found = []
+    made = []
     for ref, names in todo:
         blocks, facts = counting.read(ids, ref, study.get("run"), size, args.tokens, args.limit)
         facts = counting.request_of(ref, facts, size, args.batch_size, dtype, device)
         requests = {mask: facts | {"mask": layers} for mask, layers in chosen.layers.items()}
         job = Job(ref, names, blocks, requests, [], ids, dtype, facts["batch_size"])
         job.left.extend(mask for mask in requests if args.overwrite or not job.is_finished(mask))
-        found.append(job)
-    return found
+        made.append(job)
+    return made
 
 
 def measure_all(
     todo: list[Job], chosen: Masks, process: processes.Process, drop: bool = False
 ) -> dict[str, dict[int, float]]:
-    """Measure what is left, one model after the other; the means by mask and step, in the first process.
+    """Measure what is left, one model after the other; returns the means by mask and step, in the first process only.
 
-    `drop`: weights of a checkpoint on the hub go from the disk when it is done.
+    `drop`: delete downloaded weights of a checkpoint when it is done.
     """
     means: dict[str, dict[int, float]] = {mask: {} for mask in chosen.layers}
-    following = [job.ref for job in todo if job.left]
+    to_load = [job.ref for job in todo if job.left]
     for job in todo:
         if job.left:
             model = loading.load_model(job.ref, job.dtype, process.device, process.device_map)
-            following.pop(0)
-            if following and process.is_main and not drop:
-                loading.prefetch(following[0])  # read while this one computes
+            to_load.pop(0)
+            if to_load and process.is_main and not drop:
+                loading.prefetch(to_load[0])  # read while this one computes
             followed = {mask: chosen.layers[mask] for mask in job.left}
             found = measure(model, archs.for_config(job.ref.config()), job.blocks, followed, job.batch_size, process)
             del model

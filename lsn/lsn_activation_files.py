@@ -1,4 +1,4 @@
-"""Which masks lsn/lsn_activation_cpt.py follows, and what its results are called."""
+"""Which masks lsn/lsn_activation_cpt.py follows, and how its results are named."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Files:
     is_base: bool = False
 
     def of(self, mask: str, tokens: int) -> list[Path]:
-        """The file of a mask, and what an earlier version called it, where that is another name."""
+        """The file of a mask, then that of an earlier version if its name differs."""
         naming = activation_files.path_of, activation_files.earlier_path_of
-        found = [name(self.folder, self.stem, self.lang, tokens, mask == "control") for name in naming]
-        return list(dict.fromkeys(found))
+        paths = [name(self.folder, self.stem, self.lang, tokens, mask == "control") for name in naming]
+        return list(dict.fromkeys(paths))
 
 
 def files_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: str | None, is_run: bool) -> Files:
@@ -39,10 +39,10 @@ def files_of(ref: refs.ModelRef, folder: Path, name: str, lang: str, base_tag: s
 
 
 def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> tuple[str, str]:
-    """What the results are called: the run's folder or the single model's files, and the folder of the base.
+    """The name of the run's folder or of the single model's files, and that of the base's folder.
 
     Raises:
-        InputError: nothing says it, or a name that means another step than the model's.
+        InputError: no name is given, or it means a step other than the model's.
     """
     base_tag = beside.name(study, base=args.base_model) or "base"
     name = args.name
@@ -57,21 +57,21 @@ def names_of(args, study: Study, models: list[refs.ModelRef], is_run: bool) -> t
 
 
 def mask_files(args, study: Study, named_control: bool) -> dict[str, Path]:
-    """The masks to follow: "language" and its "control", or the control alone where --mask_file is one.
+    """The masks to follow: "language" and its "control", or the control alone if --mask_file is one.
 
     Args:
-        named_control: --name is one that the published scripts have for controls.
+        named_control: --name is one that the published scripts use for controls.
 
     Raises:
-        InputError: a name that means the control where the mask is not one, or two controls.
+        InputError: the name is that of a control but the mask is none, or both masks are controls.
     """
     path = study.input(args.mask_file, "--mask_file", "lsn_mask")
     control = Path(args.control_mask) if args.control_mask else masks.control_beside(path)
-    said = masks.is_control(path)
-    if said or (said is None and named_control):
+    is_control = masks.is_control(path)  # None: its header does not say
+    if is_control or (is_control is None and named_control):
         if args.control_mask:
             raise InputError(f"{path} and {control} are both controls; give the language's mask as --mask_file")
-        cli.say(f"{path} is measured as a random control{'' if said else f', as --name {args.name} says'}")
+        cli.say(f"{path} is measured as a random control{'' if is_control else f', as --name {args.name} says'}")
         return {"control": path}
     if named_control:
         raise InputError(
@@ -79,5 +79,5 @@ def mask_files(args, study: Study, named_control: bool) -> dict[str, Path]:
             "the control as --mask_file, or another --name"
         )
     if control is None:
-        cli.warn(f"no random control: there is none beside {path}, and --control-mask is not given")
+        cli.warn(f"no random control: there is no file of one for {path}, and --control-mask is not given")
     return {"language": path} | ({"control": control} if control else {})

@@ -1,4 +1,4 @@
-"""What lsn/compare_methods.py found, as a table, as a figure and in words."""
+"""The result of lsn/compare_methods.py, as a table, as a figure and in words."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ LINEAR = 0.01  # nats a token up to which the axis of harm is linear; beyond it 
 def table(found: dict) -> str:
     """A line for each language and method, then the agreement of every two methods, in Markdown."""
     head = ["language", "method", "neurons", "agreement of the halves", "own language", "others", "selectivity",
-            "the same of neurons as active", "p"]  # fmt: skip
+            "selectivity of equally active neurons", "p"]  # fmt: skip
     lines = []
     for lang, name in itertools.product(found["languages"], found["methods"]):
-        own, row = found["diagonal"][name].get(lang), found["selectivity"][name].get(lang)
+        diagonal, row = found["diagonal"][name].get(lang), found["selectivity"][name].get(lang)
         halves = (found["stability"][name] or {}).get(lang)
         cells = [lang, WORDS.get(name, name), f"{found['neurons'][name][lang]:,}", _number(halves, ".2f")]
-        if own:
-            harm, beyond = stats.told(own, "+.4f", "harm"), stats.told(row, "+.4f", "selectivity")
-            cells += [harm, f"{found['others'][name][lang]:+.4f}", beyond, _number(row["active_mean"], "+.4f")]
+        if diagonal:
+            harm, selectivity = stats.told(diagonal, "+.4f", "harm"), stats.told(row, "+.4f", "selectivity")
+            cells += [harm, f"{found['others'][name][lang]:+.4f}", selectivity, _number(row["active_mean"], "+.4f")]
             cells += [_number(row["p_value_active"], ".3f")]
         lines.append([*cells, *[""] * (len(head) - len(cells))])
     agreed = [
@@ -69,7 +69,7 @@ def draw(path: Path, found: dict) -> None:
         kinds = (
             ("on its own text", {"color": "0.3", "marker": "o"}),
             ("on the others', mean", {"color": "0.3", "marker": "o", "markerfacecolor": "white"}),
-            ("on its own: random ones, as active", {"color": figures.colour("random"), "marker": "x"}),
+            ("on its own: random, equally active", {"color": figures.colour("random"), "marker": "x"}),
         )
         lines = [Line2D([], [], linestyle="", label=words, **look) for words, look in kinds]
         handles = axes[0, 0].get_legend_handles_labels()[0]
@@ -78,27 +78,26 @@ def draw(path: Path, found: dict) -> None:
 
 
 def _harm(axis, at: int, look: dict, found: dict, name: str, lang: str) -> None:
-    """What silencing a language's neurons by one method does to it, and to the others; nothing where it has none."""
-    own = found["diagonal"][name].get(lang)
-    if own is None:
+    """The harm of silencing one method's neurons of a language, to it and to the others; nothing if it has none."""
+    row = found["diagonal"][name].get(lang)
+    if row is None:
         return
-    around = [[max(0.0, own["harm"] - own["ci_low"])], [max(0.0, own["ci_high"] - own["harm"])]]
-    axis.errorbar(at - 0.15, own["harm"], around, capsize=2, linewidth=0.8, linestyle="", **look)
+    error = [[max(0.0, row["harm"] - row["ci_low"])], [max(0.0, row["ci_high"] - row["harm"])]]
+    axis.errorbar(at - 0.15, row["harm"], error, capsize=2, linewidth=0.8, linestyle="", **look)
     axis.plot(at + 0.15, found["others"][name][lang], linestyle="", markerfacecolor="white", **look)
     if lang in found["controls"][name]:
         axis.plot(at - 0.15, found["controls"][name][lang], "x", color=figures.colour("random"), zorder=1)
 
 
 def say(found: dict) -> None:
-    """Print, of each language and of all, whose neurons matter, and how on the documents that did not choose them."""
+    """Print which method's neurons matter, by language and overall, on the documents that did not choose it."""
     for lang, row in found["best"].items():
-        of = "all languages together" if lang == "overall" else lang
+        where = "all languages together" if lang == "overall" else lang
         if row["method"] is None:
             hurt = "every language" if lang == "overall" else "it"
-            cli.say(f"{of}: no method's neurons hurt {hurt} when they are silenced")
+            cli.say(f"{where}: no method's neurons hurt {hurt} when they are silenced")
             continue
-        own = row["reported"][row["method"]]
-        text = f"selectivity {stats.told(own, '+.4f', 'selectivity')}"
+        text = f"selectivity {stats.told(row['reported'][row['method']], '+.4f', 'selectivity')}"
         sure = "clearly above all others" if row["clear"] else "not clearly above all others"
-        active = {None: "", True: "; more than neurons as active", False: "; no more than neurons as active"}
-        cli.say(f"{of}: {WORDS.get(row['method'], row['method'])}, {text}, {sure}{active[row['beyond_active']]}")
+        active = {None: "", True: "; above equally active neurons", False: "; not above equally active neurons"}
+        cli.say(f"{where}: {WORDS.get(row['method'], row['method'])}, {text}, {sure}{active[row['beyond_active']]}")

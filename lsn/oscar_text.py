@@ -1,6 +1,6 @@
-"""The text behind token ids: documents as lists of pieces, of mOSCAR on the hub, of parquet files like it, or of text.
+"""Reads text for token ids: documents as lists of pieces, from mOSCAR on the hub, parquet files like it, or text files.
 
-Used by lsn/load_oscar.py. Everything is streamed: memory does not grow with the size of a corpus.
+Used by lsn/load_oscar.py. Everything is streamed, so memory does not grow with the size of a corpus.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from cpt_utils.base import cli, hub_data, languages, textfiles
 from cpt_utils.base.errors import InputError
 
 MOSCAR = "oscar-corpus/mOSCAR"
-BATCH_CHARACTERS = 1 << 20  # a batch ends here whatever its number of documents, so that memory stays bounded
+BATCH_CHARACTERS = 1 << 20  # a batch ends here, whatever its number of documents, so memory stays bounded
 
 
 # ---------------------------------------------------------------- documents
 
 
 def file_documents(files: list[str], which: str | None = None) -> Iterator[list[str | None]]:
-    """The documents of text files (a line is one, of one piece) or of parquet or JSON Lines in mOSCAR's schema."""
+    """The documents of text files (one of one piece per line), or of parquet or JSON Lines files in mOSCAR's schema."""
     for file in files:
         yield from textfiles.documents(Path(file), which=which)
 
@@ -29,27 +29,27 @@ def hub_documents(config: str, revision: str | None) -> Iterator[list[str | None
     """The documents of one language of mOSCAR, streamed in stored order.
 
     Raises:
-        InputError: offline, gated, no such config or revision, or no column text.
+        InputError: offline, gated, no such config or revision, or no column `text`.
     """
     import datasets
 
     where = f"{MOSCAR}, config {config}"
     try:
-        how = {"split": "train", "streaming": True, "revision": revision}
-        for row in datasets.load_dataset(MOSCAR, config, **how, columns=["text"]):
+        options = {"split": "train", "streaming": True, "revision": revision}
+        for row in datasets.load_dataset(MOSCAR, config, **options, columns=["text"]):
             yield textfiles.pieces(row, "text", where)
     except InputError:
         raise
     except Exception as error:  # the library wraps missing access, network, config and column in a dozen types
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
-            f"{where} cannot be read ({reason[:200]}); it needs a network (and `hf auth login` where it is gated), "
+            f"{where} cannot be read ({reason[:200]}); it needs a network (and `hf auth login` if it is gated), "
             "or give local files with --text or --parquet"
         ) from None
 
 
 def documents_of(source: dict) -> Iterator[list[str | None]]:
-    """The documents of a `text` entry of a request, pieces that are null as None; some have no piece at all."""
+    """The documents of the `text` entry of a task, with null pieces as None; some documents have no piece at all."""
     if source["source"] == "moscar":
         return hub_documents(source["config"], source["revision"])
     # --parquet says what the files are; --text leaves it to their names.
@@ -60,13 +60,13 @@ def documents_of(source: dict) -> Iterator[list[str | None]]:
 def batches(
     documents: Iterable[list[str | None]], size: int, limit: int | None = None
 ) -> Iterator[tuple[list[str], list[int], list[int]]]:
-    """Pieces of up to `size` documents (fewer where they are long), of the first `limit` in all.
+    """Pieces of up to `size` documents at a time (fewer if they are long), of the first `limit` documents.
 
-    An empty or null piece does not count, and neither does a document without any other.
+    Empty and null pieces are left out, and documents with no other pieces do not count.
 
     Returns:
-        pieces [n], the number of each piece's document [n], and how many null pieces stood before each piece and before
-        the end [n + 1], counted from the beginning of the text.
+        pieces [n], the number of each piece's document [n], and the number of null pieces before each piece and before
+        the end of the batch [n + 1], counted from the beginning of the text.
     """
     pieces, numbers, nulls, first, number, characters = [], [], [0], 1, 0, 0
     for document in documents:
@@ -93,14 +93,14 @@ def batches(
 
 
 def local_source(kind: str, pattern: str, given: str) -> tuple[dict, dict]:
-    """What a header says of local files (`documents_of` reads from it), and what identifies them wherever they lie.
+    """What a header records of local files (`documents_of` reads it), and what identifies them whatever their path.
 
     Args:
         kind: `text` (one file) or `parquet` (a file, a folder or a pattern).
-        given: how the user gave `pattern`, for the message.
+        given: how the user gave `pattern`, for error messages.
 
     Raises:
-        InputError: no such file, or one that holds no text.
+        InputError: a file does not exist or holds no text.
     """
     fingerprint = cli.sibling("cpt/packing.py").fingerprint
     path = Path(pattern)
@@ -108,7 +108,7 @@ def local_source(kind: str, pattern: str, given: str) -> tuple[dict, dict]:
         paths = sorted(path.rglob("*.parquet")) if path.is_dir() else sorted(map(Path, glob.glob(pattern)))
     else:
         paths = [path]
-    if path.is_file():  # a name may hold the signs of a pattern
+    if path.is_file():  # its name may contain pattern characters
         paths = [path]
     if not paths or not all(file.is_file() for file in paths):
         what = "no parquet files there" if path.is_dir() and kind == "parquet" else "no such file"
@@ -121,7 +121,7 @@ def local_source(kind: str, pattern: str, given: str) -> tuple[dict, dict]:
 
 
 def hub_sources(codes: list[str], revision: str | None) -> dict[str, tuple[dict, dict]]:
-    """The same for languages of mOSCAR, the newest revision resolved to a commit where the hub can be asked.
+    """The same for languages of mOSCAR; the revision is resolved to a commit if the hub can be asked.
 
     Raises:
         InputError: an unknown language, gated data, or no such revision.
@@ -132,11 +132,11 @@ def hub_sources(codes: list[str], revision: str | None) -> dict[str, tuple[dict,
     try:
         commit = hub_data.revision(MOSCAR, revision)
     except InputError as error:
-        # The same advice, with the flag that this script has for local copies.
+        # The same advice, with this script's flag for local copies.
         raise InputError(str(error).replace("--data-dir", "--parquet LANGUAGE=FOLDER")) from None
     cli.say(f"{', '.join(codes)}: streamed from {MOSCAR}, revision {commit or 'unknown (the hub was not asked)'}")
-    found = {}
+    sources = {}
     for code, config in configs.items():
         identity = {"source": "moscar", "dataset": MOSCAR, "config": config, "split": "train", "revision": revision}
-        found[code] = (identity | {"revision": commit}, identity)
-    return found
+        sources[code] = (identity | {"revision": commit}, identity)
+    return sources

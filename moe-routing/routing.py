@@ -1,13 +1,13 @@
-"""Where a mixture of experts sends two languages: how far apart they are routed, and which experts are one's own.
+"""Where a mixture of experts sends two languages: how far apart they are routed, and which experts are specific to one.
 
 The same parallel sentences go through the base and every checkpoint. By layer: the divergence of the languages' mean
-router distributions, entropies, how often two tokens share experts, what CPT changed, and the experts that one
-language is sent to more than the other. Controls are the same sentences with the languages of pairs swapped at random.
+router distributions, entropies, how often two tokens share experts, what CPT changed, and the experts to which one
+language is sent more than the other. Control: the same sentences with the languages of pairs swapped at random.
 
 In:   B and RUN (default: the study's), mixtures of experts; parallel sentences.
-Out:  OUT (default: the study's moe-routing/routing.json): `checkpoints` by step; .pt and figure beside it.
+Out:  OUT (default: the study's moe-routing/routing.json): `checkpoints` by step; .pt and figure next to it.
 
-A killed run goes on with the next model. On several GPUs: accelerate launch moe-routing/routing.py ...; each process
+A killed run resumes with the next model. On several GPUs: accelerate launch moe-routing/routing.py ...; each process
 measures whole models, and the numbers are the same.
 
 Full: python moe-routing/routing.py --base allenai/OLMoE-1B-7B-0924 --run runs/eus --base-lang eng_Latn --target-lang eus_Latn --output routing.json
@@ -33,64 +33,64 @@ ASKED = {"routing": "Which experts do the two languages share, and does continue
 CAPTIONS = {
     "routing": """Part V: 2. Mixture-of-experts routing
         Where a mixture of experts sends two languages, by layer. Left: how far apart they are routed (0: alike, 1: as
-        far as their entropies allow), with 95 % intervals over sentences; dashed, what random swaps of the languages of
-        pairs leave. Middle: the share of their experts that two tokens have in common, of one sentence and of a
-        sentence and its translation, minus what chance gives. Right: by how much more an expert is used in the new
-        language than in the base's, at the last checkpoint; dots are experts beyond all but 5 % of the random swaps,
-        whichever expert these favour.""",
+        far as their entropies allow), with 95 % intervals over sentences; dashed: the same after randomly swapping the
+        languages of pairs. Middle: the share of experts that two tokens have in common, in one sentence or in a
+        sentence and its translation, minus chance. Right: how much more an expert is used in the new language than in
+        the base's, at the last checkpoint; dots mark experts beyond the largest value over all experts in 95 % of the
+        random swaps.""",
 }
 BASE, SIDES = over_run.BASE, ("base", "target")
 DRAWS = 1000  # of swaps, and of sentences
 ALPHA = 0.05
 OF_DIVERGENCE = ("ci_low", "ci_high", "null_mean", "p_value")
-NOTHING = 1e-9  # nats; below it a number is what rounding leaves
+NOTHING = 1e-9  # nats; anything below is rounding
 
 
 # ---------------------------------------------------------------- the method
 
 
 def routed(model, arch, tokenizer, texts: list[str], batch_size: int | None = None) -> routers.Routed:
-    """What the routers did with each of `texts`; tokens that the tokenizer adds are read, and enter nothing."""
-    made = batching.encode(tokenizer, texts, batching.positions(model))
-    device, found = loading.input_device(model), [None] * len(texts)
+    """The routers' decisions on each of `texts`; tokens added by the tokenizer are read but not counted."""
+    encoded = batching.encode(tokenizer, texts, batching.positions(model))
+    device, by_text = loading.input_device(model), [None] * len(texts)
 
     def step(rows: list[int]) -> None:
-        ids, mask = (t.to(device) for t in batching.padded([made.ids[i] for i in rows], tokenizer.pad_token_id))
-        special, _ = batching.padded([made.special[i] for i in rows], 1)
+        ids, mask = (t.to(device) for t in batching.padded([encoded.ids[i] for i in rows], tokenizer.pad_token_id))
+        special, _ = batching.padded([encoded.special[i] for i in rows], 1)
         parts = routers.read(model, arch, ids, mask, mask * (1 - special.to(device)))
         for at, i in enumerate(rows):
-            found[i] = [part[at] for part in parts]
+            by_text[i] = [part[at] for part in parts]
 
-    batching.for_each(model, "routers", [len(ids) for ids in made.ids], step, batch_size)
-    whole = routers.Routed(*(torch.stack(parts).numpy() for parts in zip(*found, strict=True)))
+    batching.for_each(model, "routers", [len(ids) for ids in encoded.ids], step, batch_size)
+    whole = routers.Routed(*(torch.stack(parts).numpy() for parts in zip(*by_text, strict=True)))
     if not np.isfinite(whole.share).all():
         raise InputError("the routers' logits are not finite: NaN weights, or an overflow (try --dtype float32)")
     if not whole.tokens.all():
-        raise InputError(f"{texts[int(whole.tokens.argmin())]!r} has no token but special ones; remove the line")
+        raise InputError(f"{texts[int(whole.tokens.argmin())]!r} has only special tokens; remove the line")
     return whole
 
 
 def entropy(shares: np.ndarray) -> np.ndarray:
-    """Of distributions [.., experts], in nats."""
+    """The entropy of distributions [.., experts], in nats."""
     from scipy import special
 
     return special.entr(shares).sum(-1)
 
 
 def divergence(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """JSD of distributions [.., experts] over the most that their entropies allow: 0 alike, 1 as far as can be.
+    """JSD of distributions [.., experts] over its maximum given their entropies: 0 alike, 1 as far apart as possible.
 
-    JSD(a, b) / (ln E - (H(a) + H(b)) / 2); of two uniform ones, where that is 0 / 0, it is 0.
+    JSD(a, b) / (ln E - (H(a) + H(b)) / 2); for two uniform distributions, where this is 0 / 0, it is 0.
     """
     halves = (entropy(one) + entropy(other)) / 2
     most = np.log(one.shape[-1]) - halves
-    found = (entropy((one + other) / 2) - halves) / np.maximum(most, NOTHING)
-    return np.where(most > NOTHING, found, 0).clip(0, 1)
+    share = (entropy((one + other) / 2) - halves) / np.maximum(most, NOTHING)
+    return np.where(most > NOTHING, share, 0).clip(0, 1)
 
 
 def over_tokens(side: routers.Routed, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(mean router distribution, share of the tokens that an expert is called for), [.., layers, experts] each, of all
-    tokens of the sentences together; `weights` [draws, sentences]: of draws of sentences."""
+    """(mean router distribution, share of tokens for which an expert is called), [.., layers, experts] each, over all
+    tokens of the sentences pooled; `weights` [draws, sentences]: for resamples of sentences."""
     n = len(side.tokens)
     weights = np.ones(n) if weights is None else weights
     tokens = np.asarray(weights @ side.tokens)[..., None, None]
@@ -101,19 +101,19 @@ def over_tokens(side: routers.Routed, weights: np.ndarray | None = None) -> tupl
 
 
 def swapped(sides: list[routers.Routed], swaps: np.ndarray) -> tuple:
-    """(router distributions, shares of tokens) of both sides, in each draw with those pairs the other way round that a
-    row of `swaps` [draws, sentences] says."""
+    """(router distributions, shares of tokens) of both sides; in each draw the languages are swapped in the pairs
+    marked by a row of `swaps` [draws, sentences]."""
     joined = routers.Routed(*(np.concatenate(parts) for parts in zip(*sides, strict=True)))
     ways = np.concatenate([1 - swaps, swaps], 1), np.concatenate([swaps, 1 - swaps], 1)
     return tuple(zip(*(over_tokens(joined, weights.astype(np.float64)) for weights in ways), strict=True))
 
 
 def in_common(one: routers.Routed, other: routers.Routed) -> tuple[np.ndarray, np.ndarray]:
-    """[layers]: the share of its k experts that a token has in common with another one, and that of unlike sentences
-    (NaN of a single one).
+    """[layers]: the share of its k experts that a token has in common with another token, and the same for tokens of
+    different sentences (NaN if there is only one sentence).
 
-    Over all pairs of tokens of one sentence, or where `other` is another language of a sentence and its translation:
-    sums of c_e (c_e - 1), or c_e c'_e, over experts and sentences, c_e the tokens of a sentence that e was called for.
+    Over all pairs of tokens in one sentence or, if `other` is another language, in a sentence and its translation:
+    sums of c_e (c_e - 1), or c_e c'_e, over experts and sentences, where c_e counts a sentence's tokens that called e.
     """
     same = one is other
     k = one.chosen.sum((0, 2)) / one.tokens.sum()
@@ -125,11 +125,11 @@ def in_common(one: routers.Routed, other: routers.Routed) -> tuple[np.ndarray, n
 
 
 def experts_apart(delta: np.ndarray, null: np.ndarray) -> np.ndarray:
-    """The p of every expert [layers, experts] that it is used alike, of all experts together (Westfall and Young).
+    """The p value of every expert [layers, experts] for equal use, corrected for all experts (Westfall and Young).
 
     Args:
-        delta: the difference of its use; `null` [draws, layers, experts]: the same with pairs swapped at random. Each
-            is taken over its spread in the draws, of which those count whose largest of all experts is as large.
+        delta: the difference in use; `null` [draws, layers, experts]: the same with pairs swapped at random. Each is
+            divided by its spread in the draws; p counts the draws whose largest value over all experts is as large.
     """
     spread = np.sqrt((null**2).mean(0))
     scale = np.where(spread > NOTHING, 1 / np.maximum(spread, NOTHING), 0)
@@ -139,24 +139,24 @@ def experts_apart(delta: np.ndarray, null: np.ndarray) -> np.ndarray:
 
 
 def summarize(sides: list[routers.Routed], seed: int) -> dict:
-    """What a record says of a model, from both languages of the same sentences."""
+    """The record of a model, from both languages of the same sentences."""
     n, rng = len(sides[0].tokens), np.random.default_rng(seed)
     shares, uses = zip(*map(over_tokens, sides), strict=True)
     null_shares, null_uses = swapped(sides, rng.integers(0, 2, (DRAWS, n)))
-    apart, null = divergence(*shares), divergence(*null_shares)
+    divergences, null = divergence(*shares), divergence(*null_shares)
     weights = stats.resample_weights(n, seed, DRAWS)
     drawn = divergence(*(over_tokens(side, weights)[0] for side in sides))  # [draws, layers]
-    ends, most = stats.interval(drawn, 0), max(np.log(shares[0].shape[-1]), NOTHING)  # of one expert 0
+    interval, most = stats.interval(drawn, 0), max(np.log(shares[0].shape[-1]), NOTHING)  # 0 with one expert
     base, target = sides
     common = {"base": in_common(base, base), "target": in_common(target, target), "across": in_common(base, target)}
     by_layer = {
-        "divergence": apart, "ci_low": ends[0], "ci_high": ends[1], "null_mean": null.mean(0),
-        "p_value": (1 + (null >= apart).sum(0)) / (1 + DRAWS),
+        "divergence": divergences, "ci_low": interval[0], "ci_high": interval[1], "null_mean": null.mean(0),
+        "p_value": (1 + (null >= divergences).sum(0)) / (1 + DRAWS),
         "entropy": dict(zip(SIDES, (entropy(share) / most for share in shares), strict=True)),
         "token_entropy": {
             name: side.entropy.sum(0) / side.tokens.sum() / most for name, side in zip(SIDES, sides, strict=True)
         },
-        "in_common": {name: found for name, (found, _) in common.items()},
+        "in_common": {name: share for name, (share, _) in common.items()},
         "in_common_chance": {name: chance for name, (_, chance) in common.items()},
     }  # fmt: skip
     p = experts_apart(uses[1] - uses[0], null_uses[1] - null_uses[0])
@@ -164,13 +164,13 @@ def summarize(sides: list[routers.Routed], seed: int) -> dict:
 
 
 def apart(more: np.ndarray, p: np.ndarray) -> list[int]:
-    """The experts that are used more ([experts] how much), those of the largest difference first."""
+    """The experts used significantly more, by the differences `more` [experts] and their p; largest first."""
     return [int(e) for e in np.argsort(-more, kind="stable") if more[e] > 0 and p[e] <= ALPHA]
 
 
 def payload_of(records: list[dict], layers: list[int], codes: dict[str, str]) -> dict[str, dict]:
-    """What the result says of each model, the base first; `codes`: the language of "base" and of "target"."""
-    named, found = codes | {"across": "across"}, {}
+    """The content for each model, the base first; `codes`: the languages of "base" and "target"."""
+    named, by_model = codes | {"across": "across"}, {}
     before, drawn_before = np.asarray(records[0]["share"]), np.asarray(records[0]["drawn_mean"])
     for record in records:
         share, use, p = (np.asarray(record[key]) for key in ("share", "use", "p"))
@@ -189,12 +189,12 @@ def payload_of(records: list[dict], layers: list[int], codes: dict[str, str]) ->
             }
             rows[f"layer_{layer}"] = row
         mean, drawn = np.mean(record["divergence"]), np.asarray(record["drawn_mean"])
-        own = {"divergence": stats.with_interval(mean, drawn)}
+        content = {"divergence": stats.with_interval(mean, drawn)}
         if record["name"] != BASE:
-            own["change"] = stats.with_interval(mean - np.mean(records[0]["divergence"]), drawn - drawn_before)
-        own["n_experts"] = {code: sum(len(row["experts"][code]) for row in rows.values()) for code in codes.values()}
-        found[record["name"]] = own | {"layers": rows}
-    return found
+            content["change"] = stats.with_interval(mean - np.mean(records[0]["divergence"]), drawn - drawn_before)
+        n_experts = {code: sum(len(row["experts"][code]) for row in rows.values()) for code in codes.values()}
+        by_model[record["name"]] = content | {"n_experts": n_experts, "layers": rows}
+    return by_model
 
 
 # ---------------------------------------------------------------- the figure
@@ -220,7 +220,7 @@ def over_layers(model: dict, key: str, what: str) -> np.ndarray:
 
 
 def layer_ticks(axis, model: dict, places: bool = False) -> list[int]:
-    """Ticks at the layers with experts, at most eight; `places`: where each stands in a row without the others."""
+    """Ticks at the layers with experts, at most eight; `places`: at their index among those layers."""
     layers = [int(name.removeprefix("layer_")) for name in model["layers"]]
     every = slice(None, None, -(-len(layers) // 8))
     axis.set_xticks((range(len(layers)) if places else layers)[every], layers[every])
@@ -262,7 +262,7 @@ def draw_use(axis, model: dict):
     more = np.array([row["use_difference"] for row in model.values()])
     bound = float(np.abs(more).max()) or 1.0
     image = axis.imshow(more.T, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
-    dots = [(at, e) for at, row in enumerate(model.values()) for own in row["experts"].values() for e in own]
+    dots = [(at, e) for at, row in enumerate(model.values()) for experts in row["experts"].values() for e in experts]
     if dots:
         axis.plot(*zip(*dots, strict=True), "o", color="black", markersize=1.5)
     layer_ticks(axis, {"layers": model}, places=True)
@@ -292,10 +292,10 @@ def main(argv=None) -> None:
     codes = {side: study.value(getattr(args, f"{side}_lang"), f"--{side}-lang", f"languages.{side}") for side in SIDES}
     pairs = sources.from_arguments(args, study, *codes.values())
     cli.say(pairs.summary())
-    alone = pairs.alone  # copies of a pair go the same way, so that swaps of each would leave less than there is
+    alone = pairs.alone  # copies of a pair are routed alike, so swapping each separately would make the null too narrow
     sides = [[texts[i] for i in alone] for texts in (pairs.base, pairs.target)]
     if len(alone) < len(pairs):
-        cli.say(f"{len(pairs) - len(alone)} pairs with a sentence that stood before are left out")
+        cli.say(f"{len(pairs) - len(alone)} pairs with a repeated sentence are left out")
     facts = {f"{side}_lang": languages.canonical(code, any_tag=True) for side, code in codes.items()}
     facts |= {"data": pairs.describe(), "n_used": len(alone), "n_available": pairs.n_available}
     facts |= {"limit": pairs.facts["limit"]}
@@ -305,7 +305,7 @@ def main(argv=None) -> None:
         return summarize([routed(model, arch, tokenizer, texts, args.batch_size) for texts in sides], study.seed)
 
     def write_all(units: dict[str, dict], request: dict) -> None:
-        records = [{"name": name, **found} for name, found in units.items()]
+        records = [{"name": name, **record} for name, record in units.items()]
         payload = {"languages": codes, "checkpoints": payload_of(records, layers, codes)}
         write(run.output, payload, records, layers, over_run.header_facts(request, *facts))
 
@@ -313,35 +313,35 @@ def main(argv=None) -> None:
 
 
 def layers_of(models: dict[str, refs.ModelRef]) -> list[int]:
-    """The layers that have experts, in all models the same; told before any is loaded.
+    """The layers that have experts, the same in all models; checked before any model is loaded.
 
     Raises:
-        InputError: a model that has no experts, or others than the base.
+        InputError: a model without experts, or with other experts than the base.
     """
     shapes = []
     for ref in models.values():
         arch = archs.for_config(ref.config())
         layers = routers.layers_with(arch, ref.config())
         if not layers:
-            raise InputError(f"{ref.spec} is a {arch.model_type} without experts, so that nothing is routed in it")
+            raise InputError(f"{ref.spec} is a {arch.model_type} without experts: it has no routers to measure")
         shapes.append((layers, arch.experts(ref.config(), layers[0])))
         if shapes[-1] != shapes[0]:
-            raise InputError(f"{ref.spec} has other experts than {models[BASE].spec}: they are not a pair")
+            raise InputError(f"{ref.spec} has other experts than {models[BASE].spec}: they cannot be compared")
     return shapes[0][0]
 
 
 def write(output: Path, payload: dict, records: list[dict], layers: list[int], facts: dict) -> None:
-    """Everything that is written, the JSON last."""
+    """Write everything, the JSON last."""
     draw(output.with_suffix(""), payload)
-    tensors = {f"{key}.{one['name']}": torch.tensor(one[key], dtype=torch.float64)
-               for one in records for key in ("share", "use", "p")}  # fmt: skip
+    tensors = {f"{key}.{record['name']}": torch.tensor(record[key], dtype=torch.float64)
+               for record in records for key in ("share", "use", "p")}  # fmt: skip
     results.write_tensors(output.with_suffix(".pt"), tensors)
-    top_k = round(sum(records[0]["use"][0][0]))  # experts of a token
+    top_k = round(sum(records[0]["use"][0][0]))  # experts per token
     results.write_json(output, payload, results.header(SCHEMA, layers=layers, top_k=top_k, **facts))
     for name, model in payload["checkpoints"].items():
-        said = " ".join(f"{n} experts are used more in {code}," for code, n in model["n_experts"].items())
-        shown = f"divergence {stats.told(model['divergence'], '.4f')}"
-        cli.say(f"{name if name == BASE else f'step {name}'}: {said} {shown}, mean over layers")
+        counts = " ".join(f"{n} experts are used more in {code}," for code, n in model["n_experts"].items())
+        mean = f"divergence {stats.told(model['divergence'], '.4f')}, mean over layers"
+        cli.say(f"{name if name == BASE else f'step {name}'}: {counts} {mean}")
     cli.say(f"wrote {output} and the figure {output.with_suffix('.pdf')}")
 
 

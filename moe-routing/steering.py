@@ -1,13 +1,13 @@
-"""What do a language's experts matter? The routers are made to prefer them, or to leave them out, and the loss is measured.
+"""How much do a language's experts matter? The routers are made to prefer or to avoid them, and the loss is measured.
 
-The experts that a language is sent to more than the other (routing.py), at most k of a layer: soft, every logit of
-theirs rises by lambda standard deviations of the token's logits; hard, it is above all others; suppressed, below all
-others. Random experts, as many in each layer, and the same experts in other layers say what such a push does anywhere.
+Steered are the experts that one language is sent to more than the other (routing.py), at most k per layer. Soft: their
+logits rise by lambda standard deviations of the token's logits; hard: above all others; suppressed: below all others.
+As many random experts in each layer, and the same experts in other layers, show what such a push does anywhere.
 
-In:   B and RUN (default: the study's; the last checkpoint), what routing.py found in them, held-out text by language.
-Out:  OUT (default: the study's moe-routing/steering.json): `steered`, changes of the loss; a figure beside it.
+In:   B and RUN (default: the study's; the last checkpoint), routing.py's result on them, held-out text by language.
+Out:  OUT (default: the study's moe-routing/steering.json): `steered`, changes of the loss; a figure next to it.
 
-A killed run goes on with the next condition. On several GPUs: accelerate launch moe-routing/steering.py ...
+A killed run resumes with the next condition. On several GPUs: accelerate launch moe-routing/steering.py ...
 
 Full: python moe-routing/steering.py --base allenai/OLMoE-1B-7B-0924 --run runs/eus --routing routing.json --heldout en=en.txt eu=eu.txt --output steering.json
 Tiny: python moe-routing/steering.py --study demo/moe-tiny.yaml --random 2
@@ -37,13 +37,13 @@ language_loss = cli.sibling("language-loss/language_loss.py")
 
 SCHEMA = "router-steering"
 RESULTS = {"router_steering": "moe-routing/steering.json"}
-ASKED = {"router_steering": "What do the experts of a language matter to it, and to the other?"}
+ASKED = {"router_steering": "How much do the experts of a language matter to it, and to the other?"}
 CAPTIONS = {
     "router_steering": """Part V: 2. Mixture-of-experts routing
-        The change of the loss on held-out text when routers prefer the experts of a language, softly or before all
-        others, or leave them out, with 95 % intervals over documents; grey dots are as many random experts, grey
-        crosses the same experts in other layers. The experts of a language are its own where its loss rises without
-        them, and more than with either control.""",
+        The change of the loss on held-out text when routers prefer the experts of a language, softly or above all
+        others, or avoid them, with 95 % intervals over documents; grey dots are as many random experts, grey crosses
+        the same experts in other layers. The experts are specific to a language if suppressing them raises its loss,
+        and more than either control does.""",
 }
 STRENGTH, RANDOM = 1.0, 5
 NO_EXPERT = "No expert is used more in one language than in the other: there is nothing to steer."
@@ -54,7 +54,7 @@ Experts = dict[int, list[int]]  # layer -> experts
 
 
 def edit(how: str, experts: list[int], strength: float) -> Callable:
-    """What becomes of a router's logits z [.., experts], std and extremes being those of each token:
+    """The edit of a router's logits z [.., experts], with std and extremes per token:
     soft z_e + strength std(z), hard max(z) + std(z), suppressed min(z) - std(z)."""
 
     def edited(logits: torch.Tensor) -> torch.Tensor:
@@ -72,26 +72,26 @@ def edit(how: str, experts: list[int], strength: float) -> Callable:
 
 
 def steered(name: str, of: str, arch: archs.Arch, experts: Experts, how: str, strength: float, **facts) -> Condition:
-    """The model whose routers prefer `experts`, or leave them out, on every token."""
+    """The model with routers that prefer `experts`, or avoid them, on every token."""
 
     def apply(model):
-        return routers.at_logits(model, arch, {layer: edit(how, own, strength) for layer, own in experts.items()})
+        return routers.at_logits(model, arch, {layer: edit(how, chosen, strength) for layer, chosen in experts.items()})
 
     facts |= {"model": of, "how": how}
     return Condition(name, facts | {"experts": experts, "strength": strength}, apply, facts, of)
 
 
 def random_experts(own: Experts, n_experts: int, seed: str) -> Experts:
-    """As many other experts in each layer, or all others where these are fewer."""
-    draw, found = random.Random(seed), {}
+    """As many other experts in each layer, or all others if there are fewer."""
+    draw, drawn = random.Random(seed), {}
     for layer, experts in own.items():
         others = [e for e in range(n_experts) if e not in experts]
-        found[layer] = sorted(draw.sample(others, min(len(experts), len(others))))
-    return found
+        drawn[layer] = sorted(draw.sample(others, min(len(experts), len(others))))
+    return drawn
 
 
 def shifted(own: Experts, layers: list[int], by: int) -> Experts:
-    """The same experts so many layers with experts further on, round and round."""
+    """The same experts, moved cyclically `by` layers with experts."""
     return {layers[(layers.index(layer) + by) % len(layers)]: experts for layer, experts in own.items()}
 
 
@@ -99,47 +99,47 @@ def wanted_of(
     of: str, arch: archs.Arch, experts: dict[str, Experts], layers: list[int], n_experts: int, strengths: list[float],
     n_random: int, seed: int,
 ) -> list[Condition]:  # fmt: skip
-    """All conditions of a model: nothing done, and for each language, and way to steer, its experts and controls."""
-    found = [Condition("none", {"model": of}, facts={"model": of}, of=of)]
+    """All conditions of a model: nothing done, and for each language and way to steer its experts and controls."""
+    conditions = [Condition("none", {"model": of}, facts={"model": of}, of=of)]
     ways = [("soft", strength) for strength in strengths] + [("hard", 0.0), ("suppressed", 0.0)]
     shifts = sorted({round(len(layers) * (i + 1) / (n_random + 1)) for i in range(n_random)} - {0, len(layers)})
-    for (how, strength), (lang, own) in itertools.product(ways, experts.items()):
-        if not own:
+    for (how, strength), (lang, treated) in itertools.product(ways, experts.items()):
+        if not treated:
             continue
-        sets = [("own", own)]
-        sets += [("random", random_experts(own, n_experts, f"{seed}/{lang}/{number}")) for number in range(n_random)]
-        sets += [("shifted", shifted(own, layers, by)) for by in shifts]
+        sets = [("own", treated)]
+        sets += [("random", random_experts(treated, n_experts, f"{seed}/{lang}/{i}")) for i in range(n_random)]
+        sets += [("shifted", shifted(treated, layers, by)) for by in shifts]
         for number, (kind, chosen) in enumerate(sets):
-            words = f"{how} {strength:g}" if how == "soft" else how
-            more = {"lang": lang, "kind": kind, "way": words, "number": number}
-            found.append(steered(f"{words} {lang} {kind}", of, arch, chosen, how, strength, **more))
-    return found
+            way = f"{how} {strength:g}" if how == "soft" else how
+            more = {"lang": lang, "kind": kind, "way": way, "number": number}
+            conditions.append(steered(f"{way} {lang} {kind}", of, arch, chosen, how, strength, **more))
+    return conditions
 
 
 def summarize(records: list[dict], seed: int) -> dict:
-    """model -> way -> language of the experts -> that of the text -> change of the loss, its interval, controls'."""
-    plain = {one["model"]: one["units"] for one in records if one["name"] == "none"}
-    found: dict[str, dict] = {name: {} for name in plain}
-    for one in (one for one in records if one["name"] != "none"):
-        row = found[one["model"]].setdefault(one["way"], {}).setdefault(one["lang"], {})
-        for lang, values in one["units"].items():
-            change = np.asarray(values) - np.asarray(plain[one["model"]][lang])
+    """Model -> way -> language of the experts -> language of the text -> change of the loss, interval, controls."""
+    plain = {record["model"]: record["units"] for record in records if record["name"] == "none"}
+    by_model: dict[str, dict] = {name: {} for name in plain}
+    for record in (record for record in records if record["name"] != "none"):
+        row = by_model[record["model"]].setdefault(record["way"], {}).setdefault(record["lang"], {})
+        for lang, values in record["units"].items():
+            change = np.asarray(values) - np.asarray(plain[record["model"]][lang])
             cell = row.setdefault(lang, {"random": [], "shifted": []})
-            if one["kind"] == "own":
+            if record["kind"] == "own":
                 low, high = stats.bootstrap_mean(change, seed)
                 cell |= {"mean": math.fsum(change) / len(change), "ci_low": low, "ci_high": high}
             else:
-                cell[one["kind"]].append(math.fsum(change) / len(change))
+                cell[record["kind"]].append(math.fsum(change) / len(change))
             row[lang] = cell
-    for cell in (row[lang] for rows in found.values() for _, row in by_way(rows) for lang in row):
+    for cell in (row[lang] for rows in by_model.values() for _, row in by_way(rows) for lang in row):
         for kind in ("random", "shifted"):
-            drawn = cell[kind]
-            cell |= {f"{kind}_mean": math.fsum(drawn) / len(drawn) if drawn else None, f"n_{kind}": len(drawn)}
-    return found
+            changes = cell[kind]
+            cell |= {f"{kind}_mean": math.fsum(changes) / len(changes) if changes else None, f"n_{kind}": len(changes)}
+    return by_model
 
 
 def by_way(rows: dict) -> list[tuple[str, dict]]:
-    """("way language of the experts", changes by language of the text) of a model."""
+    """("way language-of-the-experts", changes by language of the text) of a model."""
     return [(f"{way} {lang}", row) for way, of_way in rows.items() for lang, row in of_way.items()]
 
 
@@ -147,7 +147,7 @@ def by_way(rows: dict) -> list[tuple[str, dict]]:
 
 
 def draw(path: Path, payload: dict) -> None:
-    """A column for each model, a row for each language of the text; a bar for each way and language of the experts."""
+    """A column for each model, a row for each language of the text; a point for each way and expert language."""
     models = payload["steered"]
     if not any(models.values()):
         with figures.style() as plt:
@@ -173,20 +173,20 @@ def draw(path: Path, payload: dict) -> None:
 
 
 def bars(axis, cells: dict[str, dict]) -> None:
-    """The change of each way with its interval, beside it those of the controls."""
+    """The change for each way with its interval, next to those of the controls."""
     axis.axhline(0, color="0.6", linewidth=0.6)
     if not cells:
         axis.text(0.5, 0.6, "no expert", ha="center", transform=axis.transAxes)
-    places, own = range(len(cells)), list(cells.values())
-    means = np.array([cell["mean"] for cell in own])
-    ends = [means - [cell["ci_low"] for cell in own], [cell["ci_high"] for cell in own] - means]
+    positions, rows = range(len(cells)), list(cells.values())
+    means = np.array([row["mean"] for row in rows])
+    ends = [means - [row["ci_low"] for row in rows], [row["ci_high"] for row in rows] - means]
     look = {"color": figures.colour("target"), "fmt": "s", "markersize": 4, "label": "the language's experts"}
-    axis.errorbar(places, means, np.maximum(ends, 0), **look)
-    for kind, marker, words, by in (("random", "o", "random experts", -0.2), ("shifted", "x", "other layers", 0.2)):
-        dots = [(at + by, value) for at, cell in enumerate(own) for value in cell[kind]]
-        look = {"color": figures.colour("random"), "markersize": 3, "label": words}
+    axis.errorbar(positions, means, np.maximum(ends, 0), **look)
+    for kind, marker, label, by in (("random", "o", "random experts", -0.2), ("shifted", "x", "other layers", 0.2)):
+        dots = [(at + by, value) for at, row in enumerate(rows) for value in row[kind]]
+        look = {"color": figures.colour("random"), "markersize": 3, "label": label}
         axis.plot(*(zip(*dots, strict=True) if dots else ([], [])), marker, **look)
-    axis.set_xticks(places, list(cells), rotation=35, ha="right")
+    axis.set_xticks(positions, list(cells), rotation=35, ha="right")
 
 
 # ---------------------------------------------------------------- the command
@@ -196,12 +196,12 @@ def build_parser():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("--routing", metavar="F", help="result of moe-routing/routing.py; default: the study's")
-    add("--heldout", nargs="+", metavar="LANG=FILE", help="text to test on, a document a line; default: the study's")
-    text = f"standard deviations by which soft raises logits; default: the study's routing.strengths, else {STRENGTH}"
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="held-out text, a document per line; default: the study's")
+    text = f"standard deviations to raise logits by (soft); default: the study's routing.strengths, else {STRENGTH}"
     add("--strengths", nargs="+", type=float, metavar="X", help=text)
     text = f"random sets of experts, and at most as many shifts; default: the study's routing.random, else {RANDOM}"
     add("--random", type=cli.positive, metavar="N", help=text)
-    over_run.add_flags(p, RESULTS["router_steering"], part=", of which the last", drop=False)
+    over_run.add_flags(p, RESULTS["router_steering"], part=" (only the last is measured)", drop=False)
     return p
 
 
@@ -219,49 +219,49 @@ def main(argv=None) -> None:
         raise InputError("--strengths: give finite numbers")
     n_random = int(study.value(args.random, "--random", "routing.random", RANDOM))
 
-    def measured(model, one: Condition, tokenizer) -> dict:
-        losses = language_loss.losses(model, run.models[one.of], tokenizer, texts, args.batch_size)
+    def measured(model, condition: Condition, tokenizer) -> dict:
+        losses = language_loss.losses(model, run.models[condition.of], tokenizer, texts, args.batch_size)
         return {"units": losses}
 
     n_experts = arch.experts(config, layers[0])
     wanted = [
-        one for name in run.models
-        for one in wanted_of(name, arch, experts[name], layers, n_experts, strengths, n_random, study.seed)
+        condition for name in run.models
+        for condition in wanted_of(name, arch, experts[name], layers, n_experts, strengths, n_random, study.seed)
     ]  # fmt: skip
     facts |= {"experts": experts, "batch_size": args.batch_size}
     run.changed(SCHEMA, facts, wanted, measured, functools.partial(write, run.output, texts, file))
 
 
 def experts_of(file: Path, models: dict, layers: list[int]) -> dict[str, dict[str, Experts]]:
-    """Of each model and language the experts that it uses more, at most k in a layer, by what routing.py found.
+    """For each model and language the experts that it uses more by routing.py's result, at most k per layer.
 
     Raises:
-        InputError: it was found in other models.
+        InputError: the result is of other models.
     """
     payload, header = results.read_json(file, routing.SCHEMA, allow_limited=True)
-    found_in = header.get("models", {})  # none in a file without a header
-    known = {routing.BASE: found_in.get(routing.BASE), **found_in.get("checkpoints", {})}
-    found: dict[str, dict[str, Experts]] = {}
+    measured = header.get("models", {})  # none in a file without a header
+    known = {routing.BASE: measured.get(routing.BASE), **measured.get("checkpoints", {})}
+    by_model: dict[str, dict[str, Experts]] = {}
     for name, ref in models.items():
         if not known.get(name) or not relatives.same_model(known[name], ref.describe()):
             raise InputError(f"{file} is not of {ref.spec} as it is now; run moe-routing/routing.py again")
         rows = payload["checkpoints"][name]["layers"]
         k = round(header["top_k"])
-        found[name] = {
-            code: {layer: own[:k] for layer in layers if (own := rows[f"layer_{layer}"]["experts"][code])}
+        by_model[name] = {
+            code: {layer: used[:k] for layer in layers if (used := rows[f"layer_{layer}"]["experts"][code])}
             for code in payload["languages"].values()
         }
-        for code, own in found[name].items():
-            if not own:
+        for code, experts in by_model[name].items():
+            if not experts:
                 cli.warn(f"{ref.spec} has no experts that it uses more in {code}: nothing to steer there")
-    return found
+    return by_model
 
 
 def write(output: Path, texts: dict, file: Path, records: list[dict], request: dict) -> None:
-    """Everything that is written, the JSON last."""
+    """Write everything, the JSON last."""
     unsteered = {
-        one["model"]: {lang: math.fsum(own) / len(own) for lang, own in one["units"].items()}
-        for one in records if one["name"] == "none"
+        record["model"]: {lang: math.fsum(losses) / len(losses) for lang, losses in record["units"].items()}
+        for record in records if record["name"] == "none"
     }  # fmt: skip
     payload = {"unsteered": unsteered, "steered": summarize(records, request["seed"])}
     if not any(payload["steered"].values()):

@@ -1,8 +1,8 @@
-"""How often the rules of report/claims.py are right: made-up studies, whose result files it reads as any others.
+"""How often the rules of report/claims.py are right, on simulated studies whose result files it reads like any others.
 
-Each world is drawn many times over twelve seeds, of which the first 5, 8 and 12 are judged. In some no claim is true or
-false: all numbers lie at the bounds of the claims, with nothing special, or only depth, seams or shared growth. In the
-others every claim is true, or every one false, by so many standard deviations over seeds.
+Each world is drawn many times with twelve seeds, of which the first 5, 8 and 12 are judged. In some worlds no claim is
+true or false: all numbers lie at the claims' bounds, with nothing special or only effects of depth, seams or shared
+growth. In the others every claim is true, or every claim false, by a number of standard deviations over seeds.
 
 Out:  the table of error rates in report/README.md, between its two marks.
 
@@ -41,14 +41,14 @@ ROWS = {"data": {"pairs_sha256": "same"}, "heldout": {"sha256": "same"}, "task":
 
 @dataclass(frozen=True)
 class World:
-    """What is true of a study.
+    """What is true in a simulated study.
 
     Attributes:
         effect: by how many standard deviations over seeds every claim is true, or false (below 0); 0: at its bound.
-        depth, seams: what of the gain a swap costs more for lying one layer earlier, and for each seam.
-        bow: what of the gain the first and the last layer each cost more than the middle, the others by a parabola.
-        growth: everything grows with training, and what is frozen is missed, wherever it lies.
-        noise: of the seeds, "normal", or "skewed" (log-normal).
+        depth, seams: share of the gain that a swap costs more per layer that it lies earlier, and per seam.
+        bow: share of the gain that the first and the last layer each cost more than the middle, others by a parabola.
+        growth: everything grows with training, and freezing any part costs the same, wherever it is.
+        noise: its distribution over seeds, "normal" or "skewed" (log-normal).
     """
 
     name: str
@@ -77,12 +77,12 @@ WORLDS = [
 ]  # fmt: skip
 
 
-# ---------------------------------------------------------------- a made-up study
+# ---------------------------------------------------------------- a simulated study
 
 
 @functools.cache
 def write_model(folder: Path, content: float) -> dict:
-    """No model, but what tells models apart: a config and one file of weights; its description."""
+    """Write what tells models apart, a config and a file of weights, and return its description."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -92,13 +92,13 @@ def write_model(folder: Path, content: float) -> dict:
 
 
 class Made:
-    """One seed of a made-up study below `folder`: its models, and its results in `folder`/results/<seed>."""
+    """One seed of a simulated study below `folder`: its models, and its results in `folder`/results/<seed>."""
 
     def __init__(self, folder: Path, world: World, seed: int):
         self.folder, self.world, self.seed = folder, world, seed
-        place = folder / f"models/{seed}"
-        self.base = write_model(place / "base", seed)
-        self.run = [write_model(place / "run" / f"checkpoint-{step}", step + seed / 100) for step in STEPS]
+        models = folder / f"models/{seed}"
+        self.base = write_model(models / "base", seed)
+        self.run = [write_model(models / "run" / f"checkpoint-{step}", step + seed / 100) for step in STEPS]
         self.results, self.study = folder / f"results/{seed}", folder / "study.yaml"
         self.study.write_text(
             f"name: made\nbase: {folder}/models/{{seed}}/base\nrun: {folder}/models/{{seed}}/run\n"
@@ -106,7 +106,7 @@ class Made:
         )
 
     def all(self, rng: np.random.Generator) -> Made:
-        """Write every result that claims read; `rng` draws this seed."""
+        """Write every result that the claims read; `rng` draws this seed."""
         self.rng = rng
         for make in (self.retrieval, self.layers, self.layer_swap, self.component_swaps, self.weights, self.arms):
             make()
@@ -116,23 +116,23 @@ class Made:
         return self
 
     def write(self, place: str, payload: dict, schema: str, tensors: dict | None = None, **facts) -> Path:
-        path, alike = self.results / place, {"n_layers": L, "seed": self.seed, "limit": None}
-        whole = {results.HEADER: {"schema": schema, **alike, **facts}, **payload}
+        path, common = self.results / place, {"n_layers": L, "seed": self.seed, "limit": None}
+        content = {results.HEADER: {"schema": schema, **common, **facts}, **payload}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(whole, default=lambda value: value.tolist()))
+        path.write_text(json.dumps(content, default=lambda value: value.tolist()))
         if tensors:
             results.write_tensors(path.with_suffix(".pt"), tensors)
         return path
 
     def noise(self, sd: float, *shape: int) -> np.ndarray:
-        """What differs between seeds, with mean 0."""
+        """Differences between seeds, with mean 0."""
         drawn = self.rng.normal(size=shape)
         if self.world.noise == "skewed":
             drawn = (np.exp(drawn) - np.exp(0.5)) / (np.e * (np.e - 1)) ** 0.5
         return sd * drawn
 
     def retrieval(self) -> None:
-        """Of the last checkpoint: inner hidden states differ from the ends by 1 sd = .026 where the effect is 1."""
+        """Hits of the last checkpoint: with an effect of 1, inner hidden states differ from the ends by 1 sd = .026."""
         hits = {}
         for tensor in ("hits", "hits_unit_centred"):
             chances = 0.3 + 0.026 * self.world.effect * np.array([0, *[1] * (L - 1), 0]) + self.noise(0.015, L + 1)
@@ -148,10 +148,10 @@ class Made:
             payload[key] = [[state, value] for state, value in enumerate(hits[tensor].mean(1))]
             payload[f"{key}_ci"] = [[state, list(both)] for state, both in enumerate(ends)]
         tensors = {tensor: torch.tensor(each) for tensor, each in hits.items()}
-        alike = {"models": models, "data": ROWS["data"], "dtype": "float32", "margin_variant": "ratio", "k": 4}
-        alike |= {"special_tokens": True, **LANGS} | facts
+        common = {"models": models, "data": ROWS["data"], "dtype": "float32", "margin_variant": "ratio", "k": 4}
+        common |= {"special_tokens": True, **LANGS} | facts
         place = f"sentence-retrieval/eng_Latn-gle_Latn/{name}.json"
-        return self.write(place, payload, "sentence-retrieval", tensors, **alike)
+        return self.write(place, payload, "sentence-retrieval", tensors, **common)
 
     def layers(self, **facts) -> None:
         payload = {"interface_layers": self.world.interface, "semantic_layers": self.world.hub}
@@ -164,29 +164,29 @@ class Made:
     # --- swaps
 
     def layer_swap(self) -> None:
-        """Each layer costs its share of the gain; where the effect is 1, 1 sd less in the hub and more outside it."""
+        """Each layer costs its share of the gain; with an effect of 1, 1 sd less in the hub and more outside it."""
         world = self.world
-        own = {m: np.zeros(L) for m in ENDS}
+        layer_costs = {m: np.zeros(L) for m in ENDS}
         shared = self.noise(0.014, L)
-        for measure in own:
-            own[measure] = shared + self.noise(0.014, L)
-            own[measure] += world.effect * np.where(np.isin(np.arange(L), world.hub), -0.011, 0.008)
-        plain = 0.25 - self._nuisance(world.hub)  # the hub swap loses a quarter of the gain where nothing is special
+        for measure in layer_costs:
+            layer_costs[measure] = shared + self.noise(0.014, L)
+            layer_costs[measure] += world.effect * np.where(np.isin(np.arange(L), world.hub), -0.011, 0.008)
+        plain = 0.25 - self._nuisance(world.hub)  # without an effect the hub swap loses a quarter of the gain
 
         def cost(measure: str, layers) -> float:
-            return plain * len(layers) / 4 + own[measure][list(layers)].sum() + self._nuisance(layers)
+            return plain * len(layers) / 4 + layer_costs[measure][list(layers)].sum() + self._nuisance(layers)
 
         sets = [("semantic_hub", None, world.hub)] + [("random", None, one) for one in self.sets() if one != world.hub]
         facts = {"interface_layers": world.interface, "semantic_hub_layers": world.hub}
         self.swap("layer-swap", "semantic_hub", sets, lambda m, _, layers: cost(m, layers), list(ENDS), facts)
 
     def component_swaps(self) -> None:
-        """Attention and FFN of the same layers: where the effect is 1, attention costs 1 sd more, and more so in the
-        interface; where nothing is special, both cost the same."""
+        """Attention and FFN of the same layers cost the same; with an effect of 1, attention costs 1 sd more, and more
+        so in the interface."""
         world, places = self.world, {"interface": self.world.interface, "lsn_rich": self.world.rich}
-        here = np.array([(at in world.interface) - (at in world.rich) for at in range(L)])
-        more = world.effect * (0.013 + 0.009 * here)
-        own = {
+        side = np.array([(at in world.interface) - (at in world.rich) for at in range(L)])
+        more = world.effect * (0.013 + 0.009 * side)
+        layer_costs = {
             (m, kind): 0.03 + self.noise(0.008, L) + (more if kind == "attention" else 0)
             for m in list(ENDS)[:2] for kind in ("attention", "ffn")
         }  # fmt: skip
@@ -199,12 +199,12 @@ class Made:
         ):  # fmt: skip
             self.swap(
                 f"component-swap/{folder}", first, rows,
-                lambda m, kind, layers: own[m, kind][list(layers)].sum() + self._nuisance(layers) / 2,
+                lambda m, kind, layers: layer_costs[m, kind][list(layers)].sum() + self._nuisance(layers) / 2,
                 list(ENDS)[:2], {"own": first, "n_layers": L},
             )  # fmt: skip
 
     def sets(self) -> list[tuple]:
-        """Half of all sets of as many layers as the hub has."""
+        """Every second set of as many layers as the hub has."""
         return list(combinations(range(L), len(self.world.hub)))[::2]
 
     def _nuisance(self, layers) -> float:
@@ -257,7 +257,7 @@ class Made:
         )
 
     def arms(self) -> None:
-        """Shares of the gain that arms reach; 1 sd of a difference is .1, of the outer quarter's score .01."""
+        """The shares of the gain that arms reach; 1 sd is .1 of a difference, and .01 of the outer quarter's score."""
         d, start = self.world.effect, 0.6 if self.world.growth else 0.85
         what = {
             "hub_frozen": ("freeze", "hub", 0.1), "interface_frozen": ("freeze", "interface", -0.1),
@@ -282,11 +282,11 @@ class Made:
             tensors[measure] = torch.tensor(np.array(means)[:, None] + common - common.mean())
             for row, value in zip(models.values(), tensors[measure].mean(1).tolist(), strict=True):
                 row["values"][measure] = value
-        said = {"base": self.base, "plain": self.run[-1]}
-        self.write("arms.json", {"models": models}, "arms", tensors, models=said, dtype="float32", **ROWS, **LANGS)
+        roles = {"base": self.base, "plain": self.run[-1]}
+        self.write("arms.json", {"models": models}, "arms", tensors, models=roles, dtype="float32", **ROWS, **LANGS)
 
     def curves(self) -> None:
-        """What correlates over checkpoints, and decides nothing: two unrelated curves that saturate."""
+        """Correlations over checkpoints, which decide nothing, between unrelated curves that saturate."""
         time = np.array(STEPS) / STEPS[-1]
         one, other, third = (1 - np.exp(-time / tau) for tau in self.rng.uniform(0.15, 0.6, 3))
         series = {"steps": STEPS, "attention": one, "gate": other, "abs_d": third}
@@ -298,8 +298,8 @@ class Made:
         self.write("downstream-correlation/correlation.json", payload, "downstream_correlation", models=self.of_run())
 
     def sweep(self) -> None:
-        """The area under what is kept from the input minus that from the output: where the effect is 1, 1 sd (.05) more
-        of perception than of production."""
+        """The area under the gain kept from the input minus that from the output: with an effect of 1, 1 sd (.05) more
+        for perception than for production."""
         (value,) = 0.05 * self.world.effect + self.noise(0.05, 1)
         row = {"value": value, "ci_low": value - 0.03, "ci_high": value + 0.03, "why": None}
         payload = {"specialisation": row, "specialisation_saved": row}
@@ -309,8 +309,8 @@ class Made:
         self.write("layer-ablation/sweep.json", payload, "ablation-sweep", **facts)
 
     def spectrum(self) -> None:
-        """The share of the change in the singular values over that of random ones: where the effect is 1, 1 sd (5 %)
-        below its bound."""
+        """The share of the change in the singular values over a random change's: with an effect of 1, 1 sd (5 %) below
+        its bound."""
         ratios = 0.8 * np.exp(-0.05 * self.world.effect + self.noise(0.05, 3))
         nulls = {kind: {"value_share": [0.02], "ratio": ratio} for kind, ratio in
                  zip(("gaussian", "permuted", "signs"), ratios.tolist(), strict=True)}  # fmt: skip
@@ -319,7 +319,7 @@ class Made:
         self.write("spectral/spectrum.json", payload, "spectrum", models=self.of_run())
 
     def heads(self) -> None:
-        """By how much more the most changed heads hold than 1.2 times chance: where the effect is 1, 1 sd (5 %)."""
+        """The share held by the most changed heads: with an effect of 1, 1 sd (5 %) above 1.2 times chance."""
         (share,) = 0.24 * np.exp(0.05 * self.world.effect + self.noise(0.05, 1))
         row = {"top_share": share, "permuted": {"mean": 0.2, "low": 0.19, "high": 0.21, "p_value": 0.5, "draws": 1000}}
         row |= {"in_proportion": 0.2, "even": 0.15, "gini": 0.1, "gini_permuted": 0.1}
@@ -327,8 +327,8 @@ class Made:
         self.write("spectral/heads.json", payload, "heads", models=self.of_run())
 
     def rewinding(self) -> None:
-        """How much more least changed heads can be put back than random ones (1 sd is .05), and by how much a
-        checkpoint is better with them put back (.001)."""
+        """How much more of the update least changed heads can put back than random ones (1 sd is .05), and how much
+        better a checkpoint is with them put back (.001)."""
         more, loss, task = np.array([0.05, 1e-3, 1e-3]) * (self.world.effect + self.noise(1, 3))
 
         def row(value: float) -> dict:
@@ -344,7 +344,7 @@ class Made:
         self.write("spectral/rewind.json", payload, "rewind", **self.of_pair())
 
     def truncation(self) -> None:
-        """By how much more of the update can be cut off than if it were random: where the effect is 1, 1 sd (.05)."""
+        """How much more of the update can be cut off than if it were random: with an effect of 1, 1 sd (.05)."""
         (value,) = 0.05 * self.world.effect + self.noise(0.05, 1)
         row = {"value": value, "ci_low": value - 0.04, "ci_high": value + 0.04}
         of_loss = {"nll_per_byte": {"at": row | {"kept": row}}}
@@ -353,7 +353,7 @@ class Made:
         self.write("spectral/truncate.json", payload, "truncate", **self.of_pair())
 
     def connection(self) -> None:
-        """The barrier between two runs, as a share of the gain: where the effect is 1, 1 sd (.02) below its bound."""
+        """The barrier between two runs as a share of the gain: with an effect of 1, 1 sd (.02) below its bound."""
         (value,) = 0.1 - 0.02 * self.world.effect + self.noise(0.02, 1)
         row = {"value": value, "ci_low": value - 0.01, "ci_high": value + 0.01}
         measures = {"nll_per_byte": {key: row | {"share": row} for key in ("barrier", "random")} | {"apart": row}}
@@ -369,7 +369,7 @@ class Made:
 
 
 def judged(folder: Path, world: World, number: int, made: dict, counts=SEEDS) -> dict[int, dict[str, verdicts.Verdict]]:
-    """The verdicts on study `number` of a world with the first 5, 8 and 12 of its seeds (`counts`)."""
+    """The verdicts on study `number` of a world, by the first 5, 8 and 12 of its seeds (`counts`)."""
     for seed in range(max(counts)):
         key = sum(map(ord, world.name)), number, seed
         Made(folder, world, seed).all(np.random.default_rng(key))
@@ -378,14 +378,14 @@ def judged(folder: Path, world: World, number: int, made: dict, counts=SEEDS) ->
 
 
 def rates(worlds: list[World], studies: int, counts=SEEDS) -> list[list[str]]:
-    """A row for each world and number of seeds: how many studies decide something falsely, of the claims of each
-    letter, which share a Holm correction, and how often each claim is decided.
+    """A row for each world and number of seeds: how many studies decide any claim of a letter (which share a Holm
+    correction) falsely, and how often each claim is decided.
 
-    Of worlds in which no claim is true or false any decision is a false one.
+    In worlds where no claim is true or false, any decision is false.
     """
     made, rows = claims.claims(), []
     letters = sorted({name[0] for name in made})
-    # The resamples of every seed are drawn once for all studies, not for each.
+    # Draw the resamples of a seed once for all studies.
     stats.resample_weights = functools.cache(stats.resample_weights.__wrapped__)
     for world in worlds:
         right = verdicts.YES if world.effect > 0 else verdicts.NO if world.effect < 0 else None
@@ -393,11 +393,11 @@ def rates(worlds: list[World], studies: int, counts=SEEDS) -> list[list[str]]:
         decided, false = {n: Counter() for n in counts}, Counter()
         with tempfile.TemporaryDirectory() as folder:
             for number in range(n_studies):
-                for n, found in judged(Path(folder), world, number, made, counts).items():
-                    said = {name: one.verdict for name, one in found.items()}
-                    wrong = [name for name, v in said.items() if v in (verdicts.YES, verdicts.NO) and v != right]
+                for n, said in judged(Path(folder), world, number, made, counts).items():
+                    decisions = [name for name, v in said.items() if v.verdict in (verdicts.YES, verdicts.NO)]
+                    wrong = [name for name in decisions if said[name].verdict != right]
                     false.update((n, letter) for letter in {name[0] for name in wrong})
-                    decided[n].update(name for name, v in said.items() if v in (verdicts.YES, verdicts.NO))
+                    decided[n].update(decisions)
         for n in counts:
             share = [f"{100 * decided[n][name] / n_studies:.0f}" for name in made]
             wrong = [f"{100 * false[n, letter] / n_studies:.1f}" for letter in letters]
@@ -417,9 +417,9 @@ def table(rows: list[list[str]]) -> str:
 
 def build_parser():
     p = cli.parser(__doc__)
-    text = "of each world, half of them where there is an effect; default 200"
+    text = "studies of each world, half as many if it has an effect; default 200"
     p.add_argument("--studies", type=cli.positive, default=200, metavar="N", help=text)
-    p.add_argument("--worlds", nargs="+", metavar="W", help="only these, and the table is printed; default: all")
+    p.add_argument("--worlds", nargs="+", metavar="W", help="only these worlds, and print the table; default: all")
     p.add_argument("--output", metavar="FILE", default=str(README), help="Markdown with the marks; default: the README")
     return p
 

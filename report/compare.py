@@ -1,10 +1,10 @@
-"""Several CPT runs of one base side by side: retrieval, change of the weights, swaps, neurons, losses and the task, in
-one figure and one table, and what each other run has more or less than the first.
+"""Several CPT runs of one base side by side: retrieval, weight change, swaps, neurons, losses and the task in one
+figure and one table, with the difference of each run from the first.
 
-In:   a study with other `runs`, or arms, of which there are results of their own (every script with --arm NAME), or
-      study files of one base and of the same texts, the first the one that others are compared with.
-Out:  OUT (default: the study's report/compare.json): values of every run and differences from the first, over sentences
-      (documents, rows) paired, with --seeds over seeds; tables as .md and .tex, a figure as .pdf and .png.
+In:   a study with other `runs` or arms that have results of their own (every script with --arm NAME), or study files
+      with one base and the same texts; the others are compared with the first.
+Out:  OUT (default: the study's report/compare.json): values of every run and differences from the first, paired over
+      sentences (documents, rows), with --seeds over seeds; tables as .md and .tex, a figure as .pdf and .png.
 
 Full: python report/compare.py --study studies/demo.yaml plain first_half --seeds 0,1,2,3,4 -o build/try/compare.json
 Tiny: python report/compare.py --study demo/tiny.yaml plain second
@@ -31,9 +31,9 @@ RESULTS = {"compare": "report/compare.json"}
 ASKED = {"compare": "How do several runs of one base differ?"}
 CAPTIONS = {
     "compare": """Part I: 7. Several runs
-        CPT runs of one base side by side, each at its last checkpoint where no step is said. Differences are the other
-        run minus the first: of one seed with 95 % intervals over sentences (documents), which both runs were measured
-        on, of several seeds over these. One run of each is one sample of what training does.""",
+        CPT runs of one base side by side, each at its last checkpoint unless a step is given. Differences are the other
+        run minus the first: for one seed with 95 % intervals over the sentences (documents) that both runs were
+        measured on, for several with intervals over seeds. One run of each is one sample of what training does.""",
 }
 SWAPS = {
     ("layer_swap", "semantic_hub"): "hub",
@@ -48,7 +48,7 @@ DRAWS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A number of one run; `units` [n] are what it is the mean of, if known, and `of` what they are of."""
+    """A number of one run; `units` [n] are the values that it is the mean of, if known, and `of` says of what."""
 
     value: float
     units: np.ndarray | None = None
@@ -61,54 +61,54 @@ class Quantity:
 
 
 class Run:
-    """What there is of one run: its results, which are checked to be about it, and all its numbers as rows."""
+    """One run: its results, checked to be about it, and all its numbers as rows."""
 
     def __init__(self, study: Study):
         self.study, self.found = study, evidence.Results(study, DRAWS)
         self.table = rows.of_the_pair(rows.rows(study), study)
-        self.texts: dict[str, str] = {}  # of held-out text by language: what it was
-        self.lacks: dict[str, list[str]] = {}  # what a section has to do without
+        self.texts: dict[str, str] = {}  # language -> hash of its held-out text
+        self.lacks: dict[str, list[str]] = {}  # section -> reasons for what it lacks
 
     def chosen(self, **columns) -> list[dict]:
         return export.chosen(self.table, **columns)
 
     def at_last(self, what: str, **columns) -> list[dict]:
-        """The rows of the last checkpoint; Missing where there are none."""
-        of = self.chosen(**columns, step=self.found.last["step"])
-        if not of:
+        """The rows of the last checkpoint; raises Missing if there are none."""
+        matches = self.chosen(**columns, step=self.found.last["step"])
+        if not matches:
             raise evidence.Missing(f"there is no {what} of {self.found.last['spec']}")
-        return of
+        return matches
 
 
 def retrieval(run: Run) -> dict[str, Quantity]:
-    """Accuracy of the published curve and with lengths and languages taken out, at each hidden state and their mean."""
+    """Accuracy of the published curve and with lengths and languages removed, at each hidden state and their mean."""
     found, quantities = run.found, {}
     file = found.checked(found.retrieval_path(found.last), "retrieval", "sentence-retrieval")
     for curve in (curves.MEASURES["published"], curves.MEASURES["unit_centred"]):
         hits = found.hits(file, curve.key, curve.hits)
         means = {"mean over h_1 .. h_L": hits[1:].mean(0), "last hidden state": hits[-1]}
-        means |= {f"h_{state}": own for state, own in enumerate(hits)}
+        means |= {f"h_{state}": units for state, units in enumerate(hits)}
         quantities |= {
-            f"{curve.label}, {name}": Quantity(float(own.mean()), own, "sentences") for name, own in means.items()
+            f"{curve.label}, {name}": Quantity(float(units.mean()), units, "sentences") for name, units in means.items()
         }
     return quantities
 
 
 def change(run: Run) -> dict[str, Quantity]:
-    """How far the weights went: relative change of attention and of the FFN, mean |dW| of interface and hub."""
+    """How far the weights moved: relative change of attention and of the FFN, mean |dW| of interface and hub."""
     words = {"attention": "attention", "ffn": "FFN"}
     file = run.found.file("attn_vs_ffn", "attn_vs_ffn")
     run.found.refuse_part_of_run(file, file.payload["checkpoints"])
-    own = {word: file.at("pooled", run.found.last["step"], key) for key, word in words.items()}
-    found = {f"relative, {word}": Quantity(value) for word, value in own.items()}
+    relative = {word: file.at("pooled", run.found.last["step"], key) for key, word in words.items()}
+    quantities = {f"relative, {word}": Quantity(value) for word, value in relative.items()}
     for row in run.chosen(result="int_and_sem", step=run.found.last["step"], layer=None):
-        found[f"mean |dW|, {row['component'].replace('semantic_', '')}"] = Quantity(row["value"])
-    return found
+        quantities[f"mean |dW|, {row['component'].replace('semantic_', '')}"] = Quantity(row["value"])
+    return quantities
 
 
 def swaps(run: Run) -> dict[str, Quantity]:
-    """What it costs the checkpoint to have layers, or their attention or FFN, swapped to the base's; more is worse."""
-    found: dict[str, Quantity] = {}
+    """The cost of swapping layers, or their attention or FFN, to the base; more is worse."""
+    quantities: dict[str, Quantity] = {}
     for (step, treatment), words in SWAPS.items():
         try:
             swap = interventions.swaps(run.found, step, treatment)
@@ -119,23 +119,23 @@ def swaps(run: Run) -> dict[str, Quantity]:
             if swap.lacks(measure):
                 continue
             _, units = swap.measured(measure)
-            own, like = units[swap.own], swap.sets[swap.own]
+            treated, treatment_row = units[swap.own], swap.sets[swap.own]
             random = [
                 i for i, row in enumerate(swap.sets)
-                if row["name"] == "random" and row.get("component") == like.get("component")
-                and len(row["layers"]) == len(like["layers"])
+                if row["name"] == "random" and row.get("component") == treatment_row.get("component")
+                and len(row["layers"]) == len(treatment_row["layers"])
             ]  # fmt: skip
-            costs = {words: units[swap.target] - own}
+            costs = {words: units[swap.target] - treated}
             if random:
-                costs[f"{words} minus random swaps"] = units[random].mean(0) - own
+                costs[f"{words} minus random swaps"] = units[random].mean(0) - treated
             for name, cost in costs.items():
-                found[f"{name}, {interventions.words(measure)}"] = Quantity(float(cost.mean()), cost, "units")
-    return found
+                quantities[f"{name}, {interventions.words(measure)}"] = Quantity(float(cost.mean()), cost, "units")
+    return quantities
 
 
 def neurons(run: Run) -> dict[str, Quantity]:
-    """How many neurons each language has, and how far the mean activation of the target's went from the base's."""
-    found = {f"of {row['language']}": Quantity(row["value"]) for row in run.at_last(
+    """The number of neurons of each language, and how far the mean activation of the target's moved from the base."""
+    quantities = {f"of {row['language']}": Quantity(row["value"]) for row in run.at_last(
         "language-specific neurons", result="lsn_mask", measure="n_neurons") if row["language"]}  # fmt: skip
     means = {
         row["step"]: row["value"]
@@ -143,31 +143,31 @@ def neurons(run: Run) -> dict[str, Quantity]:
     }
     last = run.found.last["step"]
     if {0, last} <= {*means}:
-        found["mean activation minus the base's"] = Quantity(means[last] - means[0])
-    return found
+        quantities["mean activation minus the base's"] = Quantity(means[last] - means[0])
+    return quantities
 
 
 def losses(run: Run) -> dict[str, Quantity]:
-    """Nats per byte of held-out text in every language that there is some of."""
+    """Nats per byte of held-out text in every language that has some."""
     file = run.found.file("language_loss", "language-loss")
     pt = run.found.there(file.path.with_suffix(".pt"), "language_loss")
     run.found.read.append(str(pt))
-    units, found, last = results.read_tensors(pt), {}, str(run.found.last["step"])
+    units, quantities, last = results.read_tensors(pt), {}, str(run.found.last["step"])
     for code, of_step in file.payload.items():
         steps = list(of_step)
         if last not in steps:
-            raise file.refused("is about a part of the run or of the data")
-        own = units[code][steps.index(last)].double().numpy() if code in units else None
+            raise file.refused("is about only a part of the run or of the data")
+        values = units[code][steps.index(last)].double().numpy() if code in units else None
         value = file.at(code, last, "nll_per_byte")
-        if own is None or abs(own.mean() - value) > 1e-6:
+        if values is None or abs(values.mean() - value) > 1e-6:
             raise file.refused(f"and {pt.name} beside it do not belong together ({code})")
         run.texts[code] = ((file.header.get("heldout") or {}).get(code) or {}).get("sha256", "")
-        found[code] = Quantity(value, own, "documents")
-    return found
+        quantities[code] = Quantity(value, values, "documents")
+    return quantities
 
 
 def task(run: Run) -> dict[str, Quantity]:
-    """Accuracy of the downstream task; its rows are not kept, so that a difference has no interval over them."""
+    """Accuracy of the downstream task; results by row are not kept, so a difference has no interval over rows."""
     row = run.at_last("task accuracy", result="downstream", measure="acc")[0]
     return {"accuracy": Quantity(row["value"])}
 
@@ -178,19 +178,19 @@ SECTIONS = {
 
 
 def measured(run: Run) -> tuple[dict[str, Quantity], dict[str, str]]:
-    """All quantities of a run by "section: name", and what sections lack.
+    """All quantities of a run by "section: name", and what its sections lack.
 
     Raises:
-        InputError: results that are not about this run, or nothing at all.
+        InputError: results are not about this run, or there are none.
     """
-    found: dict[str, Quantity] = {}
+    quantities: dict[str, Quantity] = {}
     for section, function in SECTIONS.items():
         try:
             with run.found.reading(section):
-                found |= {f"{section}: {name}": quantity for name, quantity in function(run).items()}
+                quantities |= {f"{section}: {name}": quantity for name, quantity in function(run).items()}
         except evidence.Missing as reason:
             run.lacks[section] = [str(reason)]
-    if not found:
+    if not quantities:
         raise InputError(
             f"{run.found.folder} holds no result to compare; run the steps of the README "
             + (
@@ -199,19 +199,19 @@ def measured(run: Run) -> tuple[dict[str, Quantity], dict[str, str]]:
                 else f"on {run.study.path}"
             )
         )
-    return found, {section: "; ".join(reasons) for section, reasons in run.lacks.items()}
+    return quantities, {section: "; ".join(reasons) for section, reasons in run.lacks.items()}
 
 
 # ---------------------------------------------------------------- several runs
 
 
 def refuse_strangers(runs: dict[str, Run]) -> None:
-    """Refuse what is not several runs of one base, measured in one way on the same texts."""
+    """Refuse runs of different bases, equal runs, and runs measured differently or on other texts."""
     first, *others = runs.items()
     for name, run in others:
         if not relatives.same_model(first[1].found.base, run.found.base):
             raise InputError(
-                f"{first[0]} and {name} start from other bases: {run.found.base['spec']}; compare one base's"
+                f"{first[0]} and {name} start from different bases: {run.found.base['spec']}; compare runs of one"
             )
         for other, before in runs.items():
             if other != name and relatives.same_model(before.found.last, run.found.last):
@@ -220,15 +220,17 @@ def refuse_strangers(runs: dict[str, Run]) -> None:
             one, two = first[1].found.facts.get(what), run.found.facts.get(what)
             if one and two and one[0] != two[0] and what != "a seed":
                 raise InputError(
-                    f"{one[1]} and {two[1]} were made with different {what.removeprefix('a ')}; measure alike"
+                    f"{one[1]} and {two[1]} were made with different {what.removeprefix('a ')}; measure both alike"
                 )
         for code in first[1].texts.keys() & run.texts.keys():
             if first[1].texts[code] != run.texts[code]:
-                raise InputError(f"the losses of {first[0]} and {name} are of different text of {code}; measure alike")
+                raise InputError(
+                    f"losses of {first[0]} and {name} are on different texts in {code}; measure both alike"
+                )
 
 
 def difference(name: str, first: Quantity, other: Quantity, seed: int) -> dict:
-    """The other run minus the first, by unit where both have the same ones."""
+    """The other run minus the first, paired by unit if both have units."""
     if first.units is None or other.units is None:
         return verdicts.number(name, other.value - first.value)
     if first.units.shape != other.units.shape:
@@ -237,7 +239,7 @@ def difference(name: str, first: Quantity, other: Quantity, seed: int) -> dict:
 
 
 def agreement(first: Run, other: Run) -> list[dict]:
-    """What the hubs, and the neurons of each language, of two runs have in common (Jaccard), and by chance would."""
+    """The overlap (Jaccard) of the hubs and of each language's neurons in two runs, and that expected by chance."""
     pairs = {}
     hubs = [export.chosen(run.table, result="layers", measure="in_hub") for run in (first, other)]
     if all(hubs):
@@ -246,20 +248,20 @@ def agreement(first: Run, other: Run) -> list[dict]:
     if all(path.is_file() for path in masks):
         (one, header), (two, _) = (results.read_json(path, "lsn-mask") for path in masks)
         for code in (code for code in one if code in two):
-            own = [{(layer, i) for layer in mask[code] for i in mask[code][layer]} for mask in (one, two)]
-            pairs[f"neurons of {code}"] = own, header["n_layers"] * header["ffn_width"]
-    found = []
+            neurons_ = [{(layer, i) for layer in mask[code] for i in mask[code][layer]} for mask in (one, two)]
+            pairs[f"neurons of {code}"] = neurons_, header["n_layers"] * header["ffn_width"]
+    numbers = []
     for name, (sets, n) in pairs.items():
         if any(sets):
-            both = stats.overlap(*sets, n)
-            found.append(verdicts.number(f"{name} in both", both["jaccard"], p_value=both["p_value"]))
-            found.append(verdicts.number(f"{name} in both, by chance", both["expected"]))
-    return found
+            overlap = stats.overlap(*sets, n)
+            numbers.append(verdicts.number(f"{name} in both", overlap["jaccard"], p_value=overlap["p_value"]))
+            numbers.append(verdicts.number(f"{name} in both, by chance", overlap["expected"]))
+    return numbers
 
 
 def of_seed(studies: dict[str, Study]) -> dict:
-    """Everything of one seed: `values` and `differences` {run: numbers}, `agreement`, `missing`, `gate` (of runs that
-    fail it, why), `models`, `curves`."""
+    """The comparison for one seed: `values` and `differences` {run: numbers}, `agreement`, `missing`, `gate` (why, for
+    runs that fail it), `models`, `curves`."""
     runs = {name: Run(study) for name, study in studies.items()}
     quantities, missing = {}, {}
     for name, run in runs.items():
@@ -288,7 +290,7 @@ def of_seed(studies: dict[str, Study]) -> dict:
 
 
 def over_seeds(seeds: dict[int, dict]) -> dict:
-    """The same over seeds: each number as mean with the interval of t."""
+    """The same over seeds: of each number the mean with the interval of Student's t."""
     first = next(iter(seeds.values()))
 
     def joined(key: str) -> dict:
@@ -315,12 +317,10 @@ def chosen_studies(args, seed: int | None) -> dict[str, Study]:
     """The runs to compare by name: study files, or the study's own run (plain), its `runs` and arms."""
     if args.runs and all(Path(name).suffix in (".yaml", ".yml") for name in args.runs):
         studies = [Study.find(file, seed, args.arm) for file in args.runs]
-        found = {study.name: study for study in studies}
-        if len(found) < len(studies):
-            raise InputError(
-                f"two of {', '.join(args.runs)} are called the same; give each a name of its own (key name)"
-            )
-        return found
+        by_name = {study.name: study for study in studies}
+        if len(by_name) < len(studies):
+            raise InputError(f"two of {', '.join(args.runs)} have the same name; give each its own (key name)")
+        return by_name
     if args.arm is not None:
         raise InputError("name the runs to compare (plain, and arms or runs of the study); leave out --arm")
     study = Study.find(args.study, seed)
@@ -328,15 +328,15 @@ def chosen_studies(args, seed: int | None) -> dict[str, Study]:
         raise InputError("give study files of several runs, or --study FILE with other runs in it (key runs)")
     names = args.runs or [rows.PLAIN, *study.get("runs", {})]
     if len(names) < 2 or len({*names}) < len(names):
-        raise InputError(f"{study.path}: two runs or more are compared; put others under the key runs, or name arms")
+        raise InputError(f"{study.path}: comparing takes two runs or more; put others under the key runs, or name arms")
     return {name: study if name == rows.PLAIN else study.of_arm(name) for name in names}
 
 
 def build_parser():
     p = cli.parser(__doc__)
-    text = "study files, or of --study: plain, and names of its runs and arms; default: plain and all runs"
+    text = "study files; or, of --study, plain and names of its runs and arms; default: plain and all runs"
     p.add_argument("runs", nargs="*", metavar="RUN", help=text)
-    text = "differences over these seeds; default: one, over sentences and documents"
+    text = "differences over these seeds; default: one seed, over sentences and documents"
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help=text)
     p.add_argument("-o", "--output", metavar="OUT", help="JSON to write; default: the study's report/compare.json")
     return p

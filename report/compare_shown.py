@@ -1,4 +1,4 @@
-"""The comparison of several runs for people: tables in Markdown and LaTeX, and the figure."""
+"""The comparison of several runs for readers: tables in Markdown and LaTeX, and the figure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cpt_utils.measures import verdicts
 export, shown = cli.sibling("report/export.py"), cli.sibling("report/shown.py")
 in_digits = cli.sibling("report/headlines.py").in_digits
 
-SHADES = figures.PALETTE[:6]  # without black, which is the base's, and yellow
+SHADES = figures.PALETTE[:6]  # without yellow, and black, which is the base
 LINES = ("-", "--", "-.", ":")
-BY_STATE = re.compile(r"retrieval: (.+), h_(\d+)")  # numbers that the figure shows, and the tables leave out
+BY_STATE = re.compile(r"retrieval: (.+), h_(\d+)")  # numbers in the figure but not in the tables
 ACCURACIES = {"layer_accuracy": "published", "unit_centred_accuracy": "unit, centred"}
 SMALL = {"fontsize": 6.5}
 ENDS = ("value", "ci_low", "ci_high")
@@ -24,34 +24,34 @@ ENDS = ("value", "ci_low", "ci_high")
 
 
 def curves_of(table: list[dict]) -> dict[str, list[list[float]]]:
-    """The series of one run that the figure shows, as [[x, value], ..] by name; those that there are."""
+    """The available series of one run for the figure, as [[x, value], ..] by name."""
 
     def series(x: str, **columns) -> list[list[float]]:
-        of = export.chosen(table, **columns)
-        return sorted([row[x], row["value"]] for row in of if row[x] is not None)
+        matches = export.chosen(table, **columns)
+        return sorted([row[x], row["value"]] for row in matches if row[x] is not None)
 
     last = export.last_step([row for row in table if row["condition"] is None])
-    found = {}
+    curves = {}
     for measure in ACCURACIES:
         retrieval = {"result": "retrieval", "measure": measure}
-        found[measure] = series("hidden_state", **retrieval, step=last, condition=None)
-        found[f"{measure}, base"] = series("hidden_state", **retrieval, step=0)
-        found[f"{measure}, untrained"] = series("hidden_state", **retrieval, condition="untrained")
+        curves[measure] = series("hidden_state", **retrieval, step=last, condition=None)
+        curves[f"{measure}, base"] = series("hidden_state", **retrieval, step=0)
+        curves[f"{measure}, untrained"] = series("hidden_state", **retrieval, condition="untrained")
     target = next((row["language"] for row in export.chosen(table, result="retrieval")), None)
-    found["loss"] = series("step", result="language_loss", measure="nll_per_byte", language=target)
-    found["change"] = series("layer", result="int_and_sem", step=last)
-    found["neurons"] = series("layer", result="lsn_mask", measure="neurons", language=target)
-    found["activation"] = series("step", result="lsn_activation", condition="lsn", measure="activation/all_layers")
-    return {name: values for name, values in found.items() if values}
+    curves["loss"] = series("step", result="language_loss", measure="nll_per_byte", language=target)
+    curves["change"] = series("layer", result="int_and_sem", step=last)
+    curves["neurons"] = series("layer", result="lsn_mask", measure="neurons", language=target)
+    curves["activation"] = series("step", result="lsn_activation", condition="lsn", measure="activation/all_layers")
+    return {name: values for name, values in curves.items() if values}
 
 
 def mean_curves(seeds: list[dict]) -> dict[str, list[list[float]]]:
-    """The mean of each series over seeds, where all of them have it."""
-    found = {}
+    """The mean over seeds of each series, and of each x, that all of them have."""
+    means = {}
     for name in (name for name in seeds[0] if all(name in one for one in seeds)):
-        own = [dict(map(tuple, one[name])) for one in seeds]
-        found[name] = [[x, fmean(one[x] for one in own)] for x in own[0] if all(x in one for one in own)]
-    return found
+        series = [dict(map(tuple, one[name])) for one in seeds]
+        means[name] = [[x, fmean(one[x] for one in series)] for x in series[0] if all(x in one for one in series)]
+    return means
 
 
 # ---------------------------------------------------------------- tables
@@ -63,13 +63,13 @@ def _by_name(numbers: list[dict]) -> dict[str, dict]:
 
 def scope(payload: dict) -> str:
     n = len(payload["seeds"])
-    over = f"over {n} seeds (t)" if n > 1 else "over sentences, documents and rows, which the runs share"
-    text = f"Differences are minus {payload['first']}; intervals are 95 %, {over}."
-    return text + ("" if n > 1 else " One run of each: what another seed would give is not known.")
+    over = f"over {n} seeds (t)" if n > 1 else "over the sentences, documents and rows that the runs share"
+    text = f"Differences are the other run minus {payload['first']}; intervals are 95 %, {over}."
+    return text + ("" if n > 1 else " There is one run of each: what another seed would give is not known.")
 
 
 def _told(name: str, codes: dict[str, str]) -> str:
-    """A number's name for a table: languages by name beside their codes."""
+    """A number's name for a table, with the names of languages beside their codes."""
     return " ".join(codes.get(word, word) for word in name.replace("|", "\\|").split(" "))
 
 
@@ -88,7 +88,7 @@ def markdown(payload: dict) -> str:
         ]
         for key in names
     ]
-    better = "Of losses less is better. Of swaps it is what they cost, and more is worse."
+    better = "Lower losses are better. For swaps the number is their cost, so more is worse."
     parts = [f"# {payload['study']}: {verdicts.listed(list(values))}", results.markdown(head, body)]
     parts += [f"{scope(payload)} {better}"]
     agreed = [
@@ -97,7 +97,7 @@ def markdown(payload: dict) -> str:
         for row in own
     ]
     if agreed:
-        parts += [f"In common with {first} (Jaccard):", results.markdown(["run", "", ""], agreed)]
+        parts += [f"Overlap with {first} (Jaccard):", results.markdown(["run", "", ""], agreed)]
     lacking = [f"- {name}, {s}: {why}" for name, own in payload["missing"].items() for s, why in own.items()]
     lacking += [f"- {name}: {why}" for name, why in payload["gate"].items()]
     return "\n\n".join(part.rstrip("\n") for part in [*parts, "\n".join(lacking)] if part) + "\n"
@@ -110,7 +110,7 @@ MAIN = (
 
 
 def _short(name: str) -> str:
-    """A number's name in as few words as a column has room for."""
+    """A number's name, short enough for a column."""
     section, words = name.split(": ", 1)
     words = words.replace("mean over h_1 .. h_L", "mean").replace("last hidden state", "last")
     if section == "losses":
@@ -120,7 +120,7 @@ def _short(name: str) -> str:
 
 
 def latex(payload: dict) -> str:
-    """The main numbers as wide as a column: of each other run its value, and what it has more than the first."""
+    """The main numbers in a table of column width: each other run's value and its difference from the first."""
     tables = []
     for other, numbers in payload["differences"].items():
         gaps, values = _by_name(numbers), _by_name(payload["values"][other])
@@ -166,7 +166,7 @@ def draw(path: Path, payload: dict) -> None:
 
 
 def _titled(axis, title: str, there: bool) -> bool:
-    """The panel's title; where there is nothing to show, that it is so."""
+    """Set the panel's title, and say so if there is nothing to show."""
     axis.set_title(title, fontsize=8)
     if not there:
         axis.text(0.5, 0.5, "no results", transform=axis.transAxes, ha="center", va="center", color="0.4")
@@ -176,11 +176,11 @@ def _titled(axis, title: str, there: bool) -> bool:
 
 
 def _lines(axis, payload: dict, looks: dict, name: str, x: str, y: str, title: str) -> None:
-    of = {run: curves[name] for run, curves in payload["curves"].items() if name in curves}
-    if not _titled(axis, title, bool(of)):
+    by_run = {run: curves[name] for run, curves in payload["curves"].items() if name in curves}
+    if not _titled(axis, title, bool(by_run)):
         return
-    most = max(map(len, of.values()))
-    for run, values in of.items():
+    most = max(map(len, by_run.values()))
+    for run, values in by_run.items():
         axis.plot(*zip(*values, strict=True), **looks[run], markevery=max(1, most // 8))
     if x == "layer":
         figures.layer_axis(axis, most, most=8)
@@ -209,32 +209,32 @@ def _retrieval(axis, payload: dict, looks: dict, measure: str) -> None:
 
 
 def _gaps_by_state(axis, payload: dict, looks: dict) -> None:
-    of = {}
+    by_run = {}
     for run, numbers in payload["differences"].items():
-        found = ((BY_STATE.fullmatch(row["name"]), row) for row in numbers if row["value"] is not None)
-        of[run] = [(int(match[2]), row) for match, row in found if match and match[1] == "published"]
-    if not _titled(axis, f"retrieval, minus {payload['first']}", any(of.values())):
+        matched = ((BY_STATE.fullmatch(row["name"]), row) for row in numbers if row["value"] is not None)
+        by_run[run] = [(int(match[2]), row) for match, row in matched if match and match[1] == "published"]
+    if not _titled(axis, f"retrieval, minus {payload['first']}", any(by_run.values())):
         return
     axis.axhline(0, color="black", linewidth=0.6)
-    for run, points in of.items():
+    for run, points in by_run.items():
         x = [state for state, _ in points]
         axis.plot(x, [row["value"] for _, row in points], **looks[run], markevery=max(1, len(x) // 8))
         if points and all(row["ci_low"] is not None for _, row in points):
             ends = ([row[end] for _, row in points] for end in ("ci_low", "ci_high"))
-            axis.fill_between(x, *ends, color=looks[run]["color"], alpha=0.2 / len(of), linewidth=0)
-    figures.layer_axis(axis, max(len(points) for points in of.values()) - 1, hidden_states=True, most=8)
+            axis.fill_between(x, *ends, color=looks[run]["color"], alpha=0.2 / len(by_run), linewidth=0)
+    figures.layer_axis(axis, max(len(points) for points in by_run.values()) - 1, hidden_states=True, most=8)
     axis.set_xlabel("hidden state")
     axis.set_ylabel("published accuracy")
 
 
 def _gaps_by_language(axis, payload: dict, looks: dict) -> None:
-    of = {
+    by_run = {
         run: {row["name"].partition(": ")[2]: row for row in numbers if row["name"].startswith("losses: ")}
         for run, numbers in payload["differences"].items()
     }
-    names = {code: figures.language(code, "\n") for own in of.values() for code in own}
+    names = {code: figures.language(code, "\n") for own in by_run.values() for code in own}
     if _titled(axis, f"loss, minus {payload['first']}", bool(names)):
-        _points(axis, of, names, looks)
+        _points(axis, by_run, names, looks)
         axis.set_ylabel("nats per byte")
 
 
@@ -243,10 +243,10 @@ def _swaps(axis, payload: dict, looks: dict) -> None:
         "swaps: hub, loss": "hub", "swaps: attention of the interface, loss": "attention,\ninterface",
         "swaps: FFN of LSN-rich layers, loss": "FFN,\nLSN-rich",
     }  # fmt: skip
-    of = {run: {r["name"]: r for r in own if r["name"] in names} for run, own in payload["values"].items()}
-    there = {key: words for key, words in names.items() if any(key in own for own in of.values())}
-    if _titled(axis, "what swaps cost in loss", bool(there)):
-        _points(axis, of, there, looks)
+    by_run = {run: {r["name"]: r for r in own if r["name"] in names} for run, own in payload["values"].items()}
+    present = {key: words for key, words in names.items() if any(key in own for own in by_run.values())}
+    if _titled(axis, "what swaps cost in loss", bool(present)):
+        _points(axis, by_run, present, looks)
         axis.set_ylabel("nats per byte")
 
 
@@ -255,13 +255,13 @@ def _points(axis, of: dict[str, dict[str, dict]], names: dict[str, str], looks: 
     axis.axhline(0, color="black", linewidth=0.6)
     for i, (run, own) in enumerate(of.items()):
         shift = 0.5 * ((i + 0.5) / len(of) - 0.5)
-        for at, key in enumerate(names):
+        for x, key in enumerate(names):
             row = own.get(key)
             if row is None or row["value"] is None:
                 continue
             look = {key: looks[run][key] for key in ("color", "marker")}
             if row["ci_low"] is not None:
-                axis.vlines(at + shift, row["ci_low"], row["ci_high"], color=look["color"], linewidth=1)
-            axis.plot(at + shift, row["value"], **look, linestyle="none")
+                axis.vlines(x + shift, row["ci_low"], row["ci_high"], color=look["color"], linewidth=1)
+            axis.plot(x + shift, row["value"], **look, linestyle="none")
     axis.set_xticks(range(len(names)), list(names.values()), **SMALL)
     axis.set_xlim(-0.6, len(names) - 0.4)

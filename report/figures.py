@@ -1,7 +1,7 @@
-"""The figures of the paper, each drawn anew from the result files of a study alone.
+"""The figures of the paper, drawn from the result files of a study alone.
 
-A result that is missing leaves its figure out, and one line says which script makes it. Files of other models than the
-study's are refused, as in report/claims.py.
+A figure whose result is missing is left out, and one line names the script that makes the result. Files about other
+models than the study's are refused, as in report/claims.py.
 
 In:   the results of a study, as many as there are.
 Out:  fig1_retrieval .. fig9_deactivation as PDF and PNG in the folder --output (default: the study's report/figures).
@@ -34,8 +34,8 @@ CAPTIONS = {
         Mean absolute weight change of interface and hub layers over training, and the accuracy of the downstream task
         with standard errors. Both grow, which decides nothing; claim C6 is decided by training with a part frozen.""",
     "fig3_layer_swap": """Figures of the paper
-        What the hub swap and the random swaps lose against the checkpoint, with intervals over sentences; dots are
-        the random sets. Claim C2 is decided over seeds, beside depth and seams.""",
+        What the hub swap and the random swaps lose relative to the checkpoint, with intervals over sentences; dots
+        are the random sets. Claim C2 is decided over seeds, adjusted for depth and seams.""",
     "fig4_attention_ffn": "Figures of the paper\nattn_vs_ffn",
     "fig5_lsn_counts": "Figures of the paper\nlsn_counts",
     "fig6_lsn_activation": "Figures of the paper\nlsn_activation",
@@ -56,8 +56,8 @@ def draw_retrieval(
 
     Args:
         steps: step (0 = base) -> payload of sentence retrieval.
-        split: payload of step 2, whose layer l stands at hidden state l + 1.
-        n: sentences, of which chance finds one.
+        split: payload of step 2; layer l is drawn at hidden state l + 1.
+        n: the number of sentences, of which chance finds one.
     """
     accuracy = {step: [value for _, value in sorted(steps[step]["layer_accuracy"])] for step in sorted(steps)}
     trained = [step for step in accuracy if step]
@@ -65,7 +65,7 @@ def draw_retrieval(
     with figures.style() as plt:
         fig, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.7), width_ratios=[1.6, 1], sharey=True)
         lines = []
-        bar = len(trained) + 4 > figures.MOST  # beside hub, base, untrained model and chance
+        bar = len(trained) + 4 > figures.MOST  # besides hub, base, untrained model and chance
         for step in accuracy:
             look = {"linestyle": "-" if step else "--", "color": shades[step], "label": _step(step)}
             look |= {"label": None, "marker": ""} if bar and step else {}
@@ -197,7 +197,7 @@ def lsn_counts(found: Results, path: Path) -> None:
 
 
 def lsn_activation(found: Results, path: Path) -> None:
-    """Means over steps from the files that step 10 reads: run and base, neurons and control."""
+    """Means over steps, of neurons and control, from the files of run and base that step 10 reads."""
     script = cli.sibling("lsn/lsn_activation_cpt.py")
     step_10 = cli.sibling("activation-correlation/activation-correlation.py")
     folder, lang = found.path("lsn_activation"), str(found.study.get("languages.target"))
@@ -209,12 +209,12 @@ def lsn_activation(found: Results, path: Path) -> None:
         tokens = step_10.earlier.choose_tokens(run, base, folder)
     except InputError as reason:
         raise Missing(str(reason)) from None
-    mine = {ref["step"]: ref for ref in found.run}
+    refs_by_step = {ref["step"]: ref for ref in found.run}
     means: dict[str, dict[int, float]] = {"language": {}, "control": {}}
     for (control, step), file in sorted((base[tokens] | run[tokens]).items()):
-        if step and step not in mine:
-            raise InputError(f"{file} is of step {step}, which the run does not have; remove it, or measure again")
-        payload, _ = found.json(file, script.SCHEMA, mine.get(step, found.base), control=control)
+        if step and step not in refs_by_step:
+            raise InputError(f"{file} is of step {step}, which the run does not have; remove it or measure again")
+        payload, _ = found.json(file, script.SCHEMA, refs_by_step.get(step, found.base), control=control)
         means["control" if control else "language"][step] = payload["all_layers"]
         if not control:
             n = payload["n_neurons"]
@@ -256,7 +256,7 @@ FIGURES = {
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--output", metavar="FOLDER", help="where the figures go; default: the study's report/figures")
+    p.add_argument("--output", metavar="FOLDER", help="folder for the figures; default: the study's report/figures")
     return p
 
 
@@ -264,18 +264,18 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
     if not study:
-        raise InputError("the figures are those of a study: give --study FILE, or run where study.yaml is")
+        raise InputError("figures are drawn from a study: give --study FILE, or run where study.yaml is")
     output = study.output(args.output, "--output", "figures")
-    found, drawn = Results(study), []
+    results, drawn = Results(study), []
     for name, function in FIGURES.items():
         try:
-            with found.reading(name):
-                function(found, output / name)
+            with results.reading(name):
+                function(results, output / name)
             drawn.append(name)
         except Missing as reason:
             cli.say(f"{name} is left out: {reason}")
     if not drawn:
-        raise InputError(f"there is no result to draw in {found.folder}; run the steps first")
+        raise InputError(f"there is no result to draw in {results.folder}; run the steps first")
     cli.say(f"wrote {', '.join(drawn)} to {output}, each as PDF and PNG")
 
 

@@ -1,6 +1,6 @@
-"""What a reader must see first: of every claim the number that decides it and a sentence, of every step a few numbers.
+"""What the report shows first: the deciding number of each claim with a sentence, and a few numbers of each step.
 
-report/page.py shows them. Nothing is measured here: claims are those of claims.json, numbers those of report/rows.py.
+Nothing is measured here: claims come from claims.json and numbers from report/rows.py; report/page.py shows them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from cpt_utils.measures import verdicts
 methods = cli.sibling("lsn/methods_shown.py")
 
 MINUS = "−"
-# What the numbers of one run say of a claim, in the column of that name.
+# What the numbers of one run say about a claim.
 CONTRARY, CLAIMED, UNCLEAR, WITHOUT, UNMEASURED = "contrary", "as claimed", "not clear", "no interval", "not measured"
-UNDEFINED = "cannot be judged"  # measured, but there is no such number
+UNDEFINED = "cannot be judged"  # measured, but the number is undefined
 RANK = [
     verdicts.YES, verdicts.NO, verdicts.OPEN, CLAIMED, CONTRARY, UNCLEAR, WITHOUT, UNDEFINED, UNMEASURED, verdicts.VOID,
 ]  # fmt: skip
-ORDER = {"against": 0, "open": 1, "for": 2}  # the number that speaks most against a claim is the first one shown
+ORDER = {"against": 0, "open": 1, "for": 2}  # the number that speaks most against a claim is shown
 
 # ---------------------------------------------------------------- numbers in words
 
 
 def decimals(value: float, low: float | None, high: float | None) -> int:
-    """So many that the interval has two digits, of a number without one three."""
+    """Decimal places that give the half width of the interval two digits, or a number without an interval three."""
     width = (high - low) / 2 if low is not None and high is not None else 0.0
-    width = width if width > 1e-9 * abs(value) else abs(value) / 10  # of draws that differ by rounding alone
+    width = width if width > 1e-9 * abs(value) else abs(value) / 10  # no width but rounding
     return min(8, max(0, 1 - math.floor(math.log10(width)))) if 0 < width < math.inf else 3
 
 
@@ -41,9 +41,9 @@ def signed(value: float, places: int) -> str:
 def in_digits(
     value: float | None, low: float | None = None, high: float | None = None, bound: float | None = None
 ) -> str:
-    """ "0.058 [0.037, 0.080]": as many digits as the interval can bear; a whole number without an interval as it is.
+    """ "0.058 [0.037, 0.080]", with as many digits as the interval supports; whole numbers without one stay whole.
 
-    With a `bound`, so many that no end of the interval looks as if it lay on it.
+    With a `bound`, enough digits that no end of the interval is shown as equal to it.
     """
     if value is None:
         return "none"
@@ -63,44 +63,43 @@ def in_digits(
 
 
 def deciding(numbers: list[dict]) -> dict | None:
-    """Of the numbers that decide a claim the one that speaks most against it, or least for it; None: there is none."""
+    """The deciding number that speaks most against its claim, or least for it; None if there is none."""
     known = [row for row in numbers if row["value"] is not None]
     return min(known, key=lambda row: (ORDER[verdicts.standing(row)], _distance(row)), default=None)
 
 
 def _distance(row: dict) -> float:
-    """How far on the claim's side of its bound a number lies: in half widths of its interval, without one as a share
-    of number and bound."""
+    """How far a number lies on the claim's side of its bound, in half widths of its interval; without an interval, as a
+    share of |number| + |bound|."""
     low, high, says, value = row["ci_low"], row["ci_high"], row["says"], row["value"]
-    over = value - says["bound"] if says["side"] == "above" else says["bound"] - value
-    over = min(over, value + says["bound"]) if says["side"] == "within" else over
-    without = low is None or high is None or high <= low
-    return over / ((abs(value) + abs(says["bound"]) or 1.0) if without else (high - low) / 2)
+    distance = value - says["bound"] if says["side"] == "above" else says["bound"] - value
+    distance = min(distance, value + says["bound"]) if says["side"] == "within" else distance
+    no_interval = low is None or high is None or high <= low
+    return distance / ((abs(value) + abs(says["bound"]) or 1.0) if no_interval else (high - low) / 2)
 
 
 def lacking(why: str) -> str:
-    """Why there is no number, in two words: a result is not there, which names the script that makes it, or it says
-    that there is none."""
+    """The word for a missing number: not measured if the reason `why` names a script that makes it, else undefined."""
     return UNMEASURED if ".py" in why else UNDEFINED
 
 
 def outcome(claim: dict) -> str:
-    """What the numbers of one run say of their claim together, in a word or two."""
+    """What the numbers of one run jointly say about their claim, in a word or two."""
     numbers = claim["numbers"]
     known = [row for row in numbers if row["value"] is not None]
     if not known:
         why = [row.get("note") or "" for row in numbers] or [claim["reason"]]
         return min(map(lacking, why), key=RANK.index)
-    said = {verdicts.standing(row) for row in known}
-    if "against" in said:
+    standings = {verdicts.standing(row) for row in known}
+    if "against" in standings:
         return CONTRARY
     if all(row["ci_low"] is None for row in known):
         return WITHOUT
-    return CLAIMED if said == {"for"} and len(known) == len(numbers) else UNCLEAR
+    return CLAIMED if standings == {"for"} and len(known) == len(numbers) else UNCLEAR
 
 
 def why(claim: dict) -> str:
-    """One sentence on what a verdict rests on, or on why there is none."""
+    """One sentence on what a verdict rests on, or why there is none."""
     numbers = claim["numbers"]
     if not numbers or claim["verdict"] == verdicts.VOID or (claim["verdict"] == verdicts.OPEN and not decided(claim)):
         return sentence(claim["reason"].removeprefix("not measured: "))
@@ -121,32 +120,32 @@ def decided(claim: dict) -> bool:
 
 
 def counted(numbers: list[dict]) -> str:
-    """ "2 of 4 numbers are contrary to the claim, 1 is as claimed and 1 is not clear"."""
-    words = {
+    """ "2 of 4 numbers are contrary to the claim, 1 as claimed, 1 not clear"."""
+    standings = {
         "contrary to the claim": 0, "as claimed": 0, "not clear": 0, "without an interval": 0, "not defined": 0,
         "not measured": 0,
     }  # fmt: skip
     for row in numbers:
-        words[standing(row)] += 1
-    found = {word: n for word, n in words.items() if n}
+        standings[standing(row)] += 1
+    counts = {word: n for word, n in standings.items() if n}
     if len(numbers) == 1:
-        (word,) = found
+        (word,) = counts
         return {
             "not clear": f"its interval includes {numbers[0]['says']['bound']:g}",
             "without an interval": "one number over all weights: only several seeds give it an interval",
         }.get(word, f"the number is {word}")
-    if len(found) == 1:
-        if len(numbers) == 2 and "not clear" in found:
+    if len(counts) == 1:
+        if len(numbers) == 2 and "not clear" in counts:
             return "neither number is clear"
-        return f"{'both' if len(numbers) == 2 else f'all {len(numbers)}'} numbers are {next(iter(found))}"
-    (lead, n), *others = found.items()
+        return f"{'both' if len(numbers) == 2 else f'all {len(numbers)}'} numbers are {next(iter(counts))}"
+    (lead, n), *others = counts.items()
     return ", ".join(
         [f"{n} of {len(numbers)} numbers {'is' if n == 1 else 'are'} {lead}", *(f"{m} {word}" for word, m in others)]
     )
 
 
 def standing(row: dict) -> str:
-    """What a number says of its claim, in words."""
+    """What a number says about its claim, in words."""
     if row["value"] is None:
         return "not defined" if lacking(row.get("note") or "") == UNDEFINED else "not measured"
     if row["ci_low"] is None:
@@ -155,7 +154,7 @@ def standing(row: dict) -> str:
 
 
 def capital(text: str) -> str:
-    """With a capital, unless it begins with the name of a file."""
+    """The text with a capital first letter, unless it begins with a file name."""
     return text if "." in text.split(" ")[0] else text[:1].upper() + text[1:]
 
 
@@ -165,21 +164,21 @@ def sentence(text: str) -> str:
 
 # ---------------------------------------------------------------- the numbers of a step
 
-TARGET, BASE, ANY = "languages.target", "languages.base", object()  # the study's language of that side; whatever it is
+TARGET, BASE, ANY = "languages.target", "languages.base", object()  # in `where`: the study's languages, any value
 LOSS = "nll_per_byte"
-PER_BYTE = "loss (nats a byte)"
+PER_BYTE = "loss (nats per byte)"
 OF_ANY = {"run": ANY, "language": TARGET}
 ITS_EXPERTS = {"condition": "suppressed", "component": TARGET}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A number that matters, by where rows.py has it: of all rows that fit, those of the last step count.
+    """A headline number as a query on the table of rows.py; of the matching rows, those of the last step count.
 
     Attributes:
-        where: the columns that must be as they are said here.
-        take: of several the largest or the smallest ("max", "min"); "which": the layers at which the value is 1.
-        over: it is divided by the same number where columns are as these.
+        where: required values of columns.
+        take: the row with the largest or smallest value ("max", "min"), or the layers with value 1 ("which").
+        over: columns of the number to divide by; None: it is not divided.
     """
 
     words: str
@@ -192,7 +191,7 @@ class Spec:
 def between(
     words: str, one: tuple[str, str], other: tuple[str, str], measure: str, column: str, **more
 ) -> tuple[Spec, ...]:
-    """A measure of two things, (words, value of the column), and their ratio."""
+    """A measure of two things, each given as (words, value of `column`), and their ratio."""
     first, second = ({column: value} | more for _, value in (one, other))
     return (
         Spec(f"{words}, {one[0]}", measure, first), Spec(f"{words}, {other[0]}", measure, second),
@@ -201,30 +200,30 @@ def between(
 
 
 def lost(own: str) -> tuple[Spec, ...]:
-    """What a swap costs among swaps of random layers, by the loss."""
+    """What a swap costs in loss, compared with swaps of random layers."""
     at = f"comparison/{LOSS}"
     return (
-        Spec(f"hub layers minus others of like depth and seams (claim C2b), {PER_BYTE}",
+        Spec(f"hub layers minus others at equal depth and seams (claim C2b), {PER_BYTE}",
              f"additive/{LOSS}/contrast_adjusted/semantic_hub"),
-        Spec(f"{own} minus random layers, {PER_BYTE}", f"{at}/own_minus_random"),
+        Spec(f"{own} minus swaps of random layers, {PER_BYTE}", f"{at}/own_minus_random"),
         Spec(f"share of the gain in loss that {own} loses", f"{at}/own_gain_lost"),
     )  # fmt: skip
 
 
 def swapped(place: str, words: str) -> tuple[Spec, ...]:
-    named = (("the checkpoint as it is", "target"), (f"attention of the base in {words}", f"attention_{place}"),
+    named = (("the unchanged checkpoint", "target"), (f"attention of the base in {words}", f"attention_{place}"),
              (f"FFN of the base in {words}", f"ffn_{place}"))  # fmt: skip
     return tuple(Spec(f"{PER_BYTE}, {what}", LOSS, {"condition": condition}) for what, condition in named)
 
 
 def cut(words: str, control: str, condition: str, null: str, axis: str) -> tuple[Spec, ...]:
-    """How much of an update can go while 95 % of the gain in loss stays."""
+    """How much of an update can be removed with 95 % of the gain in loss kept."""
     kept, beyond = f"largest/{LOSS}/{axis}/kept", f"beyond/{null}/{LOSS}/{axis}/kept"
-    own = {"condition": condition, "language": TARGET}
+    target = {"condition": condition, "language": TARGET}
     return (
-        Spec(f"{words}, 95 % of the gain in loss kept", kept, own),
-        Spec(f"the same of {control}", kept, own | {"condition": null}),
-        Spec("their difference", beyond, own),
+        Spec(f"{words}, 95 % of the gain in loss kept", kept, target),
+        Spec(f"the same for {control}", kept, target | {"condition": null}),
+        Spec("their difference", beyond, target),
     )
 
 
@@ -232,17 +231,17 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     "retrieval": (
         Spec("accuracy (published measure) at the best hidden state, last checkpoint", "layer_accuracy",
              {"condition": None}, "max"),
-        Spec("the same of the base", "layer_accuracy", {"condition": None, "step": 0}, "max"),
-        Spec("the same of an untrained model", "layer_accuracy", {"condition": "untrained"}, "max"),
+        Spec("the same for the base", "layer_accuracy", {"condition": None, "step": 0}, "max"),
+        Spec("the same for an untrained model", "layer_accuracy", {"condition": "untrained"}, "max"),
     ),
     "alignment": (
         Spec("linear CKA at the best hidden state, tokens of length 1, last checkpoint", "unit_centred/cka",
              {"condition": None}, "max"),
-        Spec("the same of the base", "unit_centred/cka", {"condition": None, "step": 0}, "max"),
-        Spec("the same of an untrained model", "unit_centred/cka", {"condition": "untrained"}, "max"),
+        Spec("the same for the base", "unit_centred/cka", {"condition": None, "step": 0}, "max"),
+        Spec("the same for an untrained model", "unit_centred/cka", {"condition": "untrained"}, "max"),
     ),
     "layers": (
-        Spec("hub layers (layer i puts out hidden state i + 1)", "in_hub", take="which"),
+        Spec("hub layers (layer i outputs hidden state i + 1)", "in_hub", take="which"),
         Spec("silhouette of the split (1: clear, 0: none)", "silhouette"),
         Spec("stability of the least stable layer", "label_stability", take="min"),
     ),
@@ -259,32 +258,32 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     "language_loss": (
         Spec(f"change of the {PER_BYTE}, new language", "change", {"language": TARGET}),
         Spec(f"change of the {PER_BYTE}, language of the base", "change", {"language": BASE}),
-        Spec("largest change of all languages", "change", take="max"),
+        Spec("largest change over all languages", "change", take="max"),
     ),
     "arms": (
-        Spec("least share of the gain that an arm reaches, loss", f"share/{LOSS}", OF_ANY, "min"),
-        Spec("the same in the task", "share/task_accuracy", {"run": ANY}, "min"),
-        Spec("the same in retrieval, last hidden state", "share/retrieval_readout", {"run": ANY}, "min"),
-        Spec("least share of the plain run's change in LSN activation", "share/lsn_activation", {"run": ANY}, "min"),
+        Spec("smallest share of the gain that an arm reaches, loss", f"share/{LOSS}", OF_ANY, "min"),
+        Spec("the same for the task", "share/task_accuracy", {"run": ANY}, "min"),
+        Spec("the same for retrieval, last hidden state", "share/retrieval_readout", {"run": ANY}, "min"),
+        Spec("the same for the change in LSN activation", "share/lsn_activation", {"run": ANY}, "min"),
     ),
     "compare": tuple(
-        Spec(f"{words}: another run minus the first, the largest", f"differences/{measure}", {"run": ANY}, "max")
+        Spec(f"{words}: other run minus the first (the largest)", f"differences/{measure}", {"run": ANY}, "max")
         for words, measure in (
             ("retrieval, mean over hidden states", "retrieval: published, mean over h_1 .. h_L"),
-            (f"what the hub swap costs, {PER_BYTE}", "swaps: hub, loss"), ("accuracy on the task", "task: accuracy"),
+            (f"cost of the hub swap, {PER_BYTE}", "swaps: hub, loss"), ("accuracy on the task", "task: accuracy"),
         )
     ),
     "attn_vs_ffn": between("‖ΔW‖ / ‖W‖ over all weights", ("attention", "attention"), ("FFN", "ffn"), "pooled_relative",
                            "component"),
     "gradients": (
         Spec("cosine of the gradients of a sentence and its translation", "cosine", {"component": "all"}),
-        Spec("the same beyond shuffled pairs", "beyond", {"component": "all"}),
-        Spec("attention minus FFN of the latter", "beyond", {"component": "attention_minus_ffn"}),
+        Spec("the same minus that of shuffled pairs", "beyond", {"component": "all"}),
+        Spec("the latter, attention minus FFN", "beyond", {"component": "attention_minus_ffn"}),
     ),
     "bigram": (
         Spec("correlation of surprisal with bigrams, new language", "bigram", {"language": TARGET}),
-        Spec("the same of the base", "bigram", {"language": TARGET, "step": 0}),
-        Spec("the former beyond unigrams", "beyond", {"language": TARGET}),
+        Spec("the same for the base", "bigram", {"language": TARGET, "step": 0}),
+        Spec("the former minus that with unigrams", "beyond", {"language": TARGET}),
     ),
     "lsn_mask": (
         Spec("neurons of the new language", "n_neurons", {"language": TARGET}),
@@ -292,16 +291,16 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("neurons of the model", "n_neurons", {"language": None}),
     ),
     "deactivation": (
-        Spec("loss per token of the new language without its neurons, change", "diagonal/harm", {"condition": TARGET}),
-        Spec("the same beyond the harm to other languages", "selectivity/selectivity", {"condition": TARGET}),
+        Spec("change of the loss per token, new language without its neurons", "diagonal/harm", {"condition": TARGET}),
+        Spec("the same minus the mean harm to other languages", "selectivity/selectivity", {"condition": TARGET}),
         Spec("the latter with random neurons, mean", "selectivity/random_mean", {"condition": TARGET}),
     ),
     "lsn_methods": (
         Spec("selectivity of the most selective method, chosen on the other half of the text, new language",
              "reported/selectivity", {"language": TARGET}, "max"),
-        Spec("the same of LAPE, on all of the text", "selectivity/selectivity",
+        Spec("the same for LAPE, on all of the text", "selectivity/selectivity",
              {"language": TARGET, "condition": "lape"}),
-        Spec("least agreement of two methods (Jaccard)", "agreement/jaccard", {"language": TARGET}, "min"),
+        Spec("lowest agreement between two methods (Jaccard)", "agreement/jaccard", {"language": TARGET}, "min"),
     ),
     "lsn_activation": (
         Spec("mean activation, last checkpoint", "activation/all_layers", {"condition": "lsn"}),
@@ -314,29 +313,30 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
         Spec("correlation of first differences with attention in the interface",
              "interface_attention/first_differences/pearson/correlation"),
         Spec("the same with the neurons' own weights", "lsn_ffn/first_differences/pearson/correlation"),
-        Spec("the latter beyond random neurons", "lsn_ffn_minus_control/first_differences/pearson/correlation"),
+        Spec("the latter minus that with random neurons",
+             "lsn_ffn_minus_control/first_differences/pearson/correlation"),
     ),
     "attn_int_swap": swapped("interface", "interface layers"),
     "ffn_lsn_swap": swapped("lsn_rich", "LSN-rich layers"),
     "layer_ablation": (
-        Spec("A(perception): above 0 its change comes with early layers", "perception/A"),
-        Spec("A(production): below 0 its change comes with late layers", "production/A"),
-        Spec("specialisation: their difference, where both became better", "specialisation"),
+        Spec("A(perception): above 0 if it comes with early layers", "perception/A"),
+        Spec("A(production): below 0 if it comes with late layers", "production/A"),
+        Spec("specialisation: their difference, if both improved", "specialisation"),
     ),
     "runs": (
-        Spec("share of its score that the best run that trains a part falls short, loss", f"short_of_full/{LOSS}/short",
-             OF_ANY, "min"),
-        Spec("the same in the task", "short_of_full/task_accuracy/short", {"run": ANY}, "min"),
-        Spec("the same in retrieval, last hidden state", "short_of_full/retrieval_readout/short", {"run": ANY}, "min"),
+        Spec("shortfall of the best run that trains only a part, as a share of the full run's score, loss",
+             f"short_of_full/{LOSS}/short", OF_ANY, "min"),
+        Spec("the same for the task", "short_of_full/task_accuracy/short", {"run": ANY}, "min"),
+        Spec("the same for retrieval, last hidden state", "short_of_full/retrieval_readout/short", {"run": ANY}, "min"),
     ),
     "cogsym": (
-        Spec("share of the layers that is trained", "share_of_layers"),
+        Spec("share of the layers that are trained", "share_of_layers"),
         Spec("overlap with the interface (Jaccard)", "overlaps/interface/jaccard"),
         Spec("overlap expected by chance", "overlaps/interface/expected"),
     ),
     "spectrum": (
         Spec("share of the change that lies in the singular values", "value_share", {"component": None}),
-        Spec("that share over the share of a random change (bracket: where one more random draw would lie)",
+        Spec("that share over a random change's (brackets: where another random draw would lie)",
              "nulls/gaussian/ratio", {"component": None}),
         Spec("share of it that only scales the base, as weight decay does", "scale_share", {"component": None}),
         Spec("share of the rest that lies in the singular values", "unscaled_value_share", {"component": None}),
@@ -344,29 +344,29 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
     ),
     "heads": (
         Spec("share of the update in the tenth of the heads (rounded up) that changed most", "concentration/top_share"),
-        Spec("the same with features in heads by chance", "concentration/permuted"),
+        Spec("the same with features permuted", "concentration/permuted"),
         Spec("the same if heads changed in proportion to their size", "concentration/in_proportion"),
-        Spec("how many heads that are", "concentration/k"),
+        Spec("number of these heads", "concentration/k"),
     ),
     "rewind": (
-        *cut("share of the update that can go, least changed heads first", "heads in random order",
+        *cut("share of the update that can be put back, least changed heads first", "heads in random order",
              "importance:energy", "random:energy", "energy"),
-        Spec(f"how much better with some of these heads put back (claim D4), {PER_BYTE}", f"best/{LOSS}",
+        Spec(f"improvement with some of these heads put back (claim D4), {PER_BYTE}", f"best/{LOSS}",
              {"condition": "importance", "language": TARGET}),
     ),
-    "truncate": cut("share of the singular values that can go, smallest first", "a random update of that size",
+    "truncate": cut("share of the singular values that can be cut off, smallest first", "a random update of that size",
                     "svd", "as_random", "at"),
     "steering": (
         Spec("score of the best direction, last checkpoint", "score/best", {"condition": "diffmean"}),
-        Spec("the same of the best random direction", "score/best", {"condition": "random"}),
-        Spec("score of a prompt with translations, nothing steered", "score/whole", {"condition": "prompt"}),
+        Spec("the same for the best random direction", "score/best", {"condition": "random"}),
+        Spec("score of a prompt with translations, without steering", "score/whole", {"condition": "prompt"}),
     ),
     "connect": (
-        Spec("largest barrier of all languages, as a share of the gain in loss (below 0: none)", f"worst/{LOSS}",
+        Spec("largest barrier over all languages, as a share of the gain in loss (below 0: none)", f"worst/{LOSS}",
              {"language": ANY}, "max"),
         Spec(f"{PER_BYTE}, new language, the other run (a = 0)", LOSS, {"condition": "other", "language": TARGET}),
-        Spec("the same of this run (a = 1)", LOSS, {"condition": "target", "language": TARGET}),
-        Spec("the same of the base", LOSS, {"condition": "base", "language": TARGET, "step": 0}),
+        Spec("the same for this run (a = 1)", LOSS, {"condition": "target", "language": TARGET}),
+        Spec("the same for the base", LOSS, {"condition": "base", "language": TARGET, "step": 0}),
     ),
     "routing": (
         Spec("divergence of the languages' routing, last checkpoint, mean over layers", "divergence", {"layer": None}),
@@ -383,31 +383,31 @@ HEADLINES: dict[str, tuple[Spec, ...]] = {
 
 
 def three(step: str, rows: list[dict], study: Study) -> list[tuple[str, dict | None]]:
-    """(words, row) of the numbers that matter of a step, from its rows; None where the result has none."""
+    """(words, row) of the headline numbers of a step; a row is None if the result lacks the number."""
     return [(spec.words, ratio(spec, rows, study)) for spec in HEADLINES.get(step, ())]
 
 
 def ratio(spec: Spec, rows: list[dict], study: Study) -> dict | None:
-    """The number that `spec` is of, divided by another where it says so."""
-    row = found(spec, rows, study)
+    """The number of `spec`, divided by another if `spec.over` is given."""
+    row = lookup(spec, rows, study)
     if spec.over is None or row is None:
         return row
-    other = found(replace(spec, where=spec.over), rows, study)
+    other = lookup(replace(spec, where=spec.over), rows, study)
     return row | {"value": row["value"] / other["value"], "ci_low": None} if other and other["value"] else None
 
 
-def found(spec: Spec, rows: list[dict], study: Study) -> dict | None:
-    """The row of a study's that a number is in; of the base (step 0) only where `spec` asks for it."""
+def lookup(spec: Spec, rows: list[dict], study: Study) -> dict | None:
+    """The row that holds the number of `spec`; rows of the base (step 0) count only if `spec` names a step."""
     where = {"run": study.arm or "plain"} | spec.where
-    fit = [row for row in rows if row["measure"] == spec.measure and all(map(_fits(row, study), where.items()))]
-    fit = [row for row in fit if row["step"] != 0 or "step" in where]
-    last = max((row["step"] or 0 for row in fit), default=0)
-    fit = [row for row in fit if (row["step"] or 0) == last]
-    if not fit or not spec.take:
-        return fit[0] if fit else None
+    matches = [row for row in rows if row["measure"] == spec.measure and all(map(_fits(row, study), where.items()))]
+    matches = [row for row in matches if row["step"] != 0 or "step" in where]
+    last = max((row["step"] or 0 for row in matches), default=0)
+    matches = [row for row in matches if (row["step"] or 0) == last]
+    if not matches or not spec.take:
+        return matches[0] if matches else None
     if spec.take == "which":
-        return fit[0] | {"text": ", ".join(str(row["layer"]) for row in fit if row["value"]) or "none"}
-    row = (max if spec.take == "max" else min)(fit, key=lambda one: one["value"])
+        return matches[0] | {"text": ", ".join(str(row["layer"]) for row in matches if row["value"]) or "none"}
+    row = (max if spec.take == "max" else min)(matches, key=lambda one: one["value"])
     return row | {"where": _place(row, (None, "plain", study.arm))}
 
 
@@ -425,7 +425,7 @@ def _fits(row: dict, study: Study):
 
 
 def _place(row: dict, usual: tuple) -> str:
-    """Which of several a number is of: "hidden state 4"; of a run where it is not the `usual` one."""
+    """Which of several rows this is, e.g. "hidden state 4"; values in `usual` are not mentioned."""
     of_text = row["result"] in ("language_loss", "connect")
     if row["result"] == "lsn_methods" and row["condition"]:
         return " and ".join(methods.WORDS.get(name, name) for name in row["condition"].split(" and "))

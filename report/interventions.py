@@ -1,4 +1,4 @@
-"""What swaps and arms cost, read from their files: by set of layers, by frozen part, each with its units."""
+"""The cost of swaps by set of layers and of arms by frozen part, read from their files with values by unit."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ WORDS = {
     "nll_per_byte": "loss", "task_accuracy": "task", "lsn_activation": "LSN activation",
 }  # fmt: skip
 LESS_IS_BETTER = "nll_per_byte"
-CONTROLS = ("random", "matched")  # names of sets that are compared with
-STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # words of arms -> keys of its file
+CONTROLS = ("random", "matched")  # names of control sets
+STEP_2 = {"hub": "semantic_layers", "interface": "interface_layers"}  # part named by an arm -> key of its file
 
 
 class Swaps:
-    """A controls.json: what each set of swapped layers costs against the checkpoint, more being worse.
+    """A controls.json: what each set of swapped layers costs relative to the checkpoint (more is worse).
 
     Attributes:
-        sets: the rows of the file; `by_layers`: (component, layers) -> the row's number, of treatments and controls.
+        sets: the rows of the file; by_layers: (component, layers) -> index of the row, of treatments and controls.
     """
 
     def __init__(self, found: evidence.Results, step: str, own: str):
@@ -56,22 +56,22 @@ class Swaps:
                 self.by_layers.setdefault(key, i)
 
     def at(self, name: str) -> int:
-        """The number of the row of a set."""
-        at = controls.find(self.sets, name)
-        if at is None:
+        """The index of a set's row."""
+        row = controls.find(self.sets, name)
+        if row is None:
             raise self.file.refused(f"has no set {name}")
-        return at
+        return row
 
     def lacks(self, measure: str) -> str | None:
-        """Why nothing can be said of a measure; None where something can."""
+        """Why a measure is not available; None if it is."""
         if measure in self.sets[self.own]["values"]:
             return None
-        place = f"{self.file.path.parent.name}/{self.file.path.name}"
-        form = "; swaps know SIB-200 and continuations alone" if measure == "task_accuracy" else ""
-        return f"{place} has no {measure}: run {self.file.made_by} --overwrite again{form}"
+        file = f"{self.file.path.parent.name}/{self.file.path.name}"
+        hint = "; swaps measure only SIB-200 and continuations" if measure == "task_accuracy" else ""
+        return f"{file} has no {measure}: run {self.file.made_by} --overwrite again{hint}"
 
     def measured(self, measure: str) -> tuple[np.ndarray, np.ndarray]:
-        """A measure of every set [sets], and by unit [sets, units], with a sign by which more is better."""
+        """A measure of every set [sets] and by unit [sets, units], signed so that more is better."""
         if measure not in self.kept:
             sign, units = -1 if measure == LESS_IS_BETTER else 1, self.tensors.get(measure)
             rows = [evidence.File(self.file.path, self.file.made_by, row, {}) for row in self.sets]
@@ -79,32 +79,32 @@ class Swaps:
             units = None if units is None else units.double().numpy()
             if units is None or units.ndim != 2 or len(units) != len(values) or not _same(units.mean(1), values):
                 raise self.file.refused(f"and {self.pt.name} beside it do not belong together ({measure})")
-            if measure == "retrieval_readout" and self.found.half:  # the layers were chosen on the others
+            if measure == "retrieval_readout" and self.found.half:  # the layers were chosen on the other sentences
                 units = units[:, 1::2]
                 values = units.mean(1)
             self.kept[measure] = sign * values, sign * units
         return self.kept[measure]
 
     def cost(self, name: str, measure: str, weights: dict[int, float] | str, **more) -> dict:
-        """A number: the sum of the costs of sets by `weights` {row: weight}, or why there is none."""
+        """The sum of the costs of sets by `weights` {row: weight}; no value if `weights` is a reason."""
         name, lacking = f"{name}, {WORDS[measure]}", weights if isinstance(weights, str) else self.lacks(measure)
         if lacking:
             return number(name, None, note=lacking, **more)
-        row = np.zeros(len(self.sets))
-        for at, weight in weights.items():
-            row[at] -= weight
-        row[self.target] -= row.sum()
+        coefficients = np.zeros(len(self.sets))
+        for row, weight in weights.items():
+            coefficients[row] -= weight
+        coefficients[self.target] -= coefficients.sum()
         values, units = self.measured(measure)
-        found = over_units(name, row @ units, self.found.study.seed, "units", self.found.draws, **more)
-        return found | {"value": float(row @ values)}
+        result = over_units(name, coefficients @ units, self.found.study.seed, "units", self.found.draws, **more)
+        return result | {"value": float(coefficients @ values)}
 
     def gain_lost(self, name: str, at: int, measure: str, **more) -> dict:
-        """A number: the share of what CPT gained that a set loses; None where that it gained anything is not clear."""
+        """The share of CPT's gain that a set loses; no value if that gain is not clear."""
         lacking = self.lacks(measure)
         if not lacking:
             values, units = self.measured(measure)
             gain = stats.bootstrap_mean(units[self.target] - units[self.base], self.found.study.seed)
-            lacking = None if gain[0] > 0 else f"that CPT gained anything in {WORDS[measure]} is not clear"
+            lacking = None if gain[0] > 0 else f"CPT's gain in {WORDS[measure]} is not clear"
         if lacking:
             return number(f"{name}, {WORDS[measure]}", None, note=lacking, **more)
 
@@ -126,11 +126,11 @@ class Swaps:
         return weights if isinstance(weights, str) else dict(zip(rows.values(), weights, strict=True))
 
     def between_places(self, here: tuple[int, int], there: tuple[int, int]) -> dict[int, float] | str:
-        """Weights of the interaction of component and place: what attention costs more than the FFN here minus there,
-        beside what depth and seams do to this difference in the control sets, where both were swapped.
+        """Weights of the interaction of component and place: the extra cost of attention over the FFN, here minus
+        there, adjusted for what depth and seams do to it in those control sets in which both components were swapped.
 
         Args:
-            here, there: rows of attention and of the FFN, of the same layers.
+            here, there: rows of attention and of the FFN in the same layers.
         """
         places = [self.sets[at]["layers"] for at, _ in (here, there)]
         if sorted(places[0]) == sorted(places[1]):
@@ -141,10 +141,10 @@ class Swaps:
             and len(layers) == len(places[0])
         ]  # fmt: skip
         if len(pairs) < ENOUGH:
-            return f"{len(pairs)} control sets of attention and the FFN in the same layers are too few: {ENOUGH}"
+            return f"{len(pairs)} control sets with attention and FFN of the same layers are too few: {ENOUGH}"
         design = np.array([depth_and_seams(layers, self.n_layers) for layers, *_ in pairs], dtype=np.float64)
-        ours = (np.array(depth_and_seams(one, self.n_layers), dtype=np.float64) for one in places)
-        expected = np.subtract(*ours) @ np.linalg.pinv(design)
+        shapes = (np.array(depth_and_seams(layers, self.n_layers), dtype=np.float64) for layers in places)
+        expected = np.subtract(*shapes) @ np.linalg.pinv(design)
         weights = {here[0]: 1.0, here[1]: -1.0, there[0]: -1.0, there[1]: 1.0}
         for (_, attention, ffn), weight in zip(pairs, expected, strict=True):
             weights[attention] = weights.get(attention, 0.0) - weight
@@ -156,8 +156,8 @@ class Arms:
     """arms.json: the same training with a part frozen, beside base and plain run.
 
     Args:
-        tensors: of the .pt beside it. seed, draws: of the intervals over units, see `evidence.Results`.
-        refuse: (path, layers, step, key) -> None where these layers are not those of a file of the study.
+        tensors: those of the .pt beside it. seed, draws: for the intervals over units, see `evidence.Results`.
+        refuse: (path, layers, step, key) -> None; raises if these layers are not those of the study's file.
     """
 
     def __init__(self, file: evidence.File, tensors: dict, seed: int, draws: int, refuse: Callable | None = None):
@@ -172,23 +172,24 @@ class Arms:
         file = found.file("arms", "arms")
         for name in found.study.get("arms", {}):
             run, measured = found.study.of_arm(name).get("run"), file.header["models"].get(name)
-            there = refs.checkpoints(run) if measured and os.path.isdir(run) else []
-            if there and not relatives.same_model(measured, there[-1].describe()):
-                raise file.refused(f"is about another {name} than {there[-1].spec}, trained again since")
+            checkpoints = refs.checkpoints(run) if measured and os.path.isdir(run) else []
+            if checkpoints and not relatives.same_model(measured, checkpoints[-1].describe()):
+                raise file.refused(f"is about another {name} than {checkpoints[-1].spec}, trained again since")
         pt = found.there(file.path.with_suffix(".pt"), "arms")
         found.read.append(str(pt))
         return cls(file, results.read_tensors(pt), found.study.seed, found.draws, found.refuse_other_layers)
 
     def named(self, what: str) -> str:
-        """The arm in which `what` was done, as "freeze hub" or, of one that has more to it, "freeze matched:hub:"; with
-        embeddings and head as `io` has them by default. Of hub and interface it must be about the layers of the file of
-        step 2."""
+        """The name of the arm that does `what`: "freeze hub" or, by its beginning, "freeze matched:hub:".
+
+        Its `io` must be the usual one for the mode, and its hub or interface layers those of step 2's file.
+        """
         mode, _, part = what.partition(" ")
         key = STEP_2.get(part.partition("/")[0])
         for name, row in self.models.items():
-            asked = row.get("what") or {}
-            done, usual = str(asked.get(mode)), freezing.usual_io(mode)
-            if (done == part or (part.endswith(":") and done.startswith(part))) and asked.get("io") in (None, usual):
+            spec = row.get("what") or {}
+            done, usual = str(spec.get(mode)), freezing.usual_io(mode)
+            if (done == part or (part.endswith(":") and done.startswith(part))) and spec.get("io") in (None, usual):
                 if key and "layers" in row and self.refuse:
                     self.refuse(self.file.path, row["layers"], "layers", key)
                 return name
@@ -198,11 +199,11 @@ class Arms:
     def number(
         self, name: str, measure: str, arms: dict[str, str], value: Callable, gained: bool = True, **more
     ) -> dict:  # fmt: skip
-        """A number made of a measure's values in base, plain run and `arms`, or why there is none.
+        """A number computed from a measure's values in base, plain run and `arms`, or why there is none.
 
         Args:
-            arms: how `value` calls an arm -> the arm; more is better in all values. gained: of a share of what the
-                plain run gained, which there must be.
+            arms: argument of `value` -> arm; in all values more is better. gained: whether the number is a share of the
+                plain run's gain, which must then be clear.
         """
         name = f"{name}, {words(measure)}"
         names = {"base": "base", "plain": "plain"} | arms
@@ -214,20 +215,20 @@ class Arms:
         )
         shares = [(self.models[arm].get("share") or {}).get(measure) for arm in arms.values()]
         if gained and not lacking and not all(shares):
-            lacking = f"that the plain run changed {words(measure)} is not clear"
+            lacking = f"the plain run's change in {words(measure)} is not clear"
         if lacking:
             return number(name, None, note=lacking, **more)
         sign = -1 if measure.startswith(LESS_IS_BETTER) else 1
         values = {role: sign * self.file.at("models", arm, "values", measure) for role, arm in names.items()}
         try:
-            made = float(value(**values))
-        except ZeroDivisionError:  # of a score that nothing can be a share of
+            result = float(value(**values))
+        except ZeroDivisionError:
             return number(name, None, note=f"the plain run's {words(measure)} is 0", **more)
         units, interval, n = self.tensors.get(measure), (None, None), None
         if units is not None:
             order, units = list(self.models), sign * units.double().numpy()
             means = [sign * self.file.at("models", arm, "values", measure) for arm in order]
-            about = 0.05 if measure == "lsn_activation" else 0.0  # of blocks: of experts' neurons not quite its mean
+            about = 0.05 if measure == "lsn_activation" else 0.0  # of experts' neurons the blocks' mean is approximate
             if len(units) != len(order) or not _same(units.mean(1), means, about):
                 raise self.file.refused(f"and the .pt beside it do not belong together ({measure})")
             rows, n = units[[order.index(arm) for arm in names.values()]], units.shape[1]
@@ -236,11 +237,11 @@ class Arms:
                 return value(**dict(zip(names, means, strict=True)))
 
             interval = _interval(of_means, rows, self.seed, self.draws)
-        return number(name, made, interval, n, "units", **more)
+        return number(name, result, interval, n, "units", **more)
 
 
 def swaps(found: evidence.Results, step: str, own: str) -> Swaps:
-    """The swaps of a step, read once for all claims; the swap `own` is the one that is compared."""
+    """The swaps of a step, read once for all claims; `own` is the name of the treatment."""
     return found.once(step, lambda: Swaps(found, step, own))
 
 
@@ -259,10 +260,9 @@ def _same(means, values, about: float = 0.0) -> bool:
 
 
 def _interval(value: Callable, units: np.ndarray, seed: int, draws: int) -> tuple[float | None, float | None]:
-    """The bootstrap interval of a function of means over units, `units` [means, units]; one resample serves all.
+    """The bootstrap interval of a function of means over `units` [means, units], which share their resamples.
 
-    Resamples without a gain, of which nothing is a share (NaN), are left out. None where it is not finite: a share of
-    what may well be nothing.
+    Resamples without a gain (NaN) are left out. None if an end is not finite, as for a share of a gain that may be 0.
     """
     if not draws:
         return None, None

@@ -1,11 +1,11 @@
-"""The report: one HTML page that says what a study asked, what came out, how sure it is and where the numbers are.
+"""The report: one HTML page that says what a study asked, what came out, how sure that is and where the numbers are.
 
-It is made from result files alone and needs nothing else: text and figures are inside, there is no script in it, and
-nothing is fetched. A result that is missing leaves a sentence in its place. Parts of it: report/parts.py, an
-experiment's; report/headlines.py, the numbers shown first; page.html.j2, how it looks.
+It is made from result files alone and needs nothing else: text and figures are inside, it has no scripts, and nothing
+is fetched. A missing result leaves a sentence in its place. report/parts.py makes the part on each experiment,
+report/headlines.py picks the numbers shown first, and page.html.j2 is the layout.
 
-In:   the results of a study, as many as there are; of several seeds (--seeds) or studies (--beside), side by side.
-Out:  OUT (default: the study's report.html). Of several it is a folder: report.html goes there, beside the
+In:   the results of a study, as many as there are; those of several seeds (--seeds) or studies (--beside) side by side.
+Out:  OUT (default: the study's report.html). For several, a folder: report.html goes there, beside the
       claims_seeds.json of report/claims.py --seeds, whose verdicts it shows.
 
 Full: python report/page.py --study studies/multi30k.yaml --seeds 0,1,2,3,4 --output build/try/claims
@@ -27,7 +27,7 @@ parts = cli.sibling("report/parts.py")
 
 RESULTS = {"page": "report.html"}
 TEMPLATE, RULES = "page.html.j2", "report/README.md"
-MARK = "report/page.py of cpt-utils"  # by which a page is known as one of ours
+MARK = "report/page.py of cpt-utils"  # identifies a page made by this script
 PARTS = {
     "Part I": "Which layers learn the language",
     "Part II": "Attention, FFN and language-specific neurons",
@@ -41,13 +41,13 @@ PARTS = {
 
 
 def named(code: str | None) -> str:
-    """A language by its name with its code; of one that is made up it says so."""
+    """A language's name with its code; an invented one is called so."""
     return figures.language(code).replace("invented (", "an invented language (") if code else "?"
 
 
 def briefly(place: str | None) -> str:
-    """A model by its place; of a long path the end."""
-    text = place or "not said"
+    """A model's path, or the end of a long one."""
+    text = place or "not given"
     return text if len(text) <= 40 else "…/" + "/".join(text.split("/")[-2:])
 
 
@@ -57,7 +57,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     study, heads = run.study, run.headers
     layers = next((head["n_layers"] for head in heads.values() if head.get("n_layers")), None)
     of_runs = [(head.get("models") or {}).get("checkpoints") or {} for head in heads.values()]
-    steps = max(of_runs, key=len, default={})  # some results are about a part of them
+    steps = max(of_runs, key=len, default={})  # some results cover a part of them
     size = next((row["value"] for row in run.rows.get("cogsym", []) if row["measure"] == "parameters/model"), None)
     made_of = (f", {layers} layers" if layers else "") + (f", {size / 1e6:,.3g} M parameters" if size else "")
     spec = study.get("run")
@@ -65,16 +65,16 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
     if steps:
         spec += f", {len(steps)} checkpoint{'s' * (len(steps) > 1)} to step {max(map(int, steps)):,}"
     data = [f"{n:,} sentence pairs" for n in [(heads.get("retrieval", {}).get("data") or {}).get("n_used")] if n]
-    told = {key: head[key] for head in heads.values() for key in ("task", "heldout") if head.get(key)}
-    told |= {"heldout": heads["language_loss"]["heldout"]} if "language_loss" in heads else {}
-    data += parts.texts(told)
+    text_heads = {key: head[key] for head in heads.values() for key in ("task", "heldout") if head.get(key)}
+    text_heads |= {"heldout": heads["language_loss"]["heldout"]} if "language_loss" in heads else {}
+    data += parts.texts(text_heads)
     dates = sorted(head["time"] for one in runs for head in one.headers.values() if head.get("time"))
     days = " to ".join(dict.fromkeys(parts.day(time) for time in (dates[0], dates[-1]))) if dates else "not known"
     base, target = (named(study.get(f"languages.{side}")) for side in ("base", "target"))
     of = f" (of {run.label})" if run.label else ""
     return [
         ("Base model", f"{briefly(study.get('base'))}{of}{made_of}"),
-        ("Continued as", spec),
+        ("CPT run", spec),
         ("Languages", f"{base}, continued on {target}"),
         ("Data", "; ".join(data) or "not known"),
         *([side_by_side(runs)] if len(runs) > 1 else []),
@@ -83,7 +83,7 @@ def facts(runs: list[parts.Run]) -> list[tuple[str, str]]:
 
 
 def outcome(run: parts.Run) -> str:
-    """Losses and accuracy on the task at the base and at the last checkpoint; without these retrieval, or nothing."""
+    """Losses and task accuracy at the base and at the last checkpoint; without these, retrieval or nothing."""
 
     def both(step: str, measure: str) -> list[tuple[str | None, str]]:
         rows = [row for row in run.rows.get(step, []) if row["measure"] == measure and row["component"] is None]
@@ -91,25 +91,25 @@ def outcome(run: parts.Run) -> str:
         for row in rows:
             ends.setdefault(row["language"], {})[row["step"] or 0] = row["value"]
         return [
-            (lang, "\u00a0\u2192\u00a0".join(headlines.signed(one[step], 3) for step in (0, run.last)))
-            for lang, one in ends.items() if {0, run.last} <= {*one}
+            (lang, "\u00a0\u2192\u00a0".join(headlines.signed(values[step], 3) for step in (0, run.last)))
+            for lang, values in ends.items() if {0, run.last} <= {*values}
         ]  # fmt: skip
 
     losses, target = both("language_loss", headlines.LOSS), run.study.get("languages.target")
     new = {lang for lang, _ in losses if lang and target and languages.same(lang, target)}
-    losses.sort(key=lambda one: one[0] not in new)
+    losses.sort(key=lambda pair: pair[0] not in new)
     losses = [
-        f"{told} in {'the new language, ' * (lang in new)}{figures.language(lang)}" for lang, told in losses if lang
+        f"{text} in {'the new language, ' * (lang in new)}{figures.language(lang)}" for lang, text in losses if lang
     ]
-    told = [f"loss (nats a byte) {', '.join(losses)}"] * bool(losses)
-    told += [f"accuracy on the task {one}" for _, one in both("downstream", "acc")[:1]]
-    if not told:
+    phrases = [f"loss (nats per byte) {', '.join(losses)}"] * bool(losses)
+    phrases += [f"accuracy on the task {text}" for _, text in both("downstream", "acc")[:1]]
+    if not phrases:
         last, base, _ = (row for _, row in headlines.three("retrieval", run.rows.get("retrieval", []), run.study))
         if last and base and last["step"] == run.last:
             ends = "\u00a0\u2192\u00a0".join(headlines.signed(row["value"], 3) for row in (base, last))
-            told = [f"share of translations found, each at its best hidden state, {ends}"]
+            phrases = [f"share of translations found, each at its best hidden state, {ends}"]
     of = f" of {run.label}" if run.label else ""
-    return f"Base \u2192 last checkpoint{of}: {'; '.join(told)}." if told and run.last else ""
+    return f"Base \u2192 last checkpoint{of}: {'; '.join(phrases)}." if phrases and run.last else ""
 
 
 def side_by_side(runs: list[parts.Run]) -> tuple[str, str]:
@@ -120,23 +120,23 @@ def side_by_side(runs: list[parts.Run]) -> tuple[str, str]:
 
 
 def gate_words(runs: list[parts.Run]) -> str:
-    """Whether the model retrieves better than an untrained one, and what follows."""
+    """Whether the model retrieves better than an untrained one, and what follows from that."""
     gates = [run.head.get("gate") or run.headers.get("layers", {}).get("gate") for run in runs]
     passed = [gate for gate in gates if gate and gate["passed"]]
     hub = [row["layer"] for row in runs[0].rows.get("layers", []) if row["measure"] == "in_hub" and row["value"]]
-    which = f"layers {verdicts.listed([*map(str, hub)])} find" if hub and len(runs) == 1 else "layers that find"
-    layers = f"hub ({which} translations) and interface (the others)"
+    which = f"layers {verdicts.listed([*map(str, hub)])}, which find" if hub and len(runs) == 1 else "layers that find"
+    layers = f"the hub ({which} translations) and the interface (the others)"
     if not any(gates):
-        needs = "it takes an untrained model's retrieval, and layer-specialize/layer_specialize.py"
-        return f"Not checked ({needs}): whether {layers} mean anything is not known."
-    follows = f"So {layers} mean something." if len(passed) == len(runs) else f"Without it {layers} mean nothing."
+        needs = "it takes an untrained model's retrieval and layer-specialize/layer_specialize.py"
+        return f"Not checked ({needs}): it is not known whether {layers} mean anything."
+    follows = f"So {layers} are meaningful." if len(passed) == len(runs) else f"Otherwise, {layers} mean nothing."
     if len(runs) > 1:
         return f"Passed in {len(passed)} of {len(runs)} runs. {follows}"
     (gate,) = gates
     passed, finds = ("Passed", "finds more") if gate["passed"] else ("Not passed", "does not find clearly more")
     needed = None if gate["passed"] else sentences_needed(gate)
-    follows += f" A difference of this size would be clear with some {needed:,} sentences." if needed else ""
-    # The model that the layers are from.
+    follows += f" A difference of this size would be clear with about {needed:,} sentences." if needed else ""
+    # The model that the layers come from.
     model = "/".join(gate["model"].split("/")[-2:]) if gate.get("model") else "the last checkpoint"
     apart = headlines.in_digits(gate["difference"], gate["ci_low"], gate["ci_high"])
     return (
@@ -146,7 +146,7 @@ def gate_words(runs: list[parts.Run]) -> str:
 
 
 def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
-    """How sure the claims are: in a few words, and why."""
+    """How sure the claims are, in a few words, and why."""
     if over and len(over["seeds"]) >= verdicts.SEEDS:
         how = "Each seed draws the training anew. Student's t over seeds, Holm's correction over claims of one letter."
         return f"Verdicts over {len(over['seeds'])} seeds.", how
@@ -154,7 +154,7 @@ def sure(runs: list[parts.Run], over: dict | None) -> tuple[str, str]:
         return f"{len(over['seeds'])} seeds: no verdict on any claim.", f"A verdict takes {verdicts.SEEDS} or more."
     why = (
         f"A run is one sample of what training does; a verdict takes {verdicts.SEEDS} seeds or more. Intervals "
-        "are about this run alone."
+        "describe this run alone."
     )
     if parts.of_seeds(runs):
         why += " report/claims.py --seeds, with the same --output, judges them over seeds."
@@ -165,26 +165,26 @@ def counted(rows: list[dict]) -> str:
     """ "4 not supported, 6 undecided, 2 of them for want of numbers", of one run "3 contrary, 2 not clear"."""
     entries = [one for row in rows for one in row["entries"][:1]]
     words = [one["word"] for one in entries]
-    told = ", ".join(
+    counts = ", ".join(
         f"{words.count(word)} {word.replace('no interval', 'without an interval')}"
         for word in sorted({*words}, key=headlines.RANK.index)
     )
     bare = sum(one["word"] == verdicts.OPEN and not one["number"] for one in entries)
-    return told + (f", {bare} of them for want of numbers" if bare else "")
+    return counts + (f", {bare} of them for want of numbers" if bare else "")
 
 
 def claims(runs: list[parts.Run], over: dict | None) -> list[dict]:
-    """The claims with what decides each: over seeds, or of every run."""
-    said = [("", over["claims"])] if over else [(run.label, run.claims) for run in runs if run.claims]
-    names = list(dict.fromkeys(name for _, one in said for name in one))
-    found = []
+    """The claims with what decides each, over seeds or in every run."""
+    sources = [("", over["claims"])] if over else [(run.label, run.claims) for run in runs if run.claims]
+    names = list(dict.fromkeys(name for _, one in sources for name in one))
+    shown = []
     for name in names:
-        entries = [entry(label, one[name], bool(over)) for label, one in said if name in one]
+        entries = [entry(label, one[name], bool(over)) for label, one in sources if name in one]
         if len(runs) == 1 and entries[0]["verdict"] == verdicts.VOID:
             entries[0]["why"] = "The gate, at the top of the page, was not passed."
-        text = next(one[name]["text"] for _, one in said if name in one)
-        found.append({"name": name, "text": headlines.capital(text), "entries": entries})
-    return found
+        text = next(one[name]["text"] for _, one in sources if name in one)
+        shown.append({"name": name, "text": headlines.capital(text), "entries": entries})
+    return shown
 
 
 def entry(label: str, claim: dict, seeds: bool) -> dict:
@@ -194,12 +194,12 @@ def entry(label: str, claim: dict, seeds: bool) -> dict:
     shown = {"label": label, "word": word, "verdict": claim["verdict"], "why": headlines.why(claim), "number": ""}
     if row:
         shown |= {"about": row["name"], "says": f"claimed {claimed(row)}", "number": in_digits(row)}
-    beside = [row | {"says": None} for row in claim["beside"]]  # it decides nothing, and so has no word of the claim's
+    beside = [row | {"says": None} for row in claim["beside"]]  # decides nothing, so it is not held against the claim
     return shown | {"numbers": list(map(a_number, claim["numbers"])), "beside": list(map(a_number, beside))}
 
 
 def a_number(row: dict) -> dict:
-    """A number of a claim for the table of all."""
+    """A number of a claim, for the table of all numbers."""
     says, note = row["says"], row.get("note") or ""
     return {
         "name": row["name"], "number": in_digits(row), "n": f"{row['n']:,} {row['n_of']}" if row["n"] else "",
@@ -220,10 +220,10 @@ def in_digits(row: dict) -> str:
 
 
 def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
-    """The page as it will lie in the folder `where`."""
+    """The page, to be written to the folder `where`."""
     steps, study = [parts.shown_step(step, runs, where) for step in parts.steps()], runs[0].study
     names, seen = dict.fromkeys(step["part"] for step in steps), set()
-    for step in steps:  # a caption that stands under another figure already is told in short
+    for step in steps:  # a caption that already stands under another figure is shortened
         step["told"] = {
             caption: f"{parts.first_sentence(caption).rstrip('.:')}, as above." if caption in seen else caption
             for caption in step["captions"]
@@ -232,7 +232,7 @@ def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
     claims_at = where / "claims_seeds.json" if over else study.result("claims")
     with parts.numbers.reading(claims_at):
         rows = claims(runs, over)
-        for row in rows:  # the sections whose results it rests on
+        for row in rows:  # the sections whose results each claim rests on
             read = {(step["label"], step["id"]): None for step in steps if row["name"] in step["claims"]}
             row["evidence"] = list({label: (label, at) for label, at in reversed(read)}.values())[::-1]
     with parts.numbers.reading(study.result("layers")):
@@ -241,7 +241,7 @@ def page(runs: list[parts.Run], where: Path, over: dict | None) -> str:
         shown_outcome = outcome(runs[0])
 
     def address(step: str) -> str:
-        """Where a file lies that is read as it is; empty where it was not made, or where there are several."""
+        """The link to a file that is read as it is; empty if it was not made, or if there are several runs."""
         file = study.result(step)
         file = file.with_suffix(".html") if step == "samples" else file
         return parts.link(file, where) if len(runs) == 1 and file.is_file() else ""
@@ -269,9 +269,9 @@ def template():
 
 def build_parser():
     p = cli.parser(__doc__)
-    p.add_argument("--output", metavar="OUT", help="HTML file; of several a folder; default: the study's report.html")
+    p.add_argument("--output", metavar="OUT", help="HTML file; for several, a folder; default: the study's report.html")
     p.add_argument("--seeds", type=cli.seeds, metavar="S,S,..", help="these seeds of the study, side by side")
-    text = "other study files, whose results stand beside"
+    text = "other study files, whose results are shown beside"
     p.add_argument("--beside", nargs="+", default=[], metavar="FILE", help=text)
     return p
 
@@ -280,13 +280,13 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
     if not study:
-        raise InputError("the report is that of a study: give --study FILE, or run where study.yaml is")
+        raise InputError("the report is about a study: give --study FILE, or run where study.yaml is")
     studies = [Study.find(args.study, seed, args.arm) for seed in args.seeds or [study.seed]]
     studies += [Study.find(file, None) for file in args.beside]
     if len(studies) == 1:
         output = study.output(args.output, "--output", "page")
     elif args.output is None:
-        raise InputError("several seeds or studies have no place of their own: give --output FOLDER")
+        raise InputError("for several seeds or studies, give --output FOLDER")
     else:
         output = Path(args.output) / "report.html"
     if output.suffix != ".html":
@@ -314,7 +314,7 @@ def main(argv=None) -> None:
 
 
 def labels(studies: list[Study], seeds: list[int] | None) -> list[str]:
-    """What tells runs apart; nothing where there is one."""
+    """Names that tell the runs apart; empty if there is only one."""
     if len(studies) == 1:
         return [""]
     names = [f"seed {study.seed}" if i < len(seeds or [0]) and seeds else study.name for i, study in enumerate(studies)]

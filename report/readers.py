@@ -1,6 +1,6 @@
-"""Which parts of a number's place in a result file are columns of the table of all numbers (rows.py), by schema.
+"""How keys of a result file map to columns of the table of all numbers (rows.py), by schema.
 
-A new experiment adds a line to READERS, and what turns its result round first, if that is needed, to PREPARE.
+A new experiment adds a line to READERS and, if its result must be rearranged first, a function to PREPARE.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ LAYER = "checkpoints/{step}/layers/layer_{layer}"
 
 
 def of_steps(payload: dict, header: dict) -> dict:
-    """Its series, lists over steps, by step."""
+    """The payload with its series, which are lists over steps, keyed by step."""
     series = payload.get("series") or {}
     lists = {key: values for key, values in series.items() if key != "steps" and isinstance(values, list)}
     steps = enumerate(map(str, series.get("steps", [])))
-    found = {step: {key: values[i] for key, values in lists.items()} for i, step in steps}
-    return payload | {"series": found | {key: series[key] for key in series if key not in lists and key != "steps"}}
+    by_step = {step: {key: values[i] for key, values in lists.items()} for i, step in steps}
+    return payload | {"series": by_step | {key: series[key] for key in series if key not in lists and key != "steps"}}
 
 
 def counted(payload: dict, header: dict) -> dict:
-    """A mask {language: {layer: neurons}} as the number of neurons."""
-    return {lang: {layer: len(neurons) for layer, neurons in own.items()} for lang, own in payload.items()}
+    """A mask {language: {layer: neurons}} with neurons replaced by their number."""
+    return {lang: {layer: len(neurons) for layer, neurons in layers.items()} for lang, layers in payload.items()}
 
 
 def tasks(payload: dict, header: dict) -> dict:
-    """Of an lm_eval result the scores, with the number of rows."""
+    """The scores of an lm_eval result, with their numbers of rows."""
     rows = payload.get("n-samples") or {}
     scores = payload.get("results") or {}
     return {
@@ -39,7 +39,7 @@ def tasks(payload: dict, header: dict) -> dict:
 
 
 def compared(payload: dict, header: dict) -> dict:
-    """A comparison without what its figure shows, its numbers by run and name."""
+    """A comparison without the curves of its figure, its numbers keyed by run and name."""
     return {
         kind: {run: {row["name"]: row for row in numbers} for run, numbers in payload.get(kind, {}).items()}
         for kind in ("values", "differences", "agreement")
@@ -47,20 +47,19 @@ def compared(payload: dict, header: dict) -> dict:
 
 
 def by_measure(payload: dict, header: dict) -> dict:
-    """A comparison along a line, its worst gap below the measure that it is of."""
+    """A comparison along a line, its worst gap keyed by the measure it is of."""
     worst = payload.get("worst") or {}
     return payload | {"worst": {worst.get("measure", ""): worst}}
 
 
 def with_groups(payload: dict, header: dict) -> dict:
-    """A split of the layers, with 1 for the layers of the hub and 0 for the others, and the gate."""
+    """A split of the layers with the gate and `in_hub`, 1 for hub layers and 0 for the others."""
     n, hub = len(payload.get("layer_accuracy") or []), payload.get("semantic_layers") or []
     return payload | {"in_hub": [int(layer in hub) for layer in range(n)], "gate": header.get("gate")}
 
 
-# schema -> patterns of the place of a number, of which the first that fits counts: a name in braces is a column,
-# `{column:regex}` one that fits the regex, `also` the end of the measure. In a pair, what other columns are (of the
-# measure the beginning).
+# schema -> patterns for the path of a number, of which the first that matches counts: a name in braces is a column,
+# `{column:regex}` one that fits the regex, `also` the end of the measure. A pair adds columns, or starts the measure.
 READERS: dict[str, list] = {
     "ablation-sweep": [
         "conditions/{condition}/values/{measure}", "retention/{condition}/{measure}/{also}",

@@ -1,7 +1,7 @@
-"""Every number of a study's result files as rows of one table, found again by its columns instead of by its place.
+"""Every number of a study's result files as rows of one table, identified by columns instead of by JSON path.
 
-A result is read by the reader of its header's schema (readers.py): patterns that say which parts of a number's place
-in the JSON are columns. What no pattern knows keeps its place as the name of its measure, and none is left out.
+A result is read by the patterns of its schema (readers.py), which say which parts of a number's path are columns. A
+number that no pattern matches keeps its path as the name of its measure; none is left out.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from cpt_utils.measures.lm_eval_results import is_number
 
 reading_of = cli.sibling("report/readers.py")
 
-# `hidden_state` i is what block i - 1 puts out, 0 the embeddings; a number about a block's weights has a `layer`.
+# `hidden_state` i is the output of block i - 1, 0 the embeddings; a number about a block's weights has a `layer`.
 COLUMNS = (
     "study", "seed", "run", "step", "layer", "hidden_state", "component", "language", "condition", "measure", "value",
     "ci_low", "ci_high", "n", "controls", "result", "file",
 )  # fmt: skip
-PLAIN = "plain"  # the study's own run among its arms and other runs
-OF_PAIR = ("retrieval", "alignment")  # steps whose results lie in a folder of two languages
-OF_ONE = ("sentence-retrieval", "sentence-alignment", "lm_eval", "lsn-activation")  # results of one model, whichever
-WHOLE = ("seed", "step", "layer", "hidden_state", "n", "controls")  # the columns of whole numbers
+PLAIN = "plain"  # name of the study's own run beside arms and other runs
+OF_PAIR = ("retrieval", "alignment")  # steps whose results are in a folder for two languages
+OF_ONE = ("sentence-retrieval", "sentence-alignment", "lm_eval", "lsn-activation")  # results of a single model
+WHOLE = ("seed", "step", "layer", "hidden_state", "n", "controls")  # integer columns
 
-# A mapping with an interval or a number of units says these of the first of MAIN that it has.
+# The interval or number of units of a mapping belongs to the first of MAIN that it has.
 MAIN = (
     "own_minus_random", "own_minus_matched", "own", "value", "mean", "gain", "correlation", "difference", "harm",
     "selectivity", "nll_per_byte", "ratio", "acc", "acc,none",
 )  # fmt: skip
 UNITS = ("n", "n_units", "n_points", "documents", "n_tokens")
 CONTROLS = ("n_random", "n_matched", "n_pairs", "draws")
-# Not numbers, but settings, and lists of layers, heads and names.
+# Not results: settings, and lists of layers, heads and names.
 SETTINGS = {
     results.HEADER, "request", "shape", "step", "n_layers", "seed", "set", "layer", "expert", "experts", "orders",
     "sweeps", "what",
@@ -48,14 +48,14 @@ LABELS = {
     "lsn_rich", "interface", "hub_blocks", "differs", "richest_layers", "languages", "kept", "chain", "margins",
     "seeds", "runs", "steps", "files",
 }  # fmt: skip
-# What the entries of a list are called; what the name says is no number of theirs.
+# How the entries of a list are named; what the name contains is not a number of the entry.
 ENTRIES = {
     "sets": "{component}/{name}", "conditions": "{name}", "points": "{curve} {at} {draw}", "orders": "{name}",
     "heads": "layer_{layer}/unit_{unit}", "single": "layer_{layer}/unit_{unit}", "query_heads": "head_{head}",
     "matrices": "{name}", "numbers": "{name}", "beside": "{name}", "pairs": "{runs}", "against_full": "{share}",
 }  # fmt: skip
 TEMPLATE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
-OTHER_LOSS = re.compile(r"(?P<measure>(.*/)?nll_per_byte):(?P<language>[^/]+)(?P<rest>.*)")  # than the target's
+OTHER_LOSS = re.compile(r"(?P<measure>(.*/)?nll_per_byte):(?P<language>[^/]+)(?P<rest>.*)")  # not the target's
 KINDS = {"component": "[^/]*", "step": r"\d+|base", "layer": r"\d+", "hidden_state": r"\d+", "measure": ".+"}
 
 
@@ -63,10 +63,10 @@ KINDS = {"component": "[^/]*", "step": r"\d+|base", "layer": r"\d+", "hidden_sta
 
 
 def numbers(value, place: tuple[str, ...] = (), around=None) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """(place, {value, ci_low, ci_high, n, controls}) of every number below `value`; None and truth values are none.
+    """(path, {value, ci_low, ci_high, n, controls}) of every number below `value`; None and booleans do not count.
 
     Args:
-        around: the intervals of the numbers below, in the same order and under the same names.
+        around: the intervals of these numbers, in the same order and under the same names.
     """
     value, around = _by_name(value, place[-1] if place else ""), _by_name(around, "")
     if isinstance(value, dict):
@@ -80,13 +80,13 @@ def _in_mapping(value: dict, place: tuple[str, ...], around: dict) -> Iterator[t
     facts = {"n": _first(value, UNITS), "controls": _first(value, CONTROLS)}
     about = "ci_low" in value or any(fact is not None for fact in facts.values())
     main = next((key for key in MAIN if about and is_number(value.get(key))), None)
-    said = [name for name in (*UNITS, *CONTROLS) if main and is_number(value.get(name))]
+    units = [name for name in (*UNITS, *CONTROLS) if main and is_number(value.get(name))]
     ends = {key: value.get(key) for key in ("ci_low", "ci_high")}
     if main:
-        own = {"value": value[main], **ends, **facts}
-        yield place if main in ("value", "mean", *place[-1:]) else (*place, main), own
+        row = {"value": value[main], **ends, **facts}
+        yield place if main in ("value", "mean", *place[-1:]) else (*place, main), row
     for key, below in value.items():
-        if key in (main, *ends) or key in said or key.endswith("_ci") or key == "intervals" or _is_label(key, below):
+        if key in (main, *ends) or key in units or key.endswith("_ci") or key == "intervals" or _is_label(key, below):
             continue
         intervals = around.get(key, value.get(f"{key}_ci"))
         if key in ("matrix", "retention"):
@@ -97,22 +97,22 @@ def _in_mapping(value: dict, place: tuple[str, ...], around: dict) -> Iterator[t
 
 
 def _by_name(value, called: str):
-    """A list as a mapping: of pairs [x, number] by x, of mappings by what they are called, of others by place."""
+    """A list as a mapping: pairs [x, number] by x, mappings by name (`ENTRIES` of `called`), others by index."""
     if not isinstance(value, list):
         return value
-    firsts = [one[0] for one in value if isinstance(one, list) and len(one) in (2, 3, 4) and is_number(one[0])]
+    firsts = [item[0] for item in value if isinstance(item, list) and len(item) in (2, 3, 4) and is_number(item[0])]
     if len(firsts) == len(value) > 0 and all(a < b for a, b in itertools.pairwise(firsts)):
-        return {str(one[0]): _beyond_first(one[1:]) for one in value}
+        return {str(item[0]): _beyond_first(item[1:]) for item in value}
     if called not in ENTRIES:
-        return {str(i): one for i, one in enumerate(value)}
+        return {str(i): item for i, item in enumerate(value)}
     keys = re.findall(r"\{(\w+)\}", ENTRIES[called])
-    names = [ENTRIES[called].format(**{key: _named(one.get(key, "")) for key in keys}).strip() for one in value]
-    found: dict[str, dict] = {}
-    for i, (name, one) in enumerate(zip(names, value, strict=True)):
-        if names.count(name) > 1:  # random sets are told by their layers
-            name += f" {one['layers']}" if one.get("layers") else f" {names[:i].count(name)}"
-        found[name] = {key: below for key, below in one.items() if key not in keys}
-    return found
+    names = [ENTRIES[called].format(**{key: _named(item.get(key, "")) for key in keys}).strip() for item in value]
+    named: dict[str, dict] = {}
+    for i, (name, item) in enumerate(zip(names, value, strict=True)):
+        if names.count(name) > 1:  # random sets are told apart by their layers
+            name += f" {item['layers']}" if item.get("layers") else f" {names[:i].count(name)}"
+        named[name] = {key: below for key, below in item.items() if key not in keys}
+    return named
 
 
 def _named(value):
@@ -120,7 +120,7 @@ def _named(value):
 
 
 def _beyond_first(rest: list):
-    """What stands behind x: a number, an interval, or a number with its interval."""
+    """What follows x in an entry: a number, an interval, or a number with its interval."""
     if len(rest) == 3:
         return dict(zip(("value", "ci_low", "ci_high"), rest, strict=True))
     return rest[0] if len(rest) == 1 else rest
@@ -138,18 +138,18 @@ def _first(value: dict, names: tuple[str, ...]):
 
 
 def of_file(payload: dict, header: dict) -> Iterator[dict]:
-    """The numbers of one result as rows of those columns that its JSON says."""
+    """The numbers of one result as rows of the columns that its JSON gives."""
     schema = header["schema"]
     readers = [(_pattern(template), fixed) for template, fixed in map(_entry, reading_of.READERS.get(schema, []))]
     usual = _of_header(header)
     prepared = reading_of.PREPARE[schema](payload, header) if schema in reading_of.PREPARE else payload
     for place, number in numbers(prepared):
         path = "/".join(place)
-        matches = ((found, fixed) for pattern, fixed in readers if (found := pattern.fullmatch(path)))
-        match, own = next(matches, (None, {}))
+        matches = ((hit, fixed) for pattern, fixed in readers if (hit := pattern.fullmatch(path)))
+        match, extra = next(matches, (None, {}))
         named = match.groupdict() if match else {"measure": path}
-        measure = [part for part in (own.get("measure"), named.get("measure"), named.pop("also", None)) if part]
-        yield _tidied(usual | number | own | named | {"measure": "/".join(measure)}, header)
+        measure = [part for part in (extra.get("measure"), named.get("measure"), named.pop("also", None)) if part]
+        yield _tidied(usual | number | extra | named | {"measure": "/".join(measure)}, header)
 
 
 def _tidied(row: dict, header: dict) -> dict:
@@ -167,29 +167,29 @@ def _tidied(row: dict, header: dict) -> dict:
 
 
 def _units(measure: str, header: dict, documents: tuple[str, ...]):
-    """Over how many sentences, documents or rows of the task a mean is, from the header."""
+    """The number of sentences, documents or task rows that a mean is over, from the header."""
     for begins, keys in (("retrieval", ("n_used",)), ("nll_per_byte", documents), ("task_accuracy", ("task", "rows"))):
         if measure.startswith(begins) and "/" not in measure:
-            found = header
+            value = header
             for key in keys:
-                found = found.get(key) if isinstance(found, dict) else None
-            return found
+                value = value.get(key) if isinstance(value, dict) else None
+            return value
     return header.get("n_used") if header["schema"] in OF_ONE[:2] else None
 
 
 def _of_header(header: dict) -> dict:
-    """What a header says of all numbers of its file."""
+    """The columns that a header gives for all numbers of its file."""
     models = header.get("models") or {}
-    one = next((models[role] for role in ("target", "plain", "model") if models.get(role)), {})
+    ref = next((models[role] for role in ("target", "plain", "model") if models.get(role)), {})
     language = header.get("language") or header.get("target_lang")
-    found = {"step": one.get("step"), "language": language}
+    columns = {"step": ref.get("step"), "language": language}
     if header["schema"] == "heads":
-        found["step"] = max(models.get("checkpoints") or {}, key=int, default=None)
-    if header["schema"] == "comparison":  # of runs that may have ended at different ones
-        found["step"] = None
+        columns["step"] = max(models.get("checkpoints") or {}, key=int, default=None)
+    if header["schema"] == "comparison":  # its runs may have ended at different steps
+        columns["step"] = None
     if header["schema"] == "lsn-activation":
-        found["condition"] = "control" if header.get("control") else "lsn"
-    return found
+        columns["condition"] = "control" if header.get("control") else "lsn"
+    return columns
 
 
 def _entry(entry) -> tuple[str, dict]:
@@ -199,10 +199,10 @@ def _entry(entry) -> tuple[str, dict]:
 @cache
 def _pattern(template: str) -> re.Pattern:
     parts, end = [], 0
-    for found in TEMPLATE.finditer(template):
-        name, regex = found[1], found[2] or KINDS.get(found[1], "[^/]+")
-        parts += [re.escape(template[end : found.start()]), f"(?P<{name}>{regex})"]
-        end = found.end()
+    for match in TEMPLATE.finditer(template):
+        name, regex = match[1], match[2] or KINDS.get(match[1], "[^/]+")
+        parts += [re.escape(template[end : match.start()]), f"(?P<{name}>{regex})"]
+        end = match.end()
     return re.compile("".join(parts) + re.escape(template[end:]))
 
 
@@ -210,21 +210,21 @@ def _pattern(template: str) -> re.Pattern:
 
 
 def files(study: Study) -> Iterator[tuple[str, Path]]:
-    """(step, file) of every result of a study that is there, in the order of steps and names."""
+    """(step, file) of every existing result of a study, ordered by step and name."""
     for step in sorted(experiments.said("RESULTS")):
-        place = study.result(step)
-        if place.is_dir():
-            found = sorted(place.rglob("*.json"))
-            yield from ((step, path) for path in found if not (path.parent / "config.json").is_file())
-        elif place.is_file() and place.suffix == ".json":
-            yield step, results.facts_beside(place) if results.facts_beside(place).is_file() else place
-            for more in ("singles", "report"):  # of the same measurement
-                if (beside := place.with_suffix(f".{more}.json")).is_file():
+        result = study.result(step)
+        if result.is_dir():
+            paths = sorted(result.rglob("*.json"))
+            yield from ((step, path) for path in paths if not (path.parent / "config.json").is_file())
+        elif result.is_file() and result.suffix == ".json":
+            yield step, results.facts_beside(result) if results.facts_beside(result).is_file() else result
+            for more in ("singles", "report"):  # from the same measurement
+                if (beside := result.with_suffix(f".{more}.json")).is_file():
                     yield step, beside
 
 
 def read(study: Study) -> Iterator[tuple[str, Path, dict, dict]]:
-    """(step, file, payload, header) of every result of a study; what was made with --limit is left out, and said so.
+    """(step, file, payload, header) of every result of a study; those made with --limit are left out with a warning.
 
     Raises:
         InputError: a file is damaged, or not what its step writes.
@@ -238,7 +238,7 @@ def read(study: Study) -> Iterator[tuple[str, Path, dict, dict]]:
 
 
 def _content(path: Path) -> tuple[dict, dict]:
-    """Payload and header of a result; both empty where it has no header: made by hand, or settings of a tool."""
+    """Payload and header of a result; both empty if it has no header (made by hand, or settings of a tool)."""
     with contextlib.suppress(ValueError):
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict) or results.HEADER not in content:
@@ -249,8 +249,8 @@ def _content(path: Path) -> tuple[dict, dict]:
 def rows(study: Study, found: list[tuple[str, Path, dict, dict]] | None = None) -> list[dict]:
     """Every number of every result of a study, or of one of its arms or runs, as rows of `COLUMNS`.
 
-    What is missing gives no row, and what does not apply to a number is None. `result` is the step's name in the
-    RESULTS of its script. `found` are the results, where they were read (`read`) before.
+    Missing results give no rows, and columns that do not apply are None. `result` is the step's name in the RESULTS of
+    its script. `found`: the results, if they have been read (`read`) before.
     """
     found, steps = list(read(study)) if found is None else found, {}
     for _, path, _, header in found:
@@ -273,21 +273,21 @@ def rows(study: Study, found: list[tuple[str, Path, dict, dict]] | None = None) 
 
 
 def of_the_pair(table: list[dict], study: Study) -> list[dict]:
-    """The rows without retrieval between other languages than the study's, where there is some between these."""
+    """The rows without retrieval between other languages than the study's, if there is any between the study's."""
     pairs = {Path(row["file"]).parent.name for row in table if row["result"] in OF_PAIR}
     with contextlib.suppress(InputError):
         base, target = (str(study.get(f"languages.{side}")) for side in ("base", "target"))
-        own = languages.find_pair(pairs, base, target)
-        return [row for row in table if row["result"] not in OF_PAIR or Path(row["file"]).parent.name == own]
+        pair = languages.find_pair(pairs, base, target)
+        return [row for row in table if row["result"] not in OF_PAIR or Path(row["file"]).parent.name == pair]
     return table
 
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """What a file that was damaged lacks is told in one line.
+    """Turn errors about the contents of a damaged file into one line.
 
     Raises:
-        InputError: the file lacks a key, or holds something else than it should.
+        InputError: the file lacks a key, or holds something other than it should.
     """
     try:
         yield
@@ -298,12 +298,12 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def _steps(header: dict) -> dict[tuple, int]:
-    """The step of the base (0) and of every model of the run, as the header of a result about the run names them."""
+    """The step of the base (0) and of every model of the run, if a header names them: {identity: step}."""
     models = header.get("models") or {}
     if not models.get("base") or not models.get("checkpoints"):
         return {}
-    found = {_identity(ref): int(step) for step, ref in models["checkpoints"].items()}
-    return found | {_identity(models["base"]): 0}
+    steps = {_identity(ref): int(step) for step, ref in models["checkpoints"].items()}
+    return steps | {_identity(models["base"]): 0}
 
 
 def _identity(ref: dict) -> tuple:
@@ -312,7 +312,7 @@ def _identity(ref: dict) -> tuple:
 
 
 def _model(header: dict, steps: dict[tuple, int], study: Study) -> dict:
-    """Step of the run, or condition, of the one model that a result is about."""
+    """The step, or else the condition, of the one model that a result is about."""
     models = header.get("models") or {}
     ref = models.get("model") or {}
     if "untrained_like" in models:
@@ -322,7 +322,7 @@ def _model(header: dict, steps: dict[tuple, int], study: Study) -> dict:
     spec, run = str(ref.get("spec")), study.get("run")
     if spec == study.get("base"):
         return {"step": 0}
-    places = spec.partition("@")[0], str(Path(spec).parent)
-    if ref.get("step") is not None and isinstance(run, str) and run.partition("@")[0].rstrip("/") in places:
+    folders = spec.partition("@")[0], str(Path(spec).parent)
+    if ref.get("step") is not None and isinstance(run, str) and run.partition("@")[0].rstrip("/") in folders:
         return {"step": ref["step"]}
     return {"condition": re.sub(r"__checkpoint-\d+$", "", str(ref.get("model_id"))).replace("__", "/")}

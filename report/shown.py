@@ -1,4 +1,4 @@
-"""The verdicts for people: tables in Markdown and LaTeX, several seeds side by side, and the figure."""
+"""The verdicts for readers: tables in Markdown and LaTeX, several seeds side by side, and the figure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cpt_utils.measures.verdicts import NO, YES, Panel, in_words, shown_p
 
 
 def digits(value: float | None) -> str:
-    """A number for people: three decimals, or two after the point with an exponent where it is small."""
+    """A number for readers: three decimals, or two with an exponent if it is small."""
     if value is None:
         return "none"
     return f"{value:.2e}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
 
 
 def told(row: dict) -> str:
-    """ "peak minus first 0.120 [0.101, 0.139], n = 8 seeds, p = 0.006"; of a number that is none, why."""
+    """ "peak minus first 0.120 [0.101, 0.139], n = 8 seeds, p = 0.006"; or why there is no value."""
     if row["value"] is None:
         return f"{row['name']}: {row.get('note') or 'none'}"
     text = f"{row['name']} {digits(row['value'])}"
@@ -37,7 +37,7 @@ def told(row: dict) -> str:
 
 
 def markdown(payload: dict) -> str:
-    """The table of verdicts, and below it what was measured beside and decides nothing."""
+    """The table of verdicts, and below it the numbers that decide nothing."""
     seeds = payload["seeds"]
     lines = [
         f"# Claims on {payload['study']}, "
@@ -50,8 +50,8 @@ def markdown(payload: dict) -> str:
         numbers = "<br>".join(map(told, row["numbers"])) or "-"
         cells = (name, row["text"], f"**{row['verdict']}**", numbers, row["reason"])
         lines.append(_markdown_row(cells))
-    lines += ["", "Intervals are 95 %, alpha is .05. The rules stand in report/README.md.", ""]
-    lines += ["## Beside it, deciding nothing", "", "| | number |", "|---|---|"]
+    lines += ["", "Intervals are 95 %, alpha is .05. The rules are in report/README.md.", ""]
+    lines += ["## Other numbers, which decide nothing", "", "| | number |", "|---|---|"]
     lines += [_markdown_row((name, told(row))) for name, one in payload["claims"].items() for row in one["beside"]]
     if len(seeds) > 1:
         lines += [
@@ -73,7 +73,7 @@ def _markdown_row(cells) -> str:
 
 
 def latex(payload: dict) -> str:
-    """The table of verdicts as a plain tabular of the width of the text."""
+    """The table of verdicts as a plain tabular as wide as the text."""
     rows = [("", "claim", "verdict", "what decides", "why")]
     for name, row in payload["claims"].items():
         numbers = [escaped(told(number_row)) for number_row in row["numbers"]] or ["-"]
@@ -83,7 +83,7 @@ def latex(payload: dict) -> str:
 
 
 def tabular(rows: list[tuple[str, ...]], columns: str) -> str:
-    """Rows of escaped cells, the first of them the head; `columns` as LaTeX has them."""
+    """A tabular of rows of escaped cells, the first of which is the head; `columns` is its LaTeX argument."""
     lines = [r"\begin{tabular}{" + columns + "}", r"\hline"]
     for i, row in enumerate(rows):
         lines.append(" & ".join(row) + r" \\")
@@ -101,18 +101,18 @@ NUMBER = re.compile(r"(?<![\w.-])(-\d+(?:\.\d+)?|\d+\.\d+(?=e))(?:e([+-])0*(\d+)
 
 
 def escaped(text: str) -> str:
-    """Plain text for LaTeX; negative numbers and powers of ten go into math."""
+    """Plain text escaped for LaTeX; negative numbers and powers of ten are set in math."""
     text = "".join(SPECIAL.get(letter, letter) for letter in text)
     return NUMBER.sub(_in_math, text)
 
 
-def _in_math(found: re.Match) -> str:
-    power = rf"\cdot 10^{{{found[2].replace('+', '')}{found[3]}}}" if found[3] else ""
-    return f"${found[1]}{power}$"
+def _in_math(match: re.Match) -> str:
+    power = rf"\cdot 10^{{{match[2].replace('+', '')}{match[3]}}}" if match[3] else ""
+    return f"${match[1]}{power}$"
 
 
 def order(name: str) -> tuple[str, int, str]:
-    """Where a claim stands among the others: C2a before C10, all of C before D1."""
+    """The sort key of a claim: C2a before C10, all of C before D1."""
     letter, number, part = re.fullmatch(r"(\w)(\d+)(\w?)", name).groups()
     return letter, int(number), part
 
@@ -121,13 +121,13 @@ def order(name: str) -> tuple[str, int, str]:
 
 LOOKS = {YES: ("✔", "#009E73"), NO: ("✘", "#D55E00")}
 OTHER = ("–", "#555555")  # no verdict
-WIDTH = 70  # letters of a name in a line
+WIDTH = 70  # letters in a line of a name
 
 
 def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
-    """A panel for each claim, in two columns: the deciding numbers, their intervals, and the draws behind them."""
+    """A panel for each claim, in two columns: the deciding numbers, their intervals, and seeds or controls as dots."""
     inner = {name: 0.06 + 0.24 * max(1.0, sum(map(_lines, row["numbers"]))) for name, row in claims.items()}
-    heights = {name: 0.72 + own for name, own in inner.items()}  # with title and axis
+    heights = {name: 0.72 + height for name, height in inner.items()}  # with title and axis
     columns = _columns(heights)
     with figures.style() as plt:
         tallest = max(sum(heights[name] for name in column) for column in columns)
@@ -135,7 +135,7 @@ def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
         fig.get_layout_engine().set(h_pad=0.04, hspace=0.03, wspace=0.04)
         grid = fig.add_gridspec(1, len(columns))
         for at, column in enumerate(columns):
-            # What the shorter column lacks stays free below it.
+            # The space below the shorter column stays free.
             free = tallest - sum(heights[name] for name in column)
             ratios = [inner[name] for name in column] + [free] * (free > 0.01)
             below = grid[at].subgridspec(len(ratios), 1, height_ratios=ratios)
@@ -146,12 +146,12 @@ def draw(path: Path, claims: dict[str, dict], panels: dict[str, Panel]) -> None:
 
 
 def _lines(number: dict) -> float:
-    """The height of a number, in that of one whose name takes a single line."""
+    """The height of a number relative to one whose name takes a single line."""
     return 1 + 0.4 * (len(textwrap.wrap(number["name"], WIDTH)) - 1)
 
 
 def _columns(heights: dict[str, float]) -> list[list[str]]:
-    """The names in two columns of nearly one height, in reading order."""
+    """The names in two columns of nearly equal height, in reading order."""
     names = list(heights)
 
     def tallest(cut: int) -> float:
@@ -184,7 +184,7 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
     if not rows:
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
-        # Of files the names alone; the table has their places.
+        # File names without folders; the table has their paths.
         text = textwrap.fill(re.sub(r"(?:[\w.-]+/)+(?=[\w.-]+\.\w)", "", row["reason"]), 40, break_on_hyphens=False)
         axis.text(0, 0.9, text, transform=axis.transAxes, fontsize=6.5, va="top")
         return
@@ -203,10 +203,10 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
         axis.plot(one["value"], -at, "D", color=shade, markeredgecolor="black", markeredgewidth=0.5, zorder=3)
         bounds = {one["says"]["bound"], -one["says"]["bound"] if one["says"]["side"] == "within" else 0.0}
         axis.vlines(sorted(bounds - {0.0}), -at - 0.3, -at + 0.3, color="black", linewidth=0.6, linestyle=":", zorder=0)
-        clear = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # of the zero line behind it
-        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 6.5}
+        box = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # of the zero line behind it
+        style = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 6.5}
         name = textwrap.fill(one["name"], WIDTH)
-        axis.annotate(name, (0, -at + 0.22), bbox=clear, linespacing=1.0, **place).set_in_layout(False)
+        axis.annotate(name, (0, -at + 0.22), bbox=box, linespacing=1.0, **style).set_in_layout(False)
     axis.axvline(0, color="black", linewidth=0.6, zorder=0)
     axis.set_ylim(-at - 0.55, 0.75)
     axis.locator_params(axis="x", nbins=5)
@@ -216,12 +216,12 @@ def _panel(axis, name: str, row: dict, panel: Panel) -> None:
 
 
 def _draws(row: dict) -> list[float]:
-    """What lies behind a number: its values of every seed, or the controls that it has a place among."""
+    """What lies behind a number: its values by seed, or the controls that it is ranked among."""
     return list((row.get("values") or {}).values()) or (row["place"] or {}).get("draws") or []
 
 
 def evenly(values: list, most: int) -> list:
-    """At most `most` of the values, evenly chosen, first and last among them."""
+    """At most `most` of the values, evenly spaced and including the first and the last."""
     if len(values) <= most:
         return values
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

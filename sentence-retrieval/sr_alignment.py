@@ -1,9 +1,9 @@
-"""Alignment of two languages beside retrieval, from the vectors that sr_experiment.py pools anyway.
+"""Alignment of two languages, from the vectors that sr_experiment.py pools for retrieval.
 
-How alike the geometries of both languages are (linear CKA), how much nearer a translation is than another sentence,
+How similar the geometries of the two languages are (linear CKA), how much nearer a translation is than other sentences,
 in how many directions the sentences of a language differ, and which hidden states share these directions.
 
-Out:  for sr_experiment.py, which writes them: a model's JSON and the tensors of its .pt; the figure of a run.
+Out:  the JSON and the tensors of the .pt of each model, which sr_experiment.py writes, and the figure of a run.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ scoring = cli.sibling("sentence-retrieval/sr_scores.py")
 looking = cli.sibling("sentence-retrieval/sr_figure.py")
 
 SCHEMA = "sentence-alignment"
-VECTORS = {"published": ("mean", False), "unit_centred": ("unit", True)}  # of `Pooled`; cosines of centred vectors
+VECTORS = {"published": ("mean", False), "unit_centred": ("unit", True)}  # field of `Pooled`, centre for cosines
 SIDES = ("base", "target")
-# Key -> title, and decimals: further ones are float rounding, which moves with the batch.
+# Key -> title, and decimals: further digits are float rounding, which varies with the batch.
 MEASURES = {
     "cka": ("linear CKA", 4),
     "cosine_gap": ("cosine gap", 4),
     "participation_ratio_base": ("dimensions,", 2),
     "participation_ratio_target": ("dimensions,", 2),
 }
-HELD = 2**24  # numbers of covariances at once
+HELD = 2**24  # covariance entries held at once
 
 
 # ---------------------------------------------------------------- one hidden state
@@ -38,7 +38,7 @@ def hsic(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """The unbiased HSIC of two Gram matrices [n, n] whose diagonals are 0 (Song et al. 2012, equation 5).
 
     Returns:
-        [1 + n]: of all sentences, then without each of them. It takes 4 sentences, 5 without one; else no number.
+        [1 + n]: over all sentences, then without each of them in turn. NaN where fewer than 4 sentences remain.
     """
     n, each, rows, others = len(k), (k * m).sum(1), k.sum(1), m.sum(1)
     of_both, of_one, of_other, crossed = each.sum(), rows.sum(), others.sum(), rows @ others
@@ -56,61 +56,62 @@ def hsic(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 
 
 def cka(k: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """Debiased linear CKA of two Gram matrices [n, n] (Kornblith et al. 2019, with `hsic`): [1 + n], as there.
+    """Debiased linear CKA of two Gram matrices [n, n] (Kornblith et al. 2019, with `hsic`): [1 + n] like `hsic`.
 
-    Languages without anything in common have 0 in the mean, so that a value may be below 0; NaN where the sentences of
+    Its expected value is 0 for languages with nothing in common, so values may be negative; NaN where the sentences of
     a language do not differ.
     """
     k, m = (gram.clone().fill_diagonal_(0) for gram in (k, m))
-    across, own, other = hsic(k, m), hsic(k, k), hsic(m, m)
-    return torch.where((own > 0) & (other > 0), across / (own * other).sqrt(), float("nan"))
+    across, within_k, within_m = hsic(k, m), hsic(k, k), hsic(m, m)
+    return torch.where((within_k > 0) & (within_m > 0), across / (within_k * within_m).sqrt(), float("nan"))
 
 
 def participation(k: torch.Tensor) -> torch.Tensor:
     """The participation ratio (tr C)² / tr C² of the covariance C of sentences with the centred Gram matrix `k` [n, n]:
-    [1 + n], of all sentences, then without each of them. From 1, all differ in one direction, to at most n - 1."""
-    n, own, squares = len(k), k.diagonal(), (k * k).sum(1)
-    more = n / max(1, n - 1)  # a sentence that goes moves the mean, too
-    trace, square = own.sum(), squares.sum()
-    whole, left = trace**2 / square, trace - more * own
-    without = left**2 / (square - 2 * more * squares + (more * own) ** 2)
-    # Where one sentence is all the difference, what is left without it is rounding.
+    [1 + n], over all sentences, then without each in turn. From 1 (they differ in one direction) to at most n - 1."""
+    n, diagonal, squares = len(k), k.diagonal(), (k * k).sum(1)
+    more = n / max(1, n - 1)  # removing a sentence moves the mean, too
+    trace, square = diagonal.sum(), squares.sum()
+    whole, left = trace**2 / square, trace - more * diagonal
+    without = left**2 / (square - 2 * more * squares + (more * diagonal) ** 2)
+    # If one sentence makes up all the variance, the rest without it is rounding.
     return torch.cat([whole[None], without.masked_fill(left <= 1e-7 * trace, float("nan"))])
 
 
 def jackknifed(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A number and, of `found` [1 + n], what each sentence adds to it [n]: their mean is the number, and the bootstrap
-    of that mean is to first order the number's."""
+    """A statistic and each sentence's contribution to it [n], from its values `found` [1 + n] over all sentences and
+    without each: the contributions average to the statistic, and bootstrapping their mean gives its bootstrap to
+    first order."""
     whole, without = found[0], found[1:]
     return whole, whole + (len(without) - 1) * (without.mean() - without)
 
 
 def cosine_gap(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of the cosines [n, n] of translations, on the diagonal, minus that of all other pairs, and what each
-    sentence adds to it [n]."""
-    own, n = a.diagonal(), len(a)
-    apart = a - own.diag()
+    """The mean cosine of translations (the diagonal of [n, n]) minus that of all other pairs, and each sentence's
+    contribution to it [n]."""
+    translations, n = a.diagonal(), len(a)
+    apart = a - translations.diag()
     mean = apart.sum() / (n * (n - 1))
-    gap, moved = own.mean() - mean, apart.sum(0) + apart.sum(1) - 2 * (n - 1) * mean
-    return gap, gap + own - own.mean() - moved / (n - 1)
+    gap, moved = translations.mean() - mean, apart.sum(0) + apart.sum(1) - 2 * (n - 1) * mean
+    return gap, gap + translations - translations.mean() - moved / (n - 1)
 
 
 def at_state(x: torch.Tensor, y: torch.Tensor, centred: bool) -> dict[str, tuple]:
-    """All MEASURES of two languages' sentences [n, hidden], paired by row: (number, what each sentence adds); of a
-    participation ratio the logarithm, so that its interval stays above 0."""
+    """All MEASURES of two languages' sentences [n, hidden], paired by row, as (value, contribution of each sentence);
+    the logarithm of a participation ratio, so that its interval stays above 0."""
     middle = x - x.mean(0), y - y.mean(0)
     grams = [each @ each.T for each in middle]
-    found = {"cka": jackknifed(cka(*grams))}
-    found["cosine_gap"] = cosine_gap(scoring.cosine(*(middle if centred else (x, y))))
+    measured = {"cka": jackknifed(cka(*grams))}
+    measured["cosine_gap"] = cosine_gap(scoring.cosine(*(middle if centred else (x, y))))
     logs = [jackknifed(participation(k).log()) for k in grams]
-    return found | {f"participation_ratio_{side}": log for side, log in zip(SIDES, logs, strict=True)}
+    return measured | {f"participation_ratio_{side}": log for side, log in zip(SIDES, logs, strict=True)}
 
 
 # ---------------------------------------------------------------- between hidden states
 
 
 def first_direction(x: torch.Tensor) -> torch.Tensor:
-    """The first right singular vector [hidden] of `x` [n, hidden] in float64; 0 where there is none."""
+    """The first right singular vector [hidden] of `x` [n, hidden] in float64; zeros if there is none."""
     from scipy.sparse.linalg import svds
 
     if min(x.shape) < 2 or not x.any():
@@ -122,11 +123,11 @@ def first_direction(x: torch.Tensor) -> torch.Tensor:
 def similarity(states: torch.Tensor) -> torch.Tensor:
     """The cosine of the covariances of every two hidden states, tr(C_i C_j) / (|C_i| |C_j|): [L+1, L+1], float64.
 
-    Of each, the first singular direction of the centred sentences is dropped: that of a massive activation is the same
-    in most of the stack, and all states would be alike. NaN where nothing is left.
+    The first singular direction of the centred sentences is dropped from each: a massive activation's direction is the
+    same in most of the stack and would make all states alike. NaN where nothing is left.
 
     Args:
-        states: [L+1, sentences, hidden]. The residual stream has one basis, so that its covariances can be compared.
+        states: [L+1, sentences, hidden]. The residual stream has one basis, so its covariances can be compared.
     """
 
     def centred(x: torch.Tensor) -> torch.Tensor:
@@ -154,23 +155,23 @@ def similarity(states: torch.Tensor) -> torch.Tensor:
 
 
 def measure(found: scoring.Retrieval, seed: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Of each of VECTORS the MEASURES by hidden state with 95 % intervals, and the similarity of neighbouring states;
-    for the .pt that of all states, by vector and side.
+    """For each of VECTORS the MEASURES by hidden state with 95 % intervals, and the similarity of neighbouring states;
+    for the .pt, the similarity of all states, by vector and side.
 
-    Of pairs with a sentence that stood before nothing enters: a copy of a sentence is no other one, and to CKA, from
-    which a sentence's product with itself is left out, one is that product again.
+    Pairs with a repeated sentence are left out: a copy is not another sentence, and in CKA, which excludes a sentence's
+    product with itself, a copy would bring that product back.
     """
     asks, answers = found.copies
-    alone = (asks == (own := torch.arange(len(asks)))) & (answers == own)
+    alone = (asks == (position := torch.arange(len(asks)))) & (answers == position)
     content, maps = {}, {}
     for name, (pooled, centred) in VECTORS.items():
         sides = [getattr(each, pooled)[:, alone] for each in (found.base, found.target)]
         rows = [at_state(x.double(), y.double(), centred) for x, y in zip(*sides, strict=True)]
         units = np.stack([[row[key][1].numpy() for row in rows] for key in MEASURES])
         units[~np.isfinite(units)] = np.nan
-        ends = np.stack(stats.bootstrap_means(units, seed), -1)
+        intervals = np.stack(stats.bootstrap_means(units, seed), -1)
         content[name] = {}
-        for (key, (_, digits)), interval in zip(MEASURES.items(), ends, strict=True):
+        for (key, (_, digits)), interval in zip(MEASURES.items(), intervals, strict=True):
             values = np.array([row[key][0].item() for row in rows])
             if key.startswith("participation"):
                 values, interval = np.exp(values), np.exp(interval)
@@ -195,10 +196,10 @@ Lines = list[tuple[refs.ModelRef, dict, dict]]
 def draw_files(
     path: Path, files: list[tuple[refs.ModelRef, Path]], untrained: Path | None, languages: tuple[str, str]
 ) -> None:
-    """`draw` of the results that are there; of models measured before there was this one, a line instead."""
+    """`draw` the results that exist; models measured before alignment existed are named in one line instead."""
     before = [ref.spec for ref, file in files if not file.is_file()]
     if before:
-        cli.say(f"measured before there was alignment: {', '.join(before)}; --overwrite measures them again")
+        cli.say(f"measured before alignment existed: {', '.join(before)}; --overwrite measures them again")
     read = [(ref, file, *results.read_json(file, SCHEMA, allow_limited=True)) for ref, file in files if file.is_file()]
     lines = [(ref, payload, results.read_tensors(file.with_suffix(".pt"))) for ref, file, payload, _ in read]
     twin = results.read_json(untrained, SCHEMA, allow_limited=True)[0] if untrained and untrained.is_file() else None
@@ -207,11 +208,11 @@ def draw_files(
 
 
 def draw(path: Path, lines: Lines, untrained: dict | None, languages: tuple[str, str], n: int) -> None:
-    """A row of panels for each of VECTORS, a panel for each of MEASURES; below, hidden states by hidden states, of the
-    first and the last model.
+    """A row of panels for each of VECTORS, a panel for each of MEASURES; below, maps of hidden states against hidden
+    states for the first and the last model.
 
     Args:
-        lines: of each model its reference, its payload, and the tensors of its .pt; the base first.
+        lines: for each model its reference, its payload, and the tensors of its .pt; the base first.
         languages: in words, base and target.
     """
     steps = sorted({ref.step for ref, *_ in lines if ref.step is not None})
@@ -236,12 +237,12 @@ def draw(path: Path, lines: Lines, untrained: dict | None, languages: tuple[str,
 
 
 def _maps(figure, axes, lines: Lines) -> None:
-    """Similarity of hidden states: the base language above the diagonal, the other below it."""
+    """Similarity of hidden states: the base language above the diagonal, the target language below it."""
     shown = [lines[0], lines[-1]][: len(lines)]
-    places = [(name, *line) for name in VECTORS for line in shown]
-    for axis in axes[len(places) :]:
+    panels = [(name, *line) for name in VECTORS for line in shown]
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    for (name, ref, _, maps), axis in zip(places, axes, strict=False):
+    for (name, ref, _, maps), axis in zip(panels, axes, strict=False):
         base, target = (maps[f"{name}.{side}"] for side in SIDES)
         values = np.triu(base.numpy()) + np.tril(target.numpy(), -1)
         axis.set_facecolor("0.92")

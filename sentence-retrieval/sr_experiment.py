@@ -2,14 +2,14 @@
 
 A sentence's vector at a hidden state is the mean over its tokens. Each base-language sentence looks for its translation
 among all target-language sentences by margin-scored cosine similarity; the accuracy at a hidden state is the share of
-sentences that find it. Low accuracy in outer layers and high accuracy in middle ones shows where languages meet. Beside
-that curve, from the same pass: other vectors and scores, which one token of huge norm does not turn into lengths, and
-how far the geometries of both languages are one (sr_alignment.py).
+sentences that find it. Low accuracy in outer layers and high accuracy in middle ones shows where languages meet. The
+same pass also gives other vectors and scores, which a single token of huge norm does not reduce to sentence length, and
+how similar the geometries of the two languages are (sr_alignment.py).
 
 In:   one or more models or runs; parallel sentences (FLORES+ dev by default, or SIB-200, two text files, a TSV).
 Out:  <artifact-out>/<base>-<target>/<model id>.json with `layer_accuracy` [[0, acc], ..., [L, acc]] and more,
-      beside it <model id>.pt with `hits` [L+1, sentences], and a figure: a panel per curve, a line per model. Of
-      alignment the same in <artifact-out>/alignment (in a study in sentence-alignment).
+      next to it <model id>.pt with `hits` [L+1, sentences], and a figure: a panel per curve, a line per model. The
+      same for alignment in <artifact-out>/alignment (in a study in sentence-alignment).
 
 Full: python sentence-retrieval/sr_experiment.py --model_path meta-llama/Llama-2-7b-hf runs/eus \
           --base eng_Latn --target eus_Latn
@@ -37,43 +37,43 @@ figure = cli.sibling("sentence-retrieval/sr_figure.py")
 chosen = cli.sibling("sentence-retrieval/sr_models.py")
 scoring = cli.sibling("sentence-retrieval/sr_scores.py")
 Job = chosen.Job
-DIGITS = 4  # of what is no count: further ones are float rounding, which moves with the batch
+DIGITS = 4  # of values that are not counts: further digits are float rounding, which varies with the batch
 
 SCHEMA = "sentence-retrieval"
 RESULTS = {"retrieval": "sentence-retrieval", "alignment": "sentence-alignment"}
 ASKED = {
     "retrieval": (
-        "At which layers is a sentence's translation found among all others, and how does that change in training?"
+        "At which layers is a sentence's translation found among all others, and how does this change in training?"
     ),
-    "alignment": "At which layers is the geometry of both languages one, whether or not translations are found?",
+    "alignment": "At which layers do both languages share one geometry, whether or not translations are found?",
 }
 CAPTIONS = {
     "retrieval": """Part I: 1. Sentence retrieval
         Sentence retrieval at every hidden state (0 is the embedding output, the last one is taken after the final
         norm): the base in black, checkpoints light to dark in step order, with 95 % bootstrap intervals over sentences
         for the first and the last model. Published: mean of the tokens' hidden states. Unit: every token scaled to
-        length 1 first. Centred: each language's mean vector taken off. MEXA: share of pairs whose cosine is above all
-        others of both sentences. The last two panels say what the published curve may rest on: the share of the norm in
-        the largest token, and how far cosines follow the length of sentences. Shaded grey, where any is: states at
+        length 1 first. Centred: each language's mean vector subtracted. MEXA: share of pairs whose cosine is above all
+        others of both sentences. The last two panels show what the published curve may depend on: the largest token's
+        share of the norm, and how closely cosines follow sentence length. Grey shading, if any, marks the states at
         which it measures length. Dashed: an untrained model of the same configuration. Claim C1, low accuracy in outer
         layers and high accuracy in middle ones, is decided on the published and on the unit, centred curve, by the peak
         and the mean of the inner states against both ends; the peak is chosen on one half of the sentences and read on
-        the other, and so may lie below the top of the curve.""",
+        the other, so it may be below the top of the curve.""",
     "alignment": """Part I: 1. Sentence retrieval
-        How far both languages have one geometry, from the same sentences, models and colours; above for the published
-        vectors, which one massive token may rule (then sentences differ in about one dimension, and the row says
-        little else), below for tokens of length 1. Linear CKA, debiased: 1 where the geometries agree but for rotation
-        and scale, 0 in the mean where they have nothing in common. Cosine gap: the mean cosine of translations minus
-        that of all other pairs. Dimensions: the participation ratio of the covariance of a language's sentences. Last
-        row: cosine of the covariances of every two hidden states, without the first direction of each, of the first and
-        the last model; above the diagonal the language of the base, below it the other. Squares along the diagonal are
-        blocks of layers.""",
+        How similar the geometries of the two languages are, with the same sentences, models and colours; top row:
+        published vectors, which one massive token may dominate (then sentences differ in about one dimension, and the
+        row shows little else); second row: tokens of length 1. Linear CKA, debiased: 1 if the geometries agree up to
+        rotation and scale, 0 on average if they have nothing in common. Cosine gap: the mean cosine of translations
+        minus that of all other pairs. Dimensions: the participation ratio of the covariance of a language's sentences.
+        Last row: cosine between the covariances of every two hidden states, each without its first direction, for the
+        first and the last model; above the diagonal the base language, below it the target language. Squares along the
+        diagonal are blocks of layers.""",
     "retrieval_swapped": """Part I: 4. Layer swaps
         Sentence retrieval of the two swapped models at every hidden state, by every measure: the last checkpoint with
-        the semantic hub's layers of the base, and with as many layers drawn at random. One random draw decides nothing;
-        the figure of the controls does.""",
+        the base's weights in the semantic hub's layers, and in as many layers drawn at random. One random draw decides
+        nothing; the figure of the controls does.""",
     "retrieval_components": """Part II: 4. Component swaps
-        Retrieval over hidden states of the last checkpoint and after its two component swaps.""",
+        Retrieval by hidden state of the last checkpoint before and after its two component swaps.""",
 }
 IMAGES = {
     "retrieval": "*/accuracy.png",
@@ -94,7 +94,7 @@ def sentence_vectors(
     the CPU, in float32 (float64 for a float64 model).
 
     Entry 0 is the embedding output; the last entry is taken after the final norm. With `special_tokens` False the
-    tokens that the tokenizer adds (BOS, EOS) are read by the model but enter nothing.
+    model still reads the tokens that the tokenizer adds (BOS, EOS), but they are not pooled.
     """
     vectors, device = None, loading.input_device(model)
 
@@ -128,23 +128,23 @@ def measure(
     base: Encoded, target: Encoded, variant: str = "ratio", k: int = 4, seed: int = 42, batch_size: int | None = None,
     special_tokens: bool = True, desc: str = "",
 ) -> scoring.Retrieval:  # fmt: skip
-    """Both languages pooled by one pass over each."""
+    """Retrieval between `base` and `target`, each pooled in one pass."""
     pad = tokenizer.pad_token_id
     sides = [
         sentence_vectors(model, arch, side, pad, batch_size, special_tokens, desc=f"{desc}{name}")
         for side, name in ((base, "base language"), (target, "target language"))
     ]
     lengths = tuple(
-        [len(ids) - (0 if special_tokens else sum(own)) for ids, own in zip(side.ids, side.special, strict=True)]
+        [len(ids) - (0 if special_tokens else sum(flags)) for ids, flags in zip(side.ids, side.special, strict=True)]
         for side in (base, target)
     )
     return scoring.Retrieval(*sides, variant, k, seed, (base.first, target.first), lengths)
 
 
 def of_pairs(model, arch, tokenizer, pairs: sources.ParallelText, name: str, **how) -> scoring.Retrieval:
-    """`measure` of `pairs`, tokenized for the model `name`; `how` are its other arguments.
+    """`measure` on `pairs`, tokenized for the model `name`; `how` holds its other arguments.
 
-    Also what the swap controls run on a model that is swapped in memory.
+    The swap controls run this, too, on a model that is swapped in memory.
 
     Raises:
         InputError: a token id that the model has no embedding for.
@@ -184,22 +184,22 @@ def payload(found: scoring.Retrieval, model_path: str, base: str, target: str, s
 
 
 def finished(path: Path, wanted: dict, overwrite: bool, schema: str = SCHEMA) -> dict | None:
-    """The payload of a finished result at `path` that was made as `wanted` says; None where it is to be made.
+    """The payload of a finished result at `path` that was made as `wanted` says; None if it has yet to be made.
 
     Raises:
         InputError: the file was made from another model, other data or other settings.
     """
     if overwrite or not (path.is_file() and path.with_suffix(".pt").is_file()):
         return None
-    found, header = results.read_json(path, schema, allow_limited=True)
-    # Results from before say of no tokenizer, or by another kind of hash, which it was.
+    content, header = results.read_json(path, schema, allow_limited=True)
+    # Results of earlier versions name no tokenizer, or identify it by another kind of hash.
     known = tokenizer_id.comparable(header.get("tokenizer"), wanted["tokenizer"])
     wanted = {key: value for key, value in wanted.items() if known or key != "tokenizer"}
     before = {key: header.get(key) for key in wanted} if header else {}
-    if twin := (before.get("models") or {}).get("untrained_like"):  # files from before hold ids of special tokens
+    if twin := (before.get("models") or {}).get("untrained_like"):  # earlier files hold ids of special tokens
         before["models"] = {"untrained_like": identity.untrained_like(twin)}
     results.refuse_other(path, before, wanted, "another --artifact-out")
-    return found
+    return content
 
 
 # ---------------------------------------------------------------- every model
@@ -207,8 +207,8 @@ def finished(path: Path, wanted: dict, overwrite: bool, schema: str = SCHEMA) ->
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Everything a measurement depends on but the model; `how` are arguments of `measure`, `drop`: --drop-revisions;
-    `aligned` is the folder of the results of sr_alignment.py, which are called as those of retrieval."""
+    """Everything a measurement depends on except the model; `how`: arguments of `measure`; `drop`: --drop-revisions;
+    `aligned`: the folder for the results of sr_alignment.py, which have the same file names as those of retrieval."""
 
     pairs: sources.ParallelText
     process: processes.Process
@@ -221,30 +221,30 @@ class Bench:
     drop: bool = False
 
     def results(self, jobs: list[Job]) -> Iterator[tuple[Job, dict]]:
-        """The payload of every job, finished ones first, then each as it is measured; nothing but the first process
-        gets them, and writes. Every process measures whole models, one a round.
+        """The payload of every job, finished ones first, then each as it is measured; only the main process yields
+        payloads and writes files. Every process measures whole models, one per round.
         """
         left, facts = [], {}
         for i, job in enumerate(jobs if self.process.is_main else []):
             facts[job] = self.facts(job)
-            found = finished(job.path, facts[job], self.overwrite)
-            if found is not None:
+            content = finished(job.path, facts[job], self.overwrite)
+            if content is not None:
                 finished(self.aligned / job.path.name, facts[job], False, alignment.SCHEMA)
                 cli.say(f"{job.path} is finished")
-                yield job, found
+                yield job, content
             else:
                 left.append(i)
         left = [jobs[i] for i in self.process.gather(left)]
-        own = iter(self.process.share(left)[1:])  # while one is measured, the next is read
+        upcoming = iter(self.process.share(left)[1:])  # while one is measured, the next is read
 
         def measured(job: Job) -> dict:
-            following = next(own, None)
+            following = next(upcoming, None)
             if following is not None and not following.untrained and not self.drop:
                 loading.prefetch(following.ref)
             return self.measured(job)
 
-        for found in self.process.rounds(left, measured):
-            for job, made in found if self.process.is_main else []:
+        for done in self.process.rounds(left, measured):
+            for job, made in done if self.process.is_main else []:
                 for schema, (content, tensors) in made.items():
                     path = job.path if schema == SCHEMA else self.aligned / job.path.name
                     results.write_tensors(path.with_suffix(".pt"), tensors)
@@ -252,7 +252,7 @@ class Bench:
                 yield job, content
 
     def measured(self, job: Job) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
-        """A new measurement: by schema a payload, and the tensors of its .pt; retrieval, which ends a step, is last."""
+        """A new measurement: payload and tensors of the .pt by schema; retrieval is last, as its file ends a step."""
         ref, process = job.ref, self.process
         if job.untrained:
             model = loading.load_untrained(ref, self.dtype, process.device, self.how["seed"], process.device_map)
@@ -261,18 +261,18 @@ class Bench:
         tokenizer = tokenization.load_tokenizer(ref, *self.homes)
         desc = f"{'untrained' if job.untrained else ref.model_id}, "
         arch = archs.for_config(ref.config())
-        found = of_pairs(model, arch, tokenizer, self.pairs, ref.spec, **self.how, desc=desc)
+        retrieval = of_pairs(model, arch, tokenizer, self.pairs, ref.spec, **self.how, desc=desc)
         del model
         if self.drop and ref.step is not None:
             ref.drop()
         name, seed = "untrained" if job.untrained else ref.spec, self.how["seed"]
-        content = payload(found, name, *self.languages, seed)
+        content = payload(retrieval, name, *self.languages, seed)
         about = {key: content[key] for key in ("model_path", "base_lang", "target_lang", "timestamp")}
-        aligned, maps = alignment.measure(found, seed)
-        return {alignment.SCHEMA: (about | aligned, maps), SCHEMA: (content, found.tensors())}
+        aligned, maps = alignment.measure(retrieval, seed)
+        return {alignment.SCHEMA: (about | aligned, maps), SCHEMA: (content, retrieval.tensors())}
 
     def facts(self, job: Job) -> dict:
-        """What the header says, and what a finished file must agree with."""
+        """The facts of the header, with which a finished file must agree."""
         config = job.ref.config()
         like = {"untrained_like": identity.untrained_like(config)}
         base, target = (languages.canonical(code, any_tag=True) for code in self.languages)
@@ -303,14 +303,14 @@ def build_parser():
     add = p.add_argument
     text = "models or runs; default: the study's base and run"
     add("--model_path", "--model-path", "--run", nargs="+", metavar="M", help=text)
-    add("--base", metavar="LANG", help="language that asks, e.g. eng_Latn; default: the study's languages.base")
+    add("--base", metavar="LANG", help="language of the queries, e.g. eng_Latn; default: the study's languages.base")
     add("--target", metavar="LANG", help="language that is searched; default: the study's languages.target")
     text = "default: artifacts; inside a study <results>/sentence-retrieval"
     add("--artifact-out", "--output", metavar="DIR", help=text)
     add("--margin-variant", choices=scoring.MARGINS, default="ratio", help="score of a pair; default ratio")
     add("--k", type=cli.positive, default=4, metavar="N", help="nearest neighbours of the margin; default 4")
-    add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: in")
-    text = "only what was asked for: no untrained twin, nor the study's base beside the models of --model_path"
+    add("--no-special-tokens", action="store_true", help="leave BOS and EOS out of the mean; default: included")
+    text = "measure only the models asked for: no untrained twin, and with --model_path not the study's base either"
     add("--no-untrained", action="store_true", help=text)
     sources.add_flags(p)
     cli.add_run_flags(p, drop=True)
@@ -329,14 +329,14 @@ def main(argv=None) -> None:
 
     process, dtype = processes.from_arguments(args, study)
     given = args.artifact_out or (None if study else "artifacts")
-    pair, other = f"{base}-{target}", beside.name(study, limit=pairs.facts["limit"])
-    folder = study.output(given, "--artifact-out", "retrieval", other) / pair
-    aligned = (Path(given, "alignment") if given else study.output(None, "", "alignment", other)) / pair
+    pair, variant = f"{base}-{target}", beside.name(study, limit=pairs.facts["limit"])
+    folder = study.output(given, "--artifact-out", "retrieval", variant) / pair
+    aligned = (Path(given, "alignment") if given else study.output(None, "", "alignment", variant)) / pair
     how = {"variant": args.margin_variant, "k": args.k, "special_tokens": not args.no_special_tokens}
     how |= {"seed": study.seed, "batch_size": args.batch_size}
     homes = chosen.study_homes(study)
     bench = Bench(pairs, process, dtype, how, homes, aligned, args.overwrite, (base, target), args.drop_revisions)
-    double = [ref for ref in models if sum(other.model_id == ref.model_id for other in models) > 1]
+    double = [ref for ref in models if sum(each.model_id == ref.model_id for each in models) > 1]
     if double:
         raise InputError(
             f"{double[0].spec} and {double[1].spec} would write the same file {double[0].model_id}.json; "
@@ -345,30 +345,30 @@ def main(argv=None) -> None:
     jobs = [Job(ref, folder / f"{ref.model_id}.json") for ref in models]
     twins = {} if args.no_untrained else chosen.untrained_twins(models, folder)
     jobs += dict.fromkeys(twins.values())
-    found = {}
+    payloads = {}
     for job, result in bench.results(jobs):
-        found[job.path] = result
+        payloads[job.path] = result
         if not job.untrained:
             best, at = max((accuracy, -layer) for layer, accuracy in result["layer_accuracy"])
             profile = " ".join(f"{accuracy:.2f}" for _, accuracy in result["layer_accuracy"])
             cli.say(f"{job.ref.spec}: best {best:.3f} at hidden state {-at}; by hidden state {profile}")
     if not process.is_main:
         return
-    lines = [(job.ref, found[job.path]) for job in jobs if not job.untrained]
+    lines = [(job.ref, payloads[job.path]) for job in jobs if not job.untrained]
     curves.tell(*((ref.spec, result) for ref, result in lines))
     before = [ref.spec for ref, result in lines if curves.MEASURES["unit"].key not in result]
     if before:
-        cli.say(f"measured before there were all curves: {', '.join(before)}; --overwrite measures them again")
+        cli.say(f"measured before all curves existed: {', '.join(before)}; --overwrite measures them again")
     if twins:
-        measure = study.get("measure") or "published"  # which the layers are split by
+        measure = study.get("measure") or "published"  # the curve the layers are split by
         key, pairs_of = curves.MEASURES[measure].key, [(job, twins[job.ref].path) for job in jobs[: len(models)]]
-        has = [(job, twin) for job, twin in pairs_of if key in found[job.path] and key in found[twin]]
+        has = [(job, twin) for job, twin in pairs_of if key in payloads[job.path] and key in payloads[twin]]
         gate.tell(*(gate.of_results(job.path, twin, job.ref.spec, study.seed, measure) for job, twin in has))
-    untrained = found[twins[models[0]].path] if twins else None
+    untrained = payloads[twins[models[0]].path] if twins else None
     name = "accuracy" if chosen.is_whole(study, args, models) else chosen.figure_name(args.model_path, models)
     named = figures.language(base), figures.language(target)
     figure.draw(folder / name, lines, untrained, len(pairs), " to ".join(named))
-    if twins or len(models) > 1:  # the workflow's call for one model is no figure's
+    if twins or len(models) > 1:  # the workflow's calls for single models draw no figure
         files = [(ref, aligned / job.path.name) for ref, job in zip(models, jobs, strict=False)]
         twin = aligned / twins[models[0]].path.name if twins else None
         alignment.draw_files(aligned / ("alignment" if name == "accuracy" else name), files, twin, named)

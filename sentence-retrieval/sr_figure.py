@@ -1,4 +1,4 @@
-"""The figure of sr_experiment.py: every curve over hidden states, a panel each, a line for each model."""
+"""The figure of sr_experiment.py: one panel per curve over hidden states, one line per model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Lines = list[tuple[refs.ModelRef, dict]]
 
 
 def draw(path: Path, lines: Lines, untrained: dict | None, n: int, title: str) -> None:
-    """The curves that the results have (older ones have two): the base black, checkpoints light to dark in step order.
+    """The curves in the results (older ones have two): the base black, checkpoints light to dark in step order.
 
-    Bands: 95 % of the first and the last model. Grey: where the published curve of the last model measures length.
+    Bands: 95 % intervals of the first and the last model. Grey: where the last model's published curve measures length.
     """
     panels = [key for key in PANELS if any(key in result for _, result in lines)]
     steps = sorted({ref.step for ref, _ in lines if ref.step is not None})
@@ -53,7 +53,7 @@ def draw(path: Path, lines: Lines, untrained: dict | None, n: int, title: str) -
 
 
 def finish(path: Path, figure, axes, title: str, steps: list[int]) -> None:
-    """One title and legend for all panels, beside `axes` a bar of the steps, where there are several; saved."""
+    """Add one title and legend for all panels and, for several steps, a bar of the steps next to `axes`; save."""
     figure.suptitle(f"{title}; bands: 95 % intervals", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     named = {label: handle for handle, label in zip(handles, labels, strict=True) if label[:1] != "_"}
@@ -65,42 +65,41 @@ def finish(path: Path, figure, axes, title: str, steps: list[int]) -> None:
 
 
 def looks(lines: Lines, steps: list[int]) -> list[dict]:
-    """How each model's line looks; several steps have no name but a colour of the bar, several runs differ in dash."""
+    """The look of each model's line; several steps get a colour from the bar, not a label; runs differ in dash."""
     shades = dict(zip(steps, figures.colours(len(steps), ordered=True), strict=True))
     runs = list(dict.fromkeys(Path(ref.spec).parent.name for ref, _ in lines if ref.step is not None))
-    others, found = iter(figures.colours(len(lines))), []
+    spare_colours, styles = iter(figures.colours(len(lines))), []
     for number, (ref, _) in enumerate(lines):
         run = Path(ref.spec).parent.name
         if ref.step is None:
             base = number == 0 and bool(steps)
             label = Path(ref.spec).name
-            shade = (
-                figures.colour("base") if base else figures.colour(MEANING[label]) if label in MEANING else next(others)
-            )
-            found.append({"linestyle": "-" if base else "--", "color": shade, "label": WORDS.get(label, label)})
+            meaning = "base" if base else MEANING.get(label)
+            shade = figures.colour(meaning) if meaning else next(spare_colours)
+            styles.append({"linestyle": "-" if base else "--", "color": shade, "label": WORDS.get(label, label)})
             continue
         name = WORDS.get(run, run)
-        alone = len(runs) > 1 and len(steps) == 1  # a colour of its own, not of its step
+        alone = len(runs) > 1 and len(steps) == 1  # coloured by run, not by step
         label = f"{name}, step {ref.step}" if len(runs) > 1 else f"step {ref.step}"
         if len(steps) > 1:
             label = name if len(runs) > 1 and ref.step == steps[-1] else None
         style = ("-", "--", ":", "-.")[runs.index(run) % 4]
-        found.append({"linestyle": style, "color": next(others) if alone else shades[ref.step], "label": label})
-    return found
+        styles.append({"linestyle": style, "color": next(spare_colours) if alone else shades[ref.step], "label": label})
+    return styles
 
 
 def alike(cells: dict, keys: set[str]) -> None:
-    """One scale for the panels of `keys`, whose numbers only the leftmost bears."""
-    own = [axis for key, axis in cells.items() if key in keys]
-    for at, axis in enumerate(own):
-        axis.set_ylim(0, max(other.get_ylim()[1] for other in own))
-        axis.tick_params(labelleft=at == 0)
-    if own:
-        own[0].set_ylabel("accuracy" if keys == ACCURACIES else "share of pairs")
+    """One scale for the panels of `keys`; only the leftmost shows tick labels."""
+    axes = [axis for key, axis in cells.items() if key in keys]
+    for column, axis in enumerate(axes):
+        axis.set_ylim(0, max(each.get_ylim()[1] for each in axes))
+        axis.tick_params(labelleft=column == 0)
+    if axes:
+        axes[0].set_ylabel("accuracy" if keys == ACCURACIES else "share of pairs")
 
 
 def plot(axis, key: str, result: dict, look: dict, band: bool) -> None:
-    """One curve of one model, and its interval where it is to be shown. What is not defined is left open."""
+    """One curve of one model, with its interval if `band`. Undefined values leave gaps."""
     states, values = zip(*sorted(result[key]), strict=True)
     axis.plot(states, [float("nan") if value is None else value for value in values], linewidth=0.9, **look)
     ends = [(state, *ends) for state, ends in result.get(f"{key}_ci", []) if None not in ends]

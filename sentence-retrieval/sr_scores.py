@@ -1,4 +1,4 @@
-"""Scores of sentence pairs, and what is found by them: the curves of sr_experiment.py."""
+"""Scores of sentence pairs and the resulting hits: the curves of sr_experiment.py."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def margin_scores(a: torch.Tensor, variant: str = "ratio", k: int = 4) -> torch.
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """Retrieval at every hidden state, from the pooled sentences of two languages, paired by row; computed when asked.
+    """Retrieval at every hidden state, from the pooled sentences of two languages, paired by row; computed on demand.
 
-    A hit is a sentence whose highest score is its translation, or another copy of that: copies are one sentence, and
-    which of them scores highest is float rounding, so that it moves with the batch. Hits are boolean [L+1, sentences].
+    A hit is a sentence whose highest score is its translation, or another copy of that: copies count as one sentence,
+    as which of them scores highest is float rounding, which varies with the batch. Hits are boolean [L+1, sentences].
 
     Args:
-        first: of base and target, where each sentence stands first in its list (`Encoded.first`); None: none repeats.
-        lengths: of base and target, the tokens of each sentence that were pooled.
+        first: for base and target, the first index of each sentence in its list (`Encoded.first`); None: none repeats.
+        lengths: for base and target, the number of pooled tokens of each sentence.
     """
 
     base: states.Pooled
@@ -57,16 +57,16 @@ class Retrieval:
 
     @functools.cached_property
     def copies(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each base and each target sentence stands first: [sentences] each."""
-        own = torch.arange(self.base.mean.shape[1])
-        return (own, own) if self.first is None else tuple(map(torch.tensor, self.first))
+        """The first index of each base and each target sentence: [sentences] each."""
+        position = torch.arange(self.base.mean.shape[1])
+        return (position, position) if self.first is None else tuple(map(torch.tensor, self.first))
 
     def scores(self, pooled: str, centred: bool = False, at: slice = EVERY) -> Iterator[torch.Tensor]:
-        """The scores [sentences, sentences] at the hidden states `at`; `centred`: each language's mean vector is taken
-        off, which undoes an offset between languages, and whatever all sentences have in common.
+        """The scores [sentences, sentences] at the hidden states `at`; `centred`: each language's mean vector is
+        subtracted, which removes an offset between languages and whatever all sentences have in common.
 
-        Cosines of centred vectors are about 0 in the mean over all sentences, and a ratio to that has any sign: there,
-        no more than half of the sentences are neighbours.
+        Cosines of centred vectors average to about 0 over all sentences, and a ratio to that may have any sign, so with
+        `centred` no more than half of the sentences are neighbours.
         """
         half = max(1, self.base.mean.shape[1] // 2)
         for x, y in zip(getattr(self.base, pooled)[at], getattr(self.target, pooled)[at], strict=True):
@@ -79,16 +79,16 @@ class Retrieval:
 
     @functools.cached_property
     def published(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`hits`, `hits_reverse` and `chance`, whose scores are the same."""
+        """`hits`, `hits_reverse` and `chance`, from the same scores."""
         asks, answers = self.copies
         generator = torch.Generator().manual_seed(self.seed)
         shuffles = torch.stack([torch.randperm(len(asks), generator=generator) for _ in range(SHUFFLES)])
         forward, backward, chance = [], [], []
         for scores in self.scores("mean"):
-            found = answers[scores.argmax(1)]
-            forward.append(found == answers)
+            best = answers[scores.argmax(1)]
+            forward.append(best == answers)
             backward.append(asks[scores.argmax(0)] == asks)
-            chance.append((found == answers[shuffles]).double().mean())
+            chance.append((best == answers[shuffles]).double().mean())
         return torch.stack(forward), torch.stack(backward), torch.stack(chance)
 
     hits = property(lambda self: self.published[0])
@@ -102,9 +102,9 @@ class Retrieval:
     hits_mexa_last = functools.cached_property(lambda self: self.above_all("last"))
 
     def above_all(self, pooled: str) -> torch.Tensor:
-        """MEXA's strict hits: a pair's cosine is above every other in its row and its column (copies are no others).
+        """MEXA's strict hits: a pair's cosine is above every other in its row and column (copies do not count).
 
-        Equal vectors, such as a full stop's embedding, have equal cosines but for rounding: none of them is above.
+        Equal vectors, such as the embedding of a full stop, have equal cosines up to rounding: none of them is a hit.
         """
         asks, answers = (each[:, None] == each for each in self.copies)
         hits = []
@@ -127,26 +127,25 @@ class Retrieval:
 
     @property
     def largest_norm_share(self) -> torch.Tensor:
-        """The share of the sum of the tokens' norms that the largest token holds, mean of both languages:
-        [L+1, sentences]."""
+        """The largest token's share of the sum of the tokens' norms, mean of both languages: [L+1, sentences]."""
         return (self.base.largest + self.target.largest).double() / 2
 
     @functools.cached_property
     def length_spearman(self) -> torch.Tensor:
-        """Spearman's correlation between the cosines of all pairs but translations and -|log ratio of both lengths|.
+        """Spearman's correlation of cosine and -|log ratio of the two lengths| over all pairs except translations.
 
-        [L+1, sentences], of which the mean over sentences is the correlation: see `stats.pair_spearman`.
+        [L+1, sentences], whose mean over sentences is the correlation: see `stats.pair_spearman`.
         """
         asks, answers = (each[:, None] != each for each in self.copies)
-        here, there = (torch.tensor(each).double() for each in self.lengths)
-        # shorter over longer has the order of -|log ratio|, and 5 to 10 is 10 to 20; a difference of logarithms rounds
-        likeness = (torch.minimum(here[:, None], there) / torch.maximum(here[:, None], there)).numpy()
+        base, target = (torch.tensor(each).double() for each in self.lengths)
+        # shorter / longer orders like -|log ratio| and ties 5:10 with 10:20; a difference of logarithms would round
+        likeness = (torch.minimum(base[:, None], target) / torch.maximum(base[:, None], target)).numpy()
         count = (asks & answers).numpy()
         cosines = (cosine(x, y).numpy() for x, y in zip(self.base.mean, self.target.mean, strict=True))
         with_length = stats.pair_spearman(likeness, count)  # its ranks are the same at every hidden state
         return torch.stack([torch.from_numpy(with_length(a)) for a in cosines])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The hits as uint8, for the `.pt` beside the JSON: step 2 resamples their sentences."""
+        """The hits as uint8, for the `.pt` next to the JSON: step 2 resamples their sentences."""
         names = ["hits", "hits_reverse", *(curve.hits for curve in curves.MEASURES.values())]
         return {name: getattr(self, name).byte() for name in dict.fromkeys(names)}

@@ -1,16 +1,16 @@
-"""Does a straight line connect two runs of one base, or a base and its checkpoint, without loss on the way?
+"""Are two runs of one base, or a base and its checkpoint, linearly connected: is nothing lost on the line between them?
 
 Every parameter is (1 - a) A + a C. The chord gap at a is by how much the score there is worse than the straight line
-between the scores of A and C; the barrier is the largest gap between the ends (below 0 where all of the line is better
-than the chord), also as a share of what the better end gained on the base. Close models connect whatever they learnt,
-so it stands beside random directions [ours]: one from A and one from C, each tensor's as long as C - A, gone as far as
-the point of the line is from that end.
+between the scores of A and C; the barrier is the largest gap between the ends (below 0 if the whole line is better than
+the chord), also given as a share of the better end's gain over the base. Close models connect whatever they learnt, so
+the line is compared with random directions [ours]: one from A and one from C, with every tensor as long as in C - A,
+each followed as far as the point on the line is from that end.
 
-In:   B, RUN and perhaps another run of B as A (--other); without it A is B.
+In:   B, RUN and optionally another run of B as A (--other); without it A is B.
 Out:  OUT (default: the study's spectral/connect.json, without --other connect.base.json): points, gaps, barriers, gains,
-      distance of A and C and cosine of their updates by layer; .pt (every sentence) and figure beside it.
+      distance of A and C and cosine of their updates by layer; .pt (every sentence) and a figure.
 
-A killed run goes on with the next model. On several GPUs: accelerate launch spectral/connect.py ...
+A killed run resumes with the next model. On several GPUs: accelerate launch spectral/connect.py ...
 
 Full: python spectral/connect.py --base B --run RUN1 --other RUN2 --heldout 1.txt --heldout-others eng_Latn=2.txt ces_Latn=3.txt --output connect.json
 Tiny: python spectral/connect.py --study demo/tiny.yaml --at 0.5 --measures nll
@@ -44,30 +44,30 @@ CAPTIONS = {
     "connect": """Part IV: 5. Connectivity
         Scores along the straight line (1 - a) A + a C from another run A of continued pre-training of the same base to
         the study's C, and the chord, the straight line between the scores of the ends. Grey: the same chord with both
-        ends moved in random directions as far as the point of the line is from them: where that costs nothing, either,
-        any two models so close are connected. Claim D6 is decided by the largest gap (barrier) between line and chord
-        in a loss, as a share of what the better end gained on the base. Where the other run was trained on another
-        language, an end may be worse than the base (dotted): then the chord is high, and a line below it says little.
-        Bands are often narrower than the line.""",
+        ends moved in random directions as far as the point on the line is from them: if that costs nothing either, any
+        two models this close are connected. Claim D6 is decided by the largest gap (barrier) between line and chord in
+        a loss, as a share of the better end's gain over the base. If the other run was trained on another language, an
+        end may be worse than the base (dotted): then the chord is high, and a line below it says little. Bands are
+        often narrower than the line.""",
 }
-LEAST = 0.1  # of the largest gain in a loss: less is no gain that a barrier is a share of
+LEAST = 0.1  # of the largest gain in a loss; smaller gains are too small to divide a barrier by
 AT = tuple(i / 10 for i in range(11))
 OTHER = Condition("other", {}, of="other")
-SIDES = ("A", "C")  # the ends from which random directions go
+SIDES = ("A", "C")  # the ends where random directions start
 
 
 # ---------------------------------------------------------------- the method
 
 
 def mixed(base: torch.Tensor, target: torch.Tensor, a: float) -> torch.Tensor:
-    """(1 - a) A + a C in float32; with A and C the other way round it is the same at 1 - a, bit for bit."""
+    """(1 - a) A + a C in float32; with A and C swapped the result at 1 - a is the same, bit for bit."""
     ends = updates.wide(base, target)
     return (round(1 - a, 12) * ends[0] + a * ends[1]).to(target.dtype)
 
 
 @dataclass(frozen=True)
 class Moved:
-    """The end `side` ("A" or "C") of a tensor, moved in a random direction by `share` of the length of C - A."""
+    """A tensor of the end `side` ("A" or "C"), moved in a random direction by `share` of the length of C - A."""
 
     side: str
     share: float
@@ -82,35 +82,35 @@ class Moved:
 
 
 def everything(pair: surgery.Pair, home) -> list[surgery.Edit]:
-    """Edits of every tensor of the pair, embeddings, norms and head among them.
+    """Edits of every tensor of the pair, including embeddings, norms and head.
 
     Raises:
         InputError: different vocabularies, or a tensor that only one of the models has.
     """
     ends = pair.base_ref, pair.target_ref
-    differ = tokenizer_id.diff_vocabularies(*ends, home)
-    if differ:
+    difference = tokenizer_id.diff_vocabularies(*ends, home)
+    if difference:
         raise InputError(
-            f"{ends[0].spec} and {ends[1].spec} have different vocabularies ({differ}): there is nothing between them"
+            f"{ends[0].spec} and {ends[1].spec} have different vocabularies ({difference}) and cannot be mixed"
         )
     names = [name for name in pair.target.names() if not (archs.is_buffer(name) or pair.arch.may_lack(name))]
     edits = [pair.edit(name, by_rows=True) for name in names]
     for name, why in pair.diff_tensors(surgery.Recipe("", {}, tuple(edits))).items():
         if pair.arch.may_lack(name):  # no model of the type uses it
             continue
-        raise InputError(f"{ends[0].spec} and {ends[1].spec} are not of one form: {name} is {why}")
+        raise InputError(f"{ends[0].spec} and {ends[1].spec} differ in form: {name} is {why}")
     return edits
 
 
 def between(pair: surgery.Pair, edits: Sequence[surgery.Edit], a: float) -> surgery.Recipe:
-    """(1 - a) A + a C of every tensor; at 0 A's values and at 1 C's as they are."""
+    """(1 - a) A + a C for every tensor; at 0 A's own values and at 1 C's."""
     function = None if a == 0 else functools.partial(mixed, a=a)
     made = [] if a == 1 else [replace(edit, function=function) for edit in edits]
     return surgery.Recipe(f"{1 - a:g} of {pair.base_ref.spec}, {a:g} of itself", {"a": a}, tuple(made))
 
 
 def aside(pair: surgery.Pair, edits, side: str, a: float, seed: int, draw: int) -> surgery.Recipe:
-    """The end `side` moved in a random direction as far as the point `a` of the line is from it."""
+    """The end `side`, moved in a random direction as far as the point `a` on the line is from it."""
     share = a if side == "A" else round(1 - a, 12)
     made = []
     for edit in edits:
@@ -121,43 +121,43 @@ def aside(pair: surgery.Pair, edits, side: str, a: float, seed: int, draw: int) 
 
 
 def points_of(pair: surgery.Pair, edits, at: Sequence[float], first: Condition, seed: int, draws: int) -> list:
-    """The line from `first` (A as it is) to C, and of every draw both ends moved at all points between them."""
-    swapper, found = in_memory.Swapper(pair, cache_bytes=0), []
+    """The line from `first` (A itself) to C, and for every draw both ends moved, at all points between them."""
+    swapper, points = in_memory.Swapper(pair, cache_bytes=0), []
     ends = {0: first, 1: curves.TARGET}
     for a in sorted({*at, 0, 1}):
         made = ends.get(a) or swapper.condition(f"line {a:g}", between(pair, edits, a))
-        found.append(curves.Point("line", float(a), made))
+        points.append(curves.Point("line", float(a), made))
     for draw in range(draws):
         for side in SIDES:
             for a in sorted(a for a in at if 0 < a < 1):
                 made = swapper.condition(f"random from {side} {a:g} ({draw})", aside(pair, edits, side, a, seed, draw))
-                found.append(curves.Point(f"random_{side}", a, made, draw))
-    return found
+                points.append(curves.Point(f"random_{side}", a, made, draw))
+    return points
 
 
-# ---------------------------------------------------------------- what it says
+# ---------------------------------------------------------------- the result
 
 
 def summarise(records: list[dict], points: Sequence, seed: int) -> dict:
-    """Of every measure with units: `gap` of each point of the line and of the random ends, `barrier` and `random` with
+    """For every measure with units: `gap` of each point on the line and of the random ends, `barrier` and `random` with
     their shares of the `gain`, and `apart`: by how much the random barrier is higher.
 
-    All are positive where the score is worse than the chord. Intervals: bootstrap over units, that of a barrier with
-    its maximum in every resample, which noise makes larger: against the claim that there is none.
+    All are positive if the score is worse than the chord. Intervals: bootstrap over units. For a barrier the maximum is
+    taken in every resample, which noise makes larger: this works against the claim that there is none.
     """
     _, sets = curves.numbered(points)
-    where = {(p.curve, p.at, p.draw): i for p, i in zip(points, sets, strict=True)}
-    line = [a for curve, a, _ in where if curve == "line"]
-    draws = sorted({draw for curve, _, draw in where if curve != "line"})
-    inner = sorted({a for curve, a, _ in where if curve != "line"})
-    rows = [{"at": a, "set": where["line", a, 0], "values": records[where["line", a, 0]]["values"]} for a in line]
-    found: dict = {"points": rows, "measures": {}}
+    index = {(p.curve, p.at, p.draw): i for p, i in zip(points, sets, strict=True)}
+    line = [a for curve, a, _ in index if curve == "line"]
+    draws = sorted({draw for curve, _, draw in index if curve != "line"})
+    inner = sorted({a for curve, a, _ in index if curve != "line"})
+    rows = [{"at": a, "set": index["line", a, 0], "values": records[index["line", a, 0]]["values"]} for a in line]
+    result: dict = {"points": rows, "measures": {}}
     for measure, score in curves.units(records).items():
-        ends = [score[where["line", a, 0]] for a in (0.0, 1.0)]
-        gaps = np.stack([(1 - a) * ends[0] + a * ends[1] - score[where["line", a, 0]] for a in line])
+        ends = [score[index["line", a, 0]] for a in (0.0, 1.0)]
+        gaps = np.stack([(1 - a) * ends[0] + a * ends[1] - score[index["line", a, 0]] for a in line])
         moved = [
             np.mean([
-                (1 - a) * (ends[0] - score[where["random_A", a, d]]) + a * (ends[1] - score[where["random_C", a, d]])
+                (1 - a) * (ends[0] - score[index["random_A", a, d]]) + a * (ends[1] - score[index["random_C", a, d]])
                 for d in draws
             ], axis=0) for a in inner
         ]  # fmt: skip
@@ -165,7 +165,7 @@ def summarise(records: list[dict], points: Sequence, seed: int) -> dict:
         better = max(ends, key=lambda end: end.mean())
         gain = _Drawn(better - score[0], weights)
         barrier = _barrier(line, gaps, weights)
-        found["measures"][measure] = {
+        result["measures"][measure] = {
             "gap": [
                 [a, *gap.ends()] for a, gap in ((a, _Drawn(row, weights)) for a, row in zip(line, gaps, strict=True))
             ],
@@ -175,20 +175,20 @@ def summarise(records: list[dict], points: Sequence, seed: int) -> dict:
         }
         if moved:
             random = _barrier(inner, np.stack(moved), weights)
-            own = {"random": random.row() | {"at": random.at, "share": random.share(gain)}}
+            random_row = random.row() | {"at": random.at, "share": random.share(gain)}
             apart = random.value - barrier.value, random.drawn - barrier.drawn
-            found["measures"][measure] |= own | {"apart": stats.with_interval(*apart)}
-    losses = {name: row for name, row in found["measures"].items()
+            result["measures"][measure] |= {"random": random_row, "apart": stats.with_interval(*apart)}
+    losses = {name: row for name, row in result["measures"].items()
               if name.startswith("nll_per_byte") and row["barrier"]["share"]}  # fmt: skip
-    # Of a gain that is next to nothing beside another's, a language's that both runs knew, any gap is a large share.
+    # If a gain is next to nothing, as in a language that both runs knew, any gap is a large share of it.
     most = max((row["gain"]["value"] for row in losses.values()), default=0)
     shares = {name: row["barrier"]["share"] for name, row in losses.items() if row["gain"]["value"] >= LEAST * most}
     worst = max(shares, key=lambda name: shares[name]["value"], default=None)
-    return found | {"worst": {"measure": worst, **shares[worst]} if worst else None}
+    return result | {"worst": {"measure": worst, **shares[worst]} if worst else None}
 
 
 class _Drawn:
-    """A mean over units, and in every resample."""
+    """A mean over units, and the same in every resample."""
 
     at: float | None = None
 
@@ -203,27 +203,27 @@ class _Drawn:
         return row["value"], row["ci_low"], row["ci_high"]
 
     def share(self, gain: _Drawn) -> dict | None:
-        """As a share of a gain, where that there is one is clear."""
+        """As a share of the gain; None if the gain is not clearly above 0."""
         if gain.row()["ci_low"] <= 0:
             return None
         return stats.with_interval(self.value / gain.value, stats.shares(self.drawn, gain.drawn))
 
 
 def _barrier(at: Sequence[float], gaps, weights) -> _Drawn:
-    """The largest gap between 0 and 1, and where it is; below 0 where the whole line is better than the chord."""
+    """The largest gap between 0 and 1, and its position; below 0 if the whole line is better than the chord."""
     inside = [i for i, a in enumerate(at) if 0 < a < 1]
     drawn = weights @ gaps[inside].T / gaps.shape[1]
     highest = max(inside, key=lambda i: gaps[i].mean())
-    found = _Drawn(gaps[highest], weights)
-    found.at, found.drawn = at[highest], drawn.max(1)
-    return found
+    barrier = _Drawn(gaps[highest], weights)
+    barrier.at, barrier.drawn = at[highest], drawn.max(1)
+    return barrier
 
 
 def distances(pair: surgery.Pair, of_base: surgery.Pair) -> dict:
-    """How far A and C are apart, and whether they went the same way: `distance` ||A - C|| / ||B|| and `cosine` of A - B
-    and C - B (None where A is B), of each layer, of what is in none, and of all; `rounding`: the squared norm of what
-    rounding to C's dtype does half-way, as a share of that of (A - C) / 2. What B has in another shape, or no
-    model of the type uses, is left out. Read in blocks of rows, summed in float64.
+    """How far apart A and C are, and whether they moved in the same direction: `distance` ||A - C|| / ||B|| and
+    `cosine` of A - B and C - B (None if A is B), for each layer, outside the layers, and for all; `rounding`: the
+    squared norm of the error from rounding to C's dtype half-way, as a share of that of (A - C) / 2. Leaves out tensors
+    that differ in shape from B's or that no model of the type uses. Read in blocks of rows, summed in float64.
     """
     sums: dict[str, list[float]] = {}
     for name in pair.target.names():
@@ -234,12 +234,12 @@ def distances(pair: surgery.Pair, of_base: surgery.Pair) -> dict:
             continue
         layer = pair.arch.layer_of(name)
         held = of_base.base.get(base_name), pair.base.get(pair.base_name(name)), pair.target.get(name)
-        held = [values.rows_of(one) for one in held]
+        held = [values.rows_of(tensor) for tensor in held]
         for start, stop in tensors.chunks(len(held[0]), held[0][:1].numel() * 8, values.BLOCK):
-            b, a, c = (one[start:stop].double().flatten() for one in held)
+            b, a, c = (rows[start:stop].double().flatten() for rows in held)
             half = (a + c) / 2
             off = half.to(held[2].dtype).double() - half
-            each = (
+            products = (
                 (c - a).dot(c - a),
                 b.dot(b),
                 (a - b).dot(c - b),
@@ -248,14 +248,14 @@ def distances(pair: surgery.Pair, of_base: surgery.Pair) -> dict:
                 off.dot(off),
             )
             for key in ("all", "outside" if layer is None else str(layer)):
-                row = sums.setdefault(key, [0.0] * 6)
-                sums[key] = [one + float(more) for one, more in zip(row, each, strict=True)]
-    found = {}
-    for key, (apart, base, product, one, other, off) in sums.items():
-        cosine = product / math.sqrt(one * other) if one and other else None
-        found[key] = {"distance": math.sqrt(apart / base) if base else None, "cosine": cosine}
-        found[key]["rounding"] = 4 * off / apart if apart else None
-    return found
+                totals = sums.setdefault(key, [0.0] * 6)
+                sums[key] = [total + float(more) for total, more in zip(totals, products, strict=True)]
+    result = {}
+    for key, (apart, base, product, of_a, of_c, off) in sums.items():
+        cosine = product / math.sqrt(of_a * of_c) if of_a and of_c else None
+        result[key] = {"distance": math.sqrt(apart / base) if base else None, "cosine": cosine}
+        result[key]["rounding"] = 4 * off / apart if apart else None
+    return result
 
 
 def say(payload: dict) -> None:
@@ -263,15 +263,15 @@ def say(payload: dict) -> None:
     cosine = "" if whole["cosine"] is None else f", cosine of the updates {whole['cosine']:.3f}"
     cli.say(f"||A - C|| / ||B|| {whole['distance']:.4f}{cosine}")
     for name, row in payload["measures"].items():
-        said = f"{evaluation.named(name).label}: barrier {stats.told(row['barrier'], '.4f')}"
-        said += f" at a = {row['barrier']['at']:g}"
+        text = f"{evaluation.named(name).label}: barrier {stats.told(row['barrier'], '.4f')}"
+        text += f" at a = {row['barrier']['at']:g}"
         if row["barrier"]["share"]:
-            said += f", {row['barrier']['share']['value']:.1%} of the gain"
+            text += f", {row['barrier']['share']['value']:.1%} of the gain"
         if "random" in row:
             random = row["random"]
-            said += f"; random directions {stats.told(random, '.4f')}"
-            said += f", {random['share']['value']:.1%} of the gain" if random["share"] else ""
-        cli.say(said)
+            text += f"; random directions {stats.told(random, '.4f')}"
+            text += f", {random['share']['value']:.1%} of the gain" if random["share"] else ""
+        cli.say(text)
 
 
 # ---------------------------------------------------------------- the figure
@@ -317,7 +317,7 @@ def coefficient(text: str) -> float:
     return value
 
 
-coefficient.__name__ = "a number from -1 to 2"  # what argparse calls it in its error
+coefficient.__name__ = "a number from -1 to 2"  # its name in argparse errors
 
 
 def draws(text: str) -> int:
@@ -327,14 +327,14 @@ def draws(text: str) -> int:
 def build_parser():
     p = curves.parser(__doc__, "spectral/connect.json")
     g = p.add_argument_group("what is connected")
-    text = "another run of the base, or a checkpoint of one, as A, whose last is taken; base for the base itself; "
+    text = "another run of the base (its last checkpoint) or a checkpoint, as A; base for the base itself; "
     text += "default: the first of the study's runs, else base"
     g.add_argument("--other", nargs="+", metavar="RUN", help=text)
-    text = "coefficients a beside 0 and 1, outside of them too (-0.25 1.25); default: the study's spectral.connect.at, "
+    text = "coefficients a besides 0 and 1, also beyond them (-0.25 1.25); default: the study's spectral.connect.at, "
     text += "else 0, .1, .. 1"
     g.add_argument("--at", nargs="+", type=coefficient, metavar="A", help=text)
-    g.add_argument("--draws", type=draws, default=1, metavar="N", help="of the random directions, 0: none; default 1")
-    text = "write the model of that coefficient as a folder, and measure nothing (0.5 half/)"
+    g.add_argument("--draws", type=draws, default=1, metavar="N", help="random directions, 0 for none; default 1")
+    text = "measure nothing: write the model of one coefficient as a folder (0.5 half/)"
     g.add_argument("--write", nargs=2, metavar=("A", "FOLDER"), help=text)
     return p
 
@@ -342,14 +342,14 @@ def build_parser():
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     study = Study.find(args.study, args.seed, args.arm)
-    runs = [[place] for place in study.get("runs", {}).values()]
+    runs = [[run] for run in study.get("runs", {}).values()]
     named = args.other or next(iter(runs), ["base"])
     other = refs.run(named)[-1] if named != ["base"] else None
     how = "base" if other is None else "" if named in runs or not runs else "other"
     with curves.opened(args, "connect", how) as (study, output, of_base):
         for role, end in of_base.models.items():
             if other and surgery.identity(other) == surgery.identity(end):
-                raise InputError(f"{other.spec} is the {role} itself: it is no other run of the base")
+                raise InputError(f"{other.spec} is the {role} itself, not another run of the base")
         opened = surgery.Pair(other, of_base.target_ref) if other else contextlib.nullcontext(of_base)
         with opened as pair:
             edits = everything(pair, study.get("run"))
@@ -360,7 +360,7 @@ def main(argv=None) -> None:
                 return
             at = study.value(args.at, "--at", "spectral.connect.at", AT)
             if not any(0 < a < 1 for a in at):
-                raise InputError("--at names no coefficient between 0 and 1, where a barrier could be")
+                raise InputError("--at needs a coefficient between 0 and 1, where a barrier could be")
             trial = curves.trial_of(args, study, of_base, {"other": other} if other else None)
             points = points_of(pair, edits, at, OTHER if other else curves.BASE, study.seed, args.draws)
 

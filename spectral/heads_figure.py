@@ -1,4 +1,4 @@
-"""The figure of heads: how much each changed, by layer, and how much of the update lies in the most changed ones."""
+"""The figure of heads.py: how much each head changed, by layer, and the share of the update in those changed most."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from cpt_utils.base.lazy import np
 
 
 def draw(path: Path, payload: dict, n_layers: int) -> None:
-    """A map of the units, one of the query heads alone where several share a unit's keys, and the share of the update
-    over the number of units."""
+    """A map of the units, one of single query heads if several share a unit's keys, and the share of the update over
+    the number of units."""
     maps = {"unit (KV head)": units(payload["heads"], n_layers)}
     if any(len(row["query_heads"]) > 1 for row in payload["heads"]):
         maps["query head (its q and o)"] = queries(payload["heads"], n_layers)
@@ -34,20 +34,20 @@ def draw(path: Path, payload: dict, n_layers: int) -> None:
 
 
 def units(rows: list[dict], n_layers: int) -> np.ndarray:
-    """The importance of every unit [units, layers]; NaN where a layer has none of that number."""
-    found = np.full((1 + max(row["unit"] for row in rows), n_layers), np.nan)
+    """The importance of every unit [units, layers]; NaN where a layer has no unit of that number."""
+    grid = np.full((1 + max(row["unit"] for row in rows), n_layers), np.nan)
     for row in rows:
-        found[row["unit"], row["layer"]] = row["importance"]["relative"]
-    return np.where(np.isinf(found), np.nan, found)
+        grid[row["unit"], row["layer"]] = row["importance"]["relative"]
+    return np.where(np.isinf(grid), np.nan, grid)
 
 
 def queries(rows: list[dict], n_layers: int) -> np.ndarray:
-    """The same of every query head alone: [query heads, layers]."""
-    each = [
-        {"layer": row["layer"], "unit": one["head"], "importance": one["importance"]}
-        for row in rows for one in row["query_heads"]
+    """The same for single query heads: [query heads, layers]."""
+    heads = [
+        {"layer": row["layer"], "unit": head["head"], "importance": head["importance"]}
+        for row in rows for head in row["query_heads"]
     ]  # fmt: skip
-    return units(each, n_layers)
+    return units(heads, n_layers)
 
 
 def _numbers(ticks, n: int, most: int) -> None:
@@ -55,8 +55,8 @@ def _numbers(ticks, n: int, most: int) -> None:
 
 
 def _shares(axis, payload: dict) -> None:
-    """The share of the update in the k units that have most of it, over k, as a share of all."""
-    curves, one = payload["curves"], payload["steps"][max(payload["steps"], key=int)]["concentration"]
+    """The share of the update in the k units that have most of it, over k as a share of all units."""
+    curves, last = payload["curves"], payload["steps"][max(payload["steps"], key=int)]["concentration"]
     n = len(curves["update"])
     at = [i / n for i in range(n + 1)]
 
@@ -67,10 +67,10 @@ def _shares(axis, payload: dict) -> None:
     axis.fill_between(at, low, high, color=figures.colour("random"), alpha=0.5, linewidth=0, label="features permuted")
     axis.plot(at, from_nothing(curves["in_proportion"]), ":", color=figures.colour("base"), label="in proportion")
     axis.plot(at, from_nothing(curves["update"]), color=figures.colour("target"), label="update")
-    if one is not None:
-        share = one["k"] / one["n_units"]
-        axis.plot([share], [one["top_share"]], "o", color=figures.colour("target"))
-        axis.set_title(f"{100 * one['top_share']:.0f} % in the {one['k']} most changed of {n} units")
+    if last is not None:
+        share = last["k"] / last["n_units"]
+        axis.plot([share], [last["top_share"]], "o", color=figures.colour("target"))
+        axis.set_title(f"{100 * last['top_share']:.0f} % in the {last['k']} most changed of {n} units")
     axis.set_xlabel("share of units, most changed first")
     axis.set_ylabel("share of ‖ΔW‖²")
     axis.set_xlim(0, 1)

@@ -1,12 +1,12 @@
-"""What is said of the singular values and vectors of one matrix, or of a base's and a target's: Diffract's quantities, and
-how much of an update goes into the values.
+"""Quantities of the singular values and vectors of one matrix, or of a base and its target: those of Diffract, and the
+share of an update that the singular values account for.
 
-W is m x n, M = min(m, n), N = max(m, n), sigma its singular values. Everything is computed in float64, whatever comes in.
+W is m x n, M = min(m, n), N = max(m, n), sigma its singular values. All is computed in float64, whatever the input dtype.
 
     B, C = Spectrum(base), Spectrum(target)     # [.., m, n]; nothing is computed yet
     described(B)                                # norms, ranks, Marchenko-Pastur edges, power law
-    value_share(B, C).share                     # of ||C - B||^2, what the singular values alone account for
-    overlaps(base, target)                      # of singular vectors, each beside its noise floor
+    value_share(B, C).share                     # the part of ||C - B||^2 that the singular values account for
+    overlaps(base, target)                      # of singular vectors, each with its noise floor
 """  # noqa: E501
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from cpt_utils.base.lazy import torch
 
 # The identity of `value_share` holds to this share of ||dW||^2.
 IDENTITY = 1e-6
-# Singular values below this share of the largest are 0 to the float32 that the entries have.
+# Singular values below this share of the largest one cannot be told from 0 with float32 entries.
 ZERO = 1e-7
-# Entries worked on at a time in float64.
+# Entries processed at a time in float64.
 BLOCK = 1 << 22
 
 
@@ -40,10 +40,10 @@ class Spectrum:
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """By the eigenvalues of the Gram matrix, several times faster than an SVD, and much closer than one in float32.
+        """From the eigenvalues of the Gram matrix: several times faster than an SVD, more exact than one in float32.
 
-        The eigenvalues are off by a few eps sigma_1^2, so that a singular value is off by `error`: nothing worth
-        mentioning but where it is next to 0.
+        The eigenvalues are off by a few eps sigma_1^2, hence a singular value by `error`, which only matters for values
+        close to 0.
         """
         return torch.linalg.eigvalsh(gram(self.matrix)).flip(-1).clamp_min(0).sqrt()
 
@@ -54,47 +54,47 @@ class Spectrum:
 
     @cached_property
     def error(self) -> torch.Tensor:
-        """What `values` are off by at most [.., M]: (M / 2 + 16) eps sigma_1^2 of an eigenvalue. Measured, with M from
-        16 to 400, it is 1 to 30 eps sigma_1^2.
+        """A bound on the error of `values` [.., M], from (M / 2 + 16) eps sigma_1^2 for an eigenvalue. Measured, with M
+        from 16 to 400, the error of an eigenvalue is 1 to 30 eps sigma_1^2.
         """
-        most = (self.values.shape[-1] / 2 + 16) * torch.finfo(torch.float64).eps
-        eigenvalue = most * self.values[..., :1] ** 2
+        relative = (self.values.shape[-1] / 2 + 16) * torch.finfo(torch.float64).eps
+        eigenvalue = relative * self.values[..., :1] ** 2
         return torch.minimum(eigenvalue / self.values, eigenvalue.sqrt()).nan_to_num(0.0)
 
 
 def gram(matrix: torch.Tensor) -> torch.Tensor:
-    """W W' or W' W, whichever is smaller, in float64 [.., M, M]: of float32 entries every product is exact."""
+    """W W' or W' W, whichever is smaller, in float64 [.., M, M]; products of float32 entries are exact."""
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     small = wide.shape[-2]
-    found = torch.zeros(*wide.shape[:-1], small, dtype=torch.float64, device=wide.device)
+    total = torch.zeros(*wide.shape[:-1], small, dtype=torch.float64, device=wide.device)
     step = max(1, BLOCK // max(1, wide[..., :1].numel()))
     for start in range(0, wide.shape[-1], step):
         block = wide[..., start : start + step].double()
-        found += block @ block.mT
-    return found
+        total += block @ block.mT
+    return total
 
 
 # ---------------------------------------------------------------- one matrix
 
 
 def described(spectrum: Spectrum) -> dict:
-    """Norms, ranks, Marchenko-Pastur edges and power law of one matrix, as JSON has them."""
+    """Norms, ranks, Marchenko-Pastur edges and power law of one matrix, ready for JSON."""
     values, (m, n) = spectrum.values, spectrum.shape
     squares = values.square().sum()
-    found = {"frobenius": squares.sqrt(), "nuclear": values.sum(), "spectral": values[0]}
-    found |= {"stable_rank": squares / values[0] ** 2, "effective_rank": effective_rank(values)}
-    found = {key: float(value) for key, value in found.items()}
+    row = {"frobenius": squares.sqrt(), "nuclear": values.sum(), "spectral": values[0]}
+    row |= {"stable_rank": squares / values[0] ** 2, "effective_rank": effective_rank(values)}
+    row = {key: float(value) for key, value in row.items()}
     eigenvalues = values.square() / max(m, n)
-    return found | {
+    return row | {
         "marchenko_pastur": marchenko_pastur(eigenvalues, deviation(spectrum.matrix), (m, n)),
         "power_law": power_law(eigenvalues),
     }
 
 
 def effective_rank(values: torch.Tensor) -> torch.Tensor:
-    """exp of the entropy of sigma / sum(sigma), of values [.., M]: [..]; NaN of a matrix of zeros (Roy, Vetterli 2007).
+    """exp of the entropy of sigma / sum(sigma): values [.., M] -> [..]; NaN for a zero matrix (Roy, Vetterli 2007).
 
-    Values that float32 entries cannot tell from 0 count as 0: of a low-rank matrix there are thousands.
+    Values that cannot be told from 0 with float32 entries count as 0: a low-rank matrix has thousands of them.
     """
     values = torch.where(values > ZERO * values[..., :1], values, 0.0)
     shares = values / values.sum(-1, keepdim=True)
@@ -109,22 +109,22 @@ def deviation(matrix: torch.Tensor) -> float:
 
 
 def marchenko_pastur(eigenvalues: torch.Tensor, s: float, shape: tuple[int, int]) -> dict:
-    """Where the eigenvalues sigma^2 / N [M] of a matrix of independent entries of standard deviation `s` end, and how
-    many lie above: `lower`, `upper` = s^2 (1 -+ sqrt(M / N))^2 and `above`."""
+    """The edges `lower`, `upper` = s^2 (1 -+ sqrt(M / N))^2 between which the eigenvalues sigma^2 / N of a matrix of
+    independent entries of standard deviation `s` lie, and how many of `eigenvalues` [M] are `above` the upper one."""
     ratio = (min(shape) / max(shape)) ** 0.5
     lower, upper = (s**2 * (1 + sign * ratio) ** 2 for sign in (-1, 1))
     return {"lower": lower, "upper": upper, "above": int((eigenvalues > upper).sum())}
 
 
 def power_law(eigenvalues: torch.Tensor) -> dict | None:
-    """The tail of eigenvalues [M] as a power law, p(x) ~ x^-alpha for x >= xmin: continuous maximum likelihood.
+    """Power-law fit to the tail of eigenvalues [M], p(x) ~ x^-alpha for x >= xmin: continuous maximum likelihood.
 
-    xmin is that of the sorted unique eigenvalues that leave a tail of max(10, M / 10) or more and has the smallest
-    Kolmogorov-Smirnov distance, the lowest of equals (Clauset, Shalizi, Newman 2009).
+    xmin is the unique eigenvalue with the smallest Kolmogorov-Smirnov distance, the lowest of equals, among those that
+    leave a tail of max(10, M / 10) or more (Clauset, Shalizi, Newman 2009).
 
     Returns:
-        `alpha`, `xmin`, `n_tail`, `ks`, and `alpha_weighted` = alpha log10(largest eigenvalue); None where no tail is
-        that long or varies.
+        `alpha`, `xmin`, `n_tail`, `ks`, and `alpha_weighted` = alpha log10(largest eigenvalue); None if no tail is
+        that long and varies.
     """
     least = max(10, len(eigenvalues) / 10)
     x = eigenvalues[eigenvalues > ZERO**2 * eigenvalues.max()].sort().values
@@ -139,23 +139,23 @@ def power_law(eigenvalues: torch.Tensor) -> dict | None:
     if not len(starts):
         return None
     alphas = 1 + tails / sums
-    blocks = zip(*(each.split(max(1, BLOCK // n)) for each in (starts, tails, alphas)), strict=True)
+    blocks = zip(*(column.split(max(1, BLOCK // n)) for column in (starts, tails, alphas)), strict=True)
     distances = torch.cat([_distances(logs, *block) for block in blocks])
     best = int(distances.argmin())
-    found = {"alpha": alphas[best], "xmin": x[starts[best]], "ks": distances[best]}
-    found |= {"alpha_weighted": alphas[best] * x[-1].log10()}
-    return {key: float(value) for key, value in found.items()} | {"n_tail": int(tails[best])}
+    fit = {"alpha": alphas[best], "xmin": x[starts[best]], "ks": distances[best]}
+    fit |= {"alpha_weighted": alphas[best] * x[-1].log10()}
+    return {key: float(value) for key, value in fit.items()} | {"n_tail": int(tails[best])}
 
 
 def _distances(logs: torch.Tensor, starts: torch.Tensor, tails: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Kolmogorov-Smirnov distances of the tails that begin at `starts` of sorted logs [n]: the largest distance of the
-    fitted distribution function from the steps of the empirical one, on either side of a step."""
+    """Kolmogorov-Smirnov distances of the tails that begin at `starts` in sorted logs [n]: the largest distance between
+    the fitted distribution function and the empirical one, on either side of its steps."""
     first, logs = int(starts.min()), logs[int(starts.min()) :]
-    place = torch.arange(len(logs), device=logs.device) + first - starts[:, None]
+    position = torch.arange(len(logs), device=logs.device) + first - starts[:, None]
     fitted = 1 - torch.exp((1 - alphas[:, None]) * (logs - logs[starts - first, None]))
-    steps = place / tails[:, None]
-    far = torch.maximum(fitted - steps, steps + 1 / tails[:, None] - fitted)
-    return far.masked_fill(place < 0, 0).amax(1)
+    steps = position / tails[:, None]
+    distance = torch.maximum(fitted - steps, steps + 1 / tails[:, None] - fitted)
+    return distance.masked_fill(position < 0, 0).amax(1)
 
 
 # ---------------------------------------------------------------- base and target: values
@@ -163,13 +163,13 @@ def _distances(logs: torch.Tensor, starts: torch.Tensor, tails: torch.Tensor, al
 
 @dataclass
 class Share:
-    """Of a stack of pairs [..]; each is a float64 tensor of that shape.
+    """The two terms of ||C - B||^2 for a stack of pairs [..]; each tensor is float64 of that shape.
 
     Attributes:
         total: ||C - B||_F^2.
-        value: sum of (sigma_C - sigma_B)^2, what the singular values account for.
-        turned: the rest, 2 (sum of sigma_C sigma_B - <C, B>), what the singular vectors do.
-        gap: how far the two, each computed by itself, are from `total`, as a share of it: rounding alone.
+        value: sum of (sigma_C - sigma_B)^2, which the singular values account for.
+        turned: the rest, 2 (sum of sigma_C sigma_B - <C, B>), which the singular vectors account for.
+        gap: how far both terms, computed independently, miss `total`, as a share of it: rounding alone.
         by_svd: whether the singular values had to be taken from an SVD.
     """
 
@@ -181,24 +181,24 @@ class Share:
 
     @property
     def share(self) -> torch.Tensor:
-        """value / total; NaN where nothing changed."""
+        """value / total; NaN if nothing changed."""
         return self.value / self.total
 
 
 def value_share(base: Spectrum, target: Spectrum) -> Share:
     """||C - B||^2 = sum (sigma_C - sigma_B)^2 + 2 (sum sigma_C sigma_B - <C, B>), exactly; neither term is below 0.
 
-    The first term is a sum of squares of differences that are a thousandth of what they are differences of and less, so
-    the singular values must be good to float64: an SVD in float32 is off by about as much as they differ. Values from
-    Gram matrices are good enough unless the update is tiny; where their error could move a term by more than IDENTITY
-    of the total, they are taken from an SVD. `turned` is the total less the first term: the direct sum loses
-    eps ||B||^2 by cancellation, which of an update of 1e-5 ||B|| is more than IDENTITY; it is what `gap` compares.
+    The first term sums squared differences that are a thousandth or less of the singular values themselves, so these
+    are needed to float64 precision: the error of an SVD in float32 is about as large as the differences. Values from
+    Gram matrices are exact enough unless the update is tiny; if their error could move a term by more than IDENTITY of
+    the total, an SVD replaces them. `turned` is the total minus the first term, because the direct sum loses
+    eps ||B||^2 to cancellation, more than IDENTITY for an update of 1e-5 ||B||; `gap` compares the two.
     """
     total, inner = _sums(base.matrix, target.matrix)
     ours, theirs = base.values, target.values
     error = base.error + target.error
     off = (2 * (theirs - ours).abs() * error + error**2).sum(-1)
-    by_svd = bool(((off > IDENTITY * total) & (total > 0)).any())  # of what is unchanged there is no share
+    by_svd = bool(((off > IDENTITY * total) & (total > 0)).any())  # unchanged matrices have no share
     if by_svd:
         ours, theirs = base.exact, target.exact
     value = (theirs - ours).square().sum(-1).minimum(total)
@@ -212,7 +212,7 @@ def _sums(base: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch
     total = torch.zeros(base.shape[:-2], dtype=torch.float64, device=base.device)
     inner, step = total.clone(), max(1, BLOCK // max(1, base[..., :1, :].numel()))
     for start in range(0, base.shape[-2], step):
-        ours, theirs = (each[..., start : start + step, :].double() for each in (base, target))
+        ours, theirs = (matrix[..., start : start + step, :].double() for matrix in (base, target))
         total += (theirs - ours).square().sum((-2, -1))
         inner += (theirs * ours).sum((-2, -1))
     return total, inner
@@ -222,34 +222,34 @@ def _sums(base: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def overlaps(base: torch.Tensor, target: torch.Tensor) -> dict:
-    """How alike the singular vectors of B and C are, on the side of the outputs ("out", U) and of the inputs ("in", V).
+    """How similar the singular vectors of B and C are, on the output side ("out", U) and on the input side ("in", V).
 
-    O = |U_B' U_C| [M, M]. Of each side `diagonal` (its mean), `row_max` (the mean of the largest of each row) and
-    `subspace` {k: ||U_B,k' U_C,k||_F^2 / k} of the first k = 1, 4, 16, .. vectors, each {"value", "floor"}: `floor` is
-    what random subspaces of that space have. Signs are arbitrary, so that there is no signed diagonal; vectors of
-    neighbouring singular values mix at the least change, so that only subspaces say something of those. Vectors of
-    values that are 0 (dead rows) are any; they are left out, and `vectors` says how many there are.
+    O = |U_B' U_C| [M, M]. For each side `diagonal` (its mean), `row_max` (the mean of the row maxima) and `subspace`
+    {k: ||U_B,k' U_C,k||_F^2 / k} of the first k = 1, 4, 16, .. vectors, each {"value", "floor"}: `floor` is the value
+    for random subspaces of that space. There is no signed diagonal, as signs are arbitrary. Vectors of neighbouring
+    singular values mix at the slightest change, so only subspaces are informative about these. Vectors of singular
+    values that are 0 (dead rows) are arbitrary and left out; `vectors` is the number of the others.
     """
-    pair = [torch.linalg.svd(each.float(), full_matrices=False) for each in (base, target)]
+    pair = [torch.linalg.svd(matrix.float(), full_matrices=False) for matrix in (base, target)]
     n = max(1, min(int((s > 10 * ZERO * s[0]).sum()) for _, s, _ in pair))
     sides = {"out": _overlap(*(u[:, :n] for u, _, _ in pair)), "in": _overlap(*(vh[:n].mT for _, _, vh in pair))}
     return {"vectors": n} | sides
 
 
 def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> dict:
-    """The numbers of `overlaps` of one side, from the vectors [d, M] of both."""
-    found, (d, n) = (ours.mT @ theirs).abs().double(), ours.shape
-    row = {"diagonal": {"value": float(found.diagonal().mean()), "floor": (2 / (math.pi * d)) ** 0.5}}
-    row["row_max"] = {"value": float(found.amax(1).mean()), "floor": largest_coordinate(n, d)}
+    """The numbers of `overlaps` for one side, from the vectors [d, M] of both."""
+    overlap, (d, n) = (ours.mT @ theirs).abs().double(), ours.shape
+    row = {"diagonal": {"value": float(overlap.diagonal().mean()), "floor": (2 / (math.pi * d)) ** 0.5}}
+    row["row_max"] = {"value": float(overlap.amax(1).mean()), "floor": largest_coordinate(n, d)}
     sizes = [4**i for i in range(n.bit_length()) if 4**i <= max(1, n // 4)]
     row["subspace"] = {
-        str(k): {"value": float(found[:k, :k].square().sum() / k), "floor": k / d} for k in sizes
+        str(k): {"value": float(overlap[:k, :k].square().sum() / k), "floor": k / d} for k in sizes
     }  # fmt: skip
     return row
 
 
 def largest_coordinate(n: int, d: int) -> float:
-    """The expected largest |coordinate| of `n`, each that of a random unit vector in `d` dimensions."""
+    """The expected maximum of `n` absolute coordinates, each of another random unit vector in `d` dimensions."""
     from scipy import special
 
     if d == 1:

@@ -1,4 +1,4 @@
-"""The figure of spectrum.py: spectra of three projections, and what of the change is in the singular values."""
+"""The figure of spectrum.py: spectra of three projections, and the share of the change in the singular values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS = {
 
 
 def draw(path: Path, payload: dict, values: dict) -> None:
-    """Everything of the last checkpoint, and the course over steps where there are several.
+    """The last checkpoint in detail, and the course over training if there are several checkpoints.
 
     Args:
         payload: the result; `values`: singular values [M] by `<matrix>.base`, `<matrix>.<step>.target` and `.update`.
@@ -41,17 +41,17 @@ def draw(path: Path, payload: dict, values: dict) -> None:
 
 
 def _shown(rows: list[dict]) -> list[dict]:
-    """The projections of SHOWN in the middle layer of those that have them, of a mixture the first expert's."""
-    found = []
+    """The rows of SHOWN, each in the middle one of the layers that have the projection (of a mixture: first expert)."""
+    chosen = []
     for projection in SHOWN:
-        own = [row for row in rows if row["projection"] == projection]
-        layers = sorted({row["layer"] for row in own})
-        found += [row for row in own if row["layer"] == layers[len(layers) // 2]][:1]
-    return found
+        matches = [row for row in rows if row["projection"] == projection]
+        layers = sorted({row["layer"] for row in matches})
+        chosen += [row for row in matches if row["layer"] == layers[len(layers) // 2]][:1]
+    return chosen
 
 
 def _spectra(axis, row: dict, values: dict, step: str) -> None:
-    """Eigenvalues by rank, of B, C and dW, and the upper Marchenko-Pastur edge of each."""
+    """Eigenvalues of B, C and dW by rank, with the upper Marchenko-Pastur edge of each."""
     pair = row["steps"][step]
     edges = {"base": row["base"], "target": pair["target"], "update": pair["update"]}
     keys = {"base": "base", "target": f"{step}.target", "update": f"{step}.update"}
@@ -62,10 +62,10 @@ def _spectra(axis, row: dict, values: dict, step: str) -> None:
         if not largest:
             continue
         ranks = [(i + 0.5) / len(eigenvalues) for i in range(len(eigenvalues))]
-        axis.plot(ranks, [max(one, 1e-300) for one in eigenvalues], **look)
-        # B's and C's edges are one line to the eye.
-        words = "Marchenko-Pastur edge" if name == "base" else None
-        axis.axhline(edge, color=look["color"], linewidth=0.7, linestyle=":", label=words)
+        axis.plot(ranks, [max(value, 1e-300) for value in eigenvalues], **look)
+        # The edges of B and C cannot be told apart by eye.
+        label = "Marchenko-Pastur edge" if name == "base" else None
+        axis.axhline(edge, color=look["color"], linewidth=0.7, linestyle=":", label=label)
         lowest = min(lowest, max(eigenvalues[int(0.98 * len(eigenvalues))], largest * 1e-6))
     axis.set_yscale("log")
     axis.set_ylim(bottom=lowest / 2 if math.isfinite(lowest) else None)
@@ -74,53 +74,53 @@ def _spectra(axis, row: dict, values: dict, step: str) -> None:
 
 
 def _shares(axis, rows: list[dict], step: str) -> None:
-    """The value share of each projection and layer, experts together, and the range of all its random updates."""
+    """The value share of each projection and layer (experts pooled), and the range over all its random updates."""
     from matplotlib import ticker
 
     order = [*archs.PROJECTIONS, archs.ROUTER]
-    places = sorted({(order.index(row["projection"]), row["layer"]) for row in rows})
-    starts, at, ticks = {}, 0, {}
-    for kind, layer in places:
-        at += 1 + 1.5 * (kind not in starts)
-        starts.setdefault(kind, at)
-        ticks.setdefault(order[kind], []).append(at)
-        own = [row["steps"][step] for row in rows if (row["projection"], row["layer"]) == (order[kind], layer)]
-        own = [one for one in own if one["update_sq"]]
-        if not own:
+    groups = sorted({(order.index(row["projection"]), row["layer"]) for row in rows})
+    starts, x, ticks = {}, 0, {}
+    for kind, layer in groups:
+        x += 1 + 1.5 * (kind not in starts)
+        starts.setdefault(kind, x)
+        ticks.setdefault(order[kind], []).append(x)
+        matches = [row["steps"][step] for row in rows if (row["projection"], row["layer"]) == (order[kind], layer)]
+        matches = [pair for pair in matches if pair["update_sq"]]
+        if not matches:
             continue
-        total = math.fsum(one["update_sq"] for one in own)
+        total = math.fsum(pair["update_sq"] for pair in matches)
         drawn = [
-            math.fsum(one["update_sq"] * one["nulls"][null]["value_share"][draw] for one in own) / total
-            for null in own[0]["nulls"]
-            for draw in range(len(own[0]["nulls"][null]["value_share"]))
+            math.fsum(pair["update_sq"] * pair["nulls"][null]["value_share"][draw] for pair in matches) / total
+            for null in matches[0]["nulls"]
+            for draw in range(len(matches[0]["nulls"][null]["value_share"]))
         ]
-        words = ("random updates", "the change") if not axis.lines else (None, None)
-        look = {"solid_capstyle": "butt", "color": figures.colour("random"), "linewidth": min(2.4, 300 / len(places))}
+        labels = ("random updates", "the change") if not axis.lines else (None, None)
+        look = {"solid_capstyle": "butt", "color": figures.colour("random"), "linewidth": min(2.4, 300 / len(groups))}
         middle, half = (min(drawn) + max(drawn)) / 2, max(max(drawn) - min(drawn), 0.02 * max(drawn)) / 2
-        axis.plot([at, at], [middle - half, middle + half], label=words[0], **look)
-        share = math.fsum(one["value_sq"] for one in own) / total
-        axis.plot(at, share, "o", markersize=2.8, color=LOOKS["update"]["color"], label=words[1])
+        axis.plot([x, x], [middle - half, middle + half], label=labels[0], **look)
+        share = math.fsum(pair["value_sq"] for pair in matches) / total
+        axis.plot(x, share, "o", markersize=2.8, color=LOOKS["update"]["color"], label=labels[1])
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{share:g}"))
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axis.set_xticks([sum(each) / len(each) for each in ticks.values()], list(ticks))
+    axis.set_xticks([sum(xs) / len(xs) for xs in ticks.values()], list(ticks))
     axis.tick_params(axis="x", length=0)
-    axis.set_xlabel("layers from the first to the last, by projection")
+    axis.set_xlabel("layers from first to last, by projection")
     axis.set_ylabel("share of ‖ΔW‖² in\nthe singular values")
     if axis.lines:  # else nothing changed
         axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
 
 
-def _over_steps(left, right, found: dict) -> None:
+def _over_steps(left, right, pooled: dict) -> None:
     """The value share of all matrices and the effective rank of their change over training."""
-    steps = [int(step) for step, row in found.items() if row["value_share"] is not None]
-    rows = [row for row in found.values() if row["value_share"] is not None]
+    steps = [int(step) for step, row in pooled.items() if row["value_share"] is not None]
+    rows = [row for row in pooled.values() if row["value_share"] is not None]
     null = [row["nulls"]["gaussian"]["value_share"] for row in rows]
-    mean = [sum(each) / len(each) for each in null]
+    mean = [sum(shares) / len(shares) for shares in null]
     left.plot(steps, mean, color=figures.colour("random"), marker="s", linestyle="--", label="Gaussian updates")
-    own = {"marker": "o", "color": LOOKS["update"]["color"], "label": "the change"}
-    left.plot(steps, [row["value_share"] for row in rows], **own)
+    change = {"marker": "o", "color": LOOKS["update"]["color"], "label": "the change"}
+    left.plot(steps, [row["value_share"] for row in rows], **change)
     left.set_ylim(bottom=0)
     left.set_ylabel("share of ‖ΔW‖² in\nthe singular values")
     left.legend(loc="best")
@@ -128,7 +128,7 @@ def _over_steps(left, right, found: dict) -> None:
     look = {"color": figures.colour("random"), "marker": "s", "linestyle": "--", "label": "Gaussian updates"}
     drawn = [rank / row["nulls"]["gaussian"]["effective_rank_ratio"] for rank, row in zip(ranks, rows, strict=True)]
     right.plot(steps, drawn, **look)
-    right.plot(steps, ranks, **own)
+    right.plot(steps, ranks, **change)
     right.set_ylabel("effective rank of ΔW\n/ min(out, in), median")
     right.set_ylim(0, 1)
     for axis in (left, right):

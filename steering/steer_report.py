@@ -1,7 +1,7 @@
-"""What steering/steer.py says: rates and their harmonic mean with intervals, the best layer on other sentences, figure.
+"""The report of steering/steer.py: rates and harmonic means with intervals, the best layer on other sentences, figure.
 
 A score is the harmonic mean of two means, never the mean of harmonic means. Layer and alpha are chosen on the sentences
-0, 2, .. and reported on 1, 3, .., of random directions, too.
+0, 2, .. and reported on 1, 3, .., for random directions, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cpt_utils.base.lazy import np, torch
 
 DRAWS = 2000
 CONTROLS = ("random", "lape", "prompt", "none")
-SHOWN = 5  # sentences whose continuations stand in the result
+SHOWN = 5  # sentences whose continuations are in the result
 WORDS = {"score": "score", "language": "in the new\nlanguage", "relevance": "relevance",
          "nll_reference": "NLL of the reference\n(nats per byte)"}  # fmt: skip
 LINES = {"none": ("nothing done", ":", "base"), "prompt": ("prompt alone", "-.", "base"),
@@ -28,35 +28,35 @@ def harmonic(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 class Scores:
-    """Means over the sentences `part` of `n`, and over resamples of these, the same for all records."""
+    """Means over the sentences `part` of `n`, and over resamples of them, the same for all records."""
 
     def __init__(self, n: int, seed: int, part: slice):
         self.part, count = part, len(range(n)[part])
         self.weights = np.vstack([np.ones(count), stats.resample_weights(count, seed, DRAWS)]).T / count
 
     def of(self, records: Sequence[dict]) -> dict[str, np.ndarray]:
-        """Measure -> [1 + DRAWS], the mean over records; of the sentences themselves first. A relevance below that of
-        another's source is none; `score` is each record's own."""
-        found = {
+        """Measure -> [1 + DRAWS], averaged over records; the sentences themselves come first. A negative mean relevance
+        counts as 0; `score` is computed per record."""
+        means = {
             name: np.array([record["units"][name] for record in records], dtype=np.float64)[:, self.part] @ self.weights
             for name in records[0]["units"]
         }
-        if "language" in found:
-            found["relevance"] = found["relevance"].clip(min=0)
-            found["score"] = harmonic(found["language"], found["relevance"])
-        return {name: values.mean(0) for name, values in found.items()}
+        if "language" in means:
+            means["relevance"] = means["relevance"].clip(min=0)
+            means["score"] = harmonic(means["language"], means["relevance"])
+        return {name: values.mean(0) for name, values in means.items()}
 
 
 def in_words(drawn: np.ndarray) -> dict:
-    """A number and its interval, as results have them, of [1 + DRAWS]."""
+    """A value and its interval, in the form of the results, from [1 + DRAWS]."""
     return stats.with_interval(drawn[0], drawn[1:])
 
 
 def summarize(records: list[dict], translation, seed: int) -> tuple[dict, dict]:
-    """The result of the records of all conditions, and the tensors beside it (measure -> [conditions, sentences]).
+    """The payload from the records of all conditions, and the tensors of the .pt (measure -> [conditions, sentences]).
 
     Args:
-        translation: whose `base` and `target` are the sentences.
+        translation: its `base` and `target` are the sentences.
     """
     n, units = len(translation.base), list(records[0]["units"])
     payload = {"decides": "score" if "language" in units else "nll_reference", "n": n}
@@ -64,57 +64,57 @@ def summarize(records: list[dict], translation, seed: int) -> tuple[dict, dict]:
     payload["what"] = [[record[key] for key in ("model", "name", "layer", "alpha", "draw")] for record in records]
     parts = [Scores(n, seed, slice(*part)) for part in ((None,), (0, None, 2), (1, None, 2))]
     for model in dict.fromkeys(record["model"] for record in records):
-        own = [record for record in records if record["model"] == model]
-        for key, found in of_model(own, translation, payload["decides"], *parts).items():
-            payload.setdefault(key, {})[model] = found
+        of_this = [record for record in records if record["model"] == model]
+        for key, content in of_model(of_this, translation, payload["decides"], *parts).items():
+            payload.setdefault(key, {})[model] = content
     return payload, {name: torch.tensor([record["units"][name] for record in records]) for name in units}
 
 
 def of_model(records: list[dict], translation, decides: str, every: Scores, chosen: Scores, held: Scores) -> dict:
-    """What the result says of one model: of `every` sentence, and of those `held` out of the choice on the `chosen`."""
+    """The results of one model: on `every` sentence, and on those `held` out from the choice made on `chosen`."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         groups.setdefault((record["name"], record["layer"], record["alpha"]), []).append(record)
-    found: dict = {"sweep": {}, "whole": {}}
-    for (name, layer, alpha), own in groups.items():
-        values = {measure: in_words(drawn) for measure, drawn in every.of(own).items()}
+    content: dict = {"sweep": {}, "whole": {}}
+    for (name, layer, alpha), group in groups.items():
+        values = {measure: in_words(drawn) for measure, drawn in every.of(group).items()}
         if layer is None:
-            found["whole"][name] = values
+            content["whole"][name] = values
         else:
-            found["sweep"].setdefault(f"layer_{layer}", {}).setdefault(name, {})[f"{alpha:g}"] = values
-    sign, first = 1 if decides == "score" else -1, {name: own[0] for (name, *_), own in groups.items()}
+            content["sweep"].setdefault(f"layer_{layer}", {}).setdefault(name, {})[f"{alpha:g}"] = values
+    sign, first = 1 if decides == "score" else -1, {name: group[0] for (name, *_), group in groups.items()}
     for name in ("diffmean", "random"):
         rows = [record for record in records if record["name"] == name]
         first[name] = max(rows, key=lambda record: sign * chosen.of([record])[decides][0])
     values = {name: held.of([record]) for name, record in first.items()}
-    found["best"] = {
+    content["best"] = {
         name: {key: first[name][key] for key in ("layer", "alpha")} | {m: in_words(d) for m, d in values[name].items()}
         for name in ("diffmean", "random")
     }  # fmt: skip
-    found["beyond"] = {
+    content["beyond"] = {
         name: in_words(sign * (values["diffmean"][decides] - values[name][decides]))
         for name in CONTROLS if name in values
     }  # fmt: skip
     of_layers = first["none"]["residual"].items()
-    found["residual"] = {key: {f"layer_{i}": value for i, value in enumerate(row)} for key, row in of_layers}
+    content["residual"] = {key: {f"layer_{i}": value for i, value in enumerate(row)} for key, row in of_layers}
     pairs = enumerate(zip(translation.base[:SHOWN], translation.target[:SHOWN], strict=True))
-    found["samples"] = [
+    content["samples"] = [
         {"source": source, "reference": reference}
         | {name: first[name]["texts"][i] for name in ("none", "prompt", "diffmean")}
         for i, (source, reference) in (pairs if first["none"]["texts"] else ())
     ]  # fmt: skip
-    return found
+    return content
 
 
-# ---------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------- figure and messages
 
 
 def draw(path: Path, payload: dict) -> None:
-    """Score, language and relevance over layers, a column for the base and each of the last two checkpoints."""
+    """Score, language and relevance over layers, a column each for the base and the last two checkpoints."""
     models = [*payload["sweep"]]
     models = models[:1] + models[1:][-2:]
     rows = [name for name in WORDS if name in payload["whole"][models[0]]["none"]]
-    rows = rows[:-1] if len(rows) > 1 else rows  # losses alone where nothing was written
+    rows = rows[:-1] if len(rows) > 1 else rows  # only losses if nothing was generated
     with figures.style() as plt:
         size = figures.PAGE, 0.9 + 1.3 * len(rows)
         fig, axes = plt.subplots(len(rows), len(models), figsize=size, sharex=True, sharey="row", squeeze=False)
@@ -133,8 +133,8 @@ def draw(path: Path, payload: dict) -> None:
 
 def _panel(axis, sweep: dict, whole: dict, measure: str) -> None:
     layers = [int(layer.removeprefix("layer_")) for layer in sweep]
-    by = {name: {alpha: [row[name][alpha][measure]["value"] for row in sweep.values()] for alpha in one}
-          for name, one in (next(iter(sweep.values())) if sweep else {}).items()}  # fmt: skip
+    by = {name: {alpha: [row[name][alpha][measure]["value"] for row in sweep.values()] for alpha in alphas}
+          for name, alphas in (next(iter(sweep.values())) if sweep else {}).items()}  # fmt: skip
     if "random" in by:
         random = np.array(list(by["random"].values()))
         look = {"color": figures.colour("random"), "linewidth": 0}
@@ -153,15 +153,15 @@ def _panel(axis, sweep: dict, whole: dict, measure: str) -> None:
 
 
 def say(payload: dict) -> None:
-    """Of every model what it writes as it is, by the prompt, and with the best direction on sentences that did not
-    choose it."""
+    """Report for every model: unsteered, with the prompt, and with the best direction on sentences not used to choose
+    it."""
     decides = payload["decides"]
     for model, whole in payload["whole"].items():
-        found = {name: row[decides]["value"] for name, row in whole.items()}
-        words = [f"{name} {found[name]:.3f}" for name in LINES if name in found]
+        values = {name: row[decides]["value"] for name, row in whole.items()}
+        parts = [f"{name} {values[name]:.3f}" for name in LINES if name in values]
         for name, row in payload["best"][model].items():
-            words.append(f"{name} {row[decides]['value']:.3f} (layer {row['layer']}, × {row['alpha']:g})")
+            parts.append(f"{name} {row[decides]['value']:.3f} (layer {row['layer']}, × {row['alpha']:g})")
         beyond = payload["beyond"][model].get("random")
         if beyond:
-            words.append(f"beyond random {stats.told(beyond, '+.3f')}")
-        cli.say(f"{'base' if model == 'base' else f'step {model}'}, {decides}: {', '.join(words)}")
+            parts.append(f"beyond random {stats.told(beyond, '+.3f')}")
+        cli.say(f"{'base' if model == 'base' else f'step {model}'}, {decides}: {', '.join(parts)}")

@@ -1,6 +1,6 @@
-"""The results of one study over several seeds, side by side: tables in Markdown and small figures.
+"""Compares the results of one study over several seeds: tables in Markdown and small figures.
 
-In:   the results of a study whose paths hold {seed}, for every seed; Part II where it was run for all of them.
+In:   the results of a study whose paths contain {seed}, for every seed; those beyond Part I if all seeds have them.
 Out:  OUT/tables.md, and figures (PNG and PDF): retrieval, weight_change, swaps, component_swaps, deactivation, sweeps.
 
 Full: python studies/across_seeds.py --study studies/multi30k.yaml --seeds 0,1,2 --out docs/multi30k
@@ -20,11 +20,11 @@ from cpt_utils.measures import controls, swap_figure
 part_two, part_three = cli.sibling("studies/part_two.py"), cli.sibling("studies/part_three.py")
 part_five = cli.sibling("studies/part_five.py")
 shown = cli.sibling("report/shown.py")
-STEPS = 6  # of a run, evenly chosen, where there are more
+STEPS = 6  # a longer run is reduced to this many evenly spaced steps
 
 
 def read_seed(study: Study) -> dict:
-    """Every Part I result of one seed: {"retrieval": {step: payload}, "layers", "change", "downstream", ..}."""
+    """All Part I results of one seed: {"retrieval": {step: payload}, "layers", "change", "downstream", ..}."""
     base, target = study.get("languages.base"), study.get("languages.target")
     folder = study.result("retrieval")
     pair = folder / languages.find_pair([p.name for p in folder.iterdir()], base, target, str(folder))
@@ -45,7 +45,7 @@ def read_seed(study: Study) -> dict:
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """A Markdown table; numbers are formatted by the caller."""
+    """A Markdown table; the caller formats the numbers."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
@@ -53,20 +53,20 @@ def table(head: list[str], rows: list[list]) -> str:
 def retrieval_rows(seeds: dict[int, dict]) -> part_two.Rows:
     """Accuracy (base to target) by hidden state: untrained, base, first and last checkpoint of each seed."""
     rows = []
-    for seed, found in seeds.items():
-        of_step, steps = found["retrieval"], sorted(found["retrieval"])
-        shown = [("untrained", found["untrained"]["layer_accuracy"])] if found["untrained"] else []
+    for seed, of_seed in seeds.items():
+        of_step, steps = of_seed["retrieval"], sorted(of_seed["retrieval"])
+        curves = [("untrained", of_seed["untrained"]["layer_accuracy"])] if of_seed["untrained"] else []
         for step in (steps[0], steps[1], steps[-1]):
-            shown.append((f"step {step}" if step else "base", of_step[step]["layer_accuracy"]))
-        shown.append((f"step {steps[-1]}, centred", of_step[steps[-1]]["centred_accuracy"]))
-        rows += [[seed, name, *(f"{a:.3f}" for _, a in accuracy)] for name, accuracy in shown]
+            curves.append((f"step {step}" if step else "base", of_step[step]["layer_accuracy"]))
+        curves.append((f"step {steps[-1]}, centred", of_step[steps[-1]]["centred_accuracy"]))
+        rows += [[seed, name, *(f"{a:.3f}" for _, a in curve)] for name, curve in curves]
     return ["seed", "model", *(f"h{i}" for i in range(len(rows[0]) - 2))], rows
 
 
 def layers_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = []
-    for seed, found in seeds.items():
-        split = found["layers"]
+    for seed, of_seed in seeds.items():
+        split = of_seed["layers"]
         stable = split.get("label_stability") or []
         rows.append([
             seed, *(", ".join(map(str, split[f"{group}_layers"])) for group in ("interface", "semantic")),
@@ -77,7 +77,7 @@ def layers_rows(seeds: dict[int, dict]) -> part_two.Rows:
 
 
 def steps_of(change: dict) -> list[tuple[int, dict]]:
-    """Steps and rows of a result of weight changes, in order, without the base."""
+    """(step, row) of a weight-change result, in order of steps, without the base."""
     return sorted((int(step), row) for step, row in change["checkpoints"].items() if int(step))
 
 
@@ -85,29 +85,30 @@ def change_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = [
         [seed, step, f"{row['interface_avg']:.2e}", f"{row['semantic_hub_avg']:.2e}",
          f"{row['interface_avg'] / row['semantic_hub_avg']:.2f}" if row["semantic_hub_avg"] else "-"]
-        for seed, found in seeds.items()
-        for step, row in shown.evenly(steps_of(found["change"]), STEPS)
+        for seed, of_seed in seeds.items()
+        for step, row in shown.evenly(steps_of(of_seed["change"]), STEPS)
     ]  # fmt: skip
     return ["seed", "step", "interface", "hub", "interface / hub"], rows
 
 
 def downstream_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = []
-    for seed, found in seeds.items():
-        for kind in ("interface", "semantic_hub") if found["downstream"] else ():
-            parts = found["downstream"][kind], found["downstream"][kind]["first_differences"]
-            r = [part_two.interval(part) for part in parts]
-            r = [
-                f"{text}, p {part['p_value']:.3f}" if text != "-" else text for text, part in zip(r, parts, strict=True)
+    for seed, of_seed in seeds.items():
+        for kind in ("interface", "semantic_hub") if of_seed["downstream"] else ():
+            parts = of_seed["downstream"][kind], of_seed["downstream"][kind]["first_differences"]
+            cells = [part_two.interval(part) for part in parts]
+            cells = [
+                f"{text}, p {part['p_value']:.3f}" if text != "-" else text
+                for text, part in zip(cells, parts, strict=True)
             ]
-            rows.append([seed, kind, *r, *(part["n_points"] for part in parts)])
+            rows.append([seed, kind, *cells, *(part["n_points"] for part in parts)])
     return ["seed", "layers", "r", "r of first differences", "n", "n of differences"], rows
 
 
 def swap_rows(seeds: dict[int, dict]) -> part_two.Rows:
     rows = []
-    for seed, found in seeds.items():
-        for name, row in found["controls"]["comparison"].items():
+    for seed, of_seed in seeds.items():
+        for name, row in of_seed["controls"]["comparison"].items():
             interval = f" [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]" if row.get("ci_low") is not None else ""
             lost = [f"{row[k]:.0%}" if row[k] is not None else "-" for k in ("own_gain_lost", "random_gain_lost")]
             rows.append([
@@ -132,17 +133,17 @@ TABLES = {
 
 
 def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
-    """Retrieval over hidden states, a panel for each seed, base and some steps, the hub shaded."""
+    """Retrieval by hidden state, one panel per seed: base and some steps, with the hub shaded."""
     with figures.style() as plt:
         fig, axes = part_two.panels(plt, len(seeds), 1.8)
-        for axis, (seed, found) in zip(axes, seeds.items(), strict=True):
-            first, *trained = sorted(found["retrieval"])
+        for axis, (seed, of_seed) in zip(axes, seeds.items(), strict=True):
+            first, *trained = sorted(of_seed["retrieval"])
             steps = [first, *shown.evenly(trained, STEPS)]
-            shades = [figures.colour("base"), *figures.colours(len(steps) - 1, ordered=True)]
-            looks = [{"color": shade, "label": None if s else "base"} for s, shade in zip(steps, shades, strict=True)]
-            lines = [(found["retrieval"][s]["layer_accuracy"], look) for s, look in zip(steps, looks, strict=True)]
-            twin = found["untrained"] and found["untrained"]["layer_accuracy"]
-            figures.retrieval_axis(axis, lines, found["layers"]["semantic_layers"], twin, found["n"])
+            colours = [figures.colour("base"), *figures.colours(len(steps) - 1, ordered=True)]
+            styles = [{"color": shade, "label": None if s else "base"} for s, shade in zip(steps, colours, strict=True)]
+            lines = [(of_seed["retrieval"][s]["layer_accuracy"], style) for s, style in zip(steps, styles, strict=True)]
+            untrained = of_seed["untrained"] and of_seed["untrained"]["layer_accuracy"]
+            figures.retrieval_axis(axis, lines, of_seed["layers"]["semantic_layers"], untrained, of_seed["n"])
             axis.set_title(f"seed {seed}")
             axis.set_xlabel("")
         fig.supxlabel(figures.HIDDEN_STATE, fontsize=8)
@@ -153,18 +154,18 @@ def draw_retrieval(seeds: dict[int, dict], path: Path) -> None:
 
 
 def draw_change(seeds: dict[int, dict], path: Path) -> None:
-    """Mean absolute weight change of interface and hub layers over steps; a line for each seed."""
+    """Mean absolute weight change of interface and hub layers over steps; one line per seed."""
     with figures.style() as plt:
         fig, axis = plt.subplots(figsize=(figures.COLUMN, 2.1))
-        for number, found in enumerate(seeds.values()):
-            rows = [(0, {"interface_avg": 0.0, "semantic_hub_avg": 0.0}), *steps_of(found["change"])]
+        for number, of_seed in enumerate(seeds.values()):
+            rows = [(0, {"interface_avg": 0.0, "semantic_hub_avg": 0.0}), *steps_of(of_seed["change"])]
             for key, meaning, line, label in (
                 ("interface_avg", "interface", "-", "interface layers"),
                 ("semantic_hub_avg", "hub", "--", "hub layers"),
             ):
                 y = [row[key] for _, row in rows]
-                look = {"color": figures.colour(meaning), "linewidth": 0.8, "label": label if number == 0 else None}
-                axis.plot([s for s, _ in rows], y, line, **look)
+                style = {"color": figures.colour(meaning), "linewidth": 0.8, "label": label if number == 0 else None}
+                axis.plot([s for s, _ in rows], y, line, **style)
         axis.set_xlabel("training step (0 = base)")
         axis.set_ylabel("mean |ΔW| from the base")
         axis.set_ylim(bottom=0)
@@ -175,10 +176,10 @@ def draw_change(seeds: dict[int, dict], path: Path) -> None:
 
 
 def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
-    """The hub swap of each seed among every other swap of its size."""
+    """The hub swap of each seed among random swaps of the same size."""
     rows = []
-    for seed, found in seeds.items():
-        payload = found["controls"]
+    for seed, of_seed in seeds.items():
+        payload = of_seed["controls"]
         hub = payload["sets"][controls.find(payload["sets"], "semantic_hub")]
         rows.append(swap_figure.row_of(payload, hub, f"seed {seed}", "hub"))
     swap_figure.draw(path, rows, f"hub swap, {len(seeds)} seeds")
@@ -186,9 +187,9 @@ def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    text = "seeds whose results are there; no default"
+    text = "seeds with results; no default"
     p.add_argument("--seeds", required=True, type=cli.seeds, metavar="S,S,..", help=text)
-    p.add_argument("--out", "--output", required=True, metavar="FOLDER", help="where tables and figures go; no default")
+    p.add_argument("--out", "--output", required=True, metavar="FOLDER", help="folder of all output; no default")
     return p
 
 
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     studies = {seed: Study.find(args.study, seed, args.arm) for seed in args.seeds}
     seeds = {seed: read_seed(study) for seed, study in studies.items()}
     second = {seed: part_two.read_seed(study) for seed, study in studies.items()}
-    missing = [seed for seed, found in second.items() if found is None]
+    missing = [seed for seed, of_seed in second.items() if of_seed is None]
     if missing:
         cli.say(f"Part II is left out: it was not run for seed {', '.join(map(str, missing))}")
         second = {}

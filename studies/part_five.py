@@ -1,10 +1,10 @@
-"""Neighbouring measures of one study over several seeds: what studies/across_seeds.py adds where all seeds have them.
+"""Measures from neighbouring work over several seeds of one study: tables for studies/across_seeds.py.
 
-Neurons: what lsn/compare_methods.py found in each seed, by language and method. Alignment: every measure as one number
-of a model, the mean over its hidden states; its rank correlation with loss and task over the checkpoints of a run, in
-level and from one checkpoint to the next, and over the arms that were measured (sentence-retrieval/ and
-alignment/gradients.py with --arm); and of its profile over the last checkpoint's hidden states with that of each other.
-The unit is the seed: means, and intervals of Student's t.
+Neurons: the results of lsn/compare_methods.py, by language and method. Alignment: each measure is one number per model,
+the mean over its hidden states. Its rank correlation with loss and task is taken over the checkpoints of a run, for
+levels and for changes between checkpoints, and over the arms that were measured (sentence-retrieval/ and
+alignment/gradients.py with --arm). Profiles of the measures over the last checkpoint's hidden states are correlated
+with each other. The unit is the seed: means, and intervals of Student's t.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cpt_utils.base.study import Study
 export, rows = cli.sibling("report/export.py"), cli.sibling("report/rows.py")
 part_two = cli.sibling("studies/part_two.py")
 
-# Measure -> (result, name of its numbers in the table of all numbers); of gradients that of all weights.
+# Measure -> (result, name of its numbers in the table of all numbers); for gradients, only those of all weights count.
 MEASURES = {
     "published": ("retrieval", "layer_accuracy"),
     "unit, centred": ("retrieval", "unit_centred_accuracy"),
@@ -30,30 +30,30 @@ MEASURES = {
     "gradients": ("gradients", "beyond"),
 }
 AIMS = ("loss", "task")
-FEWEST = 5  # models that a rank correlation is of
+FEWEST = 5  # the smallest number of pairs for a rank correlation
 
 
 # ---------------------------------------------------------------- numbers of one seed
 
 
 class Seed:
-    """One seed.
+    """The numbers of one seed.
 
     Attributes:
-        models: (run, step) -> measure -> value, among them the loss (with its sign turned: more is better) and the task
-            of the new language.
-        profiles: measure -> hidden state -> value, of the last checkpoint.
-        methods: the payload of lsn/compare_methods.py; None where there is none.
+        models: (run, step) -> measure -> value; includes the new language's loss (sign reversed, so higher is better)
+            and task accuracy.
+        profiles: measure -> hidden state -> value, at the last checkpoint.
+        methods: the payload of lsn/compare_methods.py, or None.
     """
 
     def __init__(self, study: Study):
-        found = [row for view in export.views(study) for row in rows.rows(view) if row["condition"] is None]
+        numbers = [row for view in export.views(study) for row in rows.rows(view) if row["condition"] is None]
         target = study.get("languages.target")
         self.models: dict[tuple, dict[str, float]] = {}
         self.profiles: dict[str, dict[int, float]] = {}
         for name, (result, measure) in MEASURES.items():
-            self._add(name, [row for row in found if (row["result"], row["measure"]) == (result, measure)])
-        of_target = [row for row in found if languages.same(str(row["language"]), str(target))]
+            self._add(name, [row for row in numbers if (row["result"], row["measure"]) == (result, measure)])
+        of_target = [row for row in numbers if languages.same(str(row["language"]), str(target))]
         for row in of_target:
             kind = row["result"], row["measure"]
             if kind in {("language_loss", "nll_per_byte"), ("arms", "nll_per_byte")}:
@@ -66,18 +66,16 @@ class Seed:
     def _model(self, row: dict) -> dict[str, float]:
         return self.models.setdefault((row["run"], row["step"]), {})
 
-    def _add(self, name: str, found: list[dict]) -> None:
+    def _add(self, name: str, numbers: list[dict]) -> None:
         by_model: dict[tuple, list[dict]] = {}
-        for row in found:
+        for row in numbers:
             if name == "gradients" and row["component"] != "all":
                 continue
             by_model.setdefault((row["run"], row["step"]), []).append(row)
-        for place, own in by_model.items():
-            whole = [row for row in own if row["layer"] is None]
-            self.models.setdefault(place, {})[name] = float(np.mean([row["value"] for row in whole or own]))
-        last = max(
-            (place for place in by_model if place[0] == rows.PLAIN and place[1]), key=lambda p: p[1], default=None
-        )
+        for model, of_model in by_model.items():
+            whole = [row for row in of_model if row["layer"] is None]
+            self.models.setdefault(model, {})[name] = float(np.mean([row["value"] for row in whole or of_model]))
+        last = _last(by_model, rows.PLAIN)
         if last:
             self.profiles[name] = {
                 row["hidden_state"]: row["value"] for row in by_model[last] if row["hidden_state"] is not None
@@ -85,22 +83,23 @@ class Seed:
 
     def over_steps(self) -> list[dict[str, float]]:
         """Base and checkpoints of the plain run, in order."""
-        places = sorted(place for place in self.models if place[0] == rows.PLAIN and place[1] is not None)
-        return [self.models[place] for place in places]
+        models = sorted((run, step) for run, step in self.models if run == rows.PLAIN and step is not None)
+        return [self.models[model] for model in models]
 
     def over_arms(self) -> list[dict[str, float]]:
         """The last checkpoint of the plain run and of every arm."""
         last = (_last(self.models, run) for run in sorted({run for run, _ in self.models}))
-        return [self.models[place] for place in last if place]
+        return [self.models[model] for model in last if model]
 
 
-def _last(places: Iterable[tuple], run: str) -> tuple | None:
-    """The last checkpoint of a run among (run, step)."""
-    return max((place for place in places if place[0] == run and place[1]), key=lambda place: place[1], default=None)
+def _last(models: Iterable[tuple], run: str) -> tuple | None:
+    """The (run, step) of the run's last checkpoint, without the base (step 0); None if there is none."""
+    return max((model for model in models if model[0] == run and model[1]), key=lambda model: model[1], default=None)
 
 
 def spearman(models: list[dict[str, float]], a: str, b: str, differences: bool = False) -> float | None:
-    """Of two numbers of the models that have both, or of their changes from one to the next; None: too few."""
+    """Rank correlation of two measures over the models that have both, or of their changes between successive models;
+    None if there are fewer than FEWEST pairs, or a measure is constant."""
     from scipy import stats
 
     pairs = np.array([(model[a], model[b]) for model in models if a in model and b in model]).reshape(-1, 2)
@@ -114,7 +113,7 @@ def spearman(models: list[dict[str, float]], a: str, b: str, differences: bool =
 
 
 def cell(values: Iterable[float | None], form: str = "{:+.2f}") -> str:
-    """Mean over seeds with the 95 % interval of t; of two seeds or fewer all values; "-" where a seed has none."""
+    """Mean over seeds with Student's 95 % interval; for one or two seeds, all values; "-" if a seed has no value."""
     from scipy import stats
 
     values = list(values)
@@ -128,12 +127,12 @@ def cell(values: Iterable[float | None], form: str = "{:+.2f}") -> str:
 
 
 def of_neurons(one: dict, method: str, lang: str) -> dict[str, float | None]:
-    """What one seed's comparison says of a language's neurons by a method; None where it has none there."""
-    agreed = one["agreement"][lang].get(f"lape and {method}") or {}
+    """The results of one seed's comparison `one` for a language's neurons by a method; None for missing values."""
+    shared = one["agreement"][lang].get(f"lape and {method}") or {}
     return {
         "neurons": one["neurons"][method][lang],
         "stability": (one["stability"][method] or {}).get(lang),
-        "shared with LAPE, times chance": agreed["jaccard"] / agreed["chance"] if agreed.get("chance") else None,
+        "shared with LAPE, times chance": shared["jaccard"] / shared["chance"] if shared.get("chance") else None,
         "harm to its language": (one["diagonal"][method].get(lang) or {}).get("harm"),
         "of as active neurons": one["controls"][method].get(lang),
         "harm to the others": one["others"][method].get(lang),
@@ -142,22 +141,23 @@ def of_neurons(one: dict, method: str, lang: str) -> dict[str, float | None]:
 
 
 def neuron_rows(seeds: dict[int, Seed]) -> part_two.Rows:
-    """Of every language and method: how many neurons, how stable, how much LAPE's, and what silencing them does."""
-    each = [found.methods for found in seeds.values()]
+    """For every language and method: the neurons' number, stability and overlap with LAPE's, and the effect of
+    silencing them."""
+    comparisons = [seed.methods for seed in seeds.values()]
     forms = {"neurons": "{:.0f}", "stability": "{:.2f}", "shared with LAPE, times chance": "{:.1f}"}
-    head, found = [], []
-    for lang in each[0]["languages"]:
-        for method in each[0]["methods"]:
-            read = [of_neurons(one, method, lang) for one in each]
-            head = ["language", "method", *read[0], "best in"]
-            cells = [cell([row[key] for row in read], forms.get(key, "{:+.4f}")) for key in read[0]]
-            best = sum(one["best"][lang]["method"] == method for one in each)
-            found.append([lang, method, *cells, f"{best} of {len(each)}"])
-    return head, found
+    head, table = [], []
+    for lang in comparisons[0]["languages"]:
+        for method in comparisons[0]["methods"]:
+            by_seed = [of_neurons(comparison, method, lang) for comparison in comparisons]
+            head = ["language", "method", *by_seed[0], "best in"]
+            cells = [cell([row[key] for row in by_seed], forms.get(key, "{:+.4f}")) for key in by_seed[0]]
+            best = sum(comparison["best"][lang]["method"] == method for comparison in comparisons)
+            table.append([lang, method, *cells, f"{best} of {len(comparisons)}"])
+    return head, table
 
 
 def aim_rows(seeds: dict[int, Seed]) -> part_two.Rows:
-    """Of every measure its rank correlation with loss and task."""
+    """The rank correlation of every measure with loss and task."""
     views: list[tuple[str, Callable[[Seed], list], bool]] = [
         ("over checkpoints", Seed.over_steps, False), ("of changes", Seed.over_steps, True),
         ("over arms", Seed.over_arms, False),
@@ -171,26 +171,27 @@ def aim_rows(seeds: dict[int, Seed]) -> part_two.Rows:
 
 
 def profile_rows(seeds: dict[int, Seed]) -> part_two.Rows:
-    """Of every two measures the rank correlation of their profiles over the last checkpoint's hidden states."""
-    names = [name for name in MEASURES if all(found.profiles.get(name) for found in seeds.values())]
+    """For every two measures, the rank correlation of their profiles over the last checkpoint's hidden states."""
+    names = [name for name in MEASURES if all(seed.profiles.get(name) for seed in seeds.values())]
 
-    def of(seed: Seed, a: str, b: str) -> float | None:
+    def agreement(seed: Seed, a: str, b: str) -> float | None:
         states = seed.profiles[a].keys() & seed.profiles[b].keys()
         return spearman([{a: seed.profiles[a][i], b: seed.profiles[b][i]} for i in sorted(states)], a, b)
 
     return ["measure", *names[:-1]], [
-        [a, *(cell([of(seed, a, b) for seed in seeds.values()]) if j < i else "" for j, b in enumerate(names[:-1]))]
+        [a, *(cell([agreement(seed, a, b) for seed in seeds.values()]) if j < i else ""
+              for j, b in enumerate(names[:-1]))]
         for i, a in enumerate(names) if i
     ]  # fmt: skip
 
 
 def tables(studies: dict[int, Study]) -> dict[str, part_two.Rows]:
-    """What all seeds have."""
+    """The tables for which all seeds have results, by title."""
     seeds = {seed: Seed(study) for seed, study in studies.items()}
-    found = {}
+    made = {}
     if all(seed.methods for seed in seeds.values()):
-        found["Language neurons by method"] = neuron_rows(seeds)
+        made["Language neurons by method"] = neuron_rows(seeds)
     if all("CKA" in seed.profiles for seed in seeds.values()):
-        found["Alignment by measure: rank correlation with loss and task"] = aim_rows(seeds)
-        found["Alignment by measure: rank correlation of profiles over hidden states"] = profile_rows(seeds)
-    return found
+        made["Alignment by measure: rank correlation with loss and task"] = aim_rows(seeds)
+        made["Alignment by measure: rank correlation of profiles over hidden states"] = profile_rows(seeds)
+    return made

@@ -1,4 +1,4 @@
-"""Part III of one study over several seeds: what studies/across_seeds.py adds of sweeps that all seeds have."""
+"""Part III of one study over several seeds: layer-ablation sweeps for studies/across_seeds.py."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from cpt_utils.base.study import Study
 
 retention = cli.sibling("layer-ablation/retention.py")
 part_two = cli.sibling("studies/part_two.py")
-# What a panel shows: with the loss and the task, which CPT bettered wherever it taught anything.
+# The measures with a panel; loss and task, too, because CPT improved them whenever the model learnt anything.
 SHOWN = ("nll_target", "task_accuracy", "perception", "production")
 SIDES = {"insert_in": "from the input side", "insert_out": "from the output side"}
 
 
 def read_seed(study: Study) -> dict | None:
-    """The sweep of one seed; None where it has not been run."""
+    """The sweep of one seed; None if it has not been run."""
     path = study.result("layer_ablation")
     return results.read_json(path)[0] if path.is_file() else None
 
 
 def sweep_rows(seeds: dict[int, dict]) -> part_two.Rows:
-    """A = AUC_in - AUC_out of every measure: above 0 its change comes with the first blocks, below with the last."""
-    names = [name for name in retention.MEASURES if all(name in found["summary"] for found in seeds.values())]
+    """A = AUC_in - AUC_out of every measure: positive if its change comes with the first blocks."""
+    names = [name for name in retention.MEASURES if all(name in of_seed["summary"] for of_seed in seeds.values())]
     rows = []
-    for seed, found in seeds.items():
-        areas = [found["summary"][name]["A"] for name in names]
+    for seed, of_seed in seeds.items():
+        areas = [of_seed["summary"][name]["A"] for name in names]
         cells = [stats.told(a, "+.2f") if a else "-" for a in areas]
-        gains = [found["summary"][name]["gain"]["value"] for name in names]
+        gains = [of_seed["summary"][name]["gain"]["value"] for name in names]
         rows.append([seed, *(f"{gain:+.3f}; {cell}" for gain, cell in zip(gains, cells, strict=True))])
     return ["seed", *names], rows
 
 
 def draw_sweeps(seeds: dict[int, dict], path: Path) -> None:
-    """What of the change blocks of the checkpoint keep, put in from either side: a line a seed, and their mean."""
-    shown = [name for name in SHOWN if all((found["summary"].get(name) or {}).get("A") for found in seeds.values())]
+    """The share of the change kept by the checkpoint's first or last blocks: one line per seed, and the mean."""
+    shown = [name for name in SHOWN if all((of_seed["summary"].get(name) or {}).get("A") for of_seed in seeds.values())]
     if not shown:
         return
     with figures.style() as plt:
         fig, axes = part_two.panels(plt, len(shown), 1.9)
         for axis, name in zip(axes, shown, strict=True):
             for (sweep, words), shade in zip(SIDES.items(), figures.PALETTE, strict=False):
-                curves = np.array([[value for _, value in found["retention"][sweep][name]] for found in seeds.values()])
+                curves = np.array([[v for _, v in of_seed["retention"][sweep][name]] for of_seed in seeds.values()])
                 ks = [k for k, _ in next(iter(seeds.values()))["retention"][sweep][name]]
                 axis.plot(ks, curves.T, color=shade, linewidth=0.6, alpha=0.35)
                 axis.plot(ks, curves.mean(0), color=shade, marker="o", label=words)
             axis.axhline(0, color=figures.colour("base"), linewidth=0.6, linestyle=":", label="base")
             axis.axhline(1, color=figures.colour("target"), linewidth=0.6, linestyle="--", label="checkpoint")
-            worse = all(found["summary"][name]["gain"]["value"] < 0 for found in seeds.values())
+            worse = all(of_seed["summary"][name]["gain"]["value"] < 0 for of_seed in seeds.values())
             words = {"nll_target": "loss of the new language"}.get(name, name.replace("_", " "))
             axis.set_title(words + "\n(made worse by CPT)" * worse)
             figures.layer_axis(axis, ks[-1], hidden_states=True)

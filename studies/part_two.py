@@ -1,4 +1,4 @@
-"""Part II of one study over several seeds: what studies/across_seeds.py adds to the tables and figures of Part I."""
+"""Part II of one study over several seeds: tables and figures for studies/across_seeds.py."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from cpt_utils.base.lazy import np
 from cpt_utils.base.study import Study
 from cpt_utils.measures import controls, swap_figure
 
-Rows = tuple[list[str], list[list]]  # a table: its head and its rows, as they are printed
+Rows = tuple[list[str], list[list]]  # a table: its head and its rows, as printed
 CONDITIONS = ("attention_interface", "attention_lsn_rich", "ffn_interface", "ffn_lsn_rich")
 
 
 def read_seed(study: Study) -> dict | None:
-    """The results of Part II of one seed; None where it has not been run."""
+    """The Part II results of one seed; None if it has not been run."""
     files = {
         "change": study.result("attn_vs_ffn"),
         "neurons": study.result("lsn_mask").with_name(f"{study.name}.report.json"),
@@ -32,8 +32,8 @@ def read_seed(study: Study) -> dict | None:
 def change_rows(seeds: dict[int, dict]) -> Rows:
     """Attention against FFN at the last checkpoint."""
     rows = []
-    for seed, found in seeds.items():
-        last = found["change"]["checkpoints"][max(found["change"]["checkpoints"], key=int)]
+    for seed, of_seed in seeds.items():
+        last = of_seed["change"]["checkpoints"][max(of_seed["change"]["checkpoints"], key=int)]
         above = last["attention_above_ffn"]
         n = sum(layer.get("delta_attn_ffn") is not None for layer in last["layers"].values())
         rows.append([
@@ -46,25 +46,25 @@ def change_rows(seeds: dict[int, dict]) -> Rows:
 
 
 def neuron_rows(seeds: dict[int, dict]) -> Rows:
-    """Neurons of each language, by layer."""
+    """The number of neurons of each language, by layer."""
     rows = []
-    for seed, found in seeds.items():
-        for lang, row in found["neurons"]["languages"].items():
+    for seed, of_seed in seeds.items():
+        for lang, row in of_seed["neurons"]["languages"].items():
             counts = " ".join(map(str, row["counts"]))
             rows.append([seed, lang, f"{row['n_tokens']:,}", row["n_neurons"], sum(row["own"]), counts])
     return ["seed", "language", "tokens", "neurons", "only its own", "by layer"], rows
 
 
 def deactivation_rows(seeds: dict[int, dict]) -> Rows:
-    """Changes of NLL per token (thousandths), the selectivity and its rank among random sets."""
+    """Changes of NLL per token (thousandths of a nat), and the selectivity, compared with random sets."""
     rows, languages = [], []
-    for seed, found in seeds.items():
-        languages = found["deactivation"]["languages"]
-        for lang, changes in found["deactivation"]["matrix"].items():
-            row = found["deactivation"]["selectivity"][lang]
-            own = found["deactivation"].get("diagonal", {}).get(lang, {}).get("verdict", "-")
-            rows.append([seed, lang, *(f"{1000 * changes[e]:+.1f}" for e in languages), own, *_selectivity(row)])
-        rows.append([seed, "all", *("" for _ in languages), "", *_selectivity(found["deactivation"]["overall"])])
+    for seed, of_seed in seeds.items():
+        languages = of_seed["deactivation"]["languages"]
+        for lang, changes in of_seed["deactivation"]["matrix"].items():
+            row = of_seed["deactivation"]["selectivity"][lang]
+            on_itself = of_seed["deactivation"].get("diagonal", {}).get(lang, {}).get("verdict", "-")
+            rows.append([seed, lang, *(f"{1000 * changes[e]:+.1f}" for e in languages), on_itself, *_selectivity(row)])
+        rows.append([seed, "all", *("" for _ in languages), "", *_selectivity(of_seed["deactivation"]["overall"])])
     head = ["seed", "deactivated", *(f"on {e}" for e in languages), "own text", "selectivity"]
     return [*head, "random sets, mean (most)", "p", "p, as active"], rows
 
@@ -80,10 +80,10 @@ def _selectivity(row: dict) -> list[str]:
 
 
 def correlation_rows(seeds: dict[int, dict]) -> Rows:
-    """What tracks the change of LSN activation: attention in interface layers, or the neurons' own weights."""
+    """Correlations of LSN activation with weight change: of attention in interface layers, and of the neurons."""
     rows = []
-    for seed, found in seeds.items():
-        result = found["correlation"]
+    for seed, of_seed in seeds.items():
+        result = of_seed["correlation"]
         for kind in ("raw", "first_differences"):
             sides = [result[key] for key in ("interface_attention", "lsn_ffn")]
             sides = sides if kind == "raw" else [side[kind] for side in sides]
@@ -94,6 +94,7 @@ def correlation_rows(seeds: dict[int, dict]) -> Rows:
 
 
 def interval(found: dict, key: str = "correlation") -> str:
+    """`found[key]` with its interval, if there is one; "-" for a missing value."""
     if found.get(key) is None:
         return "-"
     bounds = f" [{found['ci_low']:.2f}, {found['ci_high']:.2f}]" if found.get("ci_low") is not None else ""
@@ -101,16 +102,16 @@ def interval(found: dict, key: str = "correlation") -> str:
 
 
 def swap_rows(seeds: dict[int, dict]) -> Rows:
-    """Component swaps of the last checkpoint: what each moves, what it costs, its rank among random layers."""
+    """Component swaps of the last checkpoint: parameters moved, gain lost, and rank among random layers."""
     rows = []
-    for seed, found in seeds.items():
+    for seed, of_seed in seeds.items():
         for name in (*CONDITIONS, *(f"{name}_embeddings" for name in CONDITIONS), "embeddings"):
             side = "ffn" if name.startswith("ffn") else "attention"
-            sets = found[side]["sets"]
-            at = controls.find(sets, name)
-            if at is None:
+            sets = of_seed[side]["sets"]
+            index = controls.find(sets, name)
+            if index is None:
                 continue
-            row = sets[at]
+            row = sets[index]
             ranks = row.get("place") or {}
             cells = []
             for measure in ("retrieval_mean", "nll_per_byte"):
@@ -128,41 +129,41 @@ def swap_rows(seeds: dict[int, dict]) -> Rows:
 
 
 def draw_swaps(seeds: dict[int, dict], path: Path) -> None:
-    """For each seed the two swaps among those of the same component in random layers."""
+    """For each seed, the two component swaps among swaps of the same component in random layers."""
     rows = []
-    for seed, found in seeds.items():
+    for seed, of_seed in seeds.items():
         for side, treatment, words in (
             ("attention", "attention_interface", "attention, interface"),
             ("ffn", "ffn_lsn_rich", "FFN, LSN-rich layers"),
         ):
-            payload = found[side]
-            mine = payload["sets"][controls.find(payload["sets"], treatment)]
-            rows.append(swap_figure.row_of(payload, mine, f"seed {seed}: {words}", side))
+            payload = of_seed[side]
+            row = payload["sets"][controls.find(payload["sets"], treatment)]
+            rows.append(swap_figure.row_of(payload, row, f"seed {seed}: {words}", side))
     swap_figure.draw(path, rows, "one component of the base in some layers, among random layers")
 
 
 def panels(plt, n: int, height: float):
-    """A figure as wide as the page with `n` panels, four in a row, and them."""
-    across = min(n, 4)
-    down = -(-n // across)
-    size = (figures.PAGE, 0.3 + height * down)
-    fig, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
+    """(figure, axes): `n` panels, four in a row, as wide as the page."""
+    columns = min(n, 4)
+    rows = -(-n // columns)
+    size = (figures.PAGE, 0.3 + height * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis in axes.flat[n:]:
         axis.remove()
-    for axis in axes.flat[max(0, n - across) : n]:  # the lowest of each column has the numbers
+    for axis in axes.flat[max(0, n - columns) : n]:  # the lowest panel of each column has the tick labels
         axis.tick_params(labelbottom=True)
     return fig, list(axes.flat[:n])
 
 
 def draw_deactivation(seeds: dict[int, dict], path: Path) -> None:
-    """A heat map for each seed: change of NLL by language (column) when the neurons of one (row) are silenced."""
-    found = [row["deactivation"] for row in seeds.values()]
-    bound = max(abs(value) for one in found for row in one["matrix"].values() for value in row.values())
+    """A heat map per seed: the change of NLL by language (column) when the neurons of a language (row) are silenced."""
+    deactivations = [row["deactivation"] for row in seeds.values()]
+    bound = max(abs(value) for result in deactivations for row in result["matrix"].values() for value in row.values())
     with figures.style() as plt:
-        fig, axes = panels(plt, len(found), 1.5)
-        for axis, seed, one in zip(axes, seeds, found, strict=True):
-            names, rows = one["languages"], list(one["matrix"])
-            values = np.array([[one["matrix"][d][e] for e in names] for d in rows])
+        fig, axes = panels(plt, len(deactivations), 1.5)
+        for axis, seed, result in zip(axes, seeds, deactivations, strict=True):
+            names, rows = result["languages"], list(result["matrix"])
+            values = np.array([[result["matrix"][d][e] for e in names] for d in rows])
             image = figures.heat_map(axis, values, rows, names, bound, 25)
             axis.set_yticks(range(len(rows)), [figures.language(d, "\n") for d in rows])
             axis.set_title(f"seed {seed}")

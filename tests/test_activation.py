@@ -43,7 +43,7 @@ def count(*more) -> dict:
 def test_of_a_run_the_last_checkpoint_is_counted(place):
     path, _ = write_ids(place)
     save_run("llama", "run", (10, 20))
-    with pytest.raises(InputError, match="-m and --run name the same twice"):
+    with pytest.raises(InputError, match="-m and --run are the same argument"):
         count("-i", str(path), "--run", "run")
     ACTIVATION.main(["--run", "run", "-n", "tiny", "-s", "counts", "--block-size", "32", "-i", str(path)])
     counted = json.loads(results.read_tensors("counts/tiny.ga.pt")["header"])["request"]["model"]
@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(place):
         count("-i", "ids.pt")
     with pytest.raises(InputError, match="does not exist"):
         count("-i", "oscar.ga.train.none")
-    with pytest.raises(InputError, match="more than the model's 512"):
+    with pytest.raises(InputError, match="exceeds the model's 512"):
         ACTIVATION.main(["-m", "model", "-n", "tiny", "-s", "counts", "-i", str(path), "--block-size", "4096"])
     assert not (place / "counts").exists() or not os.listdir("counts")
 

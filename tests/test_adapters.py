@@ -277,14 +277,14 @@ def test_the_base_that_is_not_here(tmp_path, capsys):
     base = save_tiny("llama", tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", base_model_name_or_path="/where/it/was/trained")
     ref = refs.model(adapter)
-    with pytest.raises(InputError, match="adapter of /where/it/was/trained, which is not here; write where"):
+    with pytest.raises(InputError, match="adapter of /where/it/was/trained, which is not here; write the path"):
         ref.config()
     given = ref.with_base(refs.model(base))
     assert given.config()["model_type"] == "llama" and given.describe()["adapter_of"]["spec"] == str(base)
     with opening.open_folder(ref, refs.model(base)) as stored:
         truth = merged(base, adapter)
         assert torch.equal(stored.get("model.layers.0.mlp.up_proj.weight"), truth["model.layers.0.mlp.up_proj.weight"])
-    assert "is taken" in capsys.readouterr().out
+    assert "is used instead" in capsys.readouterr().out
     # The base that the adapter names wins over the one a script compares with: merged elsewhere it means nothing.
     other = save_tiny("llama", tmp_path / "other", seed=5)
     own = save_adapter(base, tmp_path / "own")
@@ -391,7 +391,7 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
         (config_with(target_parameters=["experts.gate_up_proj"]), "sets target_parameters"),
         (config_with(trainable_token_indices=[1, 1]), "must be lists of distinct row numbers"),
         (config_with(trainable_token_indices={"embed_tokens": -1}), "must be lists of distinct row numbers"),
-        (config_with(modules_to_save=["embed_tokens"]), "trained embed_tokens whole, but its file holds nothing of it"),
+        (config_with(modules_to_save=["embed_tokens"]), "embed_tokens whole, but its file holds no tensor of it"),
         (config_with(layer_replication=[[0, 2]]), "sets layer_replication"),
         (config_with(something_new={"a": 1}), "sets something_new"),
         (config_with(init_lora_weights="pissa"), "sets init_lora_weights 'pissa'"),
@@ -400,8 +400,8 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
         (config_with(lora_alpha="16"), "must be positive numbers"),
         (config_with(rank_pattern=[1]), "must be positive numbers"),
         (config_with(alpha_pattern={"(": 2}), "is not a regular expression"),
-        (config_with(target_modules=["q_proj", "k_proj", "lm_head"]), "targets lm_head, but its file holds nothing"),
-        (config_with(base_model_name_or_path=None), "a base that it does not name; write where its base is"),
+        (config_with(target_modules=["q_proj", "k_proj", "lm_head"]), "targets lm_head, but its file holds no tensor"),
+        (config_with(base_model_name_or_path=None), "a base that it does not name; write the path of its base"),
         (config_with(base_model_name_or_path=7), "is not the name of a model"),
         (tensors_with(lambda own: own.pop(f"{STEM}.lora_A.weight")), "only one of A and B of model.layers.0"),
         (tensors_with(lambda own: own.update({f"{STEM}.lora_A.weight": torch.ones(4, 31)})), r"\[32, 31\], and .* has"),

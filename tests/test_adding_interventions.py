@@ -48,7 +48,7 @@ def test_an_intervention(copy):
     assert refused.returncode == 2 and "another request" in refused.stderr
     script = copy / "damping/damping.py"
     script.write_text(code.replace("alpha * value)", "alpha * value * value)"), "utf-8")
-    assert "made by other code" in run(*command, root=copy).stderr
+    assert "made by a different version of the code" in run(*command, root=copy).stderr
     refused = run(*command[:-8], "--layers", "3", *command[-6:], root=copy)
     assert refused.returncode == 2 and "layer 3 does not exist" in refused.stderr
 

@@ -70,7 +70,9 @@ def test_unknown_type_names_near_ones():
 def test_unknown_type_that_transformers_knows_says_what_to_write(monkeypatch):
     """Llama's names are recognised, from the config alone; otherwise the message lists the modules of a layer."""
     monkeypatch.delitem(archs.ARCHS, "qwen2")
-    with pytest.raises(InputError, match=r"modules are named as Llama's: add 'qwen2': Arch\(\) to ARCHS in cpt_utils"):
+    with pytest.raises(
+        InputError, match=r"modules are named like Llama's: add 'qwen2': Arch\(\) to ARCHS in cpt_utils"
+    ):
         archs.for_config(tiny_config("qwen2").to_dict())
     monkeypatch.delitem(archs.ARCHS, "opt")
     with pytest.raises(InputError, match=r"layers 0, 1, 2 of model\.decoder\.layers have activation_fn, fc1, fc2"):
@@ -85,7 +87,7 @@ def test_unknown_type_is_looked_at_in_all_layers(monkeypatch):
     )
     with pytest.raises(InputError, match=message) as raised:
         archs.for_config(tiny_config("glm4_moe").to_dict())
-    assert "named as Llama's" not in str(raised.value)
+    assert "named like Llama's" not in str(raised.value)
     monkeypatch.delitem(archs.ARCHS, "qwen3_5_text")
     with pytest.raises(
         InputError, match=r"layers 0, 2 of .* have .*self_attn\.q_proj.*; layer 1 of .* has .*linear_attn"
@@ -95,14 +97,14 @@ def test_unknown_type_is_looked_at_in_all_layers(monkeypatch):
     with pytest.raises(InputError, match=r"Llama's: add 'diffllama': Arch\(\)"):
         archs.for_config(tiny_config("diffllama").to_dict())
     monkeypatch.delitem(archs.ARCHS, "beam")
-    with pytest.raises(InputError, match=r"Llama's \(beside them a layer has self_attn\.gate_proj\): add 'beam'"):
+    with pytest.raises(InputError, match=r"Llama's \(a layer also has self_attn\.gate_proj\): add 'beam'"):
         archs.for_config(tiny_config("beam", mlp_layer_types=["dense"] * 3).to_dict())
 
 
 def test_types_that_are_left_out_say_why():
     with pytest.raises(InputError, match="'bart' is not in the table of architectures: an encoder-decoder"):
         archs.for_config({"model_type": "bart"})
-    with pytest.raises(InputError, match="doge sets is_moe, which is not read"):
+    with pytest.raises(InputError, match="doge sets is_moe, which is not supported"):
         archs.for_config({"model_type": "doge", "is_moe": True})
 
 

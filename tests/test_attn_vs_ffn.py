@@ -226,7 +226,7 @@ def test_steps_limits_and_finished_results(tmp_path, capsys, no_figure):
 def test_what_is_refused_leaves_nothing(tmp_path):
     base = save_tiny("llama", tmp_path / "base")
     other = save_tiny("llama", tmp_path / "checkpoint-1", seed=1, intermediate_size=64)
-    with pytest.raises(InputError, match="what is compared must agree in shape"):
+    with pytest.raises(InputError, match="compared tensors must agree in shape"):
         command(base, other, tmp_path / "out" / "diff.json")
     with pytest.raises(InputError, match="no such folder"):
         command(base, tmp_path / "nowhere", tmp_path / "out" / "diff.json")

@@ -175,7 +175,7 @@ def test_two_processes_find_what_one_does(study):
 
 def test_bad_input_is_one_line(study, capsys):
     SCRIPT.main(["--text", "en=en.text.txt", "--limit", "4"])
-    assert "ga is left out: nothing says in which text its bigrams are counted" in capsys.readouterr().err
+    assert "ga is left out: it has no text to count bigrams in" in capsys.readouterr().err
     (part,) = (study / "results/alignment").glob("bigram.*.json")
     found, _ = results.read_json(part, allow_limited=True)
     assert part.name == "bigram.limit-4.json" and list(found) == ["en"] and found["en"]["10"]["documents"] == 4
@@ -183,5 +183,5 @@ def test_bad_input_is_one_line(study, capsys):
         SCRIPT.main(["--text", "sw=en.text.txt"])
     with pytest.raises(InputError, match=r"nowhere.txt does not exist"):
         SCRIPT.main(["--text", "en=nowhere.txt"])
-    with pytest.raises(InputError, match=r"en.held.txt has no text but what is scored"):
+    with pytest.raises(InputError, match=r"en.held.txt has no text except the scored lines"):
         SCRIPT.main(["--text", "en=en.held.txt", "--heldout", "en=en.held.txt"])

@@ -87,7 +87,7 @@ def test_every_problem_is_said_and_the_code_is_two(study, models, tmp_path, caps
     file.write_bytes(file.read_bytes()[:1000])
     shutil.copytree(save_tiny("qwen2", tmp_path / "q", seed=1), broken / "checkpoint-60")
     data = study.whole["data"] | {"base_file": str(tmp_path / "none.txt"), "heldout": {"deu_Latn": "none.txt"}}
-    with pytest.raises(InputError, match="5 problems, each said above"):
+    with pytest.raises(InputError, match="5 problems, listed above"):
         check.main([str(study(run=str(broken), data=data, base=str(tmp_path / "nobase")))])
     said = [line for line in capsys.readouterr().out.splitlines() if "PROBLEM" in line]
     assert len(said) == 5
@@ -130,11 +130,11 @@ def test_other_tokenizers_are_said(study, models, tmp_path, capsys):
     [
         ({"tokens": None}, ["neurons of Part II", "no tokens"]),
         ({"languages": {"base": "eng_Latn", "target": "deu_Latn"}}, ["no languages.lsn"]),
-        ({"controls": 10}, ["with 10 random sets"]),
+        ({"controls": 10}, ["10 random sets (controls) are too few"]),
         (
             {"steering": None},
             [
-                "Part III, layer ablation: the study has no ablation (`ablation: {}` will do)",
+                "Part III, layer ablation: the study has no ablation (`ablation: {}` is enough)",
                 "Part IV",
                 "no spectral",
                 "Part V, steering: the study has no steering",
@@ -156,7 +156,7 @@ def test_the_plan_of_data_that_are_missing(study):
     assert (made.task, made.loss, made.losses, made.deactivation) == (False,) * 4
     assert made.lsn == ["eng_Latn", "deu_Latn"]
     assert [text.partition(":")[0] for text in made.left_out] == [
-        "the downstream task and what rests on it (C6, half of Figure 2)", "the loss of each language over CPT",
+        "the downstream task and what needs it (C6, half of Figure 2)", "the loss of each language over CPT",
         "the loss after a swap",
         "deactivation (Figure 9)", "correlations with bigrams",
     ]  # fmt: skip
@@ -170,7 +170,7 @@ def test_the_plan_of_data_that_are_missing(study):
 
 def test_methods_that_the_study_cannot_have_are_said_before_anything_is_counted(study, tmp_path, capsys):
     with pytest.raises(
-        InputError, match=r"ternary, .* three languages or more, and languages.lsn has eng_Latn and deu"
+        InputError, match=r"ternary, .* three languages or more, but languages.lsn has only eng_Latn and deu"
     ):
         check.main([str(study(lsn={"methods": ["ternary"]}))])
     for name in ("base", "run/checkpoint-5"):
@@ -232,7 +232,7 @@ def test_other_runs_have_rules_of_their_own_and_must_be_somewhere(study, capsys)
     assert check.main([str(study(runs={"ces": study.whole["run"]}, ablation={}, spectral={}, alignment={}))]) == 0
     assert "nothing is left out" in capsys.readouterr().out
     left_out = planning.plan(Study.find(study(ablation={}, spectral={}, alignment={}))).left_out
-    assert left_out == ["the line between two runs (D6), and contrast of heads: the study has no other run (runs)"]
+    assert left_out == ["the line between two runs (D6) and the contrast of heads: the study has no other run (runs)"]
 
 
 def test_parts_one_and_two_of_another_run_are_planned_beside_the_studys_and_then_compared(study, models, tmp_path):

@@ -202,7 +202,7 @@ def test_what_one_seed_lacks_leaves_a_claim_undecided(seeds, tmp_path, no_figure
     gate = results.read_json(folder / "results/3/layer-specialize/layers.json")[1]["gate"]
     edit(one, "layer-specialize/layers.json", lambda t: t["_header"].update(gate=gate))
     said = script.over_seeds(made, script.read_seeds(study, list(range(8)), made, draws=0))
-    assert said["C6"].verdict == OPEN and "seed 2: that the plain run changed task is not clear" in said["C6"].reason
+    assert said["C6"].verdict == OPEN and "seed 2: the plain run's change in task is not clear" in said["C6"].reason
 
 
 def test_one_seed_copied_as_several_is_refused(seeds, tmp_path):
@@ -364,7 +364,7 @@ def test_results_of_before_say_which_step_to_run_again(made, no_figure):
 def test_swaps_without_the_task_say_which_tasks_they_know(made, no_figure):
     edit(made, LAYER_SWAP, lambda t: [row["values"].pop("task_accuracy", None) for row in t["sets"]])
     notes = [row["note"] for row in run(made)["C2a"]["numbers"] if row["name"].endswith("task")]
-    assert notes and all(note.endswith("swaps know SIB-200 and continuations alone") for note in notes)
+    assert notes and all(note.endswith("swaps measure only SIB-200 and continuations") for note in notes)
 
 
 def test_models_that_are_gone_are_known_from_the_results(made, no_figure, capsys):

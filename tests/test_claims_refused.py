@@ -90,9 +90,9 @@ DAMAGED = {  # what is done to the results -> the line that refuses them
     "task of another language": ([(TASK, lambda t: t.update(task="sib200_eng_Latn"))], "is about sib200_eng_Latn, not"),
     "curves of another language": ([(STRENGTH, header(language="eus_Latn"))], "is about eus_Latn, not gle_Latn"),
     "swap of another language": ([(ATTENTION, header(target_lang="eus_Latn"))], "target_lang eus_Latn"),
-    "a part of the run": ([(TASK, header(n_used=3, n_available=6))], "is about a part of the run"),
-    "every third checkpoint": ([(TASK, header(checkpoint_stride=3))], "is about a part of the run"),
-    "chosen steps": ([(TASK, chosen_steps)], "is about steps [30, 180, 600], the run has"),
+    "a part of the run": ([(TASK, header(n_used=3, n_available=6))], "is about only a part of the run"),
+    "every third checkpoint": ([(TASK, header(checkpoint_stride=3))], "is about only a part of the run"),
+    "chosen steps": ([(TASK, chosen_steps)], "is about steps [30, 180, 600], but the run has"),
     "steps missing": ([(CHANGE, lambda t: t["checkpoints"].pop("30"))], "is about steps [10, 80"),
     "limited": ([(TASK, header(limit=3))], "--limit 3"),
     "other layers since": ([("layer-specialize/layers.json", changed_layers)], "but"),
@@ -170,7 +170,7 @@ def test_a_gain_that_may_be_nothing_has_no_share(made, no_figure):
     results.write_json(path, payload, head)
     results.write_tensors(path.with_suffix(".pt"), tensors)
     row = run(made)["C2a"]
-    assert row["numbers"][0]["value"] is None and "that CPT gained anything in loss is not clear" in row["reason"]
+    assert row["numbers"][0]["value"] is None and "CPT's gain in loss is not clear" in row["reason"]
 
 
 def test_an_older_list_of_layers_is_refused(made, no_figure):

@@ -122,7 +122,7 @@ def test_a_study_read_as_an_arm_has_places_of_its_own(place):
     assert arm.get("base") == plain.get("base") and arm.plain.get("run") == plain.get("run") != arm.get("run")
     with pytest.raises(InputError, match="has no arm 'hub'; it has middle"):
         Study.find(place / "s.yaml", 7, "hub")
-    with pytest.raises(InputError, match="--arm hub: an arm is one of a study's"):
+    with pytest.raises(InputError, match="--arm hub needs a study that has it"):
         Study.find(None, None, "hub")
 
 
@@ -133,7 +133,7 @@ def test_a_study_read_as_another_run_has_that_run_and_results_of_its_own(place, 
     run, plain = Study.find(study, 7, "second"), Study.find(study, 7)
     assert (run.get("run"), run.arm, run.plain.get("run")) == ("runs/second", "second", plain.get("run"))
     assert run.result("layers") == place / "results-7/runs/second/layer-specialize/layers.json"
-    with pytest.raises(InputError, match="--arm second is another run of the study's, with a training file of its own"):
+    with pytest.raises(InputError, match="--arm second is another run of the study, with its own training file"):
         load_script("cpt/train.py").main(["--study", str(study), "--stage", "cpt", "--arm", "second"])
     study.write_text(yaml.safe_dump(values | {"runs": {"middle": "runs/middle"}}))
     with pytest.raises(InputError, match="middle is an arm and one of the runs; give one of them another name"):
@@ -143,7 +143,7 @@ def test_a_study_read_as_another_run_has_that_run_and_results_of_its_own(place, 
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
-        ({"plain": {"freeze": "hub"}}, "plain is what the other models are called"),
+        ({"plain": {"freeze": "hub"}}, "plain is the name of another model"),
         ({"a/b": {"freeze": "hub"}}, "a key of arms is 'a/b'"),
         ({"a": {"freeze": "hub", "train_only": "hub"}}, r"arms\.a: give one of freeze, train_only and lora"),
         ({"a": {"lora": {"r": 0}}}, r"arms\.a\.lora\.r is 0; it must be a rank, a whole number above 0"),
@@ -239,13 +239,13 @@ def test_what_is_no_arm_of_the_plain_run_is_refused(script, place, blocks):
     record = json.loads((run / "train.json").read_text())
     record["settings"]["learning_rate"] = 1.0
     (run / "train.json").write_text(json.dumps(record))
-    refused("is no arm of .*learning_rate: 0.003 asked for, 1.0 in the file")
+    refused("is not an arm of .*learning_rate: 0.003 asked for, 1.0 in the file")
     record["settings"]["learning_rate"] = 3e-3
     (run / "train.json").write_text(json.dumps(record))
     plain = place / "seed-42/cpt/train.json"
     text = plain.read_text()
     plain.write_text(json.dumps({**json.loads(text), "settings": {**record["settings"], "freeze": {"layers": [0]}}}))
-    refused("seed-42/cpt has a frozen part itself, so that it is no plain run")
+    refused("seed-42/cpt has a frozen part itself, so it is not a plain run")
     plain.write_text(text)
     # Of a plain run that was trained elsewhere there is no record to compare with.
     with pytest.MonkeyPatch.context() as patched:
@@ -345,7 +345,7 @@ def test_seeds_side_by_side(script, place, tmp_path):
     with pytest.raises(InputError, match="seed 3 has other arms or measures than seed 1"):
         script.main(["--study", study, "--seeds", "1,2,3", "--output", str(out)])
     write(3, 0.5, "2")
-    with pytest.raises(InputError, match="is of the run that seed 2 has, too"):
+    with pytest.raises(InputError, match="comes from the same run as seed 2"):
         script.main(["--study", study, "--seeds", "1,2,3", "--output", str(out)])
     with pytest.raises(InputError, match=r"run cpt/compare_arms.py --seed 9 first"):
         script.main(["--study", study, "--seeds", "1,9", "--output", str(out)])

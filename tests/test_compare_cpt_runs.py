@@ -204,7 +204,7 @@ def test_what_a_run_lacks_is_said_and_not_compared(copied, capsys, monkeypatch):
     assert names and not any(name.startswith(("losses", "neurons")) for name in names)
     assert any(row["name"].startswith("losses") for row in payload["values"]["plain"])
     text = out.with_suffix(".md").read_text()
-    assert "Of losses less is better." in text
+    assert "Lower losses are better." in text
     assert "- second, losses: " in text and "| losses: Irish (gle_Latn) |" in text and r"mean \|dW\|, hub" in text
     assert list(payload["gate"]) == ["second"] and payload["gate"]["second"] in text
     # The numbers of the comparison are in the table of all numbers, too.
@@ -234,7 +234,7 @@ def test_two_studies_of_one_base_are_compared_by_their_files(finished, tmp_path,
     assert row["value"] == pytest.approx(second.units["gle_Latn"][-1].mean() - first.units["gle_Latn"][-1].mean())
     with pytest.raises(InputError, match="several seeds or study files need --output"):
         script.main([str(first.study), str(other)])
-    with pytest.raises(InputError, match="are called the same; give each a name of its own"):
+    with pytest.raises(InputError, match="have the same name; give each its own"):
         script.main([str(other), str(other), "--output", str(out)])
 
 
@@ -269,8 +269,8 @@ def of_the_first(second):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_sentences, "were made with different sentences; measure alike"),
-        (other_text, "the losses of plain and second are of different text of fra_Latn; measure alike"),
+        (other_sentences, "were made with different sentences; measure both alike"),
+        (other_text, "losses of plain and second are on different texts in fra_Latn; measure both alike"),
         (other_losses, r"language_loss.json and language_loss.pt beside it do not belong together \(fra_Latn\)"),
         (of_the_first, r"second/weight-diff/attn_vs_ffn.json is about .*run.checkpoint-.*another model"),
         (
@@ -291,8 +291,8 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_nothing(copied, change, 
 def test_runs_must_be_two_and_named(copied, tmp_path, monkeypatch):
     study, _ = copied
     for names, message in (
-        (["plain"], "two runs or more are compared"),
-        (["plain", "plain"], "two runs or more are compared"),
+        (["plain"], "comparing takes two runs or more"),
+        (["plain", "plain"], "comparing takes two runs or more"),
         (["plain", "third"], r"has no arm 'third'; it has second \(keys arms and runs\)"),
     ):
         with pytest.raises(InputError, match=message):
@@ -303,7 +303,7 @@ def test_runs_must_be_two_and_named(copied, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="leave out --arm"):
         script.main(["--study", str(study), "--arm", "second"])
     study.write_text(study.read_text().replace("second:", "plain:"))
-    with pytest.raises(InputError, match="runs: plain is what the other models are called; give the run another name"):
+    with pytest.raises(InputError, match="runs: plain is the name of another model; give the run another name"):
         script.main(["--study", str(study)])
 
 

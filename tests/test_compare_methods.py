@@ -189,7 +189,7 @@ def test_results_without_halves_choose_on_all_documents_and_say_so(compared, cap
     file.write_text(json.dumps(content))
     script.main([])
     said = capsys.readouterr().err
-    assert "deactivate.ap.json: no halves of the documents" in said and "told on, which flatters it" in said
+    assert "deactivate.ap.json: no halves of the documents" in said and "reported on, which flatters it" in said
     found, _ = results.read_json("results/lsn/methods.json")
     assert found["best"]["en"]["reported"] == {"ternary": found["selectivity"]["ternary"]["en"]}
     assert found["halves"] is None

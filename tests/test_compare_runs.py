@@ -270,7 +270,7 @@ def test_what_cannot_be_compared_is_refused(script, place):
     for runs, message in (
         (["full", "longer"], r"longer saw other batches than .*full \(steps: 3 asked for, 5 in the file\)"),
         (["full", "stranger"], "stranger was trained from another base than .*base is now; give --base"),
-        (["outer", "full"], "outer has a frozen part itself, so that it is no plain run"),
+        (["outer", "full"], "outer has a frozen part itself, so it is not a plain run"),
         (["full", "late"], "ends at step 7, the full run at 3"), (["full"], "alone has nothing to be compared with"),
         (["full", "outer", "outer"], "another model is called outer; give the run a name"),
     ):  # fmt: skip

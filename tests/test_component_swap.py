@@ -81,7 +81,7 @@ def test_a_failed_gate_goes_on_and_is_said(study, capsys):
         assert results.read_json(out / f"{file}.json")[1]["gate"] == failed_gate()
         captured = capsys.readouterr()
         assert captured.err.count("everything built on them mean nothing") == 1
-    assert "none of these places says anything" in captured.out
+    assert "none of these ranks means anything" in captured.out
 
 
 def attention(shared, out, *more):
@@ -188,7 +188,7 @@ def test_a_run_on_disk(shared, tmp_path, capsys):
     assert capsys.readouterr().out.count(": kept") == 1
     assert {path.name for path in out.iterdir()} == {"checkpoint-5", "checkpoint-20", "metadata.json"}
 
-    with pytest.raises(InputError, match=r"checkpoint-\d+ would stay|describes another swap \(component ffn"):
+    with pytest.raises(InputError, match=r"checkpoint-\d+ would remain|describes another swap \(component ffn"):
         ATTENTION.main(attention(shared, out))
     (tmp_path / "other.json").write_text("[1]")
     again = ffn(shared, out)
@@ -198,7 +198,7 @@ def test_a_run_on_disk(shared, tmp_path, capsys):
     (out / "metadata.json").unlink()
     with pytest.raises(InputError, match="holds another swap"):
         FFN.main(again)
-    with pytest.raises(InputError, match="checkpoint-5 would stay, but is not of this swap"):
+    with pytest.raises(InputError, match="checkpoint-5 would remain, but is not of this swap"):
         FFN.main([*again, "--overwrite", "--steps", "20"])
     FFN.main([*again, "--overwrite"])
     assert results.read_json(out / "metadata.json")[0]["layers"] == [1]
@@ -439,7 +439,7 @@ def test_outside_a_study_and_another_vocabulary(shared, tmp_path, monkeypatch, c
     given = {flag: arguments[arguments.index(flag) + 1] for flag in ("--base-model", "--layer-selection")}
     flags = [str(word) for pair in given.items() for word in pair]
     ATTENTION.main([*flags, "--checkpoint-dir", str(tmp_path / "wide"), "--output-dir", "written"])
-    assert capsys.readouterr().out.count("outside the swap base and target differ") == 1  # of two checkpoints
+    assert capsys.readouterr().out.count("base and target also differ outside the swap") == 1  # of two checkpoints
 
 
 def test_tied_heads_and_crossed_folders(tmp_path):
@@ -479,7 +479,7 @@ def test_bad_input(shared, tmp_path, monkeypatch):
     refused(ATTENTION, "layer_specialize.py is: give --layer-selection", *good, *out)
     refused(FFN, "no checkpoint of step 6; the run has 5, 20", *good, *layers, *out, "--steps", "6")
     refused(FFN, "is the run that is swapped", *good, *layers, "--output-dir", shared / "run")
-    refused(FFN, r"holds config\.json, which is not of a component swap", *good, *layers, "--output-dir", good[1])
+    refused(FFN, r"holds config\.json, which does not belong to a", *good, *layers, "--output-dir", good[1])
     refused(FFN, "is a file", *good, *layers, "--output-dir", shared / "rich.json")
     refused(FFN, "--controls writes no folders", *good, *layers, *out, "--controls", "2", "--crossed-folders")
     refused(FFN, "give --layer-selection", *good, *layers, *out, "--crossed-folders")
@@ -510,7 +510,7 @@ def test_bad_input(shared, tmp_path, monkeypatch):
     refused(FFN, "4 layers .* 5; base and target must", *good[:2], "--checkpoint-dir", "deep", *layers, *out)
     (tmp_path / "out").mkdir()
     save_tiny("llama", tmp_path / "out" / "checkpoint-9", layers=4)
-    refused(FFN, "checkpoint-9 would stay", *good, *layers, *out)
+    refused(FFN, "checkpoint-9 would remain", *good, *layers, *out)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-9"]
     for wrong in ("some", "0"):
         with pytest.raises(SystemExit) as caught:

@@ -71,7 +71,7 @@ def test_three_recipes_of_one_name_and_one_layer_are_three_records(tmp_path, pai
         with in_memory.apply(model, recipe, pair), torch.no_grad():
             assert row["sum"] == float(model(IDS).logits.double().sum())
     assert len({row["sum"] for row in sets}) == 3
-    with pytest.raises(ValueError, match="one name and one key"):
+    with pytest.raises(ValueError, match="the same name and key"):
         run(tmp_path / "twice.json", [*found, found[1]], model)
 
 

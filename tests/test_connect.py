@@ -271,12 +271,12 @@ def test_there_is_no_negative_number_of_draws(models, tmp_path, capsys):
     ("more", "message"),
     [
         (["--other", "{root}/wider"], r"different vocabularies \(300 and 272 tokens\)"),
-        (["--at", "0", "1.5"], "--at names no coefficient between 0 and 1"),
+        (["--at", "0", "1.5"], "--at needs a coefficient between 0 and 1"),
         (["--write", "5", "x"], "--write 5: not a number from -1 to 2"),
         (["--other", "{root}/nowhere"], "nowhere"),
-        (["--other", "{root}/one"], "one/checkpoint-20 is the target itself: it is no other run"),
-        (["--other", "{root}/base"], "base is the base itself: it is no other run"),
-        (["--run", "{root}/base"], "is the base itself: there is nothing to put back"),
+        (["--other", "{root}/one"], "one/checkpoint-20 is the target itself, not another run"),
+        (["--other", "{root}/base"], "base is the base itself, not another run"),
+        (["--run", "{root}/base"], "is the base itself: there is nothing to rewind"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, more, message):

@@ -193,7 +193,7 @@ BAD = {
     "no file": ({"parallel": {"en": "en.txt", "es": "gone.txt"}}, "gone.txt does not exist"),
     "one language": ({"parallel": {"en": "en.txt"}}, "two or more languages"),
     "a misspelt key": ({"paralel_lines": 5}, "did you mean parallel_lines"),
-    "too many lines": ({"parallel_lines": 150, "monolingual_lines": 150}, "are left beside"),
+    "too many lines": ({"parallel_lines": 150, "monolingual_lines": 150}, "150 parallel lines leave only 49 of 199"),
     "far too many lines": ({"parallel_lines": 1500}, "there are 199 lines"),
     "a strange kind": ({"documents": [{"kind": "code"}]}, "needs a kind"),
     "an unknown language": ({"documents": [{"kind": "pairs", "languages": ["en", "ga"]}]}, "two of the parallel"),

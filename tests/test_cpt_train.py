@@ -219,7 +219,7 @@ def test_nulls_marks_and_special_tokens_are_no_tokens(packing, train, texts, bas
     assert (facts["documents"], facts["null_texts"], facts["special_documents"]) == (4, 2, 1)
     said = capsys.readouterr()
     assert "source a: 2 texts are null" in said.err
-    assert "a: 1 documents hold the text of a special token (such as </s>), tokenized as the text" in said.out
+    assert "a: 1 documents hold the text of a special token (such as </s>), tokenized as ordinary text" in said.out
 
 
 def test_tokenizer_has_the_asked_tokens(packing):
@@ -379,7 +379,7 @@ def test_new_tokens_in_rows_that_were_never_trained(initial, base, texts, tmp_pa
     config = {"from": str(tmp_path / "padded"), "tokenizer": {"from": str(tmp_path / "longer"), "resize": True}}
     made = initial.prepare_model({"seed": 3, "block_size": 8, **config}, tokenizer, tmp_path / "c.yaml")
     said = capsys.readouterr().out
-    assert f"embeddings: 5 of {padded} rows are new tokens', initialised from {n} old tokens'" in said
+    assert f"embeddings: 5 of {padded} rows belong to new tokens; initialised from {n} old ones" in said
     found = [made.get_input_embeddings().weight, *([] if tied else [made.get_output_embeddings().weight])]
     for weight, old in zip(found, weights, strict=True):
         mean, deviation = old[:n].mean(0), old[:n].std(0)
@@ -520,7 +520,7 @@ def test_killed_from_outside_a_base_ends_with_the_same_bits(base, texts, tmp_pat
     finished = (tmp_path / "out" / "train.json").exists()
     second = launch.run("cpt/train.py", *args)
     assert second.returncode == 0, second.stderr
-    assert finished or "going on from step" in second.stdout
+    assert finished or "resuming from step" in second.stdout
     stored, wanted = read_tensors(tmp_path / "out"), read_tensors(base)
     assert stored.keys() == wanted.keys()
     assert all(bits(stored[name]).equal(bits(wanted[name])) for name in wanted)
@@ -566,7 +566,7 @@ BAD = {
     "a damaged gzip": (lambda v: change_source(v, files="broken.txt.gz"), "cannot be read as UTF-8 text"),
     "a weight of 0": (lambda v: change_source(v, weight=0), r"sources\[a\]\.weight is 0; it must be"),
     "a weight of NaN": (lambda v: change_source(v, weight=float("nan")), "must be a number above 0"),
-    "two sources of a name": (lambda v: change_source(v, name="b"), "two sources have one name"),
+    "two sources of a name": (lambda v: change_source(v, name="b"), "two sources have the same name"),
     "a missing column": (
         lambda v: v["sources"][2].pop("column"),
         r"has no column 'text' \(it has: body\)",
@@ -626,6 +626,30 @@ def test_strangers_and_full_disks_are_refused(train, texts, tmp_path, monkeypatc
     with pytest.raises(InputError, match="GB are free"):
         train.main(["--config", config, "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_killed_while_it_is_removed_is_removed_by_the_same_command(tmp_path, monkeypatch):
+    runs, run, budget = cli.sibling("cpt/runs.py"), tmp_path / "run", [0]
+    files = {"config.json": "{}", "timing.json": "{}", "train.json": json.dumps({"settings": {}})}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    def unlink(path):
+        if not budget[0]:
+            raise KeyboardInterrupt
+        budget[0] -= 1
+        os.unlink(path)
+
+    for killed_after in range(len(files)):
+        budget[0] = killed_after
+        shutil.copytree(tmp_path, run, ignore=shutil.ignore_patterns("run"))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", unlink)
+            runs.remove_run(run)
+        assert (run / "train.json").is_file()
+        runs.remove_run(run)
+        assert not list(run.iterdir())
+        run.rmdir()
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_later(train, base, texts, tmp_path, monkeypatch):

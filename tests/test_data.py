@@ -80,7 +80,7 @@ def test_repeated_sentences_are_counted(tmp_path):
     pairs = sources.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt")
     assert pairs.repeated == pairs.describe()["repeated"] == {"base": 4}  # another case or a space is another sentence
     assert pairs.alone == [0, 1, 3, 4, 6]
-    assert pairs.summary().endswith("; 4 sentences of eng_Latn stand more than once, and finding any copy counts")
+    assert pairs.summary().endswith("; 4 sentences of eng_Latn occur more than once, and finding any copy counts")
     few = sources.parallel("text", "eng_Latn", "gle_Latn", tmp_path, "a.txt", "b.txt", limit=2)
     assert "repeated" not in few.describe() and few.summary().endswith("aligned by line")
 
@@ -526,7 +526,7 @@ def test_a_task_that_changed_models_are_not_measured_on_is_said(tmp_path, capsys
     write(tmp_path / "quiz_eus.jsonl", '{"context": "a", "choices": ["b", "c"], "label": 0}\n')  # of its own prompt
     for task in ({"name": "quiz_eus", "dir": str(tmp_path)}, {"name": "belebele_deu_Latn"}):
         assert tasks.of_study(Study({"data": {"task": task}})) is None
-        assert f"the task {task['name']} is lm_eval's alone" in capsys.readouterr().out
+        assert f"the task {task['name']} is for lm_eval only" in capsys.readouterr().out
     assert tasks.of_study(Study({"data": {"task": None}})) is None and capsys.readouterr().out == ""
     for name, why in (("sib200_deu_Latn", "has no folder of deu_Latn"), ("continuation_eus", "does not exist")):
         with pytest.raises(InputError, match=why):

@@ -118,7 +118,7 @@ def test_sets_of_equal_activity_stand_beside_the_random_ones(study, capsys):
         write_counts(study / "results/lsn/activation_count", lang, over_zero)
     for payload in (without, {key: value for key, value in without.items() if key != "active"}):
         results.write_json("without.json", payload, results.header("deactivation"))
-        with pytest.raises(InputError, match=r"without.json has no random sets as active .*deactivate.py --overwrite"):
+        with pytest.raises(InputError, match=r"without.json has no random sets of equal activity: .* --overwrite"):
             SCRIPT.main(["--random", "5", "--dtype", "float64", "-o", "without.json"])
     SCRIPT.main(["--random", "5", "--dtype", "float64", "--batch-size", "2"])
     found, _ = results.read_json("results/lsn/deactivate.json")
@@ -137,7 +137,7 @@ def test_sets_of_equal_activity_stand_beside_the_random_ones(study, capsys):
     assert mine["p_value_active"] == (1 + sum(c >= mine["selectivity"] for c in chance)) / 6 and mine["n_active"] == 5
     assert found["activity"]["en"]["own"] == pytest.approx(0.9) and found["activity"]["en"]["active"] > 0.88
     assert found["activity"]["en"]["random"] < 0.5
-    assert "those as active on 89%" in capsys.readouterr().out
+    assert "equally active ones on 89%" in capsys.readouterr().out
     write_counts(study / "results/lsn/activation_count", "en", over_zero[:, :40])
     with pytest.raises(InputError, match=r"demo.en.pt counts neurons of another model"):
         SCRIPT.main(["--random", "5", "-o", "other.json"])
@@ -192,7 +192,7 @@ def test_selectivity_means_nothing_where_the_language_itself_is_not_hurt(tmp_pat
     found |= {"n_neurons": dict.fromkeys(changes, 3), "activity": None}
     SCRIPT.report.say(found)
     said = capsys.readouterr().out
-    assert "on aa a harm [" in said and "on bb no harm, so that its selectivity means nothing" in said
+    assert "on aa a harm [" in said and "on bb no harm, so its selectivity means nothing" in said
     assert "on cc harm in reverse (better without them)" in said
     drawn = []
     own = SCRIPT.report.figures.save

@@ -226,7 +226,7 @@ def test_a_step_that_fails_leaves_the_page_of_the_others(finished, warm, tmp_pat
     begins = "def main(argv=None) -> None:\n"
     script.write_text(script.read_text().replace(begins, f"{begins}    raise SystemExit(3)\n"))
     done = subprocess.run([warm, SNAKEMAKE, *STUDY, "--cores", "1"], cwd=clone, capture_output=True, text=True)
-    assert done.returncode == 1 and "the report of what there is: results/tiny/report.html" in done.stderr
+    assert done.returncode == 1 and "report of the results so far: results/tiny/report.html" in done.stderr
     page = (clone / "results/tiny/report.html").read_text()
     assert "the workflow failed at cogsym (<code>results/tiny/logs/cogsym.log</code> says why)" in page
     assert page.count("Not measured in this study") == 5 and page.count("<img ") > 24 and "One run: no verdict" in page

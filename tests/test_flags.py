@@ -68,5 +68,5 @@ def test_a_name_and_a_place_are_one(tmp_path, monkeypatch, capsys):
     from cpt_utils.base.errors import InputError
 
     assert cli.named(None, None, "") is None and cli.named("a", None, "") == "a" and cli.named(None, ["b"], "") == ["b"]
-    with pytest.raises(InputError, match="TARGET and --run name the same twice"):
+    with pytest.raises(InputError, match="TARGET and --run are the same argument"):
         cli.named("a", ["b"], "TARGET and --run")

@@ -136,8 +136,8 @@ def test_pointers_of_the_tokenizer(plain, tmp_path):
         (["pytorch_model-00001-of-00001.bin"], "the only shard, rename it: pytorch_model.bin"),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "2 shards but no .*index.json"),
         (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], "of 00003 shards number 2 is m"),
-        (["model.fp16.safetensors"], "model.fp16.safetensors, under which name.*rename it: model.safetensors"),
-        (["ckpt.pt"], "ckpt.pt, under which name no loader looks"),
+        (["model.fp16.safetensors"], "model.fp16.safetensors, a name under which.*rename it: model.safetensors"),
+        (["ckpt.pt"], "ckpt.pt, a name under which no loader looks"),
         (["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"], "holds no weights"),
     ],
 )  # fmt: skip
@@ -153,15 +153,15 @@ def test_folders_of_other_things(plain, tmp_path, names, match):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda n: f"_orig_mod.{n}", "wrapper.*_orig_mod is of torch.compile"),
-        (lambda n: n.replace("model.layers", "model._orig_mod.layers"), "_orig_mod is of torch.compile"),
-        (lambda n: f"module.{n}", "module is of DataParallel"),
-        (lambda n: f"base_model.model.{n}", "base_model is of PEFT"),
-        (lambda n: n.replace("q_proj.", "q_proj.base_layer."), "base_layer is of PEFT"),
-        (lambda n: f"_fsdp_wrapped_module.{n}", "_fsdp_wrapped_module is of FSDP"),
+        (lambda n: f"_orig_mod.{n}", "wrapper.*_orig_mod is from torch.compile"),
+        (lambda n: n.replace("model.layers", "model._orig_mod.layers"), "_orig_mod is from torch.compile"),
+        (lambda n: f"module.{n}", "module is from DataParallel"),
+        (lambda n: f"base_model.model.{n}", "base_model is from PEFT"),
+        (lambda n: n.replace("q_proj.", "q_proj.base_layer."), "base_layer is from PEFT"),
+        (lambda n: f"_fsdp_wrapped_module.{n}", "_fsdp_wrapped_module is from FSDP"),
         (lambda n: n.replace(".mlp", "._checkpoint_wrapped_module.mlp"), "activation checkpointing"),
         (lambda n: f"_forward_module.{n}", "Lightning"),
-        (lambda n: f"model.{n}", r"called model.model.embed_tokens.weight, where .*remove 'model.'"),
+        (lambda n: f"model.{n}", r"called model.model.embed_tokens.weight instead .*remove 'model.'"),
         (lambda n: f"actor.{n}", "remove 'actor.'"),
     ],
 )  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_was_cut_off(plain, tmp_path):
         shutil.copytree(plain, run / f"checkpoint-{step}")
     file = run / "checkpoint-20" / "model.safetensors"
     whole = file.read_bytes()
-    hint = "if its saving was cut off, remove the folder, or name the other steps with --steps"
+    hint = "if saving was interrupted, remove the folder, or name the other steps with --steps"
     for size in (5, 700, len(whole) - 3):
         file.write_bytes(whole[:size])
         assert refused(opening.look_over, refs.run(run), match="checkpoint-20/model.safetensors is cut short").endswith(

@@ -169,7 +169,7 @@ def test_recomputed_activations_change_nothing(train, bases, text, tmp_path):
     [
         ({"freeze": "0", "train_only": "1"}, "give one of freeze, train_only and lora"),
         ({"freeze": "7"}, r"freeze '7': layer 7 does not exist: the model has layers 0 to 2"),
-        ({"freeze": 1.5}, r"freeze is 1.5; it must say a part of the model"),
+        ({"freeze": 1.5}, r"freeze is 1.5; it must name a part of the model"),
         ({"io": "frozen"}, "io goes with freeze or train_only"),
         ({"freeze": "all", "io": "frozen"}, "nothing is left to train"),
         ({"train_only": "all", "io": "trained"}, "nothing is frozen"),

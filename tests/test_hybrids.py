@@ -101,8 +101,8 @@ def test_weight_change(run, tmp_path, capsys):
     lacking = {side: [layer for layer in range(len(slow)) if layer not in highest[side]] for side in sides}
     assert row["without"] == lacking
     instead = "linear_attn" if model_type == "qwen3_5_text" else "mixer"
-    assert f"layers {lacking['attention']} have no attention ({instead} in its place); they enter no mean of it" in said
-    assert ("have no FFN; they enter no mean of it" in said) == bool(lacking["ffn"])
+    assert f"layers {lacking['attention']} have no attention ({instead} in its place); they are left out of" in said
+    assert ("have no FFN; they are left out of its means" in said) == bool(lacking["ffn"])
     assert len(ATTN_VS_FFN.pairs(list(row["layers"].values()), "summary")) == len(shared)
 
 
@@ -248,7 +248,7 @@ def swap(root, *more):
 def test_attention_is_swapped_where_there_is_some(hybrid, tmp_path, capsys):
     swap(hybrid, "--output-dir", tmp_path / "out")
     said = capsys.readouterr().out
-    assert "layers [0, 2] have no attention (linear_attn in its place): nothing of it is swapped there" in said
+    assert "layers [0, 2] have no attention (linear_attn in its place): none is swapped there" in said
     base, target = read_tensors(hybrid / "base"), read_tensors(hybrid / "run/checkpoint-5")
     for name, tensor in read_tensors(tmp_path / "out/checkpoint-5").items():
         own = "layers.1.self_attn" in name and name.endswith("_proj.weight")

@@ -356,7 +356,7 @@ def test_convergence_is_that_of_masks_from_the_snapshots(tmp_path, no_figure, ca
     assert "fewer tokens would have been enough: 1/8 of them" in capsys.readouterr().out
     found["enough"] = None
     script.reporting.say_convergence(found)
-    assert "parts of the tokens do not give this mask to a Jaccard of 0.9" in capsys.readouterr().out
+    assert "parts of the tokens do not give this mask with a Jaccard of 0.9" in capsys.readouterr().out
 
 
 def test_published_files_and_a_language_that_gets_none(tmp_path, no_figure, capsys):
@@ -371,7 +371,7 @@ def test_published_files_and_a_language_that_gets_none(tmp_path, no_figure, caps
     assert json.loads((tmp_path / "l.json").read_text()) == [0, 1]
     err = capsys.readouterr().err
     assert "no header in tag.en.pt and 2 more: model, tokenizer and text are taken on trust" in err
-    assert "eu gets no neurons: it is listed in the mask, empty" in err
+    assert "eu gets no neurons, only an empty entry in the mask" in err
     assert "eu has no neurons in layers [0, 1]: only 0 layers have any" in err
     assert re.search(r"en has [\d.]+ times the tokens of (ga|eu) \([\d,]+ and \d+\), whose rates are noisier", err)
     assert not list(tmp_path.rglob("*control*"))  # outside a study on request only

@@ -102,13 +102,13 @@ def test_questions_are_asked_until_the_answers_hold(place, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "  1  my-texts/eng_Latn.txt my-texts/eus_Latn.txt\n" in said and "two are needed, base and target" in said
     assert said.count("an answer is needed here") == 1
-    assert "my-texts/none.txt does not exist" in said and "name eus_Latn and one other language at least" in said
+    assert "my-texts/none.txt does not exist" in said and "name eus_Latn and at least one other language" in said
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], r"nothing says the languages of base and CPT: give --languages"),
+        ([], r"missing the languages of base and CPT: give --languages"),
         (
             ["--languages", "eng_Latn,eus_Latn"],
             r"give --pairs \(two files .*here are my-texts/eng_Latn.txt my-texts/eus",
@@ -117,7 +117,7 @@ def test_questions_are_asked_until_the_answers_hold(place, monkeypatch, capsys):
         (["--run", "other"], "other: no such folder"),
         (
             ["--languages", "eng_Latn,eus_Latn", "--pairs", "my-texts"],
-            "my-texts: nothing for eng_Latn; .*of a folder of your own texts name the two files",
+            "my-texts: nothing for eng_Latn; .*for a folder of your own texts, name the two files",
         ),
         (["--run", "odd/checkpoint-5"], "3 layers, odd/checkpoint-5 4: they are not a pair"),
         (
@@ -140,7 +140,7 @@ def test_what_is_missing_or_wrong_is_one_line_and_nothing_is_written(place, flag
 
 def test_a_file_that_is_there_is_kept(place):
     Path("basque.yaml").write_text("name: mine\n")
-    with pytest.raises(InputError, match="is there already; give another name"):
+    with pytest.raises(InputError, match="exists already; give another name"):
         init.main(["--init", "basque.yaml"])
     assert Path("basque.yaml").read_text() == "name: mine\n"
 

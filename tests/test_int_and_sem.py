@@ -210,7 +210,7 @@ def test_models_that_are_refused_leave_nothing(tmp_path):
     base = save_tiny("llama", tmp_path / "base")
     layers = layers_file(tmp_path / "layers.json")
     other = save_tiny("llama", tmp_path / "checkpoint-1", seed=1, intermediate_size=64)
-    with pytest.raises(InputError, match="what is compared must agree in shape"):
+    with pytest.raises(InputError, match="compared tensors must agree in shape"):
         command(base, other, layers, tmp_path / "out" / "diff.json")
     with pytest.raises(InputError, match="no such folder"):
         command(tmp_path / "nowhere", other, layers, tmp_path / "out" / "diff.json")

@@ -137,7 +137,7 @@ def test_lines_that_make_a_document_are_those_of_the_study(study, capsys):
     assert (found["en"]["10"]["documents"], found["ga"]["10"]["documents"], head["lines"]) == (3, 2, 2)
     assert "is one document" not in capsys.readouterr().err
     assert len(evaluation.documents(study / "heldout/ga.txt", 3)) == 1
-    assert "heldout/ga.txt is one document, of which intervals have no width" in capsys.readouterr().err
+    assert "heldout/ga.txt is one document, so intervals have no width" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"ga.txt has 4 lines, fewer than data.heldout_lines \(6\)"):
         evaluation.documents(study / "heldout/ga.txt", 6)
 

@@ -369,7 +369,7 @@ def test_the_figure_has_no_empty_panels_where_the_own_source_saves_what_it_saved
     payload = SWEEP.payload_of(made_up(lambda k: k / N, lambda k: k / N, saved=0.0), SIDES, N, seed=1)
     SWEEP.figure.draw(tmp_path / "same", payload, N)
     assert len([axis for axis in drawn[0].axes if axis.get_xlabel().startswith("blocks")]) == 2
-    assert drawn[0].get_supxlabel() == "not clearly changed by CPT: perception and production (saved by the own source)"
+    assert drawn[0].get_supxlabel() == "not clearly changed by CPT: perception and production (saved by the source)"
 
 
 def test_no_specialisation_where_there_is_nothing_to_place():
@@ -477,7 +477,7 @@ def test_bad_input_is_one_line(study, shared, capsys, monkeypatch):
     fails(capsys, "10 sentence pairs are too few for 9 shots", "--shots", "9")
     fails(capsys, "and the model has 512 positions; give fewer --shots", "--shots", "8", "--prompt", "lines",
           "--base-file", long(study, "eng"), "--target-file", long(study, "qaa"), "--source", "text")  # fmt: skip
-    fails(capsys, "--generate is of translations", "--generate", "--measures", "nll")
+    fails(capsys, "--generate needs translation, which", "--generate", "--measures", "nll")
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     study_file = study / "study.yaml"
     text = study_file.read_text()
@@ -491,7 +491,7 @@ def test_bad_input_is_one_line(study, shared, capsys, monkeypatch):
     study_file.write_text(text.split("data:")[0] + "results: results\n")
     fails(capsys, "", "--source", "text")  # a study without pairs
     for name, k in (("outer", 3), ("inner", 3), ("insert_in", 5), ("ablate_out", -1)):
-        with pytest.raises(InputError, match="does not exist: of 4 blocks k goes from 0 to"):
+        with pytest.raises(InputError, match="does not exist: with 4 blocks k goes from 0 to"):
             SETS.kept(name, N, k)
     with pytest.raises(InputError, match="a window of 2 blocks from 3 on"):
         SETS.window(N, 3, 2)

@@ -69,14 +69,14 @@ def test_a_matched_set_has_the_shape_where_there_is_one():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("matched:all:0", "no other set of 12 of 12 layers"), ("matched:hub", "no layers; there"),
+        ("matched:all:0", "no other set of 12 of 12 layers"), ("matched:hub", "no layers; valid"),
         ("outer:0", "a share above 0"), ("outer:1.5", "a share above 0"), ("first:13", "from 1 to 12"),
         ("first", "from 1 to 12"), ("random:3", "a seed, as in random:4:0"), ("first:2:3", "write first:2"),
         ("0,12", "layer 12 does not exist: the model has layers 0 to 11"), ("1,5-3", "5-3 runs backwards; write 3-5"),
         ("0-999999999999", "layer 999999999999 does not exist"), ([], "no layers"),
-        ("inner:1", "no layer"), ("hubs", "these words mean no layers; there is outer:p"), ("hub/mlp", "mean no layer"),
+        ("inner:1", "no layer"), ("hubs", "these words mean no layers; valid are outer"), ("hub/mlp", "mean no layer"),
         ("hub", "write hub:FILE, or run inside a study"), ("change:2", "write change:FILE, or"),
-        ("lsn/ffn", "leave out what is behind the slash"), ("none.json", "none.json does not exist"), (12, "layer 12"),
+        ("lsn/ffn", "leave out the slash"), ("none.json", "none.json does not exist"), (12, "layer 12"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(words, message):

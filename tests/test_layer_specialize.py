@@ -221,7 +221,7 @@ def test_without_hits_stability_is_missing(tmp_path, capsys, monkeypatch):
         ([0.0, 0.5], "1 layer cannot be split"),
         ([0.1, 0.5, 0.5, 0.5], "all 3 layers have the accuracy 0.5"),
         ([0.1, 0.5, 0.5 + 1e-9, 0.5], "all 3 layers have the accuracy"),
-        ([0.1, 0.5, float("nan"), 0.7], "the accuracy of layer 1 is no number"),
+        ([0.1, 0.5, float("nan"), 0.7], "the accuracy of layer 1 is not a number"),
     ],
 )
 def test_profiles_without_a_split(tmp_path, accuracy, message, monkeypatch):
@@ -243,7 +243,7 @@ def test_bad_files(tmp_path, monkeypatch):
 
     fails(tmp_path / "none.json", "does not exist")
     fails(retrieval(tmp_path / "limited.json", accuracy, hits, limit=5), "made with --limit 5")
-    fails(retrieval(tmp_path / "other.json", accuracy, 1 - hits), "do not give the accuracies")
+    fails(retrieval(tmp_path / "other.json", accuracy, 1 - hits), "do not match the accuracies")
     fails(retrieval(tmp_path / "short.json", accuracy, hits[:-1]), r"does not hold the hits \[6, n\]")
     fails(retrieval(tmp_path / "layers9.json", accuracy, hits, n_layers=9), "do not fit a model of 9 layers")
     (tmp_path / "damaged.pt").write_bytes(b"no tensors")
@@ -317,9 +317,7 @@ def test_without_a_twin_the_gate_is_not_checked_and_that_is_said(tmp_path, monke
     script.main([str(path), "-o", "layers.json", "--draws", "20"])
     header = results.read_json("layers.json")[1]
     assert "gate" in header and header["gate"] is None
-    assert (
-        capsys.readouterr().out.count("than an untrained model is not checked: an untrained twin of it must lie") == 1
-    )
+    assert capsys.readouterr().out.count("than an untrained model is not checked: its untrained twin must be next") == 1
 
 
 def study_folder(tmp_path):
@@ -398,7 +396,7 @@ def test_any_curve_splits_and_where_splits_differ_is_said(tmp_path, monkeypatch,
     source = with_curves(tmp_path / "m.json", RATES)
     script.main([str(source), "-o", "published.json", "--draws", "20"])
     said = capsys.readouterr().out
-    assert "unit_centred: 4 differ (0 to 3); mexa_last: there is none" in said
+    assert "unit_centred: 4 differ (0 to 3); mexa_last: no split" in said
     script.main([str(source), "-o", "other.json", "--draws", "20", "--measure", "unit_centred"])
     said = capsys.readouterr().out
     assert "m by unit_centred: interface [0, 1, 4], semantic hub [2, 3]" in said
@@ -471,7 +469,7 @@ def test_half_of_the_sentences_split_layers_and_leave_the_rest_for_tests(tmp_pat
     with pytest.raises(InputError, match="splits layers by all, the study's sentences is half; run layer"):
         Study.find().input(None, "--hub-json", "layers")
     source.with_suffix(".pt").unlink()
-    with pytest.raises(InputError, match="whose hits half of the sentences are taken from"):
+    with pytest.raises(InputError, match="does not exist; --sentences half needs its hits"):
         script.main(["--draws", "5"])
 
 

@@ -318,7 +318,7 @@ def test_the_gate_of_the_layers_goes_on(study, capsys):
         assert results.read_json(out / f"{file}.json")[1]["gate"] == failed
         captured = capsys.readouterr()
         assert captured.err.count("run/checkpoint-20 does not retrieve clearly better than its untrained twin") == 1
-        assert ("none of these places says anything" in captured.out) is (file == "controls")
+        assert ("none of these ranks means anything" in captured.out) is (file == "controls")
     # Kept, though layers and header are of before the gate: it is no part of the request.
     results.write_json(place, LAYERS, results.header("layer-specialize", n_layers=4))
     SWAP.main(["--controls", "2", "--measures", "retrieval"])
@@ -421,7 +421,7 @@ def test_a_gain_that_may_be_nothing_has_no_share(capsys):
     assert [row["gain_lost"]["nll_per_byte"] for row in rows] == pytest.approx([1, 0, 0.4, 0.8])
     controls.say(rows, compared)
     said = capsys.readouterr().out
-    assert "retrieval (published), mean over layers: that CPT gained anything is not clear (+0.0200 [-0.0" in said
+    assert "retrieval (published), mean over layers: it is not clear that CPT gained anything (+0.0200 [-0.0" in said
     assert "nll_per_byte 1.694" in said and said.count("of the gain lost") == 1 and "(40% of the gain lost)" in said
     ends = {"base": target, "target": target - 0.2, "semantic_hub": target, "random": target}
     worse = [record(name, units) for name, units in ends.items()]
@@ -441,7 +441,7 @@ def test_a_shared_place_and_a_failed_gate_are_no_success(capsys):
     said = capsys.readouterr().out
     assert "rank 1 of 20 (with 19 others), p = 1.000 for costing less" in said and "gate" not in said
     controls.say(controls.summary(records, 1), compared, {"passed": False})
-    assert "none of these places says anything: the layers did not pass the gate" in capsys.readouterr().out
+    assert "none of these ranks means anything: the layers did not pass the gate" in capsys.readouterr().out
 
 
 def refused(match, *argv):
@@ -458,7 +458,7 @@ def test_bad_input(shared, tmp_path, monkeypatch):
     refused("no such folder", base, tmp_path / "none", layers, *out)
     refused("where the result goes", base, target, layers)
     refused("does not exist", base, target, tmp_path / "none.json", *out)
-    refused(r"base holds config\.json, which is not of a layer swap", base, target, layers, "-o", base)
+    refused(r"base holds config\.json, which does not belong to a layer swap", base, target, layers, "-o", base)
     refused("is a file", base, target, layers, "-o", layers)
     for text, match in (
         ('{"interface_layers": [0, 9]}', "names layer 9; the model has layers 0 to 3"),

@@ -239,7 +239,7 @@ def test_an_older_file_is_kept_and_said_to_be_older(tmp_path, tokenizer, capsys)
     capsys.readouterr()
     command(tokenizer, tmp_path, "--text", f"ga={file}")
     said = capsys.readouterr()
-    assert "is finished" in said.out and "was made when a special token's text (such as <s>) became" in said.err
+    assert "is finished" in said.out and "in which a special token's text (such as <s>) became" in said.err
 
 
 # ---------------------------------------------------------------- several languages
@@ -433,7 +433,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, tokenizer, capsys, monkeypatch
     one_fails("the filter drops every piece", *("--text", f"ru={file}", "--filter=script"), languages="ru")
     # Offline, as all tests are: nothing of mOSCAR is in the cache.
     monkeypatch.setattr(corpus, "MOSCAR", "no-such-user-of-ours/mOSCAR")
-    one_fails("it needs a network (and `hf auth login` where it is gated), or give local files")
+    one_fails("it needs a network (and `hf auth login` if it is gated), or give local files")
 
     def gated(*_):
         raise InputError("it is gated: accept its terms; a local copy works too: --data-dir")

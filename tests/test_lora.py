@@ -221,7 +221,7 @@ def test_merged_models_on_request(train, bases, text, tmp_path):
         assert record(merged)["losses"] == record(adapters)["losses"]
     final = run(train, bases["llama"], text, tmp_path / "final", lora=given, save_steps=None, dtype_on_disk="bfloat16")
     assert refs.model(final).is_adapter and not refs.is_run(final)
-    with pytest.raises(InputError, match="is an adapter, on which no other can stand; set merge: true"):
+    with pytest.raises(InputError, match="is an adapter, and adapters cannot be stacked; set merge: true"):
         run(train, final, text, tmp_path / "on-top", lora=given)
     on_top = run(train, final, text, tmp_path / "on-top", lora={**given, "merge": True}, steps=2, save_steps=[2])
     assert not refs.model(on_top / "checkpoint-2").is_adapter
@@ -253,7 +253,7 @@ def test_the_command_line_has_its_lora_in_the_place_of_what_the_file_trains(trai
         with pytest.raises(SystemExit) as stopped:
             run(train, base, text, tmp_path / "bad", "--lora", words)
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stopped.value.code == 2 and f"--lora: {words!r}: write each key once and its value, like r=8" in error
+        assert stopped.value.code == 2 and f"--lora: {words!r}: write each key once, with a value, like r=8" in error
     assert not [*(tmp_path / "bad").iterdir()]
 
 
@@ -269,7 +269,7 @@ def test_the_command_line_has_its_lora_in_the_place_of_what_the_file_trains(trai
         ("llama", {"lora": {"r": 2}, "tokenizer": {"from": "x", "resize": True}}, "lora trains no embeddings"),
         ("llama", {"lora": {"r": 2, "layers": "7"}}, r"c\.yaml: lora layers '7': layer 7 does not exist"),
         ("llama", {"lora": {"r": 2, "layers": "0/ffn"}}, "lora layers '0/ffn' is less than whole layers"),
-        ("llama", {"lora": {"r": 2, "targets": "qproj"}}, "targets: model type llama has no 'qproj'; there is all,"),
+        ("llama", {"lora": {"r": 2, "targets": "qproj"}}, "targets: model type llama has no 'qproj'; choose from all,"),
         ("gpt2", {"lora": {"r": 2, "targets": ["gate_proj"]}}, "model type gpt2 has no 'gate_proj'"),
         ("gpt2", {"lora": {"r": 2, "targets": "q_proj"}}, "q_proj is computed together with k_proj and v_proj, in"),
         ("mixtral", {"lora": {"r": 2}}, "lora: targets: the experts of layer 0 are one tensor .* targets: attention"),

@@ -339,8 +339,8 @@ def test_the_grid_of_pairs_is_counted_with_its_own_row_and_column():
 @pytest.mark.parametrize("value", [float("nan"), None, float("inf")])
 def test_a_value_that_is_no_number_has_no_rank(value):
     for own, others in ((value, [0.1, 0.2]), (0.1, [0.2, value])):
-        with pytest.raises(InputError, match="without a finite value has no place") as caught:
+        with pytest.raises(InputError, match="without a finite value has no rank") as caught:
             controls.rank_among_random(own, others, True)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="without a finite value has no place"):
+    with pytest.raises(InputError, match="without a finite value has no rank"):
         controls.place_in_grid(0.1, [value], 0.2, [0.3])

@@ -221,7 +221,7 @@ def test_experts_that_no_token_reaches_and_kernels_that_show_nothing():
     assert found.layer_means("own")[0] == 0 and found.mean("own") == found.layer_means("own")[1] / 2
     experts = arch.experts_module(model, 1)
     experts.forward = lambda hidden, *_: hidden
-    with pytest.raises(InputError, match="cannot be read under experts_implementation"):
+    with pytest.raises(InputError, match="cannot be read with experts_implementation"):
         counter.add(ids)
 
 
@@ -305,5 +305,5 @@ def test_blocks():
     assert ffn.block_size({"model_type": "llama", "max_position_embeddings": 2048}) == 2048
     assert ffn.block_size({"model_type": "gpt2", "n_positions": 1024}, "qwen") == 1024
     assert ffn.block_size(config, given=64) == 64
-    with pytest.raises(InputError, match="more than the model's 2048"):
+    with pytest.raises(InputError, match="exceeds the model's 2048"):
         ffn.block_size({"model_type": "llama", "max_position_embeddings": 2048}, given=4096)

@@ -256,24 +256,24 @@ UP, DOWN, BOTH, FLAT = row(1, 0.5, 1.5), row(-1, -1.5, -0.5), row(0.1, -0.5, 0.7
 
 @pytest.mark.parametrize("step, numbers, said", [
     ("retrieval", [UP | {"where": "hidden state 4"}, DOWN, BOTH],
-     "best at hidden state 4, more than in the base and not clearly more than in an untrained model, each at its own"),
-    ("layer_swap", [UP, DOWN, None], "cost more loss than other layers of like depth and seams; the hub swap costs"),
-    ("layer_swap", [None, BOTH, None], "The hub swap costs neither clearly more nor clearly less loss than random"),
-    ("int_and_sem", [row(1), row(2), row(0.5)], "Hub layers change more than interface layers (numbers without an"),
-    ("downstream", [None, UP, BOTH], "Not clear: the intervals of both correlations overlap."),
+     "highest at hidden state 4: higher than in the base and not clearly higher than in an untrained model, each at"),
+    ("layer_swap", [UP, DOWN, None], "raises the loss more than swapping others; the hub swap raises the loss less"),
+    ("layer_swap", [None, BOTH, None], "The hub swap raises the loss neither clearly more nor clearly less than swaps"),
+    ("int_and_sem", [row(1), row(2), row(0.5)], "Hub layers change more than interface layers (numbers without in"),
+    ("downstream", [None, UP, BOTH], "Not clear: the intervals of the two correlations overlap."),
     ("downstream", [None, UP, DOWN], "It follows interface layers more closely than hub layers."),
     ("activation_correlation", [BOTH, BOTH, None], "overlap, and both include 0."),
-    ("deactivation", [UP, BOTH, row(2)], "harms the new language, and not clearly more than the others; random neurons "
-     "do so as much or more on average."),
-    ("spectrum", [None, row(0.7, 0.6, 0.8), None], "Less of the change lies in the singular values than of a random"),
-    ("spectrum", [None, row(0.7), None], "Not clearly more or less of the change"),
-    ("rewind", [None, None, BOTH, DOWN], "Not clearly more of the update can go where the least changed heads go first "
-     "than in random order. The best share to put back, chosen on half of the items, makes the loss worse"),
+    ("deactivation", [UP, BOTH, row(2)], "harms the new language; the harm does not clearly exceed that to other "
+     "languages; with random neurons this difference is as large or larger on average."),
+    ("spectrum", [None, row(0.7, 0.6, 0.8), None], "Less of the change lies in the singular values than for a random"),
+    ("spectrum", [None, row(0.7), None], "Neither clearly more nor clearly less of the change"),
+    ("rewind", [None, None, BOTH, DOWN], "Not clearly more of the update can be put back with least changed heads first"
+     " than in random order. Putting back the best share, chosen on half of the items, worsens the loss"),
     ("layer_ablation", [UP, UP, DOWN], "What serves production comes earlier"),
     ("alignment", [row(3, 2.9, 3.1), UP, BOTH], "more alike than in the base and more alike than in an untr"),
-    ("gradients", [UP, BOTH, DOWN], "not clearly more alike than a sentence and another one's translation do, more so "
-     "in the FFN."),
-    ("bigram", [UP, DOWN, UP], "its bigrams more closely than the base's, and goes with bigrams beyond unigrams"),
+    ("gradients", [UP, BOTH, DOWN], "not clearly more alike than those of a sentence and another's translation, more "
+     "so in the FFN."),
+    ("bigram", [UP, DOWN, UP], "its bigrams more closely than in the base, and more closely than unigrams"),
     ("router_steering", [UP, row(2), None], "Without its experts the new language is predicted worse, no more than "),
     ("alignment", [UP, None, None], ""), ("gradients", [UP, None, None], ""), ("bigram", [UP, None, UP], ""),
     ("layer_ablation", [UP, UP, None], ""), ("deactivation", [None, UP, UP], ""), ("spectrum", [None] * 3, ""),
@@ -295,17 +295,22 @@ def test_a_line_whose_ends_are_bad_is_told_with_them():
 def test_of_arms_and_languages_those_are_named_that_their_intervals_tell():
     rows = [row(0.5, 0.4, high, run=run, measure="share/nll_per_byte") for run, high in (("hub", 0.6), ("other", 1.1))]
     rows += [row(1, 0.9, 1.1, run="hub", measure="share/task_accuracy"), row(1, measure="share/nll_per_byte")]
-    assert answer("arms", rows=rows) == "Clearly short of the plain run: in loss hub. No arm clearly in the task."
+    assert (
+        answer("arms", rows=rows)
+        == "Clearly short of the plain run in loss: hub. No arm clearly falls short in the task."
+    )
     changes = {"fra_Latn": UP, "gle_Latn": DOWN}
     rows = [change | {"measure": "change", "language": code} for code, change in changes.items()]
     found = answer("language_loss", rows=[*rows, BOTH | {"measure": "change", "language": "eng_Latn"}])
     assert "falls in Irish (gle_Latn), rises in French (fra_Latn) and does not clearly change in English" in found
     rows = [row(n, layer=layer, measure="neurons", language="gle_Latn") for layer, n in ((0, 1), (1, 5), (2, 6))]
     found = answer("lsn_mask", rows=rows, rich=[1, 2])
-    assert found == "Half of the new language's neurons or more lie in layer 2. As LSN-rich count layers 1 and 2."
+    assert found == "At least half of the new language's neurons are in layer 2. LSN-rich: layers 1 and 2."
     split = [row(value, layer=layer, measure="in_hub") for layer, value in enumerate((0, 1, 0))]
     found = answer("layers", [None, None, row(0.6, where="layer 2")], split)
-    assert found == "The hub is layer 1, the interface layers 0 and 2. Layer 2 is the least sure of its side."
+    assert (
+        found == "The hub is layer 1; the interface is layers 0 and 2. The assignment of layer 2 is the least stable."
+    )
 
 
 def test_of_methods_directions_and_layers_those_are_named_that_their_intervals_tell():
@@ -347,9 +352,9 @@ def test_what_a_claim_decides_is_told_by_its_number():
 
     assert told("heads", "D2", AGAINST).startswith("No: ") and told("heads", "D2", FOR).startswith("Yes: ")
     assert "not clear" in told("heads", "D2", OPEN) and told("heads", "D2", NONE) == "" == told("heads", "D1", FOR)
-    assert told("layer_ablation", "C8", VAGUE) == "It cannot be said: CPT made perception worse."
+    assert told("layer_ablation", "C8", VAGUE) == "Cannot be judged: CPT made perception worse."
     row = AGAINST | {"name": "attention minus FFN, interface, loss"}
-    assert "costs less loss than its FFN" in told("attn_int_swap", "C5a", row)
+    assert "raises the loss less than its FFN" in told("attn_int_swap", "C5a", row)
     assert told("ffn_lsn_swap", "C5a", row) == ""
 
 
@@ -365,17 +370,17 @@ def test_a_step_that_is_not_the_last_is_said_and_the_base_is_none(page):
         (results / f"sentence-retrieval/eng_Latn-gle_Latn/run__checkpoint-{STEPS[-1]}.json").unlink()
 
     def best(text):
-        return text[text.index("accuracy (published measure) at the best") : text.index("the same of an untrained")]
+        return text[text.index("accuracy (published measure) at the best") : text.index("the same for an untrained")]
 
     assert "the run has" not in best(text_of(page()))
-    assert f"step {STEPS[-2]}, the run has {STEPS[-1]}" in best(text_of(page(spoil)))
+    assert f"step {STEPS[-2]}, but the run has {STEPS[-1]}" in best(text_of(page(spoil)))
 
     def keep_the_base(results):
         for step in STEPS:
             (results / f"sentence-retrieval/eng_Latn-gle_Latn/run__checkpoint-{step}.json").unlink(missing_ok=True)
 
     found = best(text_of(page(keep_the_base)))
-    assert "at the best hidden state, last checkpoint none the same of the base 0." in found
+    assert "at the best hidden state, last checkpoint none the same for the base 0." in found
 
 
 def test_retrieval_between_other_languages_is_not_the_studys(page):
@@ -397,12 +402,12 @@ def test_results_of_another_study_are_said(page, tmp_path):
     study.write_text(re.sub(r"base: (?!eng)\S+", "base: elsewhere/base", study.read_text()))
     script.main(["--study", str(study)])
     text = text_of((tmp_path / "results/report.html").read_text())
-    assert re.search(r"Its base was \S+/base, the study's is elsewhere/base\.", text)
+    assert re.search(r"Its base was \S+/base, but the study's is elsewhere/base\.", text)
 
 
 def test_results_of_another_seed_are_said(page):
     text = text_of(page(lambda results: None, "--seed", "8", "--overwrite"))
-    assert "It was made with seed 3, the study's is 8." in text
+    assert "It was made with seed 3, but the study's is 8." in text
     assert "It was made with seed" not in text_of(page())
 
 
@@ -509,14 +514,14 @@ def test_where_no_command_could_measure_it_the_page_says_what_the_study_lacks(st
     )  # fmt: skip
     assert lacking("arms", arms=frozen)[0].endswith("lacks train.cpt (docs/study.md).")  # a run that nobody trains here
     assert lacking("arms", arms=frozen, train=trained)[1].startswith("python cpt/compare_arms.py")
-    assert "none of whose arms trains a part" in lacking("runs", arms=frozen, train=trained)[0]
+    assert "none of whose arms trains only a part" in lacking("runs", arms=frozen, train=trained)[0]
     assert lacking("runs", arms=outer, train=trained)[1].startswith("python layer-ablation/compare_runs.py")
     assert lacking("routing") == ("Not measured in this study, whose file lacks routing (docs/study.md).", "")
     assert lacking("routing", routing={})[1].startswith("python moe-routing/routing.py")
     first, second = lacking("compare", runs={"second": "runs/second"})[1].splitlines()
     assert first.startswith("make reproduce STUDY=") and first.endswith(" ARM=second") and "report/compare.py" in second
     run.study.arm = "second"
-    assert lacking("arms", arms=frozen, train=trained)[0].endswith("the study's own run, not of second.")
+    assert lacking("arms", arms=frozen, train=trained)[0].endswith("the study's own run, not on second.")
 
 
 def test_the_page_of_a_workflow_that_failed_says_so_first(page):
@@ -555,7 +560,8 @@ def test_losses_and_task_are_told_from_base_to_last_checkpoint(page):
     assert re.search(said, text)  # of a study without losses and task
     text = text_of(page(spoil))
     assert (
-        "loss (nats a byte) 0.500 \u2192 0.250 in English (eng_Latn), 0.500 \u2192 0.250 in invented (qaa_Latn)" in text
+        "loss (nats per byte) 0.500 \u2192 0.250 in English (eng_Latn), 0.500 \u2192 0.250 in invented (qaa_Latn)"
+        in text
     )
 
 
@@ -579,10 +585,10 @@ def test_results_that_are_newer_than_the_claims_or_of_another_model_are_said(pag
         file.write_text(json.dumps(whole))
 
     text = text_of(page())
-    assert "results are newer" not in text and "Of another model" not in text
+    assert "results are newer" not in text and "About another model" not in text
     text = text_of(page(spoil))
     assert "some results are newer than the claims; run report/claims.py again." in text
-    assert "Of another model than the claims: " in text and "made 1 January 2999" in text
+    assert "About another model than the claims: " in text and "made 1 January 2999" in text
 
 
 def test_without_claims_the_page_is_still_made(page):
@@ -601,7 +607,7 @@ def test_a_rerun_gives_the_same_bytes_and_another_page_is_kept(page, tmp_path):
 
 @pytest.mark.parametrize("name, content, match", [
     ("weight-diff/int_and_sem.json", b'{"_header": ', r"int_and_sem.json is not valid JSON"),
-    ("weight-diff/int_and_sem.png", b"\x89PNG\r\n\x1a\n", r"int_and_sem.png is no whole PNG image .*; run the step"),
+    ("weight-diff/int_and_sem.png", b"\x89PNG\r\n\x1a\n", r"int_and_sem.png is not a complete PNG image .*; run the"),
 ])  # fmt: skip
 def test_a_damaged_result_is_one_error(page, tmp_path, name, content, match):
     with pytest.raises(InputError, match=match):

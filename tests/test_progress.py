@@ -63,7 +63,7 @@ def test_a_line_for_each_step_and_what_failed_and_going_on(tmp_path):
     assert first.startswith("[1/3] first ") and first.endswith(" left") and second.startswith("[2/3] first ")
     at = lines.index("FAILED: last; its log, logs/last.log, ends with")
     assert lines[at + 1 : at + 4] == ["  said 1", "  said 2", "  said 3"]
-    assert "with 1 of 3 steps left; the same command goes on" in done.stderr
+    assert "with 1 of 3 steps left; the same command continues" in done.stderr
     for dump in ("rule first:", "jobid", "Job stats", "Finished", "set -euo"):
         assert dump not in done.stderr
     assert any("rule first:" in log.read_text() for log in tmp_path.glob(".snakemake/log/*.log"))
@@ -101,7 +101,7 @@ def test_an_interrupted_run_has_not_failed(tmp_path):
     finally:
         run.kill()
     assert run.returncode != 0
-    assert "interrupted after" in said and "with 3 of 3 steps left; the same command goes on" in said
+    assert "interrupted after" in said and "with 3 of 3 steps left; the same command continues" in said
     assert "FAILED" not in said and "Error" not in said
     status, _ = results.read_json(tmp_path / "results/s/status.json", "status")
     assert (status["state"], status["failed"], status["seconds_left"]) == ("interrupted", [], None)

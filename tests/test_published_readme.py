@@ -260,7 +260,7 @@ def test_what_a_trainer_leaves_goes_through_both_parts(kind, tmp_path, monkeypat
     said = {row["verdict"] for row in made["report/claims.json"]["claims"].values()}
     assert said <= {"one run: no verdict", "no verdict: gate"}
     said = "".join(capsys.readouterr())
-    assert "another tokenizer" not in said and "its own model is that of checkpoint-6" in said
+    assert "another tokenizer" not in said and "its final model is the same as checkpoint-6" in said
 
 
 def test_outside_a_study(place, capsys):
@@ -280,7 +280,7 @@ def test_outside_a_study(place, capsys):
     run(filled(README[5], swapped_model_path="swapped/semantic_hub swapped/random"), *TEXT)
     run(filled(README[6]))
     assert run(filled(README[7])) == 1  # mOSCAR, without a network: each language says so
-    assert "needs a network (and `hf auth login` where it is gated), or give local files with --text" in str(
+    assert "needs a network (and `hf auth login` if it is gated), or give local files with --text" in str(
         capsys.readouterr()
     )
     run(filled(README[7]), "--text", *(f"{lang}={lang}.txt" for lang in LANGS))

@@ -92,11 +92,11 @@ def test_what_a_trainer_leaves_is_a_run(tmp_path, capsys):
     for read in (refs.run, refs.models):
         assert [Path(ref.spec).name for ref in read(str(run))] == ["checkpoint-5", "checkpoint-10"]
     out = capsys.readouterr().out
-    assert out.count("its own model is that of checkpoint-10; the run is its checkpoints") == 1
+    assert out.count("its final model is the same as checkpoint-10; the run is its checkpoints") == 1
     assert refs.model(run).step is None  # where one model is meant, it is the final one
     save_tiny("llama", run, seed=3)
     refs.run(str(run))
-    assert "its own model is none of its checkpoints" in capsys.readouterr().out
+    assert "its final model is none of its checkpoints" in capsys.readouterr().out
 
 
 def test_one_line_says_whose_tokenizer_a_run_uses(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_a_colon_is_no_way_to_name_a_folder():
 
 def test_a_mistyped_path_is_not_taken_for_a_repository(a_run, monkeypatch):
     monkeypatch.chdir(a_run.parent)
-    with pytest.raises(InputError, match="the folder run is there, checkpoint-16 is not in it"):
+    with pytest.raises(InputError, match="run exists, but checkpoint-16 is not in it"):
         refs.model("run/checkpoint-16")
 
 

@@ -158,7 +158,7 @@ def test_points_are_at_their_shares_of_heads_and_of_energy(tmp_path):
         # A file that names fewer heads than the shares ask for: all of them are put back, too.
         points = heads.points([ORDERS.Order("file", tuple(heads.units[:1]))], [0, 0.5, 1.0])
         assert [(point.facts["heads"], point.at) for point in points] == [(0, 0), (1, 1 / 6)]
-    with pair_of(tmp_path / "b", tmp_path / "b") as pair, pytest.raises(InputError, match="nothing to put back"):
+    with pair_of(tmp_path / "b", tmp_path / "b") as pair, pytest.raises(InputError, match="nothing to rewind"):
         rewinding(pair)
 
 
@@ -189,7 +189,7 @@ def test_an_order_of_a_file(tmp_path):
         (3, "neither a result of heads.py nor a list"),
         (result | {"heads": [{"layer": 0}]}, "neither a result of heads.py nor a list"),
         (result | {"heads": [rows[0] | {"importance": {"relative": None}}]},
-         r"unit \[0, 0\] has no finite importance relative, its base is zeros; give --importance rms"),
+         r"unit \[0, 0\] has no finite importance relative, as its base is zero; give --importance rms"),
         ([], "names no heads"),
         (result | {"_header": {"schema": "heads", "version": 1, "n_layers": 3}}, "n_layers 3, but 2 is needed"),
         (result | {"_header": {"schema": "arms", "version": 1}}, "'heads' is needed"),
@@ -286,7 +286,7 @@ def command(made, tmp_path, monkeypatch):
 def test_the_command_measures_tells_and_goes_on(command, tmp_path, capsys):
     REWIND.main(command)
     said = capsys.readouterr()
-    assert "with heads go their pieces of self_attn.k_norm.weight, self_attn.q_norm.weight; a norm" in said.out
+    assert "along with the heads: their parts of self_attn.k_norm.weight, self_attn.q_norm.weight; a norm" in said.out
     payload, _ = results.read_json(OUT)
     there = {row["curve"] for row in payload["points"]}
     assert there == {"importance", "importance:energy", "most", "random", "random:energy", "random_layer", "greedy"}
@@ -340,11 +340,11 @@ def test_what_is_refused(made, command, tmp_path):
     for more, message in (
         (["--orders", "contrast"], "give --reference RUN"),
         (["--shares", "120"], "between 0 and 100 percent"),
-        (["--importance", "contrast"], "there are relative, rms, per_layer"),
-        (["--by", "task_accuracy"], "task_accuracy is not measured; there are nll_per_byte"),
+        (["--importance", "contrast"], "choose from relative, rms, per_layer"),
+        (["--by", "task_accuracy"], "task_accuracy is not measured; the measures are nll_per_byte"),
         (["--write", "out"], "one order and one share"),
-        (["--write", "out", "--orders", "importance", "--shares", "1"], "1% of 6 heads is none"),
-        (["--base", f"{made}/run/checkpoint-20"], "there is nothing to put back|CPT changed nothing"),
+        (["--write", "out", "--orders", "importance", "--shares", "1"], "1% of 6 heads is no head"),
+        (["--base", f"{made}/run/checkpoint-20"], "there is nothing to rewind|CPT changed nothing"),
     ):
         with pytest.raises(InputError, match=message):
             REWIND.main([*command, *more])
@@ -395,14 +395,14 @@ def test_the_claims_read_equal_energy_and_held_out_items(made, tmp_path, monkeyp
     numbers, beside = measure("d4")
     best = payload["best"]["importance"]["nll_per_byte"]
     assert numbers[0]["value"] == best["value"] and numbers[0]["n"] == 4
-    assert numbers[1]["value"] is None and "has none for task " in numbers[1]["note"]
+    assert numbers[1]["value"] is None and "has no such number for task " in numbers[1]["note"]
     assert any(each["name"].endswith("random heads, loss") for each in beside)
     del payload["beyond"]["importance:energy"]["random:energy"]["nll_per_byte"]
     path.write_text(json.dumps(payload))
-    assert "has none for loss (made by" in measure("d3")[0][0]["note"]
+    assert "has no such number for loss (made by" in measure("d3")[0][0]["note"]
     payload["points"] = [row for row in payload["points"] if row["curve"] != "random"]
     path.write_text(json.dumps(payload))
-    with pytest.raises(evidence.Missing, match="no random one"):
+    with pytest.raises(evidence.Missing, match="or the random one"):
         measure("d4")
     payload["best"]["importance"]["nll_per_byte"]["value"] = math.nan
     path.write_text(json.dumps(payload))

@@ -318,7 +318,7 @@ def test_copies_of_pairs_count_once(study, capsys):
     SCRIPT.main(["--output", "again.json"])
     (one, head), (two, again) = (results.read_json(path) for path in (f"{OUT}/routing.json", "again.json"))
     assert one == two and head["n_used"] == again["n_used"] == 6 and again["n_available"] == 9
-    assert "3 pairs with a sentence that stood before are left out" in capsys.readouterr().out
+    assert "3 pairs with a repeated sentence are left out" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_and_finds_the_same(study, capsys):
@@ -362,10 +362,10 @@ def test_bad_input_is_one_line(study):
     with pytest.raises(InputError, match=r"bare.json is not of base as it is now; run moe-routing/routing.py again"):
         STEERING.main(["--routing", "bare.json"])
     save_tiny("llama", "dense", seed=1, tokenizer=True)
-    with pytest.raises(InputError, match="dense is a llama without experts, so that nothing is routed in it"):
+    with pytest.raises(InputError, match="dense is a llama without experts: it has no routers to measure"):
         SCRIPT.main(["--base", "dense"])
     save_tiny("olmoe", "more", seed=1, tokenizer=True, num_experts=6)
-    with pytest.raises(InputError, match="more has other experts than base: they are not a pair"):
+    with pytest.raises(InputError, match="more has other experts than base: they cannot be compared"):
         SCRIPT.main(["--run", "more"])
     (study / "ga.txt").write_text("\n".join(TEXTS["ga"][:5]) + "\n")
     with pytest.raises(InputError, match=r"en.txt has 6 lines and .*ga.txt has 5"):

@@ -127,7 +127,7 @@ def test_a_swap_warns_once(tmp_path, capsys):
     (target / "config.json").write_text(json.dumps(values | {"rope_parameters": {"rope_theta": 77.0}}))
     for _ in range(2):
         surgery.Pair(base, target).close()
-    said = "warning: rope_theta is 10000.0 in the base and 77.0 in the target; swapped weights run under the target's\n"
+    said = "warning: rope_theta is 10000.0 in the base and 77.0 in the target; swapped weights run with the target's\n"
     assert capsys.readouterr().err == said
 
 

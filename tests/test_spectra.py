@@ -70,7 +70,7 @@ def test_nulls_keep_the_norm_and_nothing_of_the_order(kind):
 
 
 def test_a_null_that_is_none_and_seeds():
-    with pytest.raises(InputError, match="no null is called 'shuffled'; there are gaussian, permuted, signs"):
+    with pytest.raises(InputError, match="no null is called 'shuffled'; the nulls are gaussian, permuted, signs"):
         updates.nulls(torch.ones(2, 2), "shuffled", 0)
     seeds = {updates.draw_seed(seed, layer, "q_proj", draw) for seed in (1, 2) for layer in (0, 1) for draw in (0, 1)}
     assert len(seeds) == 8 and updates.draw_seed(1, 0, "q_proj", 0) in seeds

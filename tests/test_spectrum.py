@@ -227,7 +227,7 @@ def test_a_planted_scaling_and_another_model(study, capsys):
     assert pooled["value_share"] == pytest.approx(1, abs=1e-4) and "warning" not in out.err
     assert pooled["scale_share"] == pytest.approx(1) and pooled["unscaled_value_share"] is None
     SCRIPT.main(["--run", str(save_tiny("llama", "other/checkpoint-5", 1)), "--draws", "1", "--output", "other.json"])
-    assert "are hardly one run" in capsys.readouterr().err
+    assert "was hardly trained from the first" in capsys.readouterr().err
     with warnings.catch_warnings(action="error"):  # a figure without an artist
         SCRIPT.main(["--run", "base", "--draws", "1", "--limit", "1", "--output", "same.json"])
     assert "nothing changed" in capsys.readouterr().out
@@ -286,8 +286,8 @@ def test_two_processes_give_the_same(study):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--overlaps", "3"], "--overlaps 3 is no layer from 0 to 2, nor all, nor none"),
-        (["--overlaps", "x"], "no layer"),
+        (["--overlaps", "3"], "--overlaps 3: give layers from 0 to 2, or all, or none"),
+        (["--overlaps", "x"], "--overlaps x: give layers"),
     ],
 )
 def test_bad_layers_are_refused(study, words, message):

@@ -284,7 +284,7 @@ def test_every_model_has_its_file_and_the_run_its_figure(sr, alignment, project,
     capsys.readouterr()
     sr.main([])
     said = capsys.readouterr().out
-    assert said.count("is finished") == 4 and "measured before there was alignment: base, run/checkpoint-5" in said
+    assert said.count("is finished") == 4 and "measured before alignment existed: base, run/checkpoint-5" in said
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before and not list(folder.iterdir())
     sr.main(["--overwrite"])
     assert {path.name for path in folder.iterdir()} == names

@@ -365,7 +365,7 @@ def test_results_of_before_are_kept_and_said(sr, tmp_path, capsys):
     path.write_text(json.dumps(old))
     capsys.readouterr()
     sr.main(command)
-    assert "measured before there were all curves: " in capsys.readouterr().out
+    assert "measured before all curves existed: " in capsys.readouterr().out
     assert json.loads(path.read_text()) == old
     sr.main([*command, "--overwrite"])
     again = results.read_json(path, sr.SCHEMA)[0]

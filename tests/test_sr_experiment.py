@@ -555,7 +555,7 @@ def test_repeated_sentences_are_said(sr, project, capsys):
     args = command(project, "--no-untrained")
     args[1:3] = [str(project / "base")]
     sr.main(args)
-    assert "3 sentences of gle_Latn stand more than once, and finding any copy counts" in capsys.readouterr().out
+    assert "3 sentences of gle_Latn occur more than once, and finding any copy counts" in capsys.readouterr().out
     path = project / "out/eng_Latn-gle_Latn" / f"{project.name}__base.json"
     assert results.read_json(path)[1]["data"]["repeated"] == {"target": 3}
     # A result of before, when the first of equal scores was taken, is another result.

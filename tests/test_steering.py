@@ -504,11 +504,9 @@ def fails(capsys, message: str, *argv: str) -> None:
 def test_bad_input_is_one_line(study, capsys):
     fails(capsys, "the model has layers 0 to 2", "--layers", "3")
     for alphas in (["0"], ["1", "nan"]):
-        fails(capsys, "--alphas: give finite numbers, others than 0", "--alphas", *alphas)
-    fails(
-        capsys, "24 sentence pairs leave 0 beside those that are scored or shown", "--sentences", "22", "--shots", "2"
-    )
-    fails(capsys, "none.json is not there; leave it out", "--mask_file", "none.json")
+        fails(capsys, "--alphas: give finite numbers other than 0", "--alphas", *alphas)
+    fails(capsys, "24 sentence pairs leave 0 that are not scored or shown", "--sentences", "22", "--shots", "2")
+    fails(capsys, "none.json does not exist; leave it out", "--mask_file", "none.json")
     fails(capsys, "no checkpoint of step 30; the run has 10, 20", "--steps", "30")
     fails(
         capsys,
@@ -533,7 +531,7 @@ def test_bad_input_is_one_line(study, capsys):
 def test_without_neurons_the_rest_is_measured(study, capsys):
     (study / "results/lsn/result/demo.json").unlink()
     STEER.main([*FAST, "--output", "out.json"])
-    assert "no neurons are switched: results/lsn/result/demo.json is not there" in capsys.readouterr().out
+    assert "no neurons are switched: results/lsn/result/demo.json does not exist" in capsys.readouterr().out
     found, _ = results.read_json("out.json")
     assert [*found["whole"]["base"]] == ["none", "prompt"] and found["n_neurons"] is None
 
@@ -552,7 +550,7 @@ def test_languages_without_neurons_and_masks_of_other_models(study, capsys):
     assert results.read_json("none.json")[0]["n_neurons"] is None
     masks.write(path, {"en": some, "ga": none}, **own)
     STEER.main([*FAST, "--output", "one.json"])
-    assert "has no neurons of ga: those of the other language alone are switched" in capsys.readouterr().err
+    assert "has no neurons of ga: only those of the other language are switched" in capsys.readouterr().err
     found = results.read_json("one.json")[0]
     assert found["n_neurons"] == {"source": 3, "target": 0} and "lape" in found["whole"]["base"]
     # Another run than the study's, whose mask is none of its business; the study's own is refused.

@@ -221,7 +221,7 @@ def test_single_file_beside_an_index(tmp_path, capsys):
         shard.unlink()
     with TensorFolder(folder) as stored:
         assert stored.files == ["model.safetensors"]
-    assert "shards that are not there" in capsys.readouterr().err
+    assert "shards that do not exist" in capsys.readouterr().err
 
 
 def test_shards_that_are_no_files(tmp_path):

@@ -198,7 +198,7 @@ def test_files_header_and_refusals(tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="--filter-rate means nothing to --method ternary; leave it out"):
         script.main([*flags, "--method", "ternary", "--filter-rate", "0.8"])
     two = ["-t", "tag", "-l", "en,ga", "--method", "ternary", "-o", "two"]
-    with pytest.raises(InputError, match=r"needs three languages or more, but there is en and ga: of two, no neuron"):
+    with pytest.raises(InputError, match=r"needs three languages or more, but got en and ga: of two, no neuron"):
         script.main(two)
     assert not Path("two").exists()
 

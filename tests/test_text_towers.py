@@ -170,10 +170,10 @@ def test_other_text_models_are_refused(tmp_path):
     wrapper = save_tiny("gemma3", tmp_path / "a", tokenizer=False)
     other = save_tiny("gemma2", tmp_path / "b", tokenizer=False)
     with pytest.raises(
-        InputError, match=r"is a gemma3 and .* a gemma2; base and checkpoints must have one architecture"
+        InputError, match=r"is a gemma3 and .* a gemma2; base and checkpoints must have the same architecture"
     ):
         compare.changes(refs.model(wrapper), [refs.model(other)])
-    with pytest.raises(InputError, match=r"is a gemma2 and .* a gemma3; base and target must have one architecture"):
+    with pytest.raises(InputError, match=r"is a gemma2 and .* a gemma3; .* must have the same architecture"):
         surgery.Pair(refs.model(other), refs.model(wrapper))
 
 

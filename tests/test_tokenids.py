@@ -85,7 +85,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert len(tokenids.read(path, allow_limited=True)[0]) == 10
     description = json.loads(tokenids.sidecar(path).read_text())
     tokenids.sidecar(path).write_text(json.dumps(description | {"n_tokens": 11, "_header": {"schema": "token-ids"}}))
-    refused("holds 10 ids, but ids.json speaks of 11", path)
+    refused("holds 10 ids, but ids.json states 11", path)
     results.write_json(tokenids.sidecar(path), {}, results.header("int_and_sem"))
     refused("'int_and_sem', but 'token-ids' is needed", path)
 

@@ -387,8 +387,8 @@ def test_a_point_is_written_as_a_folder_that_is_what_was_measured(models, tmp_pa
         (["--write", "svd", "1.5", "x"], "--write 1.5: not a number from 0 to 1"),
         (["--write", "rank", "0.5", "x"], "--write rank: no such curve"),
         (["--base", "/nowhere"], "/nowhere"),
-        (["--run", "{root}/base"], "is the base itself: there is nothing to put back"),
-        (["--run", "{root}/renamed"], "renamed are alike in all that is cut"),
+        (["--run", "{root}/base"], "is the base itself: there is nothing to rewind"),
+        (["--run", "{root}/renamed"], "renamed are equal in all matrices to be cut"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, more, message):

@@ -1,14 +1,14 @@
 """Does continued pre-training move attention or the FFN more, layer by layer (step 5)?
 
 For each checkpoint, layer and projection: the mean |W_C - W_B| over a weight matrix. Attention's change is the largest
-of q, k, v, o, the FFN's the largest of gate, up, down; beside them the means over the projections, and both again for
+of q, k, v, o, the FFN's the largest of gate, up, down; the means over projections are given as well, and both again for
 the relative change ||dW|| / ||W_B||, which does not depend on the scale of a matrix. The router of a mixture of experts
-is neither attention nor FFN; its change stands beside them.
+is neither attention nor FFN; its change is listed separately.
 
 In:   a base model B, and a run of checkpoints C or a single one.
 Out:  OUT with `checkpoints`: {step: {layers: {layer_<l>: {attention_max, ffn_max, delta_attn_ffn, q_proj, ..}},
       summary: {attn, ffn}, ..}} and `pooled`: {step: {attention, ffn}}, ||dW|| / ||W_B|| over all weights of a
-      component; beside it a figure of the last checkpoint (PDF, PNG), and with --details the change of every head and
+      component; next to it a figure of the last checkpoint (PDF, PNG), and with --details the change of every head and
       neuron (.pt).
 
 Full: python weight-diff/attn_vs_ffn.py --base-model meta-llama/Llama-2-7b-hf --ckpt-model cpt-eus --output attn_vs_ffn.json
@@ -36,20 +36,20 @@ ASKED = {"attn_vs_ffn": "Which changes more, attention or the FFN?"}
 CAPTIONS = {
     "attn_vs_ffn": """Part II: 1. Attention against FFN
         The mean absolute weight change of attention and of the FFN in every layer at the last checkpoint, by the
-        maximum over projections (the paper's number) and by their mean: the maximum over four matrices is larger than
-        that over three even where all change alike. Claim C3, attention changes more, is decided by neither, but by the
+        maximum over projections (the paper's number) and by their mean: the maximum over four matrices tends to exceed
+        that over three even if all change alike. Claim C3, attention changes more, is decided by neither, but by the
         relative change of all weights of each component.
         """,
 }
 SIDES = {"attention": archs.ATTENTION, "ffn": archs.FFN}
-# Summary -> (whether of the relative change, how a layer's projections become one number).
+# Summary -> (whether of the relative change, how a layer's projections are reduced to one number).
 SUMMARIES = {
     "summary": (False, "max"),
     "summary_mean": (False, "mean"),
     "summary_relative": (True, "max"),
     "summary_relative_mean": (True, "mean"),
 }
-# What else is written of each projection: key -> how it is read from a Change.
+# Further values written for each projection: key -> how it is read from a Change.
 REST = {
     "max_abs": lambda change: change.max_abs,
     "frobenius": lambda change: change.sum_sq**0.5,
@@ -64,7 +64,7 @@ DETAILS = "mean_abs norm base_norm cosine_distance"
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean; None of none, and where a value is missing (a base matrix of zeros has no relative change)."""
+    """The mean; None for no values, or if one is missing (a base matrix of zeros has no relative change)."""
     return None if None in values or not values else sum(values) / len(values)
 
 
@@ -74,16 +74,16 @@ def has(values: dict, side: str) -> bool:
 
 
 def sides(values: dict[str, float | None]) -> dict[str, float | None]:
-    """`attention_max, ffn_max, attention_mean, ffn_mean` of one layer's values by projection; None of what it lacks."""
-    found = {}
+    """`attention_max, ffn_max, attention_mean, ffn_mean` of a layer's values by projection; None for what it lacks."""
+    row = {}
     for side, projections in SIDES.items():
-        own = [values[name] for name in projections if name in values]
-        found |= {f"{side}_max": None if None in own else max(own, default=None), f"{side}_mean": mean(own)}
-    return found
+        present = [values[name] for name in projections if name in values]
+        row |= {f"{side}_max": None if None in present else max(present, default=None), f"{side}_mean": mean(present)}
+    return row
 
 
 def layer_row(changes: dict[str, Change]) -> dict:
-    """All that is written of one layer: mean |dW|, under `relative` ||dW||_F / ||W_B||_F, and what REST names."""
+    """Everything written for one layer: mean |dW|, under `relative` ||dW||_F / ||W_B||_F, and the values of REST."""
     absolute = {name: change.mean_abs for name, change in changes.items()}
     relative = {name: change.relative for name, change in changes.items()}
     row = sides(absolute)
@@ -94,52 +94,52 @@ def layer_row(changes: dict[str, Change]) -> dict:
 
 
 def pairs(rows: list[dict], summary: str) -> list[tuple[float | None, float | None]]:
-    """(attention, FFN) of each layer that has both, read as `summary` (a key of SUMMARIES) reads them."""
+    """(attention, FFN) of each layer that has both, by the reading `summary` (a key of SUMMARIES)."""
     attention, ffn = (by_layer(rows, summary, side) for side in SIDES)
     return [(attention[layer], ffn[layer]) for layer in attention if layer in ffn]
 
 
 def by_layer(rows: list[dict], summary: str, side: str) -> dict[int, float | None]:
-    """Layer -> attention's or the FFN's change, of the layers that have it, read as `summary` reads it."""
+    """Layer -> the change of attention or the FFN by the reading `summary`, for the layers that have it."""
     relative, how = SUMMARIES[summary]
     rows = [row["relative"] if relative else row for row in rows]
     return {layer: row[f"{side}_{how}"] for layer, row in enumerate(rows) if has(row, side)}
 
 
 def checkpoint_row(layers: dict[int, dict[str, Change]]) -> dict:
-    """All that is written of one checkpoint: its layers, the four summaries, and the layers where attention is ahead.
+    """Everything written for one checkpoint: its layers, the four summaries, and in how many layers attention is ahead.
 
     A summary is the mean over layers, `{"attn", "ffn"}`; `attention_above_ffn` counts layers by summary. A layer
-    without attention, or without an FFN, enters no mean of what it lacks, and no count; `without` names such layers.
+    without attention, or without an FFN, is left out of those means and counts; `without` names such layers.
     """
     rows = {f"layer_{layer}": layer_row(layers[layer]) for layer in sorted(layers)}
-    found: dict = {"layers": rows}
+    content: dict = {"layers": rows}
     ahead = {}
     for summary in SUMMARIES:
         attention, ffn = (by_layer(list(rows.values()), summary, side) for side in SIDES)
-        found[summary] = {"attn": mean(list(attention.values())), "ffn": mean(list(ffn.values()))}
+        content[summary] = {"attn": mean(list(attention.values())), "ffn": mean(list(ffn.values()))}
         both = pairs(list(rows.values()), summary)
         missing = any(None in pair for pair in both)
         ahead[summary] = None if missing else sum(a > b for a, b in both)
     without = {side: [i for i, row in enumerate(rows.values()) if not has(row, side)] for side in SIDES}
-    found |= {"without": without} if any(without.values()) else {}
-    return found | {"attention_above_ffn": ahead}
+    content |= {"without": without} if any(without.values()) else {}
+    return content | {"attention_above_ffn": ahead}
 
 
 def pooled(layers: dict[int, dict[str, Change]]) -> dict[str, float | None]:
     """||dW||_F / ||W_B||_F over all weights of attention, and of the FFN: one relative change each, whatever the number
-    and sizes of their projections; None where there are none, or all of the base's are 0.
+    and sizes of their projections; None if there are none, or all of the base's weights are 0.
     """
-    found = {}
+    relative = {}
     for side, projections in SIDES.items():
-        own = [changes[name] for changes in layers.values() for name in projections if name in changes]
-        base = math.fsum(change.base_sq for change in own)
-        found[side] = (math.fsum(change.sum_sq for change in own) / base) ** 0.5 if base else None
-    return found
+        present = [changes[name] for changes in layers.values() for name in projections if name in changes]
+        base = math.fsum(change.base_sq for change in present)
+        relative[side] = (math.fsum(change.sum_sq for change in present) / base) ** 0.5 if base else None
+    return relative
 
 
 def detail_arrays(found: Changes) -> dict[str, torch.Tensor | str]:
-    """What `--details` writes: `<step>.layer_<l>.<projection>.heads` or `.neurons`, [4, heads or neurons] each."""
+    """The tensors of `--details`: `<step>.layer_<l>.<projection>.heads` or `.neurons`, [4, heads or neurons] each."""
     arrays: dict[str, torch.Tensor | str] = {"values": DETAILS}
     for step, layers in found.items():
         for layer, changes in layers.items():
@@ -171,13 +171,13 @@ def draw(path: Path, payload: dict) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(figures.PAGE, 2.5), sharey=True)
         for axis, (summary, title) in zip(axes, titles.items(), strict=True):
             for side, (label, meaning, marker, line) in zip(SIDES, looks, strict=True):
-                own = by_layer(rows, summary, side)
-                axis.plot([*own], [*own.values()], line, marker=marker, color=figures.colour(meaning), label=label)
+                curve = by_layer(rows, summary, side)
+                axis.plot([*curve], [*curve.values()], line, marker=marker, color=figures.colour(meaning), label=label)
             above = payload["checkpoints"][step]["attention_above_ffn"][summary]
             n = len(pairs(rows, summary))
             axis.set_title(f"{title.format(n=count)}\nattention above FFN in {above} of {n} layers")
             figures.layer_axis(axis, len(rows))
-        # The usual room above is a share of the data's range, which may be small beside what lies below it.
+        # Matplotlib's margin is a share of the data's range, which may be small compared with the values themselves.
         axes[0].set_ylim(0, 1.06 * max(axis.dataLim.ymax for axis in axes))
         axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         axes[0].set_ylabel(f"mean |ΔW| from base, step {step}")
@@ -192,7 +192,7 @@ def build_parser():
     output = "the study's weight-diff/attn_vs_ffn.json (of other models or a part of the run "
     output += "attn_vs_ffn.<checkpoint>.json), else weight_diff/<checkpoint>.json"
     p = compared.parser(__doc__, "--ckpt-model", output)
-    text = "write OUT with .pt, too: the change of every attention head and FFN neuron"
+    text = "also write OUT with .pt: the change of every attention head and FFN neuron"
     p.add_argument("--details", action="store_true", help=text)
     return p
 
@@ -212,17 +212,17 @@ def main(argv=None) -> None:
     if made and (details.is_file() or not args.details):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
-    found = models.changes(args.drop_revisions, device=device, details=args.details)
+    changes = models.changes(args.drop_revisions, device=device, details=args.details)
     payload = {
         "base_model": models.base.spec,
         "target_model": models.target,
-        "checkpoints": {str(ref.step): checkpoint_row(found[ref.step]) for ref in models.run},
-        "pooled": {str(ref.step): pooled(found[ref.step]) for ref in models.run},
+        "checkpoints": {str(ref.step): checkpoint_row(changes[ref.step]) for ref in models.run},
+        "pooled": {str(ref.step): pooled(changes[ref.step]) for ref in models.run},
     }
     draw(output.with_suffix(""), payload)
-    details.unlink(missing_ok=True)  # what an earlier run left is not of this one
+    details.unlink(missing_ok=True)  # a file of an earlier run does not belong to this one
     if args.details:
-        results.write_tensors(details, detail_arrays(found))
+        results.write_tensors(details, detail_arrays(changes))
     results.write_json(output, payload, results.header(SCHEMA, **facts, dtype="float32", device=device.type))
     for step, row in payload["checkpoints"].items():
         cli.say(f"step {step}: " + describe(row))
@@ -231,7 +231,7 @@ def main(argv=None) -> None:
 
 
 def describe(row: dict) -> str:
-    """One line on a checkpoint: the summary, and in how many layers attention changes more under each reading."""
+    """One line on a checkpoint: the summary, and in how many layers attention changes more by each reading."""
     names = {"summary": "max", "summary_mean": "mean"}
     names |= {"summary_relative": "relative max", "summary_relative_mean": "relative mean"}
     above = ", ".join(f"{row['attention_above_ffn'][key]} ({name})" for key, name in names.items())
@@ -241,7 +241,7 @@ def describe(row: dict) -> str:
 
 
 def default_output(target: str | list[str]) -> Path:
-    """`weight_diff/<name>.json`, after the folder of the checkpoint or run, or the hub's name for it."""
+    """`weight_diff/<name>.json`, named after the folder of the checkpoint or run, or its name on the hub."""
     first = target if isinstance(target, str) else target[0]
     name = Path(os.path.abspath(first)).name if os.path.isdir(first) else refs.model(first).model_id
     return Path("weight_diff") / f"{name}.json"

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: a base, a run that is compared with it, and what is said of both."""
+"""Shared by the scripts of this folder: a base, the run compared with it, and the messages about both."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cpt_utils.measures.compare import Changes
 
 
 def parser(doc: str, run: str, output: str):
-    """A parser with the flags of every comparison; `run`: the published flag of the run, `output`: where OUT goes."""
+    """A parser with the flags of every comparison; `run`: the published flag for the run, `output`: OUT's default."""
     p = cli.parser(doc)
     p.add_argument("--base-model", "--base", metavar="B", help="base model; default: the study's base")
-    text = "run of checkpoints, one, or a list; default: the study's run"
+    text = "run of checkpoints, a single checkpoint, or a list; default: the study's run"
     p.add_argument(run, "--run", dest="run", nargs="+", metavar="RUN", help=text)
     p.add_argument("--output", metavar="OUT", help=f"JSON to write; default: {output}")
     p.add_argument("--device", default="cpu", help="where differences are taken: cpu, auto, cuda, cuda:1; default cpu")
@@ -29,7 +29,7 @@ def parser(doc: str, run: str, output: str):
 
 @dataclass(frozen=True)
 class Compared:
-    """A base, and the checkpoints `run` that are compared with it, of `everything` that the run `target` has."""
+    """A base and the checkpoints `run` compared with it, out of `everything` that the run `target` contains."""
 
     base: refs.ModelRef
     target: str | list[str]
@@ -45,7 +45,7 @@ class Compared:
         return cls(base, target, refs.run(target), refs.run(target, args.steps)[: args.limit], args.limit)
 
     def facts(self) -> dict:
-        """What a header says of the models, which are looked over."""
+        """Check the models and return their facts for the header."""
         base = self.base
         if base.is_local and base.step is not None and all(ref.step == 0 for ref in self.run):
             cli.warn(f"{base.spec} is given as the base, but is named like a checkpoint: were the two mixed up?")
@@ -59,20 +59,20 @@ class Compared:
         }
 
     def known(self) -> list[dict]:
-        """Descriptions of the models that a file of an earlier step may be about."""
+        """Descriptions of the models that a file of an earlier step may belong to."""
         return [self.base.describe(), *(ref.describe() for ref in self.everything)]
 
     def changes(self, drop: bool, **how) -> Changes:
-        """`compare.changes` of every checkpoint, with its arguments `how`; what is left out of a whole pass is said."""
-        found: Changes = {}
+        """`compare.changes` of every checkpoint, with arguments `how`; a pass over everything reports what it omits."""
+        changes: Changes = {}
         whole = "projections" not in how
         if whole:
             say_lacking(self.base)
         for group in refs.one_at_a_time(self.run, drop, self.base):
             if whole:
                 say_left_out(self.base, group)
-            found |= compare.changes(self.base, group, **how)
-        return found
+            changes |= compare.changes(self.base, group, **how)
+        return changes
 
 
 def made_already(
@@ -81,18 +81,18 @@ def made_already(
     """Whether `output` is a finished result of the same models and steps.
 
     Args:
-        more: what else must be the same, read from a header (or `facts`).
+        more: further facts that must be the same, read from a header (or `facts`).
 
     Raises:
-        InputError: it is a result of something else, or not a result of this script.
+        InputError: it is a result for something else, or not a result of this script.
     """
     now = _request(facts) | more(facts)
 
     def asked(head: dict) -> dict:
         before = _request(head) | more(head)
-        if before["steps"] != now["steps"]:  # that says it; which models of these there are is no news
+        if before["steps"] != now["steps"]:  # already reported as a difference in steps
             before["checkpoints"] = now["checkpoints"]
-        if None not in (before["limit"], now["limit"]):  # the steps are what a limit decides
+        if None not in (before["limit"], now["limit"]):  # a limit only selects steps
             before["limit"] = now["limit"]
         return before
 
@@ -100,7 +100,7 @@ def made_already(
 
 
 def _request(head: dict) -> dict:
-    """What a header, or `Compared.facts`, says that was asked for."""
+    """The request (steps, models, limit) that a header, or `Compared.facts`, records."""
     models = head.get("models") or {}
     checkpoints = models.get("checkpoints") or {}
     request = {"steps": sorted(map(int, checkpoints)), "base": models.get("base"), "checkpoints": checkpoints}
@@ -108,22 +108,22 @@ def _request(head: dict) -> dict:
 
 
 def say_lacking(base: refs.ModelRef) -> None:
-    """Name the layers without attention, or without an FFN: they enter no mean of what they lack."""
+    """Name the layers without attention, or without an FFN, which are left out of the means of what they lack."""
     config = base.config()
     arch = archs.for_config(config)
     for what, projections in (("attention", archs.ATTENTION), ("FFN", archs.FFN)):
         layers = arch.lacking(config, projections)
         if layers:
             instead = f" ({arch.instead(config, layers)} in its place)" if what == "attention" else ""
-            cli.say(f"layers {layers} have no {what}{instead}; they enter no mean of it")
+            cli.say(f"layers {layers} have no {what}{instead}; they are left out of its means")
 
 
 def say_left_out(base: refs.ModelRef, run: list[refs.ModelRef]) -> None:
     """Name the tensors outside the layers that cannot be compared, such as an extended vocabulary's embeddings."""
-    said: dict[str, list[str]] = {}
+    steps_by_reason: dict[str, list[str]] = {}
     for ref in run:
         for name, why in compare.diff_tensors(base, ref).items():
-            said.setdefault(f"{name} ({why})", []).append(str(ref.step))
-    for what, steps in said.items():
+            steps_by_reason.setdefault(f"{name} ({why})", []).append(str(ref.step))
+    for reason, steps in steps_by_reason.items():
         at = "" if len(steps) == len(run) else f" at step {', '.join(steps)}"
-        cli.say(f"outside the layers, and not compared: {what}{at}")
+        cli.say(f"outside the layers, and not compared: {reason}{at}")

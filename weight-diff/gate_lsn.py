@@ -1,12 +1,12 @@
-"""How far the gates of a language's own neurons move over continued pre-training (step 9).
+"""How far the gate rows of a language's neurons move over continued pre-training (step 9).
 
 For each checkpoint and layer: the mean |W_C - W_B| over the rows of the gate projection that belong to the neurons of
 the mask (rows of the up projection in models without a gate; in a mixture of experts those of the neurons' experts).
-With a control mask, the same of its random neurons.
+With a control mask, the same for its random neurons.
 
 In:   a base model B, a run of checkpoints C or a single one, a mask of lsn/identify.py and one of its languages.
 Out:  OUT with `checkpoints`: {step: {layers: {layer_<l>: {gate_proj}}, control: {layer_<l>: {gate_proj}}}}, layers
-      without neurons being absent; beside it a figure over steps (PDF, PNG), the base as step 0.
+      without neurons being absent; next to it a figure over steps (PDF, PNG), the base as step 0.
 
 Full: python weight-diff/gate_lsn.py --base-model meta-llama/Llama-2-7b-hf --target-model cpt-eus --mask-file cpt.json --lang eus_Latn --output gate_lsn.json
 Tiny: python weight-diff/gate_lsn.py --study demo/tiny.yaml
@@ -32,10 +32,10 @@ RESULTS = {"gate_lsn": "weight-diff/gate_lsn.json"}
 ASKED = {"gate_lsn": "Do the weights that these neurons read with change more than those of random neurons?"}
 CAPTIONS = {
     "gate_lsn": """Part II: 3. Activation over CPT
-        The mean absolute change of the weights that read the input of the new language's neurons, over training, and
-        of the random control.""",
+        The mean absolute change, over training, of the weights with which the new language's neurons read their input,
+        and the same for the random control.""",
 }
-# The key in the file, also where there is no gate and the rows are those of the up projection: step 10 reads this one.
+# The key in the file, even if there is no gate and the rows are those of the up projection: step 10 reads this key.
 KEY = "gate_proj"
 SUMMARY = {"layers": "lsn", "control": "control"}  # mask -> key of its mean over layers
 
@@ -44,22 +44,22 @@ SUMMARY = {"layers": "lsn", "control": "control"}  # mask -> key of its mean ove
 
 
 def mask_change(layers: dict[int, Change], mask: masks.Layers) -> dict[str, dict[str, float]]:
-    """`{"layer_<l>": {"gate_proj": mean |dW| over the rows of its neurons}}`, of layers in which the mask has any."""
+    """`{"layer_<l>": {"gate_proj": mean |dW| over its neurons' rows}}`, for the layers in which the mask has any."""
     return {f"layer_{i}": {KEY: float(layers[i].row_means[neurons].mean())} for i, neurons in mask.items() if neurons}
 
 
 def mean_over_layers(layers: dict[str, dict[str, float]]) -> float:
-    """The mean over the layers present; each counts alike, however many neurons it has."""
+    """The mean over the layers present, weighted equally however many neurons they have."""
     return sum(row[KEY] for row in layers.values()) / len(layers)
 
 
 def measure(models, projection: str, chosen: dict[str, masks.Layers], lang: str, drop: bool, device) -> dict:
-    """What is written: the change of the rows of each mask `chosen`, "layers" and perhaps "control", by step."""
+    """The payload: the change of the rows of each mask in `chosen`, "layers" and perhaps "control", by step."""
     changes = models.changes(drop, projections=[projection], rows=[projection], device=device)
     checkpoints = {}
     for ref in models.run:
-        here = {layer: found[projection] for layer, found in changes[ref.step].items() if projection in found}
-        row: dict = {group: mask_change(here, mask) for group, mask in chosen.items()}
+        by_layer = {layer: each[projection] for layer, each in changes[ref.step].items() if projection in each}
+        row: dict = {group: mask_change(by_layer, mask) for group, mask in chosen.items()}
         row["summary"] = {name: mean_over_layers(row[group]) for group, name in SUMMARY.items() if group in chosen}
         checkpoints[str(ref.step)] = row
     return {
@@ -77,7 +77,7 @@ def measure(models, projection: str, chosen: dict[str, masks.Layers], lang: str,
 
 
 def fingerprint(mask: masks.Layers) -> str:
-    """A short hash of a language's neurons: it tells masks apart, and stays when a file is written again."""
+    """A short hash of a language's neurons: it differs between masks, and not when the same file is rewritten."""
     return hashlib.sha256(json.dumps(list(mask.items())).encode()).hexdigest()[:16]
 
 
@@ -104,14 +104,14 @@ def draw(path: Path, payload: dict) -> None:
 def build_parser():
     p = compared.parser(__doc__, "--target-model", "the study's weight-diff/gate_lsn.json")
     p.add_argument("--mask-file", metavar="MASK", help="mask of lsn/identify.py; default: the study's")
-    text = "its random control; default: MASK with .control.json, if it is there"
+    text = "its random control; default: MASK with .control.json, if it exists"
     p.add_argument("--control-mask", metavar="MASK", help=text)
     p.add_argument("--lang", metavar="g", help="language of the mask; default: the study's languages.target")
     return p
 
 
 def what_of(head: dict) -> dict:
-    """Which neurons a header is about."""
+    """The facts of a header that identify its neurons."""
     return {fact: head.get(fact) for fact in ("language", "mask", "control")}
 
 
@@ -128,7 +128,7 @@ def main(argv=None) -> None:
     else:
         control_file = masks.control_beside(mask_file)
     if control_file is None:
-        cli.say("no control mask: the language's neurons are compared with nothing")
+        cli.say("no control mask: there is nothing to compare the language's neurons with")
     other = beside.name(study, args.base_model, args.run, args.steps, args.limit, args.lang)
     output = study.output(args.output, "--output", "gate_lsn", other)
 

@@ -1,11 +1,11 @@
 """How much the weights of interface layers and of the semantic hub change over continued pre-training (step 3).
 
-For each checkpoint and layer: the mean over its projections (q, k, v, o, gate, up, down; six without a gate) of the mean
-|W_C - W_B| over a weight matrix; then the mean of that over the interface layers, and over the layers of the hub.
+For each checkpoint and layer: the mean over projections (q, k, v, o, gate, up, down; six without a gate) of the mean
+|W_C - W_B| over a weight matrix; then the mean of this over the interface layers, and over the hub layers.
 
 In:   a base model B, a run of checkpoints C (or a single one), and the layers of step 2.
 Out:  OUT with `checkpoints`: {step: {interface_avg, semantic_hub_avg}} and `layers`: {step: {layer: mean |dW|}};
-      beside it a figure over steps (PDF, PNG), the base as step 0.
+      next to it a figure over steps (PDF, PNG), the base as step 0.
 
 Full: python weight-diff/int_and_sem.py --base-model meta-llama/Llama-2-7b-hf --target-dir cpt-eus --interface-json layers.json --hub-json layers.json --output int_and_sem.json
 Tiny: python weight-diff/int_and_sem.py --study demo/tiny.yaml
@@ -40,32 +40,32 @@ GROUPS = ("interface", "semantic_hub")
 
 
 def layer_changes(layers: dict[int, dict[str, Change]]) -> list[float | None]:
-    """The change of each layer [L]: the mean over its projections of the mean |dW|, each projection counting alike.
+    """The change of each layer [L]: the mean over its projections of the mean |dW|, each projection weighted equally.
 
     The router of a mixture of experts is not a projection, and all experts together are one. A layer without attention
-    has those of its FFN, and the other way round; None of one that has neither.
+    has only its FFN's projections, and vice versa; None for a layer with neither.
     """
     by_layer = [[change for name, change in layers[i].items() if name in archs.PROJECTIONS] for i in sorted(layers)]
-    return [sum(change.mean_abs for change in here) / len(here) if here else None for here in by_layer]
+    return [sum(change.mean_abs for change in layer) / len(layer) if layer else None for layer in by_layer]
 
 
 def group_mean(change: list[float | None], layers: list[int]) -> float:
-    """The mean change of a group of layers, of those that have projections.
+    """The mean change of a group of layers, over those that have projections.
 
     Raises:
-        InputError: none of them has.
+        InputError: none of them has any.
     """
-    found = [change[layer] for layer in layers if change[layer] is not None]
-    if not found:
+    values = [change[layer] for layer in layers if change[layer] is not None]
+    if not values:
         raise InputError(f"none of the layers {layers} has attention or an FFN: there is no change to average")
-    return sum(found) / len(found)
+    return sum(values) / len(values)
 
 
 # ---------------------------------------------------------------- files
 
 
 def read_groups(files: dict[str, Path], n_layers: int, models: list[dict]) -> dict[str, list[int]]:
-    """The layers of both groups; those in neither are named.
+    """The layers of both groups; layers in neither are reported.
 
     Raises:
         InputError: see `layer_lists.read_layers`, or a layer in both groups.
@@ -78,7 +78,7 @@ def read_groups(files: dict[str, Path], n_layers: int, models: list[dict]) -> di
         raise InputError(f"layers {both} are in both groups; give the interface and the hub of one split")
     neither = sorted(set(range(n_layers)) - set(groups["interface"]) - set(groups["semantic_hub"]))
     if neither:
-        cli.say(f"layers {neither} are in neither group and enter no mean")
+        cli.say(f"layers {neither} are in neither group and are left out")
     return groups
 
 
@@ -128,8 +128,8 @@ def main(argv=None) -> None:
     if compared.made_already(output, SCHEMA, facts, args.overwrite, groups_of):
         cli.say(f"{output} is finished (--overwrite redoes it)")
         return
-    found = models.changes(args.drop_revisions, device=device)
-    by_layer = {ref.step: layer_changes(found[ref.step]) for ref in models.run}
+    changes = models.changes(args.drop_revisions, device=device)
+    by_layer = {ref.step: layer_changes(changes[ref.step]) for ref in models.run}
     averages = {group: [group_mean(change, layers) for change in by_layer.values()] for group, layers in groups.items()}
     payload = {
         "base_model": models.base.spec,
@@ -140,7 +140,7 @@ def main(argv=None) -> None:
         "layers": {str(step): {str(layer): value for layer, value in enumerate(by_layer[step])} for step in by_layer},
     }
     draw(output.with_suffix(""), list(by_layer), averages, {group: len(groups[group]) for group in GROUPS})
-    # The sums go through float32 differences and float64 sums, whatever the models' dtypes.
+    # Differences are float32 and sums float64, whatever the models' dtypes.
     more = {"gate": passed, "dtype": "float32", "device": device.type}
     results.write_json(output, payload, results.header(SCHEMA, **facts, **more))
     for i, step in enumerate(by_layer):
@@ -149,7 +149,7 @@ def main(argv=None) -> None:
 
 
 def groups_of(head: dict) -> dict:
-    """The layers of both groups as a header has them, from whichever file they were read."""
+    """The layers of both groups as a header records them, whichever file they came from."""
     return {f"{group} layers": chosen.get("layers") for group, chosen in head.get("layers", {}).items()}
 
 

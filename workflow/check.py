@@ -1,10 +1,10 @@
-"""Looks at a study before hours are spent on it: its models, its files, what will be left out and why, a rough cost.
+"""Checks a study before hours are spent on it: models, files, which parts will be left out and why, and a rough cost.
 
-Everything that the study names is opened as the scripts will open it; nothing is computed and nothing written. `make
-reproduce` runs it first.
+Everything that the study names is opened the way the scripts will open it; nothing is computed or written. `make
+reproduce` runs this check first.
 
 In:   a study file (default: ./study.yaml).
-Out:  a report on the screen. Exit code 2 where anything that the study names is missing or does not fit.
+Out:  a report on the screen. Exit code 2 if anything that the study names is missing or does not fit.
 
     python workflow/check.py basque.yaml
     python workflow/check.py studies/multi30k.yaml --seed 0
@@ -28,15 +28,15 @@ planning = cli.sibling("workflow/plan.py")
 _time = cli.sibling("workflow/progress.py").words
 
 BYTES_PER_TOKEN = 3.5
-START = 4  # seconds that a step takes on the demo before its first forward pass
-PACKED = 3  # bytes of text in one of a packed file
+START = 4  # seconds of a step before its first forward pass, on the demo
+PACKED = 3  # bytes of text per byte of a compressed file
 
 
 # ---------------------------------------------------------------- the report
 
 
 class Report:
-    """What was found, printed as it is found; `problems` are what stops the study."""
+    """The findings, printed one by one; `problems` are those that stop the study."""
 
     def __init__(self):
         self.problems: list[str] = []
@@ -47,10 +47,10 @@ class Report:
     def say(self, text: str) -> None:
         cli.say(f"  {text}")
 
-    def tried(self, look: Callable, *given):
-        """`look(*given)`; None, and a problem, where it refuses."""
+    def tried(self, look: Callable, *args):
+        """`look(*args)`; if it raises an InputError, that is recorded as a problem and None returned."""
         try:
-            return look(*given)
+            return look(*args)
         except InputError as error:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
@@ -60,7 +60,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was looked at: `parameters` and `size` in bytes, as they are on disk."""
+    """A model that was checked: number of `parameters` and `size` in bytes, as stored; `here`: no file is missing."""
 
     ref: refs.ModelRef
     config: dict
@@ -75,16 +75,16 @@ class Model:
 
     @property
     def heads(self) -> int:
-        """Heads of all layers that can be put back alone (KV heads with their queries)."""
+        """The number of heads, over all layers, that can be rewound one by one (KV heads with their queries)."""
         arch = archs.for_config(self.config)
         return sum(arch.head_counts(self.config, layer)[1] for layer in range(arch.n_layers(self.config)))
 
 
 def look_at(ref: refs.ModelRef, base: refs.ModelRef | None = None) -> Model:
-    """Configuration, type and headers of the weights; of a hub model no weights are fetched.
+    """Read configuration, type and the headers of the weights; no weights of a hub model are fetched.
 
     Raises:
-        InputError: whatever the scripts would refuse.
+        InputError: anything that the scripts would refuse.
     """
     config = ref.config()
     archs.for_config(config)
@@ -96,7 +96,7 @@ def look_at(ref: refs.ModelRef, base: refs.ModelRef | None = None) -> Model:
 
 
 def models(study: Study, report: Report) -> list[Model]:
-    """The base and the checkpoints that are there, the base first; [] where the workflow is to train them."""
+    """The base, then the checkpoints, as far as they exist; [] if the workflow trains them first."""
     report.head("models")
     base = report.tried(refs.model, study.get("base") or "") if _is_there(study, "base", report) else None
     first = report.tried(look_at, base) if base else None
@@ -107,24 +107,24 @@ def models(study: Study, report: Report) -> list[Model]:
     if first and "gradient" in (study.get("lsn.methods") or []):
         report.tried(cli.sibling("lsn/text_scores.py").dense_layers, archs.for_config(first.config), first.config)
     run = report.tried(refs.run, study.get("run") or "") if _is_there(study, "run", report) else None
-    found = [model for ref in run or [] if (model := report.tried(look_at, ref, base))]
-    if found:
-        report.say(f"run {study.get('run')}: checkpoints of step {_steps([model.ref for model in found])}")
-        if len(found) < 4:
-            report.say(f"with {len(found)} of them a correlation (C4, C6) has no interval; four or more give one")
-    one = first or next(iter(found), None)
-    others = study.get("runs") or {}
-    trained = {name for name in study.get("train.runs") or {} if not (Path(others[name]) / "train.json").is_file()}
-    other = {name: report.tried(refs.run, others[name]) for name in others if name not in trained}
-    for name, each in other.items():
-        if each:
-            report.say(f"runs.{name} {others[name]}: checkpoints of step {_steps(each)}")
-    for model in [*found, *(report.tried(look_at, each[-1], base) for each in other.values() if each)]:
+    checkpoints = [model for ref in run or [] if (model := report.tried(look_at, ref, base))]
+    if checkpoints:
+        report.say(f"run {study.get('run')}: checkpoints of step {_steps([model.ref for model in checkpoints])}")
+        if len(checkpoints) < 4:
+            report.say(f"with {len(checkpoints)}, a correlation (C4, C6) has no interval; with four or more it has one")
+    reference = first or next(iter(checkpoints), None)
+    run_paths = study.get("runs") or {}
+    trained = {name for name in study.get("train.runs") or {} if not (Path(run_paths[name]) / "train.json").is_file()}
+    others = {name: report.tried(refs.run, run_paths[name]) for name in run_paths if name not in trained}
+    for name, other_run in others.items():
+        if other_run:
+            report.say(f"runs.{name} {run_paths[name]}: checkpoints of step {_steps(other_run)}")
+    for model in [*checkpoints, *(report.tried(look_at, other[-1], base) for other in others.values() if other)]:
         if model:
-            report.tried(check_pair, one or model, model)
-    if first and found:
-        tokenizers(study, [first, *found], report)
-    return [model for model in [first, *found] if model]
+            report.tried(check_pair, reference or model, model)
+    if first and checkpoints:
+        tokenizers(study, [first, *checkpoints], report)
+    return [model for model in [first, *checkpoints] if model]
 
 
 def _steps(run: list[refs.ModelRef]) -> str:
@@ -133,8 +133,8 @@ def _steps(run: list[refs.ModelRef]) -> str:
 
 
 def check_pair(base: Model, other: Model) -> None:
-    """Refuse what is not a pair for the scripts. One of the two may have a vision tower beside the same language
-    model."""
+    """Raise an InputError if the scripts cannot compare the two models. One of them may have a vision tower beside the
+    same language model."""
     kinds, layers = zip(base.shape, other.shape, strict=True)
     if archs.text_type(base.config) != archs.text_type(other.config):
         raise InputError(f"{base.ref.spec} is a {kinds[0]}, {other.ref.spec} a {kinds[1]}: they are not a pair")
@@ -143,7 +143,7 @@ def check_pair(base: Model, other: Model) -> None:
 
 
 def _is_there(study: Study, key: str, report: Report) -> bool:
-    """Whether there is a model to look at; said where the study trains it first, a problem where nothing names it."""
+    """Whether there is a model to check; reports if the study trains it first, and a problem if the key is missing."""
     spec, trained = study.get(key), study.get("train.base" if key == "base" else "train.cpt")
     if spec is None:
         report.tried(study.value, None, f"the key {key}", key)
@@ -160,12 +160,12 @@ def described(model: Model) -> str:
     rows = identity.vocabulary_size(model.config)
     return (
         f"{kind}, {layers} layers, {model.parameters / 1e6:,.1f} M parameters, {model.size / 1e9:.2f} GB, "
-        f"{rows:,} tokens{'' if model.here else ', yet to be fetched'}"
+        f"{rows:,} tokens{'' if model.here else ', to be downloaded'}"
     )
 
 
 def tokenizers(study: Study, found: list[Model], report: Report) -> None:
-    """Whether base and checkpoints have one tokenizer; where they differ, what follows."""
+    """Report whether base and checkpoints have the same tokenizer, and the consequences if not."""
     run, base = study.get("run"), found[0].ref
     kinds: dict[str, list[str]] = {}
     for model in found:
@@ -177,13 +177,13 @@ def tokenizers(study: Study, found: list[Model], report: Report) -> None:
     elif kinds:
         groups = "; ".join(", ".join(models) for models in kinds.values())
         report.say(
-            f"tokenizers: {len(kinds)} kinds ({groups}): retrieval, loss and task take each model's own; token ids of "
-            "Part II are made with the base's, and models whose plain text has other ids refuse them"
+            f"tokenizers: {len(kinds)} kinds ({groups}): retrieval, loss and task use each model's own; token ids of "
+            "Part II are made with the base's, and refused for models whose tokenizer gives plain text other ids"
         )
 
 
 def files(study: Study, chosen: planning.Plan, report: Report) -> dict[str, float]:
-    """The texts, opened as the scripts open them; how many tokens, roughly, each kind has."""
+    """Open the texts the way the scripts do, and return the rough number of tokens of each kind."""
     report.head("data")
     sizes = {"pairs": 0.0, "n_pairs": 0.0, "heldout": 0.0, "target": 0.0, "neurons": 0.0}
     pairs = report.tried(_pairs, study)
@@ -193,14 +193,14 @@ def files(study: Study, chosen: planning.Plan, report: Report) -> dict[str, floa
         sizes["pairs"] = sum(len(text.encode()) for text in (*pairs.base, *pairs.target)) / BYTES_PER_TOKEN
     elif pairs is not None:
         report.say("parallel sentences: made first")
-    for what, texts in (
+    for kind, texts in (
         ("held-out text", study.get("data.heldout", {})),
-        ("text of neurons", _lsn_texts(study, chosen)),
+        ("text for neurons", _lsn_texts(study, chosen)),
     ):
         for code, file in texts.items():
-            found = report.tried(_text, study, file)
-            report.say(f"{what}, {code}: {file or 'mOSCAR, from the hub'}{found or ''}")
-            if what == "text of neurons":
+            note = report.tried(_text, study, file)
+            report.say(f"{kind}, {code}: {file or 'mOSCAR, from the hub'}{note or ''}")
+            if kind == "text for neurons":
                 sizes["neurons"] += _at_most(study, file)
             elif Path(str(file)).is_file():
                 tokens = sum(len(line.encode()) for line in textfiles.texts(Path(file))) / BYTES_PER_TOKEN
@@ -215,7 +215,7 @@ def files(study: Study, chosen: planning.Plan, report: Report) -> dict[str, floa
 
 
 def _pairs(study: Study) -> sources.ParallelText | bool:
-    """The parallel sentences; False where the workflow makes them first."""
+    """The parallel sentences; False if the workflow makes them first."""
     keys = ("source", "data_dir", "base_file", "target_file", "split", "drop_empty", "limit")
     sides = [study.value(None, f"--{side}", f"languages.{side}") for side in ("base", "target")]
     try:
@@ -233,19 +233,19 @@ def _lsn_texts(study: Study, chosen: planning.Plan) -> dict[str, str | None]:
 
 
 def _at_most(study: Study, file: str | None) -> float:
-    """Tokens of a language that neurons are counted on: as many as the study asks for, or as a local text holds."""
-    wanted = int(study.get("lsn.tokens") or 99_999_744)
+    """Tokens per language on which neurons are counted: as the study asks, or fewer if a local text is shorter."""
+    requested = int(study.get("lsn.tokens") or 99_999_744)
     if not Path(str(file)).is_file():
-        return wanted
-    packed = PACKED if str(file).endswith((".gz", ".parquet")) else 1  # not unpacked for this: it may be gigabytes
-    return min(wanted, packed * Path(file).stat().st_size / BYTES_PER_TOKEN)
+        return requested
+    packed = PACKED if str(file).endswith((".gz", ".parquet")) else 1  # not unpacked: it may have gigabytes
+    return min(requested, packed * Path(file).stat().st_size / BYTES_PER_TOKEN)
 
 
 def _text(study: Study, file: str | None) -> str:
-    """A word on a file or folder.
+    """Check a file or folder; returns a note for the report, empty if it exists.
 
     Raises:
-        InputError: it is not there, and the workflow does not make it; or it is a file that holds no text.
+        InputError: it does not exist and the workflow does not make it, or it is a file without text.
     """
     if file is None or Path(file).exists():
         if file is not None and Path(file).is_file():
@@ -257,7 +257,7 @@ def _text(study: Study, file: str | None) -> str:
 
 
 def _made_first(study: Study) -> bool:
-    """Whether the workflow makes texts of its own, which may not be there yet."""
+    """Whether the workflow makes texts itself, which may not exist yet."""
     return any(study.get(f"train.{key}") for key in ("world", "documents", "task"))
 
 
@@ -265,32 +265,30 @@ def _made_first(study: Study) -> bool:
 
 
 def cost(study: Study, chosen: planning.Plan, found: list[Model], sizes: dict[str, float], report: Report) -> None:
-    """Hours and gigabytes, within a factor of three or so."""
+    """Report time and disk space, accurate to a factor of about three."""
     report.head("cost, roughly")
     if not found:
         report.say("not known before the models are trained")
         return
-    each = 2 * found[0].parameters  # of a token, without attention between tokens
+    per_token = 2 * found[0].parameters  # floating-point operations, without attention between tokens
     speed, where = planning.machine()
-    wanted = planning.passes(study, chosen, len(found) - 1, sizes, found[0].shape[1], found[0].heads)
-    parts = sorted(((each * tokens / speed, name) for name, tokens in wanted))
+    planned = planning.passes(study, chosen, len(found) - 1, sizes, found[0].shape[1], found[0].heads)
+    parts = sorted(((per_token * tokens / speed, name) for name, tokens in planned))
     total = sum(seconds for seconds, _ in parts)
     largest = "; ".join(f"{name}: {_time(seconds)}" for seconds, name in parts[:-4:-1])
     report.say(f"forward passes: {_time(total)} on {where} (most of it {largest})")
-    # Of each model its retrieval; of each part its scripts, as the Snakefile has them.
+    # One retrieval step per model, plus the scripts of each part, as in the Snakefile.
     steps = len(found) + 14 + 3 * chosen.task + 2 * chosen.losses + 12 * bool(chosen.lsn) + chosen.deactivation
     steps += chosen.ablation + 5 * chosen.spectral + chosen.alignment + chosen.bigram + 2 * chosen.routing
     steps += chosen.steering + 2 * len(study.get("lsn.methods") or [])
-    report.say(
-        f"beside them the start of about {steps} steps: {_time(START * steps)}, longer where models are loaded slowly"
-    )
+    report.say(f"plus the start of about {steps} steps: {_time(START * steps)}, longer if models load slowly")
     fetched = sum(model.size for model in found if not model.here)
     written = (4 if chosen.lsn else 2) * found[-1].size + 4 * sizes["neurons"]
     out = study.result("claims").parent
     free = folders.free_bytes(next(path for path in (out, *out.parents) if path.is_dir()))
     report.say(
         f"disk: {written / 1e9:.1f} GB to be written (swapped models, token ids), {free / 1e9:.0f} GB free"
-        + (f"; {fetched / 1e9:.1f} GB to be fetched from the hub" if fetched else "")
+        + (f"; {fetched / 1e9:.1f} GB to be downloaded from the hub" if fetched else "")
     )
     report.tried(folders.refuse_full_disk, out, int(written))
 
@@ -308,12 +306,12 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     study = Study.find(args.file or args.study, args.seed, args.arm)
     if not study:
-        raise InputError("no study file: give its path, or run where study.yaml is")
+        raise InputError("no study file: give its path, or run in the folder of a study.yaml")
     return examine(study)
 
 
 def examine(study: Study) -> int:
-    """Look at everything that the study names, and say what was found.
+    """Check everything that the study names, and report the findings.
 
     Raises:
         InputError: anything is missing or does not fit.
@@ -329,8 +327,9 @@ def examine(study: Study) -> int:
         for text in chosen.left_out:
             report.say(text)
     if report.problems:
-        many = f"{len(report.problems)} problems, each said above" if len(report.problems) > 1 else report.problems[0]
-        raise InputError(f"{study.path} cannot run yet: {many}")
+        count = len(report.problems)
+        problems = f"{count} problems, listed above" if count > 1 else report.problems[0]
+        raise InputError(f"{study.path} cannot run yet: {problems}")
     cli.say("\nready to run")
     return 0
 

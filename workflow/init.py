@@ -1,10 +1,10 @@
-"""Writes a study file: looks at what models and texts there are, asks for what it cannot see, and checks the study.
+"""Writes a study file: finds models and texts, asks for everything that it cannot find, and checks the study.
 
-Without a terminal nothing is asked: what no flag gives is taken from the current folder where there is one of it, else
-the command ends with the flag. What every key means: docs/study.md.
+Without a terminal nothing is asked: a value without a flag is taken from the current folder if there is exactly one
+candidate; otherwise the command ends and names the flag. docs/study.md explains every key.
 
-In:   models and texts of your own, below the current folder or anywhere.
-Out:  STUDY, which workflow/check.py accepts; nothing where anything is wrong with what was given.
+In:   your models and texts, below the current folder or anywhere else.
+Out:  STUDY, which workflow/check.py accepts; no file is written if an input is wrong.
 
     python -m cpt_utils.base.study --init basque.yaml
     python -m cpt_utils.base.study --init basque.yaml --base my-models/base --run my-models/cpt --languages en,eu --pairs my-texts/pairs.tsv
@@ -31,7 +31,7 @@ check = cli.sibling("workflow/check.py")
 CONFIGS = ("config.json", formats.ADAPTER_CONFIG)
 DEPTH, TABLES = 3, (".tsv", ".tsv.gz")
 KINDS = "two files of text, a .tsv, a folder of SIB-200 or FLORES+, or flores or sib200 for the hub"
-CONTROLS = 99  # p down to .01
+CONTROLS = 99  # random sets: the smallest possible p is .01
 TOKENS = 10_000_000
 HEAD = """\
 # Written by python -m cpt_utils.base.study --init. Every key: docs/study.md. Then:
@@ -40,12 +40,12 @@ HEAD = """\
 """
 
 
-# ---------------------------------------------------------------- what there is
+# ---------------------------------------------------------------- models and texts here
 
 
 @dataclass
 class Found:
-    """What lies below a folder, by its path from there: models that are no checkpoints, runs, files of text."""
+    """Contents of a folder, as relative paths: models that are not checkpoints, runs, text files."""
 
     models: list[str] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
@@ -53,19 +53,19 @@ class Found:
 
 
 def look(folder: str = ".") -> Found:
-    """Models, runs and texts in `folder` and DEPTH folders below it; folders of code, results and hidden ones are not
-    looked into."""
+    """Models, runs and texts in `folder` and up to DEPTH levels below it; skips hidden folders, results, and folders
+    with code."""
     found = Found()
-    for place, below, files in os.walk(folder):
-        deep = len(Path(place).relative_to(folder).parts)
-        models = [name for name in below if any((Path(place) / name / config).is_file() for config in CONFIGS)]
+    for parent, below, files in os.walk(folder):
+        depth = len(Path(parent).relative_to(folder).parts)
+        models = [name for name in below if any((Path(parent) / name / config).is_file() for config in CONFIGS)]
         steps = step_names.steps_of(models)
         below[:] = sorted(
             name for name in below
-            if not name.startswith(".") and name not in (*steps, "results") and deep < DEPTH
-            and not any((Path(place) / name).glob("*.py"))
+            if not name.startswith(".") and name not in (*steps, "results") and depth < DEPTH
+            and not any((Path(parent) / name).glob("*.py"))
         )  # fmt: skip
-        name = os.path.relpath(place, folder)
+        name = os.path.relpath(parent, folder)
         if steps:
             found.runs.append(name)
         elif {*CONFIGS} & {*files}:
@@ -77,7 +77,7 @@ def look(folder: str = ".") -> Found:
 
 
 def pairs_among(texts: list[str], base: str, target: str) -> list[str]:
-    """Files that may be parallel sentences, as they are given to --pairs: named alike but for the code, and tables."""
+    """Candidates for --pairs: files whose names differ only in the language code, and tables."""
 
     def with_code(file: str, code: str, other: str) -> str:
         return re.sub(rf"(?<![^\W_]){re.escape(code)}(?![^\W_])", other, file)
@@ -91,8 +91,8 @@ def pairs_among(texts: list[str], base: str, target: str) -> list[str]:
 
 
 def answer(asks: bool, flag: str, given, what: str, guesses: list[str], use: Callable, optional: bool = False):
-    """`use(text)` of the flag's value, else of the answer to a question, else of the only guess; asked again where
-    `use` refuses an answer. `what` is wanted, and after a colon in which form."""
+    """`use(text)` of the flag's value, else of the answer to a question, else of the only guess. If `use` refuses an
+    answer, the question is repeated. `what` describes the value and, after a colon, its form."""
     while True:
         text = given
         if text is None and asks:
@@ -101,7 +101,7 @@ def answer(asks: bool, flag: str, given, what: str, guesses: list[str], use: Cal
             if len(guesses) != 1:
                 name, _, form = what.partition(": ")
                 there = f"; here are {', '.join(guesses[:6])}" if guesses else ""
-                raise InputError(f"nothing says {name}: give {flag}{form and f' ({form})'}{there}")
+                raise InputError(f"missing {name}: give {flag}{form and f' ({form})'}{there}")
             text = guesses[0]
             cli.say(f"{flag} {text}: the only one here")
         if not text and optional:
@@ -115,7 +115,7 @@ def answer(asks: bool, flag: str, given, what: str, guesses: list[str], use: Cal
 
 
 def _asked(flag: str, what: str, guesses: list[str], optional: bool) -> str:
-    """What somebody types: a number stands for a guess, nothing for the only one."""
+    """The user's input; a number selects a guess, and Enter the only guess."""
     cli.say(f"\n{what[0].upper()}{what[1:]}{' (Enter: none)' if optional else ''}")
     for number, guess in enumerate(guesses[:9], 1):
         cli.say(f"  {number}  {guess}")
@@ -136,21 +136,21 @@ def _asked(flag: str, what: str, guesses: list[str], optional: bool) -> str:
 
 
 def base_model(text: str) -> check.Model:
-    found = check.look_at(refs.model(text))
-    cli.say(f"  {check.described(found)}")
-    return found
+    model = check.look_at(refs.model(text))
+    cli.say(f"  {check.described(model)}")
+    return model
 
 
 def run_of(text: str, base: check.Model) -> str | list[str]:
-    """The run as the study has it; every checkpoint is looked at, and fits the base."""
-    given = _words(text)
-    found = refs.run(given)
-    if os.path.realpath(found[-1].spec) == os.path.realpath(base.ref.spec):
+    """The run as written in the study, after checking every checkpoint against the base."""
+    words = _words(text)
+    run = refs.run(words)
+    if os.path.realpath(run[-1].spec) == os.path.realpath(base.ref.spec):
         raise InputError(f"{text} is the base itself; give the folder of its checkpoints")
-    for ref in found:
+    for ref in run:
         check.check_pair(base, check.look_at(ref, base.ref))
-    cli.say(f"  {len(found)} checkpoint{'s' * (len(found) > 1)}, of step {', '.join(str(ref.step) for ref in found)}")
-    return given if len(given) > 1 else given[0]
+    cli.say(f"  {len(run)} checkpoint{'s' * (len(run) > 1)}, of step {', '.join(str(ref.step) for ref in run)}")
+    return words if len(words) > 1 else words[0]
 
 
 def two_languages(text: str) -> tuple[str, str]:
@@ -161,12 +161,12 @@ def two_languages(text: str) -> tuple[str, str]:
         try:
             languages.canonical(code)
         except InputError as error:
-            cli.warn(f"{error}; it is taken as a tag of your own")
+            cli.warn(f"{error}; it is used as your own tag")
     return codes[0], codes[1]
 
 
 def parallel(text: str, base: str, target: str) -> dict:
-    """The keys of `data` for parallel sentences that are there: a word, a folder, a table, or two files."""
+    """The keys of `data` for parallel sentences, given as a source's name, a folder, a table, or two files."""
     words = _words(text)
     first = words[0]
     tables = [word for word in words if word.rpartition(":")[0].endswith(TABLES) or word.endswith(TABLES)]
@@ -184,10 +184,9 @@ def parallel(text: str, base: str, target: str) -> dict:
     try:
         pairs = sources.parallel(data["source"], base, target, **options)
     except InputError as error:
-        files = (
-            "; of a folder of your own texts name the two files" if data["source"] == "flores" and "dir" in data else ""
-        )
-        raise InputError(f"{error}{files}") from None
+        is_folder = data["source"] == "flores" and "dir" in data
+        hint = "; for a folder of your own texts, name the two files" if is_folder else ""
+        raise InputError(f"{error}{hint}") from None
     cli.say(f"  {pairs.summary()}")
     if data["source"] == "sib200" and "dir" in data:
         data["task"] = {"name": f"sib200_{pairs.facts['target']['spelling']}", "dir": first}
@@ -195,7 +194,7 @@ def parallel(text: str, base: str, target: str) -> dict:
 
 
 def texts_by_language(text: str, flag: str, hub: bool = False) -> dict[str, str | None]:
-    """LANG=FILE .. as a mapping of files that hold text; with `hub` a language alone is for mOSCAR."""
+    """LANG=FILE .. as a mapping to checked text files; with `hub`, a language alone means mOSCAR."""
     words = _words(text)
     alone = [word for word in words if "=" not in word] if hub else []
     files = cli.sibling("cpt/documents.py").language_files([word for word in words if word not in alone], flag) or {}
@@ -206,17 +205,17 @@ def texts_by_language(text: str, flag: str, hub: bool = False) -> dict[str, str 
 
 
 def neurons(text: str, target: str) -> dict[str, str | None]:
-    found = texts_by_language(text, "--neurons", hub=True)
-    if found and (len(found) < 2 or languages.find(found, target, default=None) is None):
-        raise InputError(f"--neurons {text}: name {target} and one other language at least")
-    return found
+    texts = texts_by_language(text, "--neurons", hub=True)
+    if texts and (len(texts) < 2 or languages.find(texts, target, default=None) is None):
+        raise InputError(f"--neurons {text}: name {target} and at least one other language")
+    return texts
 
 
 # ---------------------------------------------------------------- the command
 
 
 def study_of(args, asks: bool) -> dict:
-    """The values of the study, every one looked at."""
+    """The values of the study, each of them checked."""
     found = look()
     base = answer(asks, "--base", args.base, "the model before CPT", found.models, base_model)
     run = answer(asks, "--run", _joined(args.run), "its checkpoints", found.runs, lambda text: run_of(text, base))
@@ -225,12 +224,12 @@ def study_of(args, asks: bool) -> dict:
     kinds = f"the parallel sentences: {KINDS}"
     guesses = pairs_among(found.texts, *pair)
     data = answer(asks, "--pairs", _joined(args.pairs), kinds, guesses, lambda text: parallel(text, *pair))
-    words = "text that nobody trained on, for losses and samples: LANG=FILE .., a document a line"
+    what = "held-out text, not used for training, for losses and samples: LANG=FILE .., one document per line"
     heldout = answer(
-        asks, "--heldout", _joined(args.heldout), words, [], lambda text: texts_by_language(text, "--heldout"), True
+        asks, "--heldout", _joined(args.heldout), what, [], lambda text: texts_by_language(text, "--heldout"), True
     )
-    words = "text for neurons: LANG=FILE .. of two languages or more; LANG alone takes mOSCAR from the hub"
-    counted = answer(asks, "--neurons", _joined(args.neurons), words, [], lambda text: neurons(text, pair[1]), True)
+    what = "text for neurons: LANG=FILE .. in two languages or more; LANG alone takes mOSCAR from the hub"
+    counted = answer(asks, "--neurons", _joined(args.neurons), what, [], lambda text: neurons(text, pair[1]), True)
     name = args.name or Path(args.init).stem
     values = {"name": name, "base": base.ref.spec, "run": run,
               "languages": {"base": pair[0], "target": pair[1]}, "data": data}  # fmt: skip
@@ -260,13 +259,13 @@ def build_parser():
     add = p.add_argument
     text = "study file to write; default study.yaml"
     add("--init", nargs="?", const="study.yaml", metavar="STUDY", required=True, help=text)
-    add("--name", metavar="NAME", help="what files and figures call it; default: the name of the file")
+    add("--name", metavar="NAME", help="name of the study in files and figures; default: the file's name")
     add("--base", metavar="B", help="the model before CPT: a folder, org/name or org/name@revision")
-    add("--run", nargs="+", metavar="RUN", help="its checkpoints: a folder of them, a pattern on the hub, or each")
-    add("--languages", metavar="BASE,TARGET", help="the language that the model knew, and that of CPT")
+    add("--run", nargs="+", metavar="RUN", help="its checkpoints: a folder, a pattern on the hub, or one by one")
+    add("--languages", metavar="BASE,TARGET", help="the language that the model knew, and the language of CPT")
     add("--pairs", nargs="+", metavar="PLACE", help=f"parallel sentences: {KINDS}")
-    add("--heldout", nargs="+", metavar="LANG=FILE", help="text that nobody trained on, a document a line")
-    add("--neurons", nargs="+", metavar="LANG=FILE", help="text in which neurons are counted; LANG alone: mOSCAR")
+    add("--heldout", nargs="+", metavar="LANG=FILE", help="held-out text, one document per line")
+    add("--neurons", nargs="+", metavar="LANG=FILE", help="text on which neurons are counted; LANG alone: mOSCAR")
     return p
 
 
@@ -274,7 +273,7 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     file = Path(args.init)
     if file.exists():
-        raise InputError(f"{file} is there already; give another name, or change it by hand (docs/study.md)")
+        raise InputError(f"{file} exists already; give another name, or edit the file (docs/study.md)")
     values = study_of(args, sys.stdin.isatty())
     code = check.examine(Study(values, file))
     results.write_text(file, HEAD.format(file=file) + as_yaml(values))

@@ -1,4 +1,4 @@
-# Models and texts that a study makes itself, which `Snakefile` includes: names that are not defined here are its own.
+# Models and texts that a study makes itself. Included by `Snakefile`, which defines all names not defined here.
 
 if WORLD:
 
@@ -35,7 +35,7 @@ def train(stage, folder, more=""):
     return f"{before}{run('cpt/train.py', f'--stage {stage} {more} $redo')} && touch {{output:q}}"
 
 
-# `update`: a training that was killed goes on from its own folder, so nothing in it may be removed beforehand.
+# `update`: a killed training continues from its own folder, so Snakemake must not remove anything in it beforehand.
 if BASE_TRAINING:
 
     rule train_base:
@@ -61,12 +61,12 @@ if CPT_TRAINING:
         ARM_RUN = STUDY.of_arm(ARMS[0]).get("run").replace(f"arms/{ARMS[0]}", "arms/{arm}")
 
         def layers_of(wildcards):
-            """The files of the plain run that say what is frozen: which layers, which neurons."""
+            """The files of the plain run that state which layers or neurons are frozen."""
             words = " ".join(map(str, STUDY.get("arms")[wildcards.arm].values()))
             files = {"hub": LAYERS, "interface": LAYERS, "change": ATTN_VS_FFN, "lsn": MASK, str(COGSYM): COGSYM}
             return list(dict.fromkeys(file for word, file in files.items() if word in words))
 
-        # One core each, side by side; the plain run takes more, which changes no bit (tests/test_cpt_train.py).
+        # In parallel, one core each; the plain run uses more, which changes rounding at most (tests/test_cpt_train.py).
         rule train_arm:
             input: RUN_FILES, TEXTS, CPT_TRAINING["_path"], layers_of, code=made_of("cpt/train.py")
             output: update(f"{ARM_RUN}/train.json")

@@ -1,7 +1,7 @@
-# Measures of neighbouring work, which `Snakefile` includes: names not defined here are its own.
+# Measures from neighbouring work. Included by `Snakefile`, which defines all names not defined here.
 
-# Language neurons by other methods than LAPE, where the study has lsn.methods: their masks, the same causal test on
-# each, and all of it side by side.
+# Language neurons by methods other than LAPE, if the study has lsn.methods: their masks, the same causal test for each,
+# and a comparison of all.
 METHODS = (STUDY.get("lsn.methods") or []) if LSN and PLAN.deactivation else []
 
 if METHODS:
@@ -39,7 +39,7 @@ if METHODS:
         priority: 1
         shell: run("lsn/deactivate.py", "--method {wildcards.method}")
 
-    # Ternary classes of the base, which change over continued pre-training.
+    # Ternary classes of the base's neurons, to compare with those after continued pre-training.
     BASE_TAG = f"{STUDY.name}.{model_id(BASE)}"
     OF_BASE = [MASK.with_name(f"{BASE_TAG}.ternary.json")] if "ternary" in METHODS else []
 

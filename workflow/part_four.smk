@@ -1,10 +1,10 @@
-# Part IV of the workflow, the update itself, which `Snakefile` includes: names not defined here are its own.
+# Part IV of the workflow: the update itself. Included by `Snakefile`, which defines all names not defined here.
 
-# Other runs of the base, which the study names, and the training files of those that are trained here.
+# Other runs of the base that the study names, and the training files of those that are trained here.
 OTHER_RUNS, OTHER_TRAINED = STUDY.get("runs", {}), {} if ARM else STUDY.get("train.runs", {})
 try:
     for name in OTHER_RUNS.keys() - OTHER_TRAINED.keys():
-        refs.run(OTHER_RUNS[name])[-1].config()  # a run that is nowhere ends here, too
+        refs.run(OTHER_RUNS[name])[-1].config()  # a missing run is reported here
 except InputError as error:
     raise WorkflowError(str(error)) from None
 OTHER_FILES = [f"{OTHER_RUNS[name]}/train.json" for name in OTHER_TRAINED]

@@ -1,4 +1,4 @@
-# Part III of the workflow, where a language is learnt, which `Snakefile` includes: names not defined here are its own.
+# Part III of the workflow: where a language is learnt. Included by `Snakefile`, which defines names not defined here.
 
 # -------------------------------------------------------------------------------- 1. layer ablation
 
@@ -26,7 +26,7 @@ rule cogsym:
     shell: run("layer-ablation/cogsym.py")
 
 
-# Those that train a part alone, or adapters; all others are in arms.json, too.
+# The arms that train only a part of the model, or adapters; arms.json has these and all others.
 if any({"train_only", "lora"} & {*what} for what in STUDY.get("arms", {}).values()) and ARMS:
 
     rule compare_runs:

@@ -1,7 +1,7 @@
-# Part II of the workflow, which `Snakefile` includes: names that are not defined here are its own.
+# Part II of the workflow. Included by `Snakefile`, which defines all names not defined here.
 #
-# Which language the neurons belong to is found on text of the study (data.lsn_text), else mOSCAR from the hub; without
-# languages.lsn and a place for token ids there is of Part II only attention against the FFN.
+# Language-specific neurons are identified on the study's text (data.lsn_text), else on mOSCAR from the hub. Without
+# languages.lsn and a folder for token ids, Part II only has attention against the FFN.
 
 # -------------------------------------------------------------------------------- 1. attention and FFN
 
@@ -17,7 +17,7 @@ rule attn_vs_ffn:
 if LSN:
     # ---------------------------------------------------------------------------- 2. neurons
 
-    if not (ARM and all(path.is_file() for path in TOKEN_IDS)):  # made for the study's own run, and shared
+    if not (ARM and all(path.is_file() for path in TOKEN_IDS)):  # made for the plain run, and shared with others
 
         rule token_ids:
             input: TEXTS, BASE_FILES, code=made_of("lsn/load_oscar.py")
@@ -51,7 +51,7 @@ if LSN:
             log: LOGS / "deactivate.log"
             threads: EACH
             resources: gpu=1
-            priority: 1  # nothing waits for it but the report, and it takes long: begun last, it would end alone
+            priority: 1  # it takes long, and only the report waits for it: if it began last, it would run alone
             shell: run("lsn/deactivate.py")
 
     # ---------------------------------------------------------------------------- 3. over CPT
@@ -59,7 +59,7 @@ if LSN:
     rule lsn_activation:
         input: MASK, CONTROL, TOKEN_IDS, code=made_of("lsn/lsn_activation_cpt.py")
         output:
-            # Folders, so that Snakemake clears them when the mask or the run has changed.
+            # Folders, so Snakemake clears them if the mask or the run has changed.
             directory(ACTIVATION / STUDY.name),
             directory(ACTIVATION / "base"),
             figure(ACTIVATION / f"{STUDY.name}.png", "lsn_activation"),
@@ -85,10 +85,10 @@ if LSN:
 
     # ---------------------------------------------------------------------------- 4. component swaps
 
-    # Stamped here and not where it is asked for: by then Snakemake may have looked which files there are.
+    # Stamped here, not in the rules: by then, Snakemake may already have checked which files exist.
     SWAP_CODE = {name: made_of(f"component-swap/{name}.py") for name in ("attn_int_swap", "ffn_lsn_swap")}
 
-    # Folders of the last checkpoint only: a swapped run is as large on disk as the run. By hand, without --steps, all.
+    # Last checkpoint only, since a swapped run is as large on disk as the run; the script without --steps swaps all.
     rule component_swap:
         input: LAYERS, RICH, code=lambda wildcards: SWAP_CODE[wildcards.component]
         output: COMPONENTS / "{component}" / "metadata.json"

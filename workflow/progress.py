@@ -1,11 +1,11 @@
-"""What the workflow says while it runs: a line for each finished step, the time left for the whole, and status.json.
+"""Progress of the workflow: a line for each finished step, the time left for the whole run, and status.json.
 
-A handler on Snakemake's logger, whose events say what begins, ends and fails; the Snakefile hangs it there. Snakemake's
-own `--quiet` leaves nothing to look at, and takes what failed with it; a logger plugin of Snakemake is a package of its
-own, which is not found where it is installed in place. Snakemake's own log keeps everything.
+A handler that the Snakefile adds to Snakemake's logger and that receives its events for jobs that begin, end and fail.
+Snakemake's `--quiet` would hide all progress, failures included, and a logger plugin must be a separate package, which
+is not found if it is installed in place. Snakemake's own log keeps everything.
 
-The time left is that of the steps that are left, as long as the same step took before, in this run or an earlier one of
-the study; else as on the demo, times how much longer than there the steps took that are known.
+The time left is estimated from the remaining steps. A step is expected to take as long as before, in this or an earlier
+run of the study; else as long as on the demo, times the average slowdown of the steps with known times.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cpt_utils.base import cli, results
 from cpt_utils.base.errors import InputError
 
 SCHEMA = "status"
-LONG = 60  # seconds from which a step is announced when it begins
-SHOWN = 15  # lines of the log of what failed
-# Seconds on the demo, with one core; of others SHORT.
+LONG = 60  # a step expected to take this many seconds is announced when it begins
+SHOWN = 15  # lines shown from the log of a failed step
+# Seconds of each rule on the demo, with one core; SHORT for all others.
 USUAL = {
     "train_base": 240, "train_cpt": 60, "train_arm": 70, "deactivate": 95, "component_swap_controls": 70,
     "layer_swap_controls": 62, "layer_ablation": 60, "rewind": 60, "truncate": 60, "connect": 30, "spectrum": 30,
@@ -40,7 +40,7 @@ SHORT = 4
 
 @dataclass
 class Job:
-    """A step of the workflow; `model`: it runs a model, or trains one, so that it takes longer with a larger one."""
+    """A step of the workflow; `model`: it runs or trains a model, so it takes longer with a larger one."""
 
     rule: str
     name: str
@@ -59,17 +59,17 @@ def job_of(snakemake_job) -> Job:
 def seconds_left(
     left: list[Job], running: list[Job], took: dict[str, float], models: set[str], cores: int, gpus: int, now: float
 ) -> float | None:
-    """Seconds until all of `left`, among which are those `running`, are done; None where nothing is known of models.
+    """Seconds until all jobs in `left` (which include `running`) are done; None if no rule with a model has a time yet.
 
     Args:
-        took: seconds of a job by rule, of those that are known.
+        took: known seconds per job, by rule.
         models: the rules that run a model.
-        cores, gpus: what may be used at a time; no gpus: they are no bound.
+        cores, gpus: the number that may be used at a time; gpus 0: no limit.
     """
     known = {True: [], False: []}
     for rule, seconds in took.items():
         known[rule in models].append((seconds, USUAL.get(rule, SHORT)))
-    factor = {kind: sum(one for one, _ in pairs) / sum(two for _, two in pairs) if pairs else None
+    factor = {kind: sum(here for here, _ in pairs) / sum(usual for _, usual in pairs) if pairs else None
               for kind, pairs in known.items()}  # fmt: skip
     work = on_gpus = longest = 0.0
     for job in left:
@@ -85,7 +85,7 @@ def seconds_left(
 
 
 def words(seconds: float) -> str:
-    """A time for people: `45 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    """A readable duration: `45 s`, `12 min`, `3.4 h`, `2.1 days`."""
     for unit, size in (("days", 86_400), ("h", 3600)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -97,19 +97,19 @@ def _moment(seconds: float) -> str:
 
 
 class Progress(logging.Handler):
-    """Follows a run of Snakemake: says a line for each step, and writes `status.json` into the study's results."""
+    """Follows a run of Snakemake: prints a line for each step, and writes `status.json` into the study's results."""
 
     def __init__(self, workflow, study: str, folder: Path):
         super().__init__(logging.INFO)
         self.workflow, self.study, self.file = workflow, study, Path(folder) / "status.json"
         self.started, self.running, self.jobs, self.failures = time.time(), {}, None, []
         self.finished: list[dict] = []
-        self.seconds = self._of_before()  # by rule, of each job
+        self.seconds = self._from_earlier_run()  # of each job, by rule
         self.header: dict = {}
         self.writes, self.interrupted = True, False
 
-    def _of_before(self) -> dict[str, list[float]]:
-        """Seconds of jobs of an earlier run, the mean of each rule."""
+    def _from_earlier_run(self) -> dict[str, list[float]]:
+        """Mean seconds per job in an earlier run, by rule."""
         try:
             payload, _ = results.read_json(self.file, SCHEMA)
             return {rule: [float(mean)] for rule, mean in payload["seconds_by_rule"].items()}
@@ -117,18 +117,16 @@ class Progress(logging.Handler):
             return {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "on user request" in str(
-            record.msg
-        ):  # Ctrl-C: Snakemake's word for it, before those on the jobs that it ends
+        if "on user request" in str(record.msg):  # Ctrl-C: Snakemake logs this before the jobs that it ends
             self.interrupted = True
-        told = {"job_info": self.begun, "job_finished": self.ended, "job_error": self.failed}
+        methods = {"job_info": self.begun, "job_finished": self.ended, "job_error": self.failed}
         try:
-            if tell := told.get(str(getattr(record, "event", ""))):
-                tell(record)
-        except Exception:  # as the handlers of logging do: what is said of a run must not end it
+            if method := methods.get(str(getattr(record, "event", ""))):
+                method(record)
+        except Exception:  # as in logging's own handlers: reporting must not end the run
             self.handleError(record)
 
-    # ------------------------------------------------------------ what happens
+    # ------------------------------------------------------------ events
 
     def begun(self, record) -> None:
         if self.jobs is None:
@@ -142,7 +140,7 @@ class Progress(logging.Handler):
         self.running[record.jobid] = job
         expected = self._took().get(job.rule, USUAL.get(job.rule, SHORT))
         if expected >= LONG:
-            self._say(f"{self._place(len(self.finished) + 1)} {job.name} has begun; what it is at: tail -f {job.log}")
+            self._say(f"{self._position(len(self.finished) + 1)} {job.name} has begun; to follow it: tail -f {job.log}")
         self.write("running")
 
     def ended(self, record) -> None:
@@ -154,7 +152,7 @@ class Progress(logging.Handler):
         self.finished.append({"step": job.name, "seconds": round(seconds, 1)})
         left = self.left()
         rest = "" if left == 0 else f"; about {words(left)} left" if left is not None else "; time left not known yet"
-        self._say(f"{self._place(len(self.finished))} {job.name}: {words(seconds)}{rest}")
+        self._say(f"{self._position(len(self.finished))} {job.name}: {words(seconds)}{rest}")
         self.write("running")
 
     def failed(self, record) -> None:
@@ -168,50 +166,50 @@ class Progress(logging.Handler):
         self.write("running")
 
     def end(self, state: str) -> None:
-        """Say and write how it ended: done or failed, which after Ctrl-C is interrupted."""
+        """Report and record the final state: done, failed, or (failed after Ctrl-C) interrupted."""
         if self.jobs:
             state = "interrupted" if self.interrupted and state == "failed" else state
             stopped = "stopped" if state == "failed" else state
             after, left = words(time.time() - self.started), len(self.jobs) - len(self.finished)
-            rest = f"{stopped} after {after} with {left} of {len(self.jobs)} steps left; the same command goes on"
+            rest = f"{stopped} after {after} with {left} of {len(self.jobs)} steps left; the same command continues"
             self._say(f"done after {after}" if state == "done" else rest)
             self.running.clear()
             self.write(state)
 
     def page(self, flags: str, page: Path) -> None:
-        """After a failure the claims, the table and the page of the results that there are; not after Ctrl-C.
+        """After a failure (not after Ctrl-C), make claims, table and page from the existing results.
 
-        What they say is in logs/after-failure.log. The page is as old as the run, so that the next one makes it again.
+        Their output goes to logs/after-failure.log. The page gets the run's start time, so the next run makes it again.
         """
         if not self.failures or self.interrupted:
             return
         log = self.file.parent / "logs/after-failure.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as said:
-            for script in ("claims", "export", "page"):  # the page, too, where one before it has nothing to say
+        with log.open("w", encoding="utf-8") as output:
+            for script in ("claims", "export", "page"):  # the page is made even if one of the others fails
                 command = f'"$PYTHON" "$REPOSITORY"/report/{script}.py {flags}'
-                done = subprocess.run(command, shell=True, stdout=said, stderr=subprocess.STDOUT)
+                done = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.STDOUT)
         if not done.returncode:
             os.utime(page, (self.started, self.started))
-        self._say(f"no report could be made, see {log}" if done.returncode else f"the report of what there is: {page}")
+        self._say(f"no report could be made, see {log}" if done.returncode else f"report of the results so far: {page}")
 
-    # ------------------------------------------------------------ what is known
+    # ------------------------------------------------------------ times and status
 
     def _took(self) -> dict[str, float]:
         return {rule: sum(all_of) / len(all_of) for rule, all_of in self.seconds.items()}
 
     def left(self) -> float | None:
         """Seconds until everything is done."""
-        done = {one["step"] for one in self.finished}
+        done = {step["step"] for step in self.finished}
         left = [job for job in self.jobs.values() if job.name not in done]
         models = {job.rule for job in self.jobs.values() if job.model}
-        # Where no cores are given, jobs run elsewhere, as many at a time as have been seen to.
+        # Without a number of cores, jobs run elsewhere (on a cluster), as many at a time as are running now.
         cores = self.workflow.cores or max(1, len(self.running))
         gpus = getattr(self.workflow.global_resources.get("gpu"), "value", 0) or 0
         return seconds_left(left, list(self.running.values()), self._took(), models, cores, gpus, time.time())
 
     def write(self, state: str) -> None:
-        """status.json, for those who watch: what runs, what is done, what is left."""
+        """Write status.json: the steps that run, are done and are left."""
         left = self.left() if state == "running" else 0.0 if state == "done" else None
         running = [{"step": job.name, "since": _moment(job.began), "log": job.log} for job in self.running.values()]
         payload = {
@@ -229,7 +227,7 @@ class Progress(logging.Handler):
             self.writes = False
             cli.warn(str(error))
 
-    def _place(self, number: int) -> str:
+    def _position(self, number: int) -> str:
         total = len(self.jobs)
         return f"[{number:{len(str(total))}d}/{total}]"
 
@@ -239,19 +237,19 @@ class Progress(logging.Handler):
 
 
 def attach(workflow, study: str, folder: Path, verbose: bool) -> Progress:
-    """Hang a Progress on Snakemake's logger; unless `verbose`, what Snakemake says of each job stays in its own log."""
+    """Add a Progress to Snakemake's logger; unless `verbose`, Snakemake's messages on jobs go to its own log only."""
     from snakemake.logging import logger
 
-    made = Progress(workflow, study, folder)
+    progress = Progress(workflow, study, folder)
     for handler in logger.handlers:
         if handler.name == "DefaultStreamHandler" and not verbose:
-            handler.addFilter(lambda record: worth_saying(record) and not made.interrupted)
-    logger.addHandler(made)
-    return made
+            handler.addFilter(lambda record: worth_saying(record) and not progress.interrupted)
+    logger.addHandler(progress)
+    return progress
 
 
 def worth_saying(record: logging.LogRecord) -> bool:
-    """Whether Snakemake's message is for somebody who only wants the results: warnings and errors, but not what it says
-    of a job that failed, which is said here; and that there is nothing to do."""
+    """Whether a message of Snakemake matters to a user who only wants the results: warnings and errors, except those on
+    failed jobs, which are reported here; and that there is nothing to do."""
     of_job = str(getattr(record, "event", "")) == "job_error" or getattr(record, "exception", "") == "RuleException"
     return (record.levelno >= logging.WARNING and not of_job) or "Nothing to be done" in str(record.msg)

@@ -1,10 +1,10 @@
 """One architecture: the projections of its layers, on disk and in memory, and the sizes that its config states.
 
-A *projection* is q, k, v, o, gate, up or down of one layer. On disk it is a tensor, or a slice of a fused one (Phi-3,
-GPT-NeoX, GPT-2), several (latent attention), or one for each expert of a mixture of experts (MoE), perhaps all in one
-tensor; `Arch.parts` says which. In memory it is a module; `Arch.module` returns it. Names on disk and in memory differ
-(prefixes, `embed_out` against `lm_head`, experts that are one parameter in memory); `Arch.locations` maps one to the
-other. Layers may differ: a layer without attention or without an FFN has none of its projections.
+A *projection* is q, k, v, o, gate, up or down of one layer. On disk it is one tensor, a slice of a fused tensor (Phi-3,
+GPT-NeoX, GPT-2), several tensors (latent attention), or one matrix per expert of a mixture of experts (MoE), possibly
+all in one tensor; `Arch.parts` lists them. In memory it is a module; `Arch.module` returns it. Names on disk and in
+memory differ (prefixes, `embed_out` and `lm_head`, experts stacked in memory); `Arch.locations` maps disk to memory.
+Layers may differ: a layer without attention or without an FFN has none of its projections.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from cpt_utils.architectures.arch_parts import (
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 
-# Constants that old checkpoints carry (causal masks, rotary frequencies, sinusoidal positions): no parameters, never
-# compared or swapped.
+# Constants in old checkpoints (causal masks, rotary frequencies, sinusoidal positions): not parameters, never compared
+# or swapped.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn)\.(bias|masked_bias)|embed_positions\.weights)$")
 
 
 @dataclass(frozen=True)
 class Arch(Layers):
-    """One model type: where everything of its layers is, on disk and in memory. The fields are those of `Layers`."""
+    """One model type: where the parameters of its layers are, on disk and in memory. `Layers` documents the fields."""
 
     # --- on disk ---
 
@@ -50,18 +50,18 @@ class Arch(Layers):
         disk_names: Collection[str],
         shape: Callable[[str], tuple[int, ...]] | None = None,
     ) -> list[WeightSlice]:
-        """The weights and, where there are some, the biases of `projection` in `layer`, among the tensors `disk_names`.
+        """The weights and any biases of `projection` in `layer`, among the tensors `disk_names`.
 
-        Of a MoE layer's gate, up or down one weight for each expert, in order, then that of the FFN beside them;
-        of a latent attention one for each step. `projection` may be ROUTER, too.
+        A MoE layer's gate, up or down has one weight per expert, in order, then that of the shared FFN; a latent
+        attention has one per step. `projection` may also be ROUTER.
 
         Args:
-            shape: the shape of a tensor on disk, for types whose files hold experts in one of two ways; without it
-                they are taken to lie as in memory.
+            shape: returns the shape of a tensor on disk, for types whose files store experts in one of two layouts;
+                without it, the layout in memory is assumed.
 
         Raises:
-            InputError: the type or the layer has no such projection, or no tensor of that name is on disk (near misses
-                are named).
+            InputError: the type or the layer has no such projection, or the tensor is not on disk (the nearest names
+                are given).
         """
         sparse = projection in (*FFN, ROUTER) and self.has_router(config, layer)
         slots = () if projection == ROUTER else self.slots(config, layer, projection, beside_experts=sparse)
@@ -87,89 +87,89 @@ class Arch(Layers):
         shape: Callable[[str], tuple[int, ...]],
         by_query: bool = False,
     ) -> list[WeightSlice]:
-        """What of an attention's projection belongs to the `chosen` units of `layer` and to no other: rows of q, k, v
-        and of their biases, columns of o; and with the role BESIDE what else goes with these heads: segments of a norm
-        over all heads, sinks, rows of an output gate. Nothing of a projection that the layer lacks.
+        """The parts of an attention projection that belong to the `chosen` units of `layer` only: rows of q, k, v and
+        of their biases, columns of o; and, with the role BESIDE, the heads' share of other parameters: segments of a
+        norm over all heads, sinks, rows of an output gate. Empty for a projection that the layer lacks.
 
         Args:
-            chosen: units, as `head_counts` has them.
-            shape: the shape of a tensor on disk.
-            by_query: they are query heads instead, of which single ones have nothing of k and v.
+            chosen: units, as counted by `head_counts`.
+            shape: returns the shape of a tensor on disk.
+            by_query: `chosen` are query heads instead; a single query head has no part of k and v.
 
         Raises:
-            InputError: a tensor does not divide into the heads that config.json states, or is not there.
+            InputError: a tensor is missing, or does not divide into the number of heads in config.json.
         """
         chosen, (heads, units) = sorted({*chosen}), self.head_counts(config, layer)
         of_queries = projection in ("q_proj", "o_proj")
         if not units or not chosen or (by_query and not of_queries):
             return []
-        n, found, whole = heads if by_query else units, [], []
-        size = heads // n if of_queries else 1  # heads of the chosen ones each
+        n, parts, whole = heads if by_query else units, [], []
+        size = heads // n if of_queries else 1  # heads per chosen unit
         for slot in self.slots(config, layer, projection):
             whole += [] if slot.shared else self._slot_parts(config, layer, projection, slot, disk_names)
         if projection == "o_proj":
             whole = [replace(part, dim=1 - part.dim) for part in whole if part.role == "weight"]
         for name in self.with_heads.get(projection, ()):
-            each = [h for one in chosen for h in range(one * size, (one + 1) * size)] if "{}" in name else [0]
-            tensors = [self._find(f"{self.layers_name}.{layer}.{name.format(h)}", disk_names) for h in each]
-            (found if "{}" in name else whole).extend(WeightSlice(tensor, BESIDE) for tensor in tensors if tensor)
+            indices = [h for unit in chosen for h in range(unit * size, (unit + 1) * size)] if "{}" in name else [0]
+            tensors = [self._find(f"{self.layers_name}.{layer}.{name.format(h)}", disk_names) for h in indices]
+            (parts if "{}" in name else whole).extend(WeightSlice(tensor, BESIDE) for tensor in tensors if tensor)
         for part in whole:
             halves = 2 if self.differential and projection != "o_proj" else 1
-            every = torch.arange(shape(part.tensor)[part.dim])[slice(None) if part.index is None else part.index]
-            if len(every) % (n * halves):
+            positions = torch.arange(shape(part.tensor)[part.dim])[slice(None) if part.index is None else part.index]
+            if len(positions) % (n * halves):
                 raise InputError(
                     f"{part.tensor} has shape {list(shape(part.tensor))}, which does not divide into the {n * halves} "
                     "heads that config.json states"
                 )
-            found.append(replace(part, index=pieces(every, n, chosen, halves)))
-        return found
+            parts.append(replace(part, index=pieces(positions, n, chosen, halves)))
+        return parts
 
     def shared_parts(
         self, config, layer: int, disk_names: Collection[str], shape: Callable[[str], tuple[int, ...]]
     ) -> list[WeightSlice]:
-        """What of a layer's attention belongs to no single head: the output bias and the narrow layers of a latent
-        attention; and with the role BESIDE norms that are the same for every head, and whatever else is below its
-        module. With `head_parts` of all units that is each entry of the attention, once."""
+        """The parts of a layer's attention that belong to no single head: the output bias and the narrow layers of a
+        latent attention; and, with the role BESIDE, norms shared by all heads and everything else below the attention
+        module. Together with `head_parts` of all units, this covers every entry of the attention exactly once."""
         units = range(self.head_counts(config, layer)[1])
         if not units:
             return []
-        found, taken = [], set()
+        shared, taken = [], set()
         for projection in ATTENTION:
             for slot in self.slots(config, layer, projection):
                 parts = self._slot_parts(config, layer, projection, slot, disk_names)
-                found += [part for part in parts if slot.shared or (projection == "o_proj" and part.role == "bias")]
+                shared += [part for part in parts if slot.shared or (projection == "o_proj" and part.role == "bias")]
             taken |= {part.tensor for part in self.head_parts(config, layer, projection, units, disk_names, shape)}
-        taken |= {part.tensor for part in found}
+        taken |= {part.tensor for part in shared}
         module = self.slots(config, layer, "o_proj")[0].module.rpartition(".")[0]
         start, unused = f"{self.layers_name}.{layer}.{module}.", not self.has(config, layer, ["k_proj"])
         for name in sorted({*disk_names} - taken):
             if self.canonical(name).startswith(start) and not is_buffer(name) and not (unused and self.may_lack(name)):
-                found.append(WeightSlice(name, BESIDE))
-        return found
+                shared.append(WeightSlice(name, BESIDE))
+        return shared
 
     def layer_tensors(self, disk_names: Iterable[str], layer: int) -> list[str]:
         """Every parameter of `layer` on disk: projections, biases, norms.
 
         Raises:
-            InputError: there is none; names the layers and the nearest names that are there.
+            InputError: there is none; the message gives the nearest names on disk.
         """
         disk_names = list(disk_names)
-        found = [name for name in disk_names if self.layer_of(name) == layer and not is_buffer(name)]
-        if not found:
+        tensors = [name for name in disk_names if self.layer_of(name) == layer and not is_buffer(name)]
+        if not tensors:
             raise InputError(_no_match(f"{self.prefixes[0]}{self.layers_name}.{layer}.", disk_names, self.model_type))
-        return found
+        return tensors
 
     def layer_of(self, disk_name: str) -> int | None:
-        """The layer a tensor on disk belongs to; None for embeddings, final norm and head."""
+        """The layer that a tensor on disk belongs to; None for embeddings, final norm and head."""
         match = self._layer_pattern.match(self.canonical(disk_name))
         return int(match[1]) if match else None
 
     def may_lack(self, disk_name: str) -> bool:
-        """Whether a tensor is one that a model of the type does not use, though some files hold it."""
+        """Whether some files of the type hold this tensor although the model does not use it."""
         return bool(self.beyond) and re.match(self.beyond, self.canonical(disk_name)) is not None
 
     def canonical(self, disk_name: str) -> str:
-        """The name without what varies between files of one model: base and target are matched by it."""
+        """The name without the parts that vary between files of the same model; base and target are matched by it."""
         for start, new in self.renames:
             if disk_name.startswith(start):
                 disk_name = new + disk_name.removeprefix(start)
@@ -184,10 +184,10 @@ class Arch(Layers):
         return disk_name
 
     def disk_name(self, canonical: str, disk_names: Collection[str]) -> str:
-        """The name on disk of a canonical one.
+        """The name on disk for a canonical name.
 
         Raises:
-            InputError: there is none; near misses are named.
+            InputError: there is none; the message gives the nearest names.
         """
         name = self._find(canonical, disk_names)
         if name is None:
@@ -195,36 +195,36 @@ class Arch(Layers):
         return name
 
     def embedding_tensors(self, disk_names: Collection[str]) -> list[str]:
-        """Input embeddings with what belongs to them (learned positions, their norm) and, where it is on disk (not
-        tied), the output matrix; biases too."""
-        found = [self.disk_name(f"{name}.weight", disk_names) for name in self.embeddings]
+        """Input embeddings with learned positions and their norm, and, if it is on disk (not tied), the output matrix;
+        all with their biases."""
+        tensors = [self.disk_name(f"{name}.weight", disk_names) for name in self.embeddings]
         others = [f"{name}.bias" for name in self.embeddings] + [f"{self.head}.weight", f"{self.head}.bias"]
-        return found + [name for name in (self._find(other, disk_names) for other in others) if name]
+        return tensors + [name for name in (self._find(other, disk_names) for other in others) if name]
 
     def outer_tensors(self, disk_names: Iterable[str]) -> list[str]:
-        """Every parameter of the language model that is in no layer: embeddings, final norm, head."""
+        """Every parameter of the language model outside the layers: embeddings, final norm, head."""
         inner = (name for name in disk_names if self.layer_of(name) is None and not self._of_other_tower(name))
         return [name for name in inner if not is_buffer(name) and not self.may_lack(name)]
 
     # --- in memory ---
 
     def decoder(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The module that holds embeddings, layers and final norm; running it alone leaves the head out."""
+        """The module that holds embeddings, layers and final norm; running it skips the head."""
         return self._submodule(model, self.decoder_path)
 
     def layers(self, model: torch.nn.Module) -> torch.nn.ModuleList:
         return self._submodule(model, f"{self.decoder_path}.{self.layers_name}")
 
     def last(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The module whose output is the last hidden state: the final norm, or the last layer where there is none."""
+        """The module whose output is the last hidden state: the final norm, or the last layer if there is no norm."""
         return self._submodule(model, f"{self.decoder_path}.{self.norm}") if self.norm else self.layers(model)[-1]
 
     def layer_path(self, layer: int) -> str:
-        """Dotted name of a layer from the causal LM."""
+        """Dotted path from the causal LM to a layer."""
         return f"{self.decoder_path}.{self.layers_name}.{layer}"
 
     def module_path(self, layer: int, projection: str) -> str:
-        """Dotted name of the module that computes `projection` (perhaps with others) from the causal LM."""
+        """Dotted path from the causal LM to the module that computes `projection`, alone or fused with others."""
         return f"{self.layer_path(layer)}.{as_slots(self.projections_at[projection])[0].module}"
 
     def module(self, model: torch.nn.Module, layer: int, projection: str) -> torch.nn.Module:
@@ -235,29 +235,29 @@ class Arch(Layers):
         return self._submodule(model, f"{self.layer_path(layer)}.{path}")
 
     def down_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
-        """The last module of a dense FFN, or of the FFN beside a layer's experts."""
+        """The down projection of a dense FFN, or of the shared FFN beside a layer's experts."""
         slots = self.slots(model.config, layer, "down_proj", beside_experts=self.has_router(model.config, layer))
         return self.in_layer(model, layer, slots[0].module)
 
     def experts_module(self, model: torch.nn.Module, layer: int) -> torch.nn.Module:
-        """The module of a MoE layer's experts; called with (tokens [n, hidden], experts [n, top k], weights)."""
+        """The module of a MoE layer's experts; its arguments are (tokens [n, hidden], experts [n, top k], weights)."""
         return self.in_layer(model, layer, below(self.experts_at.block, "experts"))
 
     def locations(
         self, disk_names: Iterable[str], model: torch.nn.Module, shape: Callable[[str], tuple[int, ...]] | None = None
     ) -> dict[str, Location]:
-        """Tensor on disk -> where it is in `model.state_dict()`. Buffers that only files have are left out, and what
-        they hold beside the model (`beyond`).
+        """Tensor on disk -> where it is in `model.state_dict()`. Leaves out buffers that only files have, and tensors
+        that the model does not use (`beyond`).
 
         Args:
-            shape: the shape of a tensor on disk, which says where those that are stacked in memory go: files of one
-                model may cut them differently.
+            shape: returns the shape of a tensor on disk; needed to place tensors that are stacked in memory, since
+                files of the same model may divide them differently.
 
         Raises:
-            InputError: a tensor has no counterpart in the model; near misses are named.
+            InputError: a tensor has no counterpart in the model; the message gives the nearest names.
         """
         known = model.state_dict()
-        found = {}
+        locations = {}
         for disk in disk_names:
             canonical = self.canonical(disk)
             names = (disk, f"{self.decoder_path}.{canonical}", canonical)
@@ -267,19 +267,19 @@ class Arch(Layers):
             else:
                 location = Location(name, flipped=self._is_flipped(disk, known[name], shape))
             if location is not None:
-                found[disk] = location
+                locations[disk] = location
             elif not is_buffer(disk) and not self._is_beyond(canonical, known) and not self._of_other_tower(disk):
                 near = _near(f"{self.decoder_path}.{canonical}", known)
                 raise InputError(
                     f"tensor {disk} has no counterpart in the loaded {type(model).__name__}; nearest: {near}"
                 )
-        return found
+        return locations
 
     # --- inside ---
 
     @cached_property
     def _prefixes(self) -> list[str]:
-        """What may stand in front of the decoder's names, the longest first: one may begin another."""
+        """The possible prefixes of the decoder's names, longest first, since one may be the start of another."""
         return sorted({f"{self.decoder_path}.", *self.prefixes}, key=len, reverse=True)
 
     @cached_property
@@ -294,8 +294,8 @@ class Arch(Layers):
         index = self._features(config, layer, projection, slot, width)
         stem = f"{self.layers_name}.{layer}.{slot.module}"
         weight, bias = self.disk_name(f"{stem}.weight", disk_names), self._find(f"{stem}.bias", disk_names)
-        found = [WeightSlice(weight, "weight", int(self.transposed), index)]
-        return found + ([WeightSlice(bias, "bias", 0, index)] if bias else [])
+        parts = [WeightSlice(weight, "weight", int(self.transposed), index)]
+        return parts + ([WeightSlice(bias, "bias", 0, index)] if bias else [])
 
     def _find(self, canonical: str, disk_names: Collection[str]) -> str | None:
         spelled = canonical
@@ -310,42 +310,42 @@ class Arch(Layers):
     def _expert_parts(
         self, config, layer: int, projection: str, disk_names: Collection[str], shape: Callable | None
     ) -> list[WeightSlice]:
-        at, numbers = self.experts_at, range(self.experts(config, layer))
-        block = below(f"{self.layers_name}.{layer}", at.block) if at.block else f"{self.layers_name}.{layer}"
+        spec, numbers = self.experts_at, range(self.experts(config, layer))
+        block = below(f"{self.layers_name}.{layer}", spec.block) if spec.block else f"{self.layers_name}.{layer}"
         if projection == ROUTER:
-            parts = [WeightSlice(self.disk_name(f"{block}.{at.router}.weight", disk_names), "weight")]
-            bias = self._find(f"{block}.{at.router}.bias", disk_names)
+            parts = [WeightSlice(self.disk_name(f"{block}.{spec.router}.weight", disk_names), "weight")]
+            bias = self._find(f"{block}.{spec.router}.bias", disk_names)
             return parts + ([WeightSlice(bias, "bias")] if bias else [])
-        width, together = self.expert_width(config, layer), f"{block}.experts.{at.in_memory(projection)}"
-        index, name = at.features(projection, width), self._find(together, disk_names)
+        width, stacked = self.expert_width(config, layer), f"{block}.experts.{spec.in_memory(projection)}"
+        index, name = spec.features(projection, width), self._find(stacked, disk_names)
         if name:
             inputs = width if projection == "down_proj" else self._number(config, "hidden")
-            dim = int(at.transposed != (at.flipped and shape is not None and shape(name)[-1] != inputs))
+            dim = int(spec.transposed != (spec.flipped and shape is not None and shape(name)[-1] != inputs))
             parts = [WeightSlice(name, "weight", dim, index, number) for number in numbers]
-            bias = self._find(f"{together}_bias", disk_names)
+            bias = self._find(f"{stacked}_bias", disk_names)
             return parts + ([WeightSlice(bias, "bias", 0, index, number) for number in numbers] if bias else [])
-        name = f"{block}.experts.{{}}.{at.names[projection]}.weight"
+        name = f"{block}.experts.{{}}.{spec.names[projection]}.weight"
         return [WeightSlice(self.disk_name(name.format(number), disk_names), "weight") for number in numbers]
 
     def _is_flipped(self, disk: str, held: torch.Tensor, shape: Callable | None) -> bool:
-        """Whether a file holds a tensor of experts the other way round than memory."""
+        """Whether the file swaps the last two dimensions of a tensor of experts relative to memory."""
         flips = self.experts_at is not None and self.experts_at.flipped and held.dim() == 3 and shape is not None
         return flips and tuple(shape(disk)) != tuple(held.shape)
 
     def _of_other_tower(self, disk: str) -> bool:
-        """Whether a tensor is not the language model's, of a type with other towers."""
+        """Whether a tensor belongs to another tower (for types that have some), not to the language model."""
         decoder_names = (self.layers_name, self.norm, *self.embeddings, self.head)
         return bool(self.text_type) and not self.canonical(disk).startswith(tuple(f"{name}." for name in decoder_names))
 
     def _is_beyond(self, canonical: str, known: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a tensor is one that files of the type hold beside what the model has."""
+        """Whether a tensor is one that files of the type may hold although the model does not use it."""
         layer = self._layer_pattern.match(canonical)
         if not self.beyond or re.match(self.beyond, canonical) or layer is None:
             return self.may_lack(canonical)
         return not any(name.startswith(f"{self.decoder_path}.{self.layers_name}.{layer[1]}.") for name in known)
 
     def _location_within(self, disk: str, known: Mapping[str, torch.Tensor], shape: Callable | None) -> Location | None:
-        """Where a tensor is that is a part of one in memory: an expert's, or one of several that are stacked."""
+        """The location of a tensor that is part of a tensor in memory: an expert's, or one of several stacked ones."""
         match = re.fullmatch(rf"({re.escape(self.layers_name)}\.\d+)\.(.*)", self.canonical(disk))
         if match is None:
             return None
@@ -356,17 +356,17 @@ class Arch(Layers):
                 before = [f"{stem}.{'.'.join(other.split('.')[-2:])}" for other in stack[: stack.index(name)]]
                 first = sum(shape(other)[0] for other in before)
                 return Location(f"{layer}.{memory}", (slice(first, first + shape(disk)[0]),))
-        at = self.experts_at
-        stem = re.escape(below(at.block, "experts")) if at else None
-        expert = re.fullmatch(rf"{stem}\.(\d+)\.(\w+)\.weight", name) if at else None
-        projection = {on_disk: meaning for meaning, on_disk in at.names.items()}.get(expert[2]) if expert else None
+        spec = self.experts_at
+        stem = re.escape(below(spec.block, "experts")) if spec else None
+        expert = re.fullmatch(rf"{stem}\.(\d+)\.(\w+)\.weight", name) if spec else None
+        projection = {on_disk: meaning for meaning, on_disk in spec.names.items()}.get(expert[2]) if expert else None
         if projection is None:
             return None
-        together, number = f"{layer}.{below(at.block, 'experts')}.{at.in_memory(projection)}", int(expert[1])
-        if together not in known or number >= len(known[together]):
+        stacked, number = f"{layer}.{below(spec.block, 'experts')}.{spec.in_memory(projection)}", int(expert[1])
+        if stacked not in known or number >= len(known[stacked]):
             return None
-        rows = at.features(projection, known[together].shape[1] // 2)
-        return Location(together, (number,) if rows is None else (number, rows))
+        rows = spec.features(projection, known[stacked].shape[1] // 2)
+        return Location(stacked, (number,) if rows is None else (number, rows))
 
     def _submodule(self, model: torch.nn.Module, path: str) -> torch.nn.Module:
         try:
@@ -377,7 +377,7 @@ class Arch(Layers):
 
 
 def is_buffer(disk_name: str) -> bool:
-    """Whether a tensor on disk is a constant of an old checkpoint and not a parameter."""
+    """Whether a tensor on disk is a constant from an old checkpoint, not a parameter."""
     return BUFFERS.search(disk_name) is not None
 
 
@@ -387,7 +387,7 @@ def _near(wanted: str, names: Iterable[str]) -> str:
 
 def _no_match(wanted: str, disk_names: Iterable[str], model_type: str) -> str:
     return (
-        f"no tensor {wanted} on disk, where a model of type {model_type} has one (nearest: "
+        f"no tensor {wanted} on disk, although models of type {model_type} have one (nearest: "
         f"{_near(wanted, disk_names)}); check the folder, or the entry {model_type!r} of ARCHS in "
         "cpt_utils/architectures/arch_table.py"
     )

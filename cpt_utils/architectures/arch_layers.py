@@ -1,4 +1,4 @@
-"""What the layers of a model type have, and how large it is: the fields of a table's entry, read with a config."""
+"""The layers of a model type and their sizes: the fields of an entry in the table, evaluated with a config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cpt_utils.architectures.arch_parts import (
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 
-# What configs call the same number. The first key that is there and not null counts.
+# The keys under which configs state each number. The first key that is present and not null counts.
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 FIELDS = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -45,35 +45,35 @@ class Layers:
     """One model type. The defaults are Llama's.
 
     Attributes:
-        projections_at: projection -> where it is below a layer (of a MoE: below one of its dense layers); several
-            slots where several matrices make it.
+        projections_at: projection -> its slot below a layer (for a MoE type: below one of its dense layers); several
+            slots if the projection is made of several matrices.
         experts_at: the experts of a MoE type; None for a dense one.
-        mixers: kind of a layer in the config -> the module that it has instead of attention.
+        mixers: kind of layer in the config -> the module that such a layer has instead of attention.
         bare: kinds of layers that have no FFN.
-        decoder_path: path of the module that holds the layers, from the causal LM.
-        prefixes: what stands in front of the decoder's names on disk; a model saved without its head has no prefix,
-            which is always tried last.
-        layers, norm, embeddings: names below the decoder.
-        head: module path of the output matrix; absent on disk when it is tied.
-        activation: module of the nonlinearity below a layer; empty where no module computes it, and `function` names it
-            as configs do.
-        before: whether the nonlinearity's input is the gate's output (but for a positive factor).
+        decoder_path: path from the causal LM to the module that holds the layers.
+        prefixes: prefixes of the decoder's names on disk; a model saved without its head has none, which is always
+            tried last.
+        layers_name, norm, embeddings: names below the decoder.
+        head: module path of the output matrix; absent on disk if it is tied.
+        activation: module of the nonlinearity below a layer; empty if no module computes it, and `function` is its name
+            as in configs.
+        before: whether the nonlinearity's input is the gate's output (up to a positive factor).
         transposed: weights are stored [in, out] (Conv1D).
-        renames: (start of a name on disk, start of the same name in memory) where they differ otherwise.
+        renames: (start of a name on disk, start of the same name in memory), for other differences between the two.
         inner: (piece of a name on disk, the same piece in memory), below the prefix.
-        stacked: tensor in memory below a layer -> the tensors on disk whose rows it holds, one after the other.
-        beyond: what files may hold beside the model, as a pattern of names without prefix; so are layers behind the
-            last one of a type that has a pattern.
-        streams: a layer hands on several streams [streams, batch, tokens, hidden]; the first is the hidden state.
+        stacked: tensor in memory below a layer -> the tensors on disk whose rows it holds, in order.
+        beyond: pattern of names (without prefix) that files may hold and the model does not use; if a type has such a
+            pattern, layers after the last one are unused, too.
+        streams: a layer returns several streams [streams, batch, tokens, hidden]; the first is the hidden state.
         defaults: config key -> value, for keys that published config.json files of the type leave out.
-        dense_width, heads_at: of a layer, where the usual keys of a config do not say.
-        with_heads: projection -> the parameters below a layer that go with its heads one by one, in equal pieces; with
-            {} in its name one for each head. A KV head's are with k_proj. A model may lack them.
-        differential: a head is a pair, h and h + half of all, whose attentions are subtracted; so is a KV head.
-        block: tokens of a block of text, where the published scripts count and average activations.
-        unless: config key -> why a model that sets it is not one of the type as it is known here.
-        text_type: the model type of its text model, of a type with other towers.
-        norms: where a layer's norms are, from the residual stream: for docs/architectures.md, like the next two.
+        dense_width, heads_at: FFN width and heads of a layer, if the usual config keys do not state them.
+        with_heads: projection -> the parameters below a layer that belong to its heads, in equal pieces; a name with {}
+            is one parameter per head. Those of KV heads are listed under k_proj. A model may lack them.
+        differential: a head is a pair (h, h + half of all) whose attentions are subtracted; likewise a KV head.
+        block: tokens per block of text in which the published scripts count and average activations.
+        unless: config key -> why a model that sets it is not covered by this entry.
+        text_type: the model type of the text model, for a type with other towers.
+        norms: position of a layer's norms relative to the residual stream. This and the next two: for the docs only.
         examples: model names on the hub.
         notes: what a user should know.
     """
@@ -117,13 +117,13 @@ class Layers:
         return self._number(config, "layers")
 
     def kind(self, config, layer: int) -> str:
-        """What the config calls a layer whose type has layers of several kinds; else empty."""
+        """The config's name for this kind of layer, if the type has several kinds; else empty."""
         if not (self.mixers or self.bare):
             return ""
         return self.settled(config).layer_types[layer]
 
     def slots(self, config, layer: int, projection: str, beside_experts: bool = False) -> tuple[Slot, ...]:
-        """Where a projection of a layer is, of a MoE layer that of the FFN beside the experts; () where it has none."""
+        """The slots of a layer's projection, () if it has none; with `beside_experts`, those of its shared FFN."""
         table = self.experts_at.shared if beside_experts else self.projections_at
         kind = self.kind(config, layer)
         if projection not in table or kind in (self.mixers if projection in ATTENTION else self.bare):
@@ -131,9 +131,9 @@ class Layers:
         return tuple(s for s in as_slots(table[projection]) if s.when is None or s.when(self.settled(config), layer))
 
     def projections(self, config=None, layer: int | None = None) -> tuple[str, ...]:
-        """The projections that a layer has, in the order of PROJECTIONS; without a layer those that any may have.
+        """The projections of a layer, in the order of PROJECTIONS; without `layer`, those that any layer may have.
 
-        Six where there is no gate; none of attention in a layer that has another mixer in its place.
+        Six if there is no gate; none of attention in a layer with another mixer in its place.
         """
         if layer is None:
             known = {*self.projections_at, *(self.experts_at.names if self.experts_at else ())}
@@ -148,22 +148,22 @@ class Layers:
         return bool({*self.projections(config, layer)} & {*projections})
 
     def lacking(self, config, projections: Collection[str]) -> list[int]:
-        """The layers that have none of these projections: a hybrid's without attention, or without an FFN."""
+        """The layers that have none of these projections: in hybrids, those without attention or without an FFN."""
         layers = range(self.n_layers(config)) if self.uneven else ()
         return [layer for layer in layers if not self.has(config, layer, projections)]
 
     def instead(self, config, layers: Collection[int]) -> str:
-        """What layers without attention have in its place: the names of modules, for messages."""
+        """The modules that layers without attention have in its place, for messages."""
         return " or ".join(dict.fromkeys(self.mixers[self.kind(config, layer)] for layer in layers))
 
     def experts(self, config, layer: int) -> int:
-        """Experts of a layer; 0 where its FFN is dense, or where it has none."""
+        """The number of experts of a layer; 0 if its FFN is dense or missing."""
         if self.experts_at is None:
             return 0
         return self._number(config, "experts") if self.experts_at.sparse(self.settled(config), layer) else 0
 
     def has_router(self, config, layer: int) -> bool:
-        """Whether a layer sends its tokens to experts."""
+        """Whether a layer routes its tokens to experts."""
         return self.experts(config, layer) > 0
 
     # --- sizes ---
@@ -174,17 +174,18 @@ class Layers:
             return self.heads_at(self.settled(config), layer)
         heads = self._number(config, "heads")
         head_dim = self._number(config, "head_dim", required=False) or self._number(config, "hidden") // heads
-        # Falcon and GPT-BigCode say by flags how many KV heads there are; the number beside them may be meaningless.
+        # Falcon and GPT-BigCode set the number of KV heads by flags; their KV head count may be meaningless.
         values = _decoder_values(config)
         if "multi_query" in values and not values.get("new_decoder_architecture"):
             return heads, 1 if values["multi_query"] else heads, head_dim
         return heads, self._number(config, "kv_heads"), head_dim
 
     def head_counts(self, config, layer: int) -> tuple[int, int]:
-        """(query heads, units) of a layer; (0, 0) where it has no attention, whatever stands in its place.
+        """(query heads, units) of a layer; (0, 0) if it has no attention.
 
-        A unit is a KV head with the query heads that share it, unit u those of H heads that begin at u H / units; in a
-        layer that attends to another's keys it is these query heads alone. All heads of a latent attention are units.
+        A unit is a KV head with the query heads that share it; unit u's query heads, of H in all, begin at u H / units.
+        In a layer that attends to another layer's keys, a unit is these query heads alone. In a latent attention, every
+        head is a unit.
         """
         if not self.slots(config, layer, "o_proj"):
             return 0, 0
@@ -192,10 +193,10 @@ class Layers:
         return (heads // 2, kv_heads // 2) if self.differential else (heads, kv_heads)
 
     def ffn_width(self, config, layer: int | None = None) -> int:
-        """FFN neurons of `layer`, or of the widest one; 0 in a layer without an FFN.
+        """FFN neurons of `layer`, or of the widest layer; 0 for a layer without an FFN.
 
-        Of E experts of I neurons each and S neurons beside them E I + S: expert e's are e I to e I + I - 1, and those
-        beside the experts come last. Where configs leave I out (GPT-2, Bloom, MPT) it is four times the hidden size.
+        With E experts of I neurons each and S neurons of a shared FFN, it is E I + S: expert e has the neurons e I to
+        e I + I - 1, the shared FFN the last S. If a config leaves I out (GPT-2, Bloom, MPT), I is 4 * hidden size.
         """
         if layer is None:
             layers = range(self.n_layers(config)) if self.uneven else (0,)
@@ -203,37 +204,37 @@ class Layers:
         return max((group.stop for group in self.neurons(config, layer)), default=0)
 
     def expert_width(self, config, layer: int) -> int:
-        """I, the neurons of one expert of a MoE layer."""
+        """I, the number of neurons of one expert of a MoE layer."""
         width_of = self.experts_at.width
         return width_of(self.settled(config), layer) if width_of else self._number(config, "expert_ffn")
 
     def neurons(self, config, layer: int) -> tuple[Neurons, ...]:
-        """The layer's neurons in their order, by where they are read: () in a layer without an FFN."""
-        experts, found, at = self.experts(config, layer), [], self.experts_at
+        """The layer's neurons in order, grouped by the module where they are read; () in a layer without an FFN."""
+        experts, groups, spec = self.experts(config, layer), [], self.experts_at
         if experts:
             stop = experts * self.expert_width(config, layer)
-            path = below(at.block, "experts")
-            found.append(Neurons(0, stop, experts, None, f"{path}.{at.activation}" if at.activation else ""))
+            path = below(spec.block, "experts")
+            groups.append(Neurons(0, stop, experts, None, f"{path}.{spec.activation}" if spec.activation else ""))
         slots = self.slots(config, layer, self.neuron_projection, beside_experts=experts > 0)
         width = self._dense_width(config, layer, beside_experts=experts > 0) if slots else 0
         if width:
             rows = self._features(config, layer, self.neuron_projection, slots[0], width)
-            first = found[-1].stop if found else 0
+            first = groups[-1].stop if groups else 0
             source = (slots[0].module, 0, width) if rows is None else (slots[0].module, rows.start, rows.stop)
-            activation = at.shared_activation if experts else self.activation
-            found.append(Neurons(first, first + width, 0, source, activation))
-        return tuple(found)
+            activation = spec.shared_activation if experts else self.activation
+            groups.append(Neurons(first, first + width, 0, source, activation))
+        return tuple(groups)
 
     @property
     def neuron_projection(self) -> str:
-        """The projection whose output features the neurons are before the activation."""
+        """The projection whose output features are the neurons' pre-activations."""
         return "gate_proj" if "gate_proj" in self.projections() else "up_proj"
 
     # --- inside ---
 
     @cached_property
     def uneven(self) -> bool:
-        """Whether layers may differ in what they have and how wide it is."""
+        """Whether layers may differ in their components or sizes."""
         slots = [slot for each in self.projections_at.values() for slot in as_slots(each)]
         return bool(
             self.experts_at or self.mixers or self.bare or self.dense_width or self.heads_at
@@ -241,9 +242,9 @@ class Layers:
         )  # fmt: skip
 
     def settled(self, config):
-        """The decoder's configuration as transformers completes it, with every kind and size of a layer.
+        """The decoder's configuration as completed by transformers, with the kinds and sizes of all layers.
 
-        Published config.json files leave keys out, or spell them as an older release did.
+        Published config.json files leave keys out, or use the names of an older release.
 
         Raises:
             InputError: transformers cannot read it.
@@ -267,14 +268,14 @@ class Layers:
         return None
 
     def _dense_width(self, config, layer: int, beside_experts: bool = False) -> int:
-        """Neurons of a layer's dense FFN, or of the one beside its experts."""
+        """Neurons of a layer's dense FFN, or of its shared FFN (`beside_experts`)."""
         width_of = self.experts_at.shared_width if beside_experts else self.dense_width
         if width_of is not None:
             return width_of(self.settled(config), layer)
         return self._number(config, "ffn", required=False) or 4 * self._number(config, "hidden")
 
     def _features(self, config, layer: int, projection: str, slot: Slot, width: int) -> slice | torch.Tensor | None:
-        """Which output features of its module a projection has; None for all. `width`: neurons, of gate and up."""
+        """The output features of its module that a projection has; None for all. `width`: neurons, for gate and up."""
         if not slot.order:
             return None
         widths = [self._width(config, layer, name, width) for name in slot.order]
@@ -283,13 +284,13 @@ class Layers:
             groups, shares = self._shares(config, layer, slot, widths)
             first = sum(shares[:before])
             rows = torch.arange(groups * sum(shares)).view(groups, -1)[:, first : first + shares[before]].reshape(-1)
-            # One KV head: every part is one stretch, which needs no list of positions.
+            # One KV head: every part is contiguous and needs no list of positions.
             return rows if groups > 1 else slice(int(rows[0]), int(rows[-1]) + 1)
         start = sum(widths[:before])
         return slice(start, start + widths[before])
 
     def _shares(self, config, layer: int, slot: Slot, widths: list[int]) -> tuple[int, list[int]]:
-        """(groups, features of each projection in a group) of projections that alternate in one module."""
+        """(groups, features per group of each projection) for projections that alternate in one module."""
         if slot.groups:
             return slot.groups, [width // slot.groups for width in widths]
         heads, kv_heads, head_dim = self.heads(config, layer)
@@ -310,21 +311,21 @@ def _settled(model_type: str, values: str):
     """`Arch.settled`, from the JSON of a config."""
     from transformers import CONFIG_MAPPING
 
-    given = json.loads(values, object_hook=_number_or_dict)
-    given = {key: value for key, value in given.items() if key not in ("model_type", "auto_map")}
+    stated = json.loads(values, object_hook=_number_or_dict)
+    stated = {key: value for key, value in stated.items() if key not in ("model_type", "auto_map")}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(given).get_text_config(decoder=True)
+        return CONFIG_MAPPING[model_type].from_dict(stated).get_text_config(decoder=True)
     except Exception as error:  # transformers and its validation raise half a dozen types
         reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
         raise InputError(f"the installed transformers cannot read this {model_type} configuration: {reason}") from None
 
 
-def _number_or_dict(found: dict) -> dict | float:
-    """Infinity, as transformers spells it in a config.json, or what was found."""
-    return float(found["__float__"]) if found.keys() == {"__float__"} else found
+def _number_or_dict(values: dict) -> dict | float:
+    """The float of {"__float__": ..}, as transformers writes infinity in a config.json; any other dict unchanged."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
 def _decoder_values(config) -> dict:
-    """The config as a dict; of a model with a vision tower, the part with the decoder's sizes."""
+    """The config as a dict; for a model with a vision tower, the part with the decoder's sizes."""
     values = config if isinstance(config, dict) else config.to_dict()
     return values["text_config"] if isinstance(values.get("text_config"), dict) else values

@@ -1,7 +1,7 @@
-"""What an entry of the table of architectures is made of, and what `Arch` says of a model with it.
+"""The building blocks of an entry in the table of architectures, and the values that `Arch` returns.
 
-A *slot* is where a projection is in memory, a *part* where it is on disk, a *location* where a tensor on disk is in
-memory, and *neurons* are those of an FFN that can be read in one module.
+A *slot* says where a projection is in memory, a *part* where it is on disk, a *location* where a tensor on disk is in
+memory; *neurons* are a range of FFN neurons that can be read at one module.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cpt_utils.base.lazy import torch
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + FFN
-BESIDE = "beside"  # what an attention has that is of none of its projections
+BESIDE = "beside"  # role of a parameter of the attention that belongs to no projection
 ROUTER = "router"  # of a mixture of experts: a component of its own, neither attention nor FFN
 
-# Reads a number, or a yes or no, of one layer off a configuration as transformers completes it (`Arch.settled`).
+# Reads a number or a yes/no for one layer from the configuration as completed by transformers (`Arch.settled`).
 OfLayer = Callable[[Any, int], Any]
 
 
@@ -27,10 +27,10 @@ class Slot:
     """A projection's module below its layer.
 
     `order` names the projections fused in that module, in order of their output features. They are stacked block by
-    block, or, with `by_group`, group by group: of q, k, v for one KV head after the other its query heads, its key head
-    and its value head; of k, v (the second step of a latent attention) for every head its key rows, then its value
-    rows; with `groups` so many groups of equal shares. `when` says which layers have the slot; None: all. All
-    heads have a `shared` slot in common: the narrow layers of a latent attention.
+    block or, with `by_group`, group by group: for q, k, v, each KV head in turn with its query heads, its key head and
+    its value head; for k, v (the second step of a latent attention), each head's key rows, then its value rows; with
+    `groups`, that many groups of equal shares. `when` says which layers have the slot (None: all). A `shared` slot
+    belongs to all heads together: the narrow layers of a latent attention.
     """
 
     module: str
@@ -50,7 +50,7 @@ def fused(module: str, *order: str, by_group: bool = False, groups: int | None =
 
 
 def named(stem: str, *modules: str) -> dict[str, Slot]:
-    """Slots for the last projections of PROJECTIONS' halves: q, k, v, o below an attention, or [gate,] up, down."""
+    """Slots for q, k, v, o (four modules) or for [gate,] up, down (two or three), all below `stem`."""
     names = ATTENTION if len(modules) == 4 else FFN[-len(modules) :]
     return {name: Slot(below(stem, module)) for name, module in zip(names, modules, strict=True)}
 
@@ -61,41 +61,41 @@ def below(stem: str, name: str) -> str:
 
 
 def as_slots(slots: Slots) -> tuple[Slot, ...]:
-    """The slots of a projection that is one matrix or several."""
+    """The slots of a projection as a tuple, also if it is a single matrix."""
     return (slots,) if isinstance(slots, Slot) else slots
 
 
 def experts_in_all_but(config, layer: int) -> bool:
-    """Experts in every layer but those that a Qwen MoE's configuration takes out."""
+    """True for every layer except those that a Qwen MoE's configuration makes dense."""
     step = getattr(config, "decoder_sparse_step", None) or 1
     return layer not in (getattr(config, "mlp_only_layers", None) or ()) and (layer + 1) % step == 0
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The FFN of a MoE layer: a router, E experts with projections of their own, and perhaps an FFN beside them.
+    """The FFN of a MoE layer: a router, E experts with their own projections, and perhaps a shared FFN beside them.
 
-    In memory all gates and ups are one parameter `<block>.experts.gate_up_proj` [E, 2 I, hidden], gate first, and all
-    downs `<block>.experts.down_proj` [E, hidden, I]; without a gate the ups are `<block>.experts.up_proj`. On disk they
-    are the same, or tensors `<block>.experts.<number>.<name>.weight`.
+    In memory, all gates and ups are one parameter `<block>.experts.gate_up_proj` [E, 2 I, hidden], gate first, and all
+    downs are `<block>.experts.down_proj` [E, hidden, I]; without a gate, the ups are `<block>.experts.up_proj`. On disk
+    they are stored the same way, or as tensors `<block>.experts.<number>.<name>.weight`.
 
     Attributes:
-        block: what holds experts and router, below a layer; may be empty.
-        names: an expert's matrices on disk, where every expert has its own; no gate_proj where experts have no gate.
+        block: the module below a layer that holds experts and router; may be empty.
+        names: an expert's matrices on disk if each expert has its own tensors; no gate_proj if experts have no gate.
         router: module of the router below the block.
-        sparse: which layers have experts; the others are dense, and `Arch.projections_at` says where.
+        sparse: which layers have experts; the others are dense, with modules as in `Arch.projections_at`.
         transposed: both parameters are [E, in, out], in memory and on disk.
-        flipped: files may hold the last two dimensions of both the other way round than memory; their shape says so.
-        interleaved: gate and up alternate, feature by feature, instead of one half each.
-        activation: the nonlinearity below `<block>.experts`; empty where it is no module and `function` is used.
-        function: (the experts' module, gate's output) -> the activation, where no module computes it.
-        width: I of a layer; None: what FIELDS["expert_ffn"] finds.
-        shared: projections of the FFN beside the experts, which sees every token: its neurons come behind theirs.
-        shared_width: the neurons of that FFN; 0 for none.
+        flipped: files may swap the last two dimensions of both relative to memory; the tensors' shapes show it.
+        interleaved: gate and up alternate feature by feature instead of filling one half each.
+        activation: the nonlinearity below `<block>.experts`; empty if no module computes it and `function` is used.
+        function: (the experts' module, gate's output) -> the activation, if no module computes it.
+        width: I of a layer; None: the config's FIELDS["expert_ffn"].
+        shared: projections of the shared FFN, which sees every token; its neurons follow those of the experts.
+        shared_width: the number of neurons of the shared FFN; 0 for none.
         shared_activation: its nonlinearity below a layer.
-        routed_by: what tells which expert a row of the nonlinearity's input is of: "call", the arguments of the
-            experts' module (tokens, experts of each, weights), or "score", where every expert computes every token and
-            the router's first output is 0 for experts that were not chosen (Llama 4).
+        routed_by: how to assign rows of the nonlinearity's input to experts: "call", from the arguments of the experts'
+            module (tokens, experts of each, weights), or "score", if every expert computes every token and the
+            router's first output is 0 for experts that were not chosen (Llama 4).
     """
 
     block: str = "mlp"
@@ -118,7 +118,7 @@ class Experts:
         return "gate_up_proj" if projection != "down_proj" and "gate_proj" in self.names else projection
 
     def features(self, projection: str, width: int) -> slice | None:
-        """Which output features of that parameter are the projection's, for experts of `width` neurons; None: all."""
+        """The output features of that parameter that hold the projection, for experts of `width` neurons; None: all."""
         if self.in_memory(projection) == projection:
             return None
         first = 0 if projection == "gate_proj" else 1
@@ -129,7 +129,7 @@ class Experts:
 class Location:
     """Where a tensor on disk is in memory: `index` (None: all) of the tensor `name` of the state dict.
 
-    `flipped`: with the last two dimensions the other way round.
+    `flipped`: the last two dimensions are swapped.
     """
 
     name: str
@@ -138,26 +138,25 @@ class Location:
 
     @property
     def whole(self) -> bool:
-        """Whether it is the whole tensor, as it is."""
+        """Whether this is the whole tensor, unflipped."""
         return self.index is None and not self.flipped
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What of the tensor in memory is the tensor on disk, in its shape."""
+        """A view of the part of a tensor in memory that corresponds to the tensor on disk, in the latter's shape."""
         part = tensor if self.index is None else tensor[self.index]
         return part.transpose(-1, -2) if self.flipped else part
 
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """A matrix of a projection (or a bias) on disk: entries `index` along `dim` (its output features) of `tensor`.
+    """A projection's matrix (or bias) on disk: entries `index` along `dim` (its output features) of `tensor`.
 
-    Of single heads (`Arch.head_parts`) it is their piece of that; of o, a piece of its inputs; with the role BESIDE,
-    of a parameter that is of no projection.
+    For single heads (`Arch.head_parts`) it is the heads' piece of that matrix (for o, a piece of its inputs) or, with
+    the role BESIDE, of a parameter that belongs to no projection.
 
-    `index` is None (the whole tensor), a slice (perhaps with a step), or a LongTensor of positions. Of a tensor that
-    holds all experts, [E, .., ..], the part is one expert's: `dim` and `index` are those of the matrix
-    `tensor[expert]`. So the parts of a projection are the same matrices, one for each expert, whichever way a file
-    holds them.
+    `index` is None (the whole tensor), a slice (perhaps with a step), or a LongTensor of positions. If the tensor holds
+    all experts, [E, .., ..], the part is one expert's: `dim` and `index` refer to the matrix `tensor[expert]`. A
+    projection thus has the same parts, one matrix per expert, however a file stores them.
     """
 
     tensor: str
@@ -167,7 +166,7 @@ class WeightSlice:
     expert: int | None = None
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of the on-disk tensor `tensor`: a view where it is a slice, a copy where it is scattered."""
+        """This part of the on-disk tensor `tensor`: a view if `index` is a slice, a copy if it lists positions."""
         return take(tensor if self.expert is None else tensor[self.expert], self.dim, self.index)
 
 
@@ -181,23 +180,23 @@ def take(tensor: torch.Tensor, dim: int, index: slice | torch.Tensor | None) -> 
 
 
 def pieces(positions: torch.Tensor, n: int, chosen: list[int], halves: int = 1) -> slice | torch.Tensor:
-    """Of positions that are cut into `n` pieces of equal size those of the chosen pieces; all are sorted.
+    """Cut sorted `positions` into `n` equal pieces and return those of the `chosen` (sorted) pieces.
 
-    With `halves` 2 each half is cut so, and a piece has one stretch of either.
+    With `halves` = 2, each half is cut this way, and a piece has one stretch in each half.
     """
-    found = positions.view(halves, n, -1)[:, chosen].reshape(-1)
-    first, stop = int(found[0]), int(found[-1]) + 1
-    return slice(first, stop) if stop - first == len(found) else found
+    kept = positions.view(halves, n, -1)[:, chosen].reshape(-1)
+    first, stop = int(kept[0]), int(kept[-1]) + 1
+    return slice(first, stop) if stop - first == len(kept) else kept
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """Neurons `first` to `stop` of a layer, which are read in one module: a dense FFN's, or all experts'.
+    """Neurons `first` to `stop` (exclusive) of a layer, read at one module: those of a dense FFN, or of all experts.
 
     Attributes:
-        experts: how many experts they belong to, in turn, each as many; 0 where they see every token.
-        source: (module below the layer, its output features from, to) that are their pre-activations; None of experts.
-        activation: path of the nonlinearity below the layer; empty where no module computes it.
+        experts: the number of experts that share them out equally, in order; 0 if the neurons see every token.
+        source: (module below the layer, first output feature, stop) of their pre-activations; None for experts.
+        activation: path of the nonlinearity below the layer; empty if no module computes it.
     """
 
     first: int
@@ -208,5 +207,5 @@ class Neurons:
 
     @property
     def width(self) -> int:
-        """The neurons of each expert, or all of them."""
+        """The number of neurons per expert, or of all of them without experts."""
         return (self.stop - self.first) // max(1, self.experts)

@@ -1,7 +1,7 @@
-"""The table of architectures: one entry for each model type that this collection knows.
+"""The table of architectures: one entry per supported model type.
 
-To add one, write what differs from Llama (`Layers` lists what can): plain `Arch()` where the module names are Llama's.
-The tests of every type and docs/architectures.md (`python docs/architectures.py`) follow from the entry.
+To add one, state what differs from Llama (`Layers` lists what can differ): plain `Arch()` if the module names are
+Llama's. The tests of every type and docs/architectures.md (`python docs/architectures.py`) are derived from the entry.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ UP_DOWN = named("mlp", "up_proj", "down_proj")
 FAIRSEQ = named("self_attn", "q_proj", "k_proj", "v_proj", "out_proj") | named("", "fc1", "fc2")
 GPT2 = {**fused("attn.c_attn", *QKV), "o_proj": Slot("attn.c_proj"), **named("mlp", "c_fc", "c_proj")}
 GPT = {"decoder_path": "transformer", "prefixes": ("transformer.",), "layers_name": "h", "norm": "ln_f"}
-# A latent attention: queries and what keys and values share go through a narrow layer first. What both come from counts
-# with the keys, so that every entry of a matrix belongs to one projection.
+# A latent attention: queries, and keys and values together, go through a narrow layer first. The layer that keys and
+# values share counts as part of the keys, so every entry of a matrix belongs to one projection.
 LATENT = {
     "q_proj": (
         Slot("self_attn.q_proj", when=lambda c, _: not narrow_queries(c)),
@@ -36,16 +36,16 @@ LATENT = {
 }
 LATENT_FFN = LATENT | named("mlp", *FFN)
 LATENT_NOTE = "Latent attention."
-# What goes with single heads beside the projections: segments of a norm over all heads, sinks, a gate on the output.
+# Parameters that belong to single heads beside the projections: segments of a norm over all heads, sinks, output gates.
 NORMS_OVER_HEADS = {"with_heads": {"q_proj": ("self_attn.q_norm.weight",), "k_proj": ("self_attn.k_norm.weight",)}}
 SINKS = {"with_heads": {"q_proj": ("self_attn.sinks",)}}
 NARROW_GATE = {"with_heads": {"o_proj": ("self_attn.g_proj.weight",)}}
 # Linear attention in most layers of a hybrid.
 LINEAR = {"mixers": {"linear_attention": "linear_attn"}}
-GATED = "`q_proj` holds an output gate for every head beside its queries."
-# Layers behind the last one, or a module of their own, predict further tokens.
+GATED = "`q_proj` also holds each head's output gate."
+# Layers after the last one, or a separate module, predict further tokens.
 AHEAD = r"mtp\."
-# Layers that attend to another layer's keys and values have none of their own; some files hold them all the same.
+# Layers that attend to another layer's keys and values do not use their own, but some files hold them.
 SHARED_KV = LLAMA_ATTENTION | {
     "k_proj": Slot("self_attn.k_proj", when=lambda c, layer: has_keys(c, layer)),
     "v_proj": Slot("self_attn.v_proj", when=lambda c, layer: has_keys(c, layer) and not keys_are_values(c, layer)),
@@ -54,7 +54,7 @@ UNUSED_KV = r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
 
 
 def neox(attention: str) -> dict[str, Slot]:
-    """The projections of GPT-NeoX and its like, which call their attention otherwise."""
+    """The projections of GPT-NeoX and similar types, which differ in the name of the attention module."""
     return {
         **fused(f"{attention}.query_key_value", *QKV, by_group=True),
         "o_proj": Slot(f"{attention}.dense"),
@@ -63,65 +63,65 @@ def neox(attention: str) -> dict[str, Slot]:
 
 
 def narrow_queries(config) -> bool:
-    """Whether the queries of a latent attention come from a narrow layer, too."""
+    """Whether the queries of a latent attention also come from a narrow layer."""
     return getattr(config, "q_lora_rank", None) is not None
 
 
 def has_keys(config, layer: int) -> bool:
-    """Whether a layer of a Gemma has keys of its own."""
+    """Whether a layer of a Gemma has its own keys."""
     return config.kv_sharing_modes[layer] != "reuse"
 
 
 def keys_are_values(config, layer: int) -> bool:
-    """Whether a global layer of a Gemma 4 takes its keys for values."""
+    """Whether a global layer of a Gemma 4 uses its keys as values."""
     return getattr(config, "attention_k_eq_v", False) and config.layer_types[layer] == "full_attention"
 
 
 def gemma4_width(config, layer: int) -> int:
-    """The neurons of a Gemma 4's dense FFN; perhaps twice as many where the layer has no keys of its own."""
+    """The FFN width of a Gemma 4; with `use_double_wide_mlp`, doubled in layers without their own keys."""
     return config.intermediate_size * (1 + (config.use_double_wide_mlp and not has_keys(config, layer)))
 
 
 def gemma4_heads(config, layer: int) -> tuple[int, int, int]:
-    """The heads of a layer, which are larger, and perhaps share keys more, where attention is global."""
+    """The heads of a layer; in layers with global attention they are larger and may share keys more."""
     layer_config = config.per_layer_config[layer]
     return config.num_attention_heads, layer_config.num_key_value_heads, layer_config.head_dim
 
 
 def by_kind(config, layer: int) -> bool:
-    """Experts where the config calls the layer's FFN anything but dense."""
+    """True if the config gives the layer's FFN any type but dense."""
     return config.mlp_layer_types[layer] != "dense"
 
 
 def after_dense(config, layer: int) -> bool:
-    """Experts behind the first dense layers."""
+    """True for layers after the first, dense ones."""
     return layer >= config.first_k_dense_replace
 
 
 def beside(stem: str, width, activation: str = "act_fn") -> dict:
-    """What `Experts` says of the FFN beside the experts."""
+    """The arguments of `Experts` for a shared FFN beside the experts."""
     return {"shared": named(stem, *FFN), "shared_width": width, "shared_activation": f"{stem}.{activation}"}
 
 
 def as_experts(config, _layer: int) -> int:
-    """As wide as so many experts."""
+    """The width of a shared FFN that is as wide as the config's number of shared experts."""
     of = "n_shared_experts" if hasattr(config, "n_shared_experts") else "num_shared_experts"
     return config.moe_intermediate_size * getattr(config, of)
 
 
 def convolutions(stem: str) -> dict[str, tuple[str, ...]]:
-    """Three convolutions on disk that are one in memory."""
+    """Three convolutions on disk that are stacked into one in memory."""
     return {f"{stem}.conv1d.weight": tuple(f"{stem}.{name}_conv1d.weight" for name in "qkv")}
 
 
 SHARED_EXPERTS = beside("mlp.shared_experts", as_experts)
 ONE_SHARED = beside("mlp.shared_expert", lambda c, _: c.shared_expert_intermediate_size)
-# Experts of the Mixtral family, on disk.
+# The matrices of an expert on disk, in the Mixtral family.
 W123 = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 SPARSE_BLOCK = ((".block_sparse_moe.", ".mlp."),)
 PARALLEL = "before, one for attention and FFN side by side"
 SANDWICH = "before and after"
-# Granite's experts: all in one tensor on disk, too.
+# Granite's experts: one tensor for all, on disk as in memory.
 GRANITE = Experts(block="block_sparse_moe", router="router")
 GRANITE_NAMES = (
     (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
@@ -148,7 +148,7 @@ FORGET_GATE = tuple(
 
 
 def lfm2_width(config, _layer: int) -> int:
-    """The neurons of an LFM2, which may be two thirds of what its config states, rounded up."""
+    """The FFN width of an LFM2, which may be two thirds of the one in its config, rounded up to a multiple."""
     width = config.intermediate_size
     if config.block_auto_adjust_ff_dim:
         width = int(2 * width / 3)
@@ -159,7 +159,7 @@ def lfm2_width(config, _layer: int) -> int:
 
 
 def mimo_heads(config, layer: int) -> tuple[int, int, int]:
-    """The heads of a layer, which differ where attention is local."""
+    """The heads of a layer, which differ in layers with local attention."""
     local = "swa_" if config.layer_types[layer] == "sliding_attention" else ""
     return tuple(
         getattr(config, f"{local}{key}", None) or getattr(config, key)
@@ -168,12 +168,12 @@ def mimo_heads(config, layer: int) -> tuple[int, int, int]:
 
 
 def silu(_experts, gate):
-    """SiLU, where it is no module."""
+    """SiLU, for types in which it is not a module."""
     return gate * gate.sigmoid()
 
 
 def swiglu_of_gpt_oss(experts, gate):
-    """The gate's activation in gpt-oss: cut off above, then times a sigmoid that is steeper than SiLU's."""
+    """The gate's activation in gpt-oss: clamped above, then multiplied by a sigmoid steeper than SiLU's."""
     gate = gate.clamp(max=experts.limit)
     return gate * (gate * experts.alpha).sigmoid()
 
@@ -191,7 +191,7 @@ LLAMA4 = Arch(
     ),
     activation="feed_forward.activation_fn",
     dense_width=lambda c, _: c.intermediate_size_mlp,
-    notes="A token comes to its experts times its score.",
+    notes="A token is multiplied by its score before it enters its experts.",
 )
 
 # Model type (config.json) -> architecture.
@@ -199,7 +199,7 @@ ARCHS: dict[str, Arch] = {
     "llama": Arch(examples=("meta-llama/Llama-3.1-8B", "TinyLlama/TinyLlama_v1.1", "utter-project/EuroLLM-1.7B")),
     "mistral": Arch(examples=("mistralai/Mistral-7B-v0.3",)),
     "ministral": Arch(examples=("mistralai/Ministral-8B-Instruct-2410",)),
-    "ministral3": Arch(notes="The language model alone; with its vision tower it is a mistral3."),
+    "ministral3": Arch(notes="The language model alone; with its vision tower it has the type mistral3."),
     "qwen2": Arch(examples=("Qwen/Qwen2.5-7B", "Qwen/Qwen2-1.5B"), notes="Biases on q, k, v."),
     "qwen3": Arch(examples=("Qwen/Qwen3-8B-Base",), notes="Norms on q and k."),
     "gemma": Arch(examples=("google/gemma-2b",)),
@@ -272,7 +272,7 @@ ARCHS: dict[str, Arch] = {
         embeddings=("word_embeddings", "word_embeddings_layernorm"),
         activation="mlp.gelu_impl",
         examples=("bigscience/bloom-7b1",),
-        notes="Layers return tuples; a norm follows the embeddings.",
+        notes="Layers return tuples; the embeddings are followed by a norm.",
     ),
     "falcon": Arch(
         projections_at=neox("self_attention"),
@@ -281,7 +281,7 @@ ARCHS: dict[str, Arch] = {
         activation="mlp.act",
         norms="before, attention and FFN side by side",
         examples=("tiiuae/falcon-7b", "tiiuae/falcon-40b", "tiiuae/falcon-rw-1b"),
-        notes="All three layouts of q, k, v: one KV head, groups, as many as query heads. Falcon 3 is a llama.",
+        notes="All three layouts of q, k, v: one KV head, groups, as many as query heads. Falcon 3 has the type llama.",
     ),
     "opt": Arch(
         projections_at=FAIRSEQ,
@@ -291,7 +291,8 @@ ARCHS: dict[str, Arch] = {
         embeddings=("embed_tokens", "embed_positions"),
         activation="activation_fn",
         examples=("facebook/opt-1.3b",),
-        notes="facebook/opt-350m has no final norm: weights are compared and swapped, hidden states refused.",
+        notes="facebook/opt-350m has no final norm: its weights can be compared and swapped, its hidden states cannot "
+        "be read.",
     ),
     "xglm": Arch(
         projections_at=FAIRSEQ,
@@ -334,7 +335,7 @@ ARCHS: dict[str, Arch] = {
     "apertus": Arch(
         projections_at=LLAMA_ATTENTION | UP_DOWN,
         examples=("swiss-ai/Apertus-8B-2509",),
-        notes="Norms on q and k; the activation has parameters of its own, which a swap of whole layers takes along.",
+        notes="Norms on q and k; the activation has its own parameters, which move with whole layers.",
     ),
     "glm": Arch(
         projections_at=LLAMA_ATTENTION | GATE_UP, activation="mlp.activation_fn", examples=("zai-org/glm-4-9b-hf",)
@@ -411,13 +412,13 @@ ARCHS: dict[str, Arch] = {
         **SINKS,
         examples=("openai/gpt-oss-20b",),
         notes="Biases everywhere, also on experts and router; attention sinks move with whole layers. The published "
-        "weights are in 4 bits (MXFP4), and refused; converted to 16 bits they are read.",
+        "4-bit weights (MXFP4) are refused; weights converted to 16 bits are read.",
     ),
     "llama4_text": LLAMA4,
     "bitnet": Arch(
         with_heads={"o_proj": ("self_attn.attn_sub_norm.weight",)},
         examples=("microsoft/bitnet-b1.58-2B-4T-bf16",),
-        notes="A norm before the output and down projections; silenced neurons are set to zero behind it.",
+        notes="A norm before the output and down projections; silenced neurons are set to zero after it.",
     ),
     "cwm": Arch(examples=("facebook/cwm",)),
     "internlm3": Arch(examples=("internlm/internlm3-8b-instruct",)),
@@ -427,7 +428,7 @@ ARCHS: dict[str, Arch] = {
     "diffllama": Arch(
         differential=True,
         examples=("kajuma/DiffLlama-0.3B-handcut",),
-        notes="The lambdas of its attention move with whole layers.",
+        notes="The lambdas of the attention move with whole layers.",
     ),
     "cohere_compass_text": Arch(norms=PARALLEL),
     "nanochat": Arch(
@@ -439,7 +440,7 @@ ARCHS: dict[str, Arch] = {
     "doge": Arch(
         with_heads={"k_proj": ("self_attn.A", "self_attn.dt_proj.weight", "self_attn.dt_proj.bias")},
         examples=("SmallDoge/Doge-320M",),
-        unless={"is_moe": "the experts that it has with is_moe are looked up in embeddings"},
+        unless={"is_moe": "its experts are then looked up in embeddings"},
         notes="The mask's `dt_proj` and the scales of the residual stream move with whole layers.",
     ),
     "minicpm3": Arch(projections_at=LATENT_FFN, examples=("openbmb/MiniCPM3-4B",), notes=LATENT_NOTE),
@@ -462,7 +463,7 @@ ARCHS: dict[str, Arch] = {
         activation="mlp.act",
         norms=PARALLEL,
         examples=("Salesforce/codegen-350M-multi",),
-        notes="q, v, k alternate in four groups. The output matrix has a bias.",
+        notes="q, v, k alternate in four groups; the output matrix has a bias.",
     ),
     "gpt_neox_japanese": Arch(
         projections_at=neox("attention"),
@@ -474,7 +475,7 @@ ARCHS: dict[str, Arch] = {
         activation="mlp.act",
         dense_width=lambda c, _: c.intermediate_multiple_size * c.hidden_size,
         examples=("abeja/gpt-neox-japanese-2.7b",),
-        notes="The one bias of the last layer's attention moves with the whole layer.",
+        notes="The single bias of the last layer's attention moves with the whole layer.",
     ),
     "biogpt": Arch(
         projections_at=FAIRSEQ,
@@ -505,7 +506,7 @@ ARCHS: dict[str, Arch] = {
         norms="after",
         dense_width=lambda c, _: 4 * c.n_embd,
         examples=("openai-community/openai-gpt",),
-        notes="Weights are stored [in, out]; no norm behind the last layer.",
+        notes="Weights are stored [in, out]; no norm after the last layer.",
     ),
     "modernbert-decoder": Arch(
         projections_at={
@@ -518,7 +519,7 @@ ARCHS: dict[str, Arch] = {
         head="decoder",
         activation="mlp.act",
         examples=("jhu-clsp/ettin-decoder-150m",),
-        notes="A layer and a norm stand before the output matrix, which has a bias; they stay the target's.",
+        notes="A layer and a norm precede the output matrix, which has a bias; they stay the target's.",
     ),
     "olmo_hybrid": Arch(
         mixers={"linear_attention": "linear_attn"},
@@ -539,9 +540,10 @@ ARCHS: dict[str, Arch] = {
         dense_width=lambda c, layer: c.intermediate_size[layer],
         beyond=UNUSED_KV,
         norms=SANDWICH,
-        notes="Norms on q and k. Of the four streams that a layer hands on, the first is the hidden state. Layers with "
-        "`num_kv_shared_layers` have no k and v of their own. Where the gate is sparse, activations are those that "
-        "pass. LAuReL, AltUp and the inputs of each layer move with whole layers, their embeddings stay the target's.",
+        notes="Norms on q and k. A layer returns four streams; the first is the hidden state. With "
+        "`num_kv_shared_layers`, the last layers have no k and v of their own. With a sparse gate, only activations "
+        "that pass it count. LAuReL, AltUp and the per-layer inputs move with whole layers; their embeddings stay the "
+        "target's.",
     ),
     "gemma4_text": Arch(
         projections_at=SHARED_KV | named("mlp", *FFN),
@@ -556,8 +558,8 @@ ARCHS: dict[str, Arch] = {
         beyond=UNUSED_KV,
         norms=SANDWICH,
         notes="Norms on q and k. k and v are the same matrix in global layers with `attention_k_eq_v`, and missing in "
-        "layers that use another's (`num_kv_shared_layers`). With `enable_moe_block` the dense FFN stands beside "
-        "experts. The inputs of each layer move with whole layers, their embeddings stay the target's.",
+        "layers that use another layer's (`num_kv_shared_layers`). With `enable_moe_block` there are experts beside "
+        "the dense FFN. The per-layer inputs move with whole layers; their embeddings stay the target's.",
     ),
     "granitemoe": Arch(
         experts_at=GRANITE,
@@ -587,7 +589,7 @@ ARCHS: dict[str, Arch] = {
         activation="shared_mlp.activation",
         dense_width=lambda c, _: c.shared_intermediate_size,
         examples=("ibm-granite/granite-4.0-h-tiny",),
-        notes=f"{GRANITE_NOTE} Without experts (`num_local_experts` 0) the FFN is the shared one.",
+        notes=f"{GRANITE_NOTE} Without experts (`num_local_experts` 0), the shared FFN is the only one.",
     ),
     "minimax": Arch(
         experts_at=Experts(names=W123),
@@ -755,7 +757,7 @@ ARCHS: dict[str, Arch] = {
         | {"q_proj": (Slot("self_attn.q_a_proj", shared=True), Slot("self_attn.q_gate_proj"))},
         experts_at=Experts(sparse=by_kind, **SHARED_EXPERTS),
         inner=((".self_attn.q_b_proj.", ".self_attn.q_gate_proj."), (".W_down.", ".mlp.fc1."), (".W_up.", ".mlp.fc2.")),
-        notes=f"{LATENT_NOTE} An output gate is in `q_gate_proj`. {INDEXER}",
+        notes=f"{LATENT_NOTE} `q_gate_proj` also holds an output gate. {INDEXER}",
     ),
     "bamba": Arch(
         projections_at=LLAMA_ATTENTION | FEED_FORWARD,
@@ -782,7 +784,7 @@ ARCHS: dict[str, Arch] = {
         norm="final_layernorm",
         activation="feed_forward.act_fn",
         examples=("tiiuae/Falcon-H1-1.5B-Base",),
-        notes="Every layer has Mamba beside its attention, which moves with whole layers.",
+        notes="Beside its attention, every layer has a Mamba block, which moves with whole layers.",
     ),
     "lfm2": Arch(
         projections_at=LFM2,
@@ -839,7 +841,7 @@ ARCHS: dict[str, Arch] = {
         activation="mixer.act_fn",
         beyond=AHEAD,
         examples=("nvidia/Nemotron-H-8B-Base-8K", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
-        notes="A layer is one thing: Mamba, attention, an FFN or a mixture of experts.",
+        notes="Each layer is one of: Mamba, attention, an FFN, a mixture of experts.",
     ),
     "kimi_linear": Arch(
         projections_at=LATENT_FFN,
@@ -897,14 +899,14 @@ LLAVA = (
 
 @dataclass(frozen=True)
 class Tower:
-    """A type whose language model has other towers, for images, beside it: these stay the target's, and no numbers
-    come from them.
+    """A type with other towers, for images, beside its language model: in a swap these stay the target's, and they are
+    not measured.
 
     Attributes:
-        text: the table's entry for its language model; a config that names another type of the table has that one.
-        config_type: what configs call the language model where it has no type of its own.
-        prefixes, renames, decoder_path, head: as those of `Arch`.
-        more: what else differs from `text`.
+        text: the table's entry for its language model, unless the config names another type of the table.
+        config_type: the name of the language model in configs, if that is not a model type of its own.
+        decoder_path, prefixes, renames: as in `Arch`.
+        more: other fields in which it differs from `text`.
     """
 
     text: str
@@ -916,7 +918,7 @@ class Tower:
     examples: tuple[str, ...] = ()
 
     def around(self, text: Arch, name: str) -> Arch:
-        """The entry of this type, with this language model."""
+        """The entry for this type with the language model `text`."""
         kind = self.config_type if text.model_type == self.text and self.config_type else text.model_type
         return replace(
             text, text_type=kind, decoder_path=self.decoder_path, prefixes=self.prefixes, renames=self.renames,
@@ -924,7 +926,7 @@ class Tower:
         )  # fmt: skip
 
 
-# What the first Qwen VLs call their parts on disk; later ones are named as in memory.
+# Names on disk in the first Qwen VLs; later ones are named as in memory.
 QWEN_VL = {"prefixes": ("model.language_model.", "model."), "renames": (("visual.", "model.visual."),)}
 AS_IN_MEMORY = {"prefixes": ("model.language_model.",), "renames": ()}
 TEXT_MODEL = {"decoder_path": "model.text_model", "prefixes": ("model.text_model.",), "renames": ()}
@@ -971,7 +973,7 @@ TOWERS: dict[str, Tower] = {
     "lfm2_vl": Tower("lfm2", **AS_IN_MEMORY, examples=("LiquidAI/LFM2-VL-1.6B",)),
     "glm4v": Tower("glm4", "glm4v_text", **AS_IN_MEMORY, examples=("zai-org/GLM-4.1V-9B-Base",)),
     "glm4v_moe": Tower("glm4_moe", "glm4v_moe_text", **AS_IN_MEMORY, examples=("zai-org/GLM-4.5V",)),
-    # transformers saves its layers as `blocks`, a name that it has for those of the image tower.
+    # transformers saves its layers as `blocks`, its name for those of the image tower.
     "kimi_k25": Tower("deepseek_v3", more={"inner": (("blocks.", "layers."),)}, examples=("moonshotai/Kimi-K2.5",)),
     "fuyu": Tower(
         "persimmon", renames=(HEAD, ("vision_embed_tokens.", "model.vision_embed_tokens.")), examples=("adept/fuyu-8b",)

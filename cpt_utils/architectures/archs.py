@@ -4,7 +4,7 @@
     arch.parts(config, 3, "q_proj", names)      # where it is on disk
     arch.module(model, 3, "q_proj")             # and in memory
 
-What an entry can say stands in `arch_layers.Layers`; `arch_left_out` lists the types that have none.
+`arch_layers.Layers` documents the fields of an entry; `arch_left_out` lists the types without one.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def for_config(config) -> Arch:
     """The table's entry for a config (a `PretrainedConfig`, or the dict of a config.json).
 
     Raises:
-        InputError: no `model_type`, or one that the table does not have; says why it is left out, or names the nearest
-            ones and the entry to add.
+        InputError: the config has no `model_type`, or one that is not in the table; the message says why it is left
+            out, or gives the nearest types and the entry to add.
     """
     values = config if isinstance(config, dict) else config.to_dict()
     model_type = values.get("model_type")
@@ -75,15 +75,15 @@ def for_config(config) -> Arch:
     arch = _with_text_model(values)
     for key, why in arch.unless.items():
         if values.get(key):
-            raise InputError(f"config.json of a {model_type} sets {key}, which is not read: {why}")
+            raise InputError(f"config.json of a {model_type} sets {key}, which is not supported: {why}")
     return arch
 
 
 def text_type(config) -> str:
-    """The model type of the language model alone: where it has a vision tower beside it, that of its text model.
+    """The model type of the language model alone: for a model with a vision tower, the type of its text model.
 
-    Two models are compared and swapped where these are the same: layers have the same tensors then, by their canonical
-    names.
+    Two models can be compared and swapped if these types are equal: their layers then have the same tensors, by
+    canonical names.
     """
     arch = for_config(config)
     tower = TOWERS.get(arch.model_type)
@@ -93,14 +93,14 @@ def text_type(config) -> str:
 
 
 def meaning(arch: Arch, disk_name: str) -> str:
-    """The name by which a tensor is found in another model of the same language model: the canonical one, and `lm_head`
-    for the output matrix, which some types call otherwise."""
+    """The name that matches a tensor across models with the same language model: the canonical name, with `lm_head` for
+    the output matrix, which has another name in some types."""
     canonical = arch.canonical(disk_name)
     return f"lm_head{canonical.removeprefix(arch.head)}" if canonical.startswith(f"{arch.head}.") else canonical
 
 
 def _with_text_model(values: dict) -> Arch:
-    """The entry of a type; with other towers, around the language model that the config names."""
+    """The entry of a type; for a type with other towers, built around the language model that the config names."""
     name = values["model_type"]
     text = values.get("text_config")
     stated = text.get("model_type") if isinstance(text, dict) else None
@@ -116,46 +116,46 @@ def _with_text_model(values: dict) -> Arch:
 
 
 def kin(config) -> tuple[Arch, ...]:
-    """The architectures under whose names this language model may be: its own, and those of the same one alone, or with
-    other towers beside it."""
+    """The architectures under which this language model may be stored: its own first, then those of the same language
+    model alone or with other towers."""
     named, text = for_config(config), text_type(config)
-    found = {text: ARCHS.get(text)} | {name: ARCHS[name] for name, tower in TOWERS.items() if tower.text == text}
-    return (named, *(arch for name, arch in found.items() if arch is not None and name != named.model_type))
+    related = {text: ARCHS.get(text)} | {name: ARCHS[name] for name, tower in TOWERS.items() if tower.text == text}
+    return (named, *(arch for name, arch in related.items() if arch is not None and name != named.model_type))
 
 
 def _entry_to_add(config: dict) -> str:
-    """What the table's entry for an unknown type must say, from the modules that transformers makes for it.
+    """What the table's entry for an unknown type must state, judged by the modules that transformers builds for it.
 
-    They are made on the meta device, which costs neither memory nor time worth mentioning. All layers are looked at:
-    the first ones of many mixtures of experts are dense, and hybrids have attention in some layers only.
+    They are built on the meta device, which takes hardly any memory or time. All layers are inspected: in many mixtures
+    of experts the first layers are dense, and hybrids have attention in only some layers.
     """
     model_type, where = config["model_type"], "ARCHS in cpt_utils/architectures/arch_table.py"
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        given = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+        stated = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **stated))
         modules = {name for name, module in model.named_modules() if not list(module.children())}
-    except Exception:  # whatever transformers says of a type or a config that it cannot build
-        return f"add an entry {model_type!r}: Arch(...) to {where}, plain Arch() where the module names are Llama's"
+    except Exception:  # transformers raises various types for a type or config that it cannot build
+        return f"add an entry {model_type!r}: Arch(...) to {where}, plain Arch() if the module names are Llama's"
     llama = ARCHS["llama"]
     wanted = {slot.module for slots in llama.projections_at.values() for slot in as_slots(slots)} | {llama.activation}
     kinds = _kinds_of_layers(modules)
     plain = [inside for (stem, inside) in kinds if stem == "model.layers" and wanted <= inside]
     if kinds and len(plain) == len(kinds) and {"model.embed_tokens", "model.norm"} <= modules:
         others = sorted(set().union(*plain) - wanted - {name for inside in plain for name in inside if "norm" in name})
-        more = f" (beside them a layer has {', '.join(others[:8])})" if others else ""
-        return f"its modules are named as Llama's{more}: add {model_type!r}: Arch() to {where}, then run its tests"
+        more = f" (a layer also has {', '.join(others[:8])})" if others else ""
+        return f"its modules are named like Llama's{more}: add {model_type!r}: Arch() to {where}, then run its tests"
     listed = "; ".join(
         f"{_listed(layers)} of {stem} {'has' if len(layers) == 1 else 'have'} {', '.join(sorted(inside)[:16])}"
         for (stem, inside), layers in list(kinds.items())[:4]
     )
-    return f"add an entry {model_type!r}: Arch(...) to {where} that says what differs from Llama: {listed}"
+    return f"add an entry {model_type!r}: Arch(...) to {where} that states what differs from Llama: {listed}"
 
 
 def _kinds_of_layers(modules: set[str]) -> dict[tuple[str, frozenset[str]], list[int]]:
-    """(path of a list of layers, what a layer of it has) -> the layers that have it, first kinds first."""
+    """(path of a list of layers, module names inside a layer) -> the layers with these modules, in order of layers."""
     layers: dict[tuple[str, int], set[str]] = {}
     for name in modules:
         match = re.match(r"(.*?)\.(\d+)\.(.*)", name)

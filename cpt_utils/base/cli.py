@@ -1,6 +1,6 @@
-"""What the command lines of all scripts share: flags, one-line errors, progress bars, and calling a sibling script.
+"""Shared by the command lines of all scripts: flags, one-line errors, progress bars, and calling a sibling script.
 
-Nothing heavy is imported here, so that `--help` answers at once.
+Nothing heavy is imported here, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def run(main) -> None:
-    """Call `main()` and end the process: input errors as one line with exit code 2, Ctrl-C as 130."""
+    """Call `main()` and end the process; an input error prints one line and exits with code 2, Ctrl-C with 130."""
     try:
         code = main()
     except InputError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # `... | head` closed our output: no fault of ours, and nothing left to say
+    except BrokenPipeError:  # `... | head` closed the output: not an error, and nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except OSError as error:  # a file that may not be read, a disk that fails: the machine's fault, not the code's
+    except OSError as error:  # an unreadable file, a failing disk: the machine's fault, not the code's
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{os_reason(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted: finished files are kept, the same command goes on from them", file=sys.stderr)
+        print("interrupted: finished files are kept, and the same command continues from them", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        # Libraries leave a million objects, through which Python goes several times at its end: a fifth of a short run.
+        # Libraries leave a million objects, which Python traverses several times at exit: a fifth of a short run.
         gc.freeze()
     raise SystemExit(code or 0)
 
 
 def os_reason(error: OSError) -> str:
-    """Why the system refused, in words; of a full disk also what to do."""
+    """The reason for a system error in words; for a full disk, also the remedy."""
     if error.errno == errno.ENOSPC:
         return "the disk is full; free some space and run the same command again"
     return error.strerror or _one_line(error) or type(error).__name__
@@ -61,60 +61,60 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(doc: str, study: bool = True) -> argparse.ArgumentParser:
-    """A parser with the script's docstring as description and, with `study`, the flags of every script on a study."""
+    """A parser with the script's docstring as description and, with `study`, the flags of all scripts that read one."""
     p = argparse.ArgumentParser(description=doc, formatter_class=_Help)
     if not study:
         return p
     text = "study file (YAML) for every value not given here; default: ./study.yaml, if any"
     p.add_argument("--study", metavar="FILE", help=text)
     p.add_argument("--seed", type=int, metavar="N", help="seed of all random draws; default: the study's, else 42")
-    p.add_argument("--arm", metavar="NAME", help="one of the study's `arms` or `runs`: its run, and results of its own")
+    p.add_argument("--arm", metavar="NAME", help="one of the study's `arms` or `runs`: use its run and results folder")
     p.add_argument("--overwrite", action="store_true", help="redo and replace finished results")
     return p
 
 
 def add_run_flags(p: argparse.ArgumentParser, drop: bool = False) -> None:
-    """`drop`: the script reads weights, one checkpoint after the other, and takes --drop-revisions."""
+    """Add --steps; with `drop`, for scripts that read the weights of one checkpoint at a time, --drop-revisions too."""
     p.add_argument("--steps", metavar="S,S,..", type=_steps, help="only these checkpoints of a run; default: all")
     if drop:
-        text = "of a run on the hub, keep one checkpoint's weights on disk at a time: fetch, use, drop (docs/hub.md)"
+        text = "for a run on the hub, keep only one checkpoint's weights on disk: fetch, use, delete (docs/hub.md)"
         p.add_argument("--drop-revisions", action="store_true", help=text)
 
 
 def add_named_models(p: argparse.ArgumentParser, base: str | None, run: str) -> None:
-    """--base and --run, for scripts that take their models by place: the arguments `base` and `run` are those."""
+    """Add --base and --run to a script with positional models; `base` and `run` are the names of those arguments."""
     if base:
         p.add_argument("--base", dest="named_base", metavar="B", help=f"the same as {base}")
-    text = f"run of checkpoints in the place of {run}"
+    text = f"run of checkpoints, instead of {run}"
     p.add_argument("--run", nargs="+", dest="named_run", metavar="RUN", help=text)
 
 
 def named(by_place, by_name, words: str):
-    """What was given by place, or by name (--base, --run); None where neither was.
+    """The value given by position or by name (--base, --run); None if neither was.
 
     Raises:
-        InputError: both.
+        InputError: both were given; `words` names them.
     """
     if by_place is not None and by_name is not None:
-        raise InputError(f"{words} name the same twice; leave one out")
+        raise InputError(f"{words} are the same argument; leave one out")
     return by_name if by_place is None else by_place
 
 
 def add_forward_flags(p: argparse.ArgumentParser, batch_size: int | None = 32, device_map: bool = False) -> None:
-    """`batch_size` None: the script works it out; 0: it has no batches and no --limit. `device_map`: it takes
-    --device-map."""
-    text = "auto (CUDA when it is there, else CPU), cpu, cuda, cuda:1; default auto"
+    """Add --device, --dtype, --batch-size, --limit, and with `device_map` also --device-map. `batch_size` None: the
+    script chooses it; 0: it has no batches and no --limit."""
+    text = "auto (CUDA if available, else CPU), cpu, cuda, cuda:1; default auto"
     p.add_argument("--device", default="auto", help=text)
-    text = "of the model's arithmetic; default: the study's, else bfloat16 on CUDA and float32 on CPU"
+    text = "dtype of the model; default: the study's, else bfloat16 on CUDA and float32 on CPU"
     p.add_argument("--dtype", choices=DTYPES, help=text)
     if batch_size != 0:
-        text = f"sequences a batch; default {batch_size or 'by their length, on a GPU also by its memory'}"
+        text = f"sequences per batch; default {batch_size or 'by their length, on a GPU also by its memory'}"
         p.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help=text)
     if device_map:
-        text = "auto: spread a model that is too big for one GPU over all GPUs, then memory, then the disk"
+        text = "auto: spread a model that is too big for one GPU over all GPUs, then main memory, then disk"
         p.add_argument("--device-map", choices=("auto",), help=text)
     if batch_size != 0:
-        text = "use only the first N items (for a try; marked in the result)"
+        text = "use only the first N items (for a trial; recorded in the result)"
         p.add_argument("--limit", type=positive, metavar="N", help=text)
 
 
@@ -126,7 +126,7 @@ def positive(text: str) -> int:
 
 
 def seeds(text: str) -> list[int]:
-    """The numbers in the value of a `--seeds`, each once."""
+    """The seeds in a `--seeds` value, without repetitions."""
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
@@ -168,7 +168,7 @@ def dtype(text: str | None, on: torch.device) -> torch.dtype:
 
 
 def _silent() -> bool:
-    """Of the processes of `accelerate launch` only the first speaks; errors are said by whom they happen to."""
+    """Whether this process stays silent: of those of `accelerate launch` only the first reports; all report errors."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
@@ -181,14 +181,14 @@ _said: set[str] = set()
 
 
 def once(text: str, how: Callable[[str], None] | None = None) -> None:
-    """Say what holds for many models alike a single time; `how`: `warn` instead of `say`."""
+    """Print a line that holds for many models only once; `how`: `warn` instead of `say`."""
     if text not in _said:
         _said.add(text)
         (how or say)(text)
 
 
 def likewise(names: list[str]) -> str:
-    """What ends a line that holds of others, too: of many the first two and how many more there are."""
+    """The end of a line that also holds for others: up to three names, else two and the number of the rest."""
     shown = names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]
     return f"; likewise {', '.join(shown)}" if shown else ""
 
@@ -199,7 +199,7 @@ def warn(text: str) -> None:
 
 
 def progress(iterable=None, desc: str = "", total: int | None = None, unit: str = "it"):
-    """A progress bar on stderr; nothing for loops under a second, and a line every 30 s where stderr is no terminal."""
+    """A progress bar on stderr, if the loop takes over a second; a line every 30 s if stderr is not a terminal."""
     from tqdm import tqdm
 
     quiet = not sys.stderr.isatty()
@@ -220,7 +220,7 @@ def sibling(path: str):
     """Import another script of this repository by its path from the root, e.g. `sentence-retrieval/sr_experiment.py`.
 
     The method of a step stays in its script; a later step that repeats the measurement (layer-swap's controls measure
-    retrieval) calls the very same functions instead of a second copy.
+    retrieval) calls the same functions instead of a copy.
     """
     name = "cpt_script_" + path.replace("/", "_").replace("-", "_").removesuffix(".py")
     if name in sys.modules:

@@ -1,5 +1,5 @@
-"""The one exception for input that a person can mend."""
+"""The one exception for input that the user can correct."""
 
 
 class InputError(Exception):
-    """The input is wrong. The message is one line: what is wrong, and what to do about it."""
+    """The input is wrong. The message is one line: what is wrong, and how to correct it."""

@@ -1,7 +1,7 @@
-"""One style for all figures: two-column paper widths, readable at printed size, colours that the colour-blind can tell.
+"""One style for all figures: widths of a two-column paper, readable at printed size, safe for colour-blind readers.
 
-Colours are Okabe and Ito's palette; a series over training steps runs through one light-to-dark scale instead, and
-series that are compared also differ in marker or line style, so that a grey print keeps them apart.
+Colours are Okabe and Ito's palette; series over training steps use one light-to-dark scale instead. Series that are
+compared also differ in marker or line style, so they can be distinguished in a grey print.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _MEANING = {
     "chance": "#999999",
     "target": "#E69F00",
 }
-# Of axes too small for both numberings: `layer_axis` has layers above, hidden states below.
+# For axes too small for both numberings (`layer_axis` with `both`).
 HIDDEN_STATE = "hidden state (0 = embeddings; layer l puts out hidden state l + 1)"
-MOST = 8  # entries of a legend; where training steps make it longer, they have a colour bar
+MOST = 8  # entries of a legend; with more training steps, a colour bar replaces it
 
 
 def colour(meaning: str) -> str:
-    """The colour that `meaning` (interface, hub, attention, ffn, base, random, chance, target) has in every figure."""
+    """The colour of `meaning` (interface, hub, attention, ffn, base, random, chance, target) in every figure."""
     return _MEANING[meaning]
 
 
 def colours(n: int, ordered: bool = False) -> list:
-    """`n` colours: of the palette, or for an `ordered` series (training steps) along one scale, light to dark."""
+    """`n` colours from the palette, or for an `ordered` series (training steps) along one scale, light to dark."""
     if not ordered:
         return [PALETTE[i % len(PALETTE)] for i in range(n)]
     import matplotlib
@@ -51,15 +51,15 @@ def colours(n: int, ordered: bool = False) -> list:
 
 
 def language(code: str, join: str = " ") -> str:
-    """ "Basque (eus_Latn)", the name and the code as it is written; a private-use code is an "invented (qaa_Latn)"."""
-    name = re.sub(r" \(.*", "", languages.name(code))  # of "Mandarin Chinese (simplified)" the code says the rest
+    """ "Basque (eus_Latn)": the name, and the code as it is spelled; for private-use codes "invented (qaa_Latn)"."""
+    name = re.sub(r" \(.*", "", languages.name(code))  # "Mandarin Chinese (simplified)": the code gives the script
     if languages.is_private(code):
         name = "invented"
     return code if name == code else f"{name}{join}({code})"
 
 
 def measure(name: str, label: str, width: int) -> str:
-    """The label of a measure in lines of `width` letters; that of `nll_per_byte:LANG` names the language."""
+    """The label of a measure in lines of `width` characters; for `nll_per_byte:LANG` it names the language."""
     lang = name.partition(":")[2]
     if not lang:
         return textwrap.fill(label, width)
@@ -69,18 +69,18 @@ def measure(name: str, label: str, width: int) -> str:
 
 
 def group(meaning: str, n: int) -> str:
-    """ "semantic hub (5 layers)": hub or interface."""
+    """ "semantic hub (5 layers)", from `meaning` hub or interface and a number of layers."""
     return f"{'semantic hub' if meaning == 'hub' else meaning} ({n} layer{'s' * (n > 1)})"
 
 
 def accuracy(metric: str, task: str) -> str:
-    """The metric of a benchmark's task, in words."""
+    """The metric of a downstream task, in words."""
     return f"{'accuracy' if metric == 'acc' else metric}, {task}"
 
 
 @contextlib.contextmanager
 def style():
-    """Matplotlib settings of all our figures; no display is needed."""
+    """Matplotlib settings of all figures; no display is needed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,7 +105,7 @@ def style():
         "figure.constrained_layout.use": True,
         "figure.dpi": 150,
         "savefig.dpi": 200,
-        "pdf.fonttype": 42,  # TrueType: text in the PDF can be searched, and journals accept it
+        "pdf.fonttype": 42,  # TrueType: searchable text, accepted by journals
     }
     with plt.rc_context(settings):
         yield plt
@@ -113,10 +113,10 @@ def style():
 
 
 def save(fig, path: str | Path) -> None:
-    """Write `path`.pdf and `path`.png, whole or not at all, without dates, so that a rerun gives the same bytes."""
+    """Write `path`.pdf and `path`.png, each whole or not at all, without dates: a rerun gives the same bytes."""
     path = Path(path)
     for suffix, facts in ((".pdf", {"CreationDate": None, "Producer": None}), (".png", {"Software": None})):
-        # Through memory: the PDF writer stumbles over its own clean-up where the disk is full, and hides the reason.
+        # Through memory: on a full disk the PDF writer fails in its clean-up, which hides the reason.
         drawn = io.BytesIO()
         fig.savefig(drawn, format=suffix[1:], metadata=facts)
         with replacing(path.with_name(path.name + suffix)) as temporary:
@@ -124,10 +124,10 @@ def save(fig, path: str | Path) -> None:
 
 
 def changes_over_steps(path: str | Path, steps: list[int], lines: list[dict], ylabel: str) -> None:
-    """Changes from the base over training steps; the base stands at step 0, where nothing has changed yet.
+    """Changes from the base over training steps; the base is step 0, where every change is 0.
 
     Args:
-        lines: `values` [steps], and how each looks: `label, color, marker, linestyle`.
+        lines: `values` [steps] of each line, and its look: `label, color, marker, linestyle`.
     """
     start = [] if 0 in steps else [0]
     with style() as plt:
@@ -153,13 +153,13 @@ def heat_map(
     texts=None,
     signed: bool = True,
 ):
-    """A matrix [rows, columns] in colour with its numbers in the cells; returns the image, for a colour bar.
+    """A matrix [rows, columns] in colour with numbers in the cells; returns the image, for a colour bar.
 
     Args:
         values: a numpy array; NaN stays grey.
         bound: the value of the darkest colour; `signed` values go from -bound (blue) to bound (red), others from 0.
-        texts: [rows][columns], what stands in the cells; None: the value, bold where row and column have one name.
-            Of more than twelve columns the colour alone is shown.
+        texts: [rows][columns], the text in each cell; None: the value, bold if row and column have the same name.
+            With more than twelve columns only the colour is shown.
     """
     look = {"cmap": "RdBu_r", "vmin": -bound} if signed else {"cmap": "Blues", "vmin": 0}
     axis.set_facecolor("0.92")
@@ -193,11 +193,11 @@ def retrieval_axis(
     n: int | None = None,
     both: bool = False,
 ) -> None:
-    """Retrieval accuracy over hidden states, with the layers of the hub shaded (layer l gives hidden state l + 1).
+    """Retrieval accuracy over hidden states, with the layers of the hub shaded (layer l outputs hidden state l + 1).
 
     Args:
-        lines: (`layer_accuracy` of a result, how the line looks) of each model; `untrained`: that of the twin.
-        n: sentences, of which chance finds one; `both`: the layers' numbers above.
+        lines: (`layer_accuracy` of a result, look of the line) for each model; `untrained`: that of the untrained twin.
+        n: number of sentences, for the chance level 1 / n; `both`: also number the layers, on an axis at the top.
     """
     for layer in hub:
         label = "semantic hub" if layer == hub[0] else None
@@ -213,42 +213,42 @@ def retrieval_axis(
 
 
 def chance_line(axis, n: int) -> None:
-    """What guessing among `n` gets right."""
+    """A line at 1 / `n`, the accuracy of guessing among `n`."""
     axis.axhline(1 / n, color=colour("chance"), linewidth=1, linestyle=(0, (1, 2)), label=f"chance 1/{n}", zorder=1)
 
 
 def layer_axis(axis, n_layers: int, hidden_states: bool = False, most: int = 12, both: bool = False) -> None:
-    """Integer ticks over layers, or over hidden states, about `most` of them; `both`: the other numbers above."""
+    """About `most` integer ticks over layers, or over hidden states; `both`: the other numbering on top."""
     numbers = [(range(n_layers), "layer"), (range(n_layers + 1), "hidden state (0 = embeddings)")]
-    own, other = numbers[::-1] if hidden_states else numbers
+    shown, on_top = numbers[::-1] if hidden_states else numbers
     every = max(1, -(-(n_layers if hidden_states else n_layers - 1) // most))
-    axis.set_xticks(own[0][::every])
-    axis.set_xlabel(own[1])
+    axis.set_xticks(shown[0][::every])
+    axis.set_xlabel(shown[1])
     if both:
         shift = 1 if hidden_states else -1
         above = axis.secondary_xaxis("top", functions=(lambda x: x - shift, lambda x: x + shift))
-        above.set_xticks(other[0][max(0, -shift) :: every])
-        above.set_xlabel(other[1].partition(" (")[0])
+        above.set_xticks(on_top[0][max(0, -shift) :: every])
+        above.set_xlabel(on_top[1].partition(" (")[0])
 
 
 def steps_bar(figure, axes, steps: list[int]) -> None:
-    """The colours of training steps, in their order, beside `axes`; at most seven are named."""
+    """A colour bar of training steps, in order, beside `axes`; at most seven steps are labelled."""
     import matplotlib
 
     shades = matplotlib.colors.ListedColormap(colours(len(steps), ordered=True))
     scale = matplotlib.colors.BoundaryNorm(range(len(steps) + 1), len(steps))
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, shades), ax=axes, aspect=40, pad=0.01)
     every = -(-len(steps) // 7)
-    named = range((len(steps) - 1) % every, len(steps), every)  # the last one among them
-    bar.set_ticks([at + 0.5 for at in named], labels=[str(steps[at]) for at in named])
+    labelled = range((len(steps) - 1) % every, len(steps), every)  # the last step is labelled
+    bar.set_ticks([at + 0.5 for at in labelled], labels=[str(steps[at]) for at in labelled])
     bar.ax.tick_params(length=0, which="both")
     bar.set_label("training step")
     bar.outline.set_visible(False)
 
 
 def zeros(axis, at, values, label: str | None = None) -> None:
-    """A small ring wherever a bar has no height, so that none is told from not there."""
-    none = [x for x, value in zip(at, values, strict=True) if value == 0]
+    """A small ring at every bar of height 0, which distinguishes it from a missing bar."""
+    at_zero = [x for x, value in zip(at, values, strict=True) if value == 0]
     look = {"markersize": 2.5, "markerfacecolor": "white", "markeredgewidth": 0.6, "clip_on": False, "zorder": 3}
-    if none:
-        axis.plot(none, [0] * len(none), "o", color="0.4", label=label, **look)
+    if at_zero:
+        axis.plot(at_zero, [0] * len(at_zero), "o", color="0.4", label=label, **look)

@@ -1,4 +1,4 @@
-"""What later steps read of each result, as types: what somebody has made something else is told by key and value."""
+"""The types of what later steps read in each result; an edited result is refused with the key and its value."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NotRequired
 
-from typing_extensions import TypedDict  # pydantic takes no other below Python 3.12
+from typing_extensions import TypedDict  # pydantic requires this one below Python 3.12
 
 from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import pydantic
 
 
 def _keys(**keys):
-    """A mapping with these keys, each of which may be missing or null, and any others."""
+    """A mapping with these keys, each of which may be missing or null, and any other keys."""
     return TypedDict("Keys", {key: NotRequired[kind | None] for key, kind in keys.items()})
 
 
@@ -69,23 +69,23 @@ MUST_BE = {
 
 
 def check(path: Path, payload, header: dict) -> None:
-    """InputError where a result is not what its step writes, with the key and what stands there."""
+    """InputError with the key and its value, if a result is not of the form that its step writes."""
     conform(path, header, HEADER, "_header")
     if header.get("schema") in PAYLOADS:
         conform(path, payload, PAYLOADS[header["schema"]])
 
 
 def conform(path: Path, value, form, name: str = "") -> None:
-    """The same of `value`, which the file at `path` has under `name`."""
+    """InputError if `value`, which the file at `path` has under `name`, is not of this form."""
     try:
         _adapter(form).validate_python(value, strict=True)
     except pydantic.ValidationError as failed:
         error = failed.errors()[0]
-        place = ".".join(str(part) for part in (name, *error["loc"]) if part != "")
-        told, must = repr(error["input"]), MUST_BE.get(error["type"], error["msg"])
-        what = f"{told if len(told) <= 60 else f'{told[:57]}...'}, not {must}"
+        key = ".".join(str(part) for part in (name, *error["loc"]) if part != "")
+        value_text, must = repr(error["input"]), MUST_BE.get(error["type"], error["msg"])
+        what = f"{value_text if len(value_text) <= 60 else f'{value_text[:57]}...'}, not {must}"
         what = "missing" if error["type"] == "missing" else what
-        raise InputError(f"{path}: {place} is {what}; run again the step that wrote the file") from None
+        raise InputError(f"{path}: {key} is {what}; run again the step that wrote the file") from None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Data sets of the hub: the commit that a revision stands for, and the rows of a config and split."""
+"""Data sets on the hub: the commit of a revision, and the rows of a config and split."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cpt_utils.base.errors import InputError
 
 
 def revision(repository: str, wanted: str | None = None) -> str | None:
-    """The commit of a hub data set that `wanted` stands for, after asking whether this account may read it.
+    """The commit of revision `wanted` of a hub data set, after checking that this account may read it.
 
-    None where the hub cannot be reached: a copy in the local cache may still serve.
+    `wanted` itself if the hub cannot be reached: a copy in the local cache may still serve.
 
     Raises:
         InputError: gated and not accepted, no such data set, or no such revision.
@@ -38,7 +38,7 @@ def revision(repository: str, wanted: str | None = None) -> str | None:
 
 
 def rows(repository: str, name: str, split: str, revision: str | None, columns: tuple[str, ...]):
-    """The rows of one config and split of a hub data set (from the cache where it is there), and their commit."""
+    """The rows of one config and split of a hub data set (from the cache if it is there), and their commit."""
     import datasets
 
     quiet = datasets.utils.logging.get_verbosity()
@@ -49,7 +49,7 @@ def rows(repository: str, name: str, split: str, revision: str | None, columns: 
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"{repository}, config {name}, split {split} cannot be loaded ({reason[:200]}); "
-            "load it once with a network (and `hf auth login` where it is gated), or give a local copy with --data-dir"
+            "load it once with a network (and `hf auth login` if it is gated), or give a local copy with --data-dir"
         ) from None
     finally:
         datasets.utils.logging.set_verbosity(quiet)
@@ -61,7 +61,7 @@ def rows(repository: str, name: str, split: str, revision: str | None, columns: 
     # Since datasets 4 `loaded["text"]` is a lazy Column; a slice of it is a list.
     values = [loaded[column][:] for column in columns]
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*values, strict=True)]
-    # Read offline, the commit is known only from where the cached files came from: hf://datasets/<name>@<commit>/...
+    # Offline, the commit is known only from the sources of the cached files: hf://datasets/<name>@<commit>/...
     sources = " ".join(loaded.info.download_checksums or {})
     commit = re.search(rf"{re.escape(repository)}@([0-9a-f]{{40}})", sources)
     return rows, revision or (commit[1] if commit else None)

@@ -1,4 +1,4 @@
-"""What a long measurement has found so far: a line of JSON for each finished part, so that a killed run goes on."""
+"""The finished parts of a long measurement, one JSON line each, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from cpt_utils.base.processes import Process
 
 
 class Journal:
-    """Records by key in a file of JSON lines. The first line is the request and the code that answers it; a file of
-    another one is started over, so that what two versions of a method found is never mixed; it is kept as `.before`.
+    """Records by key in a file of JSON lines. The first line is the request and the hash of the code. If either
+    differs, the journal starts over, so that results of two versions are never mixed, and the old one is kept as
+    `.before`.
 
-    The file is locked as long as the process lives, so that a measurement that is started twice runs once.
+    The file is locked while the process lives, so that a measurement that is started twice runs once.
 
     Attributes:
-        done: key -> record, of this and of earlier, interrupted runs.
+        done: key -> record, from this run and earlier, interrupted ones.
     """
 
     def __init__(self, path: Path, request: dict):
@@ -32,7 +33,7 @@ class Journal:
             whole = 0  # bytes up to the end of the last good line
             content = self.file.read()
             for text in content.splitlines(keepends=True):
-                if not text.endswith(b"\n"):  # the line that was being written at the kill
+                if not text.endswith(b"\n"):  # the process was killed while writing this line
                     break
                 try:
                     line = json.loads(text)
@@ -53,32 +54,32 @@ class Journal:
             self._write(first | ({"code": made_of} if made_of else {}))
 
     def _keep(self, content: bytes) -> None:
-        """Set aside what was measured for another request, or by other code: it may have taken a day."""
+        """Set aside records of another request, or of other code: they may have taken a day."""
         kept, n = before(self.path), content.count(b"\n") - 1
         if n:
             kept.write_bytes(content)
         many = f"its {n} records are" if n > 1 else "its record is"
-        said = f"; {many} kept in {kept.name}: move it back to go on with that code" if n else ""
-        cli.say(f"{self.path} is of another request, or of other code: starting over{said}")
+        hint = f"; {many} kept in {kept.name}: move it back to continue with that code" if n else ""
+        cli.say(f"{self.path} is of another request, or of other code: starting over{hint}")
 
     def _locked(self):
-        """The file, open and locked; of two processes the second is refused."""
+        """The file, open and locked; a second process is refused."""
         while True:
-            # Without a buffer: nothing may be written later, when a full disk has been reported.
+            # Unbuffered: after a full disk has been reported, nothing may be written later.
             file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
             try:
-                # Of the process, not of the descriptor as in `locks`: one process may open its own journal again.
+                # The process holds this lock, not the descriptor as in `locks`: a process may reopen its journal.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise InputError(f"{self.path}: another process is measuring this; wait for it to end") from None
-            except OSError:  # file systems without locks: go on, two at once would only measure twice
+            except OSError:  # no locks on this file system: go on; two processes would only measure twice
                 return file
             if self.path.is_file() and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                 return file
-            file.close()  # finished and removed by another process, between opening and locking
+            file.close()  # another process finished and removed it before it was locked
 
     def add(self, key: str, record) -> None:
-        """Keep a record; on the disk when this returns.
+        """Keep a record; it is on disk when this returns.
 
         Raises:
             InputError: it cannot be written.
@@ -87,17 +88,17 @@ class Journal:
         self._write({"key": key, "record": record})
 
     def _write(self, line: dict) -> None:
-        rest = json.dumps(line).encode() + b"\n"
+        unwritten = json.dumps(line).encode() + b"\n"
         try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
+            while unwritten:
+                unwritten = unwritten[self.file.write(unwritten) :]
             os.fsync(self.file.fileno())
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and go on") from error
+            raise InputError(f"cannot write {self.path}: {error.strerror}; free some space and continue") from error
 
 
 def before(path: Path) -> Path:
-    """Where a journal keeps what it could not go on with."""
+    """Where a journal keeps the records that it could not continue from."""
     return path.with_name(f"{path.name}.before")
 
 
@@ -110,10 +111,9 @@ def remove(path: Path) -> None:
 def complete(
     notes: Journal | None, process: Process, keys: Iterable[str], measured: Callable[[str], dict], desc: str
 ) -> None:
-    """Add the record of every key that the journal lacks, `measured(key)`, one per process in each round.
+    """Add `measured(key)` for every key that the journal lacks, one key per process in each round.
 
-    Only the first process has `notes`; what is in them is known to all, so a run that was killed goes on with any
-    number of processes.
+    Only the first process has `notes`; it shares their keys, so a killed run can continue with any number of processes.
     """
     keys = list(keys)
     known = set(process.gather(list(notes.done) if notes else []))
@@ -121,7 +121,7 @@ def complete(
         cli.say(f"{len(known)} of {len(keys)} sets were measured before; continuing with the rest")
     with cli.progress(desc=desc, total=len(keys), unit="set") as bar:
         bar.update(len(known))
-        for found in process.rounds([key for key in keys if key not in known], measured):
-            for key, record in found if notes else []:
+        for pairs in process.rounds([key for key in keys if key not in known], measured):
+            for key, record in pairs if notes else []:
                 notes.add(key, record)
-            bar.update(len(found))
+            bar.update(len(pairs))

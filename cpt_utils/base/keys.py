@@ -1,4 +1,4 @@
-"""Files of settings in YAML, read and checked against a model of their keys; what is wrong is told in one line.
+"""YAML files of settings, read and checked against a model of their keys; a mistake is reported in one line.
 
 A model is a subclass of `Keys`. Its types are strict: a number in quotes is text, `no` is a boolean and not a language.
 The description of a field says what its value must be, and ends the message.
@@ -27,17 +27,17 @@ def _of_text(value):
     return value
 
 
-OF_TEXT = BeforeValidator(_of_text)  # of a number: YAML reads 2e-3 as text
+OF_TEXT = BeforeValidator(_of_text)  # for numbers: YAML reads 2e-3 as text
 REQUIRED: Any = ...
 
 
 def key(meaning: str, example, usual: str = "", default=None) -> Any:
-    """A field with what the reference says of it; `usual`: what holds where the key is left out, if not `default`."""
+    """A field with its meaning and example for docs/study.md; `usual`: what holds without the key, if not `default`."""
     return Field(default, title=meaning, examples=[example], json_schema_extra={"usual": usual})
 
 
 class Keys(BaseModel):
-    """The keys of a mapping; others are refused."""
+    """The keys of a mapping; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -48,18 +48,18 @@ class Keys(BaseModel):
 
     @classmethod
     def defaults(cls) -> dict:
-        """What the keys are where the file has none of them; those that it must have are left out."""
+        """The values of the keys that a file may leave out."""
         free = {name: field for name, field in cls.fields().items() if not field.is_required()}
         return {name: field.get_default(call_default_factory=True) for name, field in free.items()}
 
 
 def group(names: str, kind, default=None) -> type[Keys]:
-    """A model of keys that all hold the same; `default` Ellipsis: none may be left out."""
+    """A model whose keys all have the same type; `default` Ellipsis: none may be left out."""
     return create_model("Group", __base__=Keys, **dict.fromkeys(names.split(), (kind, default)))
 
 
 def read(path: Path, missing: str, empty: str) -> dict:
-    """The mapping in a YAML file; InputError where there is none, with what to do about a file `missing` or `empty`."""
+    """The mapping in a YAML file; InputError if there is none, with the remedy for a `missing` or `empty` file."""
     import yaml
 
     try:
@@ -75,11 +75,11 @@ def read(path: Path, missing: str, empty: str) -> dict:
 
 
 def check(model: type[Model], values, path, prefix: str = "") -> Model:
-    """`values` as `model` has them.
+    """`values` validated as a `model`.
 
     Args:
         path: the file, for the message.
-        prefix: where in the file the values stand ("sources[en]").
+        prefix: the dotted key of the values in the file ("sources[en]").
 
     Raises:
         InputError: an unknown key (with the nearest), a missing one, or a value of another type or outside its range.
@@ -87,7 +87,7 @@ def check(model: type[Model], values, path, prefix: str = "") -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as failed:
-        # An unknown key is told before a missing one: it is what the other was meant to be.
+        # An unknown key is reported before a missing one: it may be a misspelling of it.
         error = min(failed.errors(), key=lambda error: error["type"] not in UNKNOWN)
     raise InputError(f"{path}: {_told(error, model, values, prefix)}")
 
@@ -106,46 +106,46 @@ def _unknown(key, allowed: list[str], prefix: str) -> str:
 
 
 def _told(error: dict, model: type[Keys], values, name: str) -> str:
-    """An error of pydantic's in the words of the file: dotted key, value, what it must be."""
+    """An error of pydantic in the terms of the file: dotted key, value, what it must be."""
     kind, models, field, above = error["type"], [model], None, name
-    # No key of the file as it stands: one that is missing, or is not text (null).
+    # The depth of a key that the file lacks, or that is not text (null).
     last = len(error["loc"]) - (error["loc"][-1:] == ("[key]",))
-    odd = last if kind in ("missing", "invalid_key") or last < len(error["loc"]) else None
+    odd_depth = last if kind in ("missing", "invalid_key") or last < len(error["loc"]) else None
     for depth, part in enumerate(error["loc"], 1):
         if isinstance(values, list) and isinstance(part, int):
             above, values = name, values[part]
-            called = values.get("name") if isinstance(values, dict) else None
-            name += f"[{part if called is None else called}]"
-        elif isinstance(values, dict) and (part in values or depth == odd):
+            item_name = values.get("name") if isinstance(values, dict) else None
+            name += f"[{part if item_name is None else item_name}]"
+        elif isinstance(values, dict) and (part in values or depth == odd_depth):
             above, values, name = name, values.get(part), _dotted(name, part)
             field = next((m.fields()[part] for m in models if part in m.fields()), field)
             allowed = list(models[0].fields())
             models = (field and list(_models(field.annotation))) or models
         elif part == "[key]":
             name = f"a key of {above}"
-        else:  # the tag of one of several models
+        else:  # the tag that selects one of several models
             models = [m for m in models if any(part in get_args(f.annotation) for f in m.fields().values())] or models
-    told, must = (
+    value, must = (
         error.get("input"),
         (field and field.description)
         or error["msg"].replace("Input should", "it must").replace("valid string", "text"),
     )
     if kind in UNKNOWN:
-        return _unknown(part if kind == "extra_forbidden" else told, allowed, above)
-    if kind == "missing" or (told is None and field is not None and field.is_required()):
+        return _unknown(part if kind == "extra_forbidden" else value, allowed, above)
+    if kind == "missing" or (value is None and field is not None and field.is_required()):
         return f"{name} is missing; {must}"
-    if kind == "value_error":  # of a model's own check
+    if kind == "value_error":  # from a validator of the model
         return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
     if kind.startswith("union_tag"):
         tags = error["ctx"].get("expected_tags", "").replace("'", "")
         return f"{name} needs a {error['ctx']['discriminator']}".replace("'", "") + (tags and f", one of {tags}")
     if kind in ("model_type", "model_attributes_type"):
         return f"{name} must hold the keys {', '.join(models[0].fields())}"
-    return f"{name} is {told!r}; {must}"
+    return f"{name} is {value!r}; {must}"
 
 
 def _models(annotation) -> Iterable[type[Keys]]:
-    """The models in a type: of `dict[str, Language] | None` it is Language."""
+    """The models in a type: Language in `dict[str, Language] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Keys):
         yield annotation
     for part in get_args(annotation):

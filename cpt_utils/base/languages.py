@@ -3,11 +3,11 @@
 The table has a row for each of the 230 language varieties of FLORES+:
 
 - `flores_plus`: the canonical code: ISO 639-3, script, and a variety where FLORES+ has several (`twi_Latn_akua1239`);
-- `sib200`: the code in SIB-200, empty where it is the same, `-` where SIB-200 lacks the variety. FLORES-200, Belebele
-  and mOSCAR spell theirs the same way (all 163 languages of mOSCAR 1 are there);
-- `short`: two- and three-letter codes, and two of FLORES-101 that are neither (`zho_simpl`, `zho_trad`). One that
-  stands in several rows (`no`: Bokmål and Nynorsk) is refused as ambiguous; where one script is the usual one, the
-  short code means that row (`zh`: simplified Mandarin);
+- `sib200`: the code in SIB-200, empty if it is the same, `-` if SIB-200 lacks the variety. FLORES-200, Belebele and
+  mOSCAR use the same spelling (all 163 languages of mOSCAR 1 are covered);
+- `short`: two- and three-letter codes, and two longer ones of FLORES-101 (`zho_simpl`, `zho_trad`). A code that is in
+  several rows (`no`: Bokmål and Nynorsk) is refused as ambiguous; if one script is the usual one, the short code is
+  only in that row (`zh`: simplified Mandarin);
 - `name`: in English.
 """
 
@@ -60,7 +60,7 @@ def known() -> list[str]:
 
 @lru_cache(maxsize=1)
 def _meanings() -> dict[str, list[str]]:
-    """Every spelling, and the canonical codes that it may stand for."""
+    """Every spelling with the canonical codes that it may mean."""
     meanings: dict[str, list[str]] = {}
     for language in table().values():
         for spelling in language.spellings:
@@ -72,7 +72,7 @@ def canonical(code: str, any_tag: bool = False) -> str:
     """The FLORES+ code of `code`: `zho_Hans` -> `cmn_Hans`, `ga` -> `gle_Latn`. Private-use codes (`qaa_Latn`) stay.
 
     Args:
-        any_tag: let a tag that is not in the table through as it is (text files as the source).
+        any_tag: return a tag that is not in the table unchanged (for text files).
 
     Raises:
         InputError: the code is unknown (the nearest ones are named), or means several languages.
@@ -99,9 +99,9 @@ def _nearest(code: str) -> str:
         *(c for spelling, codes in lowered.items() if first == spelling.partition("_")[0] for c in codes),
         *(c for spelling in similar for c in lowered[spelling]),
     ]
-    found = list(dict.fromkeys(near))[:4]
-    if found:
-        return f"the nearest are {', '.join(map(_named, found))}"
+    nearest = list(dict.fromkeys(near))[:4]
+    if nearest:
+        return f"the nearest are {', '.join(map(_named, nearest))}"
     return "codes are FLORES+ ones such as eng_Latn or gle_Latn; private ones are qaa_Latn to qtz_Latn"
 
 
@@ -110,19 +110,19 @@ def _named(code: str) -> str:
 
 
 def name(code: str) -> str:
-    """The English name, or the code itself where it is not in the table."""
+    """The English name, or the code itself if it is not in the table."""
     language = table().get(canonical(code, any_tag=True))
     return language.name if language else code
 
 
 def named(code: str) -> str:
-    """ "Basque (eus_Latn)"; the code alone where it is not in the table."""
-    found = name(code)
-    return f"{found} ({code})" if found != code else code
+    """ "Basque (eus_Latn)"; the code alone if it is not in the table."""
+    english = name(code)
+    return f"{english} ({code})" if english != code else code
 
 
 def is_private(code: str) -> bool:
-    """Whether a code is one of those that no language has (`qaa_Latn`)."""
+    """Whether a code is reserved for private use (`qaa_Latn`)."""
     return bool(_PRIVATE.fullmatch(code))
 
 
@@ -145,15 +145,15 @@ def spelling(code: str, source: str = "flores_plus") -> str:
 
 
 def same(a: str, b: str) -> bool:
-    """Whether two codes mean one language, whatever their spelling; tags not in the table are compared as they are."""
+    """Whether two codes mean the same language, whatever their spelling; tags not in the table are compared as text."""
     return canonical(a, any_tag=True) == canonical(b, any_tag=True)
 
 
 def several(given: str | Iterable, flag: str) -> list[str]:
-    """The languages of a list with commas, which `flag` has, or of a study's languages.lsn, as they are written there.
+    """The languages of `flag` (separated by commas) or of a study's languages.lsn, in the spelling used there.
 
     Raises:
-        InputError: none, not text, or one language in two spellings.
+        InputError: no language, a code that is not text, or one language twice.
     """
     codes = re.split(r"[,\s]+", given.strip(", \n")) if isinstance(given, str) else list(given)
     if codes in ([], [""]):
@@ -166,7 +166,7 @@ def several(given: str | Iterable, flag: str) -> list[str]:
 
 
 def refuse_twice(codes: list[str], do: str = "name each once") -> None:
-    """Refuse one language in two spellings; `do` says what to do about it."""
+    """Refuse a language that is listed twice, also in two spellings; `do` says how to correct it."""
     for i, code in enumerate(codes):
         for other in codes[:i]:
             if same(other, code):
@@ -176,7 +176,7 @@ def refuse_twice(codes: list[str], do: str = "name each once") -> None:
 def find(names: Iterable[str], code: str, what: str = "languages", default=_RAISE) -> str:
     """The entry of `names` (file stems, keys of a mapping) that means the language `code`.
 
-    The spelling given is tried first, then its equivalents.
+    The given spelling is tried first, then equivalent ones.
 
     Raises:
         InputError: no entry (unless there is a `default`), or two entries in equivalent spellings.
@@ -184,11 +184,11 @@ def find(names: Iterable[str], code: str, what: str = "languages", default=_RAIS
     names = list(names)
     if code in names:
         return code
-    found = sorted({entry for entry in names if same(entry, code)})
-    if len(found) > 1:
-        raise InputError(f"{what}: {' and '.join(found)} both mean {code}; write the one that is meant")
-    if found:
-        return found[0]
+    matches = sorted({entry for entry in names if same(entry, code)})
+    if len(matches) > 1:
+        raise InputError(f"{what}: {' and '.join(matches)} both mean {code}; write the one that is meant")
+    if matches:
+        return matches[0]
     if default is not _RAISE:
         return default
     other = canonical(code, any_tag=True)
@@ -207,11 +207,11 @@ def find_pair(names: Iterable[str], base: str, target: str, what: str = "languag
     if f"{base}-{target}" in names:
         return f"{base}-{target}"
     pairs = [name for name in names if name.count("-") == 1]
-    found = sorted(
+    matches = sorted(
         name for name in pairs if all(same(a, b) for a, b in zip(name.split("-"), (base, target), strict=True))
     )
-    if len(found) > 1:
-        raise InputError(f"{what}: {' and '.join(found)} both mean {base}-{target}; write the one that is meant")
-    if not found:
+    if len(matches) > 1:
+        raise InputError(f"{what}: {' and '.join(matches)} both mean {base}-{target}; write the one that is meant")
+    if not matches:
         raise InputError(f"{what}: nothing for {base}-{target}; there is {', '.join(sorted(names)) or 'nothing'}")
-    return found[0]
+    return matches[0]

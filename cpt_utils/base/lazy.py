@@ -1,6 +1,6 @@
-"""Libraries that take a second or more to import, imported when something of them is first used.
+"""Libraries that take a second or more to import, imported at the first use of an attribute.
 
-So `--help` and a wrong flag are answered at once, and everything else imports what it needs at its top.
+So `--help` and a wrong flag are answered at once, and modules still import everything at the top.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without garbage collection, where a million small objects are made that stay, or that are no cycles."""
+    """Disable garbage collection, for code that makes a million small objects which stay, or form no cycles."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -25,7 +25,7 @@ def uncollected() -> Iterator[None]:
 
 
 class Later(types.ModuleType):
-    """Stands for a module that is imported at the first attribute asked of it."""
+    """A placeholder for a module, which is imported at the first attribute access."""
 
     def __getattr__(self, name: str):
         return getattr(importlib.import_module(self.__name__), name)

@@ -1,12 +1,12 @@
-"""Locks on open files and folders, which end with their descriptor: when it is closed, or the process is killed."""
+"""Locks on open files and folders; a lock ends when its descriptor is closed or the process is killed."""
 
 from __future__ import annotations
 
 
 def take(handle: int, wait: bool = False) -> bool:
-    """Lock the open file or folder `handle`; False where another has it, unless one is to `wait` for the other.
+    """Lock the open file or folder `handle`; False if another descriptor holds the lock, unless `wait`.
 
-    A file system without locks gives every one that is asked for: nobody can be told apart there.
+    On a file system without locks this always succeeds, since other holders cannot be detected.
     """
     from filelock import lock_descriptor
 

@@ -1,14 +1,14 @@
-"""Several processes, one result: what `accelerate launch` starts, seen by a script that must also run alone.
+"""Several processes, one result: the processes of `accelerate launch`, for scripts that also run alone.
 
 process, dtype = from_arguments(args, study)
-mine = process.share(list_of_items)              # every world-th item, from `rank` on
-rows = process.gather([(i, value), ...])         # on every process: the lists of all, one after the other
+items = process.share(all_items)                 # every world-th item, from `rank` on
+rows = process.gather([(i, value), ...])         # on every process: the lists of all processes, joined
 if process.is_main: write(...)
 process.wait()
 
-Long work goes in rounds, so that a killed run goes on whatever the number of processes then is:
+Long work is done in rounds, so that a killed run can continue with any number of processes:
 
-for found in process.rounds(items, measure):      # [(item, measure(item)), ...] of this round, from all processes
+for measured in process.rounds(items, measure):   # [(item, measure(item)), ...] of this round, from all processes
     if process.is_main: journal.add(...)
 """
 
@@ -28,15 +28,15 @@ Result = TypeVar("Result")
 
 
 class Process:
-    """This process among those of `accelerate launch`; alone without it.
+    """This process among those of `accelerate launch`, or the only one.
 
     Attributes:
-        rank, world: its number, and how many there are.
-        device: where its model belongs: the GPU that `accelerate` gave it, or what `--device` says.
-        device_map: what `--device-map` says, for `loading.load_model`.
+        rank, world: its number, and the number of processes.
+        device: the device of its model: the GPU that `accelerate` assigned, or the value of `--device`.
+        device_map: the value of `--device-map`, for `loading.load_model`.
 
     Raises:
-        InputError: a device map for several processes or with one device, or no such device.
+        InputError: a device map with several processes or with a single device, or no such device.
     """
 
     def __init__(self, device: str = "auto", device_map: str | None = None):
@@ -53,10 +53,10 @@ class Process:
             from accelerate import PartialState
 
             self.state = PartialState(cpu=cli.device(device).type == "cpu")
-            # Left to the interpreter's end, a thread of the group now and then aborts a process that did all its work.
+            # Without this, a thread of the group sometimes aborts a finished process at the interpreter's exit.
             atexit.register(self.state.destroy_process_group)
             self.rank, self.device = self.state.process_index, self.state.device
-            if self.device.type == "cpu":  # not "cpu:0": a result is the same whoever made it
+            if self.device.type == "cpu":  # not "cpu:0": headers must not depend on the number of processes
                 self.device = cli.device("cpu")
             cli.say(f"{self.world} processes share the work")
         else:
@@ -64,7 +64,7 @@ class Process:
 
     @staticmethod
     def refuse_several(what: str) -> None:
-        """InputError where `accelerate launch` started several processes for work that one does."""
+        """InputError if `accelerate launch` started several processes for the work of one."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(f"{what} is the work of one process: start the script without accelerate launch")
 
@@ -73,18 +73,18 @@ class Process:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has reached this call."""
         if self.state is not None:
             self.state.wait_for_everyone()
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """This process's items: every world-th, so that items ordered by length weigh about the same everywhere."""
+        """This process's items: every world-th, so that items sorted by length are about equal work everywhere."""
         return list(items[self.rank :: self.world])
 
     def gather(self, items: list[Item]) -> list[Item]:
-        """The items of all processes, by rank; every process must call it, with a list, and gets the whole.
+        """The items of all processes, by rank; every process must call it with a list, and gets all items.
 
-        For small things (scores, paths): they are pickled through every process.
+        For small objects (scores, paths): they are pickled and sent to every process.
         """
         if self.state is None:
             return list(items)
@@ -95,15 +95,15 @@ class Process:
     def rounds(self, items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[list[tuple[Item, Result]]]:
         """In each round every process works on one item; every process gets all items of the round with their results.
 
-        Items and order must be the same everywhere. For items of about the same cost: all wait for the slowest.
+        All processes need the same items in the same order. For items of similar cost: all wait for the slowest.
         """
         for start in range(0, len(items), self.world):
             group = items[start : start + self.world]
-            done = [work(item) for item in group[self.rank : self.rank + 1]]
-            yield list(zip(group, self.gather(done), strict=True))
+            results = [work(item) for item in group[self.rank : self.rank + 1]]
+            yield list(zip(group, self.gather(results), strict=True))
 
 
 def from_arguments(args, study) -> tuple[Process, torch.dtype]:
-    """This process, and the dtype of its models, as --device, --device-map, --dtype and the study say."""
+    """This process and the dtype of its models, from --device, --device-map, --dtype and the study."""
     process = Process(args.device, args.device_map)
     return process, cli.dtype(study.value(args.dtype, "--dtype", "dtype", None), process.device)

@@ -1,7 +1,7 @@
-"""Result files: JSON with a header that identifies them, plain tensors, whole files only.
+"""Result files: JSON with a header that identifies them, and plain tensors; never partial files.
 
 A file is written under a temporary name in its own folder and renamed, so a file that exists is finished. The header
-stands under the one key `_header`; a reader refuses a file whose header contradicts what it expects, and says why.
+is the value of the key `_header`; a reader refuses a file whose header contradicts what it expects, and says why.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 
 HEADER = "_header"
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")  # the names that `replacing` gives
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")  # the temporary names of `replacing`
 SHOWN = 4  # differences of two requests that a message names
 LIBRARIES = ("torch", "transformers", "datasets", "lm_eval", "numpy", "scipy")
 
@@ -38,7 +38,7 @@ def now() -> str:
 
 
 def header(schema: str, version: int = 1, **facts) -> dict:
-    """The header of a result: `schema`, everything in `facts`, and what every result records.
+    """The header of a result: `schema`, everything in `facts`, and the facts that every result records.
 
     Usual facts: `models` ({role: ModelRef.describe()}), `n_layers`, `base_lang`, `target_lang`, `data` (describe() of a
     source), `n_used`, `n_available`, `limit`, `seed`, `dtype`, `device`.
@@ -57,7 +57,7 @@ def header(schema: str, version: int = 1, **facts) -> dict:
 
 @lru_cache(maxsize=1)
 def git_commit() -> str | None:
-    """The commit of this repository, with `+changes` where the working tree differs; None outside git."""
+    """The commit of this repository, with `+changes` if the working tree differs; None outside git."""
     git = ["git", "-C", str(cli.REPOSITORY)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -71,24 +71,24 @@ def git_commit() -> str | None:
 
 @lru_cache(maxsize=1)
 def libraries() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike):
-    """A temporary path beside `path`; renamed to it when the block ends well, removed when it does not.
+    """A temporary path beside `path`: renamed to it if the block succeeds, removed if it fails.
 
-    What killed processes left in the folder goes first: their temporary files are no longer locked.
+    Temporary files that killed processes left in the folder, which are no longer locked, are removed first.
 
     Raises:
         InputError: the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
-    # The suffix stays last, so that writers that look at it (matplotlib) see the right one.
+    # The suffix stays last, for writers that take the format from it (matplotlib).
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     handle = None
     try:
@@ -98,26 +98,26 @@ def replacing(path: str | os.PathLike):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if path.is_dir():  # os.replace would say only that
+        if path.is_dir():  # os.replace would only say that it is a directory
             raise InputError(f"cannot write {path}: it is a folder; move it, or give another path")
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {cli.os_reason(error)}") from error
     finally:
         if handle is not None:
-            with contextlib.suppress(OSError):  # where even this fails, the next writer of the file removes it
+            with contextlib.suppress(OSError):  # if even this fails, the next writer in the folder removes it
                 temporary.unlink(missing_ok=True)
             os.close(handle)
 
 
 def _locked(temporary: Path) -> int:
-    """Create a temporary file and lock it for as long as the descriptor is open, which a kill ends."""
+    """Create a temporary file and lock it until the descriptor is closed or the process is killed."""
     while True:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         locks.take(handle, wait=True)
         if os.fstat(handle).st_nlink:
             return handle
-        os.close(handle)  # removed by another process, before it was locked
+        os.close(handle)  # another process removed it before it was locked
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -135,7 +135,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def markdown(head: list[str], rows: list[list]) -> str:
-    """A table in Markdown; numbers are formatted by the caller."""
+    """A table in Markdown; the caller formats numbers."""
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
@@ -153,23 +153,23 @@ def write_json(path: str | os.PathLike, payload: dict, header: dict) -> None:
 
 
 def write_list(path: str | os.PathLike, key: str, payload: dict, header: dict) -> None:
-    """Write `payload[key]` as a bare list, which the published scripts read, and all the rest of the result beside it.
+    """Write `payload[key]` as a bare list, as the published scripts read it, and the whole result beside it.
 
-    `read_json` on the list gives the whole payload and its header.
+    `read_json` on the list returns the whole payload and its header.
     """
     write_json(facts_beside(path), payload, header | {"list": key})
     write_text(path, json.dumps(plain(payload[key])) + "\n")
 
 
 def facts_beside(path: str | os.PathLike) -> Path:
-    """Where the facts of a bare list stand."""
+    """The path of the whole result whose bare list is at `path`."""
     return Path(path).with_suffix(".facts.json")
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str | int | float]) -> None:
     """Save a dict of plain tensors, numbers and strings that `torch.load(weights_only=True)` reads."""
-    # Through memory: torch.save names the archive after the file, here a temporary one, and a rerun must give the same
-    # bytes; and a full disk is an OSError only when Python writes.
+    # Through memory: torch.save names the archive after the file (here a temporary one), but a rerun must give the same
+    # bytes; and a full disk raises OSError only if Python writes.
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     with replacing(path) as temporary:
@@ -178,14 +178,14 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor | str
 
 def read_tensors(path: str | os.PathLike) -> dict:
     """Read what `write_tensors` wrote, on the CPU, running no code from the file."""
-    found = load(path)
-    if not isinstance(found, dict):
+    tensors = load(path)
+    if not isinstance(tensors, dict):
         raise InputError(f"{path} holds no named tensors; give a file that these scripts wrote")
-    return found
+    return tensors
 
 
 def load(path: str | os.PathLike):
-    """Whatever `torch.save` put into a file, on the CPU, running no code from it."""
+    """The object that `torch.save` wrote to a file, on the CPU, running no code from it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -199,16 +199,16 @@ def load(path: str | os.PathLike):
 def read_json(
     path: str | os.PathLike, schema: str | None = None, allow_limited: bool = False, **expect
 ) -> tuple[dict, dict]:
-    """Read a result file: its payload (without the header) and its header (`{}` where there is none).
+    """Read a result file: its payload (without the header) and its header (`{}` if it has none).
 
-    Of a list that `write_list` wrote, the payload and header beside it; not where somebody has changed the list.
+    For a list that `write_list` wrote and nobody has changed, these are the payload and header beside it.
 
-    `expect` names header facts that must agree where the file states them, e.g. `n_layers=32, base_lang="eng_Latn"`.
-    Language facts (`*_lang`) agree when they mean the same language.
+    `expect` names header facts that must agree if the file states them, e.g. `n_layers=32, base_lang="eng_Latn"`.
+    Language facts (`*_lang`) agree if they mean the same language.
 
     Raises:
         InputError: no such file, not JSON, another schema, a fact that disagrees, a run made with `--limit`, or a value
-            of another type than its step writes (`forms`).
+            of a type that its step does not write (`forms`).
     """
     path = Path(path)
     try:
@@ -241,28 +241,28 @@ def read_json(
     if head.get("limit") is not None and not allow_limited:
         raise InputError(f"{path} was made with --limit {head['limit']}; run that step again without --limit")
     for fact, wanted in expect.items():
-        found = head.get(fact)
-        if found is None or wanted is None or _agree(fact, found, wanted):
+        value = head.get(fact)
+        if value is None or wanted is None or _agree(fact, value, wanted):
             continue
         raise InputError(
-            f"{path} was made for {fact} {found}, but {wanted} is needed; give the file of the right model and data"
+            f"{path} was made for {fact} {value}, but {wanted} is needed; give the file of the right model and data"
         )
     forms.check(path, payload, head)
     return payload, head
 
 
-def _agree(fact: str, found, wanted) -> bool:
-    if found == plain(wanted):
+def _agree(fact: str, value, wanted) -> bool:
+    if value == plain(wanted):
         return True
     if fact.endswith("_lang"):
-        return languages.same(found, wanted)
+        return languages.same(value, wanted)
     return False
 
 
 def essential(request):
-    """What decides a request: a model is its weights and configuration, a text its hash, wherever they are.
+    """The parts of a request that determine its result: of a model its weights and configuration, of a text its hash.
 
-    So a path that is spelled in another way, or a file that was moved, makes no difference. None counts as absent.
+    So a path that is spelled differently, or a file that was moved, makes no difference. None counts as absent.
     """
     if isinstance(request, list):
         return [essential(part) for part in request]
@@ -281,24 +281,24 @@ def essential(request):
 
 
 def same(before, now) -> bool:
-    """Whether two requests ask for the same, see `essential`."""
+    """Whether two requests are the same, compared by `essential`."""
     return essential(plain(before)) == essential(plain(now))
 
 
 def diff_request(before: dict | None, now: dict) -> str:
-    """In words, where a request differs from an earlier one: "dtype: float32 asked for, bfloat16 in the file"."""
+    """How a request differs from an earlier one, in words: "dtype: float32 asked for, bfloat16 in the file"."""
     if not before:
         return "how the file was made is not known"
-    found = list(_differences(plain(before), plain(now), ""))
-    told = [
+    differences = list(_differences(plain(before), plain(now), ""))
+    parts = [
         f"{name}: {shown(new)} asked for, {shown(old)} in the file" if shown(new) != shown(old) else f"another {name}"
-        for name, old, new in found
+        for name, old, new in differences
     ]
-    return "; ".join(told[:SHOWN] + ([f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []))
+    return "; ".join(parts[:SHOWN] + ([f"and {len(parts) - SHOWN} more"] if len(parts) > SHOWN else []))
 
 
 def _differences(before, now, name: str) -> Iterator[tuple]:
-    """(dotted name, before, now) of the smallest parts in which two requests differ; of models with two paths these."""
+    """(dotted name, before, now) of the smallest parts in which two requests differ; for two models, their paths."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         yield name, before, now
         return
@@ -313,25 +313,25 @@ def _differences(before, now, name: str) -> Iterator[tuple]:
 
 
 def shown(value) -> str:
-    """A value of a request for people; of a long one both ends, as paths differ in either."""
+    """A value of a request for messages; of a long one both ends, since paths may differ at either."""
     text = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:28]}...{text[-29:]}"
 
 
 def finished(
     path: str | os.PathLike, schema: str, request: dict, hint: str, overwrite: bool = False,
-    asked: Callable[[dict], dict | None] = lambda found: found.get("request"), newer: tuple[str, ...] = (),
+    asked: Callable[[dict], dict | None] = lambda result: result.get("request"), newer: tuple[str, ...] = (),
 ) -> bool:  # fmt: skip
-    """Whether there is a result at `path` that answers `request`, and need not be made again.
+    """Whether `path` holds a result of `request`, which need not be made again.
 
     Args:
-        hint: what one may give to write elsewhere, for the message ("another -o").
-        overwrite: it is made again whatever there is.
-        asked: what a result says that was asked for, from its payload and header together.
-        newer: keys that results of earlier versions lack; where they do, the others decide.
+        hint: the flag for writing elsewhere, for the message ("another -o").
+        overwrite: make it again in any case.
+        asked: returns the request recorded in a result, from its payload and header together.
+        newer: keys that results of earlier versions lack; if they do, these keys are not compared.
 
     Raises:
-        InputError: it is the result of another request; both values are said.
+        InputError: it is the result of another request; the message has the values of both.
     """
     if overwrite or not Path(path).exists():
         return False
@@ -340,18 +340,18 @@ def finished(
     request = {key: value for key, value in request.items() if key in before or key not in newer}
     refuse_other(path, before, request, hint)
     if code.is_other(head.get("code")):
-        cli.once(f"{path} was made by other code than there is now: --overwrite makes it again", cli.warn)
+        cli.once(f"{path} was made by a different version of the code: --overwrite makes it again", cli.warn)
     return True
 
 
 def refuse_stranger(path: Path, schema: str, overwrite: bool, hint: str) -> None:
-    """InputError where there is a file without a header, which is replaced on request only; `hint`: see `finished`."""
+    """InputError if `path` is a file without a header, which is replaced only on request; `hint`: see `finished`."""
     if path.exists() and not overwrite and not read_json(path, schema, allow_limited=True)[1]:
         raise InputError(f"{path} was not made by this script; give --overwrite to replace it, or {hint}")
 
 
 def refuse_other(path: str | os.PathLike, before: dict | None, request: dict, hint: str) -> None:
-    """InputError where what `path` holds was made as `before` says, and that is another request; `hint`: `finished`."""
+    """InputError if the request `before`, which made `path`, differs from `request`; `hint`: see `finished`."""
     if not same(before, request):
         raise InputError(
             f"{path} is of another request ({diff_request(before, request)}); give --overwrite to redo it, or {hint}"
@@ -365,7 +365,7 @@ def file_sha256(file: str | os.PathLike) -> str:
 
 
 def plain(value):
-    """`value` as JSON can hold it: paths as text, array scalars as numbers, NaN and infinity as None."""
+    """`value` in JSON types: paths as text, array scalars as numbers, NaN and infinity as None."""
     if isinstance(value, dict):
         return {str(key): plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Study files: one YAML that tells every script of the collection about models, languages, data and where results go.
+"""Study files: one YAML that gives every script its models, languages, data and results folder.
 
-A value given on the command line wins over the study's, which wins over the script's default. Strings may hold
-`{seed}` and `{name}`, which the study's own values replace, and `${VARIABLE}` from the environment.
+A value on the command line overrides the study's, which overrides the script's default. Strings may contain
+`{seed}` and `{name}`, which stand for the study's seed and name, and `${VARIABLE}` from the environment.
 Paths are relative to the folder a command is run in (the repository root), like paths on the command line.
 """
 
@@ -21,13 +21,13 @@ REQUIRED = object()
 
 
 class Study:
-    """The values of one study file; an empty one (falsy) where there is no file.
+    """The values of one study file; empty (falsy) if there is no file.
 
     Attributes:
-        arm: the arm that it is read as (key `arms`): another training of the same run, which is its `run`, and whose
-            results lie below the study's, in `arms/<name>`; or the other run (key `runs`), in `runs/<name>`. Empty: the
-            study itself.
-        plain: the study itself, of an arm, too.
+        arm: the name of the arm or other run that the study is read as; empty: the study itself. `run` is then the
+            retrained run of that arm (key `arms`), or the other run (key `runs`), and results are below the study's,
+            in `arms/<name>` or `runs/<name>`.
+        plain: the study itself, also when it is read as an arm.
     """
 
     arm = ""
@@ -38,11 +38,11 @@ class Study:
         if seed is not None:
             self.values["seed"] = seed
         if self.values:
-            from cpt_utils.base import keys, study_keys  # pydantic: a tenth of a second, of which --help needs none
+            from cpt_utils.base import keys, study_keys  # not at the top: pydantic would slow --help by .1 s
 
             keys.check(study_keys.Study, self.values, path)
-        places = {"seed": self.values.get("seed", 42), "name": self.values.get("name", path.stem if path else "study")}
-        self.values = expand(self.values, lambda text: _in_place(text, places))
+        names = {"seed": self.values.get("seed", 42), "name": self.values.get("name", path.stem if path else "study")}
+        self.values = expand(self.values, lambda text: _fill_in(text, names))
         self.plain = self
 
     def __bool__(self) -> bool:
@@ -50,13 +50,11 @@ class Study:
 
     @classmethod
     def find(cls, path: str | os.PathLike | None = None, seed: int | None = None, arm: str | None = None) -> Study:
-        """The study at `path`, else `study.yaml` in the current folder, else an empty one; read as an arm or a run."""
+        """The study at `path`, else `study.yaml` in the current folder, else an empty one; read as `arm`, if given."""
         file = Path(path) if path else Path("study.yaml")
         if not path and not file.is_file():
             if arm is not None:
-                raise InputError(
-                    f"--arm {arm}: an arm is one of a study's (--study FILE, or study.yaml in this folder)"
-                )
+                raise InputError(f"--arm {arm} needs a study that has it (--study FILE, or study.yaml in this folder)")
             return cls(seed=seed)
         from cpt_utils.base import keys
 
@@ -64,34 +62,34 @@ class Study:
             f"give another path, or write it: make study STUDY={file}",
             "it needs at least base, run, languages and results",
         )
-        found = cls(keys.read(file, missing, empty), file, seed)
-        return found if arm is None else found.of_arm(arm)
+        study = cls(keys.read(file, missing, empty), file, seed)
+        return study if arm is None else study.of_arm(arm)
 
     @classmethod
     def of_seeds(cls, path, seeds: list[int | None], arm: str | None = None) -> list[Study]:
-        """The study of each seed, see `find` and `refuse_shared`."""
-        found = [cls.find(path, seed, arm) for seed in seeds]
-        refuse_shared(found)
-        return found
+        """The study of each seed (`find`), checked by `refuse_shared`."""
+        studies = [cls.find(path, seed, arm) for seed in seeds]
+        refuse_shared(studies)
+        return studies
 
     def of_arm(self, name: str) -> Study:
-        """The study read as one of its arms, or of its other runs.
+        """The study read as one of its arms, or as one of its other runs.
 
         Raises:
-            InputError: it has none of that name, or no folder of its own as its run.
+            InputError: it has none of that name, or an arm is asked for and the study's run is not one folder.
         """
         arms, runs, run = self.get("arms", {}), self.get("runs", {}), self.get("run")
         if name not in (*arms, *runs):
-            there = ", ".join((*arms, *runs)) or "none"
-            raise InputError(f"{self.path} has no arm {name!r}; it has {there} (keys arms and runs)")
+            names = ", ".join((*arms, *runs)) or "none"
+            raise InputError(f"{self.path} has no arm {name!r}; it has {names} (keys arms and runs)")
         if name in arms and not isinstance(run, str):
             raise InputError(f"{self.path}: arms are trained beside the study's run, which must be one folder")
-        found = copy.copy(self)
-        found.arm, kind = name, "arms" if name in arms else "runs"
-        place = Path(run).parent / "arms" / name / Path(run).name if name in arms else runs[name]
+        as_arm = copy.copy(self)
+        as_arm.arm, kind = name, "arms" if name in arms else "runs"
+        run_path = Path(run).parent / "arms" / name / Path(run).name if name in arms else runs[name]
         results = self.get("results") or f"results/{self.name}"
-        found.values = self.values | {"run": str(place), "results": f"{results}/{kind}/{name}"}
-        return found
+        as_arm.values = self.values | {"run": str(run_path), "results": f"{results}/{kind}/{name}"}
+        return as_arm
 
     @property
     def name(self) -> str:
@@ -108,14 +106,14 @@ class Study:
             if not isinstance(value, dict) or value.get(part) is None:
                 return default
             value = value[part]
-        # Only what is asked for: a step that needs no data runs without the variable that names their place.
+        # Only this value: a step that needs no data runs without the environment variable for its folder.
         return expand(value, lambda text: expand_environment(text, self.path))
 
     def value(self, given, flag: str, key: str, default=REQUIRED):
         """`given` (command line), else the study's `key`, else `default`.
 
         Raises:
-            InputError: nothing provides the value; names the flag and the key that would.
+            InputError: nothing provides the value; the message names the flag and the key.
         """
         if given is not None:
             return given
@@ -134,32 +132,32 @@ class Study:
         return Path(self.get("results") or f"results/{self.name}")
 
     def result(self, step: str) -> Path | None:
-        """Where `step` leaves its result in this study (see `experiments`); None outside a study."""
+        """The path of `step`'s result in this study (see `experiments`); None outside a study."""
         return self.folder / experiments.result(step).replace("{name}", self.name) if self else None
 
     def output(self, given, flag: str, step: str, other: str = "") -> Path:
-        """The path to write to: `given`, else the study's place for `step`.
+        """The path to write to: `given`, else the study's path for `step`.
 
-        Where `other` says that the result is not the study's own, it goes beside that place, which stays free.
+        If `other` is not empty, the result is not the study's: its path gets `other` as a further suffix.
         """
         if given is not None:
             return Path(given)
-        place = self.result(step)
-        if place is None:
+        path = self.result(step)
+        if path is None:
             raise InputError(
                 f"nothing says where the result goes: give {flag}, or the key results in a study file {self._where()}"
             )
         if not other:
-            return place
-        here = place.with_name(f"{place.stem}.{other}{place.suffix}")
-        cli.say(f"{place} is kept for the study's own base, whole run and language; this goes to {here}")
-        return here
+            return path
+        beside = path.with_name(f"{path.stem}.{other}{path.suffix}")
+        cli.say(f"{path} is kept for the study's own base, whole run and language; this goes to {beside}")
+        return beside
 
     def input(self, given, flag: str, step: str, how: str = "") -> Path:
-        """The file or folder of an earlier step: `given`, else the study's place; it must exist.
+        """The file or folder of an earlier step: `given`, else the study's path; it must exist.
 
         Args:
-            how: what its script is to be run with, for the message (" --controls").
+            how: flags that its script has to be run with, for the message (" --controls").
         """
         path, made_by = Path(given) if given is not None else self.result(step), experiments.made_by(step) + how
         if path is None:
@@ -173,14 +171,14 @@ class Study:
         return path
 
     def _refuse_other_split(self, path: Path, made_by: str) -> None:
-        """Refuse a split of the layers by another curve or other sentences than the study's: it is from before."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # said by whoever reads the layers
+        """Refuse a layer split by another curve or other sentences than the study's: the study has changed since."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the reader of the layers reports these
             head = json.loads(path.read_text(encoding="utf-8")).get("_header")
             for key, usual in (("measure", "published"), ("sentences", "all")):
-                found, wanted = (head or {}).get(key, usual), self.get(key) or usual
-                if head and found != wanted:
+                used, wanted = (head or {}).get(key, usual), self.get(key) or usual
+                if head and used != wanted:
                     raise InputError(
-                        f"{path} splits layers by {found}, the study's {key} is {wanted}; run {made_by} again"
+                        f"{path} splits layers by {used}, the study's {key} is {wanted}; run {made_by} again"
                     )
 
     def _where(self) -> str:
@@ -188,19 +186,19 @@ class Study:
 
 
 def refuse_shared(studies: list[Study], who: str = "the seeds") -> None:
-    """InputError where two of several studies, mostly the seeds of one, have their results in one folder."""
+    """InputError if two of several studies, mostly the seeds of one, share a results folder."""
     folders = [study.folder for study in studies if study]
     if len({*folders}) < len(folders):
         raise InputError(f"{who} share {folders[0]}: the study's results must hold {{seed}}")
 
 
 def dotted(*parts: str) -> str:
-    """The parts that are not empty, with dots between: `demo`, or `demo.<other>` of what is not the study's own."""
+    """The non-empty parts joined by dots: `demo`, or `demo.<other>` for results that are not the study's own."""
     return ".".join(filter(None, parts))
 
 
 def as_yaml(values: dict) -> str:
-    """The values as they stand in a study file: what holds nothing nested in one line."""
+    """The values as YAML of a study file; a mapping or list without nested ones takes one line."""
     import yaml
 
     return yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000)
@@ -215,27 +213,27 @@ def expand(value, change):
     return change(value) if isinstance(value, str) else value
 
 
-def _in_place(text: str, places: dict) -> str:
-    for name, value in places.items():
+def _fill_in(text: str, names: dict) -> str:
+    for name, value in names.items():
         text = text.replace("{" + name + "}", str(value))
     return text
 
 
 def expand_environment(text: str, path: Path | None) -> str:
-    """`text` with every `${NAME}` replaced from the environment; InputError where one is not set."""
+    """`text` with every `${NAME}` replaced from the environment; InputError if one is not set."""
 
     def from_environment(match: re.Match) -> str:
-        found = os.environ.get(match[1])
-        if not found:
+        value = os.environ.get(match[1])
+        if not value:
             raise InputError(
                 f"{path}: the environment variable {match[1]} is not set; export {match[1]}=<folder or file>"
             )
-        return found
+        return value
 
     return re.sub(r"\$\{(\w+)\}", from_environment, text)
 
 
-if __name__ == "__main__":  # --init; the command looks at models, which are above this floor
+if __name__ == "__main__":  # --init; the command inspects models, and may not be imported from this package
     import runpy
 
     runpy.run_path(str(cli.REPOSITORY / "workflow/init.py"), run_name="__main__")

@@ -1,14 +1,14 @@
-"""Readers of local text: which kind a file is, and its texts and rows.
+"""Readers of local text files: their kind, texts and rows.
 
-A file is what its name says. `.parquet`, and `.jsonl`, `.ndjson` or `.json` (an object per line) hold their text in a
-column; `.tsv` and `.csv` are tables, whose columns somebody has to name; names of archives, documents and binary
-formats are refused with what to do; everything else is plain text, a text per line. All but parquet may end in `.gz`.
+A file's name determines its kind. `.parquet`, and `.jsonl`, `.ndjson` or `.json` (an object per line) hold their text
+in a column; `.tsv` and `.csv` are tables, whose columns the user has to name; archives, documents and binary formats
+are refused with a remedy; everything else is plain text, a text per line. All but parquet may end in `.gz`.
 
-Two readers of TSV, because two ways of writing them are in use and the file does not say which one it is of:
+There are two readers of TSV, because both conventions are in use and a file does not say which one it follows:
 
-- `tsv_cells`: quotes are characters like others. For parallel sentences, which are exported without quoting more often
-  than not: there a sentence that opens with a quote must not swallow the lines up to the next quote.
-- `quoted_rows`: as pandas and Excel write (SIB-200): a cell in quotes loses them, and two of them inside are one.
+- `tsv_cells`: quotes are ordinary characters. For parallel sentences, which are mostly exported without quoting: a
+  sentence that opens with a quote must not swallow the lines up to the next quote.
+- `quoted_rows`: as pandas and Excel write (SIB-200): enclosing quotes are removed, and a doubled quote is one quote.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 
-BOM = "\ufeff"  # at the beginning of a text it is a mark that an editor left, also where files were joined
+BOM = "\ufeff"  # byte order mark: an editor leaves it at the start of a text, so joined files have it inside, too
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".tsv", ".csv")
-# Not .pt: train.pt is Portuguese more often than it is a tensor, which is no UTF-8 anyway.
+# Not .pt: train.pt is more often Portuguese than a tensor, which is not UTF-8 anyway.
 NO_TEXT = {
     "is compressed or an archive; unpack it (of the compressed ones only .gz is read)": (
         ".zip", ".zst", ".xz", ".bz2", ".lz4", ".7z", ".rar", ".tar", ".tgz",
@@ -47,7 +47,7 @@ def kind(file: Path) -> str:
     """`text`, `json`, `parquet` or `table`, from the name of a file.
 
     Raises:
-        InputError: the name is that of a format that is not read; the message says what to do.
+        InputError: the name belongs to a format that is not read; the message says what to do.
     """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     packed = bool(suffixes) and suffixes[-1] == ".gz"
@@ -77,13 +77,13 @@ def check(file: Path) -> None:
 
 
 def documents(file: Path, column: str = "text", which: str | None = None) -> Iterator[list[str | None]]:
-    """The texts of a file in stored order, each as its pieces (`pieces`): a line, or what `column` of a row holds.
+    """The texts of a file in stored order, each as its pieces (`pieces`): a line, or the `column` of a row.
 
     Args:
-        which: `text`, `json` or `parquet`, where the user has said it; default: by the file's name.
+        which: `text`, `json` or `parquet`, if the user has given it; default: by the file's name.
 
     Raises:
-        InputError: a file that `check` refuses, cannot be read, or has a row without `column`.
+        InputError: `check` refuses the file, it cannot be read, or a row has no `column`.
     """
     if which is None:
         check(file)
@@ -98,39 +98,39 @@ def documents(file: Path, column: str = "text", which: str | None = None) -> Ite
 
 
 def pieces(row: dict, column: str, where: str) -> list[str | None]:
-    """The pieces of a row's text in stored order, a null piece as None, a mark of byte order taken off.
+    """The pieces of a row's text in stored order: a null piece is None, a byte order mark is removed.
 
     A text is one piece; mOSCAR stores a list of {text, text_idx}; a null is one null piece.
 
     Raises:
-        InputError: no such column, or neither text nor a list of texts in it.
+        InputError: no such column, or it holds neither a text nor a list of texts.
     """
     if column not in row:
         have = ", ".join(map(str, row)) or "nothing"
         raise InputError(f"{where} has no column {column!r} (it has: {have}); name the column that holds the text")
     value = row[column]
-    if isinstance(value, dict) and "text" in value:  # how some releases of datasets hand a list of dicts over
+    if isinstance(value, dict) and "text" in value:  # some releases of datasets return a list of dicts so
         value = value["text"]
     if not isinstance(value, list):
         value = [value]
-    found = [piece["text"] if isinstance(piece, dict) and "text" in piece else piece for piece in value]
-    for at, piece in enumerate(found):
+    parts = [piece["text"] if isinstance(piece, dict) and "text" in piece else piece for piece in value]
+    for i, piece in enumerate(parts):
         if isinstance(piece, float) and piece != piece:  # pandas writes a missing text as NaN
-            found[at] = None
+            parts[i] = None
         elif isinstance(piece, str):
-            found[at] = piece.lstrip(BOM)
+            parts[i] = piece.lstrip(BOM)
         elif piece is not None:
             raise InputError(f"{where}: the column {column} holds {piece!r:.60}, neither a text nor a list of texts")
-    return found
+    return parts
 
 
 def joined(document: list[str | None]) -> str:
-    """The pieces of a document with a newline between them; null ones are not text, a document of them is empty."""
+    """The pieces of a document, joined by newlines; null pieces are left out, so a document of them is empty."""
     return "\n".join(piece for piece in document if piece is not None)
 
 
 def texts(file: Path, column: str = "text") -> Iterator[str]:
-    """The texts of a file in stored order, those that are null as empty ones, whose number is said at the end."""
+    """The texts of a file in stored order; null texts become empty, and a warning at the end counts them."""
     nulls = 0
     for document in documents(file, column):
         nulls += document.count(None)
@@ -147,7 +147,7 @@ def say_nulls(n: int, where: str) -> None:
 
 
 def lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, gzipped or not, without their ends, and without a mark of byte order in front.
+    """The lines of a UTF-8 file, gzipped or not, without line ends and leading byte order marks.
 
     Only line feeds end a line: U+2028 or a lone carriage return inside a sentence must not shift the alignment.
 
@@ -184,10 +184,10 @@ def json_rows(file: Path) -> Iterator[dict]:
 
 
 def parquet_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[dict]:
-    """The rows of a parquet file, of `columns` or all, a few hundred in memory at a time.
+    """The rows of a parquet file, with `columns` or all columns, a few hundred in memory at a time.
 
     Raises:
-        InputError: not a parquet file, or one without one of `columns`.
+        InputError: not a parquet file, or one of `columns` is missing.
     """
     import pyarrow
     from pyarrow import parquet
@@ -207,9 +207,9 @@ def parquet_rows(file: Path, columns: Iterable[str] = ()) -> Iterator[dict]:
 
 
 def tsv_cells(file: Path) -> list[list[str]]:
-    """The cells of a TSV in which quotes are characters like others, all lines equally long.
+    """The cells of a TSV in which quotes are ordinary characters; all lines must have the same number.
 
-    Cells that look quoted all the same are said: somebody meant `quoted_rows`.
+    Cells that look quoted get a warning: the file may have been meant for `quoted_rows`.
     """
     cells = [line.split("\t") for line in lines(file)]
     if not cells:
@@ -233,13 +233,13 @@ def _looks_quoted(cell: str) -> bool:
 
 
 def quoted_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """The rows of a TSV as pandas writes it, read as the csv module and pandas read it; row i stands in line i + 2.
+    """The rows of a TSV as pandas writes it, read as the csv module and pandas read it; row i is on line i + 2.
 
-    Every cell ends in its line. So a quote that is never closed is found where it stands, and swallows nothing.
+    Every cell ends on its line, so an unclosed quote is reported with its line, and swallows nothing.
 
     Raises:
-        InputError: no such file, not UTF-8, no rows, other columns, a line with more or fewer cells, or quotes that no
-            CSV writer leaves so.
+        InputError: no such file, not UTF-8, no rows, a column is missing, a line with more or fewer cells, or quotes
+            that no CSV writer produces.
     """
     rows: list[list[str]] = []
     for number, line in enumerate(lines(file), 1):
@@ -248,12 +248,12 @@ def quoted_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
         except csv.Error as error:
             raise InputError(
                 f"{file}, line {number}: not as pandas writes a TSV ({error}); a cell that contains a quote must be in "
-                'quotes and has each of its own twice: "He said ""no"" to me"'
+                'quotes, with each quote inside doubled: "He said ""no"" to me"'
             ) from None
         if rows and len(cells) != len(rows[0]):
             raise InputError(
                 f"{file}, line {number}: {len(cells)} fields instead of {len(rows[0])} (a tab or line break inside?); "
-                "mend the row or leave it out"
+                "correct the row or leave it out"
             )
         rows.append(cells)
     if len(rows) < 2:

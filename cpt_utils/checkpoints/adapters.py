@@ -1,7 +1,7 @@
-"""LoRA adapters (PEFT) as checkpoints: what they say of themselves, their base, and a loaded base with one merged in.
+"""LoRA adapters (PEFT) as checkpoints: their settings, base, merged configuration and file.
 
-An adapter stands for the model that PEFT's `merge_and_unload` leaves; `merged.AdapterFolder` computes its tensors.
-What is not merged here (DoRA, other PEFT types, changed bases as of PiSSA, quantised bases) is refused by name.
+An adapter means the model that PEFT's `merge_and_unload` returns; `merged.AdapterFolder` computes its tensors.
+Unsupported adapters (DoRA, other PEFT types, changed bases as with PiSSA, quantised bases) are refused by name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cpt_utils.checkpoints.refs import ModelRef
 
 
-# Keys of adapter_config.json that do not change what the merged model computes, or that are read below. Any other key
-# with a value is refused.
+# Keys of adapter_config.json that do not change the merged model, or that are read below. Any other key with a value is
+# refused.
 KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -35,11 +35,11 @@ KNOWN = {
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
     "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_rslora", "velora_config",
 }  # fmt: skip
-# Initialisations that leave the base as it is. The others (PiSSA, OLoRA, LoftQ, ..) train on a changed base.
+# Initialisations that do not change the base. The others (PiSSA, OLoRA, LoftQ, ..) train on a changed base.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 PREFIX = "base_model.model."
-# What PEFT puts into the name of a tensor that it saves whole: of a module trained whole (`modules_to_save`), of one
-# that also has a product or trained rows. What it also saves of the first kind as it was before does not count.
+# Parts of the names of tensors that PEFT saves whole: of modules trained whole (`modules_to_save`), and of modules that
+# also have trained rows or a product. Of the former it also saves the state before training, which is ignored.
 WRAPPERS = (".modules_to_save.", ".token_adapter.base_layer.", ".base_layer.")
 BEFORE = ".original_module."
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -47,12 +47,12 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class Settings:
-    """What an adapter_config.json says of the arithmetic.
+    """The settings in an adapter_config.json that affect the merged weights.
 
     Attributes:
-        whole: modules trained whole (`modules_to_save`), by the ends of their names.
-        tying: tied embeddings that are trained whole stay tied (`ensure_weight_tying`).
-        tokens: rows of embeddings that were trained alone, by the end of the module's name; "" for any module.
+        whole: ends of the names of modules trained whole (`modules_to_save`).
+        tying: whether tied embeddings that are trained whole stay tied (`ensure_weight_tying`).
+        tokens: individually trained rows of embeddings, by the end of the module's name; "" for any module.
     """
 
     base: str
@@ -74,18 +74,18 @@ class Settings:
         return _by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def rows(self, module: str) -> list[int]:
-        """The rows that were trained of the embeddings `module`, or of an output matrix that is tied to them."""
-        found = [rows for end, rows in self.tokens.items() if module.endswith(end)]
-        return (found or list(self.tokens.values()) or [[]])[0]
+        """The individually trained rows of the embeddings `module`, or of an output matrix tied to them."""
+        matches = [rows for end, rows in self.tokens.items() if module.endswith(end)]
+        return (matches or list(self.tokens.values()) or [[]])[0]
 
     def unties(self, kin: tuple[archs.Arch, ...]) -> bool:
-        """Whether embeddings and output matrix, tied or not, are two after merging: one of them was trained whole."""
+        """Whether embeddings and output matrix are separate after merging because one of them was trained whole."""
         names = [f"{arch.decoder_path}.{arch.embeddings[0]}" for arch in kin] + [arch.head for arch in kin]
         return not self.tying and any(name.endswith(end) for name in names for end in self.whole)
 
 
 def _by_pattern(patterns: dict, module: str, default):
-    """PEFT's rule: the first pattern that matches the module's name, or the end of it behind a dot."""
+    """PEFT's rule: the value of the first pattern that matches the module's name, or its end after a dot."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
@@ -93,7 +93,7 @@ def read_settings(folder: Path) -> Settings:
     """The settings of the adapter in `folder`.
 
     Raises:
-        InputError: no LoRA, or one with settings that are not supported here; damaged or incomplete JSON.
+        InputError: not LoRA, or LoRA with unsupported settings; damaged or incomplete JSON.
     """
     file = folder / formats.ADAPTER_CONFIG
     values = formats.read_json(file)
@@ -136,21 +136,21 @@ def _values(patterns) -> list:
 
 
 def _tokens(given, file: Path) -> dict[str, list[int]]:
-    """`trainable_token_indices`: rows by the end of the module's name; a bare list is of the embeddings."""
-    found = given if isinstance(given, dict) else {"": given} if given else {}
-    for rows in found.values():
+    """`trainable_token_indices`: rows by the end of the module's name; a bare list is for the embeddings."""
+    by_module = given if isinstance(given, dict) else {"": given} if given else {}
+    for rows in by_module.values():
         if not (
             isinstance(rows, list) and all(type(n) is int and n >= 0 for n in rows) and len(set(rows)) == len(rows)
         ):
             raise InputError(f"{file}: trainable_token_indices must be lists of distinct row numbers, 0 or more")
-    return found
+    return by_module
 
 
 def base_of(ref: ModelRef, model: Callable[[str], ModelRef]) -> ModelRef:
     """The model that an adapter was trained on: the one its configuration names, else the one given with the reference.
 
-    The one it names comes first: merged into another model, the same adapter is not a checkpoint of anything. But a
-    quantised one holds codes, to which nothing can be added. `model` makes a reference of its name.
+    The named base takes precedence: merged into another model, the adapter is not a checkpoint of any run. But a
+    quantised base holds codes, to which nothing can be added. `model` makes a reference from its name.
     """
     settings = read_settings(ref.folder([formats.ADAPTER_CONFIG]))
     named = settings.base or "a base that it does not name"
@@ -159,25 +159,25 @@ def base_of(ref: ModelRef, model: Callable[[str], ModelRef]) -> ModelRef:
     if settings.base:
         with contextlib.suppress(InputError):
             base = model(_seen_from(ref, settings.base))
-    remedy = f"write where its base is into {key}"
+    remedy = f"write the path of its base into {key}"
     if _is_quantised(base, settings.base):
         base, why, original = None, "which is quantised", formats.original_of(settings.base)
         by_name = f" (by its name {original})" if original else ""
         remedy = f"write the 16-bit model that it was made from{by_name} into {key}"
     if base is None:
-        told = f"{ref.spec} is an adapter of {named}{f', {why}' if why else ''}"
+        message = f"{ref.spec} is an adapter of {named}{f', {why}' if why else ''}"
         if ref.base is None:
-            raise InputError(f"{told}; {remedy}")
+            raise InputError(f"{message}; {remedy}")
         base = ref.base
-        cli.say(f"{told}; {base.spec} is taken")
+        cli.say(f"{message}; {base.spec} is used instead")
     if base.is_adapter:
         raise InputError(f"{ref.spec} is an adapter of {base.spec}, which is an adapter itself; merge that one first")
     return base
 
 
 def _seen_from(ref: ModelRef, name: str) -> str:
-    """Where the base is that an adapter names: a relative path that is not here was one from where the adapter was
-    trained, most often a folder that holds it."""
+    """The path of the base that an adapter names: a relative path that does not exist here was relative to where the
+    adapter was trained, most often a folder above the adapter."""
     if ref.is_local and not os.path.isdir(name):
         for up in range(1, 5):
             path = os.path.normpath(os.path.join(ref.spec, *[".."] * up, name))
@@ -187,8 +187,8 @@ def _seen_from(ref: ModelRef, name: str) -> str:
 
 
 def _is_quantised(base: ModelRef | None, name: str) -> bool:
-    """Whether a base holds codes: where its configuration speaks of some, its files decide; where it cannot be had, its
-    name."""
+    """Whether a base holds codes: if its configuration mentions them, its files decide; if they cannot be read, its
+    name decides."""
     if base is not None:
         try:
             if not base.is_adapter and formats.stated(base.config()) is not None:
@@ -202,11 +202,11 @@ def _is_quantised(base: ModelRef | None, name: str) -> bool:
 
 
 def merged_config(values: dict, folder: Path) -> dict:
-    """The configuration of the merged model: the base's, with the vocabulary that the adapter brings; untied where one
-    of two tied matrices was trained whole.
+    """The configuration of the merged model: the base's, with the adapter's vocabulary size; untied if one of two tied
+    matrices was trained whole.
 
     Args:
-        values: the configuration of the base; folder: the adapter's.
+        values, folder: the configuration of the base, and the folder of the adapter.
     """
     values, kin = dict(values), archs.kin(values)
     with AdapterFile(folder) as stored:
@@ -221,10 +221,10 @@ def merged_config(values: dict, folder: Path) -> dict:
 
 
 def sample(folder: Path, base: dict) -> str:
-    """What tells two adapters apart, as `identity.weights_sample` does with models: weights, settings and base.
+    """A short hash of an adapter's weights, settings and base, like `identity.weights_sample` of a model.
 
     Args:
-        folder: the adapter's; base: what `ModelRef.describe` says of its base.
+        folder, base: the folder of the adapter, and `ModelRef.describe` of its base.
     """
     settings = read_settings(folder)
     facts = [
@@ -250,21 +250,21 @@ class AdapterFile(tensors.TensorFolder):
     def replaced(self) -> dict[str, str]:
         """Tensors saved whole: name in the base's state dict -> name here.
 
-        PEFT 0.21 writes a module trained whole under its own name, and where the vocabulary was resized the whole
-        wrapper beside it: once more the same, and the module as it was before.
+        PEFT 0.21 writes a module trained whole under its own name, and if the vocabulary was resized, also its whole
+        wrapper: a second copy, and the module before training.
         """
-        found = {}
-        for name in sorted(self.names(), key=len, reverse=True):  # the shortest stays
+        saved = {}
+        for name in sorted(self.names(), key=len, reverse=True):  # the shortest name wins
             module = name.removeprefix(PREFIX)
             if ".lora_" in module or TOKENS in module or BEFORE in module:
                 continue
             for wrapper in WRAPPERS:
                 module = module.replace(wrapper, ".")
-            found[module] = name
-        return found
+            saved[module] = name
+        return saved
 
     def vocabulary(self, kin: tuple[archs.Arch, ...]) -> int | None:
-        """Rows of embeddings or output matrix where the adapter brings its own; None where it does not."""
+        """Number of rows of the embeddings or output matrix in the adapter; None if it has neither."""
         whole, arch = self.replaced(), kin[0]
         rows = {each.canonical(name): self.shape(saved)[0] for each in kin for name, saved in whole.items()}
         return rows.get(f"{arch.embeddings[0]}.weight", rows.get(f"{arch.head}.weight"))

@@ -1,4 +1,4 @@
-"""How what a command measures differs from the study: such a result stands beside the study's, not in its place."""
+"""Names for results that deviate from the study: they are written beside the study's results, not over them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cpt_utils.checkpoints import refs
 
 
 def name(study: Study, base=None, run=None, steps=None, limit=None, lang=None, last: bool = False) -> str:
-    """The difference as part of a file's name; empty where there is none, and outside a study.
+    """The deviation as part of a file name; empty if there is none, or outside a study.
 
-    Every argument is what the command line says, None where it says nothing: then it is the study's.
+    Arguments are values from the command line; None means the study's value.
 
     Args:
-        base, run: model references, `run` also a list.
-        steps, limit: of --steps and --limit, parts of a run or of the data.
+        base, run: model references; `run` may be a list.
+        steps, limit: values of --steps and --limit, which select a part of the run or of the data.
         lang: a language instead of the study's target.
-        last: the result is of one model, in the study that of the run's last checkpoint.
+        last: the result is of one model, in the study the run's last checkpoint.
     """
     if not study:
         return ""
@@ -40,12 +40,12 @@ def name(study: Study, base=None, run=None, steps=None, limit=None, lang=None, l
 
 
 def model_or_last(study: Study, model: str | None, run: list[str] | None, flag: str, steps) -> refs.ModelRef:
-    """`model`; where none is given the last checkpoint, or that of `steps`, of `run`, or else of the study's run."""
+    """`model`, else the last checkpoint of `run` (else of the study's run), with `steps` the last of these steps."""
     return refs.model(model) if model else refs.run(study.value(run, flag, "run"), steps)[-1]
 
 
 def pair_asked_for(study: Study, args) -> tuple[str | None, list[str] | None, refs.ModelRef, refs.ModelRef]:
-    """Of BASE, TARGET, --base, --run and --steps: base and run as they were named, for `name`; the models meant."""
+    """From BASE, TARGET, --base, --run and --steps: base and run as given, for `name`, and the two models."""
     base = cli.named(args.base, args.named_base, "BASE and --base")
     run = cli.named(args.target, args.named_run, "TARGET and --run")
     base_ref = refs.model(study.value(base, "BASE", "base"))
@@ -53,13 +53,13 @@ def pair_asked_for(study: Study, args) -> tuple[str | None, list[str] | None, re
 
 
 def run_asked_for(study: Study, named_run: list[str] | None):
-    """The run of --run, else the study's; a list of one is that one."""
+    """The run of --run, else the study's; a list of one is returned as its element."""
     run = named_run or study.get("run")
     return run[0] if isinstance(run, list) and len(run) == 1 else run
 
 
 def _run_of(study: Study) -> list[str]:
-    """Where the checkpoints of the study's run are; nowhere while it is yet to be made."""
+    """The paths of the study's checkpoints; empty if the run does not exist yet."""
     try:
         return [_real_path(ref.spec) for ref in refs.run(study.get("run") or [])]
     except InputError:
@@ -67,5 +67,5 @@ def _run_of(study: Study) -> list[str]:
 
 
 def _real_path(spec: str | os.PathLike) -> str:
-    """What a reference to a model points at, however it is spelled; a hub name stays as it is."""
+    """The real path of a local model reference, however it is spelled; a hub name is unchanged."""
     return os.path.realpath(spec) if os.path.isdir(spec) else os.fspath(spec)

@@ -1,8 +1,8 @@
-"""Writing model folders: laid out like an existing one, copied by the kernel where bytes stay, read back, renamed last.
+"""Writing model folders: laid out like an existing one, unchanged bytes copied by the kernel, read back, renamed last.
 
-Where the file system shares blocks between files (btrfs, xfs), the kernel's copy is such a share and moves no bytes.
+If the file system shares blocks between files (btrfs, xfs), the kernel's copy shares them and moves no bytes.
 
-The engine in `surgery` says what every tensor holds; this module gets those bytes to disk. A folder that has its final
+The engine in `surgery` provides the contents of every tensor; this module writes them to disk. A folder with its final
 name is complete and was compared with its sources; a killed or failed write leaves nothing that looks finished.
 """
 
@@ -26,19 +26,19 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import formats, headers, tensors
 
-RECORD = "swap.json"  # what was written and from what; in every finished folder
-MARKER = ".unfinished"  # in a folder that is being written: it is ours, and not complete
-COMPARED = 1 << 20  # bytes compared at a time: two such buffers stay in the processor's cache
-# Where the kernel cannot copy between two files: other file systems, old kernels, sandboxes.
+RECORD = "swap.json"  # what was written, and its sources; in every finished folder
+MARKER = ".unfinished"  # in a folder that these scripts are writing and that is not complete
+COMPARED = 1 << 20  # bytes compared at a time: two such buffers fit into the processor's cache
+# Errors if the kernel cannot copy between two files: other file systems, old kernels, sandboxes.
 NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
-# Tensor name -> its bytes in order, for tensors that are not copied from a file.
+# Tensor name -> its bytes in order, for tensors that are computed rather than copied from a file.
 Contents = Callable[[str], Iterator[memoryview]]
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One weight file to write. `like` is an existing file with the same layout; None where that is not safetensors."""
+    """One weight file to write. `like` is an existing safetensors file with the same layout, if any."""
 
     name: str
     head: bytes
@@ -52,7 +52,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive bytes of a file and where they come from: bytes of another file, or the contents of `tensor`."""
+    """Consecutive bytes of a file and their origin: bytes of another file, or the contents of `tensor`."""
 
     start: int
     stop: int
@@ -111,20 +111,20 @@ def new_layout(held: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[by
 
 
 def spans(file: WeightFile, elsewhere: Callable[[str, headers.Entry], tuple[Path, int] | bool | None]) -> list[Span]:
-    """The file as spans in order; neighbours that come from the same bytes of the same file become one.
+    """The file as spans in order; adjacent spans that are adjacent in the same source file are joined.
 
-    `elsewhere(tensor, entry)` says where a tensor's bytes are: (file, position), True for "as in `like`", or None when
-    its contents are computed.
+    `elsewhere(tensor, entry)` returns the source of a tensor's bytes: (file, position), True for the same place in
+    `like`, or None if its contents are computed.
     """
-    found: list[Span] = []
+    joined: list[Span] = []
 
     def add(span: Span) -> None:
-        last = found[-1] if found else None
+        last = joined[-1] if joined else None
         joins = last and span.source and last.source == span.source and last.stop == span.start
         if joins and span.source_start - span.start == last.source_start - last.start:
-            found[-1] = Span(last.start, span.stop, last.source, last.source_start)
+            joined[-1] = Span(last.start, span.stop, last.source, last.source_start)
         else:
-            found.append(span)
+            joined.append(span)
 
     if file.like is not None:
         add(Span(0, len(file.head), file.like, 0))
@@ -138,7 +138,7 @@ def spans(file: WeightFile, elsewhere: Callable[[str, headers.Entry], tuple[Path
             add(Span(entry.start, entry.stop, *origin))
         else:
             add(Span(entry.start, entry.stop, tensor=name))
-    return found
+    return joined
 
 
 # --- bytes ---
@@ -147,27 +147,27 @@ def spans(file: WeightFile, elsewhere: Callable[[str, headers.Entry], tuple[Path
 def write_files(
     files: Iterator[WeightFile], parts: dict[str, list[Span]], contents: Contents, folder: Path, bar
 ) -> None:
-    """Write weight files into `folder`; each goes to the disk and is read back by threads while the next is written.
+    """Write weight files into `folder`; threads flush each to disk and read it back while the next is written.
 
     Raises:
-        InputError, OSError: from writing, reading back or flushing; all threads have ended then.
+        InputError, OSError: from writing, reading back or flushing, after all threads have ended.
     """
     with ThreadPoolExecutor(2) as threads:
-        jobs = []
+        pending = []
         try:
             for file in files:
                 path = folder / file.name
                 digests = write_file(file, parts[file.name], contents, path, bar)
-                jobs.append(threads.submit(_sync, path))
-                jobs.append(threads.submit(verify_file, file, parts[file.name], digests, path, bar))
-            for job in jobs:
+                pending.append(threads.submit(_sync, path))
+                pending.append(threads.submit(verify_file, file, parts[file.name], digests, path, bar))
+            for job in pending:
                 job.result()
         finally:
             threads.shutdown(cancel_futures=True)
 
 
 def write_file(file: WeightFile, parts: list[Span], contents: Contents, path: Path, bar) -> dict[str, bytes]:
-    """Write one weight file; `bar` counts the bytes. Returns the hash of each tensor whose contents were computed."""
+    """Write one weight file; `bar` counts the bytes. Returns the hash of each tensor with computed contents."""
     digests: dict[str, bytes] = {}
     with open(path, "wb") as sink:
         handle = sink.fileno()
@@ -189,9 +189,9 @@ def write_file(file: WeightFile, parts: list[Span], contents: Contents, path: Pa
 
 
 def verify_file(file: WeightFile, parts: list[Span], digests: dict[str, bytes], path: Path, bar) -> None:
-    """Read a written file back: its header, and every byte of every tensor against that tensor's source.
+    """Read a written file back, and compare its header with the plan and every byte of every tensor with its source.
 
-    What was computed is compared by the hash that it had when it was handed to the disk.
+    Computed contents are compared with the hash that they had when they were written.
 
     Raises:
         InputError: anything differs.
@@ -211,7 +211,7 @@ def verify_file(file: WeightFile, parts: list[Span], digests: dict[str, bytes], 
 
 
 def _copy_range(source: int, source_start: int, sink: int, start: int, length: int, bar) -> None:
-    """Copy bytes from file to file inside the kernel; where that is not possible, through a small buffer."""
+    """Copy bytes from file to file inside the kernel; if that is not possible, through a small buffer."""
     by_kernel = True
     while length:
         if by_kernel:
@@ -239,16 +239,16 @@ def _write_all(sink: int, data, position: int) -> None:
         view, position = view[done:], position + done
 
 
-def _same_bytes(one: int, at: int, other: int, start: int, length: int, bar) -> bool:
-    first, second = bytearray(min(length, COMPARED)), bytearray(min(length, COMPARED))
+def _same_bytes(a: int, a_start: int, b: int, b_start: int, length: int, bar) -> bool:
+    a_block, b_block = bytearray(min(length, COMPARED)), bytearray(min(length, COMPARED))
     while length:
-        step = min(length, COMPARED)
-        if step < len(first):
-            first, second = bytearray(step), bytearray(step)
-        if os.preadv(one, [first], at) != step or os.preadv(other, [second], start) != step or first != second:
+        n = min(length, COMPARED)
+        if n < len(a_block):
+            a_block, b_block = bytearray(n), bytearray(n)
+        if os.preadv(a, [a_block], a_start) != n or os.preadv(b, [b_block], b_start) != n or a_block != b_block:
             return False
-        at, start, length = at + step, start + step, length - step
-        bar.update(step)
+        a_start, b_start, length = a_start + n, b_start + n, length - n
+        bar.update(n)
     return True
 
 
@@ -269,13 +269,13 @@ def _digest(copy: int, start: int, stop: int, bar) -> bytes:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A fresh `<out>.partial` to write into, locked and marked as ours; renamed to `out` when the block ends well.
+    """A new `<out>.partial` to write into, locked and with `MARKER`; renamed to `out` if the block succeeds.
 
     The block must write `RECORD` last. A failed block leaves nothing behind. A killed process leaves the .partial,
     which the next call recognises by its marker and removes. A finished `out` is replaced only by a complete folder.
 
     Raises:
-        InputError: another process is writing `out`, or something foreign has the name of the .partial.
+        InputError: another process is writing `out`, or the .partial was not made by this function.
     """
     partial = partial_of(out)
     remove_unfinished(out)
@@ -286,7 +286,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     except (FileExistsError, FileNotFoundError):
         raise InputError(f"{partial}: another process has just begun to write it; wait for it to end") from None
     try:
-        _lock(marker, partial)  # only who holds the lock may remove the folder
+        _lock(marker, partial)  # only the holder of the lock may remove the folder
         try:
             yield partial
             for name in os.listdir(partial):
@@ -304,15 +304,15 @@ def partial_of(out: Path) -> Path:
 
 
 def remove_unfinished(out: Path) -> None:
-    """Remove what a killed write of `out` left behind.
+    """Remove the remains of a killed write of `out`.
 
     Raises:
-        InputError: another process is writing it, or it is not ours.
+        InputError: another process is writing them, or these scripts did not make them.
     """
     partial = partial_of(out)
     if partial.is_symlink() or partial.exists():
         names = os.listdir(partial) if partial.is_dir() and not partial.is_symlink() else None
-        # A record without a marker is a complete folder whose writer was killed just before the last rename.
+        # With a record and no marker the folder is complete; its writer was killed just before the last rename.
         if names is None or (names and MARKER not in names and RECORD not in names):
             raise InputError(f"{partial} is in the way and was not written by these scripts; move it elsewhere")
         if MARKER in names:
@@ -328,9 +328,9 @@ def remove_unfinished(out: Path) -> None:
 
 
 def refuse_full_disk(out: Path, needed: int) -> None:
-    """Raise InputError unless the file system of `out` has `needed` bytes left."""
-    there = next(path for path in (out, *out.parents) if path.is_dir())
-    free = free_bytes(there)
+    """Raise InputError unless the file system of `out` has `needed` free bytes."""
+    existing = next(path for path in (out, *out.parents) if path.is_dir())
+    free = free_bytes(existing)
     if free < needed:
         raise InputError(
             f"not enough disk space for {out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some and "
@@ -344,7 +344,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def _lock(marker: int, partial: Path) -> None:
-    # Without locks on the file system the rename at the end is still all or nothing.
+    # On a file system without locks, the rename at the end is still all or nothing.
     if not locks.take(marker):
         raise InputError(f"{partial}: another process is writing it; wait for it to end")
 
@@ -368,7 +368,7 @@ def _replaced(out: Path) -> Path:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder of ours, what identifies it as ours last: a kill in between leaves it recognisable."""
+    """Remove a folder that these scripts made, marker and record last: after a kill it is still recognisable."""
     if not folder.is_dir():
         return
     for name in sorted(os.listdir(folder), key=lambda name: name in (MARKER, RECORD)):

@@ -1,8 +1,8 @@
-"""What lies in model folders and is not a plain weight: named, with what to do about it.
+"""Contents of model folders other than plain weights, each refused with its name and a remedy.
 
-Quantised codes, Git LFS pointers, other programs' formats and shards, tensors that a wrapper renamed, files and
-config.json that disagree about the layers. `opening.open_folder` asks here, so that comparing, swapping and loading
-say the same. docs/checkpoints.md lists it all.
+Quantised codes, Git LFS pointers, formats and shards of other programs, tensors renamed by a wrapper, files that
+disagree with config.json about the layers. `opening.open_folder` checks them here, so comparing, swapping and loading
+say the same. docs/checkpoints.md lists them all.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ PAGE = "docs/checkpoints.md"
 
 
 class Quantised(InputError):
-    """The weights are codes, which nothing here compares or swaps."""
+    """The weights are quantised codes, which cannot be compared or swapped here."""
 
 
 def run_of(spec: str) -> str:
-    """What a message that is said once names: a checkpoint stands for its run."""
+    """The name of a model in a message that is printed once: for a checkpoint, its run."""
     folder, _, name = spec.rpartition("/")
     return f"the checkpoints in {folder}" if folder and _CHECKPOINT.search(name) else spec
 
@@ -55,7 +55,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_pointer(path: str | os.PathLike) -> bool:
-    """Whether a file is what Git leaves instead of a large one that was not fetched."""
+    """Whether a file is the pointer that Git LFS leaves for a large file that was not fetched."""
     try:
         if not os.path.isfile(path):  # a pipe would block
             return False
@@ -66,7 +66,7 @@ def is_pointer(path: str | os.PathLike) -> bool:
 
 
 def refuse_pointer(path: str | os.PathLike) -> None:
-    """Raise InputError where `path` is a Git LFS pointer."""
+    """Raise InputError if `path` is a Git LFS pointer."""
     if is_pointer(path):
         raise InputError(
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download it"
@@ -76,7 +76,7 @@ def refuse_pointer(path: str | os.PathLike) -> None:
 def refuse_pointer_tokenizer(folder: Path, names: Iterable[str]) -> None:
     """Refuse a pointer among the tokenizer files `names` of a folder.
 
-    A whole tokenizer.json is all that is read; what lies beside it may well be a pointer.
+    If tokenizer.json is there, only that file is read, and the others may be pointers.
     """
     if (folder / "tokenizer.json").is_file() and not is_pointer(folder / "tokenizer.json"):
         return
@@ -86,15 +86,15 @@ def refuse_pointer_tokenizer(folder: Path, names: Iterable[str]) -> None:
 
 # ---------------------------------------------------------------- quantised weights
 
-# dtypes that safetensors knows and nothing here computes with -> bits an entry
+# dtypes that safetensors defines and this package does not compute with -> bits per entry
 ONLY_NAMED = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "U32": 32,
     "U64": 64, "C64": 64,
 }  # fmt: skip
 _CODES = re.compile(r"F[468](_\w+)?|[IU](8|16|32)|float[48]_\w+|u?int(8|16|32)")  # as safetensors or torch spell it
-# Integers of two dimensions that are no codes: positions, masks, tables.
+# Two-dimensional integers that are not codes: positions, masks, tables.
 _PLAIN_INTEGERS = re.compile(r"(ids|index|indices|mask|bias|eid|table|tracked)$")
-# How the tensors beside codes are called -> what they are of. The first that matches is said.
+# Names of tensors that accompany codes -> the quantisation. The first match is reported.
 _SIGNS = (
     (r"\.SCB$", "int8 of bitsandbytes"),
     (r"\.quant_state\.bitsandbytes__", "4-bit of bitsandbytes"),
@@ -113,11 +113,11 @@ _SIGNS = (
     (r"\.weight_scale$", "with scales"),
 )
 _ANY_SIGN = re.compile("|".join(pattern for pattern, _ in _SIGNS))
-# Without the last argument transformers 5.23 writes the codes again, and a config.json that does not speak of them.
+# Without the last argument transformers 5.23 writes the codes again, and a config.json that does not mention them.
 _SAVED = ", then save_pretrained(<new folder>, save_original_format=False)"
 _LOADED = "load it with transformers, quantization_config={}(dequantize=True)" + _SAVED
 _CALLED = "load it with transformers, call model.dequantize()" + _SAVED
-# quant_method -> how 16-bit weights are made of it; of the others they are not, or not by transformers.
+# quant_method -> how to convert it to 16-bit weights; the others cannot be converted, or not by transformers.
 _WAYS_BACK = {
     "fp8": _LOADED.format("FineGrainedFP8Config"),
     "mxfp8": _LOADED.format("FineGrainedFP8Config"),
@@ -135,35 +135,35 @@ _ENDINGS = re.compile(
 
 
 def stated(config: Mapping) -> str | None:
-    """The quantisation that a configuration names, in a word or two; None where it names none."""
+    """The quantisation that a configuration names, in a word or two; None if it names none."""
     for values in (config, config.get("text_config")):
         if not isinstance(values, Mapping):
             continue
         if isinstance(values.get("quantization"), Mapping):
             return "mlx"
         for key in ("quantization_config", "compression_config"):
-            found = values.get(key)
-            if isinstance(found, Mapping) and found:
-                bits = next((n for n in (4, 8) if found.get(f"load_in_{n}bit")), None)
-                method = str(found.get("quant_method") or ("bitsandbytes" if bits else key))
-                more = [f"{bits or found.get('bits')}-bit"] if bits or found.get("bits") else []
-                return " ".join([method, *more])
+            settings = values.get(key)
+            if isinstance(settings, Mapping) and settings:
+                bits = next((n for n in (4, 8) if settings.get(f"load_in_{n}bit")), None)
+                method = str(settings.get("quant_method") or ("bitsandbytes" if bits else key))
+                width = [f"{bits or settings.get('bits')}-bit"] if bits or settings.get("bits") else []
+                return " ".join([method, *width])
     return None
 
 
 def for_transformers(config: Mapping) -> bool:
-    """Whether transformers learns from a configuration that the weights are quantised. MLX says it in its own way."""
-    found = config.get("quantization_config") or config.get("compression_config") or {}
-    return "quant_method" in found or "load_in_4bit" in found or "load_in_8bit" in found
+    """Whether transformers recognises from a configuration that the weights are quantised (not so for MLX)."""
+    quantisation = config.get("quantization_config") or config.get("compression_config") or {}
+    return "quant_method" in quantisation or "load_in_4bit" in quantisation or "load_in_8bit" in quantisation
 
 
 def on_the_fly(config: Mapping) -> bool:
-    """Whether plain weights belong to the configuration: BitNet's are turned into codes each time it runs."""
+    """Whether a quantised configuration has plain weights: BitNet's are quantised at every run."""
     return (stated(config) or "").startswith("bitnet")
 
 
 def without_quantisation(config):
-    """A configuration of transformers that loads weights as they are stored."""
+    """A transformers configuration, changed so that weights are loaded as they are stored."""
     for values in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             if hasattr(values, key):
@@ -172,7 +172,7 @@ def without_quantisation(config):
 
 
 def codes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, str] | None:
-    """(name, what it is) of a tensor that holds codes or lies beside some, among `tensors`: name -> (dtype, shape).
+    """(name, description) of a tensor that holds or accompanies codes, among `tensors`: name -> (dtype, shape).
 
     Norms, biases and constants are not codes, whatever their dtype.
     """
@@ -185,29 +185,29 @@ def codes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, str]
 
 
 def kind(config: Mapping, names: Iterable[str]) -> str:
-    """What a quantised model is, from its configuration, else from the names of its tensors."""
+    """The kind of quantisation of a model, from its configuration, else from the names of its tensors."""
     signs = "\n".join(filter(_ANY_SIGN.search, names))
     named = next((words for pattern, words in _SIGNS if re.search(pattern, signs, re.MULTILINE)), None)
     return stated(config) or named or "its config.json does not say how"
 
 
 def quantised(spec: str, config: Mapping, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    """Why a quantised model is not compared or swapped, and what to do. `tensors`: see `codes`."""
+    """The message that refuses a quantised model, with a remedy. `tensors`: see `codes`."""
     name, what = codes(tensors) or ("its file", "holds codes")
     how, remedy = kind(config, tensors), way_back(spec, config)
     return f"{spec} is quantised ({how}): {name} {what}, and codes are not compared or swapped; {remedy}"
 
 
 def way_back(spec: str, config: Mapping) -> str:
-    """What to do about a quantised model: its original, and where there is a way, how to dequantise it."""
+    """The remedy for a quantised model: its original, and if possible, how to dequantise it."""
     original = original_of(spec)
     way = _WAYS_BACK.get((stated(config) or "").partition(" ")[0], "").format(spec)
-    given = "give the 16-bit model that it was made from" + (f" (by its name {original})" if original else "")
-    return given + (f", or dequantise it: {way}" if way else "")
+    remedy = "give the 16-bit model that it was made from" + (f" (by its name {original})" if original else "")
+    return remedy + (f", or dequantise it: {way}" if way else "")
 
 
 def original_of(name: str) -> str | None:
-    """What a quantised model's name says that it was made from: `org/x-bnb-4bit` -> `org/x`; None where nothing."""
+    """The original according to the name of a quantised model: `org/x-bnb-4bit` -> `org/x`; else None."""
     plain = _ENDINGS.sub("", name.partition("@")[0])
     return plain if plain != name.partition("@")[0] else None
 
@@ -218,38 +218,38 @@ _CHECKPOINT = re.compile(r"(checkpoint|ckpt|step|iter)[-_]?\d+")
 
 
 def cut_off(folder: Path) -> str:
-    """What a message adds where a checkpoint is not whole: a trainer may have been stopped while it saved it."""
+    """The end of a message about an incomplete checkpoint: a trainer may have been stopped while saving it."""
     if not _CHECKPOINT.search(folder.name):
         return ""
-    return "; if its saving was cut off, remove the folder, or name the other steps with --steps"
+    return "; if saving was interrupted, remove the folder, or name the other steps with --steps"
 
 
 def listing(folder: Path) -> set[str]:
-    """The names in a folder and in the folders below it: `config.json`, `hf/config.json`, `hf/`."""
-    found = set()
+    """The names in a folder and in its sub-folders: `config.json`, `hf/config.json`, `hf/`."""
+    names = set()
     for path in folder.iterdir():
         if path.is_dir():
-            found |= {f"{path.name}/"} | {f"{path.name}/{below}" for below in os.listdir(path)}
+            names |= {f"{path.name}/"} | {f"{path.name}/{below}" for below in os.listdir(path)}
         elif path.is_file():
-            found.add(path.name)
-    return found
+            names.add(path.name)
+    return names
 
 
 def no_weights(where: str | os.PathLike, names: Collection[str]) -> str:
-    """Why nothing can be read from the model at `where`, whose files are `names`, and what to do.
+    """The message that the folder at `where`, with the files `names`, holds no readable weights, with a remedy.
 
-    Folders have a slash at the end; what is one level down is named, too.
+    `names` has folders with a slash at the end, and the contents of the sub-folders.
     """
     here = sorted(name.rstrip("/") for name in names if "/" not in name.rstrip("/"))
     return next(
-        (words for find in (_shards, _foreign, _unindexed, _below) if (words := find(where, here, names))),
+        (message for describe in (_shards, _foreign, _unindexed, _below) if (message := describe(where, here, names))),
         f"{where} holds no weights ({SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}); is it a model folder?"
         f"{cut_off(Path(where))}",
     )
 
 
 def _shards(where: str, here: list[str], names: Collection[str]) -> str | None:
-    """What trainers leave that split a model over processes."""
+    """The message about shards of trainers that split a model over processes."""
     if any(re.match(r"global_step\d+$|zero_to_fp32.py$|.*_model_states.pt$", name) for name in here):
         return (
             f"{where} holds only DeepSpeed shards; convert them: "
@@ -269,7 +269,7 @@ def _shards(where: str, here: list[str], names: Collection[str]) -> str | None:
 
 
 def _foreign(where: str, here: list[str], names: Collection[str]) -> str | None:
-    """What other programs read."""
+    """The message about formats of other programs."""
     consolidated = next((name for name in here if re.match(r"consolidated\S*\.(safetensors|pth?)$", name)), None)
     if consolidated:
         return (
@@ -290,7 +290,7 @@ def _foreign(where: str, here: list[str], names: Collection[str]) -> str | None:
 
 
 def _unindexed(where: str, here: list[str], names: Collection[str]) -> str | None:
-    """Weight files of other names than loaders look for."""
+    """The message about weight files with names that loaders do not look for."""
     shards = {
         match[0]: match for name in here if (match := re.match(r"(\S+)-(\d+)-of-(\d+)\.(safetensors|bin)$", name))
     }
@@ -306,7 +306,7 @@ def _unindexed(where: str, here: list[str], names: Collection[str]) -> str | Non
     weights = [name for name in here if re.search(r"\.(safetensors|bin|pth?)$", name) and not _KNOWN.match(name)]
     if weights and "adapter_config.json" not in here:
         kind = f"; if it is the model, rename it: {SINGLE}" if weights[0].endswith(".safetensors") else ""
-        return f"{where} holds {weights[0]}, under which name no loader looks for weights{kind}"
+        return f"{where} holds {weights[0]}, a name under which no loader looks for weights{kind}"
     return None
 
 
@@ -314,7 +314,7 @@ _KNOWN = re.compile(r"(optimizer|scheduler|scaler|sampler|training_args|rng_stat
 
 
 def _below(where: str, here: list[str], names: Collection[str]) -> str | None:
-    """A model one level down, or a run."""
+    """The message about a model in a sub-folder, a run, or an adapter."""
     if any(name.startswith("checkpoint-") for name in here):
         return f"{where} holds no weights itself, only checkpoints; name one of them"
     nested = sorted(
@@ -344,7 +344,7 @@ _WRAPPERS = {
 
 
 def refuse_names(spec: str, config: Mapping, names: Collection[str]) -> None:
-    """Refuse files whose tensors `names` are not those of a model of this configuration.
+    """Refuse files whose tensor `names` do not match the configuration.
 
     Raises:
         InputError: a wrapper's prefix, or another number of layers.
@@ -354,7 +354,7 @@ def refuse_names(spec: str, config: Mapping, names: Collection[str]) -> None:
 
 
 def refuse_empty(spec: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse placeholders without entries."""
+    """Refuse empty tensors (placeholders)."""
     name = next((name for name, shape in shapes.items() if 0 in shape and not archs.is_buffer(name)), None)
     if name:
         raise InputError(
@@ -370,7 +370,7 @@ def _refuse_wrapped(spec: str, config: Mapping, names: Collection[str]) -> None:
         wrapper = wrapper or (parts[0] if parts[0] in _WRAPPERS else None)
         if wrapper:
             raise InputError(
-                f"{spec}: its tensors have a wrapper's names ({name}); {wrapper} is of {_WRAPPERS[wrapper]}, or "
+                f"{spec}: its tensors have a wrapper's names ({name}); {wrapper} is from {_WRAPPERS[wrapper]}, or "
                 f"remove it from the names in the file ({PAGE} says how)"
             )
     arch = archs.ARCHS.get(config.get("model_type"))
@@ -381,25 +381,25 @@ def _refuse_wrapped(spec: str, config: Mapping, names: Collection[str]) -> None:
         end = next((each for each in wanted if name.endswith(f".{each}")), None)
         if end:
             raise InputError(
-                f"{spec}: its tensors are called {name}, where {end} is meant; remove {name.removesuffix(end)!r} "
+                f"{spec}: its tensors are called {name} instead of {end}; remove {name.removesuffix(end)!r} "
                 f"from the names in the file ({PAGE} says how)"
             )
 
 
 def _refuse_other_layers(spec: str, config: Mapping, names: Iterable[str]) -> None:
     arch = archs.ARCHS.get(config.get("model_type"))
-    found = {arch.layer_of(name) for name in names} - {None} if arch else set()
-    if not found:
+    layers = {arch.layer_of(name) for name in names} - {None} if arch else set()
+    if not layers:
         return
-    said = arch.n_layers(config)
+    n_layers = arch.n_layers(config)
     values = config.get("text_config") or config
-    beyond = int(values.get("num_nextn_predict_layers") or 0)  # layers for predicting several tokens, which no LM has
-    missing = sorted(set(range(said)) - found)
-    if max(found) >= said + beyond or missing:
-        hold = f"hold {max(found) + 1}" if found == set(range(max(found) + 1)) else f"lack layer {missing[0]}"
+    beyond = int(values.get("num_nextn_predict_layers") or 0)  # layers for further tokens, not in the LM
+    missing = sorted(set(range(n_layers)) - layers)
+    if max(layers) >= n_layers + beyond or missing:
+        hold = f"hold {max(layers) + 1}" if layers == set(range(max(layers) + 1)) else f"lack layer {missing[0]}"
         raise InputError(
-            f"{spec}: config.json says {said} layers, and its weight files {hold}; one of the two is another model's: "
-            "put the right number into config.json, or copy the model again"
+            f"{spec}: config.json says {n_layers} layers, and its weight files {hold}; one of the two is another "
+            "model's: put the right number into config.json, or copy the model again"
         )
 
 

@@ -1,7 +1,7 @@
-"""What the files of weights in a folder are, and what a safetensors file says that it holds: read, and not believed.
+"""The weight files in a folder and the headers of safetensors files, read and checked.
 
-A header that lies about sizes, a shard that is not there, an index that points outside its folder, and two sets of
-weights in one folder that differ are errors in one line.
+Wrong sizes in a header, an index that points outside its folder, and two different sets of weights in one folder are
+errors in one line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-BITS = {name: 8 * size for name, (_, size) in DTYPES.items()} | formats.ONLY_NAMED  # of an entry
+BITS = {name: 8 * size for name, (_, size) in DTYPES.items()} | formats.ONLY_NAMED  # per entry
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 MOST_DIMENSIONS = 16
 
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says it holds, checked against its size: entries in the order of their bytes."""
+    """The header of a safetensors file, checked against its size: entries in the order of their bytes."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
     """The header of a safetensors file.
 
     Raises:
-        InputError: no such file, or one that is cut short, damaged, or whose header does not describe its bytes.
+        InputError: no such file, or it is truncated or damaged, or its header does not describe its bytes.
     """
     formats.refuse_pointer(path)
     try:
@@ -75,7 +75,7 @@ def read_header(path: Path) -> Header:
 
 
 def header_length(start: bytes, size: int, path: Path | str) -> int:
-    """Bytes of the JSON in a safetensors file of `size` bytes whose first eight are `start`."""
+    """The length of the JSON in a safetensors file of `size` bytes whose first eight bytes are `start`."""
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
         raise InputError(
@@ -118,11 +118,11 @@ def _cut_off(path: Path | str) -> str:
 
 
 def _no_doubles(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, refused where a key appears twice: readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """A JSON object, refused if a key appears twice: readers differ in which value they take."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise ValueError("a key appears twice")
-    return found
+    return values
 
 
 def _entry(fields: dict, data_start: int) -> Entry:
@@ -143,7 +143,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name.
 
     Raises:
-        InputError: one that nothing here computes with.
+        InputError: a dtype that this package does not compute with.
     """
     if name not in DTYPES:
         raise InputError(f"tensors of dtype {name} are not read here; convert the model to {', '.join(DTYPES)}")
@@ -151,7 +151,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How safetensors spells a torch dtype."""
+    """The safetensors name of a torch dtype."""
     for name, (spelled, _) in DTYPES.items():
         if str(dtype) == f"torch.{spelled}":
             return name
@@ -159,9 +159,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def inventory(folder: Path, spec: str, names: Collection[str] | None) -> tuple[str, list[str], dict[str, str] | None]:
-    """(kind, files in order, tensor -> file; None when there is a single file, which says it itself).
+    """(kind, files in order, tensor -> file); the last is None for a single file, which lists its tensors itself.
 
-    `names`: of all files of the hub model `spec`, of which few are in the folder.
+    `names`: all files of the hub model `spec`, of which only some are in the folder.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
@@ -183,7 +183,7 @@ def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
     """(shards in order, tensor -> shard) of a `model.safetensors.index.json` or `pytorch_model.bin.index.json`.
 
     Raises:
-        InputError: damaged, or it names anything but weight files of its own folder.
+        InputError: it is damaged, or names anything but weight files in its own folder.
     """
     formats.refuse_pointer(index)
     suffix = f".{index.name.split('.')[1]}"
@@ -204,16 +204,16 @@ def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _refuse_two_sets(folder: Path) -> None:
-    """Two sets of weights in one folder: fine when they are the same, else nobody knows which one is meant.
+    """Refuse two sets of weights in one folder unless they are the same: it is unclear which one is meant.
 
-    Loaders take `model.safetensors`, and shards saved into its folder later are silently shadowed.
+    Loaders take `model.safetensors` and silently ignore shards that were saved into its folder later.
     """
     files, weight_map = read_index(folder / INDEX)
     if files == [SINGLE]:
         return
     shards = [file for file in files if (folder / file).is_file()]
     if not shards:
-        cli.warn(f"{folder}: {INDEX} names shards that are not there; {SINGLE} is used, as loaders do")
+        cli.warn(f"{folder}: {INDEX} names shards that do not exist; {SINGLE} is used, as in loaders")
         return
     hint = f"remove {SINGLE}, or {INDEX} and its shards"
     whole = read_header(folder / SINGLE).entries
@@ -225,15 +225,15 @@ def _refuse_two_sets(folder: Path) -> None:
                 raise InputError(f"{folder}: {SINGLE} and the shards of {INDEX} differ ({name}): {hint}")
 
 
-def _same_sample(a: Path, at: Entry, b: Path, bt: Entry) -> bool:
-    if (at.dtype, at.shape) != (bt.dtype, bt.shape):
+def _same_sample(path_a: Path, a: Entry, path_b: Path, b: Entry) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    size, block = at.stop - at.start, 4096
-    with open(a, "rb") as first, open(b, "rb") as second:
+    size, block = a.stop - a.start, 4096
+    with open(path_a, "rb") as file_a, open(path_b, "rb") as file_b:
         for position in {0, size // 2, max(0, size - block)}:
-            first.seek(at.start + position)
-            second.seek(bt.start + position)
+            file_a.seek(a.start + position)
+            file_b.seek(b.start + position)
             length = min(block, size - position)
-            if first.read(length) != second.read(length):
+            if file_a.read(length) != file_b.read(length):
                 return False
     return True

@@ -1,8 +1,8 @@
-"""Files of a hub repository: fetched one by one or by pattern, pinned to a commit, and dropped again when asked.
+"""Files of a hub repository: fetched one by one or by pattern, pinned to a commit, and removed again on request.
 
-A revision stands for one commit as long as the process lives: what is fetched later belongs to what was fetched before.
-The client goes on by itself where a connection stops in the middle of a file; other faults of the line are tried again
-here. A file has its name in the cache only when it is whole.
+Within a process a revision stays at one commit, so files that are fetched at different times belong together.
+The client itself resumes if a connection stops in the middle of a file; after other connection errors, the request is
+repeated here. A file gets its name in the cache only when it is complete.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import TypeVar
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 
-ATTEMPTS = 3  # where a connection is reset, of which the client makes one
+ATTEMPTS = 3  # if a connection is reset, which the client does not retry
 PAUSE = 2  # seconds between them
-BY_CLIENT = ("ConnectError", "RemoteProtocolError", "ConnectTimeout", "ReadTimeout", "PoolTimeout")  # it tries again
+BY_CLIENT = ("ConnectError", "RemoteProtocolError", "ConnectTimeout", "ReadTimeout", "PoolTimeout")  # it retries
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 Result = TypeVar("Result")
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class _Revision:
-    """What this process knows of one revision: its commit, its folder in the cache, and what it has asked for."""
+    """What this process knows of one revision: its commit, its folder in the cache, and the patterns requested."""
 
     commit: str | None = None
     folder: Path | None = None
@@ -42,9 +42,9 @@ _before: dict[str, frozenset[Path]] = {}  # repository -> files of its snapshots
 
 
 def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
-    """The snapshot folder in the cache, once the files that match any of `patterns` are in it.
+    """The snapshot folder in the cache, after fetching the files that match any of `patterns`.
 
-    A pattern without a slash means files at the top of the repository, but for `*`: all.
+    A pattern without a slash matches files at the top of the repository, except `*`, which matches all.
 
     Raises:
         InputError: no such repository or revision, no access, or the hub cannot be reached and the cache lacks files.
@@ -52,12 +52,12 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
     from huggingface_hub import snapshot_download
 
     known, wanted = _known(repository, revision), tuple(sorted(patterns)) or ("config.json",)
-    # The client's `*.json` matches `checkpoint-5/trainer_state.json`, too.
+    # The client's `*.json` also matches `checkpoint-5/trainer_state.json`.
     nested = None if any("/" in pattern or pattern == "*" for pattern in wanted) else "*/*"
     if wanted not in known.asked:
 
         def download() -> str:
-            with _quiet_client():  # it logs two lines a fault; what matters is said below
+            with _quiet_client():  # it logs two lines per error; `_tried` reports them
                 return snapshot_download(
                     repository, revision=known.commit or revision, allow_patterns=list(wanted), ignore_patterns=nested,
                     tqdm_class=_bar(),
@@ -70,13 +70,12 @@ def fetch(repository: str, revision: str | None, patterns: Iterable[str]) -> Pat
 
 
 def names(repository: str, revision: str | None) -> frozenset[str]:
-    """The files of a revision, by their paths: those of the repository, or, where nobody knows them (offline), those in
-    the cache."""
+    """The paths of a revision's files in the repository, or, if they are unknown (offline), in the cache."""
     return frozenset(contents(repository, revision))
 
 
 def contents(repository: str, revision: str | None) -> dict[str, str]:
-    """Path -> what identifies the contents, which is the same for the same bytes, of the files that `names` names."""
+    """Path -> an identifier of the contents, the same for the same bytes, for the files of `names`."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -85,14 +84,14 @@ def contents(repository: str, revision: str | None) -> dict[str, str]:
         try:
             tree = get_cached_repo_tree(repository, revision=known.commit)
             known.files = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree}
-        except CachedRepoTreeNotFoundError:  # the cache links to files that are named after their contents
-            there = [path for path in folder.rglob("*") if path.is_file()]
-            known.files = {path.relative_to(folder).as_posix(): path.resolve().name for path in there}
+        except CachedRepoTreeNotFoundError:  # the cache links to files named by their contents
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+            known.files = {path.relative_to(folder).as_posix(): path.resolve().name for path in paths}
     return known.files
 
 
 def commit(repository: str, revision: str | None) -> str | None:
-    """The commit that a revision stands for in this process."""
+    """The commit of a revision in this process."""
     folder = fetch(repository, revision, ["config.json", "adapter_config.json"])
     return folder.name if folder.parent.name == "snapshots" else None
 
@@ -100,8 +99,8 @@ def commit(repository: str, revision: str | None) -> str | None:
 def first_bytes(repository: str, revision: str | None, name: str, stop: int) -> tuple[bytes, int]:
     """(the first `stop` bytes of a file, its size), without fetching the rest.
 
-    The client's `parse_safetensors_file_metadata` says neither a file's size nor where its header ends, against which
-    `tensors` checks it, and takes the whole file into memory where a server knows no ranges.
+    The client's `parse_safetensors_file_metadata` returns neither a file's size nor the end of its header, which
+    `tensors` checks, and reads the whole file into memory if a server does not support ranges.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -113,7 +112,7 @@ def first_bytes(repository: str, revision: str | None, name: str, stop: int) -> 
         with get_session().stream("GET", url, headers=headers) as response:
             hf_raise_for_status(response)
             data = b""
-            for block in response.iter_bytes(1 << 16):  # a server that knows no ranges sends the whole file
+            for block in response.iter_bytes(1 << 16):  # a server without ranges sends the whole file
                 data += block
                 if len(data) >= stop:
                     break
@@ -125,24 +124,24 @@ def first_bytes(repository: str, revision: str | None, name: str, stop: int) -> 
 
 
 def revisions(repository: str, pattern: str) -> list[str]:
-    """Branches and tags that match a pattern like `step*`; offline, those that the cache knows."""
+    """Branches and tags that match a pattern like `step*`; offline, those in the cache."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
 
     if is_offline_mode():
         folder = _storage(repository) / "refs"
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     else:
         refs = _tried(lambda: HfApi().list_repo_refs(repository), repository, None)
-        found = {ref.name for ref in (*refs.branches, *refs.tags)}
-    return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern))
+        names = {ref.name for ref in (*refs.branches, *refs.tags)}
+    return sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
 
 
 def drop(repository: str, revision: str | None, folder: str = "") -> int:
-    """Remove the weight files of a revision, or of a folder of it, from the cache; returns the bytes that this freed.
+    """Remove the weight files of a revision, or of a folder of it, from the cache; returns the number of freed bytes.
 
-    Only what this process fetched goes: not what the cache had before, nor what another revision uses as well.
-    Configuration and tokenizer stay. Of several processes only one may call this, and when all are done.
+    Only files that this process fetched are removed, not those that were in the cache before or that another revision
+    also uses. Configuration and tokenizer stay. Only one of several processes may call this, when all are done.
     """
     known = _revisions.get((repository, revision))
     if known is None or known.folder is None:
@@ -156,7 +155,7 @@ def drop(repository: str, revision: str | None, folder: str = "") -> int:
 
     cache = scan_cache_dir(_storage(repository).parent)
     snapshots = [revision for repo in cache.repos for revision in repo.revisions]
-    files = [file for found in snapshots for file in found.files if file.file_path in fetched]
+    files = [file for snapshot in snapshots for file in snapshot.files if file.file_path in fetched]
     strategy = cache.delete_files(*files)
     strategy.execute()
     return strategy.expected_freed_size
@@ -176,7 +175,7 @@ def _storage(repository: str) -> Path:
 
 
 def _bar():
-    """The client's progress bar; none where nobody watches."""
+    """The client's progress bar; disabled if stderr is not a terminal."""
     from huggingface_hub.utils import tqdm
 
     class Quiet(tqdm):
@@ -199,11 +198,11 @@ def _quiet_client() -> Iterator[None]:
 
 
 def _tried(call: Callable[[], Result], repository: str, revision: str | None) -> Result:
-    """`call()`, again where the line fails; what the client raises in one line."""
+    """`call()`, repeated after connection errors; the client's exceptions become one-line InputErrors."""
     from huggingface_hub import errors
 
     name = _name(repository, revision)
-    # The client's errors of the line: its HTTP library's, whichever that is in this release, and the system's.
+    # Connection errors are those of the client's HTTP library, which depends on its release, and of the system.
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -248,7 +247,7 @@ def _unknown(repository: str) -> str:
 
 
 def _not_here(repository: str, revision: str | None, error: Exception) -> str:
-    """Why a file is not in the cache and was not fetched either."""
+    """The message for a file that is not in the cache and could not be fetched."""
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, IncompleteSnapshotError
 

@@ -1,4 +1,4 @@
-"""What makes two models the same: hashes of what decides a configuration, and of samples of the weights."""
+"""Identity of models: hashes of the relevant part of a configuration, and of samples of the weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cpt_utils.checkpoints.formats import WEIGHT_PATTERNS
 
 
 def shape_of(config: dict) -> dict:
-    """A configuration without what saving adds to it: a model saved by another release stays the same model."""
+    """A configuration without keys that saving changes, so a model saved by another release stays the same model."""
     passing = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
     return {key: value for key, value in config.items() if key not in passing}
 
 
 def untrained_like(config: dict) -> dict:
-    """What of a configuration decides an untrained model: `shape_of` without the ids of special tokens.
+    """The part of a configuration that determines an untrained model: `shape_of` without the ids of special tokens.
 
-    A Trainer takes these from its tokenizer, so that they differ between a base and its checkpoints.
+    A Trainer takes these ids from its tokenizer, so they may differ between a base and its checkpoints.
     """
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     kept = {key: value for key, value in shape_of(config).items() if key not in ids}
@@ -29,19 +29,19 @@ def untrained_like(config: dict) -> dict:
 
 
 def shape_hash(shape: dict) -> str:
-    """A short hash of what `shape_of` or `untrained_like` gives."""
+    """A short hash of the result of `shape_of` or `untrained_like`."""
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
-BLOCKS, BLOCK = 64, 1 << 14  # of each file, and the bytes of one
+BLOCKS, BLOCK = 64, 1 << 14  # blocks per file, and bytes per block
 
 
 def weights_sample(folder: Path, patterns: Iterable[str] = WEIGHT_PATTERNS) -> str | None:
-    """A short hash of a model folder's weights: of every safetensors tensor its first, middle and last bytes, of every
-    file its size and BLOCKS evenly spaced blocks.
+    """A short hash of a model folder's weights: of the first, middle and last bytes of every safetensors tensor, and of
+    the size and BLOCKS evenly spaced blocks of every file.
 
-    Reads a megabyte or two per file, so it costs nothing beside loading. Two trainings differ in every block, and a
-    change of a whole tensor shows in that tensor; that of a few rows inside a large one may not. None where the folder
+    Reads a megabyte or two per file, which is negligible compared with loading. Two trainings differ in every block,
+    and a change of a whole tensor is detected; a change of a few rows in a large tensor may not be. None if the folder
     holds no weights.
     """
     names = sorted(name for name in os.listdir(folder) if any(fnmatch.fnmatch(name, p) for p in patterns))
@@ -64,7 +64,7 @@ def weights_sample(folder: Path, patterns: Iterable[str] = WEIGHT_PATTERNS) -> s
 
 
 def _sampled_positions(file, size: int) -> list[int]:
-    """Where the first, middle and last bytes of the tensors of a safetensors file are; [] for a damaged header."""
+    """Positions of the first, middle and last bytes of tensors in a safetensors file; [] if its header is damaged."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
@@ -82,5 +82,5 @@ _PIECE = 1 << 12  # bytes read at each position in a tensor
 
 
 def vocabulary_size(config: dict) -> int | None:
-    """The vocabulary size that a `config.json` states, also below `text_config`."""
+    """The vocabulary size in a `config.json`, at the top or below `text_config`."""
     return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))

@@ -1,15 +1,15 @@
-"""The tensors of an adapter and its base merged, computed when they are read.
+"""The tensors of a base with an adapter merged into it, computed when they are read.
 
     with opening.open_folder("run/checkpoint-90") as stored:         # adapter_config.json, adapter_model.safetensors
         weight = stored.get("model.layers.0.mlp.up_proj.weight")     # W_B + scale * B A, in the base's dtype
 
-Bit for bit what PEFT's `merge_and_unload().save_pretrained()` leaves, in the dtype that the base has on disk: B A and
-the sum in float32, then rounded; of embeddings the product is rounded before it is added, too. scale is alpha / r, or
-alpha / sqrt(r) with `use_rslora`. What was trained whole (`modules_to_save`, biases, rows of embeddings), or was saved
-whole, replaces what the base has, perhaps with another number of rows (an extended vocabulary).
+The result equals bit for bit what PEFT's `merge_and_unload().save_pretrained()` writes, in the base's dtype on disk:
+B A and the sum in float32, then rounded; for embeddings the product is also rounded before it is added. scale is
+alpha / r, or alpha / sqrt(r) with `use_rslora`. Tensors that were trained or saved whole (`modules_to_save`, biases,
+rows of embeddings) replace those of the base, perhaps with another number of rows (an extended vocabulary).
 
-Of a base that ties its output matrix to its embeddings, what is added to one is in both; where one was trained whole,
-the output matrix is a tensor of its own.
+If the base ties its output matrix to its embeddings, an addition to one is in both; if one was trained whole, the
+output matrix becomes a separate tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch
 from cpt_utils.checkpoints import adapters, formats, headers, refs, tensors, tokenization
 
-ROWS = 256  # rows merged at a time, from row 0 on: a row has the same bits however it is asked for
+ROWS = 256  # rows merged at a time, from row 0 on: so a row has the same bits in every request
 LOW_RANK = re.compile(
     r"(.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|lora_B\.(?P<bias>bias))"
 )
@@ -35,7 +35,7 @@ LOW_RANK = re.compile(
 class LowRank:
     """scale * B A, to be added to a weight; `flipped`: (B A)^T, for weights stored [in, out] and for embeddings.
 
-    `rounded`: to the weight's dtype before it is added, as of embeddings.
+    `rounded`: rounded to the weight's dtype before it is added, as for embeddings.
     """
 
     a: str
@@ -55,7 +55,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows that are those of `tensor`."""
+    """Rows to be replaced by those of `tensor`."""
 
     tensor: str
     rows: list[int]
@@ -63,8 +63,8 @@ class Tokens:
 
 @dataclass
 class Change:
-    """What becomes of a tensor of the base: it starts as itself (`base`, on disk), or as `start` of the adapter's file,
-    and then takes the steps in order."""
+    """How a tensor changes: it starts as `base` (a name on disk), or as `start` in the adapter's file, and then the
+    steps are applied in order."""
 
     base: str
     start: str | None = None
@@ -72,18 +72,18 @@ class Change:
 
 
 class AdapterFolder(tensors.Closing):
-    """The tensors of base and adapter merged, by the base's names on disk: what `TensorFolder` is for a model folder.
+    """The tensors of base and adapter merged, by the base's names on disk, with the interface of `TensorFolder`.
 
-    A tensor that the adapter leaves alone is the base's own, with its `entry` in the base's file (`folder_of`); one
-    that it changes is computed, `ROWS` rows at a time, and has none.
+    A tensor that the adapter does not change is the base's, with its `entry` in the base's file (`folder_of`); one that
+    it changes is computed, `ROWS` rows at a time, and has no entry.
 
     Attributes:
-        changes: by name on disk, what the adapter does to the tensors that it does not leave alone.
-        new_head: name of the output matrix where the base ties it and the merged model does not; else empty.
+        changes: the changes to tensors, by name on disk; unchanged tensors are left out.
+        new_head: name of the output matrix if the base ties it and the merged model does not; else empty.
     """
 
     kind = "adapter"
-    quantised = None  # a base that is, is refused
+    quantised = None  # a quantised base is refused
 
     def __init__(self, ref: refs.ModelRef, base: refs.ModelRef | None = None, lazy: bool = False):
         self.ref, self.spec = ref, ref.spec
@@ -98,7 +98,7 @@ class AdapterFolder(tensors.Closing):
             self.base = tensors.TensorFolder(self.base_ref, lazy).refuse_unfit()
         except formats.Quantised as error:
             raise formats.Quantised(
-                f"{self.spec} is an adapter of a quantised base. {error}; write where that is into "
+                f"{self.spec} is an adapter of a quantised base. {error}; write its path into "
                 f"base_model_name_or_path of its {formats.ADAPTER_CONFIG}"
             ) from None
         self.files = self.base.files
@@ -122,14 +122,14 @@ class AdapterFolder(tensors.Closing):
         return self.base.header(file)
 
     def folder_of(self, name: str) -> tensors.TensorFolder | None:
-        """The folder with a tensor's bytes, the base's; None for one that is computed."""
+        """The base's folder if it holds a tensor's bytes; None for a tensor that is computed."""
         return None if name in self.changes else self.base
 
     def entry(self, name: str) -> headers.Entry:
-        """Where the bytes of a tensor are in the base's file.
+        """The position of a tensor's bytes in the base's file.
 
         Raises:
-            InputError: the adapter changes it, so that it is in no file.
+            InputError: the adapter changes the tensor, so it is in no file.
         """
         if name in self.changes:
             raise InputError(f"{name} of {self.spec} is computed from an adapter and is in no file")
@@ -150,7 +150,7 @@ class AdapterFolder(tensors.Closing):
         return self.base.dtype(self.changes[name].base if name in self.changes else name)
 
     def get(self, name: str) -> torch.Tensor:
-        """The merged tensor. The base's own where the adapter leaves it alone: do not write into it."""
+        """The merged tensor. If the adapter does not change it, this is the base's: do not write into it."""
         change, shape = self.changes.get(name), self.shape(name)
         if change is None:
             return self.base.get(name)
@@ -166,16 +166,16 @@ class AdapterFolder(tensors.Closing):
         merged = torch.empty((max(0, stop - start), *shape[1:]), dtype=dtype)
         for first in range(start - start % ROWS, stop, ROWS):
             last = min(first + ROWS, shape[0])
-            found = self.adapter.rows(change.start, first, last) if change.start else None
-            block = self.base.rows(change.base, first, last) if found is None else found.to(dtype)
+            stored = self.adapter.rows(change.start, first, last) if change.start else None
+            block = self.base.rows(change.base, first, last) if stored is None else stored.to(dtype)
             for step in change.steps:
                 block = self._after(step, block, first, last)
-            a, b = max(first, start), min(last, stop)
-            merged[a - start : b - start] = block[a - first : b - first]
+            low, high = max(first, start), min(last, stop)
+            merged[low - start : high - start] = block[low - first : high - first]
         return merged
 
     def _after(self, step: LowRank | Bias | Tokens, block: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` after a step, in their dtype."""
+        """`block` (rows `first` to `last`) after a step, in the same dtype."""
         if isinstance(step, Tokens):
             block = block.clone()
             for i, row in enumerate(step.rows):
@@ -191,46 +191,47 @@ class AdapterFolder(tensors.Closing):
         wide = torch.promote_types(block.dtype, torch.float32)
         return (block.to(wide) + added).to(block.dtype)
 
-    # --- what the adapter changes ---
+    # --- changes by the adapter ---
 
     def _plan(self) -> dict[str, Change]:
-        """What the adapter does to each tensor of the base."""
-        found: dict[str, Change] = {}
+        """The changes by the adapter, by name on disk."""
+        changes: dict[str, Change] = {}
         if self._is_tied and self.settings.unties(self.kin):
             self.new_head = self._head
-            found[self.new_head] = Change(self._disk_names[self._embedding])
-        whole = self.adapter.replaced()
-        # Of two tied matrices that were both saved, and are one, that of the embeddings comes last and counts.
-        for name in sorted(whole, key=lambda name: self._canonical(name) == self._embedding):
+            changes[self.new_head] = Change(self._disk_names[self._embedding])
+        replaced = self.adapter.replaced()
+        # If both of two tied matrices were saved and stay one, the embeddings come last and count.
+        for name in sorted(replaced, key=lambda name: self._canonical(name) == self._embedding):
             if not name.endswith((".weight", ".bias")):
                 raise InputError(
-                    f"{self.spec}: the adapter's tensor {whole[name]} is of a kind that is not merged here"
+                    f"{self.spec}: the adapter's tensor {replaced[name]} is of a kind that is not merged here"
                 )
-            disk = self._disk_name(name)
-            change = found.setdefault(disk, Change(disk))
-            mine, theirs = self.adapter.shape(whole[name]), self.base.shape(change.base)
-            self._refuse_shape(name, mine, theirs, mine[:1] == theirs[:1] or disk in self._of_vocabulary)
-            change.start = whole[name]
+            disk_name = self._disk_name(name)
+            change = changes.setdefault(disk_name, Change(disk_name))
+            new_shape, base_shape = self.adapter.shape(replaced[name]), self.base.shape(change.base)
+            fits = new_shape[:1] == base_shape[:1] or disk_name in self._of_vocabulary
+            self._refuse_shape(name, new_shape, base_shape, fits)
+            change.start = replaced[name]
         steps = self._steps()
-        # PEFT merges module by module, and the output matrix comes last: of a tied one, after the embeddings.
+        # PEFT merges module by module, the output matrix last: if it is tied, after the embeddings.
         for name in sorted(steps, key=lambda name: self._canonical(name) == self._head):
-            disk, step = self._disk_name(name), steps[name]
-            change = found.setdefault(disk, Change(disk))
+            disk_name, step = self._disk_name(name), steps[name]
+            change = changes.setdefault(disk_name, Change(disk_name))
             if change.start and ".base_layer." not in change.start:
                 raise InputError(f"{self.spec}: the adapter changes {name} twice, by a product and as a whole")
-            mine, theirs = self._step_shape(step), self._shape_of(change)
-            fits = mine[0] <= theirs[0] if isinstance(step, Tokens) else mine[:1] == theirs[:1]
-            self._refuse_shape(name, mine, theirs, fits)
+            new_shape, base_shape = self._step_shape(step), self._shape_of(change)
+            fits = new_shape[0] <= base_shape[0] if isinstance(step, Tokens) else new_shape[:1] == base_shape[:1]
+            self._refuse_shape(name, new_shape, base_shape, fits)
             change.steps.append(step)
-        self._refuse_gaps(whole, steps)
-        self._refuse_half(found)
-        self._warn_tied(found)
-        return found
+        self._refuse_gaps(replaced, steps)
+        self._refuse_half(changes)
+        self._warn_tied(changes)
+        return changes
 
     def _steps(self) -> dict[str, LowRank | Bias | Tokens]:
-        """What is added to which tensor, by names in memory."""
+        """The step for each tensor with a product, a bias or trained rows, by name in memory."""
         products: dict[str, dict[str, str]] = {}
-        found: dict[str, LowRank | Bias | Tokens] = {}
+        steps: dict[str, LowRank | Bias | Tokens] = {}
         for name in self.adapter.names():
             module = name.removeprefix(adapters.PREFIX)
             match = LOW_RANK.fullmatch(module)
@@ -238,22 +239,22 @@ class AdapterFolder(tensors.Closing):
                 products.setdefault(match[1], {})[match["side"] or match["embedding"] or "bias"] = name
             elif module.endswith(adapters.TOKENS):
                 module = module.removesuffix(adapters.TOKENS)
-                found[f"{module}.weight"] = Tokens(name, self.settings.rows(module))
+                steps[f"{module}.weight"] = Tokens(name, self.settings.rows(module))
             elif ".lora_" in module:
                 raise InputError(f"{self.spec}: the adapter's tensor {name} is of a kind that is not merged here")
         for module, names in products.items():
             if "A" not in names or "B" not in names:
                 raise InputError(f"{self.spec}: the adapter holds only one of A and B of {module}; copy it again")
-            if f"{module}.weight" in found:
+            if f"{module}.weight" in steps:
                 raise InputError(f"{self.spec}: the adapter changes {module} twice, by a product and by rows")
             scale = self._scale(module, names)
             embedding = "lora_embedding" in names["A"]
             canonical = self._canonical(f"{module}.weight")
             flipped = embedding or (self.arch.transposed and self.arch.layer_of(canonical) is not None)
-            found[f"{module}.weight"] = LowRank(names["A"], names["B"], scale, flipped, rounded=embedding)
+            steps[f"{module}.weight"] = LowRank(names["A"], names["B"], scale, flipped, rounded=embedding)
             if "bias" in names:
-                found[f"{module}.bias"] = Bias(names["bias"], scale)
-        return found
+                steps[f"{module}.bias"] = Bias(names["bias"], scale)
+        return steps
 
     def _scale(self, module: str, names: dict[str, str]) -> float:
         a, b = self.adapter.shape(names["A"]), self.adapter.shape(names["B"])
@@ -264,7 +265,7 @@ class AdapterFolder(tensors.Closing):
         return self.settings.scale(module, a[0])
 
     def _step_shape(self, step: LowRank | Bias | Tokens) -> tuple[int, ...]:
-        """The shape of a tensor that the step fits; of trained rows the smallest."""
+        """The shape of a tensor that the step fits; for trained rows, the smallest one."""
         if isinstance(step, Bias):
             return self.adapter.shape(step.tensor)
         if isinstance(step, Tokens):
@@ -277,17 +278,17 @@ class AdapterFolder(tensors.Closing):
         a, b = self.adapter.shape(step.a), self.adapter.shape(step.b)
         return (a[1], b[0]) if step.flipped else (b[0], a[1])
 
-    def _refuse_shape(self, name: str, mine: tuple[int, ...], theirs: tuple[int, ...], fits: bool) -> None:
-        """Refuse a change of another shape than the tensor's. `fits`: whether the numbers of rows do."""
-        alike = len(mine) == len(theirs) and mine[1:] == theirs[1:]
+    def _refuse_shape(self, name: str, shape: tuple[int, ...], base_shape: tuple[int, ...], fits: bool) -> None:
+        """Refuse a change whose shape differs from the tensor's. `fits`: whether the numbers of rows match."""
+        alike = len(shape) == len(base_shape) and shape[1:] == base_shape[1:]
         if alike and fits:
             return
         hint = "is it an adapter of another base?"
         if alike and self._canonical(name) in (self._embedding, self._head):
             hint = "it does not hold the new rows: save it again with save_embedding_layers=True"
         raise InputError(
-            f"{self.spec}: the adapter's change of {name} has shape {list(mine)}, and {self.base_ref.spec} has "
-            f"{list(theirs)}; {hint}"
+            f"{self.spec}: the adapter's change of {name} has shape {list(shape)}, and {self.base_ref.spec} has "
+            f"{list(base_shape)}; {hint}"
         )
 
     # --- names ---
@@ -315,12 +316,12 @@ class AdapterFolder(tensors.Closing):
         return frozenset({self._head, *(self._disk_names[name] for name in names if name in self._disk_names)})
 
     def _canonical(self, name: str) -> str:
-        """The canonical name of what is called `name` in memory, perhaps in the memory of its language model alone."""
-        found = [arch.canonical(name) for arch in self.kin]
-        return next((each for each in found if each in self._disk_names or each == self._head), found[0])
+        """The canonical name of `name` in memory, where it may be a name in the language model alone."""
+        candidates = [arch.canonical(name) for arch in self.kin]
+        return next((each for each in candidates if each in self._disk_names or each == self._head), candidates[0])
 
     def _disk_name(self, name: str) -> str:
-        """The name on disk of what is called `name` in memory; of a tied output matrix that of the embeddings."""
+        """The name on disk of `name` in memory; for a tied output matrix that of the embeddings."""
         canonical = self._canonical(name)
         if canonical == self._head and self._is_tied:
             return self.new_head or self._disk_names[self._embedding]
@@ -328,43 +329,43 @@ class AdapterFolder(tensors.Closing):
             raise InputError(f"{self.spec}: the adapter changes {name}, which {self.base_ref.spec} does not have")
         return self._disk_names[canonical]
 
-    # --- what is missing ---
+    # --- missing tensors ---
 
-    def _refuse_half(self, found: dict[str, Change]) -> None:
-        """Refuse embeddings and an output matrix of different sizes: what is missing would be made up at random."""
+    def _refuse_half(self, changes: dict[str, Change]) -> None:
+        """Refuse embeddings and an output matrix of different sizes: missing rows would be filled at random."""
         disk = {self._embedding: self._disk_names.get(self._embedding), self._head: self._disk_names.get(self._head)}
         disk[self._head] = disk[self._head] or self.new_head
-        rows = {name: self._shape_of(found.get(at, Change(at)))[0] for name, at in disk.items() if at}
-        if len(set(rows.values())) > 1 and any(at in found for at in disk.values()):
+        rows = {name: self._shape_of(changes.get(at, Change(at)))[0] for name, at in disk.items() if at}
+        if len(set(rows.values())) > 1 and any(at in changes for at in disk.values()):
             sizes = " and ".join(f"{name} of {n} rows" for name, n in rows.items())
             raise InputError(
                 f"{self.spec}: with the adapter the model has {sizes}; save both with it (modules_to_save)"
             )
 
-    def _refuse_gaps(self, whole: dict, steps: dict) -> None:
-        """What the configuration names, and the base has, must be in the file at least once."""
+    def _refuse_gaps(self, replaced: dict, steps: dict) -> None:
+        """Refuse a file without any tensor for a module that the configuration names and the base has."""
         names = {*self.base.names(), self._head}
         for target in self.settings.targets:
-            there = any(f".{name}".endswith(f".{target}.weight") for name in self.base.names())
-            if there and not any(f".{name}".endswith(f".{target}.weight") for name in steps):
-                raise InputError(f"{self.spec}: the adapter targets {target}, but its file holds nothing of it")
+            in_base = any(f".{name}".endswith(f".{target}.weight") for name in self.base.names())
+            if in_base and not any(f".{name}".endswith(f".{target}.weight") for name in steps):
+                raise InputError(f"{self.spec}: the adapter targets {target}, but its file holds no tensor of it")
         for end in self.settings.whole:
-            there = any(f".{end}." in f".{name}" for name in names)
-            if there and not any(f".{end}." in f".{name}" for name in whole):
-                raise InputError(f"{self.spec}: the adapter trained {end} whole, but its file holds nothing of it")
+            in_base = any(f".{end}." in f".{name}" for name in names)
+            if in_base and not any(f".{end}." in f".{name}" for name in replaced):
+                raise InputError(f"{self.spec}: the adapter trained {end} whole, but its file holds no tensor of it")
 
-    def _warn_tied(self, found: dict[str, Change]) -> None:
-        both = found.get(self._disk_names.get(self._embedding)) if self._is_tied and not self.new_head else None
-        if both and any(isinstance(step, LowRank) for step in both.steps):
+    def _warn_tied(self, changes: dict[str, Change]) -> None:
+        change = changes.get(self._disk_names.get(self._embedding)) if self._is_tied and not self.new_head else None
+        if change and any(isinstance(step, LowRank) for step in change.steps):
             cli.once(
                 f"{formats.run_of(self.spec)}: the base ties its output matrix to its embeddings; what the adapter "
-                "adds to one is in both once merged, as after merge_and_unload: not quite the model that was trained",
+                "adds to one is in both after merging, as after merge_and_unload: not exactly the trained model",
                 cli.warn,
             )
 
 
 def apply(model: torch.nn.Module, ref: refs.ModelRef) -> None:
-    """Give a loaded base the weights of the merged model, as if it had been saved and loaded in the model's dtype."""
+    """Give a loaded base the weights of the merged model, as if that had been saved and loaded in the model's dtype."""
     with AdapterFolder(ref) as stored, torch.no_grad():
         rows = stored.adapter.vocabulary(stored.kin)
         if rows and model.get_input_embeddings().weight.shape[0] != rows:
@@ -375,7 +376,7 @@ def apply(model: torch.nn.Module, ref: refs.ModelRef) -> None:
         for disk, location in stored.arch.locations(stored.changes, model).items():
             parameter = model.get_parameter(location.name)
             if parameter.is_meta:
-                raise InputError(f"{ref.spec}: an adapter cannot be merged into layers that are kept on the disk")
+                raise InputError(f"{ref.spec}: an adapter cannot be merged into layers that are offloaded to disk")
             (parameter if location.index is None else parameter[location.index]).copy_(stored.get(disk))
     model.requires_grad_(False)
 
@@ -383,19 +384,19 @@ def apply(model: torch.nn.Module, ref: refs.ModelRef) -> None:
 def _refuse_lost_rows(ref: refs.ModelRef, folder: Path, rows: int) -> None:
     """Refuse an adapter whose own tokenizer has more tokens than the merged embeddings have rows.
 
-    PEFT leaves the embeddings of a resized vocabulary out where it is told to, or does not notice (of models with a
-    vision tower).
+    PEFT leaves out the embeddings of a resized vocabulary if it is told to, or does not notice the resizing (models
+    with a vision tower).
     """
     tokens = len(tokenization.open_tokenizer(folder)) if tokenization.has_tokenizer(folder) else 0
     if tokens > rows:
         raise InputError(
-            f"{ref.spec}: its tokenizer has {tokens} tokens and the embeddings have {rows} rows; those of the new "
+            f"{ref.spec}: its tokenizer has {tokens} tokens and the embeddings have {rows} rows; the rows of the new "
             "tokens are not in the adapter, save it again with save_embedding_layers=True"
         )
 
 
 def _untie(model: torch.nn.Module) -> None:
-    """Give the output matrix, which was that of the embeddings, memory of its own."""
+    """Give an output matrix that is tied to the embeddings its own memory."""
     head = model.get_output_embeddings()
     device = getattr(getattr(head, "_hf_hook", None), "execution_device", None) or head.weight.device
     head.weight = torch.nn.Parameter(head.weight.to(device, copy=True))

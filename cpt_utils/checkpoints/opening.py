@@ -1,4 +1,4 @@
-"""A model's tensors, whatever it is: a folder, a hub repository, or an adapter merged into its base as it is read."""
+"""Opening the tensors of any model: a folder, a hub repository, or an adapter merged into its base as it is read."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def open_folder(
     """The tensors of a model, or of an adapter merged into its base: plain weights that fit its config.json.
 
     Args:
-        base: what an adapter is merged into where the base that it names is not here.
-        lazy: of a hub model, fetch only configuration and index now and shards when they are read (or `fetch` is
-            called). Whoever reads the files themselves (`path`, `entry`) calls `fetch` first.
-        codes: open a quantised model, too, for whoever leaves its weights to transformers.
+        base: what an adapter is merged into if the base that it names is not here.
+        lazy: for a hub model, fetch only configuration and index now, and shards when they are read (or `fetch` is
+            called). Code that reads the files directly (`path`, `entry`) must call `fetch` first.
+        codes: also open a quantised model, for code that leaves its weights to transformers.
 
     Raises:
-        InputError: see `formats`; formats.Quantised for codes, of a model that is not fetched when a shard is read.
+        InputError: see `formats`; formats.Quantised for codes, which in a lazy model may be when a shard is read.
     """
     if not isinstance(where, ModelRef) and os.path.isdir(where):
         where = ModelRef(os.fspath(where))
@@ -35,16 +35,16 @@ def open_folder(
 
 
 def look_over(found: Iterable[ModelRef]) -> None:
-    """Look at the checkpoints of a run before anything is measured: that all can be read, and which are the same.
+    """Check before measuring that all local checkpoints of a run can be read, and report those with the same weights.
 
-    Branches made in advance, and folders copied in haste, hold one model several times; each time it would count.
+    Branches created in advance and folders copied by mistake repeat a model, and each copy counts as a checkpoint.
 
     Raises:
-        InputError: a checkpoint here is not whole, or not to be read as a model.
+        InputError: a local checkpoint is incomplete, or cannot be read as a model.
     """
     alike: dict[str, list[ModelRef]] = {}
     for ref in found:
-        if ref.is_local and not ref.is_adapter:  # whose base the caller may have to give
+        if ref.is_local and not ref.is_adapter:  # the caller may have to give an adapter's base
             ref.config()
             open_folder(ref, codes=True).close()
         sample = ref.contents
@@ -54,6 +54,6 @@ def look_over(found: Iterable[ModelRef]) -> None:
         if len(same) > 1:
             steps = ", ".join(str(ref.step) for ref in same)
             cli.once(
-                f"the checkpoints of steps {steps} hold the same weights; each counts as one of its own unless --steps "
-                "leaves it out"
+                f"the checkpoints of steps {steps} hold the same weights; each counts as a separate checkpoint unless "
+                "--steps leaves it out"
             )

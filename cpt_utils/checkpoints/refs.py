@@ -2,8 +2,8 @@
 
 A run is a folder whose sub-folders are named after steps (`checkpoint-500`, `step_500`, `iter_0001000`), a hub
 repository with such folders, a list of models, or a pattern of revisions or folders of one repository
-(`org/name@stage1-step*`, `org/name/checkpoint-*`). A folder or revision that holds a PEFT adapter instead of a model
-stands for base and adapter merged (see `adapters`).
+(`org/name@stage1-step*`, `org/name/checkpoint-*`). A folder or revision with a PEFT adapter instead of a model means
+the base with the adapter merged into it (see `adapters`).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _SIDE_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def local_id(path: str | os.PathLike) -> str:
-    """The file name that stands for the model folder at `path`: its last two parts, joined by `__`."""
+    """A file name for the model folder at `path`: its last two parts, joined by `__`."""
     return "__".join(part for part in Path(os.path.abspath(path)).parts[-2:] if part != os.sep)
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """One model: `spec` as the user typed it, and its training `step` where the name gives one.
+    """One model: `spec` as the user typed it, and its training `step` if the name contains one.
 
-    `base` is where an adapter's base is when the one that its configuration names is not here.
+    `base` is used as an adapter's base if the one that its configuration names is not here.
     """
 
     spec: str
@@ -53,7 +53,7 @@ class ModelRef:
 
     @property
     def subfolder(self) -> str:
-        """The folder of a hub model in its repository (`org/name/checkpoint-500`); "" where it lies at the top."""
+        """The folder of a hub model in its repository (`org/name/checkpoint-500`); "" at the top."""
         return "" if self.is_local else "/".join(self.spec.partition("@")[0].split("/")[2:])
 
     @property
@@ -68,60 +68,60 @@ class ModelRef:
 
     @property
     def names(self) -> frozenset[str]:
-        """The files of this model; of a hub model those of its repository, fetched or not."""
+        """The files of this model; for a hub model those in its repository, fetched or not."""
         if self.is_local:
             try:
                 return frozenset(os.listdir(self.spec))
             except OSError as error:
                 raise InputError(f"{self.spec} cannot be read: {error.strerror or error}") from None
         self._refuse_unfit()
-        there = hub.names(self.repository, self.revision)
+        all_names = hub.names(self.repository, self.revision)
         if not self.subfolder:
-            return there
-        start = f"{self.subfolder}/"
-        inside = frozenset(name.removeprefix(start) for name in there if name.startswith(start))
+            return all_names
+        prefix = f"{self.subfolder}/"
+        inside = frozenset(name.removeprefix(prefix) for name in all_names if name.startswith(prefix))
         if not inside:
-            folders = sorted({os.path.dirname(name) for name in there} - {""})
+            folders = sorted({os.path.dirname(name) for name in all_names} - {""})
             raise InputError(
                 f"{self.repository} has no folder {self.subfolder}; it has {', '.join(folders[:8]) or 'no folders'}"
             )
         return inside
 
     def _inside(self, pattern: str) -> str:
-        """A pattern of this model's files as one of its repository's."""
+        """A pattern of this model's files as a pattern of the repository's files."""
         return f"{glob.escape(self.subfolder)}/{pattern}" if self.subfolder else pattern
 
     @property
     def is_adapter(self) -> bool:
-        """Whether this is a PEFT adapter. A folder that also holds a model is that model, as for the loaders."""
+        """Whether this is a PEFT adapter. A folder that also holds a model is that model, as in the loaders."""
         names = self.names
         return formats.ADAPTER_CONFIG in names and not any(
             fnmatch.fnmatch(n, p) for n in names for p in formats.WEIGHT_PATTERNS
         )
 
     def say_adapter_beside(self) -> None:
-        """Say of a model whose folder also holds an adapter what is made of the two; once for a run."""
+        """Report, once per run, how a folder with both a model and an adapter is read."""
         if formats.ADAPTER_CONFIG in self.names and not self.is_adapter:
             cli.once(
                 f"{formats.run_of(self.spec)}: beside the model there is an adapter ({formats.ADAPTER_CONFIG}); the "
-                "model is used as it is, and the adapter taken to be merged into it already"
+                "model is used as it is, and the adapter is assumed to be merged into it already"
             )
 
     @cached_property
     def adapted(self) -> ModelRef | None:
-        """The model that an adapter was trained on; None for what is a model itself."""
+        """The model that an adapter was trained on; None if this is not an adapter."""
         if not self.is_adapter:
             return None
         return adapters.base_of(self, model)
 
     def with_base(self, base: ModelRef | None) -> ModelRef:
-        """The same model, with a base for the case that it is an adapter and its own base is not here."""
+        """The same model, with a base to use if it is an adapter whose own base is not here."""
         return replace(self, base=base)
 
     def folder(self, patterns: Iterable[str] | None = None) -> Path:
         """The local folder with this model's files; for a hub model the files matching `patterns` are fetched first.
 
-        Of a repository with weights in several formats only those are fetched that `TensorFolder` reads.
+        If a repository has weights in several formats, only those that `TensorFolder` reads are fetched.
 
         Raises:
             InputError: no such folder or repository, no access (gated), or the hub cannot be reached.
@@ -136,13 +136,13 @@ class ModelRef:
         return hub.fetch(self.repository, self.revision, map(self._inside, wanted)) / self.subfolder
 
     def fetch(self, files: Iterable[str]) -> Path:
-        """The local folder, once exactly these files of a hub model are in it."""
+        """The local folder, after fetching exactly these files of a hub model."""
         if self.is_local:
             return Path(self.spec)
         return hub.fetch(self.repository, self.revision, (self._inside(glob.escape(f)) for f in files)) / self.subfolder
 
     def first_bytes(self, file: str, stop: int) -> tuple[bytes, int]:
-        """(the first `stop` bytes, the size) of a file of a hub model, which is not fetched for it."""
+        """(the first `stop` bytes, the size) of a file of a hub model, without fetching the file."""
         return hub.first_bytes(self.repository, self.revision, os.path.join(self.subfolder, file), stop)
 
     def _weight_files(self) -> list[str]:
@@ -160,7 +160,7 @@ class ModelRef:
         _refuse_missing_folder(self.spec)
 
     def drop(self) -> None:
-        """Free the disk of a hub model: its weights go from the cache, where this process had fetched them."""
+        """Remove the weights of a hub model from the cache, if this process fetched them."""
         if self.is_local:
             return
         freed = hub.drop(self.repository, self.revision, self.subfolder)
@@ -174,26 +174,26 @@ class ModelRef:
         return settings.read_config(self.folder(["config.json"]), self.spec)
 
     def config(self) -> dict:
-        """The model's `config.json` as a dict; an adapter's is its base's, with the vocabulary that the adapter has."""
+        """The model's `config.json` as a dict; for an adapter its base's, with the adapter's vocabulary size."""
         return dict(self._config)
 
     def resolved_revision(self) -> str | None:
-        """The commit that the hub's revision stands for; None for a local folder."""
+        """The commit of the hub revision; None for a local folder."""
         if self.is_local:
             return None
         self._refuse_unfit()
         return hub.commit(self.repository, self.revision)
 
     def side_files(self) -> Path:
-        """The folder with configuration and tokenizer files, without fetching weights."""
+        """The folder with configuration and tokenizer files; no weights are fetched."""
         return self.folder(_SIDE_PATTERNS)
 
     def config_folder(self) -> Path:
-        """The folder with `config.json`: that of the base for an adapter, without fetching weights."""
+        """The folder with `config.json` (of the base, for an adapter); no weights are fetched."""
         return (self.adapted or self).side_files()
 
     def describe(self) -> dict:
-        """What a result's header says of this model. `weights_sample` tells two trainings at one path apart."""
+        """The model's entry in a result's header. `weights_sample` distinguishes two trainings at the same path."""
         facts = {"spec": self.spec, "model_id": self.model_id, "step": self.step, "revision": self.resolved_revision()}
         if self.is_local:
             try:
@@ -210,7 +210,7 @@ class ModelRef:
 
     @property
     def contents(self) -> str | None:
-        """What two models with the same weight files have in common; None where nothing is known of them."""
+        """An identifier of the contents of the weight files; None if they are unknown."""
         if self.is_local:
             return self._weights_sample
         files = hub.contents(self.repository, self.revision)
@@ -220,7 +220,7 @@ class ModelRef:
 
     @cached_property
     def _config_hash(self) -> str | None:
-        """A short hash of what decides the arithmetic in config.json; None where there is none."""
+        """A short hash of the settings in config.json that affect the computation; None without a config.json."""
         if "config.json" not in self.names and not self.is_adapter:
             return None
         return identity.shape_hash(identity.shape_of(self.config()))
@@ -237,22 +237,22 @@ def _refuse_missing_folder(spec: str) -> None:
     if not _REPOSITORY.fullmatch(name) or spec.startswith((".", "~", "/")):
         hint = f"; is {name.replace(':', '/')} meant?" if name.count(":") == 1 and "/" in name else ""
         raise InputError(
-            f"{spec}: no such folder, and no hub name like org/name, org/name@revision or org/name/folder{hint}"
+            f"{spec}: no such folder, and not a hub name like org/name, org/name@revision or org/name/folder{hint}"
         )
-    there = next((parent for parent in Path(name).parents if parent.name and parent.is_dir()), None)
-    if there:  # build/demo where build/ is there: a mistyped path, not a repository of the user "build"
-        absent = Path(name).relative_to(there).parts[0]
-        raise InputError(f"{spec}: no such folder (the folder {there} is there, {absent} is not in it)")
+    existing = next((parent for parent in Path(name).parents if parent.name and parent.is_dir()), None)
+    if existing:  # build/demo, and build/ exists: a mistyped path, not a repository of the user "build"
+        absent = Path(name).relative_to(existing).parts[0]
+        raise InputError(f"{spec}: no such folder ({existing} exists, but {absent} is not in it)")
 
 
 def looks_local(spec: str) -> bool:
-    """Whether a reference that is not a folder can only have been meant as one."""
+    """Whether a reference that is not a folder can only be a mistyped path of one."""
     name = spec.partition("@")[0]
     return not _REPOSITORY.fullmatch(name) or any(parent.name and parent.is_dir() for parent in Path(name).parents)
 
 
 def model(text: str | os.PathLike) -> ModelRef:
-    """The reference to one model. Its files are not touched yet, but a missing local folder is refused here."""
+    """The reference to one model. Its files are not read yet, but a missing local folder is refused here."""
     spec = os.fspath(text).rstrip("/") or "/"
     if os.path.isdir(spec):
         return ModelRef(spec, step_names.step_of(os.path.basename(os.path.abspath(spec))))
@@ -277,17 +277,17 @@ def checkpoints(folder: str | os.PathLike) -> list[ModelRef]:
 
 
 def _folders(ref: ModelRef) -> list[ModelRef]:
-    """The checkpoints that a hub repository, or a folder in it, holds as folders; [] where the hub does not say."""
+    """The checkpoint folders of a hub repository, or of a folder in it; [] if the hub cannot be asked."""
     if ref.step is not None:  # a checkpoint itself
         return []
     try:
         names = ref.names
-    except InputError:  # whoever reads the model says it
+    except InputError:  # reported when the model is read
         return []
-    there = {
+    folders = {
         os.path.dirname(name) for name in names if os.path.basename(name) in ("config.json", formats.ADAPTER_CONFIG)
     }
-    return _in_repository(ref, {name for name in there if name and "/" not in name})
+    return _in_repository(ref, {name for name in folders if name and "/" not in name})
 
 
 def _in_repository(ref: ModelRef, folders: Iterable[str]) -> list[ModelRef]:
@@ -302,7 +302,7 @@ def is_pattern(spec: str) -> bool:
 
 
 def revisions(spec: str) -> list[ModelRef]:
-    """The branches and tags, or the folders, that a pattern means and that have a step in their names, by step.
+    """The branches and tags, or the folders, that match a pattern and have a step in their names, in step order.
 
     Raises:
         InputError: there are none, or the hub cannot be asked.
@@ -313,59 +313,59 @@ def revisions(spec: str) -> list[ModelRef]:
         _refuse_missing_folder(parent)
         ref = ModelRef(f"{parent}@{pattern}" if pattern else parent)
         there = {os.path.dirname(file) for file in ref.names}
-        found = _in_repository(ref, [folder for folder in there if folder and fnmatch.fnmatchcase(folder, folders)])
+        matches = _in_repository(ref, [folder for folder in there if folder and fnmatch.fnmatchcase(folder, folders)])
         what = f"{parent} has no folder"
     else:
         _refuse_missing_folder(name)
         steps = step_names.told(spec, hub.revisions(name, pattern))
-        found = [ModelRef(f"{name}@{revision}", step) for revision, step in steps.items()]
+        matches = [ModelRef(f"{name}@{revision}", step) for revision, step in steps.items()]
         what = f"{name} has no branch or tag"
-    if not found:
+    if not matches:
         raise InputError(f"{spec}: {what} that matches the pattern and has a step in its name")
-    return found
+    return matches
 
 
 def _expand(text: str | os.PathLike) -> list[ModelRef]:
     """The checkpoints of a run in step order, or the one model that `text` names.
 
-    A folder with checkpoints is a run, even where a Trainer has left its final model beside them.
+    A folder with checkpoints is a run, even if a Trainer has left its final model beside them.
     """
     spec = os.fspath(text).rstrip("/") or "/"
     if is_pattern(spec):
         return revisions(spec)
     if os.path.isdir(spec):
-        found = checkpoints(spec)
-        if found:
-            _say_final_model(spec, found)
-        return found or [model(spec)]
+        in_folder = checkpoints(spec)
+        if in_folder:
+            _say_final_model(spec, in_folder)
+        return in_folder or [model(spec)]
     ref = model(spec)
     return _folders(ref) or [ref]
 
 
-def _say_final_model(folder: str, found: list[ModelRef]) -> None:
-    """Say whose twin the model is that lies beside the checkpoints of a run, as a Trainer leaves it."""
+def _say_final_model(folder: str, run_checkpoints: list[ModelRef]) -> None:
+    """Report which checkpoint of a run equals the final model beside them, which a Trainer leaves there."""
     final = ModelRef(folder)
     if not {"config.json", formats.ADAPTER_CONFIG} & final.names:
         return
-    with contextlib.suppress(InputError, OSError):  # damaged checkpoints are said where they are read
+    with contextlib.suppress(InputError, OSError):  # damaged checkpoints are reported when they are read
         sample = final._weights_sample
         if sample is None:
             return
-        twin = next((ref for ref in reversed(found) if ref._weights_sample == sample), None)
+        twin = next((ref for ref in reversed(run_checkpoints) if ref._weights_sample == sample), None)
         if twin is not None:
-            cli.once(f"{folder}: its own model is that of {Path(twin.spec).name}; the run is its checkpoints")
+            cli.once(f"{folder}: its final model is the same as {Path(twin.spec).name}; the run is its checkpoints")
         else:
             cli.once(
-                f"{folder}: its own model is none of its checkpoints (trained on after the last one was saved?) and is "
-                "left out; to have it in the run, put its files into a folder checkpoint-<step> beside the others"
+                f"{folder}: its final model is none of its checkpoints (was training continued after the last one?) "
+                "and is left out; to include it, put its files into a folder checkpoint-<step> beside the others"
             )
 
 
 def one_at_a_time(run: list[ModelRef], drop: bool, base: ModelRef | None = None) -> Iterator[list[ModelRef]]:
-    """The run in groups whose weights are on disk together: all of it, or, with `drop`, one checkpoint after another.
+    """The run in groups whose weights are on disk together: the whole run, or with `drop` one checkpoint at a time.
 
-    With `drop`, a checkpoint's weights go from the hub cache as soon as the next one is asked for (see `hub.drop`);
-    never those of `base`.
+    With `drop`, a checkpoint's weights are removed from the hub cache when the next one is requested (see `hub.drop`);
+    those of `base` stay.
     """
     if not drop:
         yield run
@@ -381,7 +381,7 @@ def models(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None
 
     Args:
         texts: one reference or several; each a model or a run.
-        steps: keep only these steps of runs; a step that no run has is refused. Models without a step stay.
+        steps: keep only these steps of runs; a step that no run has is refused. Models without a step are kept.
 
     Raises:
         InputError: a missing folder, or an unknown step.
@@ -395,30 +395,30 @@ def run(texts: str | os.PathLike | Iterable[str], steps: Iterable[int] | None = 
     """The checkpoints of one run in step order: every model has a step, and no step appears twice.
 
     `texts` is a run, or a list of models named after their steps. A single model without a step in its name is a run of
-    one, of step 0.
+    one checkpoint, at step 0.
     """
-    found = models(texts)
-    if len(found) == 1 and found[0].step is None:
-        return [replace(found[0], step=0)]
-    for ref in found:
+    refs = models(texts)
+    if len(refs) == 1 and refs[0].step is None:
+        return [replace(refs[0], step=0)]
+    for ref in refs:
         if ref.step is None:
             hint = (
                 "a run is a folder of checkpoint-<step> folders, or a list of models named checkpoint-<step> or step<N>"
             )
             raise InputError(f"{ref.spec}: no step in its name; {hint}")
-    numbers = [ref.step for ref in found]
+    numbers = [ref.step for ref in refs]
     for n in numbers:
         if numbers.count(n) > 1:
-            twice = ", ".join(ref.spec for ref in found if ref.step == n)
+            twice = ", ".join(ref.spec for ref in refs if ref.step == n)
             raise InputError(f"step {n} appears twice in the run: {twice}; name the checkpoints of one run")
-    return sorted(_only_steps(found, steps), key=lambda ref: ref.step)
+    return sorted(_only_steps(refs, steps), key=lambda ref: ref.step)
 
 
-def _only_steps(found: list[ModelRef], steps: Iterable[int] | None) -> list[ModelRef]:
+def _only_steps(refs: list[ModelRef], steps: Iterable[int] | None) -> list[ModelRef]:
     if steps is None:
-        return found
-    missing = sorted(set(steps) - {ref.step for ref in found})
+        return refs
+    missing = sorted(set(steps) - {ref.step for ref in refs})
     if missing:
-        have = ", ".join(str(ref.step) for ref in found if ref.step is not None) or "none"
+        have = ", ".join(str(ref.step) for ref in refs if ref.step is not None) or "none"
         raise InputError(f"no checkpoint of step {', '.join(map(str, missing))}; the run has {have}")
-    return [ref for ref in found if ref.step is None or ref.step in set(steps)]
+    return [ref for ref in refs if ref.step is None or ref.step in set(steps)]

@@ -1,4 +1,4 @@
-"""Whether a result was measured on the models at hand, or on others of their run, by what its header says of them."""
+"""Whether a result was measured on given models, or on others of their run, according to its header."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cpt_utils.checkpoints.refs import ModelRef
 
 
 def same_model(a: dict, b: dict) -> bool:
-    """Whether two descriptions mean one model: by its weights where both are local, else by name and revision.
+    """Whether two descriptions mean the same model: by weights if both are local, else by name and revision.
 
-    Of an adapter the model that it changes must be the same, too.
+    For adapters compared by name, the bases must be the same, too.
     """
     if a.get("weights_sample") and b.get("weights_sample"):
         return a["weights_sample"] == b["weights_sample"]
@@ -24,23 +24,23 @@ def same_model(a: dict, b: dict) -> bool:
 
 
 def of(found: Iterable[ModelRef], base: str | None = None, run: str | list | None = None) -> list[dict]:
-    """Descriptions of the models that a result may be of to serve `found`: themselves, the other checkpoints of their
+    """Descriptions of the models whose results may be used for `found`: these models, the other checkpoints of their
     runs, and the study's base and run.
 
-    All checkpoints are described as they are now, so that what was made before a run was trained again does not count.
+    Checkpoints are described as they are now, so results from before a run was trained again do not count.
     """
-    known: dict[str, ModelRef] = {}
+    by_spec: dict[str, ModelRef] = {}
     for ref in found:
-        known[ref.spec] = ref
+        by_spec[ref.spec] = ref
         parent = os.path.dirname(os.path.abspath(ref.spec))
         if ref.is_local and ref.step is not None:
-            known |= {other.spec: other for other in refs.checkpoints(os.path.relpath(parent))}
+            by_spec |= {other.spec: other for other in refs.checkpoints(os.path.relpath(parent))}
     for spec in filter(None, [base]):
         if os.path.isdir(spec) or not refs.looks_local(spec):
-            known.setdefault(spec, refs.model(spec))
+            by_spec.setdefault(spec, refs.model(spec))
     if run and (not isinstance(run, str) or os.path.isdir(run) or not refs.looks_local(run)):
-        known |= {ref.spec: ref for ref in refs.models(run) if ref.spec not in known}
-    return [ref.describe() for ref in known.values()]
+        by_spec |= {ref.spec: ref for ref in refs.models(run) if ref.spec not in by_spec}
+    return [ref.describe() for ref in by_spec.values()]
 
 
 def belongs(measured: dict, models: list[dict]) -> bool:
@@ -50,10 +50,10 @@ def belongs(measured: dict, models: list[dict]) -> bool:
     if measured.get("revision"):
         return ModelRef(measured["spec"]).repository in {ModelRef(model["spec"]).repository for model in models}
     measured_at = Path(measured["spec"]).resolve()
-    known = {Path(model["spec"]).resolve(): model.get("step") for model in models}
-    # A path that is among the models holds other weights now: it was trained again.
+    steps = {Path(model["spec"]).resolve(): model.get("step") for model in models}
+    # A known path with other weights was trained again since.
     return (
-        measured_at not in known
+        measured_at not in steps
         and measured.get("step") is not None
-        and measured_at.parent in {path.parent for path, step in known.items() if step is not None}
+        and measured_at.parent in {path.parent for path, step in steps.items() if step is not None}
     )

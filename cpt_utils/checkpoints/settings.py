@@ -1,8 +1,8 @@
-"""What config.json says: sizes, checked, and under which settings the same weights compute something else.
+"""The contents of config.json: its sizes, checked, and settings under which the same weights compute something else.
 
-Files of transformers 4 and 5 write one setting in two ways (`rope_theta`, `rope_parameters`), and what a file leaves
-out is the type's default: 10,000 for the RoPE base of a Llama 2. So two models are compared in what transformers makes
-of their files, and only in what its own classes know: a file may hold more, which nothing reads.
+transformers 4 and 5 spell some settings differently (`rope_theta`, `rope_parameters`), and a missing setting means the
+model type's default: 10,000 for the RoPE base of a Llama 2. So two models are compared as transformers reads their
+files, and only in settings that its own classes know: a file may hold others, which nothing reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cpt_utils.checkpoints import formats, step_names
 if TYPE_CHECKING:
     from cpt_utils.checkpoints import refs
 
-# Settings without influence on what a forward pass computes from a layer's weights.
+# Settings that do not change what a forward pass computes from a layer's weights.
 PASSING = re.compile(
     r"_.*|.*token_ids?|vocab_size|.*(dropout|pdrop)(_prob|_p)?|initializer_.*|use_cache|(torch_)?dtype|architectures|"
     r"transformers_version|auto_map|model_type|quantization_config|tie_word_embeddings|output_.*|return_dict|"
@@ -31,16 +31,16 @@ PASSING = re.compile(
     r"router_z_loss_coef|router_jitter_noise|.*_implementation|gradient_checkpointing|summary_.*|"
     r"num_nextn_predict_layers|mtp_.*"
 )
-# What transformers turns into others: into `layer_types`, and into a window of None.
+# Settings that transformers converts: to `layer_types`, and to a window of None.
 DERIVED = ("use_sliding_window", "max_window_layers", "sliding_window_pattern")
-LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # matter to some scalings of RoPE only
+LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # matter only for some RoPE scalings
 
 
 def read_config(folder: Path, name: str) -> dict:
     """The `config.json` of a model folder.
 
     Raises:
-        InputError: there is none, it is damaged, or a size in it cannot be one.
+        InputError: there is none, it is damaged, or it holds an impossible size.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -48,7 +48,7 @@ def read_config(folder: Path, name: str) -> dict:
         hint = "it is a run of checkpoints; name one of them" if is_run else "it is not a model folder"
         hint += formats.cut_off(folder)
         named = sorted(path.parent.name for path in folder.glob(f"*/{formats.ADAPTER_CONFIG}"))
-        if named and not is_run:  # as PEFT saves adapters that were given names
+        if named and not is_run:  # as PEFT saves named adapters
             hint = (
                 f"adapters are in its sub-folders {', '.join(named)}; give {name}/{named[0]}, or, for a run, move the "
                 "files of one adapter up into each checkpoint"
@@ -71,9 +71,9 @@ def read_config(folder: Path, name: str) -> dict:
 
 
 def diff_settings(base: refs.ModelRef, target: refs.ModelRef) -> dict[str, tuple]:
-    """Settings in which two models of one type differ: name -> (the base's value, the target's), "unset" for none."""
+    """Settings in which two models of one type differ: name -> (base's value, target's value), "unset" if missing."""
     raw = [_decoder(ref.config()) for ref in (base, target)]
-    if _stated(raw[0]) == _stated(raw[1]):  # saves an import of transformers
+    if _stated(raw[0]) == _stated(raw[1]):  # avoids importing transformers
         return {}
     arch = archs.for_config(target.config())
     try:
@@ -97,38 +97,38 @@ def _stated(config: Mapping) -> dict:
 
 
 def _read(ref: refs.ModelRef, arch: archs.Arch) -> dict:
-    """The settings that count, flat (`rope_theta`, `full_attention.rope_theta`), and heads as the table reads them."""
-    whole = read_configuration(Path(ref.config_folder()))
-    config = whole.get_text_config(decoder=True)
+    """The settings to compare, flat (`rope_theta`, `full_attention.rope_theta`), and the heads as `arch` reads them."""
+    full = read_configuration(Path(ref.config_folder()))
+    config = full.get_text_config(decoder=True)
     known = type(config)().to_dict()
-    others = {key for name in ("heads", "kv_heads", "head_dim") for key in archs.FIELDS[name]} | {*DERIVED}
-    found = {key: value for key, value in _stated(config.to_dict()).items() if key in known and key not in others}
-    found |= dict(zip(("attention heads", "KV heads", "head size"), arch.heads(whole), strict=True))
-    rope = found.pop("rope_parameters", None)
+    left_out = {key for name in ("heads", "kv_heads", "head_dim") for key in archs.FIELDS[name]} | {*DERIVED}
+    values = {key: value for key, value in _stated(config.to_dict()).items() if key in known and key not in left_out}
+    values |= dict(zip(("attention heads", "KV heads", "head size"), arch.heads(full), strict=True))
+    rope = values.pop("rope_parameters", None)
     flat = _flat(rope) if isinstance(rope, Mapping) else {}
-    return {key: value for key, value in (found | flat).items() if value is not None}
+    return {key: value for key, value in (values | flat).items() if value is not None}
 
 
 def _flat(values: Mapping, start: str = "") -> dict:
-    found = {}
+    flat = {}
     for key, value in values.items():
         name = f"{start}{key}"
-        if key != "type" or "rope_type" not in values:  # the old name of the same
-            found |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found
+        if key != "type" or "rope_type" not in values:  # an old name of rope_type
+            flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def say_head(stored, config: Mapping) -> None:
-    """Say where a head on disk is another one than the embeddings that config.json ties it to.
+    """Report a head on disk that differs from the embeddings to which config.json ties it.
 
     Args:
         stored: the open folder, see `opening.open_folder`.
 
     Raises:
-        InputError: there is no head, and config.json ties none.
+        InputError: there is no head, and config.json does not tie it.
     """
     names, arch = stored.names(), archs.ARCHS.get(config.get("model_type"))
-    if arch is None:  # whoever needs the architecture says so
+    if arch is None:  # reported where the architecture is needed
         return
     embeddings, *others = arch.embedding_tensors(names)
     wanted = f"{arch.head}.weight"
@@ -146,7 +146,7 @@ def say_head(stored, config: Mapping) -> None:
 
 
 def tied(config: Mapping) -> bool:
-    """Whether a configuration ties the head to the embeddings; where it says nothing, as its type does."""
+    """Whether a configuration ties the head to the embeddings; default: that of the model type."""
     for values in (config, config.get("text_config") or {}):
         if isinstance(values.get("tie_word_embeddings"), bool):
             return values["tie_word_embeddings"]
@@ -164,7 +164,7 @@ def _equal(stored, one: str, other: str) -> bool:
 
 
 def say_custom_code(spec: str, config: Mapping) -> None:
-    """Say once that the code which a model brings along is not run."""
+    """Report once that code in a model folder is not run."""
     named = config.get("auto_map")
     named = named if isinstance(named, Mapping) else {}
     code = next((named[key] for key in ("AutoModelForCausalLM", "AutoModel", "AutoConfig") if named.get(key)), None)
@@ -176,15 +176,15 @@ def say_custom_code(spec: str, config: Mapping) -> None:
 
 
 def unknown_rope(config: Mapping) -> str | None:
-    """What to say where a configuration asks for rotary embeddings of a kind that transformers does not know."""
+    """The message for a configuration with rotary embeddings of a type that transformers does not know; else None."""
     from transformers import __version__
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     known = ["default", *ROPE_INIT_FUNCTIONS]
     for values in (config, config.get("text_config") or {}):
         for key in ("rope_parameters", "rope_scaling"):
-            found = values.get(key)
-            kinds = [found, *found.values()] if isinstance(found, Mapping) else []
+            rope = values.get(key)
+            kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
             for each in kinds:
                 kind = each.get("rope_type", each.get("type")) if isinstance(each, Mapping) else None
                 if kind is not None and kind not in known:
@@ -197,7 +197,7 @@ def unknown_rope(config: Mapping) -> str | None:
 
 
 def read_configuration(folder: Path) -> transformers.PretrainedConfig:
-    """The configuration in `folder` as transformers reads it: with the type's defaults, and in its present spelling."""
+    """The configuration in `folder` as transformers reads it: with the type's defaults, in the current spelling."""
     from transformers import AutoConfig
 
     with quiet_loader():
@@ -206,10 +206,10 @@ def read_configuration(folder: Path) -> transformers.PretrainedConfig:
 
 @contextlib.contextmanager
 def quiet_loader():
-    """Silence the loader's log lines and its progress bar, one per model, for the length of a block."""
+    """Silence the loader's log lines and its progress bar (one per model) within a block."""
     from transformers.utils import logging
 
-    offload = getLogger("accelerate.big_modeling")  # says that layers are offloaded; `announce` says it, too
+    offload = getLogger("accelerate.big_modeling")  # reports offloaded layers, as `announce` does
     offload_level, level, bar = offload.level, logging.get_verbosity(), logging.is_progress_bar_enabled()
     offload.setLevel("ERROR")
     logging.set_verbosity_error()

@@ -1,9 +1,9 @@
-"""Experts of a mixture laid out as another folder has them: each in tensors of its own, or all in one.
+"""Experts of a mixture in the layout of another folder: each in its own tensors, or all in one.
 
     base = stacking.like(base, base_arch, base_config, target, target_arch, target_config)
 
 transformers computes with all experts in one tensor, [E, 2 I, hidden] and [E, hidden, I], and saves them as the model
-was published: mostly one tensor for each; trainers that write the state of the model itself save them as they are.
+was published: mostly one tensor per expert; trainers that write the model's state directly save them stacked.
 Values are only moved, never computed: every bit is the original's.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Where the bytes of one tensor are: what `folder_of` says of a part of a larger one."""
+    """The location of one tensor's bytes: returned by `folder_of` for a part of a larger tensor."""
 
     path: Path
     file: str
@@ -42,10 +42,10 @@ class _Bytes:
 def like(
     folder: Folder, arch: archs.Arch, config: dict, other: Folder, other_arch: archs.Arch, other_config: dict
 ) -> Folder | Restacked:
-    """`folder` with its experts as `other` has them; itself where they lie alike already, or there are none.
+    """`folder` with its experts in the layout of `other`; `folder` itself if the layouts agree, or it has no experts.
 
-    Tensors that move get the other's names, with the prefix of `arch`. Another number of experts is left as it is: who
-    compares shapes refuses it.
+    Tensors that move get the other's names, with the prefix of `arch`. Layers with a different number of experts are
+    left as they are: the comparison of shapes refuses them.
     """
     held, wanted = set(folder.names()), set(other.names())
     pairs: dict[str, list[tuple[archs.WeightSlice, archs.WeightSlice]]] = {}
@@ -53,10 +53,10 @@ def like(
         if not arch.experts(config, layer) or arch.experts(config, layer) != other_arch.experts(other_config, layer):
             continue
         for projection in (name for name in archs.FFN if name in arch.experts_at.names):
-            mine = arch.parts(config, layer, projection, held, folder.shape)
-            theirs = other_arch.parts(other_config, layer, projection, wanted, other.shape)
+            sources = arch.parts(config, layer, projection, held, folder.shape)
+            aims = other_arch.parts(other_config, layer, projection, wanted, other.shape)
             for source, aim in zip(
-                *([part for part in each if part.role == "weight"] for each in (mine, theirs)), strict=True
+                *([part for part in each if part.role == "weight"] for each in (sources, aims)), strict=True
             ):
                 if (source.expert is None) != (aim.expert is None):
                     name = arch.prefixes[0] + other_arch.canonical(aim.tensor)
@@ -65,10 +65,10 @@ def like(
 
 
 class Restacked:
-    """A folder some of whose tensors hold the matrices of others: what `TensorFolder` is for its own tensors.
+    """A folder with some tensors composed of matrices from others, with the interface of `TensorFolder`.
 
     Args:
-        pairs: name -> (a matrix of the folder, where it belongs in the tensor of that name), for all that it holds.
+        pairs: name -> [(a matrix of the folder, its position in the tensor of that name)], for all matrices in it.
     """
 
     def __init__(self, folder: Folder, pairs: dict[str, list[tuple[archs.WeightSlice, archs.WeightSlice]]]):
@@ -109,18 +109,18 @@ class Restacked:
         return (experts, *matrix)
 
     def _size(self, source: archs.WeightSlice, aim: archs.WeightSlice) -> tuple[int, int]:
-        """(rows, columns) of a matrix of the folder, as it belongs into the other tensor."""
+        """(rows, columns) of a matrix of the folder, oriented as in the other tensor."""
         size = list(self.folder.shape(source.tensor)[-2:])
         if source.index is not None:
             size[source.dim] = len(range(*source.index.indices(size[source.dim])))
         return tuple(size if source.dim == aim.dim else reversed(size))
 
     def _matrix(self, source: archs.WeightSlice, aim: archs.WeightSlice) -> torch.Tensor:
-        found = source.take(self.folder.get(source.tensor))
-        return found if source.dim == aim.dim else found.T
+        matrix = source.take(self.folder.get(source.tensor))
+        return matrix if source.dim == aim.dim else matrix.T
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor; of one that is put together here the last one is kept."""
+        """The tensor; the last composed one is kept in memory."""
         if name not in self.pairs:
             return self.folder.get(name)
         source, aim = self.pairs[name][0]
@@ -132,21 +132,21 @@ class Restacked:
         return self._last[1]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` (first dimension: of all experts in one tensor the experts)."""
+        """Rows `start` to `stop` of the first dimension, which are experts if all experts are in one tensor."""
         if name not in self.pairs:
             return self.folder.rows(name, start, stop)
         if self.pairs[name][0][1].expert is None:
             return self.get(name)[start:stop]
         experts, *matrix = self.shape(name)
         stop = min(stop, experts)
-        found = torch.empty((max(0, stop - start), *matrix), dtype=self.dtype(name))
+        stacked = torch.empty((max(0, stop - start), *matrix), dtype=self.dtype(name))
         for source, aim in self.pairs[name]:
             if start <= aim.expert < stop:
-                archs.take(found[aim.expert - start], aim.dim, aim.index).copy_(self._matrix(source, aim))
-        return found
+                archs.take(stacked[aim.expert - start], aim.dim, aim.index).copy_(self._matrix(source, aim))
+        return stacked
 
     def folder_of(self, name: str) -> tensors.TensorFolder | _Bytes | None:
-        """Where a tensor's bytes are; None where it is in no plain file, or not in one piece."""
+        """The location of a tensor's bytes; None if they are in no plain file, or not contiguous."""
         if name not in self.pairs:
             return self.folder.folder_of(name)
         source, aim = self.pairs[name][0]

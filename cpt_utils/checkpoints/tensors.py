@@ -1,11 +1,11 @@
 """Tensors of a model folder, read by name, one memory-mapped shard at a time; never a whole model in memory.
 
     with opening.open_folder("build/model") as stored:
-        weight = stored.get("model.layers.0.mlp.up_proj.weight")     # pages come from the file when they are touched
+        weight = stored.get("model.layers.0.mlp.up_proj.weight")     # pages are read from the file when accessed
 
-Of a hub model, `lazy`, a shard is fetched when a tensor of it is first read; a LoRA adapter opens as base and adapter
-merged. Every file is checked before its first tensor is used: a header that lies about sizes, a shard that is not there
-and an index or a link that points outside its folder are errors in one line. Nothing but plain tensors is unpickled.
+For a hub model, with `lazy`, a shard is fetched when one of its tensors is first read; a LoRA adapter opens merged into
+its base. Every file is checked before its first tensor is used: wrong sizes in a header, a missing shard and an index
+that points outside its folder are errors in one line. Only plain tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from cpt_utils.checkpoints.refs import ModelRef
 
 
-FIRST_BYTES = 1 << 17  # of a remote file asked for at first: most headers are shorter
+FIRST_BYTES = 1 << 17  # of the first request for a remote file: most headers are shorter
 
 
 class Closing:
-    """What holds files open until its `close`, or the end of a `with` block."""
+    """Holds files open until `close`, or the end of a `with` block."""
 
     def __enter__(self):
         return self
@@ -44,20 +44,20 @@ class Closing:
 class TensorFolder(Closing):
     """The tensors of one model folder, by their names on disk.
 
-    At most one shard is open (memory-mapped) at a time; tensors got from it keep their own hold on it. A tensor is a
-    view of the file: do not write into it. `lazy`: see `opening.open_folder`, which also refuses what this class reads
-    as it is: quantised weights, and files of another model than config.json says. Pickles are fetched at once.
+    At most one shard is open (memory-mapped) at a time; tensors taken from it keep it mapped. A tensor is a view of
+    the file: do not write into it. `lazy`: see `opening.open_folder`, which also refuses contents that this class does
+    not check: quantised weights, and files that do not match config.json. Pickles are fetched at once.
 
     Attributes:
-        quantised: what the codes in the files are, in words, once `refuse_unfit` has seen some.
+        quantised: the kind of codes in the files, in words, once `refuse_unfit` has seen some.
 
     Raises:
-        InputError: on opening, when there is no such folder or no complete set of weights in it.
+        InputError: on opening, if there is no such folder or no complete set of weights in it.
     """
 
     def __init__(self, where: ModelRef | str | os.PathLike, lazy: bool = False):
         self._remote: ModelRef | None = None
-        self._names = None  # of all files of a hub model
+        self._names = None  # names of all files of a hub model
         if hasattr(where, "folder"):
             self.spec = where.spec
             if lazy and not where.is_local and {SINGLE, INDEX} & where.names:
@@ -73,7 +73,7 @@ class TensorFolder(Closing):
             raise InputError(f"{self.spec}: no such folder")
         self._lock = threading.Lock()
         self.quantised: str | None = None
-        self._watch: bool | None = None  # whether codes are refused in what is opened; None: nothing is looked for
+        self._watch: bool | None = None  # whether codes in opened files are refused; None: files are not checked
         self._headers: dict[str, headers.Header] = {}
         self._open: tuple[str, object] | None = None
         try:
@@ -85,29 +85,29 @@ class TensorFolder(Closing):
             self._shard_of = dict.fromkeys(self._names_in(self.files[0]), self.files[0])
 
     def _refuse_unfit(self) -> None:
-        """Refuse files that are not there, nor in the hub's repository.
+        """Refuse files that are neither in the folder nor in the hub's repository.
 
-        Links are followed: people keep weights on other disks.
+        Links are followed, since weights are often kept on other disks.
         """
-        there = self._remote.names if self._remote else ()
+        remote_names = self._remote.names if self._remote else ()
         for file in self.files:
-            if not (self.path / file).is_file() and file not in there:
+            if not (self.path / file).is_file() and file not in remote_names:
                 raise InputError(
                     f"{self.path}: the index names the shard {file}, which is not there; copy or download it again"
                     f"{formats.cut_off(self.path)}"
                 )
 
     def _look(self) -> tuple[str, list[str], dict[str, str] | None]:
-        """(kind, files in order, tensor -> file; None when there is a single file, which says it itself)."""
+        """(kind, files in order, tensor -> file); the last is None for a single file, which lists its own tensors."""
         if self._remote and SINGLE in self._remote.names:
             return "safetensors", [SINGLE], None
         return headers.inventory(self.path, self.spec, self._names)
 
     def refuse_unfit(self, codes: bool = False) -> TensorFolder:
-        """Refuse what is not a plain weight of the model in config.json (see `formats`); returns itself.
+        """Refuse contents other than plain weights of the model in config.json (see `formats`); returns itself.
 
-        Of a model that is not fetched yet the headers are looked at when they are asked for, or now where config.json
-        speaks of codes. With `codes` those are not a fault, only noted in `quantised`.
+        If a model is not fetched yet, its headers are checked when they are requested, or now if config.json mentions
+        codes. With `codes` they are not refused, only noted in `quantised`.
         """
         stated = formats.stated(self.config)
         formats.refuse_names(self.spec, self.config, self.names())
@@ -137,12 +137,12 @@ class TensorFolder(Closing):
 
     @cached_property
     def config(self) -> dict:
-        """What config.json says; {} where there is none that can be read, which others will say."""
+        """The contents of config.json; {} if it cannot be read, which is reported elsewhere."""
         try:
-            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return values if isinstance(values, dict) else {}
 
     def close(self) -> None:
         self._open = None
@@ -161,17 +161,17 @@ class TensorFolder(Closing):
         return self._shard_of[name]
 
     def folder_of(self, name: str) -> TensorFolder | None:
-        """The folder in whose files a tensor's bytes are (`entry` says where); None where they are in no plain file."""
+        """The folder whose files hold a tensor's bytes (at `entry`); None if they are in no safetensors file."""
         return self if self.kind == "safetensors" else None
 
     def fetch(self, names: Iterable[str] | None = None) -> None:
-        """Fetch the shards of the tensors `names` (default: all) that are not here yet, several at a time."""
+        """Fetch the missing shards of the tensors `names` (default: all), several at a time."""
         files = self.files if names is None else {self.shard_of(name) for name in names}
         absent = sorted(file for file in files if not (self.path / file).is_file())
         if absent and self._remote:
             self._remote.fetch(absent)
             for file in absent:
-                self._headers.pop(file, None)  # from now on the file's own
+                self._headers.pop(file, None)  # read it again, from the file
                 if not (self.path / file).is_file():
                     raise InputError(f"{self.spec}: the shard {file} could not be fetched; run the same command again")
 
@@ -185,7 +185,7 @@ class TensorFolder(Closing):
         return headers.parse_header(data, size, f"{self.spec}/{file}")
 
     def header(self, file: str) -> headers.Header:
-        """The checked header of a safetensors shard; of a shard that is not fetched yet, only the header is read."""
+        """The checked header of a safetensors shard; for a shard that is not fetched yet, only the header is read."""
         if file not in self._headers:
             header = self._read_header(file)
             self._refuse_lost(file, header.entries)
@@ -195,7 +195,7 @@ class TensorFolder(Closing):
         return self._headers[file]
 
     def entry(self, name: str) -> headers.Entry:
-        """Where the bytes of a tensor are; for safetensors folders only."""
+        """The position of a tensor's bytes; for safetensors folders only."""
         return self.header(self.shard_of(name)).entries[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -205,11 +205,11 @@ class TensorFolder(Closing):
         return headers.torch_dtype(self.entry(name).dtype) if self.kind == "safetensors" else self.get(name).dtype
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor, mapped from the file: its pages are read when they are touched."""
+        """The tensor, mapped from the file: its pages are read when accessed."""
         file = self.shard_of(name)
         with self._lock:  # several threads may read
             if self._open is None or self._open[0] != file:
-                self._open = None  # the old shard goes before the new one comes
+                self._open = None  # close the old shard before opening the new one
                 self._open = (file, self._map(file))
                 if self.kind == "bin" and self._watch is not None:
                     self._look_at(file, self._watch)
@@ -219,16 +219,16 @@ class TensorFolder(Closing):
         entry = self.header(file).entries[name]
         data = held[entry.start : entry.stop]
         dtype = headers.torch_dtype(entry.dtype)
-        if data.storage_offset() % dtype.itemsize:  # the format asks for no alignment
+        if data.storage_offset() % dtype.itemsize:  # the format does not require alignment
             data = data.clone()
         return data.view(dtype).view(entry.shape) if data.numel() else torch.empty(entry.shape, dtype=dtype)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` (first dimension) of a tensor, without touching the others."""
+        """Rows `start` to `stop` (first dimension) of a tensor, without reading the others."""
         return self.get(name)[start:stop]
 
     def _names_in(self, file: str) -> list[str]:
-        """The tensors of one file; of a shard only those that the index places there."""
+        """The tensors of one file; for a shard only those that the index places there."""
         if self._shard_of is not None:
             known = self.kind == "safetensors" and (self._remote is None or file in self._headers)
             held = self.header(file).entries if known else self._shard_of  # the index is enough for names
@@ -244,7 +244,7 @@ class TensorFolder(Closing):
             self.fetch([next(name for name, shard in self._shard_of.items() if shard == file)])
         if self.kind == "safetensors":
             self.header(file)
-            # Private: a stray write would stay in this process's memory and never reach the model's file.
+            # Private mapping: an accidental write would stay in memory and never reach the model's file.
             size = path.stat().st_size
             return torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
         loaded = _load_bin(path, self.spec, self.config)
@@ -264,11 +264,11 @@ def _load_bin(path: Path, spec: str, config: dict) -> dict:
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 are no zip archives and cannot be mapped
+        except RuntimeError:  # files older than torch 1.6 are not zip archives and cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types, for damage and for code in the pickle
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        if formats.stated(config):  # objects of torchao and the like, no plain tensors
+        if formats.stated(config):  # objects of torchao and the like, not plain tensors
             raise formats.Quantised(formats.quantised(spec, config, {})) from None
         raise InputError(
             f"{path} cannot be read as plain tensors ({reason}); copy it again or use safetensors"
@@ -286,7 +286,7 @@ def _load_bin(path: Path, spec: str, config: dict) -> dict:
 
 
 def _is_plain(name, tensor, size: int) -> bool:
-    """Whether an entry of a .bin is a dense tensor that is really in the file (of `size` bytes)."""
+    """Whether an entry of a .bin is a dense tensor whose data fit into the file (of `size` bytes)."""
     dense = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
     return dense and tensor.device.type == "cpu" and not tensor.is_quantized and tensor.nbytes <= size
 
@@ -304,5 +304,5 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     if tensor.dtype.itemsize == 1:  # float8 has no reductions
         return all(bool(torch.isfinite(part.float()).all()) for part in tensor.flatten().split(1 << 20))
-    low, high = torch.aminmax(tensor)  # both are NaN when any entry is
+    low, high = torch.aminmax(tensor)  # both are NaN if any entry is
     return bool(torch.isfinite(low) & torch.isfinite(high))

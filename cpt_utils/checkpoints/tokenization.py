@@ -1,4 +1,4 @@
-"""The tokenizer of a model: in which folder it lies, and opened as transformers reads it."""
+"""The tokenizer of a model: finding its folder, and opening it as transformers does."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import transformers
 from cpt_utils.checkpoints import formats, identity, refs, settings, step_names
 
-# Files of SentencePiece, and the packages that transformers reads them with, by the modules they bring.
+# Files of SentencePiece, and the packages (with their modules) that transformers needs to read them.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-# Any one of these makes a folder a tokenizer folder.
+# A folder with any of these is a tokenizer folder.
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,24 +32,24 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def configuration_of_tokenizer(folder: Path) -> Path | None:
-    """The folder with the config.json of the model that the tokenizer in `folder` is of; None where there is none here.
+    """The folder with the config.json of the model whose tokenizer is in `folder`; None if there is none here.
 
-    transformers chooses the class of a tokenizer by it, too: of a Qwen 2 it is Qwen2Tokenizer, which splits text in its
-    own way, whatever tokenizer_config.json says. An adapter's configuration is its base's, and a run's that of its
-    checkpoints, so that the same files are the same tokenizer wherever they lie.
+    It also affects the tokenizer's class: for Qwen 2 transformers chooses Qwen2Tokenizer, which splits text in its own
+    way, whatever tokenizer_config.json says. An adapter uses its base's configuration, and a run that of its
+    checkpoints, so that the same files are the same tokenizer in any folder.
     """
     steps = sorted(path for path in folder.iterdir() if path.is_dir() and step_names.step_of(path.name) is not None)
     for ref in (refs.ModelRef(os.fspath(path)) for path in (folder, *steps)):
-        with contextlib.suppress(InputError):  # a base that is not here
+        with contextlib.suppress(InputError):  # the base is not here
             if {"config.json", formats.ADAPTER_CONFIG} & ref.names:
                 return ref.config_folder()
     return None
 
 
 def tokenizer_folder(ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None) -> Path:
-    """The folder whose tokenizer belongs to `ref`: its own, else the run folder's, else the base's, and says so.
+    """The folder of the tokenizer for `ref`: its own, else (with a notice) the run folder's, else the base's.
 
-    The base's is taken only when both configurations state the same vocabulary size.
+    The base's is used only if both configurations state the same vocabulary size.
 
     Raises:
         InputError: none of them has tokenizer files, or the base's does not fit.
@@ -64,11 +64,11 @@ def tokenizer_folder(ref: refs.ModelRef, run: str | None = None, base: refs.Mode
 def folder_and_whose(
     ref: refs.ModelRef, run: str | os.PathLike | list | None, base: refs.ModelRef | None
 ) -> tuple[Path, str]:
-    """The folder, and in words whose it is where it is not the model's own. A `run` that is a list is not a folder."""
+    """The folder, and its owner in words if it is not the model's own. A `run` may be a list, which is not a folder."""
     side_files = ref.side_files()
     if has_tokenizer(side_files):
         return side_files, ""
-    # Its own run comes first: the study's run may be another one, with other tokens.
+    # The model's own run comes first: the study's run may be another one, with other tokens.
     if ref.is_local:
         parent = Path(ref.spec).resolve().parent
     elif ref.subfolder:
@@ -93,10 +93,10 @@ def folder_and_whose(
 def load_tokenizer(
     ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None
 ) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of `ref` (see `tokenizer_folder`), padding on the right, with pad token (else eos, else unk).
+    """The tokenizer of `ref` (see `tokenizer_folder`), padding on the right with its pad token (else eos, else unk).
 
     Raises:
-        InputError: no tokenizer files, or a tokenizer without any token to pad with.
+        InputError: no tokenizer files, or no token to pad with.
     """
     folder = tokenizer_folder(ref, run, base)
     tokenizer = open_tokenizer(folder)
@@ -112,15 +112,15 @@ def open_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in `folder`, as it is saved there.
 
     Raises:
-        InputError: files that are damaged, or that transformers does not know, or a SentencePiece model alone where
-            what reads it is not installed.
+        InputError: damaged files, a kind that transformers does not know, or only a SentencePiece model without the
+            packages to read it.
     """
-    getLogger("transformers.modeling_rope_utils").setLevel("ERROR")  # `load_model` says it
+    getLogger("transformers.modeling_rope_utils").setLevel("ERROR")  # `load_model` reports it
     formats.refuse_pointer_tokenizer(folder, formats.TOKENIZER_FILES)
     piece = next((folder / name for name in SENTENCEPIECE if (folder / name).is_file()), None)
-    if piece and not (folder / "tokenizer.json").is_file() and b"\0" in piece.read_bytes():  # one of tiktoken is text
+    if piece and not (folder / "tokenizer.json").is_file() and b"\0" in piece.read_bytes():  # tiktoken's is text
         missing = [package for package, module in READERS.items() if not _installed(module)]
-        if missing:  # transformers would ask for tiktoken, which does not read it
+        if missing:  # transformers would ask for tiktoken, which cannot read it
             raise InputError(
                 f"{piece} is a SentencePiece model without tokenizer.json, which needs sentencepiece and protobuf "
                 f"({' and '.join(missing)} not installed); pip install {' '.join(READERS)}, or put the tokenizer.json "
@@ -129,17 +129,17 @@ def open_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     config_folder = configuration_of_tokenizer(folder)
     try:
         config = settings.read_configuration(config_folder) if config_folder not in (None, folder) else None
-        with lazy.uncollected():  # half a second of what transformers imports here
+        with lazy.uncollected():  # saves half a second during imports
             return transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        wrong = _wrong_configuration(folder)  # the tokenizer's class is found through it
+        wrong = _wrong_configuration(folder)  # it selects the tokenizer's class
         reason = " ".join(str(wrong or error).split())[:200] or type(error).__name__
         what = folder / "config.json" if wrong else f"the tokenizer in {folder}"
         raise InputError(f"{what} cannot be loaded: {reason}") from error
 
 
 def _wrong_configuration(folder: Path) -> Exception | None:
-    """What transformers says of the config.json in a folder that it does not accept."""
+    """The exception of transformers for the config.json in a folder; None if it is accepted or missing."""
     try:
         if (folder / "config.json").is_file():
             settings.read_configuration(folder)
@@ -151,5 +151,5 @@ def _wrong_configuration(folder: Path) -> Exception | None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False

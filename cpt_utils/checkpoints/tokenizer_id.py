@@ -1,8 +1,8 @@
-"""What makes two tokenizers the same: what they do to text, not how their files are written.
+"""Identity of tokenizers: determined by their output on text, not by their files.
 
-A tokenizer that is loaded and saved again has other files (transformers 5 rewrites the normalizer and pre-tokenizer of
-`tokenizer.json`), though every text gives the same ids. So two tokenizers count as one when they give the same ids on a
-fixed probe of many scripts (`probe.json`) and have the same vocabulary. Nothing else decides it anywhere.
+Loading and saving a tokenizer changes its files (transformers 5 rewrites the normalizer and pre-tokenizer of
+`tokenizer.json`), though every text gives the same ids. So two tokenizers are the same if they give the same ids on a
+fixed probe of many scripts (`probe.json`) and have the same vocabulary. This is the only criterion used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpt_utils.checkpoints import formats, identity, refs, tokenization
 
-KIND = "ids:"  # what these hashes start with; others stem from before and cannot be compared with them
+KIND = "ids:"  # prefix of these hashes; older hashes without it cannot be compared with them
 
 
 @lru_cache(maxsize=1)
@@ -25,31 +25,31 @@ def probe() -> list[str]:
 
 
 def of(folder: Path) -> str:
-    """A short hash of what the tokenizer in `folder` makes of texts, with the special tokens that it adds by itself,
-    and of its vocabulary. Padding and chat template do not count.
+    """A short hash of the ids that the tokenizer in `folder` gives for the probe, with its default special tokens, and
+    of its vocabulary. Padding and chat template do not count.
 
     Raises:
-        InputError: a tokenizer that cannot be loaded.
+        InputError: the tokenizer cannot be loaded.
     """
     return _hashes(Path(folder), _files(Path(folder)))[0]
 
 
 def of_plain_text(folder: Path) -> str:
-    """The same of plain text alone: without special tokens, and without tokens that were added to the vocabulary.
+    """Like `of`, but without special tokens, and without tokens that were added to the vocabulary.
 
-    CPT often adds tokens, and the ids of a text that has none of them stay valid.
+    CPT often adds tokens, and the ids of texts without them stay valid.
     """
     return _hashes(Path(folder), _files(Path(folder)))[1]
 
 
 def tokenizer_used(ref: refs.ModelRef, run: str | None = None, base: refs.ModelRef | None = None) -> str:
-    """`of` the folder that `tokenization.tokenizer_folder` gives: what a request says of the tokenizer."""
+    """`of` the folder of `tokenization.tokenizer_folder`: the tokenizer's entry in a request."""
     return of(tokenization.folder_and_whose(ref, run, base)[0])
 
 
 def diff_vocabularies(one: refs.ModelRef, other: refs.ModelRef, run: str | None = None) -> str | None:
-    """In words how the rows of two models' embeddings are of other tokens: "260 and 272 tokens", "other tokenizers";
-    None where they are not. Where `other` has no tokenizer it is that of its `run`, or of `one`."""
+    """How the tokens of two models' embedding rows differ, in words: "260 and 272 tokens", "other tokenizers"; None if
+    they do not. If `other` has no tokenizer, that of its `run` is used, else that of `one`."""
     sizes = [identity.vocabulary_size(ref.config()) for ref in (one, other)]
     if sizes[0] != sizes[1]:
         return f"{sizes[0]:,} and {sizes[1]:,} tokens"
@@ -58,12 +58,12 @@ def diff_vocabularies(one: refs.ModelRef, other: refs.ModelRef, run: str | None 
 
 
 def comparable(a: str | None, b: str | None) -> bool:
-    """Whether both are such hashes; those of results from before this module are not."""
+    """Whether both are hashes of this module; results older than it have others."""
     return bool(a and b) and a.startswith(KIND) and b.startswith(KIND)
 
 
 def _files(folder: Path) -> str:
-    """A hash of the files that decide which tokenizer is loaded: equal ones are loaded once a process."""
+    """A hash of the files of a tokenizer, so that equal ones are loaded only once per process."""
     digest = hashlib.sha256()
     config = (tokenization.configuration_of_tokenizer(folder) or folder) / "config.json"
     for file in (config, *(folder / name for name in formats.TOKENIZER_FILES)):
@@ -87,7 +87,7 @@ def _hashes(folder: Path, files: str) -> tuple[str, str]:
 
 
 def _plain_ids(loaded) -> list[list[int]]:
-    """The ids of the probe where nothing was added to the vocabulary."""
+    """The ids of the probe without tokens that were added to the vocabulary."""
     if not loaded.is_fast:
         return [loaded(text, add_special_tokens=False)["input_ids"] for text in probe()]
     from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""A model whose activations are edited while it runs: FFN neurons without effect, or held at a value."""
+"""A model whose activations are edited while it runs: FFN neurons silenced, or held at a value."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Mask = Mapping[int, Sequence[int]]  # layer -> neurons
 def silenced(model: torch.nn.Module, arch: Arch, mask: Mask) -> Iterator[torch.nn.Module]:
     """The model with the masked neurons' activations set to zero, until the block ends.
 
-    What a neuron gives to the layer is its activation (times `up`, where there is a gate) through the down projection,
-    so its input there is set to zero. Experts have no module for it: their columns of the down projection are zero for
-    as long, and then what they were, bit by bit. A layer without masked neurons is not touched.
+    A neuron contributes its activation (times `up`, if there is a gate) through the down projection, so its input to
+    that projection is set to zero. Experts have no module to hook: their columns of the down projection are set to
+    zero instead, and restored exactly afterwards. A layer without masked neurons is not touched.
     """
     config = ffn.decoder_config(model)
     with contextlib.ExitStack() as stack:
@@ -43,26 +43,26 @@ def silenced(model: torch.nn.Module, arch: Arch, mask: Mask) -> Iterator[torch.n
 
 @contextlib.contextmanager
 def held(model: torch.nn.Module, arch: Arch, values: Mapping[int, Mapping[int, float]]) -> Iterator[torch.nn.Module]:
-    """The model with what neurons of dense FFNs give to the down projection held at `values`, until the block ends.
+    """The model with the inputs of its down projections held at `values` for some neurons, until the block ends.
 
     Args:
-        values: layer -> neuron -> value.
+        values: layer -> neuron of a dense FFN -> value.
 
     Raises:
-        InputError: a neuron of an expert, which has no module where that could be done.
+        InputError: a neuron of an expert, which has no module to hook.
     """
     points, config = [], ffn.decoder_config(model)
     for layer, wanted in values.items():
         for group in arch.neurons(config, layer) if wanted else ():
-            own = {
+            chosen = {
                 neuron - group.first: value for neuron, value in wanted.items() if group.first <= neuron < group.stop
             }
-            if own and group.experts:
+            if chosen and group.experts:
                 raise InputError(
-                    f"layer {layer} has its neurons in experts: they can be silenced, but held at no value"
+                    f"layer {layer} has its neurons in experts: they can be silenced, but not held at a value"
                 )
-            if own:
-                index, fixed = torch.tensor([*own]), torch.tensor([*own.values()], dtype=torch.float64)
+            if chosen:
+                index, fixed = torch.tensor([*chosen]), torch.tensor([*chosen.values()], dtype=torch.float64)
                 points.append((arch.down_module(model, layer), "input", functools.partial(_put, index, fixed)))
     with trace(*points):
         yield model
@@ -74,13 +74,13 @@ def _put(index: torch.Tensor, fixed: torch.Tensor, value: torch.Tensor) -> torch
 
 
 def _zeros(index: torch.Tensor) -> Callable:
-    """Sets the entries `index` of the last dimension to zero."""
-    on = functools.cache(index.to)  # copied to a device once, not in every pass
+    """A function that sets the entries `index` of the last dimension to zero."""
+    on_device = functools.cache(index.to)  # copied to a device once, not in every pass
 
     def edit(value: torch.Tensor) -> torch.Tensor:
-        # In place where nothing is differentiated: the product that comes in here is nobody else's.
+        # In place unless gradients are needed: nothing else uses the product that arrives here.
         fill = torch.Tensor.index_fill if torch.is_grad_enabled() else torch.Tensor.index_fill_
-        return fill(value, -1, on(value.device), 0)
+        return fill(value, -1, on_device(value.device), 0)
 
     return edit
 
@@ -89,13 +89,11 @@ def _zeros(index: torch.Tensor) -> Callable:
 def _without_inputs(
     down: torch.nn.Parameter, experts: torch.Tensor, inputs: torch.Tensor, transposed: bool
 ) -> Iterator[None]:
-    """Inputs of the experts' down projections [E, hidden, I] set to zero, until the block ends.
-
-    `transposed`: they are [E, I, hidden].
-    """
+    """Some inputs of the experts' down projections [E, hidden, I] ([E, I, hidden] if `transposed`) set to zero, until
+    the block ends."""
     if down.is_meta:
         raise InputError(
-            "experts that are offloaded to the disk or to memory cannot be silenced; use GPUs that hold the model"
+            "experts offloaded to disk or CPU memory cannot be silenced; use GPUs that hold the whole model"
         )
     data = down.data.transpose(1, 2) if transposed else down.data
     region = experts.to(down.device), slice(None), inputs.to(down.device)

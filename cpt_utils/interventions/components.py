@@ -1,4 +1,4 @@
-"""One component of the base, attention or FFN, in some layers of a checkpoint."""
+"""Swaps of one component, attention or FFN, of some layers: the base's in the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ EMBEDDINGS = "embeddings"
 
 
 def layers_having(config: dict) -> dict[str, list[int]]:
-    """The layers that have attention, and those that have an FFN; says which lack either."""
-    arch, having = archs.for_config(config), {}
+    """The layers that have attention, and those that have an FFN; prints which lack either."""
+    arch, layers_with = archs.for_config(config), {}
     for component, projections in COMPONENTS.items():
         lacking = arch.lacking(config, projections)
-        having[component] = sorted({*range(arch.n_layers(config))} - {*lacking})
+        layers_with[component] = sorted({*range(arch.n_layers(config))} - {*lacking})
         if lacking:
             instead = f" ({arch.instead(config, lacking)} in its place)" if component == "attention" else ""
-            cli.say(f"layers {lacking} have no {component}{instead}: nothing of it is swapped there")
-    return having
+            cli.say(f"layers {lacking} have no {component}{instead}: none is swapped there")
+    return layers_with
 
 
 class Recipes:
-    """The recipes of one pair; the edits of a layer are made once, because controls ask for hundreds of sets."""
+    """The recipes of one pair; the edits of a layer are cached, because controls ask for hundreds of sets."""
 
     def __init__(self, pair: surgery.Pair):
         self.pair = pair
@@ -43,14 +43,14 @@ class Recipes:
         """Embeddings and lm_head of the base.
 
         Raises:
-            InputError: base and target have none of the same shape.
+            InputError: those of base and target differ in shape.
         """
         return surgery.tensors_from_base(self.pair, self.pair.arch.embedding_tensors(self.pair.target.names()))
 
     def _layer(self, component: str, layer: int) -> tuple[surgery.Edit, ...]:
         if (component, layer) not in self._layers:
-            made = surgery.parts_from_base(self.pair, COMPONENTS[component], [layer])
-            self._layers[component, layer] = made.edits
+            recipe = surgery.parts_from_base(self.pair, COMPONENTS[component], [layer])
+            self._layers[component, layer] = recipe.edits
         return self._layers[component, layer]
 
 

@@ -1,7 +1,7 @@
-"""The one type for whatever is done to a model while it is measured.
+"""The one type for everything that is done to a model while it is measured.
 
-A swap, silenced neurons, a random control of either: each is a name, a key that tells it from every other, and a way to
-do it. `measures/conditions.py` measures a list of them, whatever they are.
+A swap, silenced neurons, a random control of either: each has a name, a key that identifies it, and a function that
+applies it. `measures/conditions.py` measures any list of them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Condition:
-    """Something done to a model for as long as it is measured.
+    """A change to a model that lasts while it is measured.
 
     Attributes:
         name: for people and figures ("semantic_hub"); every random control is called "random".
-        key: everything that tells it from other conditions (layers, component, heads, rank, share, neurons, alpha,
-            seed), as JSON can hold it. What was measured is kept under name and key.
-        apply: model -> context manager in which the model is changed; afterwards every bit is as before.
-        facts: what stands in its record beside what is measured; tells nothing apart.
-        of: which model it is done to; the runner's caller knows how to load it.
+        key: everything that distinguishes it from other conditions (layers, component, heads, rank, share, neurons,
+            alpha, seed), as JSON values. Measurements are stored under name and key.
+        apply: model -> context manager in which the model is changed; on exit every bit is restored.
+        facts: further entries of its record; they do not identify the condition.
+        of: the model that is changed; the caller of the runner knows how to load it.
     """
 
     name: str
@@ -38,24 +38,24 @@ class Condition:
 
     @functools.cached_property
     def id(self) -> str:
-        """Name and key, short enough for a line of a journal."""
+        """Name and digest of the key, short enough for a line of a journal."""
         return f"{self.name} {digest(self.key)}"
 
 
 def digest(value) -> str:
-    """16 hexadecimal digits that are the same for the same JSON.
+    """16 hexadecimal digits that are equal for equal JSON.
 
     Raises:
-        TypeError: something JSON cannot hold, whose text would differ from run to run.
+        TypeError: a value that JSON cannot hold; its text would differ from run to run.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def function_facts(function: Callable) -> dict:
-    """What a function is called, and the values it was made with: of a partial, a closure, an object with a method.
+    """The name of a function and the values it was made with; it may be a partial, a closure or a bound method.
 
     Raises:
-        ValueError: a lambda, or a value that JSON cannot hold: two of them could not be told apart.
+        ValueError: a lambda, or a value that JSON cannot hold: two of them could not be distinguished.
     """
     values: dict = {}
     if isinstance(function, functools.partial):
@@ -70,7 +70,7 @@ def function_facts(function: Callable) -> dict:
     elif dataclasses.is_dataclass(function) and not isinstance(function, type):
         name, values = type(function).__name__, dataclasses.asdict(function)
     elif inspect.isfunction(function):
-        # With the function that made it: two of these may call what they make by one name.
+        # Includes the name of the enclosing function: two of those may give their inner functions the same name.
         name, values = function.__qualname__.replace("<locals>.", ""), dict(inspect.getclosurevars(function).nonlocals)
         values |= {
             key: parameter.default
@@ -82,9 +82,9 @@ def function_facts(function: Callable) -> dict:
         if not inspect.isbuiltin(function) and vars(function):
             values = dict(vars(function))
     if name.endswith("<lambda>"):
-        raise ValueError("a lambda cannot be told from another one: give a function with a name")
+        raise ValueError("two lambdas cannot be distinguished: give a function with a name")
     try:
         json.dumps(values)
     except TypeError as error:
-        raise ValueError(f"the parameters of {name} tell it apart, and JSON cannot hold them: {error}") from None
+        raise ValueError(f"the parameters of {name} identify it, but JSON cannot hold them: {error}") from None
     return {"function": name} | ({"parameters": values} if values else {})

@@ -1,4 +1,4 @@
-"""A swap as a complete model folder, written shard by shard along the target's files and read back."""
+"""A swap as a complete model folder, written shard by shard in the layout of the target's files and read back."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def write_model(
 ) -> dict:
     """Write C with the recipe's edits as a complete model folder; returns its record (the content of swap.json).
 
-    An `out` that holds the same request, finished, is kept. An unfinished `<out>.partial` of ours is started again.
-    Memory: about 100 MB beside the largest tensor, whatever the size of the models.
+    If `out` already holds the finished swap of the same request, it is kept. An unfinished `<out>.partial` of ours is
+    started again. Memory: the largest tensor plus about 100 MB, whatever the size of the models.
 
     Args:
         run: folder of the run, for tokenizer files that the checkpoint itself lacks.
-        overwrite: redo and replace a finished swap. Folders with other content are refused all the same.
+        overwrite: redo and replace a finished swap. Folders with other content are still refused.
 
     Raises:
         InputError: `out` or its .partial holds something else, no space, damaged weights, a conversion that overflows.
     """
     out = Path(os.path.abspath(out))
     request = _request(pair, recipe, run)
-    found = _existing(out, request, overwrite)
-    if found is not None:
-        cli.say(f"{out} is there already, from the same base, target and recipe: kept")
-        return found
+    existing_record = _existing(out, request, overwrite)
+    if existing_record is not None:
+        cli.say(f"{out} exists already, from the same base, target and recipe: kept")
+        return existing_record
     differing = pair.diff_tensors(recipe)
     if differing:
         named = "; ".join(f"{name} ({why})" for name, why in list(differing.items())[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        cli.once(f"outside the swap base and target differ; the target's are kept: {named}{more}")
+        cli.once(f"base and target also differ outside the swap; the target's are kept: {named}{more}")
     side = _side_files(pair, run)
     edits = recipe.by_tensor()
     pair.base.fetch({edit.base_tensor for edit in recipe.edits})
@@ -68,18 +68,18 @@ def write_model(
     try:
         folders.remove_unfinished(out)
         folders.refuse_full_disk(out, needed)
-        changed = values.say_conversions(pair, recipe)
+        converted = values.say_conversions(pair, recipe)
         bar = cli.progress(desc=f"writing {out.name}", total=2 * size, unit="B")
         bar.unit_scale = True
         with folders.new_folder(out) as partial, bar:
             folders.write_files(_checked(pair, files, edits), parts, contents, partial, bar)
             for name, path in side.items():
                 shutil.copyfile(path, partial / name)
-            if pair.target_ref.is_adapter:  # its vocabulary may be larger than that of the base whose file was copied
+            if pair.target_ref.is_adapter:  # its vocabulary may be larger than in the base's file, which was copied
                 (partial / "config.json").write_text(json.dumps(pair.config, indent=2) + "\n", encoding="utf-8")
             if index is not None:
                 (partial / formats.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            return _record(pair, recipe, request, partial, changed, differing)
+            return _record(pair, recipe, request, partial, converted, differing)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"the disk is full: {out} needs {needed / 1e9:.2f} GB; nothing was left behind") from error
@@ -87,14 +87,14 @@ def write_model(
 
 
 def _request(pair: Pair, recipe: Recipe, run: str | os.PathLike | None) -> dict:
-    """What two calls must share for one's result to serve the other."""
+    """What two calls must have in common for the result of one to serve the other."""
     facts = {"base": identity(pair.base_ref), "target": identity(pair.target_ref)}
     facts["tokenizer"] = tokenizer_id.tokenizer_used(pair.target_ref, run, pair.base_ref)
     return json.loads(json.dumps(facts | {"recipe": recipe.facts, "edits": recipe.edits_digest}))
 
 
 def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:
-    """The record of a finished swap that serves the request; None when `out` is free to be written.
+    """The record of a finished swap that answers the request; None if `out` may be written.
 
     Raises:
         InputError: `out` holds anything else.
@@ -122,28 +122,28 @@ def _existing(out: Path, request: dict, overwrite: bool) -> dict | None:
 
 
 def refuse_foreign(out: Path, ours: re.Pattern, what: str, flag: str) -> None:
-    """Refuse an `out` that holds anything but files and folders called `ours`, those of `what`: a mistyped model
-    folder, somebody's results; `flag` names another one."""
+    """Refuse an `out` with files or folders whose names do not match `ours`, the names of `what`: a mistyped model
+    folder, somebody's results. `flag` is the flag that chooses another folder."""
     foreign = [name for name in sorted(os.listdir(out)) if not ours.fullmatch(name)] if out.is_dir() else []
     if foreign or (out.exists() and not out.is_dir()):
-        holds = f"holds {foreign[0]}, which is not of {what}" if foreign else "is a file"
+        holds = f"holds {foreign[0]}, which does not belong to {what}" if foreign else "is a file"
         raise InputError(f"{out} {holds}; give another {flag}")
 
 
 def _side_files(pair: Pair, run: str | os.PathLike | None) -> dict[str, Path]:
     """Configuration and tokenizer files to copy: name -> path."""
     config_folder = Path(pair.target_ref.config_folder())
-    found = {name: config_folder / name for name in CONFIG_FILES if (config_folder / name).is_file()}
-    if pair.config.get("auto_map"):  # for those who run it; nothing here does
+    side_files = {name: config_folder / name for name in CONFIG_FILES if (config_folder / name).is_file()}
+    if pair.config.get("auto_map"):  # copied for users of the model; nothing here runs it
         code = Path((pair.target_ref.adapted or pair.target_ref).folder(["*.py"]))
-        found |= {path.name: path for path in sorted(code.glob("*.py"))}
+        side_files |= {path.name: path for path in sorted(code.glob("*.py"))}
     folder = Path(tokenization.tokenizer_folder(pair.target_ref, run, pair.base_ref))
-    found |= {name: folder / name for name in formats.TOKENIZER_FILES if (folder / name).is_file()}
-    return found
+    side_files |= {name: folder / name for name in formats.TOKENIZER_FILES if (folder / name).is_file()}
+    return side_files
 
 
 def _origins(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
-    """Where each tensor's bytes are: in the target's file, in another one, or nowhere as such."""
+    """For each tensor where its bytes are: in the target's file, in another file, or in none (to be computed)."""
 
     def origin(name: str, entry: headers.Entry) -> tuple[Path, int] | bool | None:
         if name not in edits and pair.target.kind == "safetensors":
@@ -151,14 +151,14 @@ def _origins(pair: Pair, edits: dict[str, list[Edit]]) -> Callable:
         if name in edits and not _copies_bytes(pair, edits[name], entry):
             return None
         source, stored = (pair.base, edits[name][0].base_tensor) if name in edits else (pair.target, name)
-        folder = source.folder_of(stored)  # of an adapter's own tensors the base's, if it leaves them alone
+        folder = source.folder_of(stored)  # for an adapter: the base's folder, for tensors that it does not change
         return (folder.path / folder.shard_of(stored), folder.entry(stored).start) if folder else None
 
     return origin
 
 
 def _copies_bytes(pair: Pair, edits: list[Edit], entry: headers.Entry) -> bool:
-    """Whether the tensor is B's, whole and unconverted: then its bytes go from file to file."""
+    """Whether the tensor is B's, whole and unconverted: then its bytes are copied from file to file."""
     only = edits[0]
     whole = len(edits) == 1 and only.whole and only.function is None
     folder = pair.base.folder_of(only.base_tensor) if whole else None
@@ -166,7 +166,7 @@ def _copies_bytes(pair: Pair, edits: list[Edit], entry: headers.Entry) -> bool:
 
 
 def _checked(pair: Pair, files: list[folders.WeightFile], edits: dict[str, list[Edit]]) -> Iterator[folders.WeightFile]:
-    """The files; before each one, NaN and infinity are refused in the tensors that the kernel will copy from B."""
+    """Yields the files; before each, refuses NaN and infinity in the tensors that the kernel will copy from B."""
     for file in files:
         for name, entry in file.entries.items():
             if name in edits and _copies_bytes(pair, edits[name], entry):

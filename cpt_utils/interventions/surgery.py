@@ -1,13 +1,13 @@
-"""What a checkpoint made from two is: base B, target C, and for each tensor, or region of one, its source.
+"""How a checkpoint is assembled from two, base B and target C: the source of each tensor or region of a tensor.
 
     pair = Pair(refs.model("build/base"), refs.model("build/run/checkpoint-90"))
     recipe = layers_from_base(pair, [2, 3])
     on_disk.write_model(pair, recipe, "build/swapped")             # a complete model folder, verified
-    with in_memory.apply(model_of_C, recipe, pair): ...            # the same numbers, nothing written
+    with in_memory.apply(model_of_C, recipe, pair): ...            # the same values, nothing written
 
-A `Recipe` is a list of `Edit`s on C. An edit takes B's values, or what a function makes of both (interpolation,
-low-rank deltas). B's values are converted to the dtype that C has on disk. Everything not edited is C's, bit for bit.
-`values` makes the numbers of an edited tensor, for both engines.
+A `Recipe` is a list of `Edit`s on C. An edit takes B's values, or a function of both (interpolation, low-rank deltas).
+B's values are converted to the dtype that C has on disk. Everything not edited is C's, bit for bit.
+`values` computes the values of an edited tensor for both engines.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Function = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Edit:
-    """One tensor of the result, or a region of it, that is not C's own.
+    """One tensor of the result, or a region of it, that differs from C's.
 
     Attributes:
         tensor, base_tensor: its name on disk in C and in B.
         dim, index: the region, entries `index` along `dim`: None (everything), a slice, or a LongTensor of positions.
-        expert: of a tensor that holds all experts the one whose matrix the region is in; None of all others.
+        expert: in a tensor that holds all experts, the expert whose matrix contains the region; else None.
         function: (B's region, C's region) -> the new values; None takes B's values.
-        by_rows: the function may be applied to blocks of rows (elementwise functions), which bounds the memory.
+        by_rows: whether the function may be applied to blocks of rows (elementwise functions), which bounds the memory.
     """
 
     tensor: str
@@ -54,7 +54,7 @@ class Edit:
         return self.index is None and self.expert is None
 
     def describe(self) -> dict:
-        """The edit in JSON: tensor, region as ranges of positions, function with its parameters."""
+        """The edit as JSON: tensor, region as ranges of positions, function with its parameters."""
         facts: dict = {"tensor": self.tensor}
         if self.base_tensor != self.tensor:
             facts["base_tensor"] = self.base_tensor
@@ -69,7 +69,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is made: in words for people, in `facts` for comparing requests, in `edits` for the engine."""
+    """A model to be assembled: `words` for people, `facts` for comparing requests, `edits` for the engines."""
 
     words: str
     facts: dict
@@ -81,7 +81,7 @@ class Recipe:
 
     @property
     def key(self) -> dict:
-        """What tells it from other recipes, see `condition.Condition`: the facts, and every edit with its function."""
+        """The key of its `condition.Condition`: the facts, and a digest of every edit with its function."""
         return self.facts | {"edits": self.edits_digest}
 
     def by_tensor(self) -> dict[str, list[Edit]]:
@@ -92,8 +92,8 @@ class Recipe:
 
 
 class Pair(tensors.Closing):
-    """Base and target opened side by side: one architecture (one of them may have a vision tower beside it), the same
-    number of layers.
+    """Base and target, both opened: the same architecture (either may have an additional vision tower) and number of
+    layers.
 
     Raises:
         InputError: unknown architecture, different architectures or layer counts, missing or damaged weights.
@@ -108,7 +108,7 @@ class Pair(tensors.Closing):
         if archs.text_type(base_config) != archs.text_type(self.config):
             raise InputError(
                 f"{self.base_ref.spec} is a {self.base_arch.model_type} and {self.target_ref.spec} a "
-                f"{self.arch.model_type}; base and target must have one architecture"
+                f"{self.arch.model_type}; base and target must have the same architecture"
             )
         self.n_layers = self.arch.n_layers(self.config)
         if self.base_arch.n_layers(base_config) != self.n_layers:
@@ -117,17 +117,17 @@ class Pair(tensors.Closing):
                 f"{self.n_layers}; base and target must have the same number"
             )
         self.target = opening.open_folder(self.target_ref, self.base_ref)
-        self.base = opening.open_folder(self.base_ref, lazy=True)  # of a hub model only the shards that are swapped
-        of_target = (self.target, self.arch, self.config)
-        self.base = stacking.like(self.base, self.base_arch, base_config, *of_target)
+        self.base = opening.open_folder(self.base_ref, lazy=True)  # a hub model fetches only the shards swapped
+        like_target = (self.target, self.arch, self.config)
+        self.base = stacking.like(self.base, self.base_arch, base_config, *like_target)
         self._layer_edits: dict[int, list[Edit]] = {}
         self._base_names = {archs.meaning(self.base_arch, name): name for name in self.base.names()}
         settings.say_head(self.target, self.config)
         settings.say_custom_code(self.target_ref.spec, self.config)
         differ = settings.diff_settings(self.base_ref, self.target_ref)
         if differ:
-            each = [f"{key} is {theirs} in the base and {mine} in the target" for key, (theirs, mine) in differ.items()]
-            cli.once(f"{'; '.join(each)}; swapped weights run under the target's", cli.warn)
+            each = [f"{key} is {b} in the base and {c} in the target" for key, (b, c) in differ.items()]
+            cli.once(f"{'; '.join(each)}; swapped weights run with the target's", cli.warn)
 
     @property
     def models(self) -> dict[str, refs.ModelRef]:
@@ -138,65 +138,65 @@ class Pair(tensors.Closing):
         self.target.close()
 
     def base_name(self, target_name: str) -> str:
-        """What the target's tensor is called in the base; the head of a base that ties it is its embeddings."""
+        """The base's name of a tensor of the target; the head of a base that ties it is its embeddings."""
         meaning = archs.meaning(self.arch, target_name)
-        found = self._base_names.get(meaning)
-        if found is None and meaning == "lm_head.weight" and settings.tied(self.base_ref.config()):
-            found = self._base_names.get(f"{self.arch.embeddings[0]}.weight")
-        if found is None:
+        base_name = self._base_names.get(meaning)
+        if base_name is None and meaning == "lm_head.weight" and settings.tied(self.base_ref.config()):
+            base_name = self._base_names.get(f"{self.arch.embeddings[0]}.weight")
+        if base_name is None:
             raise InputError(f"{self.base_ref.spec} has no tensor {target_name}, which {self.target_ref.spec} has")
-        return found
+        return base_name
 
     def edit(
         self, tensor: str, dim: int = 0, index=None, function: Function | None = None, by_rows=False, expert=None
     ) -> Edit:
-        """An edit of the target's `tensor` from the base's tensor of the same meaning, shapes checked."""
+        """An edit of the target's `tensor` by the base's tensor of the same meaning; the shapes are checked."""
         edit = Edit(tensor, self.base_name(tensor), dim, index, function, by_rows, expert)
-        mine, theirs = self.target.shape(tensor), self.base.shape(edit.base_tensor)
-        fits = mine == theirs
-        if not fits and isinstance(index, slice) and len(mine) == len(theirs):  # e.g. the embeddings both have
-            sizes = enumerate(zip(mine, theirs, strict=True))
+        shape, base_shape = self.target.shape(tensor), self.base.shape(edit.base_tensor)
+        fits = shape == base_shape
+        if not fits and isinstance(index, slice) and len(shape) == len(base_shape):  # e.g. the tokens that both embed
+            sizes = enumerate(zip(shape, base_shape, strict=True))
             fits = all(a == b or (d == dim and index.stop <= min(a, b)) for d, (a, b) in sizes)
         if not fits:
             raise InputError(
-                f"{tensor} has shape {list(theirs)} in {self.base_ref.spec} and {list(mine)} in "
-                f"{self.target_ref.spec}; what is swapped must agree in shape"
+                f"{tensor} has shape {list(base_shape)} in {self.base_ref.spec} and {list(shape)} in "
+                f"{self.target_ref.spec}; swapped tensors must agree in shape"
             )
         return edit
 
     def layer_edits(self, layer: int) -> list[Edit]:
-        """Edits that put in the whole layer of the base; made once, because controls ask for hundreds of sets."""
+        """Edits that replace the whole layer by the base's; cached, because controls ask for hundreds of sets."""
         if layer not in self._layer_edits:
-            mine = self.arch.layer_tensors(self.target.names(), layer)
-            meanings = {archs.meaning(self.arch, name) for name in mine}
+            names = self.arch.layer_tensors(self.target.names(), layer)
+            meanings = {archs.meaning(self.arch, name) for name in names}
             for name in self.base_arch.layer_tensors(self.base.names(), layer):
                 if archs.meaning(self.base_arch, name) not in meanings and not self.base_arch.may_lack(name):
                     raise InputError(f"{self.target_ref.spec} has no tensor {name}, which {self.base_ref.spec} has")
-            held = [n for n in mine if archs.meaning(self.arch, n) in self._base_names or not self.arch.may_lack(n)]
-            self._layer_edits[layer] = [self.edit(name) for name in held]
+            shared = [n for n in names if archs.meaning(self.arch, n) in self._base_names or not self.arch.may_lack(n)]
+            self._layer_edits[layer] = [self.edit(name) for name in shared]
         return self._layer_edits[layer]
 
     def diff_tensors(self, recipe: Recipe) -> dict[str, str]:
-        """Tensors outside the recipe that differ in shape, or that only one model has: name -> why."""
-        edited, found = {edit.tensor for edit in recipe.edits}, {}
-        canonical = {archs.meaning(self.arch, name): name for name in self.target.names()}
-        for meaning, name in canonical.items():
-            theirs = self._base_names.get(meaning)
+        """Tensors outside the recipe that differ in shape, or that only one model has: name -> reason."""
+        edited, reasons = {edit.tensor for edit in recipe.edits}, {}
+        target_names = {archs.meaning(self.arch, name): name for name in self.target.names()}
+        for meaning, name in target_names.items():
+            base_name = self._base_names.get(meaning)
             if name in edited or archs.is_buffer(name):
                 continue
-            if theirs is None:
-                found[name] = "not in the base"
-            elif self.base.shape(theirs) != self.target.shape(name):
-                found[name] = (
-                    f"{list(self.base.shape(theirs))} in the base, {list(self.target.shape(name))} in the target"
+            if base_name is None:
+                reasons[name] = "not in the base"
+            elif self.base.shape(base_name) != self.target.shape(name):
+                reasons[name] = (
+                    f"{list(self.base.shape(base_name))} in the base, {list(self.target.shape(name))} in the target"
                 )
         for meaning, name in self._base_names.items():
-            if meaning not in canonical and not archs.is_buffer(name):
-                found[name] = "not in the target"
-        return found
+            if meaning not in target_names and not archs.is_buffer(name):
+                reasons[name] = "not in the target"
+        return reasons
 
     def share(self, recipe: Recipe) -> tuple[int, int]:
-        """(parameters that the recipe moves, parameters of the target on disk)."""
+        """(number of parameters that the recipe replaces, number of parameters of the target on disk)."""
         total = sum(math.prod(self.target.shape(name)) for name in self.target.names() if not archs.is_buffer(name))
         moved = 0
         for edit in recipe.edits:
@@ -216,7 +216,7 @@ def layers_from_base(pair: Pair, layers: Iterable[int]) -> Recipe:
     """Whole layers of B: projections, biases and norms.
 
     Raises:
-        InputError: a layer the models do not have, shapes that differ, or a tensor that only one of them has.
+        InputError: a layer that the models do not have, different shapes, or a tensor that only one of them has.
     """
     layers = checked_layers(layers, pair.n_layers)
     edits = [edit for layer in layers for edit in pair.layer_edits(layer)]
@@ -224,22 +224,22 @@ def layers_from_base(pair: Pair, layers: Iterable[int]) -> Recipe:
 
 
 def parts_from_base(pair: Pair, projections: Iterable[str], layers: Iterable[int]) -> Recipe:
-    """The given projections of B, weights and biases, in `layers`; of a fused tensor only their slice.
+    """The given projections of B, weights and biases, in `layers`; only their slices of fused tensors.
 
-    The router of a mixture of experts may be among them (archs.ROUTER). A layer that has none of a projection (no
-    router, no attention, no FFN) has nothing of it to swap.
+    They may include the router of a mixture of experts (archs.ROUTER). Projections that a layer lacks (no router, no
+    attention, no FFN) are skipped there.
     """
     layers = checked_layers(layers, pair.n_layers)
-    wanted = [name for name in (*pair.arch.projections(pair.config), archs.ROUTER) if name in set(projections)]
+    chosen = [name for name in (*pair.arch.projections(pair.config), archs.ROUTER) if name in set(projections)]
     names = set(pair.target.names())
     edits = [
         pair.edit(part.tensor, part.dim, part.index, expert=part.expert)
         for layer in layers
-        for projection in _those_of(pair, layer, wanted)
+        for projection in _those_of(pair, layer, chosen)
         for part in pair.arch.parts(pair.config, layer, projection, names, pair.target.shape)
     ]
-    words = f"{', '.join(wanted)} of the base in layers {_listed(layers)}"
-    return Recipe(words, {"projections": wanted, "layers": layers}, tuple(edits))
+    words = f"{', '.join(chosen)} of the base in layers {_listed(layers)}"
+    return Recipe(words, {"projections": chosen, "layers": layers}, tuple(edits))
 
 
 def heads_from_base(
@@ -248,33 +248,33 @@ def heads_from_base(
     """The chosen units of B in each layer: their q, k and v rows with biases, and their o columns. A unit is a KV head
     with the query heads that share it.
 
-    All units of a layer with `shared`, without `beside`, are what `parts_from_base` makes of its attention.
+    All units of a layer, with `shared` and without `beside`, give the same as `parts_from_base` for its attention.
 
     Args:
         chosen: layer -> units.
-        by_query: layer -> query heads instead, of which q and o are B's, and k and v stay C's.
-        shared: also what of the attention is no single head's.
-        beside: also what is of none of the four projections: with heads their segments of norms over all heads, sinks
-            and output gates, with `shared` the rest of the attention's module.
+        by_query: `chosen` names query heads instead: their q and o are B's, k and v stay C's.
+        shared: also the parts of the attention that belong to no single head.
+        beside: also parts outside the four projections: the heads' segments of norms over all heads, sinks and output
+            gates; with `shared`, the rest of the attention module.
 
     Raises:
-        InputError: a layer without attention, a unit or head that it does not have, or models with other heads.
+        InputError: a layer without attention, a unit or head that it does not have, or different numbers of heads.
     """
-    arch, names, edits, also = pair.arch, set(pair.target.names()), [], []
+    arch, names, edits, extra_modules = pair.arch, set(pair.target.names()), [], []
     base_config, kind = pair.base_ref.config(), "query head" if by_query else "unit"
     heads = {layer: sorted({*chosen[layer]}) for layer in checked_layers(chosen, pair.n_layers)}
     for layer, chosen_heads in heads.items():
-        counts, theirs = arch.head_counts(pair.config, layer), pair.base_arch.head_counts(base_config, layer)
-        if counts != theirs:
+        counts, base_counts = arch.head_counts(pair.config, layer), pair.base_arch.head_counts(base_config, layer)
+        if counts != base_counts:
             raise InputError(
-                f"layer {layer}: {theirs[0]} query heads in {theirs[1]} units in {pair.base_ref.spec}, {counts[0]} in "
-                f"{counts[1]} in {pair.target_ref.spec}; single heads can be swapped where both have as many"
+                f"layer {layer}: {base_counts[0]} query heads in {base_counts[1]} units in {pair.base_ref.spec}, "
+                f"{counts[0]} in {counts[1]} in {pair.target_ref.spec}; swapping single heads needs equal numbers"
             )
         n = counts[0] if by_query else counts[1]
         wrong = [head for head in chosen_heads if not 0 <= head < n]
         if wrong:
-            there = f"{kind}s 0 to {n - 1}" if n else "no attention"
-            raise InputError(f"{kind} {wrong[0]} of layer {layer} does not exist: the layer has {there}")
+            existing = f"{kind}s 0 to {n - 1}" if n else "no attention"
+            raise InputError(f"{kind} {wrong[0]} of layer {layer} does not exist: the layer has {existing}")
         at = pair.config, layer
         parts = [
             part
@@ -283,36 +283,36 @@ def heads_from_base(
         ]
         parts += arch.shared_parts(*at, names, pair.target.shape) if shared else []
         parts = [part for part in parts if beside or part.role != archs.BESIDE]
-        # Whole tensors must agree in shape: with another shape the same rows are other heads.
+        # Whole tensors must agree in shape: with a different shape, the same rows belong to other heads.
         edits += [replace(pair.edit(part.tensor), dim=part.dim, index=part.index) for part in parts]
-        also += [arch.canonical(part.tensor).split(".", 2)[2] for part in parts if part.role == archs.BESIDE]
+        extra_modules += [arch.canonical(part.tensor).split(".", 2)[2] for part in parts if part.role == archs.BESIDE]
     words = "; ".join(
         f"{kind}{'s' * (len(chosen_heads) != 1)} {_listed(chosen_heads)} of the base in layer {layer}"
         for layer, chosen_heads in heads.items()
     )
-    words += f", and what they have of {', '.join(dict.fromkeys(also))}" if also else ""
+    words += f", and their parts of {', '.join(dict.fromkeys(extra_modules))}" if extra_modules else ""
     facts = {"heads": {str(layer): chosen_heads for layer, chosen_heads in heads.items()}, "of": f"{kind}s"}
     return Recipe(words, facts | {"shared": shared, "beside": beside}, tuple(edits))
 
 
 def _those_of(pair: Pair, layer: int, wanted: Iterable[str]) -> list[str]:
     """The wanted projections that a layer has."""
-    there = {*pair.arch.projections(pair.config, layer), *[archs.ROUTER] * pair.arch.has_router(pair.config, layer)}
-    return [name for name in wanted if name in there]
+    present = {*pair.arch.projections(pair.config, layer), *[archs.ROUTER] * pair.arch.has_router(pair.config, layer)}
+    return [name for name in wanted if name in present]
 
 
 def tensors_from_base(pair: Pair, names: Iterable[str]) -> Recipe:
-    """Whole tensors of B by the target's names on disk."""
+    """Whole tensors of B, by their names on disk in the target."""
     names = list(names)
     return Recipe(f"{', '.join(names)} of the base", {"tensors": names}, tuple(pair.edit(name) for name in names))
 
 
 def checked_layers(layers: Iterable[int], n_layers: int) -> list[int]:
-    found = sorted(set(layers))
-    wrong = [layer for layer in found if not 0 <= layer < n_layers]
+    ordered = sorted(set(layers))
+    wrong = [layer for layer in ordered if not 0 <= layer < n_layers]
     if wrong:
         raise InputError(f"layer {wrong[0]} does not exist: the model has layers 0 to {n_layers - 1}")
-    return found
+    return ordered
 
 
 def _listed(layers: list[int]) -> str:
@@ -320,21 +320,21 @@ def _listed(layers: list[int]) -> str:
 
 
 def outside_layers(pair: Pair) -> Recipe:
-    """Embeddings, final norm and head of B: all that is in no layer.
+    """Embeddings, final norm and head of B: everything outside the layers.
 
     Raises:
-        InputError: shapes that differ (another vocabulary), or a tensor that only one of them has.
+        InputError: different shapes (another vocabulary), or a tensor that only one of them has.
     """
-    mine = pair.arch.outer_tensors(pair.target.names())
-    meanings = {archs.meaning(pair.arch, name) for name in mine}
+    outer = pair.arch.outer_tensors(pair.target.names())
+    meanings = {archs.meaning(pair.arch, name) for name in outer}
     for name in pair.base_arch.outer_tensors(pair.base.names()):
         if archs.meaning(pair.base_arch, name) not in meanings:
             raise InputError(f"{pair.target_ref.spec} has no tensor {name}, which {pair.base_ref.spec} has")
-    return Recipe("embeddings, final norm and head of the base", {"io": "base"}, tuple(map(pair.edit, mine)))
+    return Recipe("embeddings, final norm and head of the base", {"io": "base"}, tuple(map(pair.edit, outer)))
 
 
 def identity(ref: refs.ModelRef) -> str:
-    """The model, not its path, which may be spelled in several ways: weights, configuration, its own tokenizer."""
+    """Identifies the model by weights, configuration and tokenizer, not by its path, which has several spellings."""
     facts = ref.describe()
     if facts.get("weights_sample"):
         folder = Path(ref.spec)
@@ -348,13 +348,13 @@ def identity(ref: refs.ModelRef) -> str:
 
 
 def _ranges(index: slice | torch.Tensor) -> list[list[int]]:
-    """Positions as [start, stop] ranges in order, or one [start, stop, step]."""
+    """Positions as a list of [start, stop] ranges in order, or one [start, stop, step]."""
     if isinstance(index, slice):
         return [[index.start, index.stop]] if index.step in (None, 1) else [[index.start, index.stop, index.step]]
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for position in index.tolist():
-        if found and found[-1][1] == position:
-            found[-1][1] += 1
+        if ranges and ranges[-1][1] == position:
+            ranges[-1][1] += 1
         else:
-            found.append([position, position + 1])
-    return found
+            ranges.append([position, position + 1])
+    return ranges

@@ -1,4 +1,4 @@
-"""The values of an edited tensor, in blocks of rows, as every engine writes them."""
+"""The values of an edited tensor, in blocks of rows, as both engines (`on_disk`, `in_memory`) write them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BLOCK = 32 << 20  # bytes of a tensor worked on at a time
 
 
 def blocks(pair: Pair, name: str, edits: list[Edit]) -> Iterator[torch.Tensor]:
-    """The edited tensor in order, in blocks of rows, in the dtype that C has on disk.
+    """The edited tensor in consecutive blocks of rows, in the dtype that C has on disk.
 
     Raises:
-        InputError: NaN or infinity in what is taken from B, or a value beyond the range of C's dtype.
+        InputError: NaN or infinity in the values taken from B, or a value beyond the range of C's dtype.
     """
     flat = rows_of(pair.target.get(name))
     rows = flat.shape[0]
@@ -34,7 +34,7 @@ def blocks(pair: Pair, name: str, edits: list[Edit]) -> Iterator[torch.Tensor]:
 
 
 def _values(pair: Pair, edit: Edit, target: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Rows `start` to `stop` of a tensor that is edited as a whole."""
+    """Rows `start` to `stop` of a tensor that one edit replaces entirely."""
     base = pair.base.get(edit.base_tensor).reshape(target.shape)[start:stop]
     return _converted(pair, edit, base, target[start:stop], target.dtype)
 
@@ -44,29 +44,30 @@ def _fill(pair: Pair, edit: Edit, target: torch.Tensor, block: torch.Tensor, sta
     base = pair.base.get(edit.base_tensor)
     if edit.expert is not None:
         if start <= edit.expert < stop:
-            matrices = (archs.take(held, edit.dim, edit.index) for held in (base[edit.expert], target[edit.expert]))
+            matrices = (archs.take(matrix, edit.dim, edit.index) for matrix in (base[edit.expert], target[edit.expert]))
             region = archs.take(block[edit.expert - start], edit.dim, edit.index)
             region.copy_(_converted(pair, edit, *matrices, block.dtype))
         return
     positions = slice(0, target.shape[edit.dim]) if edit.index is None else edit.index
     if edit.dim > 0:
         base, target = base[start:stop], target[start:stop]
-        here = there = positions
+        local = absolute = positions
     elif isinstance(positions, slice):
         first, last = max(positions.start, start), min(positions.stop, stop)
         if first >= last:
             return
-        here, there = slice(first - start, last - start), slice(first, last)
+        local, absolute = slice(first - start, last - start), slice(first, last)
     else:
-        there = positions[(positions >= start) & (positions < stop)]
-        if not len(there):
+        absolute = positions[(positions >= start) & (positions < stop)]
+        if not len(absolute):
             return
-        here = there - start
-    values = _converted(pair, edit, archs.take(base, edit.dim, there), archs.take(target, edit.dim, there), block.dtype)
-    if isinstance(here, slice):
-        block.narrow(edit.dim, here.start, here.stop - here.start).copy_(values)
+        local = absolute - start
+    regions = (archs.take(tensor, edit.dim, absolute) for tensor in (base, target))
+    values = _converted(pair, edit, *regions, block.dtype)
+    if isinstance(local, slice):
+        block.narrow(edit.dim, local.start, local.stop - local.start).copy_(values)
     else:
-        block.index_copy_(edit.dim, here.to(torch.long), values)
+        block.index_copy_(edit.dim, local.to(torch.long), values)
 
 
 def _converted(pair: Pair, edit: Edit, base: torch.Tensor, target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -94,27 +95,27 @@ def refuse_not_finite(pair: Pair, edit: Edit, base: torch.Tensor) -> None:
 
 
 def conversions(pair: Pair, recipe: Recipe) -> dict[str, int]:
-    """Dtype changes that the recipe needs: "float16 -> bfloat16" and the number of tensors."""
-    found: dict[str, int] = {}
+    """The dtype conversions that the recipe needs: "float16 -> bfloat16" -> number of tensors."""
+    counts: dict[str, int] = {}
     for name, edits in recipe.by_tensor().items():
-        mine = pair.target.dtype(name)
-        for theirs in {pair.base.dtype(edit.base_tensor) for edit in edits} - {mine}:
-            key = f"{name_of(theirs)} -> {name_of(mine)}"
-            found[key] = found.get(key, 0) + 1
-    return found
+        target_dtype = pair.target.dtype(name)
+        for base_dtype in {pair.base.dtype(edit.base_tensor) for edit in edits} - {target_dtype}:
+            key = f"{name_of(base_dtype)} -> {name_of(target_dtype)}"
+            counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 def say_conversions(pair: Pair, recipe: Recipe) -> dict[str, int]:
-    """Print dtype changes in one line; returns them."""
-    found = conversions(pair, recipe)
-    if found:
-        changes = ", ".join(f"{change} ({count} tensors)" for change, count in found.items())
+    """Print the dtype conversions in one line; returns them."""
+    counts = conversions(pair, recipe)
+    if counts:
+        changes = ", ".join(f"{change} ({count} tensors)" for change, count in counts.items())
         cli.say(f"the base's tensors are converted to the dtype of the target: {changes}")
-    return found
+    return counts
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with at least one dimension, so that it has rows."""
+    """The tensor with at least one dimension, for indexing by row."""
     return tensor.view(1) if tensor.dim() == 0 else tensor
 
 

@@ -1,9 +1,9 @@
-"""The files of mean activations: named by step 9, found by step 10 and the figures.
+"""The files of mean activations: written by step 9, read by step 10 and the figures.
 
-Their names are those that the published step 10 looks for: of a run `checkpoint-<step>.<lang>.<tokens>.json` and, of
-the random control, `checkpoint-<step>-r...`; of a base `<lang>.<tokens>.json` and `r.<lang>...`. Ours called a control
-`r.checkpoint-<step>...` before, which is read as well. What a file is stands in its header; in its name only where it
-has none.
+Their names are those that the published step 10 expects: for a run `checkpoint-<step>.<lang>.<tokens>.json` and, for
+the random control, `checkpoint-<step>-r...`; for a base `<lang>.<tokens>.json` and `r.<lang>...`. An earlier version
+called a control `r.checkpoint-<step>...`, which is read as well. The header says what a file holds; only without one
+does the name count.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _CONTROL = re.compile(r"r|r\..*|.*checkpoint-\d+-r.*|.*-r")
 
 
 def path_of(folder: Path, stem: str, lang: str, tokens: int, control: bool) -> Path:
-    """Where the mean of a model goes; `stem` is `checkpoint-<step>`, the model's name, or empty for a base."""
+    """The path for the means of a model; `stem` is `checkpoint-<step>`, the model's name, or empty for a base."""
     marked = (f"{stem}-r" if stem else "r") if control else stem
     return folder / ".".join(filter(None, (marked, lang, str(tokens), "json")))
 
 
 def earlier_path_of(folder: Path, stem: str, lang: str, tokens: int, control: bool) -> Path:
-    """Where an earlier version of step 9 put the same."""
+    """The path that an earlier version of step 9 used for the same file."""
     return folder / ".".join(filter(None, ("r" if control else "", stem, lang, str(tokens), "json")))
 
 
 def is_control_name(stem: str) -> bool:
-    """Whether a name says control: `r`, `checkpoint-100-r`; that of a model called `qwen-rl` does not."""
+    """Whether a name denotes a control: `r`, `checkpoint-100-r`, but not that of a model called `qwen-rl`."""
     return bool(_CONTROL.fullmatch(stem))
 
 
 def step_in(name: str) -> int | None:
-    """The step that the published step 10 takes from a name."""
+    """The step that the published step 10 reads from a name."""
     match = _STEP.search(name)
     return int(match[1]) if match else None
 
@@ -49,7 +49,7 @@ class _File:
     stem: str
     lang: str
     tokens: str
-    content: dict  # of a file that cannot be read nothing: its reader says so, where it is needed
+    content: dict  # empty if the file cannot be read: its reader reports that, if it is needed
 
     @classmethod
     def read(cls, path: Path) -> _File | None:
@@ -65,8 +65,8 @@ class _File:
 
     @property
     def header(self) -> dict:
-        found = self.content.get(results.HEADER)
-        return found if isinstance(found, dict) else {}
+        header = self.content.get(results.HEADER)
+        return header if isinstance(header, dict) else {}
 
     @property
     def control(self) -> bool:
@@ -74,27 +74,27 @@ class _File:
 
     @property
     def step(self) -> int:
-        """That of the name, else that of the header; 0 where there is none."""
+        """The step in the name, else that in the header; 0 if there is none."""
         return step_in(self.stem) or self.header.get("step") or 0
 
     def refuse_other(self, other: _File) -> None:
-        """Refuse two files of one step and kind, unless they answer one request or say the same."""
+        """Refuse two files of one step and kind, unless they have the same request or content."""
         requests = self.header.get("request"), other.header.get("request")
         if (requests[0] is None or requests[0] != requests[1]) and self.content != other.content:
             what = "the random control" if self.control else "the neurons"
             raise InputError(
-                f"{other.path} and {self.path} are both of {what} at step {self.step}, over as many tokens, and of "
-                "different requests; remove the one that does not belong here"
+                f"{other.path} and {self.path} are both of {what} at step {self.step}, over equally many tokens, but "
+                "from different requests; remove the one that does not belong here"
             )
 
 
 def find(folder: Path, lang: str, of_run: bool) -> dict[str, dict[tuple[bool, int], Path]]:
     """`{tokens: {(is control, step): file}}` of a language in the folder of a run, or of a base, whose step is 0.
 
-    Files of tries with --limit are left aside, so that a try does not stop the next step.
+    Files of trial runs with --limit are ignored, so they do not stop the next step.
 
     Raises:
-        InputError: no such folder, the language is not there or there in two spellings, or two files of one step.
+        InputError: no such folder, the language is missing or has two spellings, or two files of one step.
     """
     if not folder.is_dir():
         whose, flag = ("run", "--model-name") if of_run else ("base", "--base-tag")
@@ -107,10 +107,10 @@ def find(folder: Path, lang: str, of_run: bool) -> dict[str, dict[tuple[bool, in
         files = [file for file in files if step_in(file.stem) is None]
         files = [file for file in files if file.stem in ("", "r")] or files
     spelling = languages.find({file.lang for file in files}, lang, what=f"activations in {folder}")
-    found: dict[str, dict[tuple[bool, int], _File]] = {}
+    by_tokens: dict[str, dict[tuple[bool, int], _File]] = {}
     for file in files:
         if file.lang != spelling or file.header.get("limit") is not None:
             continue
         key = file.control, file.step if of_run else 0
-        file.refuse_other(found.setdefault(file.tokens, {}).setdefault(key, file))
-    return {tokens: {key: file.path for key, file in here.items()} for tokens, here in found.items()}
+        file.refuse_other(by_tokens.setdefault(file.tokens, {}).setdefault(key, file))
+    return {tokens: {key: file.path for key, file in by_key.items()} for tokens, by_key in by_tokens.items()}

@@ -1,8 +1,8 @@
 """Accuracies on benchmark tasks at the checkpoints of a run: from lm_eval's result files, or from a plain JSON file.
 
 lm_eval writes `<folder>/<model>/results_<time>.json`, one more file each run, with rows for groups among those for
-tasks, and with nothing in the name that tells a run made with `--limit`. Reading the folder means choosing:
-see `read_folder`. What a single file says is in `lm_eval_results`.
+tasks, and with names that do not reveal a run with `--limit`. So reading the folder means choosing: see `read_folder`.
+`lm_eval_results` interprets a single file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FORM = '{"<step>": {"<task>": {"acc": x}}}'
 
 @dataclass
 class Point:
-    """The metric of one model: `value` in 0..1 and the number of rows `n` behind it (None where unknown).
+    """The metric of one model: `value` in 0..1 and the number of rows `n` behind it (None if unknown).
 
-    `rows_by` says where `n` is from, where the source does not hold it.
+    `rows_by` says how `n` was determined if the source does not state it.
     """
 
     value: float
@@ -43,14 +43,14 @@ class Point:
 
 @dataclass
 class Series:
-    """A task over the steps of a run: the points in step order, and what was left out, with the reason."""
+    """A task over the steps of a run: the points in step order, and the files left out, with the reason."""
 
     points: dict[int, Point]
     left_out: list[str] = field(default_factory=list)
 
 
 def or_by_hand(folder: str | os.PathLike | None) -> str:
-    """What else writes the results that are read here. By itself lm_eval prints a table and saves nothing."""
+    """The other way to make the results that are read here. By default, lm_eval prints a table and saves nothing."""
     return f" (or lm_eval --output_path {folder or 'FOLDER'}; without that flag it saves nothing)"
 
 
@@ -61,11 +61,11 @@ def read(
 
     Args:
         path: `{"<step>": {"<task>": {"acc": x, "n": rows}}}` (`n` may be absent), or a folder of result files.
-        tasks: the tasks; None takes all that have the metric.
+        tasks: the tasks; None means all that have the metric.
         metric: `acc` or `acc_norm`.
         run: the run whose checkpoints count (folder, hub repository, or a list of models).
         base: the model that counts as step 0.
-        described: the header entry `models` of what the points will be compared with; other weights are refused.
+        described: the header entry `models` of the result to compare the points with; other weights are refused.
     """
     if path.is_dir():
         return read_folder(path, tasks, metric, run, base, described or {})
@@ -76,7 +76,7 @@ def read(
 
 
 def read_file(path: Path, tasks: list[str] | None, metric: str) -> dict[str, Series]:
-    """`read` for a JSON file. Values above 1 are percent, all of them alike."""
+    """`read` for a JSON file. If any value is above 1, all of them are percentages."""
     content, _ = results.read_json(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path} holds no steps; the form is {FORM}")
@@ -91,32 +91,32 @@ def read_file(path: Path, tasks: list[str] | None, metric: str) -> dict[str, Ser
             raise InputError(f"{path}: step {step} appears twice; keep one of its entries")
         rows[step] = {task: value if isinstance(value, dict) else {} for task, value in row.items()}
     tasks = _the_tasks(tasks, [row for _, row in sorted(rows.items())], metric, path)
-    found = {task: {step: rows[step][task] for step in sorted(rows) if task in rows[step]} for task in tasks}
-    values = {(task, step): metric_of(row, metric)[0] for task in found for step, row in found[task].items()}
+    by_task = {task: {step: rows[step][task] for step in sorted(rows) if task in rows[step]} for task in tasks}
+    values = {(task, step): metric_of(row, metric)[0] for task in by_task for step, row in by_task[task].items()}
     scale = _scale(values, metric, path)
     series = {}
-    for task, taken in found.items():
-        _check_rows(taken, task, path)
-        errors = {step: metric_of(row, metric)[1] for step, row in taken.items()}
+    for task, task_rows in by_task.items():
+        _check_rows(task_rows, task, path)
+        errors = {step: metric_of(row, metric)[1] for step, row in task_rows.items()}
         errors = {step: error * scale for step, error in errors.items() if is_number(error)}
-        points = {step: Point(values[task, step] * scale, row.get("n"), str(path)) for step, row in taken.items()}
+        points = {step: Point(values[task, step] * scale, row.get("n"), str(path)) for step, row in task_rows.items()}
         _fill_rows(points, errors, task)
         series[task] = Series(points)
     _say_rows(series, path)
     return series
 
 
-def _check_rows(taken: dict[int, dict], task: str, path: Path) -> None:
-    for step, row in taken.items():
+def _check_rows(by_step: dict[int, dict], task: str, path: Path) -> None:
+    for step, row in by_step.items():
         if (n := row.get("n")) is not None and (type(n) is not int or n < 1):
             raise InputError(f"{path}: n of {task} at step {step} is {n!r}, not a number of rows; correct it")
 
 
 def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> float:
-    """What makes shares of the values: 1, or 1/100 where they are percent.
+    """The factor that converts the values to shares: 1, or 1/100 if they are percentages.
 
     Raises:
-        InputError: a value that is neither, or shares and percent in one file.
+        InputError: a value that is neither, or shares and percentages in one file.
     """
     for (task, step), value in values.items():
         if not is_number(value) or not 0 <= value <= 100:
@@ -125,7 +125,7 @@ def _scale(values: dict[tuple[str, int], object], metric: str, path: Path) -> fl
             )
     if max(values.values()) <= 1:
         return 1.0
-    # Half a percent is no accuracy that anybody reports among others of 60: such a file mixes the two.
+    # Nobody reports an accuracy of half a percent among others of 60 %: such a file mixes shares and percentages.
     shares = {task_and_step: value for task_and_step, value in values.items() if 0 < value <= 1}
     if shares:
         (low, value), (high, other) = next(iter(shares.items())), max(values.items(), key=lambda item: item[1])
@@ -150,27 +150,27 @@ def read_folder(
 ) -> dict[str, Series]:
     """`read` for a folder of lm_eval result files, at any depth.
 
-    Only the checkpoints of `run` count, and `base` as step 0; where no result is of that run (folders were moved),
-    every model with a step in its name does. An adapter counts as the checkpoint that it is, not as the model that it
-    was put on. Of several files for one model the newest counts, limited ones never; quantised ones only where all are.
+    Only the checkpoints of `run` count, and `base` as step 0; if no result is of that run (folders were moved), all
+    models with a step in their names count. An adapter counts as the checkpoint that it is, not as the model under it.
+    Of several files for one model the newest counts, limited ones never, and quantised ones only if all are.
 
     Raises:
         InputError: no results; a group in place of a task; a model with limited runs only; two models of one step;
             checkpoints evaluated with other settings, prompts or weights than the rest.
     """
     files = [file.relative_to(folder) for file in sorted(folder.rglob("*.json"))]
-    # Hidden folders are what an interrupted evaluate.py left behind; ..__my__cpt and .__cpt are ../my/cpt and ./cpt.
+    # Hidden folders are left over from an interrupted evaluate.py; ..__my__cpt and .__cpt are ../my/cpt and ./cpt.
     files = [folder / file for file in files if not any(re.match(r"\.(?!\.|__)", part) for part in file.parts)]
-    found = [result for file in files if (result := ResultFile.read(file)) is not None]
-    if not found:
+    loaded = [result for file in files if (result := ResultFile.read(file)) is not None]
+    if not loaded:
         made_by = experiments.made_by("lm_eval") + or_by_hand(folder)
         raise InputError(f"{folder} holds no result files of lm_eval (results_<time>.json); run {made_by}")
     for task in tasks or ():
-        if all(task not in result.tasks for result in found) and any(task in r.content["results"] for r in found):
+        if all(task not in result.tasks for result in loaded) and any(task in r.content["results"] for r in loaded):
             raise InputError(f"{task} is a group, whose row is a mean over tasks; name one of its tasks")
-    chosen = _of_run(found, run, base)
+    chosen = _of_run(loaded, run, base)
     if not any(step for step, _ in chosen):
-        chosen = _by_name(found, base)
+        chosen = _by_name(loaded, base)
         if not any(step for step, _ in chosen):
             raise InputError(f"no model evaluated in {folder} has a step in its name (checkpoint-<step>, step<N>)")
         if run is not None:
@@ -182,78 +182,78 @@ def read_folder(
     for task in _the_tasks(tasks, rows, metric, folder):
         taken, left_out = _newest([(step, result) for step, result in chosen if task in result.tasks], task)
         used = {result.path for _, result in chosen}
-        left_out += [f"{r.path}: another model, {_words(r)}" for r in found if task in r.tasks and r.path not in used]
+        left_out += [f"{r.path}: another model, {_words(r)}" for r in loaded if task in r.tasks and r.path not in used]
         series[task] = Series(_points(taken, task, metric, _weights_samples(described)), left_out)
     _say_rows(series, folder)
     return series
 
 
-def _of_run(found: list[ResultFile], run, base: str | None) -> list[tuple[int, ResultFile]]:
-    """(step, result) of the results that are checkpoints of `run`, and of `base` as step 0."""
+def _of_run(files: list[ResultFile], run, base: str | None) -> list[tuple[int, ResultFile]]:
+    """(step, result) of the results for checkpoints of `run`, and of those for `base` as step 0."""
     runs = [run] if isinstance(run, str) else list(run or [])
-    models = [result for result in found if not _is_changed(result, runs, base)]
-    # The base first: it may be a revision of the run's own repository, and is step 0 whatever its name says.
+    models = [result for result in files if not _is_changed(result, runs, base)]
+    # The base first: it may be a revision of the run's repository, and is step 0 whatever its name says.
     is_base = {r.path: base is not None and _path_and_revision(r.name) == _path_and_revision(base) for r in models}
     checkpoints = [r for r in models if not is_base[r.path] and any(_belongs(r.name, one) for one in runs)]
     return [(0, r) for r in models if is_base[r.path]] + _steps(checkpoints)
 
 
-def _by_name(found: list[ResultFile], base: str | None) -> list[tuple[int, ResultFile]]:
-    """(step, result) of all that have a step in their names, and of `base` as step 0."""
-    bases = _of_run(found, None, base)
-    taken = {result.path for _, result in bases}
-    rest = [r for r in found if not _is_changed(r, [], base) and r.path not in taken]
+def _by_name(files: list[ResultFile], base: str | None) -> list[tuple[int, ResultFile]]:
+    """(step, result) of all models with a step in their names, and of `base` as step 0."""
+    bases = _of_run(files, None, base)
+    base_paths = {result.path for _, result in bases}
+    rest = [r for r in files if not _is_changed(r, [], base) and r.path not in base_paths]
     return bases + _steps([r for r in rest if step_names.step_of(_last(r.name)) is not None])
 
 
-def _steps(found: list[ResultFile]) -> list[tuple[int, ResultFile]]:
-    """(step, result) of those of one run that are named after a step."""
-    steps = step_names.steps_of({_last(result.name) for result in found})
-    return [(steps[_last(result.name)], result) for result in found if _last(result.name) in steps]
+def _steps(files: list[ResultFile]) -> list[tuple[int, ResultFile]]:
+    """(step, result) of the results of one run whose models are named after a step."""
+    steps = step_names.steps_of({_last(result.name) for result in files})
+    return [(steps[_last(result.name)], result) for result in files if _last(result.name) in steps]
 
 
 def _is_changed(result: ResultFile, runs: list[str], base: str | None) -> bool:
-    """Whether something was put on or into a model that is a checkpoint itself: then it is neither's result."""
+    """Whether a checkpoint had an adapter or swapped parts when evaluated: then the result is not the checkpoint's."""
     if result.adapter is None or (base is not None and _path_and_revision(result.model) == _path_and_revision(base)):
         return result.is_swapped
-    return any(_belongs(result.model, one) for one in runs) or step_names.step_of(_last(result.model)) is not None
+    return any(_belongs(result.model, run) for run in runs) or step_names.step_of(_last(result.model)) is not None
 
 
 def _belongs(name: str, run: str) -> bool:
     """Whether the model `name` is `run` itself, a folder directly below it, or a revision of the same repository."""
     if refs.is_pattern(run):
         return fnmatch.fnmatchcase(name, run)
-    (path, revision), (whole, branch) = _path_and_revision(name), _path_and_revision(run)
-    if os.path.dirname(path) == whole:
-        return revision == branch
-    # Of `org/name` any revision is, of `org/name@run-a/step100` those that start with `run-a/`.
-    alike = not branch or os.path.dirname(revision) == os.path.dirname(branch)
-    return path == whole and (revision == branch or (revision != "" and alike))
+    (path, revision), (run_path, run_revision) = _path_and_revision(name), _path_and_revision(run)
+    if os.path.dirname(path) == run_path:
+        return revision == run_revision
+    # To `org/name` any revision belongs, to `org/name@run-a/step100` those that start with `run-a/`.
+    same_branch = not run_revision or os.path.dirname(revision) == os.path.dirname(run_revision)
+    return path == run_path and (revision == run_revision or (revision != "" and same_branch))
 
 
 def _last(name: str) -> str:
-    """The part of a model's name that holds its step: the folder, or the revision of a repository."""
+    """The part of a model's name that contains its step: the folder, or the revision of a repository."""
     path, revision = _path_and_revision(name)
     folder = os.path.basename(refs.ModelRef(name).subfolder)
     return revision if revision and step_names.step_of(folder) is None else os.path.basename(path)
 
 
 def _path_and_revision(name: str) -> tuple[str, str]:
-    """(one spelling for relative and absolute paths, revision); a name on the hub stays as distinct as it was."""
+    """(path in one spelling, whether relative or absolute; revision). Distinct names on the hub remain distinct."""
     path, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
     return os.path.abspath(path), "" if revision == "main" else revision
 
 
 def _words(result: ResultFile) -> str:
-    """The model of a result as a person would say it."""
+    """The model of a result in words."""
     words = f"{result.adapter} on {result.model}" if result.adapter else result.model
     return f"{words} ({result.quantised})" if result.quantised else words
 
 
 def _say_base(chosen: list[tuple[int, ResultFile]], base: str | None) -> None:
-    """Say on which model adapters were put, where it is not by its name the base of the comparison."""
-    under = {result.model for _, result in chosen if result.adapter}
-    for model in sorted(under) if base is not None else ():
+    """Warn if the model under the adapters has another name than the base of the comparison."""
+    adapted_models = {result.model for _, result in chosen if result.adapter}
+    for model in sorted(adapted_models) if base is not None else ():
         if _path_and_revision(model) != _path_and_revision(base):
             cli.warn(
                 f"the adapters were evaluated on {model}, the weights compared with {base}: taken to be the same model"
@@ -269,12 +269,12 @@ def _say_releases(chosen: list[tuple[int, ResultFile]]) -> None:
         )
 
 
-def _newest(found: list[tuple[int, ResultFile]], task: str) -> tuple[list[tuple[int, ResultFile]], list[str]]:
-    """The newest unlimited result of every model for `task`, and a note on each file passed over.
+def _newest(results_by_step: list[tuple[int, ResultFile]], task: str) -> tuple[list[tuple[int, ResultFile]], list[str]]:
+    """The newest unlimited result of every model for `task`, and a note on each file left out.
 
-    A quantised model is another one than that of the files. Where all checkpoints are quantised alike, it is said.
+    A quantised model is not the model in the files. If all checkpoints are quantised alike, a message says so.
     """
-    kinds = {result.quantised for step, result in found if step}
+    kinds = {result.quantised for step, result in results_by_step if step}
     if "" not in kinds and len(kinds) > 1:
         raise InputError(f"the checkpoints were quantised in different ways for {task}: {'; '.join(sorted(kinds))}")
     kind = "" if "" in kinds or not kinds else kinds.pop()
@@ -282,13 +282,13 @@ def _newest(found: list[tuple[int, ResultFile]], task: str) -> tuple[list[tuple[
         cli.once(f"all checkpoints were quantised when they were evaluated ({kind})")
     notes = [
         f"{r.path}: {_words(r)}, {'' if r.quantised else 'not '}quantised unlike the checkpoints"
-        for _, r in found
+        for _, r in results_by_step
         if r.quantised != kind
     ]
     newest: dict[tuple, tuple[int, ResultFile]] = {}
     limited: dict[tuple, str] = {}
     # `date` is the start of the run in seconds; the file name holds the local time of its end.
-    for step, result in sorted(found, key=lambda pair: (pair[1].date or 0, pair[1].path)):
+    for step, result in sorted(results_by_step, key=lambda pair: (pair[1].date or 0, pair[1].path)):
         if result.quantised != kind:
             continue
         model = _path_and_revision(result.name)
@@ -312,12 +312,12 @@ def _newest(found: list[tuple[int, ResultFile]], task: str) -> tuple[list[tuple[
 
 
 def _points(
-    taken: list[tuple[int, ResultFile]], task: str, metric: str, compared: dict[tuple, str]
+    chosen: list[tuple[int, ResultFile]], task: str, metric: str, compared: dict[tuple, str]
 ) -> dict[int, Point]:
-    """{step: Point} in step order, once all agree on how they were asked."""
+    """{step: Point} in step order, checked to have been evaluated with the same settings."""
     points: dict[int, Point] = {}
     errors = {}
-    for step, result in sorted(taken, key=lambda pair: pair[0]):
+    for step, result in sorted(chosen, key=lambda pair: pair[0]):
         if step in points:
             raise InputError(f"step {step} appears twice: {points[step].source} and {result.path}; keep one of them")
         _check_weights(result, compared)
@@ -337,7 +337,7 @@ def _points(
 
 
 def _check_settings(points: dict[int, Point], task: str) -> None:
-    """Refuse points whose settings differ where both state them: such differences are not an effect of training."""
+    """Refuse points that state different settings: their differences would not be an effect of training."""
     first: dict[str, tuple[int, object]] = {}
     for step, point in points.items():
         for setting, value in [*point.settings.items(), ("number of rows", point.n)]:
@@ -357,7 +357,7 @@ def _short(value) -> str:
 
 
 def _check_weights(result: ResultFile, compared: dict[tuple, str]) -> None:
-    """Refuse a result whose header names other weights than `compared` ({(path, revision): weights_sample}) does."""
+    """Refuse a result whose header names other weights than `compared`, {(path, revision): weights_sample}."""
     evaluated = result.header.get("models", {}).get("model", {}).get("weights_sample")
     expected = compared.get(_path_and_revision(result.name))
     if evaluated and expected and evaluated != expected:
@@ -374,55 +374,55 @@ def _weights_samples(described) -> dict[tuple, str]:
         return {}
     if described.get("spec") and described.get("weights_sample"):
         return {_path_and_revision(described["spec"]): described["weights_sample"]}
-    return {model: sample for below in described.values() for model, sample in _weights_samples(below).items()}
+    return {model: sample for entry in described.values() for model, sample in _weights_samples(entry).items()}
 
 
 # --- both ---
 
 
 def _the_tasks(tasks: list[str] | None, rows: list[dict[str, dict]], metric: str, source: Path) -> list[str]:
-    """The tasks asked for, or all of `rows` (one {task: row} a model) that have the metric."""
+    """The requested tasks, or all in `rows` (one {task: row} per model) that have the metric."""
     known = list(dict.fromkeys(task for row in rows for task in row))
     for task in tasks or ():
         if task not in known:
             raise InputError(f"{source} holds no task {task}; it holds {', '.join(sorted(known)) or 'none'}")
     if tasks:
         return tasks
-    found = [task for task in known if any(metric_of(row.get(task, {}), metric)[0] is not None for row in rows)]
-    if not found:
-        have = sorted({name for row in rows for below in row.values() for name in metrics_in(below)})
-        raise InputError(f"{source} has no metric {metric} in any task; it has {', '.join(have) or 'none'}")
-    if without := [task for task in known if task not in found]:
+    with_metric = [task for task in known if any(metric_of(row.get(task, {}), metric)[0] is not None for row in rows)]
+    if not with_metric:
+        metrics = sorted({name for row in rows for values in row.values() for name in metrics_in(values)})
+        raise InputError(f"{source} has no metric {metric} in any task; it has {', '.join(metrics) or 'none'}")
+    if without := [task for task in known if task not in with_metric]:
         cli.say(f"left out, as they have no {metric}: {', '.join(without)}")
-    if len(found) == 1:
-        cli.say(f"task: {found[0]}, the only one in {source}")
+    if len(with_metric) == 1:
+        cli.say(f"task: {with_metric[0]}, the only one in {source}")
     else:
-        names = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        names = ", ".join(with_metric[:4]) + (f" and {len(with_metric) - 4} more" if len(with_metric) > 4 else "")
         cli.say(f"tasks: {names}, all in {source} (--task a,b chooses)")
-    return found
+    return with_metric
 
 
 def _fill_rows(points: dict[int, Point], errors: dict[int, object], task: str) -> None:
-    """Where the number of rows is not said: what the standard error gives, that of the other steps, or SIB-200's."""
-    silent = {step: rows_behind(points[step].value, errors.get(step)) for step in points if points[step].n is None}
-    said = {point.n for point in points.values()} - {None}
-    if derived := set(silent.values()) - {None}:
-        usual, how = derived, "by the standard errors"
-    elif said:
-        usual, how = said, "as at other steps"
+    """Fill in unstated numbers of rows: from the standard error, else from the other steps, else that of SIB-200."""
+    derived = {step: rows_behind(points[step].value, errors.get(step)) for step in points if points[step].n is None}
+    stated = {point.n for point in points.values()} - {None}
+    if from_errors := set(derived.values()) - {None}:
+        candidates, how = from_errors, "by the standard errors"
+    elif stated:
+        candidates, how = stated, "as at other steps"
     else:
-        usual, how = {SIB200_ROWS} if task.startswith("sib200_") else set(), "the size of SIB-200's test split"
-    rows = next(iter(usual)) if len(usual) == 1 else None
-    for step, n in silent.items():
+        candidates, how = {SIB200_ROWS} if task.startswith("sib200_") else set(), "the size of SIB-200's test split"
+    rows = next(iter(candidates)) if len(candidates) == 1 else None
+    for step, n in derived.items():
         points[step].n = n or rows
         points[step].rows_by = how if points[step].n else ""
 
 
 def _say_rows(series: dict[str, Series], source: Path) -> None:
-    """Say where numbers of rows are from that the source does not hold, in one line a way."""
-    ways: dict[str, set[int]] = {}
-    for point in (point for one in series.values() for point in one.points.values() if point.rows_by):
-        ways.setdefault(point.rows_by, set()).add(point.n)
-    for how, rows in ways.items():
+    """Print how numbers of rows were determined that the source does not state, one line for each way."""
+    rows_by_source: dict[str, set[int]] = {}
+    for point in (point for task_series in series.values() for point in task_series.points.values() if point.rows_by):
+        rows_by_source.setdefault(point.rows_by, set()).add(point.n)
+    for how, rows in rows_by_source.items():
         number = f"{min(rows)} to {max(rows)}" if len(rows) > 1 else f"{max(rows)}"
         cli.say(f"{source} does not say the number of rows: taken as {number}, {how}")

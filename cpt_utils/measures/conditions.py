@@ -1,6 +1,6 @@
-"""Conditions measured one after another: the one runner of swaps, silenced neurons and their random controls.
+"""Measures conditions one after another: the one runner for swaps, silenced neurons and their random controls.
 
-It goes on after a kill, keeps a finished result, refuses that of another request, and shares the work among processes.
+It resumes after a kill, keeps a finished result, refuses one of another request, and shares the work among processes.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ def measure(
     measured: Callable[[Any, Condition], dict], write: Callable[[list[dict], dict], None], process: Process,
     overwrite: bool = False, instead: str = "another -o", estimate: bool = False,
 ) -> None:  # fmt: skip
-    """Measure every condition, and hand the records, in their order, to `write`, which writes `path`.
+    """Measure every condition, and pass the records, in the order of the conditions, to `write`, which writes `path`.
 
-    A record is a condition's `name` and `facts`, and what `measured` found. A `path` that answers the same request is
-    kept. Of several processes each measures its share; the first alone writes. Every record is on the disk as soon as
-    its round is over, and a run that was killed goes on from there, with any number of processes.
+    A record holds a condition's `name` and `facts`, and the result of `measured`. If `path` already answers the same
+    request, it is kept. Each of several processes measures its share; only the first one writes. Every record is on
+    disk at the end of its round, and a run that was killed resumes from there, with any number of processes.
 
     Args:
-        request: what the numbers depend on beside the conditions; these are added to it.
+        request: what the numbers depend on besides the conditions, which are added to it.
         load: Condition.of -> the loaded model; a model is dropped before the next one is loaded.
-        measured: (model, condition) -> what is found while the condition holds.
+        measured: (model, condition) -> the measurements under the condition.
         write: (records, whole request) -> None.
-        instead: where else one may write, for the message of a refusal.
-        estimate: say after the first measurement how long all of them take, if they are alike.
+        instead: where else to write, for the message of a refusal.
+        estimate: print after the first measurement how long all of them will take if they take equally long.
 
     Raises:
         InputError: `path` is the result of another request.
-        ValueError: two conditions of one name and one key.
+        ValueError: two conditions have the same name and key.
     """
     by_id = {condition.id: condition for condition in conditions}
     if len(by_id) < len(conditions):
-        raise ValueError("two conditions have one name and one key: what tells them apart must be in the key")
+        raise ValueError("two conditions have the same name and key: the key must hold what distinguishes them")
     request = request | {"conditions": digest(list(by_id))}
     partial = path.with_name(path.stem + ".partial.jsonl")
-    kept = results.finished(path, schema, request, instead, overwrite, newer=("conditions",))
-    process.wait()  # no process may see a result that another is about to write
-    if kept:
+    finished = results.finished(path, schema, request, instead, overwrite, newer=("conditions",))
+    process.wait()  # no process may see a result that another one is about to write
+    if finished:
         if process.is_main:
-            journal.remove(partial)  # of a run that was killed between its result and this
+            journal.remove(partial)  # left by a run that was killed after writing its result
         cli.say(f"{path} is finished, from the same request: kept (--overwrite redoes it)")
         return
-    held: dict[str, Any] = {}
-    timed: list[float] = []  # seconds of the first
+    loaded: dict[str, Any] = {}
+    seconds: list[float] = []  # duration of the first measurement
 
     def record(key: str) -> dict:
         condition = by_id[key]
-        if condition.of not in held:
-            held.clear()
-            held[condition.of] = load(condition.of)
+        if condition.of not in loaded:
+            loaded.clear()
+            loaded[condition.of] = load(condition.of)
         start = time.perf_counter()
-        with condition.apply(held[condition.of]):
-            found = {"name": condition.name, **condition.facts} | measured(held[condition.of], condition)
-        if estimate and notes and not timed:
-            timed.append(time.perf_counter() - start)
+        with condition.apply(loaded[condition.of]):
+            result = {"name": condition.name, **condition.facts} | measured(loaded[condition.of], condition)
+        if estimate and notes and not seconds:
+            seconds.append(time.perf_counter() - start)
             left = len(by_id) - len(notes.done)
-            whole = timed[0] * -(-left // process.world)
+            total = seconds[0] * -(-left // process.world)
             cli.say(
-                f"{left} models to measure, {timed[0]:.2f} s each: about {whole:,.1f} s ({whole / 60:.0f} min) in all"
+                f"{left} models to measure, {seconds[0]:.2f} s each: about {total:,.1f} s ({total / 60:.0f} min) in all"
             )
-        return found
+        return result
 
     notes = journal.Journal(partial, request) if process.is_main else None
     journal.complete(notes, process, by_id, record, "conditions")

@@ -1,8 +1,8 @@
-"""Counts of active tokens per FFN neuron and language, `<tag>.<lang>.pt`: read, checked, refused where they do not mix.
+"""Counts of active tokens per FFN neuron and language, `<tag>.<lang>.pt`: read, checked, refused if they do not match.
 
-`lsn/activation.py` writes them with snapshots and a header; the published scripts' files hold `n` and `over_zero` only,
-as do those of the original LAPE code, `activation.<lang>.train.<tag>`.
-Those of a mixture of experts (MoE) say besides how many tokens were routed to each expert, and how wide each layer is.
+`lsn/activation.py` writes them with snapshots and a header; the files of the published scripts, and those of the
+original LAPE code, `activation.<lang>.train.<tag>`, hold only `n` and `over_zero`. Files of a mixture of experts (MoE)
+also hold how many tokens were routed to each expert, and the width of each layer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _NAMES = (
 
 @dataclass
 class Counts:
-    """The counts of one language: `over_zero` [L, I], `snapshots` [K, L, I] cumulative, and where they come from.
+    """The counts of one language: `over_zero` [L, I], cumulative `snapshots` [K, L, I], and their origin.
 
-    Where layers differ, `width` [L] are the neurons of each, perhaps none: those behind are padding. Else None.
-    Of a MoE `routed` [L, E] are the tokens that each expert got (in a dense layer none), `snapshots_routed` [K, L, E]
-    those of the snapshots, and `routed_width` [L] the experts' neurons, which come first; else None.
+    If layers differ in width, `width` [L] is the number of neurons of each (maybe 0), the rest is padding; else None.
+    For a MoE, `routed` [L, E] are the tokens that each expert got (0 in a dense layer), `snapshots_routed` [K, L, E]
+    those of the snapshots, and `routed_width` [L] the number of the experts' neurons, which come first; else None.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Counts:
 
     @property
     def exists(self) -> np.ndarray | None:
-        """Which neurons there are, bool [L, I]; None where all are."""
+        """Which entries are neurons rather than padding, bool [L, I]; None if all are."""
         return None if self.width is None else np.arange(self.over_zero.shape[1]) < self.width[:, None]
 
     @property
@@ -57,24 +57,24 @@ class Counts:
         return self.over_zero.size if self.width is None else int(self.width.sum())
 
     def tokens(self, snapshot: int | None = None) -> int | np.ndarray:
-        """The tokens each neuron could be active on, of all or of a snapshot: one number, or int64 [L, I].
+        """The tokens on which each neuron could be active, in all or up to a snapshot: one number, or int64 [L, I].
 
-        A neuron of an expert: those routed to it; of a dense layer, or beside the experts: all; padding: none.
+        For a neuron of an expert, those routed to it; of a dense layer or beside the experts, all; for padding, none.
         """
         n = self.n if snapshot is None else self.snapshots_n[snapshot]
         if self.width is None:
             return n
-        found = np.where(self.exists, n, 0)
+        tokens = np.where(self.exists, n, 0)
         if self.routed is None:
-            return found
+            return tokens
         routed = self.routed if snapshot is None else self.snapshots_routed[snapshot]
         for layer in np.flatnonzero(self.routed.any(-1)):
             width = self.routed_width[layer]
-            found[layer, :width] = np.repeat(routed[layer], width // routed.shape[1])
-        return found
+            tokens[layer, :width] = np.repeat(routed[layer], width // routed.shape[1])
+        return tokens
 
     def hash(self) -> str:
-        """A short hash of the counts themselves, the same for the same counts of another day."""
+        """A short hash of the counts alone, equal for equal counts, whenever they were made."""
         digest = hashlib.sha256(f"{self.n} {self.snapshots_n}".encode())
         moe = () if self.routed is None else (self.routed, *self.snapshots_routed)
         widths = () if self.width is None else (self.width,)
@@ -86,50 +86,50 @@ class Counts:
 
 
 def tags(folder: Path) -> dict[str, list[tuple[str, Path]]]:
-    """`{tag: [(language, file)]}` of the counts in a folder."""
-    found: dict[str, list[tuple[str, Path]]] = {}
+    """`{tag: [(language, file)]}` for the counts in a folder."""
+    by_tag: dict[str, list[tuple[str, Path]]] = {}
     for path in sorted(folder.iterdir()):
         for name in _NAMES:
             if match := name.fullmatch(path.name):
-                found.setdefault(match["tag"], []).append((match["lang"], path))
-    return found
+                by_tag.setdefault(match["tag"], []).append((match["lang"], path))
+    return by_tag
 
 
 def files(folder: Path, tag: str) -> dict[str, Path]:
-    """The counts of `tag` in a folder by language.
+    """The counts with `tag` in a folder, by language.
 
     Raises:
-        InputError: no such folder, no counts of that tag, or two files of one language.
+        InputError: no such folder, no counts with that tag, or two files for one language.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder of counts; give -a the folder that lsn/activation.py wrote")
-    there, found = tags(folder), {}
-    for lang, path in there.get(tag, []):
-        if found.setdefault(lang, path) != path:
-            raise InputError(f"{found[lang]} and {path.name} are both counts of {lang}; move one of them elsewhere")
-    if not found:
-        named = f"its tags are {', '.join(sorted(there)[:8])}: give one with -t"
-        raise InputError(f"{folder} has no counts {tag}.<lang>.pt; {named if there else 'run lsn/activation.py first'}")
-    return found
+    by_tag, by_lang = tags(folder), {}
+    for lang, path in by_tag.get(tag, []):
+        if by_lang.setdefault(lang, path) != path:
+            raise InputError(f"{by_lang[lang]} and {path.name} are both counts of {lang}; move one of them elsewhere")
+    if not by_lang:
+        tip = f"its tags are {', '.join(sorted(by_tag)[:8])}: give one with -t"
+        raise InputError(f"{folder} has no counts {tag}.<lang>.pt; {tip if by_tag else 'run lsn/activation.py first'}")
+    return by_lang
 
 
 def read(path: Path, lang: str) -> Counts:
     """One language's counts.
 
     Raises:
-        InputError: not such a file, a limited or foreign one, or counts that cannot be.
+        InputError: another kind of file, a limited or foreign one, or impossible counts.
     """
     tensors = results.read_tensors(path)
     try:
         n, over_zero = int(tensors["n"]), tensors["over_zero"].numpy().astype(np.int64)
         header = json.loads(tensors.get("header") or "{}")
         snapshots_n = [int(tokens) for tokens in tensors.get("snapshots_n", ())]
-        snapshots = [one.numpy().astype(np.int64) for one in tensors.get("snapshots", ())]
+        snapshots = [snapshot.numpy().astype(np.int64) for snapshot in tensors.get("snapshots", ())]
         moe = "routed" in tensors
         routed = tensors["routed"].numpy() if moe else None
         width = tensors["width"].numpy() if moe or "width" in tensors else None
         routed_width = tensors.get("routed_width", tensors["width"]).numpy() if moe else None
-        snapshots_routed = [one.numpy() for one in tensors["snapshots_routed"]] if moe else []
+        snapshots_routed = [snapshot.numpy() for snapshot in tensors["snapshots_routed"]] if moe else []
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):
         raise InputError(
             f"{path} has no counts (n, over_zero [layers, neurons]); write it with lsn/activation.py"
@@ -145,26 +145,26 @@ def read(path: Path, lang: str) -> Counts:
         raise InputError(f"{path}: over_zero is {list(over_zero.shape)}, not [layers, neurons]; write it again")
     if n < 1:
         raise InputError(f"{path} counts {n} tokens; run lsn/activation.py on more text")
-    found = Counts(
+    counts = Counts(
         path, lang, n, over_zero, snapshots_n, snapshots, header, routed, snapshots_routed, width, routed_width
     )
     if width is not None:
-        _check_widths(found)
+        _check_widths(counts)
     if over_zero.min() < 0 or over_zero.max() > n:
         raise InputError(f"{path}: a neuron is active on {over_zero.max()} of {n} tokens; write the counts again")
-    whole = [np.zeros_like(over_zero), *snapshots, over_zero]
-    rising = all(a.shape == b.shape and (a <= b).all() for a, b in itertools.pairwise(whole))
+    series = [np.zeros_like(over_zero), *snapshots, over_zero]
+    increasing = all(a.shape == b.shape and (a <= b).all() for a, b in itertools.pairwise(series))
     marks = [0, *snapshots_n, n]
-    if len(snapshots) != len(snapshots_n) or not rising or any(a >= b for a, b in itertools.pairwise(marks)):
+    if len(snapshots) != len(snapshots_n) or not increasing or any(a >= b for a, b in itertools.pairwise(marks)):
         raise InputError(f"{path}: its snapshots are not parts of its counts; run lsn/activation.py again")
-    return found
+    return counts
 
 
 def _check_widths(one: Counts) -> None:
-    """Refuse counts of layers of several widths, or of experts, that do not go together.
+    """Refuse inconsistent counts of layers with different widths, or of experts.
 
     Raises:
-        InputError: shapes that do not fit, more active tokens than were routed, or counts in the padding.
+        InputError: shapes that do not match, more active tokens than were routed, or counts in the padding.
     """
     layers, neurons = one.over_zero.shape
     fits = one.width.shape == (layers,) and one.width.min() >= 0 and 1 <= one.width.max() <= neurons
@@ -180,7 +180,7 @@ def _check_widths(one: Counts) -> None:
 
 
 def refuse_mixed(counts: list[Counts]) -> None:
-    """Refuse counts that are not of one model read by one tokenizer; files without a header are taken on trust.
+    """Refuse counts of different models or tokenizers; files without a header are taken on trust.
 
     Raises:
         InputError: shapes, models or tokenizers differ.
@@ -199,10 +199,10 @@ def refuse_mixed(counts: list[Counts]) -> None:
                 f"counts of different models: {first.path.name} and {one.path.name} differ in experts, or in how many "
                 "neurons a layer has; count every language with the same model"
             )
-    bare = [one.path.name for one in counts if not one.header]
-    if bare:
-        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
-        cli.warn(f"no header in {bare[0]}{more}: model, tokenizer and text are taken on trust")
+    without_header = [one.path.name for one in counts if not one.header]
+    if without_header:
+        more = f" and {len(without_header) - 1} more" if len(without_header) > 1 else ""
+        cli.warn(f"no header in {without_header[0]}{more}: model, tokenizer and text are taken on trust")
     stated = [one for one in counts if one.header]
     for one in stated[1:]:
         ours, theirs = (x.header.get("models", {}).get("model", {}) for x in (stated[0], one))
@@ -222,11 +222,11 @@ def refuse_mixed(counts: list[Counts]) -> None:
             cli.warn(f"{stated[0].path.name} and {one.path.name} were counted in different dtypes")
 
 
-def _experts(one: Counts) -> tuple:
-    """What must be the same in counts of one mixture of experts; () of other models."""
-    return () if one.routed is None else (one.routed.shape[1], one.routed_width.tolist())
+def _experts(counts: Counts) -> tuple:
+    """The sizes that must be equal in counts of one mixture of experts; () for other models."""
+    return () if counts.routed is None else (counts.routed.shape[1], counts.routed_width.tolist())
 
 
 def tokenizer_of(header: dict) -> str | None:
-    """The hash of the tokenizer that made the tokens, where a counts header states it."""
+    """The hash of the tokenizer that made the tokens, if a counts header states it."""
     return (header.get("tokens") or {}).get("vocabulary_sha256") or header.get("vocabulary_sha256")

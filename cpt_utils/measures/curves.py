@@ -1,4 +1,4 @@
-"""The curves of a retrieval result over hidden states: their names, and where in its JSON and its `.pt` each stands."""
+"""The curves of a retrieval result over hidden states: their names, and where its JSON and its `.pt` hold each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from cpt_utils.base import cli
 from cpt_utils.base.errors import InputError
 
-LENGTH = 0.5  # of `length_spearman`, see `measuring_length`
+LENGTH = 0.5  # threshold of `length_spearman`, see `measuring_length`
 
 
 class Curve(NamedTuple):
@@ -26,27 +26,27 @@ MEASURES = {
     "mexa_weighted": Curve("mexa_weighted", "hits_mexa_weighted", "MEXA, weighted mean"),
     "mexa_last": Curve("mexa_last", "hits_mexa_last", "MEXA, last token"),
 }
-# What else a result says of each hidden state: no accuracies, but what the published one may rest on.
+# Further measures of each hidden state: not accuracies, but properties that the published accuracy may rest on.
 DIAGNOSTICS = {"largest_norm_share": "norm in largest token", "length_spearman": "Spearman with length"}
 
 
 def measuring_length(result: dict) -> list[int]:
-    """The hidden states at which the published curve measures the length of sentences; of old results none.
+    """The hidden states at which the published curve measures the length of sentences; none for old results.
 
-    Those at which the cosines follow the length of sentences more than halfway (the interval of Spearman's correlation
-    lies above .5), and at which the translation is found clearly more often where each token counts alike and each
-    language is centred (the intervals of both accuracies are apart): length is all that the mean lacked.
+    There the cosines depend strongly on sentence length (the interval of Spearman's correlation is above .5), and the
+    translation is found clearly more often if tokens have equal weight and languages are centred (the intervals of both
+    accuracies do not overlap): length alone kept the plain mean from finding it.
 
     Raises:
-        InputError: the result has intervals, but not of every hidden state.
+        InputError: the result has intervals, but not for every hidden state.
     """
     keys = ("length_spearman_ci", "layer_accuracy_ci", "unit_centred_accuracy_ci")
     if any(key not in result for key in keys):
         return []
     try:
         length, published, centred = (dict(result[key]) for key in keys)
-        apart = [state for state in length if published[state][1] < centred[state][0]]
-        return sorted(state for state in apart if length[state][0] is not None and length[state][0] > LENGTH)
+        better_centred = [state for state in length if published[state][1] < centred[state][0]]
+        return sorted(state for state in better_centred if length[state][0] is not None and length[state][0] > LENGTH)
     except (LookupError, TypeError, ValueError):
         raise InputError(
             f"a retrieval result ({result.get('model_path')}) lacks intervals [[state, [low, high]], ..] of hidden "
@@ -55,14 +55,14 @@ def measuring_length(result: dict) -> list[int]:
 
 
 def tell(*results: tuple[str, dict]) -> None:
-    """One plain sentence, of (model, result), where the published curve measures length; nothing where it does not.
+    """Warn in one sentence if the published curve of any (model, result) measures length.
 
     The numbers are those of the last such model.
     """
-    found = [(model, result, states) for model, result in results if (states := measuring_length(result))]
-    if not found:
+    measuring = [(model, result, states) for model, result in results if (states := measuring_length(result))]
+    if not measuring:
         return
-    model, result, states = found[-1]
+    model, result, states = measuring[-1]
     published, centred, length, share = (
         max(value for state, value in result[key] if state in states)
         for key in ("layer_accuracy", "unit_centred_accuracy", "length_spearman", "largest_norm_share")
@@ -71,19 +71,19 @@ def tell(*results: tuple[str, dict]) -> None:
         f"{model}: at hidden states {ranges(states)} the published curve measures the length of sentences: cosines "
         f"follow it (Spearman up to {length:.2f}), one token holds up to {share:.2f} of the norm, and at most "
         f"{published:.2f} are found; with every token of length 1 and languages centred (unit_centred) up to "
-        f"{centred:.2f} are" + cli.likewise([other for other, *_ in found[:-1]])
+        f"{centred:.2f} are" + cli.likewise([other for other, *_ in measuring[:-1]])
     )
 
 
 def blocks(layers: list[int]) -> list[list[int]]:
     """The contiguous blocks of sorted `layers` as [first, last]: [3, 4, 5, 8] -> [[3, 5], [8, 8]]."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for layer in layers:
-        if found and layer == found[-1][1] + 1:
-            found[-1][1] = layer
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
         else:
-            found.append([layer, layer])
-    return found
+            runs.append([layer, layer])
+    return runs
 
 
 def ranges(layers: list[int]) -> str:

@@ -1,22 +1,22 @@
-"""The words for a part of a model: some of its layers, one component of them, or single neurons.
+"""How a part of a model is named: some of its layers, one component of them, or single neurons.
 
-    layer_sets.read("hub/attention", place)      # what training files (freeze, train_only), arms and flags hold
+    layer_sets.read("hub/attention", place)      # as in training files (freeze, train_only), arms and flags
 
 | words | layers, of N |
 |---|---|
 | `outer:p` | the first and the last k, k = max(1, floor(p N / 2 + 1/2)): a share p of the layers, half on each side |
-| `inner:p` | all others than `outer:p` |
-| `first:k`, `last:k`, `middle:k` | k neighbours: at the input, at the output, in the middle (the lower one of two) |
-| `spaced:k` | k at equal distances, the first and the last among them; of one the middle |
+| `inner:p` | all except `outer:p` |
+| `first:k`, `last:k`, `middle:k` | k consecutive ones: at the input, at the output, in the middle (the lower of two) |
+| `spaced:k` | k at equal distances, including the first and the last; the middle one if k is 1 |
 | `random:k:seed` | k drawn at random |
-| `change:k[:FILE]` | the k that changed most, at the last step of a file of weight-diff/attn_vs_ffn.py |
-| `hub[:FILE]`, `interface[:FILE]` | those of a file of layer-specialize/layer_specialize.py |
-| `matched:SET:seed` | another set, of the size of SET (`hub`, ..) and nearest to its shape |
+| `change:k[:FILE]` | the k that changed most, at the last step in a file of weight-diff/attn_vs_ffn.py |
+| `hub[:FILE]`, `interface[:FILE]` | those in a file of layer-specialize/layer_specialize.py |
+| `matched:SET:seed` | another set with the size of SET (`hub`, ..) and the most similar shape |
 | `all`, `0,2,5-7`, `[0, 2, 5]` | every layer; a list |
-| `FILE.json` | the list `layers` of a file, as layer-ablation/cogsym.py writes one |
+| `FILE.json` | the list `layers` in a file, as written by layer-ablation/cogsym.py |
 | `lsn`, `FILE.json[:LANG]` | neurons: of the study's mask, of a file of lsn/identify.py |
 
-Behind layers `/attention` or `/ffn` means this component of theirs alone. Files that are not named are the study's.
+After layers, `/attention` or `/ffn` selects only this component of them. Without FILE, the study's file is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cpt_utils.models import ffn
 
 FORMS = (
     "outer:p inner:p first:k last:k middle:k spaced:k random:k:seed change:k hub interface matched:SET:seed all lsn, "
-    "a list like 0,2,5-7, or a file .json of layers or of a mask; behind layers /attention or /ffn"
+    "a list like 0,2,5-7, or a .json file of layers or a mask; after layers /attention or /ffn"
 )
 
 
@@ -47,7 +47,7 @@ class Part:
     """A part of a model: `layers`, of these one `component` (None: everything), or `neurons` of some of them.
 
     Attributes:
-        words: as it was asked for.
+        words: as it was requested.
     """
 
     words: str
@@ -56,8 +56,8 @@ class Part:
     neurons: masks.Layers | None = None
 
     def facts(self) -> dict:
-        """What tells it from other parts, whatever words it was asked for in, as JSON can hold it."""
-        neurons = {str(layer): own for layer, own in (self.neurons or {}).items() if own}
+        """The facts that identify the part, in whatever words it was requested, as JSON values."""
+        neurons = {str(layer): in_layer for layer, in_layer in (self.neurons or {}).items() if in_layer}
         more = {"component": self.component} if self.component else {}
         if self.neurons is not None:
             more = {"neurons": sum(map(len, neurons.values())), "neurons_sha256": digest(neurons)}
@@ -66,11 +66,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Place:
-    """The model whose part is meant, and where the files are that say what hub, interface, change and lsn are.
+    """The model whose part is meant, and the source of the files that define hub, interface, change and lsn.
 
     Attributes:
-        config: its config.json.
-        study: gives files that are not named; of an arm that of the plain run.
+        config: the model's config.json.
+        study: provides files that are not named; for an arm, the study of the plain run.
         models: `ModelRef.describe()` of the base and the run that files of the study must be about.
     """
 
@@ -83,7 +83,7 @@ class Place:
         return archs.for_config(self.config).n_layers(self.config)
 
     def file(self, given: str, step: str, what: str) -> tuple[Path, list[dict] | None]:
-        """The file that says `what`: the given one, which is trusted, or the study's, and whom it must be about."""
+        """The file that defines `what`, and the models it must be about (None: a file given by name is trusted)."""
         if not given and not self.study:
             raise InputError(f"nothing says where the {what} are: write {what}:FILE, or run inside a study (--study)")
         return self.study.input(given or None, f"{what}:FILE", step), None if given else self.models
@@ -93,83 +93,83 @@ def read(given: str | int | list[int], place: Place) -> Part:
     """The part of the model that `given` means, see the table above.
 
     Raises:
-        InputError: words that mean nothing, a part that the model does not have, no layer or neuron at all, or a file
-            that is not there or about another model.
+        InputError: words without a meaning, a part that the model does not have, no layer or neuron at all, or a file
+            that is missing or about another model.
     """
     words = words_of(given)
     text, slash, last = words.rpartition("/")
     stem, component = (text, last) if slash and last in COMPONENTS else (words, None)
     try:
-        name, *more = stem.split(":")
+        name, *arguments = stem.split(":")
         if name == "lsn" or (".json" in name and not layer_lists.is_list(Path(name))):
             if component:
-                raise InputError("neurons are of the FFN; leave out what is behind the slash")
+                raise InputError("neurons belong to the FFN; leave out the slash and the word after it")
             return _neurons(words, "" if name == "lsn" else stem, place)
-        layers = _layers(name, more, component, place)
+        layers = _layers(name, arguments, component, place)
         if not layers:
-            raise InputError("that is no layer of this model")
+            raise InputError("that names no layer of this model")
     except InputError as error:
         raise InputError(f"{words!r}: {error}") from None
     return Part(words, tuple(sorted(set(layers))), component)
 
 
 def words_of(given: str | int | list[int] | dict) -> str:
-    """What a file or a flag holds, as one text; of the key `lora` "layers=outer:0.25,r=8"."""
+    """The content of a file or a flag as one text; for the key `lora`, "layers=outer:0.25,r=8"."""
     if isinstance(given, dict):
         return ",".join(f"{key}={words_of(value)}" for key, value in sorted(given.items()))
     return ",".join(map(str, given)) if isinstance(given, list) else str(given).strip()
 
 
 def per_side(share: float, n_layers: int) -> int:
-    """Layers on each side that make `share` of all: max(1, floor(p N / 2 + 1/2)); of 30 and .25 four."""
-    return max(1, int(round(share * n_layers / 2 + 0.5, 9)))  # floats make .58 of 50 a little less than 29
+    """Number of layers on each side that make up `share`: max(1, floor(p N / 2 + 1/2)), e.g. 4 for .25 of 30."""
+    return max(1, int(round(share * n_layers / 2 + 0.5, 9)))  # rounded, as .58 * 50 is slightly below 29 in floats
 
 
-def _layers(name: str, more: list[str], component: str | None, place: Place) -> list[int]:
-    """The layers of one form."""
+def _layers(name: str, arguments: list[str], component: str | None, place: Place) -> list[int]:
+    """The layers that one form of the table means; `more` are its arguments."""
     n, every = place.n_layers, list(range(place.n_layers))
     if name in ("outer", "inner"):
-        k = per_side(_number(more, float, "a share above 0 and at most 1", lambda p: 0 < p <= 1), n)
+        k = per_side(_number(arguments, float, "a share above 0 and at most 1", lambda p: 0 < p <= 1), n)
         return [layer for layer in every if (layer < k or layer >= n - k) == (name == "outer")]
     if name in ("first", "last", "middle", "spaced", "random", "change"):
-        k = _number(more[:1], int, f"a number of layers from 1 to {n}", lambda k: 1 <= k <= n)
-        rest, known = more[1:], {"random": 1, "change": max(1, len(more) - 1)}
-        if len(rest) > known.get(name, 0):
-            raise InputError(f"{':'.join(rest)} is too much; write {name}:{k}")
+        k = _number(arguments[:1], int, f"a number of layers from 1 to {n}", lambda k: 1 <= k <= n)
+        extra, allowed = arguments[1:], {"random": 1, "change": max(1, len(arguments) - 1)}
+        if len(extra) > allowed.get(name, 0):
+            raise InputError(f"{':'.join(extra)} is superfluous; write {name}:{k}")
         if name == "random":
-            seed = _number(rest, int, "a seed, as in random:4:0", lambda _: True)
+            seed = _number(extra, int, "a seed, as in random:4:0", lambda _: True)
             return random.Random(f"{seed}/{n}").sample(every, k)
         if name == "change":
-            return _changed(":".join(rest), k, component, place)
+            return _changed(":".join(extra), k, component, place)
         if name == "spaced":
             return [(n - 1) // 2] if k == 1 else [int(i * (n - 1) / (k - 1) + 0.5) for i in range(k)]
         start = {"first": 0, "last": n - k, "middle": (n - k) // 2}[name]
         return every[start : start + k]
     if name in ("hub", "interface"):
-        path, models = place.file(":".join(more), "layers", name)
+        path, models = place.file(":".join(arguments), "layers", name)
         return layer_lists.read_layers(path, "semantic_hub" if name == "hub" else name, n, models)[0]
-    if name == "matched" and len(more) > 1:
-        seed = _number(more[-1:], int, "a seed, as in matched:hub:0", lambda _: True)
-        wanted = _layers(more[0], more[1:-1], component, place)
+    if name == "matched" and len(arguments) > 1:
+        seed = _number(arguments[-1:], int, "a seed, as in matched:hub:0", lambda _: True)
+        wanted = _layers(arguments[0], arguments[1:-1], component, place)
         return matched.nearest(every, wanted, seed)
-    if name == "all" and not more:
+    if name == "all" and not arguments:
         return every
-    if ".json" in name and not more:
+    if ".json" in name and not arguments:
         return layer_lists.read_layers(Path(name), "listed", n, None)[0]
-    if not more and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", name.replace(" ", "")):
-        ranges = [[int(end) for end in one.split("-")] for one in name.replace(" ", "").split(",")]
+    if not arguments and re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", name.replace(" ", "")):
+        ranges = [[int(end) for end in item.split("-")] for item in name.replace(" ", "").split(",")]
         for start, *_, end in ([*ends, ends[-1]] for ends in ranges):
             if end >= n:
                 raise InputError(f"layer {end} does not exist: the model has layers 0 to {n - 1}")
             if end < start:
                 raise InputError(f"{start}-{end} runs backwards; write {end}-{start}")
         return [layer for ends in ranges for layer in range(ends[0], ends[-1] + 1)]
-    raise InputError(f"these words mean no layers; there is {FORMS}")
+    raise InputError(f"these words mean no layers; valid are {FORMS}")
 
 
-def _number(more: list[str], kind, what: str, fits):
+def _number(texts: list[str], kind, what: str, fits):
     try:
-        (text,) = more
+        (text,) = texts
         value = kind(text)
         if not fits(value):
             raise ValueError
@@ -179,7 +179,7 @@ def _number(more: list[str], kind, what: str, fits):
 
 
 def _changed(file: str, k: int, component: str | None, place: Place) -> list[int]:
-    """The k layers with the largest change of a component, or of both together, at the file's last step."""
+    """The k layers with the largest change of a component, or of both together, at the last step of the file."""
     path, models = place.file(file, "attn_vs_ffn", "change")
     payload, header = results.read_json(path, "attn_vs_ffn", n_layers=place.n_layers)
     base = (header.get("models") or {}).get("base")
@@ -195,18 +195,18 @@ def _changed(file: str, k: int, component: str | None, place: Place) -> list[int
 
 
 def _neurons(words: str, file: str, place: Place) -> Part:
-    """The neurons of a language in a mask: the study's, or FILE.json[:LANG]."""
+    """The neurons of a language in a mask: that of the study, or FILE.json[:LANG]."""
     path, _, lang = file.partition(".json:")
     file, lang = (f"{path}.json", lang) if lang else (file, place.study.get("languages.target"))
     path, models = place.file(file, "lsn_mask", "lsn")
-    there = masks.languages_in(path)
+    languages = masks.languages_in(path)
     if lang is None:
-        if len(there) > 1:
-            raise InputError(f"{path} has {', '.join(there)}; say whose neurons: {path}:{there[0]}")
-        lang = there[0]
+        if len(languages) > 1:
+            raise InputError(f"{path} has {', '.join(languages)}; say whose neurons: {path}:{languages[0]}")
+        lang = languages[0]
     widths = ffn.widths(archs.for_config(place.config), place.config)
-    found = masks.read(path, str(lang), place.n_layers, widths, models)
-    layers = tuple(layer for layer, own in found.items() if own)
+    neurons = masks.read(path, str(lang), place.n_layers, widths, models)
+    layers = tuple(layer for layer, in_layer in neurons.items() if in_layer)
     if not layers:
         raise InputError(f"{path} has no neuron of {lang}")
-    return Part(words, layers, None, found)
+    return Part(words, layers, None, neurons)

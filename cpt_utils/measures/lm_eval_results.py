@@ -1,8 +1,8 @@
-"""One result file of lm_eval, of any release: which model it is of, its tasks and numbers, and how they were asked.
+"""One result file of lm_eval, of any release: the model evaluated, its tasks and numbers, and the settings.
 
-The releases differ. Up to 0.3 a row is `{"acc": x}`, and neither rows, date nor prompts are written down. 0.4.0 to
-0.4.2 write `{"acc,none": x}` and the definitions of the tasks, still without rows; 0.4.3 and later add `n-samples`, the
-chat template and the system instruction. `model_args` is the text of the command line, or what was read from it.
+The releases differ. Up to 0.3 a row is `{"acc": x}`, and number of rows, date and prompts are not recorded. 0.4.0 to
+0.4.2 write `{"acc,none": x}` and the task definitions, still without numbers of rows; 0.4.3 and later add `n-samples`,
+the chat template and the system instruction. `model_args` is the text of the command line, or parsed from it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from cpt_utils.base import results
 from cpt_utils.base.errors import InputError
 from cpt_utils.checkpoints import step_names
 
-# What is put on top of the model that `pretrained` names. lm_eval itself names such a result now after one, now after
-# the other.
+# Arguments that name an adapter on the model in `pretrained`. lm_eval names such results sometimes after the adapter,
+# sometimes after the model.
 ADAPTERS = ("peft", "delta", "lora_local_path", "steer_path")
 QUANTISED = (
     "load_in_4bit",
@@ -30,7 +30,7 @@ QUANTISED = (
     "quantization_config",
     "torchao_config",
 )
-# Arguments of the model that change what it is asked.
+# Arguments of the model that change its prompts.
 ASKED = ("add_bos_token", "prefix_token_id", "enable_thinking", "chat_template_args")
 DTYPES = {"float": "float32", "half": "float16"}
 
@@ -40,10 +40,10 @@ class ResultFile:
 
     Attributes:
         path: where it is.
-        content: the JSON as it stands.
-        model: what `pretrained` names, in the spelling of `refs`: `folder`, `org/name[/folder][@revision]`.
-        adapter: the adapter, delta or LoRA put on it; None for the model alone.
-        quantised: how it was quantised when it was loaded, in lm_eval's words; "" where it was not.
+        content: the unmodified JSON.
+        model: the model in `pretrained`, in the spelling of `refs`: `folder`, `org/name[/folder][@revision]`.
+        adapter: the adapter, delta or LoRA on the model; None for the model alone.
+        quantised: how the model was quantised on loading, in lm_eval's words; "" if it was not.
     """
 
     def __init__(self, path: Path, content: dict):
@@ -51,17 +51,17 @@ class ResultFile:
         self.config = content.get("config") or {}
         self.arguments = model_arguments(self.config.get("model_args"))
         self.model, self.adapter = self._models()
-        words = {key: str(value) for key, value in self.arguments.items() if not is_off(value)}
-        how = sorted(key for key in words if key in QUANTISED)
-        how += sorted(key for key in words if how and key.startswith("bnb_"))
-        self.quantised = ", ".join(f"{key}={words[key]}" for key in how)
+        arguments = {key: str(value) for key, value in self.arguments.items() if not is_off(value)}
+        quantisation = sorted(key for key in arguments if key in QUANTISED)
+        quantisation += sorted(key for key in arguments if quantisation and key.startswith("bnb_"))
+        self.quantised = ", ".join(f"{key}={arguments[key]}" for key in quantisation)
 
     @classmethod
     def read(cls, path: Path) -> ResultFile | None:
         """The result file at `path`; None for any other JSON file.
 
         Raises:
-            InputError: it has lm_eval's name for a result file, and is damaged.
+            InputError: the file is named like a result of lm_eval, but is damaged.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -74,35 +74,35 @@ class ResultFile:
         return cls(path, content) if is_result(content) else None
 
     def _models(self) -> tuple[str, str | None]:
-        """(model, adapter): their names as they are given, with the folder and revision that are asked for."""
-        given = {key: str(value) for key, value in self.arguments.items() if not is_off(value)}
-        named = [given[key] for key in ("pretrained", "model", "path", "engine") if key in given]
-        named += [str(self.content.get("model_name") or Path(self.path).parent.name)]
-        model = named[0].rstrip("/") or "/"
-        if "subfolder" in given:
-            model = f"{model}/{given['subfolder'].strip('/')}"
-        revision = given.get("revision", "main")
-        adapter = next((given[key].rstrip("/") for key in ADAPTERS if key in given), None)
+        """(model, adapter): their names as stated, with the requested folder and revision."""
+        stated = {key: str(value) for key, value in self.arguments.items() if not is_off(value)}
+        model_names = [stated[key] for key in ("pretrained", "model", "path", "engine") if key in stated]
+        model_names += [str(self.content.get("model_name") or Path(self.path).parent.name)]
+        model = model_names[0].rstrip("/") or "/"
+        if "subfolder" in stated:
+            model = f"{model}/{stated['subfolder'].strip('/')}"
+        revision = stated.get("revision", "main")
+        adapter = next((stated[key].rstrip("/") for key in ADAPTERS if key in stated), None)
         if revision == "main":
             return model, adapter
-        # lm_eval asks for the revision of both. A folder that is a checkpoint has none: then it is the base's.
+        # lm_eval loads both at this revision. An adapter in a checkpoint folder has none, so it is the model's.
         if adapter is None or step_names.step_of(os.path.basename(adapter)) is not None:
             return f"{model}@{revision}", adapter
         return model, f"{adapter}@{revision}"
 
     @property
     def name(self) -> str:
-        """The model that was evaluated: the adapter where there is one, for it is what was trained."""
+        """The model that was evaluated: the adapter if there is one, because the adapter was trained."""
         return self.adapter or self.model
 
     @property
     def header(self) -> dict:
-        """Our own header; {} in a result of lm_eval's command line."""
+        """The header of these scripts; {} in a result of lm_eval's command line."""
         return self.content.get(results.HEADER) or {}
 
     @property
     def is_swapped(self) -> bool:
-        """Whether it is of a model with parts of the base in it (evaluate.py --swap), named `<model>+<kind>`."""
+        """Whether the model had parts of the base swapped in (evaluate.py --swap), named `<model>+<kind>`."""
         return "swap" in self.header
 
     @property
@@ -112,7 +112,7 @@ class ResultFile:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """The tasks without the groups, whose rows stand among the results of tasks."""
+        """The tasks without the groups, whose rows are among those of the tasks."""
         return list(self.content.get("n-samples") or self.content.get("configs") or self.content["results"])
 
     @property
@@ -122,15 +122,15 @@ class ResultFile:
 
     @property
     def release(self) -> str:
-        """The release of lm_eval, which it writes down since 0.4.9."""
+        """The release of lm_eval, recorded since 0.4.9."""
         return self.content.get("lm_eval_version") or ("0.3 or older" if self.is_early else "0.4.8 or older")
 
     def rows(self, task: str) -> int | None:
-        """The number of rows evaluated; None where the release does not write it down."""
+        """The number of rows evaluated; None if the release does not record it."""
         return self.content.get("n-samples", {}).get(task, {}).get("effective")
 
     def limit(self, task: str) -> str:
-        """In words, that not all rows of the task were evaluated; "" where all were."""
+        """A text saying that not all rows of the task were evaluated; "" if all were."""
         if (count := self.content.get("n-samples", {}).get(task)) is not None:
             part = count["original"] != count["effective"]
             return f"made with --limit ({count['effective']} of {count['original']} rows)" if part else ""
@@ -138,33 +138,33 @@ class ResultFile:
         return "" if limit is None else f"made with --limit {limit}"
 
     def settings(self, task: str) -> dict:
-        """How the task was asked, as far as the file says; None where it does not.
+        """The settings of the task; None for those that the file does not state.
 
-        Releases before 0.4.3 knew no chat template and no system instruction: there, silence means none.
+        Releases before 0.4.3 had no chat template and no system instruction: absence means none.
         """
         config = self.content.get("configs", {}).get(task) or {}
-        shots = self.content.get("n-shot", {}).get(task, config.get("num_fewshot", self.config.get("num_fewshot")))
+        n_shots = self.content.get("n-shot", {}).get(task, config.get("num_fewshot", self.config.get("num_fewshot")))
         template = self.content.get("chat_template") or self.content.get("chat_template_sha")
         dtype = str(self.config.get("model_dtype") or self.arguments.get("dtype") or "auto").removeprefix("torch.")
         described = self.config.get("description_dict") or {}
         return {
             "release of lm_eval": "0.3 or older" if self.is_early else "0.4 or later",
-            "number of few-shot examples": shots,
-            "seed of the few-shot examples": self.config.get("fewshot_seed") if shots else None,
+            "number of few-shot examples": n_shots,
+            "seed of the few-shot examples": self.config.get("fewshot_seed") if n_shots else None,
             "task version": self.content.get("versions", {}).get(task),
             "description": (config.get("description") or described.get(task) or "none"),
             "prompt template": _stable(config.get("doc_to_text")),
             "choices": _stable(config.get("doc_to_choice")),
             "target": _stable(config.get("doc_to_target")),
             "target delimiter": config.get("target_delimiter"),
-            "few-shot delimiter": config.get("fewshot_delimiter") if shots else None,
+            "few-shot delimiter": config.get("fewshot_delimiter") if n_shots else None,
             "prompts (hash)": self.header.get("data", {}).get("prompts", {}).get(task),
             "documents (task hash)": self.content.get("task_hashes", {}).get(task),
             "chat template": template or "none",
             "system instruction": self.content.get("system_instruction") or "none",
-            # Without a template or examples it changes nothing, and its default has changed.
+            # Irrelevant without a template or examples; its default differs between releases.
             "few-shot examples as turns (fewshot_as_multiturn)": (
-                bool(self.content.get("fewshot_as_multiturn")) if template and shots != 0 else None
+                bool(self.content.get("fewshot_as_multiturn")) if template and n_shots != 0 else None
             ),
             **{key: str(self.arguments.get(key, "the default")) for key in ASKED},
             "dtype": None if dtype == "auto" else DTYPES.get(dtype, dtype),
@@ -184,8 +184,8 @@ def is_result(content) -> bool:
 def model_arguments(given: str | dict | None) -> dict:
     """`config.model_args` as a dict: {"pretrained": .., ..}.
 
-    Values may hold commas and equal signs (`{"a": 1, "b": 2}`, `runs/lr=1e-4`): a comma parts where a name and an equal
-    sign follow.
+    Values may contain commas and equal signs (`{"a": 1, "b": 2}`, `runs/lr=1e-4`): a comma separates arguments only if
+    a name and an equal sign follow.
     """
     if isinstance(given, dict):
         return given
@@ -200,32 +200,32 @@ def model_arguments(given: str | dict | None) -> dict:
 
 
 def is_off(value) -> bool:
-    """Whether an argument of the model is left out, or said to be off."""
+    """Whether an argument of the model is absent or switched off."""
     return not value or str(value).strip().lower() in ("", "none", "false", "0")
 
 
 def metric_of(row: dict, metric: str) -> tuple[object, object]:
-    """(value, standard error) of a metric in the row of a task, each None where there is none.
+    """(value, standard error) of a metric in the row of a task, each None if there is none.
 
-    The keys are "acc", or "acc,<filter>": with several filters "acc,none" is meant.
+    The keys are "acc", or "acc,<filter>"; of several filters "none" is used.
     """
 
-    def one(name: str):
-        keys = [key for key in row if key.partition(",")[0] == name]
-        key = next((key for key in (f"{name},none", name) if key in keys), keys[0] if len(keys) == 1 else None)
+    def one(key_name: str):
+        keys = [key for key in row if key.partition(",")[0] == key_name]
+        key = next((key for key in (f"{key_name},none", key_name) if key in keys), keys[0] if len(keys) == 1 else None)
         return row.get(key)
 
     return one(metric), one(f"{metric}_stderr")
 
 
 def metrics_in(row: dict) -> list[str]:
-    """The names of the metrics in the row of a task, with the filters of those whose value `metric_of` cannot tell."""
-    found = set()
+    """The names of the metrics in the row of a task, with the filter if `metric_of` cannot choose among several."""
+    names = set()
     for key in (key for key, value in row.items() if is_number(value)):
         name = key.partition(",")[0]
         if not name.endswith("_stderr") and name not in ("n", "sample_len"):
-            found.add(key if metric_of(row, name)[0] is None else name)
-    return sorted(found)
+            names.add(key if metric_of(row, name)[0] is None else name)
+    return sorted(names)
 
 
 def is_number(value) -> bool:
@@ -233,10 +233,9 @@ def is_number(value) -> bool:
 
 
 def rows_behind(value: float, stderr) -> int | None:
-    """The number of rows n of which an accuracy p is the mean, from its standard error sqrt(p (1 - p) / (n - 1)).
+    """The number of rows n behind an accuracy p, from its standard error sqrt(p (1 - p) / (n - 1)).
 
-    None where that gives no whole number of rows and of hits: the error is rounded, 0, or that of a metric of
-    another kind.
+    None if that gives no whole numbers of rows and hits: the error is rounded, 0, or of another kind of metric.
     """
     if not is_number(stderr) or not stderr > 0 or not 0 < value < 1:
         return None
@@ -245,5 +244,5 @@ def rows_behind(value: float, stderr) -> int | None:
 
 
 def _stable(value):
-    """A part of a task's definition; None for the name of a function, which early releases wrote with its address."""
+    """A part of a task's definition; None for a function, which early releases recorded with its memory address."""
     return None if " at 0x" in str(value) else value

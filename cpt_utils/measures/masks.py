@@ -1,8 +1,8 @@
 """Masks of language-specific neurons: `{language: {layer: [neurons]}}` in a JSON file, and random controls for them.
 
-`lsn/identify.py` writes them; every language and every layer is present, even when it has no neuron. A neuron is an
-index into the FFN width: a row of gate and up, a column of down. In memory layers are integers: `{lang: {0: [4, 17]}}`.
-Where layers differ in width (experts beside dense layers), functions take all widths, and files name the largest.
+`lsn/identify.py` writes them; every language and every layer is present, even without neurons. A neuron is an index
+into the FFN width: a row of gate and up, a column of down. In memory, layers are integers: `{lang: {0: [4, 17]}}`.
+If layers differ in width (experts beside dense layers), functions take all widths, and files state the largest.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cpt_utils.base.lazy import np
 from cpt_utils.checkpoints import relatives
 
 SCHEMA = "lsn-mask"
-LAPE = "lape"  # the method of finding neurons that is meant where none is named
-CLOSE = 5  # neurons nearest in rate, of which one is drawn: more of them differ in activity, fewer make sets alike
+LAPE = "lape"  # the default method of identifying neurons
+CLOSE = 5  # number of neurons nearest in rate to draw from: more differ in activity, fewer make draws too similar
 
 Layers = dict[int, list[int]]
 
 
 def languages_in(path: str | os.PathLike) -> list[str]:
-    """The languages of a mask file, spelled and ordered as they are there."""
+    """The languages of a mask file, in its spelling and order."""
     return list(_load(path)[0])
 
 
@@ -43,24 +43,23 @@ def read(
     """The neurons of one language: every layer from 0 to n_layers - 1, in order, with its sorted neurons (or none).
 
     Args:
-        lang: in any spelling that means a language of the file.
-        ffn_width: neurons of a layer, or of each.
+        lang: a language of the file, in any spelling.
+        ffn_width: neurons per layer, one number for all or one for each.
         models: `ModelRef.describe()` of the models the mask is used on; it must be about one of them or their run.
         control: True for a random control mask, False for a mask of language-specific neurons, None for either. A file
-            without a header (of the published scripts) is taken on trust, with one warning.
-        instead: what to do about a mask of another model, for the message.
+            without a header (from the published scripts) is taken on trust, with one warning.
+        instead: an alternative to a mask of another model, for the message.
 
     Raises:
-        InputError: no mask file, one of another model or of another layer count or width, a mask where a control is
-            needed or the other way round, a language that is missing (those there are named), or a neuron that the
-            model does not have.
+        InputError: no mask file, one of another model, layer count or width, a mask where a control is needed or vice
+            versa, a missing language (the message names the others), or a neuron that the model does not have.
     """
     payload, header = _load(path)
     widths = by_layer(ffn_width, n_layers)
-    for fact, wanted in (("n_layers", n_layers), ("ffn_width", max(widths))):
-        if header.get(fact, wanted) != wanted:
+    for fact, expected in (("n_layers", n_layers), ("ffn_width", max(widths))):
+        if header.get(fact, expected) != expected:
             raise InputError(
-                f"{path} was made for {fact} {header[fact]}, but {wanted} is needed; give the mask of this model"
+                f"{path} was made for {fact} {header[fact]}, but {expected} is needed; give the mask of this model"
             )
     made_for = (header.get("models") or {}).get("model")
     if made_for and models is not None and not relatives.belongs(made_for, models):
@@ -76,7 +75,7 @@ def read(
 
 
 def by_layer(ffn_width: int | Sequence[int], n_layers: int) -> list[int]:
-    """The neurons of each layer, from one number for all or a number for each."""
+    """The number of neurons of each layer, from one number for all or one for each."""
     return [ffn_width] * n_layers if isinstance(ffn_width, int) else list(ffn_width)
 
 
@@ -89,10 +88,10 @@ def read_both(
     models: list[dict] | None = None,
     instead: str = "give its mask",
 ) -> tuple[Layers | None, Layers | None]:
-    """The language's neurons and those of the random control, of each where there is a file; see `read`.
+    """The language's neurons and those of the random control, None without a file; see `read`.
 
     Raises:
-        InputError: the language has no neuron, or the control is not one of this mask.
+        InputError: the language has no neuron, or the control belongs to another mask.
     """
     specific, controls = (
         read(file, lang, n_layers, ffn_width, models, control=is_control, instead=instead) if file else None
@@ -115,27 +114,27 @@ def read_both(
 
 
 def is_control(path: str | os.PathLike) -> bool | None:
-    """Whether a mask file is a random control; None where it has no header that says so."""
+    """Whether a mask file is a random control; None if its header does not say so, or it has none."""
     return _load(path)[1].get("control")
 
 
 def counted(path: str | os.PathLike) -> dict[str, dict]:
-    """What the header of a mask says of the counts it was made from, by language; {} where it says nothing."""
+    """The facts in the header of a mask on the counts it was made from, by language; {} if there are none."""
     return _load(path)[1].get("tokens") or {}
 
 
 def of_method(place: Path | None, method: str) -> Path | None:
-    """Where the result of LAPE's neurons, at `place`, lies for those of another method: `<place>.<method>.json`."""
+    """The path of a result for the neurons of `method`, given that for LAPE's, `place`: `<place>.<method>.json`."""
     return place if place is None or method == LAPE else place.with_suffix(f".{method}.json")
 
 
 def how(method: str) -> str:
-    """The flag of lsn/identify.py and lsn/deactivate.py that means a method, with a space before it."""
+    """The flag of lsn/identify.py and lsn/deactivate.py for a method, with a space before it."""
     return "" if method == LAPE else f" --method {method}"
 
 
 def control_beside(path: Path) -> Path | None:
-    """The control mask beside a mask, `<mask>.control.json`, where it is there."""
+    """The control mask beside a mask, `<mask>.control.json`; None if it does not exist."""
     control = path.with_suffix(".control.json")
     return control if control.is_file() else None
 
@@ -143,69 +142,69 @@ def control_beside(path: Path) -> Path | None:
 def random_control(
     mask: dict[str, Layers], n_layers: int, ffn_width: int | Sequence[int], seed: int | str = 42
 ) -> dict[str, Layers]:
-    """For each language as many neurons in each layer as its mask has, drawn at random outside every language's mask.
+    """For each language and layer as many neurons as its mask has, drawn at random outside every language's mask.
 
     Each language and layer is drawn separately, whatever the order of languages. Controls of two languages may share
-    neurons. The neurons of all experts of a layer are drawn from alike.
+    neurons. The neurons of all experts of a layer are equally likely.
 
     Raises:
-        InputError: a layer has fewer neurons outside the mask than a language has inside.
+        InputError: a layer has fewer neurons outside the masks than a language has inside.
     """
     outside = _outside(mask, by_layer(ffn_width, n_layers))
     control: dict[str, Layers] = {}
     for lang, layers in mask.items():
         control[lang] = {}
         for layer in range(n_layers):
-            n = len(layers.get(layer, ()))
-            # Seeded by a text: Python hashes it the same way everywhere, and sets of other layers stay independent.
-            control[lang][layer] = sorted(random.Random(f"{seed}/{lang}/{layer}").sample(outside[layer], n))
+            count = len(layers.get(layer, ()))
+            # Seeded with a text: Python hashes it the same way everywhere, and the draws of layers are independent.
+            control[lang][layer] = sorted(random.Random(f"{seed}/{lang}/{layer}").sample(outside[layer], count))
     return control
 
 
 def active_control(
     mask: dict[str, Layers], lang: str, rates: np.ndarray, ffn_width: int | Sequence[int], seed: int | str = 42
 ) -> Layers:
-    """As many neurons in each layer as `lang` has, about as active as these, outside every language's mask.
+    """As many neurons in each layer as `lang` has, about as active as those, outside every language's mask.
 
-    The neurons of a layer come in a drawn order, and each gets a partner: one of the CLOSE neurons nearest in rate that
-    are outside all masks and not yet taken, drawn; those of one rate come in a drawn order, too. Where none is close,
-    the nearest are far: compare the mean rates.
+    In random order, each neuron of a layer gets a partner, drawn from the CLOSE neurons nearest in rate that are
+    outside all masks and not taken yet (ties in random order). If none is close in rate, the nearest are used all the
+    same: compare the mean rates.
 
     Args:
         rates: the share of the language's tokens on which each neuron is active, [layers, neurons].
 
     Raises:
-        InputError: a layer has fewer neurons outside the mask than a language has inside.
+        InputError: a layer has fewer neurons outside the masks than a language has inside.
     """
-    found: Layers = {}
+    control: Layers = {}
     for layer, outside in _outside(mask, by_layer(ffn_width, len(rates))).items():
-        own, draw = sorted(mask[lang].get(layer, ())), random.Random(f"{seed}/active/{lang}/{layer}")
+        specific, rng = sorted(mask[lang].get(layer, ())), random.Random(f"{seed}/active/{lang}/{layer}")
         ties = random.Random(f"{seed}/ties/{lang}/{layer}")
         left = sorted((float(rates[layer][neuron]), ties.random(), neuron) for neuron in outside)
-        found[layer] = []
-        for neuron in draw.sample(own, len(own)):
+        control[layer] = []
+        for neuron in rng.sample(specific, len(specific)):
             rate = float(rates[layer][neuron])
             at = bisect.bisect_left(left, (rate,))
             near = sorted(left[max(0, at - CLOSE) : at + CLOSE], key=lambda other, to=rate: abs(other[0] - to))
-            partner = draw.choice(near[:CLOSE])
+            partner = rng.choice(near[:CLOSE])
             left.remove(partner)
-            found[layer].append(partner[2])
-        found[layer].sort()
-    return found
+            control[layer].append(partner[2])
+        control[layer].sort()
+    return control
 
 
 def _outside(mask: dict[str, Layers], widths: Sequence[int]) -> Layers:
-    """The neurons of each layer that no language has in its mask, in order: enough for a control of each language."""
+    """The sorted neurons of each layer in no language's mask; refused if too few for the control of any language."""
     outside = {
         layer: sorted(set(range(width)).difference(*(layers.get(layer, ()) for layers in mask.values())))
         for layer, width in enumerate(widths)
     }
     for lang, layers in mask.items():
-        for layer, there in outside.items():
+        for layer, free in outside.items():
             n = len(layers.get(layer, ()))
-            if n > len(there):
+            if n > len(free):
                 raise InputError(
-                    f"layer {layer} has {len(there)} of {widths[layer]} neurons outside the mask, but the control of "
+                    f"layer {layer} has {len(free)} of {widths[layer]} neurons outside the mask, but the control of "
                     f"{lang} needs {n}; identify fewer neurons with a lower --rate"
                 )
     return outside
@@ -221,12 +220,11 @@ def write(path: str | os.PathLike, mask: dict[str, Layers], control: bool = Fals
 
 
 def _load(path: str | os.PathLike) -> tuple[dict, dict]:
-    """Payload and header of a mask file. Read once as long as it stays the same, so a file without a header is
-    warned about once."""
+    """Payload and header of a mask file. An unchanged file is read only once, so a missing header is one warning."""
     try:
         state = os.stat(path)
     except OSError:
-        return results.read_json(path, SCHEMA)  # its error line
+        return results.read_json(path, SCHEMA)  # raises its error
     return _load_state(Path(path), (state.st_mtime_ns, state.st_ino, state.st_size))
 
 
@@ -248,21 +246,21 @@ def _load_state(path: Path, _state: tuple[int, ...]) -> tuple[dict, dict]:
 
 
 def _checked(path: str | os.PathLike, lang: str, layers: dict, widths: list[int]) -> Layers:
-    """One language's entry with integer layers, refused where it does not fit the model."""
+    """One language's entry with integer layers; refused if it does not fit the model."""
     n_layers = len(widths)
     if set(layers) != {str(layer) for layer in range(n_layers)}:
         raise InputError(
             f"{path} has {len(layers)} layers for {lang}, but the model has {n_layers}, 0 to {n_layers - 1}; "
             "give the mask of this model (every layer is listed, an empty one too)"
         )
-    found: Layers = {}
+    checked: Layers = {}
     for layer in range(n_layers):
         neurons = layers[str(layer)]
         if not isinstance(neurons, list) or any(type(neuron) is not int for neuron in neurons):
             raise InputError(f"{path}: layer {layer} of {lang} is not a list of neuron numbers; make the mask again")
-        wrong = [neuron for neuron in neurons if not 0 <= neuron < widths[layer]]
-        if wrong or len(set(neurons)) != len(neurons):
-            what = f"neuron {wrong[0]}, but the model has 0 to {widths[layer] - 1}" if wrong else "a neuron twice"
+        invalid = [neuron for neuron in neurons if not 0 <= neuron < widths[layer]]
+        if invalid or len(set(neurons)) != len(neurons):
+            what = f"neuron {invalid[0]}, but the model has 0 to {widths[layer] - 1}" if invalid else "a neuron twice"
             raise InputError(f"{path}: layer {layer} of {lang} names {what}; give the mask of this model")
-        found[layer] = sorted(neurons)
-    return found
+        checked[layer] = sorted(neurons)
+    return checked

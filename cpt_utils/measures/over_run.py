@@ -1,4 +1,4 @@
-"""The base and the checkpoints of its run, as they are or under conditions: the frame of scripts that measure them."""
+"""Measures the base and the checkpoints of its run, unchanged or under conditions: the frame of scripts that do so."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ BASE = "base"
 
 
 def add_flags(p, place: str, batch_size: int | None = None, part: str = "", drop: bool = True) -> None:
-    """--base, --run, --output (default: the study's `place`), and all flags of running models (`batch_size`: see
-    `cli.add_forward_flags`, `drop`: `cli.add_run_flags`). `part` says in the help what of the run is measured."""
+    """Add --base, --run, --output (default: the study's `place`), and all flags for running models (`batch_size`: see
+    `cli.add_forward_flags`, `drop`: `cli.add_run_flags`). `part` says in the help which part of the run is measured."""
     p.add_argument("--base", metavar="B", help="base model; default: the study's base")
     p.add_argument("--run", nargs="+", metavar="RUN", help=f"its run of checkpoints{part}; default: the study's run")
     p.add_argument("--output", metavar="OUT", help=f"JSON to write; default: the study's {place}")
@@ -29,7 +29,8 @@ def add_flags(p, place: str, batch_size: int | None = None, part: str = "", drop
 
 @dataclass(frozen=True)
 class OverRun:
-    """What `add_flags` asked for: `models` are "base" and, by step, the checkpoints; the result goes to `output`."""
+    """The request behind the flags of `add_flags`: `models` are "base" and the checkpoints, named by step; the result
+    goes to `output`."""
 
     args: argparse.Namespace
     study: Study
@@ -38,7 +39,7 @@ class OverRun:
 
     @classmethod
     def of(cls, args, study: Study, step: str, last: bool = False) -> OverRun:
-        """`step`: the result, by its name in RESULTS; `last`: of the run its last checkpoint alone."""
+        """`step`: the name of the result in RESULTS; `last`: only the last checkpoint of the run."""
         base, run = study.value(args.base, "--base", "base"), study.value(args.run, "--run", "run")
         checkpoints = refs.run(run, args.steps)[-1 if last else 0 :]
         models = {BASE: refs.model(base)} | {str(ref.step): ref for ref in checkpoints}
@@ -51,33 +52,33 @@ class OverRun:
 
     @property
     def homes(self) -> tuple:
-        """Where else a tokenizer may be: the run, and the base."""
+        """Where else a tokenizer may be found: in the run, and in the base."""
         return beside.run_asked_for(self.study, self.args.run), self.models[BASE]
 
     def tokenizer_of(self, ref: refs.ModelRef) -> str:
-        """A hash that is the same for models with one tokenizer."""
+        """A hash that is equal for models with the same tokenizer."""
         return tokenizer_id.tokenizer_used(ref, *self.homes)
 
     def measure(
         self, schema: str, facts: dict, measured: Callable[..., dict], write: Callable[[dict, dict], None]
     ) -> None:
-        """Measure every model that is not measured yet as it is, and write the result.
+        """Measure every model, unchanged, that has not been measured yet, and write the result.
 
         Args:
-            facts: what the numbers depend on beside models, seed, dtype and device.
-            measured: (model, its reference, its tokenizer) -> what is kept of it, as JSON can hold it.
-            write: ({model: that}, whole request) -> None.
+            facts: what the numbers depend on besides models, seed, dtype and device.
+            measured: (model, its reference, its tokenizer) -> the measurements to keep, as JSON values.
+            write: ({model: measurements}, whole request) -> None.
         """
 
-        def measured_one(model, one: Condition, tokenizer) -> dict:
-            ref = self.models[one.of]
-            found = measured(model, ref, tokenizer)
-            if self.args.drop_revisions and one.of != BASE:
+        def measured_one(model, condition: Condition, tokenizer) -> dict:
+            ref = self.models[condition.of]
+            result = measured(model, ref, tokenizer)
+            if self.args.drop_revisions and condition.of != BASE:
                 ref.drop()
-            return {"units": found}
+            return {"units": result}
 
         def write_all(records: list[dict], request: dict) -> None:
-            write({one["name"]: one["units"] for one in records}, request)
+            write({record["name"]: record["units"] for record in records}, request)
 
         wanted = [Condition(name, {}, facts={"step": ref.step}, of=name) for name, ref in self.models.items()]
         self.changed(schema, facts, wanted, measured_one, write_all, estimate=False)
@@ -89,10 +90,10 @@ class OverRun:
         """Measure the models under conditions (`conditions.measure`), and write the result.
 
         Args:
-            facts: what the numbers depend on beside models, seed, dtype, device and conditions.
-            measured: (model, condition, tokenizer) -> what is found while the condition holds, as a part of its record.
+            facts: what the numbers depend on besides models, seed, dtype, device and conditions.
+            measured: (model, condition, tokenizer) -> the measurements under the condition, which go into its record.
             write: (records, whole request) -> None.
-            ready: (name, model, tokenizer), once a model is loaded.
+            ready: called with (name, model, tokenizer) when a model is loaded.
         """
         opening.look_over(self.models.values())
         process, dtype = processes.from_arguments(self.args, self.study)
@@ -112,13 +113,13 @@ class OverRun:
             return model
 
         conditions.measure(
-            self.output, schema, request, wanted, load, lambda model, one: measured(model, one, tokenizers[one.of]),
+            self.output, schema, request, wanted, load, lambda model, c: measured(model, c, tokenizers[c.of]),
             write, process, self.args.overwrite, "another --output", estimate,
         )  # fmt: skip
 
 
 def header_facts(request: dict, *keys: str) -> dict:
-    """Of a request what a header says: its models, and these keys."""
+    """The entries of a header that come from a request: its models, and these keys."""
     checkpoints = dict(request["models"])
     models = {BASE: checkpoints.pop(BASE), "checkpoints": checkpoints}
     return {"models": models} | {key: request[key] for key in (*keys, "seed", "dtype", "device")} | {"request": request}

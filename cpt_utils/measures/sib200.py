@@ -1,4 +1,4 @@
-"""SIB-200 as a classification task: its categories, our prompt, and local files of it."""
+"""SIB-200 as a classification task: its categories, our prompt, and a reader of local files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
     """The rows of a TSV file in the form of SIB-200, as `datasets` reads them for lm_eval.
 
     Raises:
-        InputError: not as pandas writes it (`textfiles.quoted_rows`), an empty text, an unknown category, or what its
-            reader takes for the end of a line.
+        InputError: a file not as pandas writes it (`textfiles.quoted_rows`), an empty text, an unknown category, or
+            characters that the reader of `datasets` takes for the end of a line.
     """
     rows = textfiles.quoted_rows(path, ("category", "text"))
     for number, row in enumerate(rows, start=2):
@@ -28,5 +28,5 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
             reason = "the text is empty"
         else:
             continue
-        raise InputError(f"{path}, line {number}: {reason}; mend the row or leave it out")
+        raise InputError(f"{path}, line {number}: {reason}; correct the row or leave it out")
     return rows

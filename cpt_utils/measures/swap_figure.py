@@ -1,4 +1,4 @@
-"""The one figure of swaps: what each of them does to every measure, among random sets of its size."""
+"""The figure of swaps: what each of them does to every measure, compared with random sets of its size."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Row:
 
     Attributes:
         values, base, target: measure -> its value under the swap, of the base, of the checkpoint.
-        meaning: of its colour, see `figures.colour`.
+        meaning: determines the colour, see `figures.colour`.
         changes: measure -> the `change` of a row of controls.json, whose interval is drawn.
         others: the rows of the random sets that it is compared with.
-        matched: the rows of the sets of its shape.
-        hollow: drawn as a white diamond.
+        matched: the rows of the sets of the same shape.
+        hollow: whether it is drawn as a white diamond.
     """
 
     label: str
@@ -40,36 +40,36 @@ class Row:
 
 
 def row_of(payload: dict, found: dict, label: str, meaning: str, compared: bool = True, hollow: bool = False) -> Row:
-    """The swap `found`, of the `sets` of a controls.json; beside sets of its shape, and random ones if `compared`."""
+    """The swap `found` of the `sets` of a controls.json, with the sets of its shape and, if `compared`, random ones."""
     ends = {end: next(row["values"] for row in payload["sets"] if row["name"] == end) for end in ("base", "target")}
-    alike = ((payload.get("matched") or {}).get(found["name"]) or {}).get("layers") or []
-    same = {tuple(row["layers"]): row for row in payload["sets"] if row.get("component") == found.get("component")}
-    matched = [same[tuple(layers)] for layers in alike]
+    matched_layers = ((payload.get("matched") or {}).get(found["name"]) or {}).get("layers") or []
+    by_layers = {tuple(row["layers"]): row for row in payload["sets"] if row.get("component") == found.get("component")}
+    matched = [by_layers[tuple(layers)] for layers in matched_layers]
     others = [row for row in controls.randoms(payload["sets"], found) if row not in matched] if compared else []
     return Row(label, meaning, found["values"], **ends, changes=found.get("change") or {}, others=others,
                matched=matched, hollow=hollow)  # fmt: skip
 
 
 def draw(path: Path, rows: list[Row], title: str, n_layers: int | None = None) -> None:
-    """A panel for each measure, a line for each swap: a stem from the checkpoint's value to a diamond at its own.
+    """A panel for each measure, a line for each swap: a stem from the checkpoint's value to a diamond at the swap's.
 
     Whiskers are bootstrap intervals of the difference from the checkpoint, over the same sentences (documents, rows).
-    Dots are random sets; with `n_layers`, open ones hold the first or the last layer, which often decides what a swap
-    costs. Squares below are sets of the swap's own shape. The best layer's retrieval, which has no interval, is left
-    out beside the readout.
+    Dots are random sets; if `n_layers` is given, open ones hold the first or the last layer, which often decides what a
+    swap costs. Squares below are sets of the swap's shape. The best layer's retrieval, which has no interval, is
+    omitted if there is the readout.
     """
     measures = [name for name in MEASURES if all(name in row.values for row in rows)]
     if "retrieval_readout" in measures:
         measures.remove("retrieval_best")
     shared = all(row.base == rows[0].base and row.target == rows[0].target for row in rows)
-    heights, at = [], 0.0
+    heights, height = [], 0.0
     for row in rows:
-        at += 0.5 if row.others else 0.0  # the dots need room above and below
-        heights.append(at)
-        at += (1.5 if row.others else 1.0) + (LANE if row.matched else 0.0)
+        height += 0.5 if row.others else 0.0  # the dots need room above and below
+        heights.append(height)
+        height += (1.5 if row.others else 1.0) + (LANE if row.matched else 0.0)
     bottom = heights[-1] + 0.9 + (LANE if rows[-1].matched else 0.0)
     with figures.style() as plt:
-        size = (figures.COLUMN if len(measures) == 1 else figures.PAGE, 1.25 + 0.2 * (at + 0.5))
+        size = (figures.COLUMN if len(measures) == 1 else figures.PAGE, 1.25 + 0.2 * (height + 0.5))
         fig, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
         for axis, name in zip(axes[0], measures, strict=True):
             for row, y in zip(rows, heights, strict=True):
@@ -94,19 +94,19 @@ def draw(path: Path, rows: list[Row], title: str, n_layers: int | None = None) -
 
 def _dots(axis, row: Row, name: str, y: float, n_layers: int | None) -> None:
     scatter = random.Random(0)
-    height = [y + scatter.uniform(-0.45, 0.45) for _ in row.others]
+    heights = [y + scatter.uniform(-0.45, 0.45) for _ in row.others]
     grey = figures.colour("random")
     for is_outer in (False, True):
         chosen = [i for i, other in enumerate(row.others) if _outer(other, n_layers) == is_outer]
         values = [row.others[i]["values"][name] for i in chosen]
-        look = {"facecolors": "none" if is_outer else grey, "edgecolors": grey, "linewidths": 0.5, "zorder": 1}
-        axis.scatter(values, [height[i] for i in chosen], s=7, **look)
+        style = {"facecolors": "none" if is_outer else grey, "edgecolors": grey, "linewidths": 0.5, "zorder": 1}
+        axis.scatter(values, [heights[i] for i in chosen], s=7, **style)
 
 
 def _squares(axis, row: Row, name: str, y: float) -> None:
     values = [other["values"][name] for other in row.matched]
-    look = {"facecolors": "none", "edgecolors": figures.colour(row.meaning), "linewidths": 0.8, "zorder": 2}
-    axis.scatter(values, [y] * len(values), s=10, marker="s", **look)
+    style = {"facecolors": "none", "edgecolors": figures.colour(row.meaning), "linewidths": 0.8, "zorder": 2}
+    axis.scatter(values, [y] * len(values), s=10, marker="s", **style)
 
 
 def _outer(other: dict, n_layers: int | None) -> bool:
@@ -126,7 +126,7 @@ def _diamond(axis, row: Row, name: str, y: float) -> None:
 def _legend(plt, rows: list[Row], n_layers: int | None) -> list:
     grey = figures.colour("random")
     whisker = {"color": "black", "linewidth": 0.8, "marker": "|", "markersize": 4}
-    found = [
+    handles = [
         plt.Line2D([], [], color=figures.colour("base"), linestyle=":", label="base"),
         plt.Line2D([], [], color=figures.colour("target"), linestyle="--", label="checkpoint"),
     ]
@@ -135,13 +135,13 @@ def _legend(plt, rows: list[Row], n_layers: int | None) -> list:
     for is_outer in sorted(kinds):
         label = f"random set with layer 0 or {n_layers - 1}" if is_outer else "random set of layers"
         face = {"markerfacecolor": "none"} if is_outer else {}
-        found.append(plt.Line2D([], [], color=grey, marker="o", linestyle="", markersize=3, label=label, **face))
+        handles.append(plt.Line2D([], [], color=grey, marker="o", linestyle="", markersize=3, label=label, **face))
     if any(row.matched for row in rows):
-        look = {"color": "none", "markeredgecolor": "black", "linestyle": "", "marker": "s"}
-        found.append(plt.Line2D([], [], **look, markersize=3, label="set of the swap's shape"))
+        style = {"color": "none", "markeredgecolor": "black", "linestyle": "", "marker": "s"}
+        handles.append(plt.Line2D([], [], **style, markersize=3, label="set of the swap's shape"))
     if any(row.hollow for row in rows):
-        look = {"color": "white", "markeredgecolor": "black", "linestyle": "", "marker": "D"}
-        found.append(plt.Line2D([], [], **look, markersize=4, label="with embeddings, lm_head"))
+        style = {"color": "white", "markeredgecolor": "black", "linestyle": "", "marker": "D"}
+        handles.append(plt.Line2D([], [], **style, markersize=4, label="with embeddings, lm_head"))
     if any(row.changes for row in rows):
-        found.append(plt.Line2D([], [], **whisker, label="95 % interval of the change"))
-    return found
+        handles.append(plt.Line2D([], [], **whisker, label="95 % interval of the change"))
+    return handles

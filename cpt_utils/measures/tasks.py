@@ -1,6 +1,6 @@
-"""Tasks with choices that changed models are measured on in memory: SIB-200, and those of cpt/continuations.py.
+"""Multiple-choice tasks for changed models in memory: SIB-200, and those of cpt/continuations.py.
 
-lm_eval evaluates any task, on checkpoints and written models; a hundred swaps in memory are measured on these alone.
+lm_eval evaluates any task, on checkpoints and written models; swaps in memory are measured on these tasks only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIB200, CONTINUATION = "sib200_", "continuation_"  # what the names of tasks beg
 
 @dataclass(frozen=True)
 class Item:
-    """A row of a task: which of the `choices` follows the prompt is number `right`."""
+    """A row of a task: the choice number `right` is the correct continuation of the prompt."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -29,17 +29,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """The rows of a task; `facts` say for a header where they are from."""
+    """The rows of a task; `facts` state their origin for a header."""
 
     items: list[Item]
     facts: dict
 
 
 def of_study(study) -> Task | None:
-    """The first task of `data.task`; None where it is neither SIB-200 nor made by cpt/continuations.py, which is said.
+    """The first task of `data.task`; None, with a message, if it is neither SIB-200 nor made by cpt/continuations.py.
 
     Raises:
-        InputError: what `from_file` refuses, or SIB-200 cannot be had from the hub.
+        InputError: a file that `from_file` refuses, or SIB-200 cannot be loaded from the hub.
     """
     names, folder = study.get("data.task.name") or [], study.get("data.task.dir")
     name = (names.split(",") if isinstance(names, str) else [*names, ""])[0].strip()
@@ -49,21 +49,21 @@ def of_study(study) -> Task | None:
         return from_file(Path(folder) / f"{name}.jsonl")
     if not folder and name.startswith(SIB200):
         return _from_hub(name.removeprefix(SIB200))
-    there = [path.name for path in Path(folder).iterdir() if path.is_dir()] if folder and Path(folder).is_dir() else []
-    language = languages.find(there, name.removeprefix(SIB200), default=None)
+    local = [path.name for path in Path(folder).iterdir() if path.is_dir()] if folder and Path(folder).is_dir() else []
+    language = languages.find(local, name.removeprefix(SIB200), default=None)
     if language is None:
         if name.startswith(SIB200):
             raise InputError(f"{folder} has no folder of {name.removeprefix(SIB200)}: correct data.task.dir")
-        cli.say(f"the task {name} is lm_eval's alone: changed models are measured on SIB-200 and continuations")
+        cli.say(f"the task {name} is for lm_eval only: changed models are measured on SIB-200 and continuations")
         return None
     return from_file(Path(folder) / language / "test.tsv")
 
 
 def from_file(file: Path) -> Task:
-    """SIB-200's rows (`test.tsv`, or another table like it), or those of cpt/continuations.py (`.jsonl`).
+    """The rows of SIB-200 (`test.tsv`, or another table of this form), or of cpt/continuations.py (`.jsonl`).
 
     Raises:
-        InputError: no such file, or a row that is none of these.
+        InputError: no such file, or a row that has neither form.
     """
     if not file.is_file():
         raise InputError(f"{file} does not exist; --task needs SIB-200's test.tsv, or a .jsonl of cpt/continuations.py")
@@ -82,13 +82,13 @@ def _from_hub(language: str) -> Task:
         rows, revision = hub_data.rows(source.DATASET, name, "test", revision, source.COLUMNS)
     except InputError as error:
         raise InputError(f"the task {SIB200}{language}: {error}; or give data.task.dir, or --task FILE") from None
-    told = json.dumps(rows, ensure_ascii=False).encode()
+    content = json.dumps(rows, ensure_ascii=False).encode()
     facts = {"dataset": source.DATASET, "config": name, "revision": revision}
-    return Task([_of_sib200(row) for row in rows], facts | {"sha256": hashlib.sha256(told).hexdigest()})
+    return Task([_of_sib200(row) for row in rows], facts | {"sha256": hashlib.sha256(content).hexdigest()})
 
 
 def _continuations(file: Path) -> list[Item]:
-    found = []
+    items = []
     for number, line in enumerate(textfiles.lines(file), start=1):
         if not line.strip():
             continue
@@ -103,9 +103,9 @@ def _continuations(file: Path) -> list[Item]:
         if not fits:
             raise InputError(
                 f'{file}, line {number}: not {{"context": text, "choices": [text, text, ..], "label": number of the '
-                "right one, from 0}; mend it or make the file again (cpt/continuations.py)"
+                "right one, from 0}; correct it or make the file again (cpt/continuations.py)"
             )
-        found.append(item)
-    if not found:
+        items.append(item)
+    if not items:
         raise InputError(f"{file} holds no rows")
-    return found
+    return items

@@ -1,9 +1,9 @@
-"""Token-id files: the text of one language as a 1-D integer tensor, with a JSON beside it that says whose ids they are.
+"""Token-id files: the text of one language as a 1-D integer tensor, with a JSON beside it that describes the ids.
 
 `oscar.<language>.train.<model id>` is a bare tensor (int32, or int64 for other readers) as `torch.save` writes it, and
 `<the same name>.json` its description: payload `n_tokens`, `n_documents`, `complete`, ..; header `language`
 (canonical), `tokenizer`, `vocabulary_sha256` (`tokenizer_id.of_plain_text`), `text` (what was read), `limit`. A tensor
-without the JSON, as the published scripts write it, is read with one warning.
+without the JSON, as written by the published scripts, is read with one warning.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from cpt_utils.base.lazy import np, torch
 from cpt_utils.checkpoints import tokenizer_id
 
 SCHEMA = "token-ids"
-RUN = 16  # tokens: texts that share half of their runs of so many are the same text
-SHORT_RUN = 10  # tokens: short enough for a repeated sentence of a dozen words between other neighbours
+RUN = 16  # tokens: texts that share half of their runs of this length are the same text
+SHORT_RUN = 10  # tokens: short enough to find a repeated sentence of a dozen words in a different context
 _CHUNK = 1 << 22  # ids checked at a time
-_SAMPLE = 1 << 21  # runs looked at, of however long a text
+_SAMPLE = 1 << 21  # number of runs examined, however long the text
 
 
 def file_name(lang: str, model_id: str) -> str:
@@ -37,15 +37,15 @@ def sidecar(path: str | os.PathLike) -> Path:
 def write(path: str | os.PathLike, ids: torch.Tensor, payload: dict, header: dict) -> None:
     """Write a 1-D tensor of ids and its description; `ids` may be a memory-mapped file and is not copied.
 
-    An id file that exists has its own description beside it whenever the process dies: the old ids go before the new
-    description is written, and the new ids come last.
+    Whenever the process dies, an existing id file has the right description beside it: the old ids are removed before
+    the new description is written, and the new ids are written last.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full.
     """
     path = Path(path)
     with results.replacing(path) as temporary:
-        # A file object: torch.save names the archive inside after a path, and this one is temporary.
+        # A file object: given a path, torch.save would name the archive inside after it, and this one is temporary.
         with open(temporary, "wb") as file:
             torch.save(ids, file)
         path.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def write(path: str | os.PathLike, ids: torch.Tensor, payload: dict, header: dic
 
 
 def describe(path: str | os.PathLike, allow_limited: bool = False) -> dict:
-    """The facts beside the id file, payload and header in one dict; `{}` where there is no JSON.
+    """The facts beside the id file, payload and header in one dict; `{}` if there is no JSON.
 
     Raises:
         InputError: no token-id description, or one made with --limit.
@@ -74,7 +74,7 @@ def read(
 
     Args:
         vocab_size: of the model; every id must be below it.
-        vocabulary_sha256: `tokenizer_id.of_plain_text` of the model's tokenizer; the file must not be of another one.
+        vocabulary_sha256: `tokenizer_id.of_plain_text` of the model's tokenizer, which must be the file's.
         allow_limited: accept a file made with --limit.
 
     Raises:
@@ -95,7 +95,7 @@ def read(
         cli.warn(f"{path} has no {sidecar(path).name} beside it: its language and tokenizer are taken on trust")
     if facts.get("n_tokens", len(ids)) != len(ids):
         raise InputError(
-            f"{path} holds {len(ids):,} ids, but {sidecar(path).name} speaks of {facts['n_tokens']:,}; "
+            f"{path} holds {len(ids):,} ids, but {sidecar(path).name} states {facts['n_tokens']:,}; "
             "they are not from one run: make both again with lsn/load_oscar.py --overwrite"
         )
     _check_tokenizer(path, facts, vocabulary_sha256)
@@ -105,29 +105,29 @@ def read(
 
 def run_hashes(ids: np.ndarray, length: int = RUN) -> np.ndarray:
     """A 64-bit hash of every run of `length` tokens in `ids` [n]: uint64 [n - length + 1]."""
-    found = np.zeros(max(0, len(ids) - length + 1), dtype=np.uint64)
+    hashes = np.zeros(max(0, len(ids) - length + 1), dtype=np.uint64)
     factor = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         for offset in range(length):
-            found *= factor
-            found += ids[offset : offset + len(found)].astype(np.uint64) + np.uint64(1)
-    return found
+            hashes *= factor
+            hashes += ids[offset : offset + len(hashes)].astype(np.uint64) + np.uint64(1)
+    return hashes
 
 
 def repeated(ids: torch.Tensor) -> float:
     """The share of runs of SHORT_RUN tokens in `ids` [n] that occurred before: 0 for text without repetition.
 
-    Of a long text a sample is looked at: the runs whose hash falls into one of several classes, so that every copy of
-    a run is in it or none is.
+    For a long text, a sample is examined: the runs whose hash is in one of several classes, so all copies of a run are
+    in the sample, or none.
     """
     classes = np.uint64(max(1, len(ids) // _SAMPLE))
     kept = []
     for start in range(0, len(ids), _CHUNK):
         hashes = run_hashes(ids[start : start + _CHUNK + SHORT_RUN - 1].numpy(), SHORT_RUN)
-        # The upper bits: the lower ones of such a hash hardly mix.
+        # The upper bits: the lower bits of such a hash are hardly mixed.
         kept.append(hashes[(hashes >> np.uint64(32)) % classes == 0])
-    every = np.concatenate(kept) if kept else np.zeros(0)
-    return 1 - len(np.unique(every)) / len(every) if len(every) else 0.0
+    sampled = np.concatenate(kept) if kept else np.zeros(0)
+    return 1 - len(np.unique(sampled)) / len(sampled) if len(sampled) else 0.0
 
 
 def _check_tokenizer(path: Path, facts: dict, expected: str | None) -> None:
@@ -149,16 +149,16 @@ def _load(path: Path) -> torch.Tensor:
         raise InputError(f"{path} {what}; a file of token ids is needed (lsn/load_oscar.py makes it)")
     try:
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            ids = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # torch's format from before 1.6 cannot be mapped
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            ids = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise InputError(
             f"{path} cannot be read as a tensor ({type(error).__name__}); make it again with lsn/load_oscar.py"
         ) from None
-    if not isinstance(found, torch.Tensor):
-        raise InputError(f"{path} holds a {type(found).__name__}, but one bare tensor of token ids is needed")
-    return found
+    if not isinstance(ids, torch.Tensor):
+        raise InputError(f"{path} holds a {type(ids).__name__}, but one bare tensor of token ids is needed")
+    return ids
 
 
 def _check_range(path: Path, ids: torch.Tensor, vocab_size: int | None) -> None:

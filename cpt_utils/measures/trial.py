@@ -1,4 +1,4 @@
-"""Models measured in memory under conditions: a base, its target and whatever is done to that, or several runs."""
+"""Models measured in memory under conditions: a base, its target and changes to the target, or several runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SCHEMA = "swap-controls"
 
 @dataclass(frozen=True)
 class Trial:
-    """Models, what is measured on them, and with what.
+    """Models, what is measured on them, and the settings of the measurement.
 
     Attributes:
-        models: by role, as `Condition.of` names them; "base" has the tokenizer of those without one.
-        bench: an `evaluation.Test`, or whatever else has `on` (model, arch, tokenizer, name), which gives a record's
-            `values` and `units`, and `facts`, which go into the header and identify the request.
+        models: by role, as named by `Condition.of`; models without a tokenizer use that of "base".
+        bench: an `evaluation.Test`, or any object with `on` (model, arch, tokenizer, name), which returns a record's
+            `values` and `units`, and with `facts`, which go into the header and identify the request.
         run: folder of the target's run, for tokenizer files that the checkpoint lacks.
     """
 
@@ -49,10 +49,10 @@ class Trial:
         return archs.for_config(config).n_layers(config)
 
     def request(self, asked: dict) -> dict:
-        """What the numbers depend on; `asked`: beside models and bench. The runner adds the keys of the conditions."""
-        known = {role: surgery.identity(ref) for role, ref in self.models.items()}
+        """What the numbers depend on: models, bench and `asked`. The runner adds the keys of the conditions."""
+        identities = {role: surgery.identity(ref) for role, ref in self.models.items()}
         return {
-            **(known if known.keys() == {"base", "target"} else {"models": known}),
+            **(identities if identities.keys() == {"base", "target"} else {"models": identities}),
             "tokenizers": [
                 tokenizer_id.tokenizer_used(ref, self.run, self.models["base"]) for ref in self.models.values()
             ],
@@ -68,15 +68,15 @@ class Trial:
         show: Callable[[Path, dict], None] | None = None, say: Callable[[dict], None] | None = None,
         loaded: Callable[[Any, Any], None] | None = None, estimate: bool = False, instead: str = "another -o",
     ) -> None:  # fmt: skip
-        """Measure every condition, those of the models as they are among them, and write `path` (`conditions.measure`).
+        """Measure every condition, including the unchanged models, and write `path` (`conditions.measure`).
 
         Args:
-            asked: what the request says beside models, tokenizers and what the bench says.
-            payload: records -> the content of the result, and the tensors of the `.pt` beside it, None for none.
-            head: of the header, beside models and bench.
+            asked: entries of the request besides models, tokenizers and the facts of the bench.
+            payload: records -> the content of the result, and the tensors of the `.pt` beside it (None: no `.pt`).
+            head: entries of the header besides models and the facts of the bench.
             show: writes figures and tables of the payload: (path without suffix, payload) -> None.
-            say: prints what there is to say of it.
-            loaded: (model, tokenizer), once a model is loaded: refuses what does not fit.
+            say: prints a summary of the payload.
+            loaded: called with (model, tokenizer) when a model is loaded, to refuse models that do not fit.
 
         Raises:
             InputError: `path` is the result of another request, or a model cannot be measured.
@@ -91,22 +91,22 @@ class Trial:
                 loaded(model, tokenizers[role])
             return model
 
-        def measured(model, one: Condition) -> dict:
-            ref = self.models[one.of]
-            name = f"{one.name} {one.facts.get('layers', '')}".rstrip() if one.key else ref.spec
-            return self.bench.on(model, archs.for_config(ref.config()), tokenizers[one.of], name)
+        def measured(model, condition: Condition) -> dict:
+            ref = self.models[condition.of]
+            name = f"{condition.name} {condition.facts.get('layers', '')}".rstrip() if condition.key else ref.spec
+            return self.bench.on(model, archs.for_config(ref.config()), tokenizers[condition.of], name)
 
         def write(records: list[dict], request: dict) -> None:
-            found, tensors = payload(records)
+            content, tensors = payload(records)
             if tensors is not None:
                 results.write_tensors(path.with_suffix(".pt"), tensors)
             if show:
-                show(path.with_suffix(""), found)
+                show(path.with_suffix(""), content)
             facts = self.bench.facts | {"models": {role: ref.describe() for role, ref in self.models.items()}}
             facts |= {**(head or {}), "dtype": request["dtype"], "device": str(self.process.device)}
-            results.write_json(path, found | {"request": request}, results.header(schema, **facts))
+            results.write_json(path, content | {"request": request}, results.header(schema, **facts))
             if say:
-                say(found)
+                say(content)
 
         conditions.measure(
             path, schema, self.request(asked), wanted, load, measured, write, self.process, self.overwrite, instead,
@@ -118,17 +118,17 @@ class Trial:
         show: Callable[[Path, dict], None] | None = None, gate: dict | None = None,
         more: Callable[[list[dict]], dict] | None = None,
     ) -> None:  # fmt: skip
-        """Measure base, target and the conditions of the target with an `evaluation.Test`, and set them side by side.
+        """Measure base, target and the conditions of the target with an `evaluation.Test`, and compare them.
 
-        The conditions' facts may hold `layers`; they are compared within one `component`, where the facts name one.
+        The conditions' facts may hold `layers`; if they name a `component`, only sets of the same one are compared.
 
         Args:
-            treatment: name of the condition to compare with those named "random"; None for no comparison. With it the
-                per-unit values (`.pt`, float32 [sets, units] a measure, in the order of `sets`) are written beside
-                `path`.
-            facts, more: payload of the result beside comparison and sets, and what makes more of it of the records.
+            treatment: name of the condition to compare with those named "random"; None for no comparison. If given,
+                the per-unit values (`.pt`, float32 [sets, units] per measure, in the order of `sets`) are written
+                beside `path`.
+            facts, more: further entries of the result; `more` computes them from the records.
             show: see `measure`.
-            gate: that of the layers (`gate.carried`), for the header.
+            gate: the gate of the layers (`gate.carried`), for the header.
 
         Raises:
             InputError: `path` is the result of another request, or a model cannot be measured.
@@ -136,27 +136,27 @@ class Trial:
         """
         names = {one.name for one in wanted}
         if treatment and not {treatment, "random"} <= names:
-            raise ValueError(f"no condition is called {treatment} or none random: there are {', '.join(sorted(names))}")
+            raise ValueError(f"no condition is called {treatment}, or none random: they are {', '.join(sorted(names))}")
         ends = [Condition(role, {}, facts={"layers": []}, of=role) for role in self.models]
         sets = [
-            [one.name, one.facts.get("layers", []), {key: v for key, v in one.key.items() if key != "edits"}]
+            [one.name, one.facts.get("layers", []), {key: value for key, value in one.key.items() if key != "edits"}]
             for one in wanted
         ]
 
         def payload(records: list[dict]) -> tuple[dict, dict | None]:
             sets = [row | {"shape": matched.shape(row["layers"])} for row in controls.summary(records, self.seed)]
-            found = {**(facts or {}), "comparison": None}
+            content = {**(facts or {}), "comparison": None}
             if treatment:
-                found["comparison"] = controls.compare(records, treatment, self.seed)
-                found |= matched.statistics(records, treatment, self.n_layers, self.seed)
+                content["comparison"] = controls.compare(records, treatment, self.seed)
+                content |= matched.statistics(records, treatment, self.n_layers, self.seed)
                 controls.intervals(sets, records, self.seed)
                 controls.rank_all(sets, treatment)
-            found |= (more(records) if more else {}) | {"sets": sets}
-            return found, controls.units_of(records) if treatment else None
+            content |= (more(records) if more else {}) | {"sets": sets}
+            return content, controls.units_of(records) if treatment else None
 
-        def say(found: dict) -> None:
-            controls.say(found["sets"], found["comparison"], gate)
-            matched.say(found, treatment, gate)
+        def say(content: dict) -> None:
+            controls.say(content["sets"], content["comparison"], gate)
+            matched.say(content, treatment, gate)
 
         self.measure(
             path, [*ends, *wanted], SCHEMA, {"sets": sets, "measures": self.bench.measures()}, payload,

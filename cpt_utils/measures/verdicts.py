@@ -1,4 +1,4 @@
-"""What the claims of report/claims/ have in common: numbers, what a claim says of them, and the verdict over seeds."""
+"""What the claims of report/claims/ share: numbers, the condition a claim puts on them, and the verdict over seeds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ALPHA = 0.05
 SEEDS = 5  # runs that differ in their seed; with fewer there is no verdict
 YES, NO, OPEN = "supported", "not supported", "undecided"
 ONE = "one run: no verdict"
-VOID = "no verdict: gate"  # retrieval is not above an untrained model's, so that the layers mean nothing
+VOID = "no verdict: gate"  # retrieval is no better than an untrained model's, so the layers mean nothing
 
 
 @dataclass
 class Verdict:
-    """What is said of a claim: `numbers` decide (see `number`), those `beside` them do not; `files` were read."""
+    """The verdict on a claim: `numbers` (see `number`) decide, those in `beside` do not; `files` are what was read."""
 
     verdict: str
     reason: str
@@ -24,12 +24,12 @@ class Verdict:
     beside: list[dict] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     p_value: float | None = None  # over seeds, after Holm
-    seeds_needed: int | None = None  # of an undecided one, see `seeds_needed`
+    seeds_needed: int | None = None  # for an undecided claim, see `seeds_needed`
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A claim's panel in the figure: its short words, and what the axis shows."""
+    """A claim's panel in the figure: its short title, and the label of the axis."""
 
     words: str
     axis: str
@@ -48,28 +48,28 @@ def below(bound: float) -> dict:
 
 
 def within(bound: float) -> dict:
-    """The claim says that a number lies between -`bound` and `bound`; only one above `bound` excludes it."""
+    """The claim says that a number is between -`bound` and `bound`; only an interval above `bound` excludes it."""
     return {"side": "within", "bound": bound, "against": True}
 
 
 def number(name: str, value: float | None, ci=(None, None), n: int | None = None, of: str = "", **more) -> dict:
     """A number with its 95 % interval over `n` units (`of` says what they are).
 
-    `more` are `says` (see `above`), p values, the `place` among controls, and of a number that is None a `note`.
+    `more` are `says` (see `above`), p values, the `place` among controls, and a `note` if the value is None.
     """
     row = {"name": name, "value": value, "ci_low": ci[0], "ci_high": ci[1], "p_value": None, "n": n, "n_of": of}
     return row | {"place": None, "says": None} | more
 
 
 def of_row(name: str, row: dict, **more) -> dict:
-    """A number that a result has with its interval: `value`, `ci_low`, `ci_high`."""
+    """A number from a row of a result that holds it with its interval: `value`, `ci_low`, `ci_high`."""
     return number(name, row["value"], (row["ci_low"], row["ci_high"]), **more)
 
 
 def over_units(name: str, values, seed: int, of: str, draws: int = 2000, **more) -> dict:
-    """A mean over units with its bootstrap interval; `draws` 0: without one.
+    """A mean over units with its bootstrap interval (none if `draws` is 0).
 
-    Values are rounded, or an average of equal hits could be above 0 by its last bit.
+    Values are rounded; otherwise the mean difference of equal hits could exceed 0 in its last bit.
     """
     values = np.asarray(values, dtype=np.float64).round(9)
     interval = stats.bootstrap_mean(values, seed, draws) if draws else (None, None)
@@ -80,7 +80,7 @@ STANDINGS = {"for": "as the claim says", "against": "contrary to it", "open": "n
 
 
 def standing(row: dict) -> str:
-    """What the interval of a number says of the claim: "for", "against" or "open"; one that touches is not beyond."""
+    """What the interval of a number says of the claim: "for", "against" or "open", also if it touches the bound."""
     low, high, says = row["ci_low"], row["ci_high"], row["says"]
     if low is None or high is None:
         return "open"
@@ -109,57 +109,57 @@ def listed(parts: list[str]) -> str:
 
 
 def in_this_run(numbers: list[dict], beside: list[dict]) -> Verdict:
-    """What one run says: numbers in words, and no verdict."""
+    """What one run says: its numbers in words, without a verdict."""
     return Verdict(ONE, "in this run " + _standings(numbers), numbers, beside)
 
 
 def _standings(rows: list[dict]) -> str:
-    found: dict[str, list[str]] = {}
+    names_by_words: dict[str, list[str]] = {}
     for row in rows:
         words = STANDINGS[standing(row)] if row["ci_low"] is not None else "without an interval"
         words = f"not known, {row['note']}" if row["value"] is None else words
-        found.setdefault(words, []).append(f"{row['name']} ({in_words(row['says'])})")
-    if len(found) == 1 and len(rows) > 1:
+        names_by_words.setdefault(words, []).append(f"{row['name']} ({in_words(row['says'])})")
+    if len(names_by_words) == 1 and len(rows) > 1:
         return f"all numbers {words}"
-    return "; ".join(f"{words}: {listed(names)}" for words, names in found.items())
+    return "; ".join(f"{words}: {listed(names)}" for words, names in names_by_words.items())
 
 
 # ---------------------------------------------------------------- over seeds
 
 
 def over_seeds(runs: dict[int, list[dict]]) -> list[dict]:
-    """The numbers of several runs, one by one: mean over seeds with the interval of t, p of t and of all sign flips.
+    """Each number over several runs: its mean over seeds with Student's interval, and p by t and by all sign flips.
 
     Args:
-        runs: seed -> the numbers of its run; those that not all runs have are left out.
+        runs: seed -> the numbers of its run; numbers that some runs lack are left out.
 
     Returns:
-        numbers over seeds, each with `values` {seed: value} and `p_sign_flip`; p is that of the claim's condition, of
-        one with two bounds the larger. None where a run has none, with the `note` of that run.
+        numbers over seeds, each with `values` {seed: value} and `p_sign_flip`; p tests the claim's condition, with two
+        bounds it is the larger one. If the value of a run is None, so is the result, with the `note` of that run.
     """
     first, *others = ({row["name"]: row for row in rows} for rows in runs.values())
-    found = []
+    summaries = []
     for name, row in first.items():
-        same = [row, *(other[name] for other in others if name in other)]
-        if len(same) < len(runs):
+        per_run = [row, *(other[name] for other in others if name in other)]
+        if len(per_run) < len(runs):
             continue
-        values = dict(zip(runs, (one["value"] for one in same), strict=True))
-        lacking = next((seed for seed, value in values.items() if value is None), None)
+        values = dict(zip(runs, (run_row["value"] for run_row in per_run), strict=True))
+        seed_without = next((seed for seed, value in values.items() if value is None), None)
         more = {"says": row["says"], "values": values}
-        if lacking is not None:
-            note = next(one.get("note", "no value") for one in same if one["value"] is None)
-            found.append(number(name, None, n=len(values), of="seeds", note=f"seed {lacking}: {note}", **more))
+        if seed_without is not None:
+            note = next(run_row.get("note", "no value") for run_row in per_run if run_row["value"] is None)
+            summaries.append(number(name, None, n=len(values), of="seeds", note=f"seed {seed_without}: {note}", **more))
             continue
         mean, low, high, _ = stats.t_mean(list(values.values()))
         tested = [signed for signed, _ in conditions(more)] if row["says"] else []
         more["p_value"] = max((stats.t_mean(signed)[3] for signed in tested), default=None)
         more["p_sign_flip"] = max(map(stats.sign_flip, tested), default=None)
-        found.append(number(name, mean, (low, high), len(values), "seeds", **more))
-    return found
+        summaries.append(number(name, mean, (low, high), len(values), "seeds", **more))
+    return summaries
 
 
 def conditions(row: dict) -> list[tuple[np.ndarray, bool]]:
-    """What must be above 0 for the claim, of every seed, and whether values below 0 speak against the claim."""
+    """The conditions of a number: values [seeds] above 0 support the claim; whether values below 0 count against it."""
     values, says = np.asarray(list(row["values"].values()), dtype=np.float64), row["says"]
     if says["side"] == "above":
         return [(values - says["bound"], says["against"])]
@@ -170,11 +170,11 @@ def conditions(row: dict) -> list[tuple[np.ndarray, bool]]:
 def weigh(rows: list[dict]) -> tuple[float, float]:
     """p for a claim and p against it.
 
-    For: all conditions hold, so the largest p counts (an intersection-union test; of two bounds it is TOST). Against:
-    one of those that speak against it is broken, so the smallest counts, times their number.
+    For: all conditions must hold, so the largest p counts (an intersection-union test; TOST for two bounds). Against:
+    one violated condition of those that count against it is enough, so the smallest p counts, times their number.
     """
     holds, broken = [], []
-    for values, against in (one for row in rows for one in conditions(row)):
+    for values, against in (condition for row in rows for condition in conditions(row)):
         mean, *_, p = stats.t_mean(values)
         holds.append(p if mean > 0 else 1.0)
         broken += [p if mean < 0 else 1.0] if against else []
@@ -183,33 +183,33 @@ def weigh(rows: list[dict]) -> tuple[float, float]:
 
 def seeds_needed(rows: list[dict], alpha: float) -> int | None:
     """How many seeds a decision either way would take, with a power of 80 % at `alpha` for each number, if mean and
-    spread over seeds stay what they are; None where more than a thousand.
+    spread over seeds stay the same; None if more than a thousand.
 
-    For the claim as many as its hardest number needs, against it as its easiest one (see `weigh`).
+    A decision for the claim takes what its hardest condition needs, one against it its easiest (see `weigh`).
     """
-    tested = [one for row in rows for one in conditions(row)]
-    against = [-values for values, speaks in tested if speaks]
-    holds = [stats.n_needed(values, alpha) for values, _ in tested]
+    all_conditions = [condition for row in rows for condition in conditions(row)]
+    against = [-values for values, excludes in all_conditions if excludes]
+    holds = [stats.n_needed(values, alpha) for values, _ in all_conditions]
     broken = [stats.n_needed(values, alpha / len(against)) for values in against]
-    found = [n for n in (*broken, None if None in holds else max(holds)) if n is not None]
-    return min(found, default=None)
+    counts = [n for n in (*broken, None if None in holds else max(holds)) if n is not None]
+    return min(counts, default=None)
 
 
 def decide(claims: dict[str, list[dict]], alpha: float = ALPHA) -> dict[str, Verdict]:
-    """The verdicts of a study on the claims that it can decide, each by its numbers over seeds, Holm over all of them.
+    """The verdicts of a study on the claims that it can decide, each from its numbers over seeds, by Holm over claims.
 
-    At p of exactly `alpha` a claim is decided.
+    A p of exactly `alpha` decides a claim.
     """
     weighed = {name: weigh(rows) for name, rows in claims.items()}
-    adjusted = stats.holm({name: min(both) for name, both in weighed.items()})
-    found = {}
+    adjusted = stats.holm({name: min(p_pair) for name, p_pair in weighed.items()})
+    verdicts = {}
     for name, rows in claims.items():
         yes, no = weighed[name]
         decided = adjusted[name] <= alpha
         verdict = OPEN if not decided else YES if yes < no else NO
-        told = f"{shown_p(yes)} for it and {shown_p(no)} against it, {shown_p(adjusted[name])} after Holm"
+        p_values = f"{shown_p(yes)} for it and {shown_p(no)} against it, {shown_p(adjusted[name])} after Holm"
         needed = None if decided else seeds_needed(rows, alpha / len(claims))
-        told += f"; {needed} seeds would decide it, if their mean and spread stay" if needed else ""
-        reason = f"{_standings(rows)} ({told})"
-        found[name] = Verdict(verdict, reason, rows, p_value=adjusted[name], seeds_needed=needed)
-    return found
+        p_values += f"; {needed} seeds would decide it, if their mean and spread stay" if needed else ""
+        reason = f"{_standings(rows)} ({p_values})"
+        verdicts[name] = Verdict(verdict, reason, rows, p_value=adjusted[name], seeds_needed=needed)
+    return verdicts

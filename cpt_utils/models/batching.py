@@ -1,4 +1,4 @@
-"""Batches of token sequences: by length, padded on either side, as large as pays and as memory holds.
+"""Batches of token sequences: sorted by length, padded on either side, as large as is useful and fits into memory.
 
 for_each(model, "states", [len(s) for s in sequences], step)      # step([2, 0, 1]) gets the indices of a batch
 """
@@ -15,47 +15,47 @@ from cpt_utils.base.lazy import torch, transformers
 from cpt_utils.models import encoding
 from cpt_utils.models.encoding import Encoded
 
-# Tokens of a batch, padding included. More does not pay on a CPU, where the activations of a layer leave the caches;
-# a GPU begins with it and works out its own budget, up to LARGEST, from which on no GPU gains.
+# Tokens per batch, padding included. On a CPU, larger batches do not help, as a layer's activations no longer fit the
+# caches; a GPU starts with TOKENS and derives its own budget, up to LARGEST, beyond which no GPU gains.
 TOKENS = 2048
 LARGEST = 65536
-SHARE = 0.6  # of the free memory of a GPU that a batch may take
-ALIKE, ENOUGH = 0.8, 512  # share of the longest, tokens: see `batches`
+SHARE = 0.6  # share of a GPU's free memory that a batch may take
+ALIKE, ENOUGH = 0.8, 512  # share of the longest length, tokens: see `batches`
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {(kind of step, --batch-size): limit}
 
 
 def encode(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], positions: int | None = None) -> Encoded:
-    """Tokenize with special tokens as the tokenizer adds them; texts longer than `positions` are cut, with a warning.
+    """Tokenize, with the special tokens that the tokenizer adds; texts longer than `positions` are cut with a warning.
 
     Raises:
-        InputError: a text without a single token.
+        InputError: a text has no tokens.
     """
-    made = encoding.of_texts(tokenizer, texts)
-    ids, special = made.ids, made.special
+    encoded = encoding.of_texts(tokenizer, texts)
+    ids, special = encoded.ids, encoded.special
     for text, row in zip(texts, ids, strict=True):
         if not row:
-            raise InputError(f"the tokenizer makes no tokens of {text!r}; remove the line")
+            raise InputError(f"the tokenizer turns {text!r} into no tokens; remove the line")
     long = [i for i, row in enumerate(ids) if positions and len(row) > positions]
     if long:
         cli.warn(f"{len(long)} of {len(ids)} texts are longer than the model's {positions} positions and are cut there")
         for i in long:
             ids[i], special[i] = ids[i][:positions], special[i][:positions]
-    where: dict[str, int] = {}
-    return replace(made, first=[where.setdefault(text, i) for i, text in enumerate(texts)])
+    first: dict[str, int] = {}
+    return replace(encoded, first=[first.setdefault(text, i) for i, text in enumerate(texts)])
 
 
 def positions(model: transformers.PreTrainedModel) -> int | None:
-    """The longest input that the configuration states, in tokens; None where it states none."""
+    """The longest input in tokens according to the configuration; None if it states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def batches(lengths: list[int], batch_size: int | None = None, tokens: int = TOKENS) -> list[list[int]]:
-    """Indices in batches, sequences of like length together, the longest first.
+    """Batches of indices, with sequences of similar length together, the longest first.
 
     A batch holds at most `batch_size` sequences; without it, as many as fit into `tokens`, padding included (a longer
-    sequence alone), and none shorter than ALIKE of the longest once it has ENOUGH tokens: what is padded is computed,
-    too. Ties keep their order, so that one input gives one plan. The longest batch comes first: where memory does not
-    suffice, that shows at once.
+    sequence gets its own batch). Once a batch has ENOUGH tokens, it takes none shorter than ALIKE of its longest, since
+    padding costs computation. Ties keep their order, so the plan is deterministic. The longest batch comes first, so
+    insufficient memory shows at once.
     """
     plan: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -76,14 +76,14 @@ def for_each(
     model: transformers.PreTrainedModel, kind: str, lengths: list[int], step: Callable[[list[int]], None],
     batch_size: int | None = None,
 ) -> None:  # fmt: skip
-    """Call `step` with the indices of each batch, until every sequence was in one that went through.
+    """Call `step` with the indices of each batch, until every sequence was in a batch that succeeded.
 
-    Without `batch_size` batches are made by a budget of tokens: TOKENS on a CPU; on a GPU the first batch is measured,
-    and the budget is what SHARE of the free memory then allows. Where memory ends nevertheless, batches are halved.
-    Both are remembered for the model and this kind of step. No result may depend on the batch a sequence is in.
+    Without `batch_size`, batches follow a token budget: TOKENS on a CPU; on a GPU, the memory of a first batch is
+    measured, and the budget is what fits into SHARE of the free memory. If memory still runs out, batches are halved.
+    Budget and halving are remembered for the model and this kind of step. Results must not depend on the batching.
 
     Args:
-        kind: what `step` does ("states", "logits"): steps of one kind take memory alike.
+        kind: what `step` does ("states", "logits"): steps of the same kind need similar memory.
 
     Raises:
         InputError: memory does not suffice for a single sequence.
@@ -97,7 +97,7 @@ def for_each(
         size, tokens = (None, limit or TOKENS) if batch_size is None else (limit or batch_size, TOKENS)
         done: set[int] = set()
         for batch in batches([lengths[i] for i in left], size, tokens):
-            rows = [left[at] for at in batch]
+            rows = [left[index] for index in batch]
             took = len(rows) * max(lengths[i] for i in rows)
             if not _fits(step, rows):
                 if len(rows) == 1:
@@ -119,10 +119,10 @@ def for_each(
 
 
 def _fits(step: Callable, rows: list[int]) -> bool:
-    """Whether the step went through; False where memory ended in it.
+    """Run the step; False if it ran out of memory.
 
-    `accelerate.utils.find_executable_batch_size` takes some of these errors for others ("CUDA error: out of memory",
-    cuBLAS's), frees memory while the traceback holds the step's tensors, and collects garbage before every call.
+    `accelerate.utils.find_executable_batch_size` misses some of these errors ("CUDA error: out of memory", cuBLAS's),
+    frees memory while the traceback still holds the step's tensors, and collects garbage before every call.
     """
     try:
         step(rows)
@@ -138,23 +138,23 @@ def _fits(step: Callable, rows: list[int]) -> bool:
 
 
 class _Memory:
-    """The GPUs' memory around a trial step: what the step took at its peak, and what is free."""
+    """The GPUs' memory around a trial step: the step's peak use and the free memory."""
 
     def __init__(self, model: transformers.PreTrainedModel):
         self.gpus = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self.before = [self.taken(gpu, start=True) for gpu in self.gpus]
 
     def budget(self, tokens: int) -> int:
-        """Tokens that a batch may hold, after a step of `tokens`; TOKENS where the model is on no GPU."""
-        found = LARGEST if self.gpus else TOKENS
+        """Tokens that a batch may hold, judged by a step of `tokens` tokens; TOKENS if the model is on no GPU."""
+        limit = LARGEST if self.gpus else TOKENS
         for gpu, before in zip(self.gpus, self.before, strict=True):
-            each = max(1, self.taken(gpu) - before) / tokens
-            found = min(found, int(SHARE * self.free(gpu) / each))
-        return max(1, found)
+            per_token = max(1, self.taken(gpu) - before) / tokens
+            limit = min(limit, int(SHARE * self.free(gpu) / per_token))
+        return max(1, limit)
 
     @staticmethod
     def taken(gpu: torch.device, start: bool = False) -> int:
-        """Bytes of tensors now, with which the peak is reset (`start`), or at the peak."""
+        """Bytes of tensors at the peak; with `start`, bytes now, and the peak is reset."""
         if start:
             torch.cuda.reset_peak_memory_stats(gpu)
             return torch.cuda.memory_allocated(gpu)
@@ -162,8 +162,8 @@ class _Memory:
 
     @staticmethod
     def free(gpu: torch.device) -> int:
-        held = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)  # by the allocator, for no tensor
-        return torch.cuda.mem_get_info(gpu)[0] + held
+        cached = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)  # held by the allocator, unused
+        return torch.cuda.mem_get_info(gpu)[0] + cached
 
 
 def padded(sequences: list[list[int]], pad: int, side: str = "right"):

@@ -1,8 +1,8 @@
-"""Token ids of text that is text: the text of a special token in it is ordinary tokens, not that token.
+"""Token ids of plain text: the text of a special token becomes ordinary tokens, not that token.
 
-A tokenizer takes `<s>` or `</s>` in a text, such as the tags of HTML, for BOS and EOS. Ordinary text goes through the
-tokenizer as always. Only texts in whose ids a special token turned up are tokenized again, by a copy that knows special
-tokens under names that no text holds. Tokens that were added and are not special are found in either.
+A tokenizer reads `<s>` or `</s>` in a text, for example as HTML tags, as BOS and EOS. Ordinary text goes through the
+tokenizer unchanged. Only texts whose ids contain a special token are tokenized again, by a copy of the tokenizer in
+which special tokens have names that occur in no text. Added tokens that are not special are recognised by both.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenized texts: `ids[i]` is a list of token ids, `special[i]` marks what the tokenizer itself added with 1;
-    `n_split` texts held the text of a special token. `first[i]`, of sentences, is where the same text stands first: i
-    itself, unless texts repeat."""
+    """Tokenized texts: `ids[i]` is a list of token ids; `special[i]` is 1 at tokens that the tokenizer itself added;
+    `n_split` texts held the text of a special token. `first[i]` (for sentences) is the index of the first identical
+    text: i itself, unless texts repeat."""
 
     ids: list[list[int]]
     special: list[list[int]]
@@ -35,11 +35,11 @@ class Encoded:
 def of_texts(
     tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
 ) -> Encoded:
-    """The ids of `texts`, with what the tokenizer itself adds around one (BOS), unless `add_special_tokens` is off."""
+    """The ids of `texts`, with the tokens that the tokenizer itself adds (BOS), unless `add_special_tokens` is off."""
     more = {"return_special_tokens_mask": add_special_tokens, "verbose": False}
-    made = tokenizer(texts, add_special_tokens=add_special_tokens, **more)
-    ids = made["input_ids"]
-    special = made["special_tokens_mask"] if add_special_tokens else [[0] * len(row) for row in ids]
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, **more)
+    ids = encoded["input_ids"]
+    special = encoded["special_tokens_mask"] if add_special_tokens else [[0] * len(row) for row in ids]
     splitter = splitter_of(tokenizer)
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
@@ -54,9 +54,9 @@ def of_texts(
 
 
 class Splitter:
-    """Which ids are special tokens', and how texts that hold such a token's text are tokenized without it.
+    """Finds texts that hold the text of a special token, and tokenizes them without that token.
 
-    `special`: their ids, but for the unknown token's; `added`: how many of them the tokenizer itself puts around one.
+    `special`: ids of special tokens, except the unknown token; `added`: how many the tokenizer itself adds to a text.
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase):
@@ -68,24 +68,24 @@ class Splitter:
         self._copy: Tokenizer | None = None
 
     def suspects(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray, added: int = 0) -> list[int]:
-        """Which of `texts`, whose token ids stand in a row in `ids`, have more special tokens than the `added` ones.
+        """Which of `texts` have more special tokens than the `added` ones; `ids` are their token ids, concatenated.
 
-        The unknown token counts where its own text stands there: ordinary text may have it.
+        The unknown token, which ordinary text may produce, counts only if its own text occurs in the text.
         """
         ends = np.cumsum(lengths)
 
-        def number(wanted: np.ndarray) -> np.ndarray:
+        def count_per_text(wanted: np.ndarray) -> np.ndarray:
             positions = np.flatnonzero(wanted)
             return np.bincount(np.searchsorted(ends, positions, side="right"), minlength=len(lengths))
 
-        found = number(np.isin(ids, list(self.special))) > added
+        suspect = count_per_text(np.isin(ids, list(self.special))) > added
         if self.unknown is not None:
-            for i in np.flatnonzero(number(ids == self.unknown)):
-                found[i] |= self.unknown_text in texts[i]
-        return np.flatnonzero(found).tolist()
+            for i in np.flatnonzero(count_per_text(ids == self.unknown)):
+                suspect[i] |= self.unknown_text in texts[i]
+        return np.flatnonzero(suspect).tolist()
 
     def split(self, texts: list[str], add_special_tokens: bool = False) -> Encoded:
-        """The ids of `texts` in which no special token is looked for."""
+        """The ids of `texts`, with special tokens' text read as ordinary text."""
         if not self.tokenizer.is_fast:
             rows = [self._slowly(text, add_special_tokens) for text in texts]
             return Encoded([ids for ids, _ in rows], [mask for _, mask in rows])
@@ -93,12 +93,12 @@ class Splitter:
             ids = self.special | {self.unknown} - {None}
             contents = {i: self.tokenizer.convert_ids_to_tokens(i) for i in ids}
             self._copy = renamed(self.tokenizer.backend_tokenizer, contents)
-        made = self._copy.encode_batch(texts, add_special_tokens=add_special_tokens)
-        return Encoded([one.ids for one in made], [one.special_tokens_mask for one in made])
+        encodings = self._copy.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return Encoded([e.ids for e in encodings], [e.special_tokens_mask for e in encodings])
 
     def _slowly(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-        """Ids and mask of `split` for a tokenizer in Python, whose own `split_special_tokens` splits every added token:
-        those that are not special are cut out first."""
+        """`split` for a slow tokenizer: ids and mask. Its own `split_special_tokens` splits every added token, so added
+        tokens that are not special are cut out first."""
         tokenizer, special = self.tokenizer, self.special | {self.unknown}
         plain = [token.content for i, token in tokenizer.added_tokens_decoder.items() if i not in special]
         plain.sort(key=len, reverse=True)
@@ -123,18 +123,18 @@ def splitter_of(tokenizer: transformers.PreTrainedTokenizerBase) -> Splitter:
 
 
 def renamed(backend: Tokenizer, special: dict[int, str]) -> Tokenizer:
-    """A copy of `backend` in which the `special` tokens, {id: text}, have names that no text holds, and their old ids.
+    """A copy of `backend` in which the `special` tokens, {id: text}, keep their ids but have names that no text holds.
 
-    `encode_special_tokens` of the library would not do: a unigram or word-level model, and merges that spell a special
-    token out, still find it among their ordinary entries.
+    The library's `encode_special_tokens` is not enough: unigram and word-level models, and merges that spell out a
+    special token, still find it among their ordinary entries.
     """
     from tokenizers import Tokenizer
 
-    names = {text: f"\ufdd0{i}\ufdd1" for i, text in special.items()}  # code points that are no characters
-    whole = json.loads(backend.to_str())
-    for token in whole["added_tokens"]:
+    names = {text: f"\ufdd0{i}\ufdd1" for i, text in special.items()}  # Unicode noncharacters
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
-    model = whole["model"]
+    model = state["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
     else:
@@ -144,7 +144,7 @@ def renamed(backend: Tokenizer, special: dict[int, str]) -> Tokenizer:
         model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
     if model.get("unk_token"):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    copy = Tokenizer.from_str(json.dumps(whole, ensure_ascii=False))
+    copy = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
     copy.no_truncation()
     copy.no_padding()
     return copy

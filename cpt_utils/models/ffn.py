@@ -1,8 +1,8 @@
-"""The FFN neurons of a decoder: how many there are, and their activations as they are read inside forward passes.
+"""The FFN neurons of a decoder: their number, and their activations, read during forward passes.
 
-A *neuron* is one of the I units of a layer's FFN, its *activation* act(W_gate x), or act(W_up x) without a gate. In a
-mixture of E experts every expert has I neurons, and neuron number e I + i is the i-th of expert e.
-Forward passes here never run the lm_head and end as soon as the last neuron that matters has been read.
+A *neuron* is one of the I units of a layer's FFN; its *activation* is act(W_gate x), or act(W_up x) without a gate. In
+a mixture of E experts, every expert has I neurons, and neuron e I + i is the i-th of expert e. Forward passes here
+never run the lm_head, and end as soon as the last requested neuron has been read.
 """
 
 from __future__ import annotations
@@ -27,29 +27,28 @@ TOKENS_A_BATCH = 4096
 
 
 def block_size(config: Mapping, kind: str | None = None, given: int | None = None) -> int:
-    """Tokens of a block: `given`, else those of `kind` (llama or qwen), else the model type's; never more than it has
-    positions.
-    """
+    """Tokens per block: `given`, else the default of `kind` (llama or qwen), else that of the model type; defaults are
+    capped at the model's positions, and a larger `given` is refused."""
     values = config.get("text_config") or config
     limit = next((int(values[key]) for key in ("max_position_embeddings", "n_positions") if values.get(key)), None)
     if given is not None:
         if limit is not None and given > limit:
-            raise InputError(f"--block-size {given} is more than the model's {limit} positions; give {limit} or less")
+            raise InputError(f"--block-size {given} exceeds the model's {limit} positions; give {limit} or less")
         return given
     size = BLOCK[kind] if kind else archs.for_config(config).block
     return min(size, limit or size)
 
 
 def batch_size(given: int | None, size: int) -> int:
-    """Blocks of a forward pass: `given`, else as many of `size` tokens as TOKENS_A_BATCH holds."""
+    """Blocks per forward pass: `given`, else as many blocks of `size` tokens as fit into TOKENS_A_BATCH."""
     return given or max(1, TOKENS_A_BATCH // size)
 
 
 def blocks(ids: torch.Tensor, size: int, tokens: int, name: str = "the id file") -> torch.Tensor:
-    """The first `tokens` of `ids` [n] in whole blocks: a view [blocks, size]; the tail that fills no block is dropped.
+    """The first `tokens` of `ids` [n] as whole blocks: a view [blocks, size]; an incomplete last block is dropped.
 
     Raises:
-        InputError: not one whole block.
+        InputError: there is not one whole block.
     """
     whole = min(len(ids), tokens) // size
     if whole == 0:
@@ -64,10 +63,9 @@ def blocks(ids: torch.Tensor, size: int, tokens: int, name: str = "the id file")
 
 
 class Reader:
-    """Forward passes of the decoder that hand over the activations of `layers` (ascending) and end behind the last one.
+    """Forward passes of the decoder that read the activations of `layers` (ascending) and end after the last one.
 
-    With `before`, what is handed over is what goes into the nonlinearity, not what comes out. Layers without an FFN
-    have nothing to hand over.
+    With `before`, the nonlinearity's input is read instead of its output. Layers without an FFN are skipped.
     """
 
     def __init__(self, model: torch.nn.Module, arch: Arch, layers: Sequence[int], before: bool = False):
@@ -79,25 +77,25 @@ class Reader:
 
     @property
     def experts(self) -> int:
-        """Experts of the layer that has most."""
+        """The largest number of experts in a layer."""
         return max((group.experts for groups in self.groups.values() for group in groups), default=0)
 
     def run(self, ids: torch.Tensor, read: Callable) -> None:
         """One pass over the blocks `ids` [batch, size].
 
-        `read(layer, group, value, experts)` gets the activations [.., I] of every token and None; or, of experts,
-        those [rows, I] of tokens that were routed, and the expert of each row [rows], perhaps in several calls per
-        layer.
+        `read(layer, group, value, experts)` gets, for a dense FFN, the activations [.., I] of every token and None; for
+        experts, the activations [rows, I] of the routed tokens and the expert of each row [rows], possibly in several
+        calls per layer.
         """
         if not self.groups:
             return
-        self._left = {group.first for group in self.groups[max(self.groups)]}  # to be read in the last layer
+        self._left = {group.first for group in self.groups[max(self.groups)]}  # still to be read in the last layer
         with contextlib.ExitStack() as stack:
             points: list[tuple] = []
             for layer, groups in self.groups.items():
                 for group in groups:
-                    at = self._routed if group.experts else self._dense
-                    points += at(layer, group, functools.partial(read, layer, group), stack)
+                    points_of = self._routed if group.experts else self._dense
+                    points += points_of(layer, group, functools.partial(read, layer, group), stack)
             stack.enter_context(trace(*points))
             stack.enter_context(torch.inference_mode())
             ids = ids.to(loading.input_device(self.model), torch.long)
@@ -123,16 +121,16 @@ class Reader:
         return [(self.arch.in_layer(self.model, layer, read_at), "output", see)]
 
     def _routed(self, layer: int, group: Neurons, read: Callable, stack: contextlib.ExitStack) -> list[tuple]:
-        """Points around the experts of a layer, for those ways to run them that call their nonlinearity."""
-        at, experts = self.arch.experts_at, self.arch.experts_module(self.model, layer)
-        if at.routed_by == "score":
+        """Trace points around a layer's experts, for implementations that call the experts' nonlinearity."""
+        spec, experts = self.arch.experts_at, self.arch.experts_module(self.model, layer)
+        if spec.routed_by == "score":
             return self._scored(layer, group, read)
-        left = torch.empty(0)  # the expert of each row that the nonlinearity has not seen yet
+        left = torch.empty(0)  # the expert of each row that has not passed the nonlinearity yet
 
         def begin(args: tuple) -> None:
             nonlocal left
             left = args[1].reshape(-1)
-            if experts.config._experts_implementation != "batched_mm":  # all others go expert by expert
+            if experts.config._experts_implementation != "batched_mm":  # all others process expert by expert
                 left = left.sort().values
 
         def take(value) -> None:
@@ -145,20 +143,20 @@ class Reader:
         def end(_output) -> None:
             if len(left):
                 raise InputError(
-                    f"the experts' activations cannot be read under experts_implementation "
+                    f"the experts' activations cannot be read with experts_implementation "
                     f"{experts.config._experts_implementation!r}; load the model with grouped_mm or eager"
                 )
 
         around = [(experts, "inputs", begin), (experts, "output", end)]
         if not group.activation:
-            gates = _intercepted(experts, lambda gate: take(gate if self.before else at.function(experts, gate)))
+            gates = _intercepted(experts, lambda gate: take(gate if self.before else spec.function(experts, gate)))
             stack.enter_context(gates)
             return around
         return [*around, (self.arch.in_layer(self.model, layer, group.activation), self._side, take)]
 
     def _scored(self, layer: int, group: Neurons, read: Callable) -> list[tuple]:
-        """Points where every expert computes every token, and the router's score of those not chosen is 0."""
-        at, scores = self.arch.experts_at, None
+        """Trace points for types whose experts all compute every token, with score 0 for experts not chosen."""
+        spec, scores = self.arch.experts_at, None
 
         def score(output: torch.Tensor) -> None:
             nonlocal scores
@@ -170,14 +168,14 @@ class Reader:
                 read(tokens[rows], rows.new_full((len(rows),), expert))
             self._end(layer, group)
 
-        router = self.arch.in_layer(self.model, layer, below(at.block, at.router))
+        router = self.arch.in_layer(self.model, layer, below(spec.block, spec.router))
         activation = self.arch.in_layer(self.model, layer, group.activation)
         return [(router, "output", score), (activation, self._side, see)]
 
 
 @contextlib.contextmanager
 def _intercepted(experts: torch.nn.Module, see: Callable) -> Iterator[None]:
-    """Hands the gates' outputs to `see` where experts have a function instead of a module."""
+    """Pass the gates' outputs to `see`, for experts whose nonlinearity is a function instead of a module."""
     name = "act_fn" if callable(vars(experts).get("act_fn")) else "_apply_gate"
     original = getattr(experts, name)
 
@@ -195,11 +193,11 @@ def _intercepted(experts: torch.nn.Module, see: Callable) -> Iterator[None]:
         if name == "act_fn":
             experts.act_fn = original
         else:
-            del experts._apply_gate  # the class's method is seen again
+            del experts._apply_gate  # restores the class's method
 
 
 def _function(name: str) -> Callable:
-    """The nonlinearity of a name, as configurations spell it."""
+    """The nonlinearity with this name in configurations."""
     from transformers.activations import ACT2FN
 
     return ACT2FN[name]
@@ -210,5 +208,5 @@ def decoder_config(model: torch.nn.Module) -> dict:
 
 
 def widths(arch: Arch, config: Mapping) -> list[int]:
-    """The neurons of each layer; they differ where a model has dense layers and mixtures of experts, or no FFN."""
+    """The number of neurons of each layer; unequal if a model mixes dense layers, mixtures of experts and no FFN."""
     return [arch.ffn_width(config, layer) for layer in range(arch.n_layers(config))]

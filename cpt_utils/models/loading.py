@@ -1,4 +1,4 @@
-"""Loading models and tokenizers for forward passes, strictly: a tensor that is missing on disk stops the load."""
+"""Strict loading of models for forward passes: a tensor that is missing on disk is an error."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.lazy import torch, transformers
 from cpt_utils.checkpoints import formats, identity, merged, opening, refs, settings
 
-# Where PEFT is installed, transformers adds an adapter that it finds beside a model to it, a second time if that one
-# was merged. It is told to look where none can be: in a folder that has the name of the file.
+# With PEFT installed, transformers applies an adapter that it finds beside a model, a second time if it was merged
+# already. So it is told to look where there cannot be one: in a folder with the name of the adapter's config file.
 NO_ADAPTER = {"subfolder": formats.ADAPTER_CONFIG}
 
 
 def auto_class(config):
-    """The class of transformers that makes the model of a config: with its image tower, where it has one, and for
-    causal language models else. What counts here is the language model, but all of a file's tensors are to be read."""
+    """The auto class for a config: image-text-to-text if the model has an image tower, else causal LM. Only the
+    language model is used here, but all tensors of the files must be read."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     whole = type(config) in AutoModelForImageTextToText._model_mapping
@@ -33,16 +33,16 @@ def auto_class(config):
 
 
 def attention(config) -> str:
-    """The attention implementation: sdpa, or eager for the types that have no other (Gemma 2). Never what happens to be
-    installed, so that numbers do not depend on it."""
+    """The attention implementation: sdpa, or eager for types without sdpa (Gemma 2). It does not depend on what happens
+    to be installed, so neither do the numbers."""
     known = auto_class(config)._model_mapping
     return "sdpa" if type(config) not in known or known[type(config)]._supports_sdpa else "eager"
 
 
 def experts(config, dtype: torch.dtype) -> dict[str, str]:
-    """How the experts of a mixture are run, where transformers' own choice cannot.
+    """The experts' implementation, if the default of transformers cannot run them.
 
-    Grouped products have no float64, and want rows of whole 16 bytes.
+    Grouped products do not support float64, and need rows of a multiple of 16 bytes.
     """
     arch = archs.for_config(config)
     if arch.experts_at is None:
@@ -60,31 +60,31 @@ def load_model(
     """The causal LM of `ref` on `device` in `dtype`, in evaluation mode.
 
     transformers fills a tensor that is missing from a checkpoint with random numbers and logs a line; here that is an
-    error, and so is a tensor that the model does not know or whose shape differs. No code of a model folder is run.
-    A quantised model runs where transformers can run it, which is said.
+    error, and so is a tensor that the model does not know or whose shape differs. No code from a model folder is run.
+    A quantised model is run, with a message, if transformers can run it.
 
     Args:
-        device_map: spreads the model over several devices, see `--device-map`; `device` is not looked at then.
+        device_map: spreads the model over several devices, see `--device-map`; `device` is then ignored.
 
     Raises:
         InputError: missing folder, damaged files, unknown architecture, or tensors that do not fit the configuration.
     """
     if ref.is_adapter:
-        opening.open_folder(ref).close()  # what cannot be merged is said before its base is loaded
+        opening.open_folder(ref).close()  # an adapter that cannot be merged is refused before its base is loaded
         model = load_model(ref.adapted, dtype, device, device_map)
         merged.apply(model, ref)
         return model
     folder = ref.folder((*formats.WEIGHT_PATTERNS, "*.json"))
-    with opening.open_folder(ref, codes=True) as stored:  # one line instead of a loader's traceback or a random tensor
+    with opening.open_folder(ref, codes=True) as stored:  # errors in one line, not a traceback or random tensors
         settings.say_head(stored, ref.config())
         settings.say_custom_code(ref.spec, ref.config())
     more = {}
     if device_map is not None:
-        offload = tempfile.TemporaryDirectory(prefix="offload-")  # what fits nowhere, and is not so on the disk
+        offload = tempfile.TemporaryDirectory(prefix="offload-")  # for weights that fit on no device
         more = {"device_map": device_map, "offload_folder": offload.name}
     elif device.type != "cpu":
-        more = {"device_map": {"": device}}  # tensor by tensor onto the device, no second copy in memory
-    with _in_one_line(ref, stored.quantised):  # the load report is read in `_check`, and said in our own words
+        more = {"device_map": {"": device}}  # tensor by tensor onto the device, without a second copy in memory
+    with _in_one_line(ref, stored.quantised):  # `_check` reads the load report and raises our own messages
         config = settings.read_configuration(folder)
         if not stored.quantised and formats.stated(stored.config) and not formats.on_the_fly(stored.config):
             config = formats.without_quantisation(config)
@@ -105,14 +105,14 @@ def load_model(
     if device_map is not None:
         weakref.finalize(model, offload.cleanup)
     if any(parameter.is_cuda for parameter in model.parameters()):
-        # TF32 would round float32 products to 10 bits; a float32 run is asked for to have float32 numbers.
+        # TF32 would round the factors of float32 products to 10 bits; float32 was requested for float32 numbers.
         torch.backends.cuda.matmul.allow_tf32 = False
     return model
 
 
 @contextlib.contextmanager
 def _in_one_line(ref: refs.ModelRef, quantised: str | None = None):
-    """Quiet the loader, and say in one line of InputError what it raises: half a dozen types for a configuration."""
+    """Silence the loader, and turn what it raises (half a dozen exception types) into a one-line InputError."""
     try:
         with settings.quiet_loader():
             yield
@@ -128,21 +128,21 @@ def _in_one_line(ref: refs.ModelRef, quantised: str | None = None):
 
 
 def _run_quantised(model: transformers.PreTrainedModel, ref: refs.ModelRef, how: str, dtype: torch.dtype) -> None:
-    """Say how a model with quantised weights runs; what transformers cannot run here shows at the first token."""
+    """Report how a model with quantised weights runs; a trial token shows whether transformers can run it here."""
     if not formats.for_transformers(ref.config()):
-        raise InputError("config.json does not tell transformers so, which would take the codes for weights")
+        raise InputError("config.json does not declare this to transformers, which would take the codes for weights")
     runs = "which transformers runs as they are"
-    if not getattr(model, "is_quantized", False):  # FP8 without a GPU: into several dtypes
+    if not getattr(model, "is_quantized", False):  # FP8 without a GPU: dequantised into several dtypes
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        runs = "which transformers has dequantised while loading"
+        runs = "which transformers dequantised while loading"
     with torch.inference_mode():
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=input_device(model)))
     cli.once(f"{formats.run_of(ref.spec)}: quantised weights ({how}), {runs}")
 
 
 def input_device(model: transformers.PreTrainedModel) -> torch.device:
-    """Where token ids belong: the device on which the embeddings are, or are brought to from memory or disk."""
+    """The device for token ids: that of the embeddings, or the one to which they are moved from memory or disk."""
     embeddings = model.get_input_embeddings()
     if embeddings.weight.device.type != "meta":
         return embeddings.weight.device
@@ -153,7 +153,7 @@ def input_device(model: transformers.PreTrainedModel) -> torch.device:
 
 
 def prefetch(ref: refs.ModelRef) -> threading.Thread:
-    """Fetch the files of a hub model while another one computes. No error is said: the load will say it."""
+    """Fetch the files of a hub model while another model computes. Errors are ignored: loading will report them."""
 
     def fetch() -> None:
         with contextlib.suppress(Exception):
@@ -168,23 +168,23 @@ def _check(report: dict, ref: refs.ModelRef) -> None:
     for kind, what in (
         ("missing_keys", "the checkpoint lacks"),
         ("unexpected_keys", "the checkpoint holds tensors the model does not know:"),
-        ("mismatched_keys", "these tensors have another shape than the configuration says:"),
+        ("mismatched_keys", "the shapes of these tensors do not match the configuration:"),
         ("error_msgs", "the loader reports"),
     ):
-        found = [k if isinstance(k, str) else str(k[0]) for k in report.get(kind) or ()]
-        found = sorted(k for k in found if not archs.is_buffer(k))
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise InputError(f"{ref.spec}: {what} {', '.join(found[:3])}{more}; is config.json of another model?")
+        names = [k if isinstance(k, str) else str(k[0]) for k in report.get(kind) or ()]
+        names = sorted(k for k in names if not archs.is_buffer(k))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{ref.spec}: {what} {', '.join(names[:3])}{more}; is config.json from another model?")
 
 
 def load_untrained(
     ref: refs.ModelRef, dtype: torch.dtype, device: torch.device, seed: int, device_map: str | None = None
 ) -> transformers.PreTrainedModel:
-    """A model of `ref`'s configuration with seeded random weights: what a measurement gives before any training.
+    """A model of `ref`'s configuration with seeded random weights, for measurements of an untrained model.
 
-    Initialised on `device` in `dtype`, so that a large model needs no second copy; another device draws other numbers.
-    With a `device_map` ("auto") it is initialised on the CPU, then spread.
+    Initialised on `device` in `dtype`, so a large model needs no second copy; the random numbers depend on the device.
+    With a `device_map` ("auto"), it is initialised on the CPU, then spread.
     """
     config = settings.read_configuration(ref.config_folder())
     if ref.is_adapter:
@@ -214,17 +214,17 @@ def load_untrained(
 
 
 def load_for(process, ref: refs.ModelRef, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """`load_model` where `process` (a `processes.Process`) has its models, announced."""
+    """`load_model` on the device of `process` (a `processes.Process`), with an announcement."""
     model = load_model(ref, dtype, process.device, process.device_map)
     announce(model, ref)
     return model
 
 
 def announce(model: transformers.PreTrainedModel, ref: refs.ModelRef) -> None:
-    """Print what is about to run: model, size, dtype, device."""
+    """Print model, size, dtype and device."""
     size = sum(p.numel() for p in model.parameters())
     text = f"{size / 1e9:.2f} B" if size >= 1e8 else f"{size / 1e6:.2f} M"
     devices = {str(device): None for device in getattr(model, "hf_device_map", {"": model.device}).values()}
     cli.say(f"{ref.spec}: {text} parameters, {str(model.dtype).removeprefix('torch.')} on {', '.join(devices)}")
     if "disk" in devices:
-        cli.warn(f"{ref.spec} is larger than the memory: layers are read from the disk in every batch, which is slow")
+        cli.warn(f"{ref.spec} does not fit into memory: layers are read from disk in every batch, which is slow")

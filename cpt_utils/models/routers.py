@@ -1,7 +1,7 @@
-"""The routers of a mixture of experts: what they say of every token, read or replaced inside a forward pass.
+"""The routers of a mixture of experts: their logits for every token, read or replaced during a forward pass.
 
-A *logit* is a router's number for an expert, the product with the router's weights: before softmax or sigmoid, biases
-for balance, groups and top-k, which differ from type to type.
+A *logit* is a router's number for an expert, the product with the router's weights: before softmax or sigmoid, balance
+biases, groups and top-k, which differ between model types.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from cpt_utils.models.trace import StopForward, trace
 
 
 class Routed(NamedTuple):
-    """Sentences in the layers with experts, summed over tokens; [sentences, layers, experts] but for the last two.
+    """Routing of sentences in the layers with experts, summed over tokens.
 
-    share: of the softmax over the experts' logits, float64.
-    chosen: tokens that the expert was called for.
-    entropy: [sentences, layers], of each token's softmax, in nats.
-    tokens: [sentences].
+    share: [sentences, layers, experts], softmax over the experts' logits, float64.
+    chosen: [sentences, layers, experts], number of tokens routed to the expert.
+    entropy: [sentences, layers], entropy of each token's softmax, in nats.
+    tokens: [sentences], number of tokens.
     """
 
     share: torch.Tensor
@@ -34,20 +34,20 @@ class Routed(NamedTuple):
 
 
 def layers_with(arch: Arch, config) -> list[int]:
-    """The layers that send their tokens to experts."""
+    """The layers that route their tokens to experts."""
     return [layer for layer in range(arch.n_layers(config)) if arch.has_router(config, layer)]
 
 
 @contextlib.contextmanager
 def at_logits(model: torch.nn.Module, arch: Arch, functions: Mapping[int, Callable]) -> Iterator[None]:
-    """Functions at the routers' logits for the length of a block, of each layer one; they are always removed. Of nested
-    blocks the inner one's see what the outer one's left.
+    """Call one function per layer on the routers' logits within a `with` block; they are always removed. In nested
+    blocks, the inner functions see the logits as the outer ones left them.
 
-    A function gets the logits of all tokens, [tokens, experts] or [batch, tokens, experts], padding among them. None
-    leaves them as they are; anything else replaces them, and experts and their weights follow.
+    A function gets the logits of all tokens, padding included, [tokens, experts] or [batch, tokens, experts]. If it
+    returns None, they stay unchanged; any other result replaces them, and the choice and weights of experts follow.
 
     Raises:
-        InputError: in the forward pass, a router that is not one product with a matrix (of weights in 8 bits).
+        InputError: in the forward pass, if a router is not a single product with a matrix (8-bit weights).
     """
     with contextlib.ExitStack() as stack:
         for layer, function in functions.items():
@@ -56,27 +56,27 @@ def at_logits(model: torch.nn.Module, arch: Arch, functions: Mapping[int, Callab
 
 
 def read(model: torch.nn.Module, arch: Arch, input_ids, attention_mask, keep) -> Routed:
-    """What the routers did with the tokens of `keep`, in one pass that ends at the last layer's experts.
+    """The routing of the tokens marked in `keep`, from one pass that ends at the last layer's experts.
 
     Args:
-        input_ids, attention_mask, keep: [batch, tokens]; tokens that do not enter are read all the same.
+        input_ids, attention_mask, keep: [batch, tokens]; tokens outside `keep` are context but not counted.
     """
     layers, keep = layers_with(arch, model.config), keep.bool()
-    at, n_experts = arch.experts_at, arch.experts(model.config, layers[0])
-    found: dict[str, dict[int, torch.Tensor]] = {"share": {}, "chosen": {}, "entropy": {}}
+    spec, n_experts = arch.experts_at, arch.experts(model.config, layers[0])
+    sums: dict[str, dict[int, torch.Tensor]] = {"share": {}, "chosen": {}, "entropy": {}}
 
     def total(values: torch.Tensor) -> torch.Tensor:
-        """[tokens.., x] -> [batch, x]; what padding holds, perhaps NaN, is left out."""
+        """[tokens.., x] -> [batch, x], without the values at padding, which may be NaN."""
         values = values.reshape(*keep.shape, -1)
         return values.masked_fill(~keep.to(values.device)[:, :, None], 0).sum(1, dtype=torch.float64).cpu()
 
     def of_logits(layer: int, logits: torch.Tensor) -> None:
-        shares = logits.double().softmax(-1)  # what divides a divergence is all but 0 where routers are all but uniform
-        found["share"][layer] = total(shares)
-        found["entropy"][layer] = total(torch.special.entr(shares).sum(-1))[:, 0]
+        shares = logits.double().softmax(-1)  # for nearly uniform routers, a divergence's denominator is close to 0
+        sums["share"][layer] = total(shares)
+        sums["entropy"][layer] = total(torch.special.entr(shares).sum(-1))[:, 0]
 
     def of_experts(layer: int, chosen: torch.Tensor) -> None:
-        found["chosen"][layer] = total(chosen)
+        sums["chosen"][layer] = total(chosen)
         if layer == layers[-1]:
             raise StopForward
 
@@ -86,7 +86,7 @@ def read(model: torch.nn.Module, arch: Arch, input_ids, attention_mask, keep) ->
 
     points = []
     for layer in layers:
-        if at.routed_by == "score":  # the score of experts that were not chosen is 0
+        if spec.routed_by == "score":  # experts that were not chosen have score 0
             see = functools.partial(lambda layer, scores: of_experts(layer, (scores > 0).float()), layer)
             points.append((_router(model, arch, layer), "output", see))
         else:
@@ -99,7 +99,7 @@ def read(model: torch.nn.Module, arch: Arch, input_ids, attention_mask, keep) ->
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         )
-    stacked = {name: torch.stack([parts[layer] for layer in layers], 1) for name, parts in found.items()}
+    stacked = {name: torch.stack([parts[layer] for layer in layers], 1) for name, parts in sums.items()}
     return Routed(**stacked, tokens=keep.sum(1).double().cpu())
 
 
@@ -107,15 +107,16 @@ def read(model: torch.nn.Module, arch: Arch, input_ids, attention_mask, keep) ->
 
 
 def _router(model: torch.nn.Module, arch: Arch, layer: int) -> torch.nn.Module:
-    at = arch.experts_at
-    return arch.in_layer(model, layer, below(at.block, at.router))
+    spec = arch.experts_at
+    return arch.in_layer(model, layer, below(spec.block, spec.router))
 
 
 @contextlib.contextmanager
 def _watched(router: torch.nn.Module, layer: int, function: Callable) -> Iterator[None]:
-    """Most routers compute logits and choose experts in one call, so no hook comes between: their product is met."""
-    original, own = router.forward, "forward" in vars(router)
-    if watching := getattr(original, "functions", None):  # this one comes after those, as the blocks are nested
+    """Most routers compute logits and choose experts in one call, with no place for a hook, so this intercepts the
+    product with the router's matrix."""
+    original, overridden = router.forward, "forward" in vars(router)
+    if watching := getattr(original, "functions", None):  # nested block: this function comes after the outer ones
         watching.append(function)
         try:
             yield
@@ -127,19 +128,19 @@ def _watched(router: torch.nn.Module, layer: int, function: Callable) -> Iterato
     def forward(*args, **kwargs):
         mode.seen = 0
         with mode:
-            found = original(*args, **kwargs)
+            result = original(*args, **kwargs)
         if mode.seen != 1:
             raise InputError(
                 f"the router of layer {layer} cannot be read: it computes {mode.seen} products with a plain matrix "
                 "instead of one; load a model whose routers are not quantised"
             )
-        return found
+        return result
 
     forward.functions, router.forward = mode.functions, forward
     try:
         yield
     finally:
-        if own:  # a hook of accelerate's
+        if overridden:  # by a hook of accelerate
             router.forward = original
         else:
             del router.forward
@@ -147,7 +148,7 @@ def _watched(router: torch.nn.Module, layer: int, function: Callable) -> Iterato
 
 @functools.cache
 def _products() -> type:
-    """A mode in which torch hands the result of every product with a matrix to functions, which may replace it."""
+    """A torch function mode that passes the result of every matrix product to functions, which may replace it."""
 
     class Products(torch.overrides.TorchFunctionMode):
         def __init__(self, functions: list[Callable]):
@@ -155,13 +156,13 @@ def _products() -> type:
             self.functions, self.seen = functions, 0
 
         def __torch_function__(self, called, types, args=(), kwargs=None):
-            found = called(*args, **(kwargs or {}))
+            result = called(*args, **(kwargs or {}))
             if called not in (torch.nn.functional.linear, torch.mm):
-                return found
+                return result
             self.seen += 1
             for function in self.functions:
-                edited = function(found)
-                found = found if edited is None else edited
-            return found
+                edited = function(result)
+                result = result if edited is None else edited
+            return result
 
     return Products

@@ -1,4 +1,4 @@
-"""Sums over the hidden states of a forward pass, taken as they go by; the states themselves are never kept."""
+"""Sums over the hidden states of a forward pass, taken layer by layer; the states themselves are never kept."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cpt_utils.models.trace import trace
 
 
 class Pooled(NamedTuple):
-    """Sentences at every hidden state, each vector [L+1, sentences, hidden].
+    """Sentence vectors at every hidden state, [L+1, sentences, hidden] each, pooled over the tokens that enter.
 
-    mean: of the tokens' hidden states, as published.
-    unit: of the hidden states scaled to length 1 each, so that no token outweighs the others.
-    weighted: the t-th token that enters counts t times (Muennighoff 2022; MEXA: Kargaran et al. 2024).
-    last: the last token that enters.
-    largest: [L+1, sentences], the share of the sum of the tokens' norms that the largest one holds.
+    mean: mean of the tokens' hidden states, as published.
+    unit: mean of the hidden states scaled to length 1 each, so no token outweighs the others.
+    weighted: weighted mean, in which the t-th token has weight t (Muennighoff 2022; MEXA: Kargaran et al. 2024).
+    last: the hidden state of the last token.
+    largest: [L+1, sentences], the largest token norm as a share of the sum of the tokens' norms.
     """
 
     mean: torch.Tensor
@@ -30,8 +30,8 @@ def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_
     """The non-padding tokens at every hidden state, pooled in every way: float32 (float64 for float64), one pass.
 
     Entry 0 is the embedding output, entry l+1 the output of layer l, and the last entry is taken after the final norm,
-    like `output_hidden_states=True`. All is summed on the device inside the hooks, so that no more than one layer's
-    state is alive at a time. The lm_head is never run.
+    like `output_hidden_states=True`. The sums are taken on the device inside the hooks, so at most one layer's state is
+    alive at a time. The lm_head is never run.
 
     Args:
         input_ids, attention_mask: [batch, tokens]; padding on either side.
@@ -39,11 +39,11 @@ def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_
     """
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     keep = (attention_mask if pool_mask is None else pool_mask).bool()
-    places = keep.cumsum(1) * keep
-    ends = keep & (places == places.amax(1, keepdim=True))
-    ones, fixed = keep[:, None].to(wide), torch.stack([places, ends], 1).to(wide)
+    ranks = keep.cumsum(1) * keep  # 1, 2, .. for the tokens that enter, else 0
+    ends = keep & (ranks == ranks.amax(1, keepdim=True))
+    ones, fixed = keep[:, None].to(wide), torch.stack([ranks, ends], 1).to(wide)
 
-    def product(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:  # a tenth of the time of masking, copying, summing
+    def product(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:  # takes a tenth of the time of masking and summing
         hidden = hidden.to(wide)
         return torch.bmm(ones.to(hidden.device), hidden)[:, 0], *others(hidden)
 
@@ -57,17 +57,17 @@ def pooled_states(model: torch.nn.Module, arch, input_ids, attention_mask, pool_
         sums = torch.bmm(torch.cat([scale[:, None], fixed.to(hidden.device)], 1), hidden)
         return *sums.unbind(1), norms.amax(1) / norms.sum(1).clamp(min=torch.finfo(wide).tiny)
 
-    found = _states(model, arch, input_ids, attention_mask, product)
-    if not torch.isfinite(found[0]).all():  # perhaps inf or NaN at a padding position: 0 * NaN is NaN
-        found = _states(model, arch, input_ids, attention_mask, masked)
-    mean, unit, weighted, last, largest = found
+    sums = _states(model, arch, input_ids, attention_mask, product)
+    if not torch.isfinite(sums[0]).all():  # perhaps inf or NaN at a padding position: 0 * NaN is NaN
+        sums = _states(model, arch, input_ids, attention_mask, masked)
+    mean, unit, weighted, last, largest = sums
     count = keep.sum(1, keepdim=True).to(wide)
-    return Pooled(mean / count, unit / count, weighted / places.sum(1, keepdim=True).to(wide), last, largest)
+    return Pooled(mean / count, unit / count, weighted / ranks.sum(1, keepdim=True).to(wide), last, largest)
 
 
 def _states(model: torch.nn.Module, arch, input_ids, attention_mask, pool: Callable) -> list[torch.Tensor]:
-    """`pool` of every hidden state [batch, tokens, hidden] of one forward pass: each of the tensors that it gives,
-    stacked over the hidden states on the device of the input."""
+    """Apply `pool` to every hidden state [batch, tokens, hidden] of one forward pass; each tensor that it returns is
+    stacked over the hidden states, on the device of the input."""
     layers = arch.layers(model)
     pooled: list[tuple[torch.Tensor, ...]] = [()] * (len(layers) + 1)
 

@@ -1,4 +1,4 @@
-"""C1. The best inner hidden state, chosen on other sentences, and the mean of all, against the first and the last."""
+"""C1. Accuracy at the best inner hidden state, chosen on other sentences, and their mean, minus the first and last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CURVES = [curves.MEASURES[name] for name in ("published", "unit_centred")]
 
 
 def peak(hits: np.ndarray, seed: int) -> np.ndarray:
-    """Hits [sentences] at the best inner hidden state, which is chosen on the half that a sentence is not in.
+    """Hits [sentences] at the best inner hidden state, chosen on the half that does not hold the sentence.
 
     Args:
         hits: 0/1 [L+1, sentences].
@@ -34,7 +34,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
             raise evidence.Missing(f"{len(hits)} hidden states and {hits.shape[1]} sentences are too few")
         best, mean = peak(hits, found.study.seed), hits[1:-1].mean(0)
         for end, at in (("first", 0), ("last", -1)):
-            # A peak of any ups and downs is above the ends; so the mean must be, too, but it alone excludes nothing.
+            # The peak of any noise is above the ends, so the mean must be, too; the mean alone excludes nothing.
             for what, units, against in (("peak", best, True), ("inner mean", mean, False)):
                 name = f"{what} minus {end} hidden state, {curve}"
                 says = above(against=against)

@@ -1,4 +1,4 @@
-"""C2a. The share of what CPT gained that the hub swap loses."""
+"""C2a. The share of CPT's gain that the hub swap loses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""C2b. What the hub's layers cost beside depth and seams, over all sets; beside it the hub among sets of its shape."""
+"""C2b. The cost of hub layers adjusted for depth and seams, over all sets; also the hub against sets of its shape."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
 
 
 def _among_matched(swaps: interventions.Swaps, measure: str) -> dict:
-    """The hub minus sets of its size, first and last layer, blocks and (within half a layer) mean depth."""
+    """The hub minus sets alike in size, first and last layer, number of blocks and (to half a layer) mean depth."""
     listed = ((swaps.file.payload.get("matched") or {}).get("semantic_hub") or {}).get("layers") or []
     rows = [swaps.by_layers.get((None, tuple(sorted(layers)))) for layers in listed]
     if None in rows:
@@ -33,10 +33,10 @@ def _among_matched(swaps: interventions.Swaps, measure: str) -> dict:
     name = "hub minus sets of its shape"
     if not rows:
         return swaps.cost(name, measure, "no other set of its shape was measured")
-    found = swaps.cost(name, measure, {swaps.own: 1.0, **dict.fromkeys(rows, -1 / len(rows))})
-    if found["value"] is not None:
+    result = swaps.cost(name, measure, {swaps.own: 1.0, **dict.fromkeys(rows, -1 / len(rows))})
+    if result["value"] is not None:
         costs = -swaps.measured(measure)[0].round(9)
-        place = controls.rank_among_random(costs[swaps.own], list(costs[rows]), higher_is_better=False)
+        rank = controls.rank_among_random(costs[swaps.own], list(costs[rows]), higher_is_better=False)
         draws = [float(cost - costs[rows].mean()) for cost in costs[rows]]
-        found |= {"place": {"rank": place["rank"], "n_random": len(rows), "draws": draws}, "p_value": place["p_value"]}
-    return found
+        result |= {"place": {"rank": rank["rank"], "n_random": len(rows), "draws": draws}, "p_value": rank["p_value"]}
+    return result

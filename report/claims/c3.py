@@ -1,4 +1,4 @@
-"""C3. The relative change of all weights of attention against that of all weights of the FFN."""
+"""C3. The relative change of all weights of attention against all weights of the FFN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""C4. How far LSN activation still changes with the interface's attention frozen, and with the neurons' own weights."""
+"""C4. How far LSN activation still changes with the interface's attention, or the neurons' own weights, frozen."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
 
 
 def correlations(found: evidence.Results) -> list[dict]:
-    """r of first differences with LSN activation over checkpoints, of attention and of the neurons' weights.
+    """Correlation over checkpoints of first differences: LSN activation with attention and with the neurons' weights.
 
-    They decide nothing: what grows alike correlates, and attention and neurons change alike.
+    They decide nothing: curves that grow together correlate, and attention and neurons change together.
     """
     try:
         file = found.file(

@@ -1,4 +1,4 @@
-"""C5a. What attention costs more than the FFN in the same layers, in the interface and in the LSN-rich layers."""
+"""C5a. The extra cost of attention over the FFN of the same layers, in the interface and in the LSN-rich layers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ PLACES = {"interface": "interface", "LSN-rich layers": "lsn_rich"}
 
 
 def crossed(found: evidence.Results) -> tuple[interventions.Swaps, dict[str, tuple[int, int]]]:
-    """The swaps of attention and FFN in both places: {place: (row of attention, row of the FFN)}."""
+    """The component swaps, and for both places {place: (row of attention, row of the FFN)}."""
     swaps = interventions.swaps(found, "attn_int_swap", "attention_interface")
     rows = {words: (swaps.at(f"attention_{place}"), swaps.at(f"ffn_{place}")) for words, place in PLACES.items()}
     for (attention, ffn), step, key in zip(
         rows.values(), ("layers", "lsn_layers"), ("interface_layers", "layers"), strict=True
     ):
-        both = [swaps.sets[at] for at in (attention, ffn)]
-        found.refuse_other_layers(swaps.file.path, both[0].get("asked", both[0]["layers"]), step, key)
-        if sorted(both[0]["layers"]) != sorted(both[1]["layers"]):
+        pair = [swaps.sets[at] for at in (attention, ffn)]
+        found.refuse_other_layers(swaps.file.path, pair[0].get("asked", pair[0]["layers"]), step, key)
+        if sorted(pair[0]["layers"]) != sorted(pair[1]["layers"]):
             raise evidence.Missing("not every layer of a place has both attention and an FFN")
     return swaps, rows
 
@@ -46,7 +46,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
 
 
 def _paper(found: evidence.Results) -> list[dict]:
-    """The FFN swap of the paper, from its own file."""
+    """The paper's FFN swap, from its own file."""
     try:
         ffn = interventions.swaps(found, "ffn_lsn_swap", "ffn_lsn_rich")
     except evidence.Missing:

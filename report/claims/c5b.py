@@ -1,4 +1,4 @@
-"""C5b. What attention costs more than the FFN, in the interface minus in LSN-rich layers, beside depth and seams."""
+"""C5b. The extra cost of attention over the FFN, interface minus LSN-rich layers, adjusted for depth and seams."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PANEL = Panel("because of where it is", "difference of differences in cost")
 
 def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     swaps, rows = c5a.crossed(found)
-    here, there = rows.values()
-    plain = {here[0]: 1.0, here[1]: -1.0, there[0]: -1.0, there[1]: 1.0}
-    weights = swaps.between_places(here, there)
+    interface, rich = rows.values()
+    plain = {interface[0]: 1.0, interface[1]: -1.0, rich[0]: -1.0, rich[1]: 1.0}
+    weights = swaps.between_places(interface, rich)
     name = "component by place"
     numbers = [
         swaps.cost(f"{name}, beside depth and seams", measure, weights, says=above()) for measure in c5a.MEASURES

@@ -35,7 +35,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     ):
 
         def more(base, plain, interface, other, group=group):
-            """Of the gain, what a frozen layer costs: places may differ in size."""
+            """Share of the gain that a frozen layer costs, interface minus other; by layer, as sizes may differ."""
             cost = (plain - interface) / sizes["interface"] - (plain - other) / sizes[group]
             return cost / (plain - base)
 
@@ -56,7 +56,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
 
 
 def correlation(found: evidence.Results) -> list[dict]:
-    """r of first differences of the task's accuracy and the interface's change; two curves that grow correlate."""
+    """Correlation of first differences of task accuracy and interface change; raw curves that grow correlate."""
     try:
         file = found.file("downstream", "downstream_correlation")
     except evidence.Missing:

@@ -15,12 +15,12 @@ MEASURES = ("nll_per_byte", "task_accuracy")
 
 
 def short(base, plain, arm):
-    """Of values of which more is better, so that a loss is negative."""
+    """The shortfall, from values of which more is better (losses come negated)."""
     return (plain - arm) / abs(plain)
 
 
 def parts(row: dict) -> bool:
-    """Whether an arm trains a part of the layers alone, or adapters: what is compared with the outer quarter."""
+    """Whether an arm trains only a part of the layers, or adapters: these are compared with the outer quarter."""
     return bool({"train_only", "lora"} & {*(row.get("what") or {})})
 
 
@@ -33,7 +33,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
 
     beside = numbers(f"{name} (margin 5 %)", outer, says=within(WIDER))
     for arm, row in arms.models.items():
-        # The base is the null: where it comes within the margin, too, so does whatever is trained.
+        # The base is the null: if it is within the margin, too, so is anything that was trained.
         if arm == "base" or (parts(row) and arm != outer):
             beside += numbers(f"{name}, {arm}", arm)
     return numbers(name, outer, says=within(MARGIN)), beside

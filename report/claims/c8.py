@@ -1,4 +1,4 @@
-"""C8. How much more of what CPT taught of perception than of production comes with the blocks at the input."""
+"""C8. How much more of the gain in perception than of that in production comes with the blocks near the input."""
 
 from __future__ import annotations
 

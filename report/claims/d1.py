@@ -1,4 +1,4 @@
-"""D1. The share of the change that lies in the singular values, against the same of random changes of its norm."""
+"""D1. The share of the change that lies in the singular values, against that of random changes of the same norm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     numbers, beside = [], [number("value share", row["value_share"])]
     for kind, null in row["nulls"].items():
         if not (row["value_share"] > 0 and file.at("pooled", step, "nulls", kind, "ratio") > 0):
-            raise evidence.Missing(f"{file.path.name}: no change of the singular values can be told from 0")
+            raise evidence.Missing(f"{file.path.name}: the change of the singular values is not distinguishable from 0")
         numbers.append(
             number(f"log of the share over that of {kind} changes", math.log(null["ratio"]), says=below(BOUND))
         )

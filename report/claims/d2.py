@@ -11,7 +11,7 @@ evidence = cli.sibling("report/evidence.py")
 
 TEXT = "a few heads carry the change (Diffract)"
 ON_LAYERS = False
-# Permutations hardly vary, so that any structure is above them: within a fifth the heads share the update evenly.
+# Permutations hardly vary, so any structure exceeds them; within a fifth, the heads share the update evenly.
 BOUND = math.log(1.2)
 PANEL = Panel("a few heads carry the change", "log of the share in the top 10 % over chance")
 
@@ -30,7 +30,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     ends = math.log(share / high), math.log(share / low)
     numbers = [number(f"log of the {name} over features permuted", math.log(share / mean), ends, draws,
                       "permutations", says=above(BOUND), p_value=at("permuted", "p_value"))]  # fmt: skip
-    # True of any update that grows with the heads' sizes, of any at all, and what else is to be known.
+    # Above 0 for any update that grows with the heads' sizes, for any update at all, and descriptive numbers.
     beside = [number(f"{name}, beyond heads changed in proportion to their size", share - at("in_proportion"))]
     even = f"{name}, beyond as much in every head of a layer (never below 0)"
     beside += [number(even, share - at("even")), number(name, share)]

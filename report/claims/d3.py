@@ -1,4 +1,4 @@
-"""D3. How much more of the update least changed heads take back without harm than random ones do."""
+"""D3. How much more of the update can be put back without harm with least changed heads than with random ones."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     for measure in file.measures:
         if measure != loss:
             beside.append(file.beyond(kept, *by_energy(measure, "kept")))
-        # By one standard error: of a loss it is near 0 for both where there are many documents.
+        # By one standard error: with many documents, near 0 in loss for both orders.
         beside.append(
             file.beyond("p*, least changed heads minus random ones, by share of the update", *by_energy(measure))
         )
         beside.append(file.at_equal_energy("better than random heads at equal shares of the update", measure))
-        # By the share of heads it is so by construction: heads that hardly changed are harmless to put back.
+        # By share of heads this holds by construction: heads that hardly changed are harmless to put back.
         of_heads = ("importance", "random", measure, "at")
         beside.append(file.beyond("p*, least changed heads minus random ones, by share of heads", *of_heads))
     return [file.beyond(kept, *by_energy(loss, "kept"), says=above())], beside

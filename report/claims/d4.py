@@ -20,7 +20,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     for measure in file.measures:
         if measure not in MEASURES:
             beside.append(file.best(f"{BETTER} least changed heads", "importance", measure))
-        # Where random heads help as much, it is less of the update that helps, whatever its heads.
+        # If random heads help as much, any smaller update would help, whichever heads are put back.
         others = {"greedy": f"{BETTER} cheapest heads", "random": f"{BETTER} random heads"}
         beside += [file.best(words, curve, measure) for curve, words in others.items() if curve in file.curves]
     return numbers, beside

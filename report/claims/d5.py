@@ -1,4 +1,4 @@
-"""D5. How much more of the update can be cut off than of the same update as if it were a random one."""
+"""D5. How much more of the update can be cut off than if the same update were a random one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     payload = file.payload
     if (payload.get("by"), payload.get("embeddings")) != ("matrix", False):
         raise file.refused("cuts matrices head by head, or embeddings with them")
-    own, beyond = payload["largest"].get("svd"), (payload["beyond"].get("svd") or {}).get("as_random")
-    if not own or beyond is None or LOSS not in own:
+    largest, beyond = payload["largest"].get("svd"), (payload["beyond"].get("svd") or {}).get("as_random")
+    if not largest or beyond is None or LOSS not in largest:
         raise evidence.Missing(
             f"{file.path.name} lacks the curves svd and as_random, or the loss (made by {file.made_by})"
         )
@@ -27,17 +27,17 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     def numbered(name: str, row: dict | None, measure: str, **more) -> dict:
         of = interventions.words(measure)
         if row is None:
-            return number(f"{name}, {of}", None, note=f"that CPT gained anything in {of} is not clear", **more)
+            return number(f"{name}, {of}", None, note=f"CPT's gain in {of} is not clear", **more)
         return of_row(f"{name}, {of}", row, **more)
 
     kept = "share cut off that keeps 95 % of the gain, minus that of the update as if random"
     beside = []
-    for measure, row in own.items():
+    for measure, row in largest.items():
         if measure == "retrieval_mean":  # also says how deep the layers lie
             continue
         if measure != LOSS:
             beside.append(numbered(kept, beyond[measure]["at"]["kept"], measure))
-        # By one standard error: of a loss it is near 0 for both where there are many documents.
+        # By one standard error: with many documents, near 0 in loss for both updates.
         beside.append(numbered("q* minus that of the update as if random", beyond[measure]["at"], measure))
         beside.append(numbered("q*", row["at"], measure))
         beside.append(numbered("share cut off that keeps 95 % of the gain", row["at"]["kept"], measure))

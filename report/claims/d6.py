@@ -24,7 +24,7 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
             continue
         words = interventions.words(measure)
         for key, name in (("barrier", "barrier"), ("random", "the same along random directions")):
-            # The null: where it is below the bound, too, any two models so close are connected.
+            # The null: if it is below the bound, too, any two models this close are connected.
             if (row.get(key) or {}).get("share"):
                 beside.append(of_row(f"{name}, share of the gain, {words}", row[key]["share"], says=below(BOUND)))
         if "apart" in row:
@@ -33,5 +33,5 @@ def measure(found: evidence.Results) -> tuple[list[dict], list[dict]]:
     beside += [number("||A - C|| / ||B||", whole["distance"]), number("cosine of the two updates", whole["cosine"])]
     name = "barrier between the study's run and another run, share of the gain"
     if worst is None:
-        return [number(name, None, note="that CPT bettered any loss is not clear", says=below(BOUND))], beside
+        return [number(name, None, note="CPT's gain is not clear in any loss", says=below(BOUND))], beside
     return [of_row(name, worst, says=below(BOUND))], beside

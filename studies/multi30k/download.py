@@ -1,9 +1,9 @@
-"""Fetches the captions of the Multi30k study: the files that MULTI30K_DIR is to hold.
+"""Downloads the captions of the Multi30k study: the files for the folder MULTI30K_DIR.
 
-English and German come from the hub (`bentrevett/multi30k`), French from the corpus's own repository, in equal order.
+English and German come from the hub (`bentrevett/multi30k`), French, in the same order, from the corpus's repository.
 
-In:   a connection.
-Out:  OUT/{train,val,test_2016_flickr}.{en,de,fr}.gz, one caption per line; a file that is there is kept.
+In:   an internet connection.
+Out:  OUT/{train,val,test_2016_flickr}.{en,de,fr}.gz, one caption per line; existing files are kept.
 
 Full: python studies/multi30k/download.py --out path/to/multi30k
 Tiny: python studies/multi30k/download.py --out path/to/multi30k --only val
@@ -25,7 +25,7 @@ PARTS = {"train": ("train", 29000), "val": ("validation", 1014), "test_2016_flic
 
 
 def sources(stem: str, split: str) -> dict[str, dict]:
-    """Where the captions of each language come from, as `cpt/packing.py` reads hub data."""
+    """The source of each language's captions, in the form of hub data for `cpt/packing.py`."""
     return {
         "en": {"hub": {"id": HUB, "split": split}, "column": "en"},
         "de": {"hub": {"id": HUB, "split": split}, "column": "de"},
@@ -34,17 +34,17 @@ def sources(stem: str, split: str) -> dict[str, dict]:
 
 
 def fetch(stem: str, n: int, found: dict[str, dict], out: Path) -> None:
-    """Write the files of one part; all languages must have `n` captions, or lines would not belong together."""
+    """Write the files of one part; each language must have `n` captions, otherwise lines would not correspond."""
     packing = cli.sibling("cpt/packing.py")
     for language, spec in found.items():
         path = out / f"{stem}.{language}.gz"
         if path.is_file():
-            cli.say(f"{path} is there")
+            cli.say(f"{path} exists")
             continue
         source = packing.Source.parse({"name": path.name, "weight": 1.0, **spec}, "download.py")
         lines = [" ".join(textfiles.joined(pieces).split()) for pieces in source.rows()]
         if len(lines) != n:
-            raise InputError(f"{path.name}: {len(lines)} captions were fetched, {n} expected; the source has changed")
+            raise InputError(f"{path.name}: downloaded {len(lines)} captions, expected {n}; the source has changed")
         with results.replacing(path) as temporary:
             # No time in the gzip header: the same captions give the same bytes.
             temporary.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))

@@ -1,14 +1,14 @@
-"""Parallel sentences as lists aligned pair by pair, from the sources in this folder: a file each, found by its name.
+"""Parallel sentences as lists of aligned pairs, from the sources in this folder: one file each, found by its name.
 
 A source is a module with a function `read(codes, ...)` that returns `(sides, facts)`:
 
 - `codes` is `{"base": code, "target": code}` as the user spells them;
-- `sides` is `{"base": {id: sentence}, "target": {id: sentence}}`; what both sides have is paired;
-- `facts` go into the header of results. `aligned_by` says what an id is ("id", "line", "verse"); what is known of one
-  side stands below its name: `facts["base"] = {"spelling": .., "files": {path: SHA-256}}`.
+- `sides` is `{"base": {id: sentence}, "target": {id: sentence}}`; ids on both sides are paired;
+- `facts` go into the header of results. `aligned_by` says what an id is ("id", "line", "verse"); facts about one side
+  are below its name: `facts["base"] = {"spelling": .., "files": {path: SHA-256}}`.
 
-Its further parameters are the options that it takes, of those in `OPTIONS`; others are refused for it. The first line
-of its docstring is its help. Everything a user can get wrong is found here, before any model is loaded.
+The further parameters of `read` are the options (of `OPTIONS`) that the source takes; it refuses the others. The first
+line of the module's docstring is its help. All input is checked here, before any model is loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cpt_utils.base import languages, textfiles
 from cpt_utils.base.errors import InputError
 
 SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-# Each option of a source with its flag, and what is said where a source has no such parameter.
+# Each option with its flag, and the end of the message for a source without that parameter.
 OPTIONS = {
     "dir": ("--data-dir", "reads no folder"),
     "base_file": ("--base-file", "takes no files; for files use --source text or tsv"),
@@ -52,22 +52,22 @@ class ParallelText:
 
     @property
     def repeated(self) -> dict[str, int]:
-        """How many sentences of each side stand more than once; a side without any is left out."""
+        """How many sentences of each side occur more than once; a side without repetitions is left out."""
         counts = {side: Counter(texts) for side, texts in (("base", self.base), ("target", self.target))}
         several = {side: sum(n for n in count.values() if n > 1) for side, count in counts.items()}
         return {side: n for side, n in several.items() if n}
 
     @property
     def alone(self) -> list[int]:
-        """The pairs of which neither sentence stood before on its side: a copy is no further draw."""
+        """The pairs with no sentence that occurred earlier on its side: a copy is not an independent draw."""
         sides = self.base, self.target
         first = [{text: i for i, text in reversed([*enumerate(texts)])} for texts in sides]
-        return [i for i in range(len(self)) if all(own[texts[i]] == i for own, texts in zip(first, sides, strict=True))]
+        return [i for i in range(len(self)) if all(at[texts[i]] == i for at, texts in zip(first, sides, strict=True))]
 
     def describe(self) -> dict:
-        """What a result's header says of the data; `pairs_sha256` is over the sentences used, in order.
+        """The data's entry in a result's header; `pairs_sha256` is over the sentences used, in order.
 
-        `repeated` is there only where sentences repeat: results over others are the same with and without it.
+        `repeated` is included only if sentences repeat, so headers of other data are as before it was introduced.
         """
         digest = hashlib.sha256()
         for row in zip(self.ids, self.base, self.target, strict=True):
@@ -91,7 +91,7 @@ class ParallelText:
             f"{used} sentence pairs {pair} from {facts['source']}{split}{which}, aligned by {facts['aligned_by']}"
             f"{f' ({unpaired}: left out)' if unpaired else ''}"
             f"{f' ({empty} with an empty side: left out)' if empty else ''}"
-            f"{f'; {copies} stand more than once, and finding any copy counts' if copies else ''}"
+            f"{f'; {copies} occur more than once, and finding any copy counts' if copies else ''}"
         )
 
 
@@ -111,10 +111,10 @@ def parallel(
     Args:
         source: one of SOURCES.
         base, target: language codes in any spelling that `languages` knows; any tag for `text` and `tsv`.
-        dir, base_file, target_file, split: as the source takes them, see its docstring; of a source on the hub `dir` is
-            a local copy, of files the folder of relative ones.
-        limit: keep the first so many pairs.
-        drop_empty: leave out pairs of which a side is empty or null, and count them, instead of refusing them.
+        dir, base_file, target_file, split: see the docstring of the source; `dir` is a local copy of a source on the
+            hub, or the folder of relative file names.
+        limit: keep only the first `limit` pairs.
+        drop_empty: leave out and count pairs with an empty or null side, instead of refusing them.
 
     Raises:
         InputError: unknown language or source, an option that the source does not take, missing or gated data, an empty
@@ -136,10 +136,10 @@ def parallel(
         examples = " and ".join(f"{code} has {_examples(sides[side])}" for side, code in codes.items())
         raise InputError(f"{source}: {base} and {target} have no sentence in common: {examples}")
     ids.sort(key=_natural)
-    full = _with_both_sides(ids, sides, codes, f"{source}: the {{}} sentence of {facts['aligned_by']} {{}}", drop_empty)
+    kept = _with_both_sides(ids, sides, codes, f"{source}: the {{}} sentence of {facts['aligned_by']} {{}}", drop_empty)
     if drop_empty:
-        facts["dropped_empty"] = len(ids) - len(full)
-    ids = full
+        facts["dropped_empty"] = len(ids) - len(kept)
+    ids = kept
     for side, code in codes.items():
         other = sides["target" if side == "base" else "base"]
         facts[f"only_in_{side}"] = sum(i not in other for i in sides[side])
@@ -159,10 +159,10 @@ def _module(source: str):
 
 
 def _with_both_sides(ids: list[str], sides: dict, codes: dict, what: str, drop: bool) -> list[str]:
-    """The ids of pairs without an empty or null side; `what` says which sentence is meant, of a language and an id.
+    """The ids of pairs without an empty or null side; `what` formats a language and an id for the message.
 
     Raises:
-        InputError: a pair with an empty side that is not to be dropped, or no pair without.
+        InputError: a pair has an empty side and `drop` is false, or every pair has one.
     """
     empty = {
         i: code for side, code in codes.items() for i in ids
@@ -186,15 +186,15 @@ def _examples(rows: dict) -> str:
 
 
 def _natural(text: str) -> tuple:
-    """Sort key that puts `2` before `10`; digits that are not decimal (`²`) are letters like others."""
+    """Sort key that puts `2` before `10`; digits that are not decimal (`²`) count as letters."""
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part)
 
 
-# --- what several sources need ----------------------------------------------------------------------------------------
+# --- shared by several sources ----------------------------------------------------------------------------------------
 
 
 def same_number(sides: dict, files: dict) -> None:
-    """Refuse two sides of different lengths, where sentences are aligned by line; `files` are named in the message."""
+    """Refuse sides of different lengths if sentences are aligned by line; `files` are named in the message."""
     base, target = (len(sides[side]) for side in files)
     if base != target:
         raise InputError(
@@ -204,7 +204,7 @@ def same_number(sides: dict, files: dict) -> None:
 
 
 def given_file(file, folder, flag: str, code: str, must_exist: bool = True) -> Path:
-    """The path of a file that `flag` names for the language `code`, relative to `folder` where there is one."""
+    """The path of the file that `flag` gives for the language `code`, relative to `folder` if it is given."""
     if file is None:
         raise InputError(f"no file for {code}: give {flag}, or the study key data.{flag[2:].replace('-', '_')}")
     path = Path(folder) / file if folder is not None else Path(file)
@@ -226,7 +226,7 @@ def local_folder(folder) -> Path:
 
 
 def by_id(rows: Iterable[dict], key: str, what: str) -> dict[str, str | None]:
-    """`{id: text}`, with ids as text so that `431` from a TSV and 431 from parquet are one."""
+    """`{id: text}`, with ids as text so that `431` from a TSV and 431 from parquet are the same."""
     texts: dict[str, str | None] = {}
     for row in rows:
         i = row.get(key)
@@ -256,9 +256,9 @@ def add_flags(parser) -> None:
 
 
 def from_arguments(args, study, base: str, target: str) -> ParallelText:
-    """The sentence pairs that the command line and the study ask for.
+    """The sentence pairs requested by the command line and the study.
 
-    A source given on the command line takes no file, folder or split from the study: they belong to the study's source.
+    A source on the command line ignores the study's files, folder and split, which belong to the study's source.
     """
     from_study = args.source in (None, study.get("data.source"))
     source = study.value(args.source, "--source", "data.source", "flores")

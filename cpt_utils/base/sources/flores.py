@@ -38,27 +38,27 @@ def read(codes: dict[str, str], dir, split: str | None) -> tuple[dict, dict]:
     for side, code in codes.items():
         file = _language_file(folder, code, split)
         facts[side] = {"spelling": _language_of(file, split), "files": {str(file): results.file_sha256(file)}}
-        if file.suffix not in TABLES:  # of a release archive: a sentence per line, the same in every file
+        if file.suffix not in TABLES:  # from a release archive: a sentence per line, the same line in every file
             sides[side] = {str(number): line for number, line in enumerate(textfiles.lines(file), 1)}
             facts["aligned_by"] = "line"
             continue
         rows = textfiles.table(file, ("id", "text"))
-        if any("split" in row for row in rows):  # newer releases say in each row which split it is of
-            found = sorted({str(row.get("split")) for row in rows})
+        if any("split" in row for row in rows):  # newer releases name the split in each row
+            stored = sorted({str(row.get("split")) for row in rows})
             rows = [row for row in rows if row.get("split") == split]
             if not rows:
-                raise InputError(f"{file} holds the split {', '.join(found)}, not {split}; give --split {found[0]}")
+                raise InputError(f"{file} holds the split {', '.join(stored)}, not {split}; give --split {stored[0]}")
         sides[side] = by_id(rows, "id", str(file))
     if facts["aligned_by"] == "line":
         files = {side: next(iter(facts[side]["files"])) for side in codes}
-        if other := [file for file in files.values() if Path(file).suffix in TABLES]:
-            raise InputError(f"{other[0]} has ids, the other language's file has lines; give both in the same form")
+        if with_ids := [file for file in files.values() if Path(file).suffix in TABLES]:
+            raise InputError(f"{with_ids[0]} has ids, the other language's file has lines; give both in the same form")
         same_number(sides, files)
     return sides, facts
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """Where the language files of `split` lie: in its folder, here or in a release archive's; else in `folder`."""
+    """The folder of the language files of `split`: its sub-folder here or in a release archive, else `folder`."""
     for parent in (folder, folder / "flores200_dataset", folder / "flores101_dataset"):
         if (parent / split).is_dir():
             return parent / split
@@ -66,7 +66,7 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 
 def _language_of(file: Path, split: str) -> str | None:
-    """The language in a file's name: `<code>.jsonl`, or `<code>.dev` and `dev.<code>` of the release archives."""
+    """The language in a file's name: `<code>.jsonl`, or `<code>.dev` and `dev.<code>` of release archives."""
     if file.suffix in TABLES:
         return file.stem
     parts = file.name.split(".")
@@ -81,7 +81,7 @@ def _language_file(folder: Path, code: str, split: str) -> Path:
             f"{folder} holds no language files; expected names like {code}.jsonl (.parquet, .tsv), or {code}.{split}"
         )
     stem = languages.find(set(files.values()), code, what=str(folder))
-    found = [path for path, name in files.items() if name == stem]
-    if len(found) > 1:
-        raise InputError(f"{folder}: {' and '.join(p.name for p in found)} are both {code}; keep one of them")
-    return found[0]
+    matches = [path for path, name in files.items() if name == stem]
+    if len(matches) > 1:
+        raise InputError(f"{folder}: {' and '.join(p.name for p in matches)} are both {code}; keep one of them")
+    return matches[0]

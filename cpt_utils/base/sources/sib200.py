@@ -1,7 +1,7 @@
 """SIB-200, train (701 sentences), dev (99), test (204) or all (the default), from the hub or a local copy.
 
-`Davlan/sib200` on the hub, or a folder with `<code>/{train,dev,test}.tsv`; aligned by `index_id`. The files were
-written by pandas and are read so: quotes around a cell are not part of its text.
+`Davlan/sib200` on the hub, or a folder with `<code>/{train,dev,test}.tsv`; aligned by `index_id`. The files are read
+as pandas wrote them: quotes around a cell are not part of its text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cpt_utils.base.errors import InputError
 from cpt_utils.base.sources import by_id, local_folder
 
 DATASET = "Davlan/sib200"
-SPLITS = ("train", "dev", "test")  # the hub calls the second `validation`, its files `dev.tsv`
+SPLITS = ("train", "dev", "test")  # the second is `validation` on the hub, but its files are `dev.tsv`
 COLUMNS = ("index_id", "category", "text")
 
 
@@ -30,23 +30,23 @@ def read(codes: dict[str, str], dir, split: str | None) -> tuple[dict, dict]:
     for side, code in codes.items():
         if dir is None:
             name = languages.spelling(code, "sib200")
-            found = []
+            language_rows = []
             for part in parts:
                 hub_split = "validation" if part == "dev" else part
                 more, facts["revision"] = hub_data.rows(DATASET, name, hub_split, revision, COLUMNS)
-                found += more
+                language_rows += more
             facts[side] = {"spelling": name}
         else:
             folder = language_folder(dir, code)
-            found = rows(folder, split or "all")
+            language_rows = rows(folder, split or "all")
             files = [folder / f"{part}.tsv" for part in parts]
             facts[side] = {"spelling": folder.name, "files": {str(file): results.file_sha256(file) for file in files}}
-        sides[side] = by_id(found, "index_id", f"SIB-200 {code}")
+        sides[side] = by_id(language_rows, "index_id", f"SIB-200 {code}")
     return sides, facts
 
 
 def splits(split: str | None) -> tuple[str, ...]:
-    """The files that `split` (train, dev or validation, test, all or None) stands for."""
+    """The parts that `split` (train, dev or validation, test, all or None) means."""
     split = "dev" if split == "validation" else split
     if split in (None, "all"):
         return SPLITS
@@ -56,7 +56,7 @@ def splits(split: str | None) -> tuple[str, ...]:
 
 
 def language_folder(folder: str | os.PathLike, code: str) -> Path:
-    """The folder of language `code` in a local copy of SIB-200, in whatever spelling it is there."""
+    """The folder of language `code` in a local copy of SIB-200, in any spelling."""
     folder = local_folder(folder)
     return folder / languages.find([p.name for p in folder.iterdir() if p.is_dir()], code, what=str(folder))
 

@@ -1,6 +1,6 @@
 """Two columns of one file, FILE:COLUMN by name or by number from 1 for each side, aligned by line.
 
-Without columns: those that the header names after the two languages, else 1 and 2 of two. Quotes are text here, because
+Without columns: those named after the two languages in the header, else 1 and 2 of two. Quotes are text here, because
 a sentence that opens with one must not swallow the next lines. The file may be gzipped.
 """
 
@@ -47,19 +47,19 @@ def _file_and_column(given, folder, code: str) -> tuple[Path, str | None]:
 
 
 def _columns(file: Path, first: list[str], codes: dict, given: dict) -> tuple[dict[str, int], str | None]:
-    """Which column each side is, and what the first line holds: "names", "numbers" (as pandas counts), None: data.
+    """The column of each side, and the content of line 1: "names", "numbers" (as pandas counts), or None (data).
 
-    Columns asked for by number from 1 mean that every line is data, whatever ids line 1 holds; by name, that the first
-    line holds the names. Where nothing is asked for, the languages themselves are looked up in the first line, else
-    columns 1 and 2 of two are taken.
+    Columns given by number from 1 mean that line 1 is data, whatever it holds, unless it is pandas' numbers; columns
+    given by name are looked up in line 1. Without columns, the languages are looked up in line 1, else columns 1 and 2
+    of two are taken.
     """
     counted = [str(number) for number in range(len(first))]
     numbers = "numbers" if first in (counted, ["", *counted[:-1]]) else None
     asked = f"give --base-file {file.name}:COLUMN and --target-file {file.name}:COLUMN (a name, or a number from 1)"
     if all(name is None for name in given.values()):
-        found = {side: languages.find(first, code, what=str(file), default=None) for side, code in codes.items()}
-        if None not in found.values():
-            return {side: first.index(name) for side, name in found.items()}, "names"
+        by_language = {side: languages.find(first, code, what=str(file), default=None) for side, code in codes.items()}
+        if None not in by_language.values():
+            return {side: first.index(name) for side, name in by_language.items()}, "names"
         if len(first) != 2 or first[0] == "":
             raise InputError(
                 f"{file} has {len(first)} columns, and line 1 does not name {' and '.join(codes.values())}; {asked}"
